@@ -1,0 +1,1 @@
+"""Reinforcement learning that teaches language models to reason, in JAX, for TPUs."""
