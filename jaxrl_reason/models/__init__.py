@@ -1,0 +1,5 @@
+"""The policy network: one decoder, its configuration and its sharding."""
+
+from jaxrl_reason.models.config import ModelConfig, RopeScaling
+from jaxrl_reason.models.decoder import (Decoder, PromptCache, SampleCache, abstract_params, apply, bind,
+                                         init_params, logical_axes, param_count)
