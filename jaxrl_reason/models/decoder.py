@@ -208,7 +208,7 @@ class Decoder(nnx.Module):
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """hidden [..., D] -> f32[..., V]."""
-    return L.dot(hidden, self.head_matrix(), self.config.compute_dtype)
+    return project(hidden, self.head_matrix(), self.config)
 
   def head_matrix(self) -> jax.Array:
     """The output head [D, V]."""
@@ -262,6 +262,11 @@ class Decoder(nnx.Module):
 
 
 # -- functions around the module -------------------------------------------------------------------
+
+
+def project(hidden: jax.Array, head: jax.Array, config: ModelConfig) -> jax.Array:
+  """Logits f32[..., V] of hidden [..., D] through the output head [D, V]."""
+  return L.dot(hidden, head, config.compute_dtype)
 
 
 @functools.lru_cache(maxsize=32)
