@@ -1,0 +1,72 @@
+"""Prompt templates as data: what the policy reads, and what a worked solution looks like to it."""
+
+from collections.abc import Mapping
+import dataclasses
+import difflib
+import re
+from typing import Any
+
+_FIELD = re.compile(r"\{(\w+)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptTemplate:
+    """Two texts in which `{column}` stands for a column of the row; every other brace stands for itself.
+
+    Attributes:
+      name: what error messages call it.
+      prompt: what comes before the completion.
+      solution: the completion that the supervised phase teaches, without the end token.
+    """
+
+    name: str
+    prompt: str
+    solution: str = "{solution}"
+
+    def render_prompt(self, row: Mapping[str, Any]) -> str:
+        """The prompt for one row. Raises ValueError where the row lacks a column the template names."""
+        return self._render(self.prompt, row)
+
+    def render_solution(self, row: Mapping[str, Any]) -> str:
+        """The worked solution for one row. Raises ValueError where the row lacks a column the template names."""
+        return self._render(self.solution, row)
+
+    def _render(self, text: str, row: Mapping[str, Any]) -> str:
+        def value(match: re.Match) -> str:
+            if match[1] not in row:
+                raise ValueError(
+                    f"Prompt template {self.name!r} names the column {match[1]!r}, which the data does not have; "
+                    f"its columns are {', '.join(sorted(row))}."
+                )
+            return str(row[match[1]])
+
+        # One pass over the template: braces inside the values are never looked at.
+        return _FIELD.sub(value, text)
+
+
+TEMPLATES: dict[str, PromptTemplate] = {
+    template.name: template
+    for template in (
+        PromptTemplate("plain", prompt="{question}\n"),
+        PromptTemplate("qa", prompt="Question: {question}\nAnswer:", solution=" {solution}"),
+    )
+}
+
+
+def get_template(name_or_inline: str | PromptTemplate) -> PromptTemplate:
+    """A template by its name in `TEMPLATES`, or from the text of a prompt that names at least one column, such as "Q: {question} A: ".
+
+    Raises:
+      ValueError: neither; the message names the nearest template.
+    """
+    if isinstance(name_or_inline, PromptTemplate):
+        return name_or_inline
+    if name_or_inline in TEMPLATES:
+        return TEMPLATES[name_or_inline]
+    if _FIELD.search(name_or_inline):
+        return PromptTemplate("inline", prompt=name_or_inline)
+    nearest = difflib.get_close_matches(name_or_inline, TEMPLATES, n=1, cutoff=0.0)[0]
+    raise ValueError(
+        f"No prompt template is called {name_or_inline!r} (did you mean {nearest!r}? there are {', '.join(TEMPLATES)}), "
+        "and as the text of a prompt it names no {column}."
+    )

@@ -1,0 +1,145 @@
+"""Random-access rows by name: our word problems, GSM8K, any other TFDS data set, or a JSONL file."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+import hashlib
+import importlib
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from jaxrl_reason.data import jsonl
+from jaxrl_reason.data.jsonl import Row
+
+# TFDS finds these by name only after their module is imported.
+_BUILDER_MODULES = {
+    "word_problems": "jaxrl_reason.data.word_problems",
+    "gsm8k": "tensorflow_datasets.text.gsm8k.gsm8k",
+}
+_CHUNK = 1024  # rows read at once when a source is gone through in order
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """A sequence of rows, each a dict from column to value, with at least `question` and `answer`.
+
+    Attributes:
+      name: what was asked for.
+      fingerprint: short hex that changes with the name, the split, the columns, the size or the content.
+      skipped: bad rows left out; 0 unless a file was loaded with on_bad_row="skip".
+      read: the rows at a list of positions.
+      length: the number of rows.
+    """
+
+    name: str
+    fingerprint: str
+    skipped: int
+    read: Callable[[Sequence[int]], list[Row]]
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> Row:
+        """Row `i`, a fresh dict. Raises IndexError outside [0, len)."""
+        if not 0 <= i < self.length:
+            raise IndexError(f"Row {i} was asked of {self.name}, which has rows 0 to {self.length - 1}.")
+        return self.read([i])[0]
+
+    def __iter__(self) -> Iterator[Row]:
+        for start in range(0, self.length, _CHUNK):
+            yield from self.read(range(start, min(start + _CHUNK, self.length)))
+
+
+def load_source(
+    name: str,
+    split: str,
+    *,
+    data_dir: str | pathlib.Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    on_bad_row: str = "refuse",
+) -> Source:
+    """Opens a data set, preparing it on first use.
+
+    Args:
+      name: "word_problems", "gsm8k", any other name that TFDS knows, or a path that ends in .jsonl.
+      split: for TFDS, "train", "test[:100]" and so on; for a file, "all" or a slice such as "[:90%]".
+      data_dir: where TFDS keeps prepared data; None means its default, ~/tensorflow_datasets. Files do not use it.
+      columns: our names to those of the data, such as {"question": "problem"}. Columns not mentioned keep their names.
+      on_bad_row: what a bad line of a file does: "refuse" raises, "skip" leaves it out, counts and warns. TFDS data are checked by their builder.
+
+    Returns:
+      A `Source`. Text is str, numbers are int or float; other values are passed on as they are.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: unknown name or split, a missing column, bad rows, no rows.
+    """
+    if on_bad_row not in ("refuse", "skip"):
+        raise ValueError(f"on_bad_row is {on_bad_row!r}; it has to be 'refuse' or 'skip'.")
+    columns = dict(columns or {})
+    if name.endswith(".jsonl"):
+        return _file_source(pathlib.Path(name).expanduser(), split, columns, on_bad_row)
+    return _tfds_source(name, split, data_dir, columns)
+
+
+def _file_source(path: pathlib.Path, split: str, columns: dict[str, str], on_bad_row: str) -> Source:
+    rows, skipped, digest = jsonl.read_jsonl(path, columns, on_bad_row)
+    rows = jsonl.slice_rows(rows, split, path)
+    # The file's name without its directory: data that were moved are still the same data.
+    fingerprint = _fingerprint(path.name, split, columns, len(rows), digest)
+    return Source(str(path), fingerprint, skipped, lambda indices: [dict(rows[i]) for i in indices], len(rows))
+
+
+def _tfds_source(name: str, split: str, data_dir: str | pathlib.Path | None, columns: dict[str, str]) -> Source:
+    if name.partition(":")[0] in _BUILDER_MODULES:
+        importlib.import_module(_BUILDER_MODULES[name.partition(":")[0]])
+    try:
+        data = tfds.data_source(
+            name,
+            split=split,
+            data_dir=None if data_dir is None else pathlib.Path(data_dir).expanduser(),
+            builder_kwargs={"file_format": "array_record"},  # the default format needs TensorFlow
+        )
+    except tfds.core.DatasetNotFoundError as error:
+        ours = ", ".join(_BUILDER_MODULES)
+        raise ValueError(f"There is no data set {name!r}: give {ours}, another name that TFDS knows, or a path that ends in .jsonl.") from error
+    except ValueError as error:
+        raise ValueError(f"Split {split!r} of data set {name!r} cannot be opened: {error}") from error
+    if not len(data):
+        raise ValueError(f"Split {split!r} of data set {name!r} has no rows.")
+
+    info = data.dataset_info
+    adapt = _adapt_gsm8k if info.name == "gsm8k" else lambda row: row
+
+    def read(indices: Sequence[int]) -> list[Row]:
+        rows = data.__getitems__([int(i) for i in indices])
+        return [jsonl.rename_columns(adapt({key: _plain(value) for key, value in row.items()}), columns) for row in rows]
+
+    try:
+        ends = read([0, len(data) - 1])
+    except ValueError as error:
+        raise ValueError(f"Data set {name!r} does not fit: {error}. Name its columns with `columns`.") from error
+    sizes = [[part.num_examples, int(part.num_bytes)] for part in info.splits.values()]
+    fingerprint = _fingerprint(info.full_name, split, columns, len(data), sizes, ends)
+    return Source(name, fingerprint, 0, read, len(data))
+
+
+def _adapt_gsm8k(row: Row) -> Row:
+    """GSM8K's `answer` is a worked text that ends in "#### N": that text is our solution and N our answer."""
+    answer = row["answer"].rpartition("####")[2].strip().replace(",", "")
+    return {"question": row["question"], "solution": row["answer"], "answer": answer}
+
+
+def _plain(value: Any) -> Any:
+    """Text from bytes and Python numbers from NumPy scalars; anything else as it is."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _fingerprint(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

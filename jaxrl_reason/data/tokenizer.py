@@ -1,0 +1,183 @@
+"""Tokenizers: a thin frozen wrapper over the `tokenizers` library that knows its end, begin and padding tokens."""
+
+from collections.abc import Iterable, Sequence
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """Text to ids and back. Ids are plain Python ints; special tokens come only from the text or from `add_bos`.
+
+    Attributes:
+      backend: the `tokenizers.Tokenizer` that does the work.
+      eos_ids: ids that end a completion, at least one; the first is the one supervised completions end with.
+      pad_id: what fills unused positions. It may equal an end token: masks are carried along, never inferred from values.
+      bos_id: id that begins a sequence, or None where the vocabulary has none.
+      chat_template: the Jinja text that came with the tokenizer, or None.
+    """
+
+    backend: tokenizers.Tokenizer
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    bos_id: int | None = None
+    chat_template: str | None = None
+
+    def __post_init__(self):
+        if not self.eos_ids:
+            raise ValueError("A tokenizer needs at least one end token: eos_ids is empty.")
+        for field, ids in {"eos_ids": self.eos_ids, "pad_id": [self.pad_id], "bos_id": [self.bos_id]}.items():
+            for token_id in ids:
+                if token_id is not None and self.backend.id_to_token(token_id) is None:
+                    raise ValueError(f"{field} holds {token_id}, which is not in the tokenizer's vocabulary of {self.vocab_size} tokens.")
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id, added tokens included: the number of rows an embedding needs."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str, add_bos: bool = False) -> list[int]:
+        """The ids of `text`. Special tokens spelled in the text are recognised; `add_bos` puts the begin token first unless it is there.
+
+        Raises:
+          ValueError: `add_bos` is asked of a tokenizer without a begin token.
+        """
+        return self.encode_batch([text], add_bos)[0]
+
+    def encode_batch(self, texts: Sequence[str], add_bos: bool = False) -> list[list[int]]:
+        """`encode` of many texts, on all cores."""
+        if add_bos and self.bos_id is None:
+            raise ValueError("This tokenizer has no begin token (bos_id is None): set add_bos to False.")
+        ids = [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        if add_bos:
+            ids = [row if row[:1] == [self.bos_id] else [self.bos_id, *row] for row in ids]
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of `ids`; special tokens are left out, or spelled where `skip_special` is False."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def save(self, directory: str | pathlib.Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, and generation_config.json where several tokens end a completion."""
+        directory = pathlib.Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(directory / "tokenizer.json"))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self.backend.id_to_token(self.eos_ids[0]),
+            "bos_token": None if self.bos_id is None else self.backend.id_to_token(self.bos_id),
+            "pad_token": self.backend.id_to_token(self.pad_id),
+            "add_bos_token": False,
+            "clean_up_tokenization_spaces": False,
+        }
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        _write_json(directory / "tokenizer_config.json", config)
+        if len(self.eos_ids) > 1:  # tokenizer_config.json has room for one only
+            path = directory / "generation_config.json"
+            _write_json(path, _read_json(path) | {"eos_token_id": list(self.eos_ids)})
+
+
+def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
+    """Reads a tokenizer from a directory in the Hugging Face layout, or from a tokenizer.json file and what lies beside it.
+
+    Begin, end and padding tokens come from tokenizer_config.json, else special_tokens_map.json; generation_config.json may add end tokens.
+    Without a padding token the first end token pads.
+
+    Raises:
+      FileNotFoundError: there is no tokenizer.json.
+      ValueError: a file is not what its name promises, or no end token can be determined.
+    """
+    path = pathlib.Path(path).expanduser()
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"No tokenizer at {file}: give a directory that holds a tokenizer.json, or the path of such a file.")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{file} is not a tokenizer.json that the tokenizers library can read: {error}.") from error
+    # Both may be stored in the file, and would change ids behind the caller's back.
+    backend.no_truncation()
+    backend.no_padding()
+
+    config = _read_json(file.parent / "special_tokens_map.json") | _read_json(file.parent / "tokenizer_config.json")
+    special = {name: _token_id(backend, name, config.get(f"{name}_token"), file.parent) for name in ("bos", "eos", "pad")}
+    more = _read_json(file.parent / "generation_config.json").get("eos_token_id")
+    more = more if isinstance(more, list) else [more]
+    eos_ids = tuple(dict.fromkeys(i for i in [special["eos"], *more] if i is not None))
+    if not eos_ids:
+        raise ValueError(
+            f"No end token is known for {file}: put a tokenizer_config.json with an \"eos_token\" beside it "
+            '(or a generation_config.json with an "eos_token_id").'
+        )
+    pad_id = eos_ids[0] if special["pad"] is None else special["pad"]
+    return Tokenizer(backend, eos_ids, pad_id, special["bos"], _chat_template(file.parent, config))
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> Tokenizer:
+    """A byte-level BPE tokenizer that splits numbers into digits and encodes any text; the same texts give the same tokenizer.
+
+    Args:
+      texts: what to learn merges from; two thousand problems take a fraction of a second.
+      vocab_size: upper bound of the vocabulary; few texts may not fill it. At least 259: the bytes and `<pad>`, `<bos>`, `<eos>`.
+
+    Raises:
+      ValueError: `vocab_size` is below 259.
+    """
+    special = ["<pad>", "<bos>", "<eos>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(alphabet) + len(special):
+        raise ValueError(f"vocab_size is {vocab_size}, but 256 bytes and {len(special)} special tokens need at least {len(alphabet) + len(special)}.")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend, eos_ids=(2,), pad_id=0, bos_id=1)
+
+
+def _token_id(backend: tokenizers.Tokenizer, name: str, token: Any, directory: pathlib.Path) -> int | None:
+    """The id of a token that a configuration spells as a string or as {"content": string}."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    if token is None:
+        return None
+    token_id = backend.token_to_id(token)
+    if token_id is None:
+        raise ValueError(f"The configuration in {directory} names {name}_token {token!r}, which is not in the vocabulary of its tokenizer.json.")
+    return token_id
+
+
+def _chat_template(directory: pathlib.Path, config: dict) -> str | None:
+    """From chat_template.jinja, else from tokenizer_config.json, where it may be a list of named templates."""
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _read_json(path: pathlib.Path) -> dict:
+    """The object in a JSON file; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}; it has to hold an object.")
+    return content
+
+
+def _write_json(path: pathlib.Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

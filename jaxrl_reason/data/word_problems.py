@@ -1,0 +1,180 @@
+"""Procedural arithmetic word problems with worked solutions, as a TFDS builder that needs no network.
+
+Each skill is a set of number combinations, a few question templates and the steps that solve them. A combination belongs to exactly one
+split, decided by a hash of the skill and its numbers: a model cannot meet a test computation in training under other names.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import hashlib
+import itertools
+import random
+
+import tensorflow_datasets as tfds
+
+Numbers = tuple[int, ...]
+
+_SEED = 0
+_SIZES = {"train": 20_000, "validation": 1_000, "test": 1_000}
+
+# Few and frequent words: a tokenizer of 512 entries then holds nearly every one of them whole.
+_NAMES = ("Ana", "Ben", "Dan", "Eva", "Gus", "Ida", "Leo", "Mia", "Nora", "Sam", "Tom", "Zoe")
+_OBJECTS = ("apples", "books", "cards", "coins", "eggs", "nuts", "pens", "shells", "stamps", "stones")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Skill:
+    """One kind of computation: `steps` turns numbers into (left, operator, right, result) lines, the last result being the answer."""
+
+    numbers: Callable[[], Iterator[Numbers]]
+    steps: Callable[..., list[tuple[int, str, int, int]]]
+    templates: tuple[str, ...]
+
+
+def _pairs(low: int, high: int, high_b: int | None = None) -> Iterator[Numbers]:
+    return itertools.product(range(low, high + 1), range(low, (high_b or high) + 1))
+
+
+def _differences() -> Iterator[Numbers]:
+    return ((a, b) for a in range(5, 41) for b in range(2, min(a - 1, 21)))
+
+
+_SKILLS = {
+    "add": _Skill(
+        lambda: _pairs(2, 30),
+        lambda a, b: [(a, "+", b, a + b)],
+        (
+            "{n} has {a} {o}. {m} gives {n} {b} more. How many {o} does {n} have now?",
+            "{n} has {a} {o} and {m} has {b}. How many {o} do they have together?",
+            "There are {a} {o} in a box and {b} in a bag. How many {o} are there in all?",
+        ),
+    ),
+    "subtract": _Skill(
+        _differences,
+        lambda a, b: [(a, "-", b, a - b)],
+        (
+            "{n} has {a} {o} and gives {b} to {m}. How many {o} does {n} have now?",
+            "There are {a} {o} in a box. {n} takes {b}. How many {o} are left?",
+            "{n} has {a} {o} and loses {b}. How many {o} are left?",
+        ),
+    ),
+    "multiply": _Skill(
+        lambda: _pairs(2, 12),
+        lambda a, b: [(a, "*", b, a * b)],
+        (
+            "{n} has {a} bags of {b} {o} each. How many {o} are there in all?",
+            "There are {b} {o} in a box. How many {o} are there in {a} boxes?",
+            "{n} finds {b} {o} a day. How many {o} does {n} find in {a} days?",
+        ),
+    ),
+    "divide": _Skill(
+        lambda: ((a * b, b) for a, b in _pairs(2, 12)),
+        lambda a, b: [(a, "/", b, a // b)],
+        (
+            "{n} shares {a} {o} among {b} friends. How many {o} does each friend get?",
+            "{n} puts {a} {o} in {b} bags, the same number in each. How many {o} are in each bag?",
+        ),
+    ),
+    "compare": _Skill(
+        _differences,
+        lambda a, b: [(a, "-", b, a - b)],
+        (
+            "{n} has {a} {o} and {m} has {b}. How many more {o} does {n} have than {m}?",
+            "{m} has {b} {o} and {n} has {a}. How many more {o} does {n} have than {m}?",
+            "{n} has {a} {o} and {m} has {b}. How many fewer {o} does {m} have than {n}?",
+        ),
+    ),
+    "more_than": _Skill(
+        lambda: _pairs(2, 20, 15),
+        lambda a, b: [(a, "+", b, a + b), (a, "+", a + b, 2 * a + b)],
+        (
+            "{n} has {a} {o}. {m} has {b} more than {n}. How many {o} do they have together?",
+            "There are {a} {o} in a box and {b} more than that in a bag. How many {o} are there in all?",
+        ),
+    ),
+    "two_step": _Skill(
+        lambda: ((a, b, c) for a, b in _pairs(2, 20) for c in range(2, min(a + b - 1, 16))),
+        lambda a, b, c: [(a, "+", b, a + b), (a + b, "-", c, a + b - c)],
+        (
+            "{n} has {a} {o}, finds {b} more and gives {c} to {m}. How many {o} does {n} have now?",
+            "There are {a} {o} in a box. {n} puts in {b} more and {m} takes {c}. How many {o} are left?",
+        ),
+    ),
+    "bags_and_more": _Skill(
+        lambda: ((a, b, c) for a, b in _pairs(2, 12) for c in range(2, 16)),
+        lambda a, b, c: [(a, "*", b, a * b), (a * b, "+", c, a * b + c)],
+        (
+            "{n} has {a} bags of {b} {o} each and finds {c} more. How many {o} does {n} have now?",
+            "{n} has {c} {o} and {m} has {a} boxes of {b}. How many {o} do they have together?",
+        ),
+    ),
+}
+
+
+def _split_of(skill: str, numbers: Numbers) -> str:
+    """The one split that may use these numbers for this skill: 6/8 train, 1/8 validation, 1/8 test.
+
+    The numbers are sorted first, so that 3 + 4 and 4 + 3 fall together, and hashed by hashlib, since `hash` differs between processes.
+    """
+    key = f"{skill}: {'-'.join(map(str, sorted(numbers)))}"
+    bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 8
+    return {0: "validation", 1: "test"}.get(bucket, "train")
+
+
+def _problem(skill: str, numbers: Numbers, rng: random.Random) -> dict[str, str]:
+    template = rng.choice(_SKILLS[skill].templates)
+    n, m = rng.sample(_NAMES, 2)
+    words = dict(zip("abc", numbers), n=n, m=m, o=rng.choice(_OBJECTS))
+    steps = _SKILLS[skill].steps(*numbers)
+    answer = str(steps[-1][-1])
+    lines = [f"{left} {operator} {right} = {result}" for left, operator, right, result in steps]
+    return {
+        "question": template.format(**words),
+        "solution": "\n".join([*lines, f"#### {answer}"]),
+        "answer": answer,
+        "skill": skill,
+    }
+
+
+def _problems(split: str, size: int) -> Iterator[dict[str, str]]:
+    """`size` different questions, equally many of each skill; every combination of numbers appears before any repeats."""
+    rng = random.Random(split)
+    endless = {}
+    for skill, spec in _SKILLS.items():
+        combinations = [numbers for numbers in spec.numbers() if _split_of(skill, numbers) == split]
+        rng.shuffle(combinations)
+        endless[skill] = itertools.cycle(combinations)
+    seen = set()
+    for skill in itertools.cycle(_SKILLS):
+        if len(seen) == size:
+            return
+        problem = _problem(skill, next(endless[skill]), rng)
+        while problem["question"] in seen:
+            problem = _problem(skill, next(endless[skill]), rng)
+        seen.add(problem["question"])
+        yield problem
+
+
+class WordProblems(tfds.core.GeneratorBasedBuilder):
+    """Short arithmetic word problems in eight skills, with worked solutions and integer answers.
+
+    Features, all text: `question`; `solution`, one step a line and `#### N` at the end; `answer`, the number alone; `skill`.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "Initial release."}
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Procedural arithmetic word problems with worked solutions; no split shares its numbers with another.",
+            features=tfds.features.FeaturesDict({name: tfds.features.Text() for name in ("question", "solution", "answer", "skill")}),
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager):
+        del dl_manager  # nothing to download
+        return {split: self._generate_examples(split, size) for split, size in _SIZES.items()}
+
+    def _generate_examples(self, split: str, size: int) -> Iterator[tuple[str, dict[str, str]]]:
+        for i, problem in enumerate(_problems(split, size)):
+            yield f"{split}-{i}", problem

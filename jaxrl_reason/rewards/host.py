@@ -1,0 +1,306 @@
+"""Rewards that run on the host: user functions by TRL's signature, called once a step for the whole batch.
+
+    f(prompts, completions, completion_ids, **columns) -> list[float | None]
+
+All arguments are flat lists of length P*G and given by keyword; sample g of prompt p is row p*G + g. `None` means "no reward for this
+sample": it is kept as NaN and left out of every statistic, and is never 0.
+"""
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import importlib.util
+import inspect
+import logging
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from jaxrl_reason.rewards.functions import accuracy_reward, format_reward
+
+BUILT_IN = {"accuracy": accuracy_reward, "format": format_reward}
+_LARGEST = float(np.finfo(np.float32).max)
+_log = logging.getLogger(__name__)
+
+
+class RewardError(Exception):
+    """A reward that cannot be found, cannot be called, or breaks its contract. The message is a sentence for the user."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HostReward:
+    """A reward function, the name it is logged under and its weight in the total.
+
+    Attributes:
+      name: names the metrics `rewards/<name>/...`; None takes the function's own name (of a callable object, its class's).
+      function: any callable by TRL's signature: function, lambda, partial, callable object.
+      weight: its factor in the total. With weight 0 it is logged and does not teach.
+
+    Raises:
+      RewardError: `function` is not callable, or `weight` is not finite.
+    """
+
+    name: str | None
+    function: Callable[..., Sequence[float | None]]
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if not callable(self.function):
+            raise RewardError(f"Reward {self.name!r} is a {type(self.function).__name__}, which cannot be called; give a function.")
+        if not math.isfinite(self.weight):
+            raise RewardError(f"The weight of reward {self.name!r} is {self.weight}; give a finite number.")
+        if self.name is None:
+            object.__setattr__(self, "name", _name_of(self.function))
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardTable:
+    """What the rewards said about P prompts x G completions.
+
+    Attributes:
+      per_reward: name -> float32[P,G], unweighted; NaN where the function gave None or failed.
+      total: float32[P,G], the weighted sum of the rewards that are present; NaN where every reward of non-zero weight is missing.
+      error_rate: name -> share of the rows on which the function raised.
+    """
+
+    per_reward: dict[str, np.ndarray]
+    total: np.ndarray
+    error_rate: dict[str, float]
+
+    def metrics(self) -> dict[str, float]:
+        """`rewards/<name>/{mean,std,error_rate,none_rate}`.
+
+        Mean and std (n-1) are over the rewards that are present, NaN where there are too few; `none_rate` counts None, not failures.
+        """
+        metrics = {}
+        for name, rewards in self.per_reward.items():
+            present = rewards[~np.isnan(rewards)].astype(np.float64)
+            metrics[f"rewards/{name}/mean"] = float(present.mean()) if present.size else math.nan
+            metrics[f"rewards/{name}/std"] = float(present.std(ddof=1)) if present.size > 1 else math.nan
+            metrics[f"rewards/{name}/error_rate"] = self.error_rate[name]
+            metrics[f"rewards/{name}/none_rate"] = float(np.isnan(rewards).mean()) - self.error_rate[name]
+        return metrics
+
+
+def load_reward(spec: str) -> Callable[..., Sequence[float | None]]:
+    """The reward function that a configuration names.
+
+    Args:
+      spec: "accuracy" or "format" (built in), "package.module:function", or "path/to/file.py:function".
+
+    Raises:
+      RewardError: nothing by that name; the message gives the nearest name that exists.
+    """
+    place, colon, attribute = spec.rpartition(":")
+    if not colon:
+        if spec in BUILT_IN:
+            return BUILT_IN[spec]
+        raise RewardError(
+            f"There is no built-in reward {spec!r}{_nearest(spec, BUILT_IN)}. Built in are {', '.join(BUILT_IN)}; "
+            'a function of your own is "package.module:function" or "path/to/file.py:function".'
+        )
+    module = _import_file(Path(place), spec) if place.endswith(".py") else _import_module(place, spec)
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        what = "has no" if function is None else "has something that cannot be called by the name of"
+        valid = [name for name, value in vars(module).items() if callable(value)]
+        raise RewardError(f"Reward {spec!r}: {place} {what} {attribute!r}{_nearest(attribute, valid)}.")
+    return function
+
+
+def score(
+    rewards: Sequence[HostReward],
+    prompts: Sequence[str],
+    completions: Sequence[Sequence[str]],
+    completion_ids: Sequence[Sequence[Sequence[int]]],
+    columns: Mapping[str, Sequence],
+    max_failure_share: float = 0.5,
+) -> RewardTable:
+    """Calls every reward on P prompts x G completions.
+
+    A function that raises is called again row by row, each row a call of its own of length 1, so that only the rows that raise go
+    missing and their neighbours keep their reward. (A reward that compares the rows of a batch must therefore not rely on raising.)
+    Where more than `max_failure_share` of one function's rows fail, the function is at fault rather than the rows, and this raises.
+
+    Args:
+      rewards: at least one, names distinct, at least one weight not 0.
+      prompts: P texts.
+      completions: P lists of G texts.
+      completion_ids: P lists of G lists of token ids, end token included.
+      columns: name -> P values, the other columns of the data; repeated for the G samples of a prompt.
+      max_failure_share: in [0, 1].
+
+    Raises:
+      RewardError: a function fails too often, lacks an argument, or returns the wrong length or something that is not a finite number
+        or None; or the inputs do not fit each other. The message names the function.
+    """
+    shape = _checked_shape(rewards, prompts, completions, completion_ids, columns)
+    groups = shape[1]
+    rows = {"prompts": _repeat(prompts, groups), "completions": _flatten(completions), "completion_ids": _flatten(completion_ids)}
+    rows |= {name: _repeat(values, groups) for name, values in columns.items()}
+
+    per_reward, error_rate = {}, {}
+    weighted, present = np.zeros(shape), np.zeros(shape, bool)
+    for reward in rewards:
+        flat, failures = _rewards_of_rows(reward, rows, max_failure_share)
+        values = np.array(flat, np.float32).reshape(shape)
+        per_reward[reward.name], error_rate[reward.name] = values, failures / values.size
+        if reward.weight != 0:
+            weighted += np.where(np.isnan(values), 0.0, reward.weight * values.astype(np.float64))
+            present |= ~np.isnan(values)
+    total = np.where(present, weighted, np.nan).astype(np.float32)
+    return RewardTable(per_reward=per_reward, total=total, error_rate=error_rate)
+
+
+def _rewards_of_rows(reward: HostReward, rows: dict[str, list], max_failure_share: float) -> tuple[list[float], int]:
+    """(one float a row, NaN for missing; the number of rows that raised)."""
+    count = len(rows["completions"])
+    _check_signature(reward, rows)
+    try:
+        return _call(reward, rows, first_row=0), 0
+    except (RewardError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # not Exception: time-outs of verifiers (math-verify's) derive from BaseException
+        first_error = error
+    values, failures = [], 0
+    for row in range(count):
+        try:
+            values += _call(reward, {name: column[row : row + 1] for name, column in rows.items()}, first_row=row)
+        except (RewardError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            values.append(math.nan)
+            failures += 1
+            if failures > max_failure_share * count:  # do not wait for the other rows of a function that is simply broken
+                raise RewardError(
+                    f"Reward {reward.name!r} failed on {failures} of the {row + 1} rows tried, more than the share of "
+                    f"{max_failure_share:g} of {count} rows that may fail; the last error is {type(error).__name__}: {error}"
+                ) from error
+    _log.warning(
+        "Reward %r raised %s: %s; called row by row, it failed on %d of %d rows, which get no reward.",
+        reward.name, type(first_error).__name__, first_error, failures, count,
+    )  # fmt: skip
+    return values, failures
+
+
+def _call(reward: HostReward, rows: dict[str, list], first_row: int) -> list[float]:
+    """One call: the rewards as floats, NaN for None. Whatever the function raises passes through."""
+    count = len(rows["completions"])
+    # Lists of its own: a function that sorts or pops its arguments disturbs no other.
+    result = reward.function(**{name: list(column) for name, column in rows.items()})
+    try:
+        result = list(result)
+    except TypeError:
+        raise RewardError(f"Reward {reward.name!r} returned a {type(result).__name__}; it must return a list of {count} rewards.") from None
+    if len(result) != count:
+        raise RewardError(
+            f"Reward {reward.name!r} returned {len(result)} rewards for {count} completions; it must return one for each, in order, "
+            "and None where there is no reward."
+        )
+    return [_checked_value(reward, first_row + row, value) for row, value in enumerate(result)]
+
+
+def _checked_value(reward: HostReward, row: int, value) -> float:
+    if value is None:
+        return math.nan
+    try:
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not abs(number) <= _LARGEST:  # also true of NaN
+        raise RewardError(
+            f"Reward {reward.name!r} returned {value!r:.80} for row {row}; a reward is a finite float32 number, and None stands for "
+            "a missing one."
+        )
+    return number
+
+
+def _check_signature(reward: HostReward, rows: dict[str, list]) -> None:
+    """Says what is missing before the call; afterwards a TypeError could as well come from inside the function."""
+    try:
+        signature = inspect.signature(reward.function)
+    except (TypeError, ValueError):  # callables written in C may not have one
+        return
+    try:
+        signature.bind(**rows)
+    except TypeError as error:
+        raise RewardError(
+            f"Reward {reward.name!r} cannot be called: {error}. It is given {', '.join(rows)}, by keyword; a reward names the ones it "
+            "uses and takes the others as **columns."
+        ) from None
+
+
+def _checked_shape(rewards, prompts, completions, completion_ids, columns) -> tuple[int, int]:
+    names = [reward.name for reward in rewards]
+    if not any(reward.weight for reward in rewards):
+        raise RewardError("No reward has a weight other than 0, so there is nothing to learn from; give at least one.")
+    for name in names:
+        if names.count(name) > 1:
+            raise RewardError(f"Two rewards are named {name!r}; give each a name of its own, since metrics are logged by name.")
+    if len(prompts) == 0 or len(completions) != len(prompts) or len(completions[0]) == 0:
+        raise RewardError(f"There are {len(prompts)} prompts and {len(completions)} groups of completions; give one group, not empty, a prompt.")
+    groups = len(completions[0])
+    sizes, id_sizes = [len(group) for group in completions], [len(group) for group in completion_ids]
+    if set(sizes) != {groups} or id_sizes != sizes:
+        raise RewardError(
+            f"Every prompt needs the same number of completions and of completion_ids; the groups hold {_shown(sizes)} completions "
+            f"and {_shown(id_sizes)} completion_ids."
+        )
+    for name, values in columns.items():
+        if name in ("prompts", "completions", "completion_ids"):
+            raise RewardError(f"A data column is named {name!r}, which rewards receive from the run; rename the column.")
+        if len(values) != len(prompts):
+            raise RewardError(f"Column {name!r} has {len(values)} values for {len(prompts)} prompts; give one a prompt.")
+    return len(prompts), groups
+
+
+def _shown(sizes: list[int]) -> str:
+    return ", ".join(map(str, sizes[:8])) + (", ..." if len(sizes) > 8 else "")
+
+
+def _repeat(values: Sequence, times: int) -> list:
+    return [value for value in values for _ in range(times)]
+
+
+def _flatten(groups: Sequence[Sequence]) -> list:
+    return [value for group in groups for value in group]
+
+
+def _name_of(function: Callable) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _nearest(name: str, valid) -> str:
+    close = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def _import_module(name: str, spec: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise RewardError(
+            f"Reward {spec!r}: importing {name!r} failed with {type(error).__name__}: {error}. The module must be installed or lie in "
+            'the directory the run starts in; for a file elsewhere write "path/to/file.py:function".'
+        ) from error
+
+
+def _import_file(path: Path, spec: str) -> ModuleType:
+    if not path.is_file():
+        nearby = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise RewardError(f"Reward {spec!r}: there is no file {path}{_nearest(path.name, nearby)} (looked in {path.parent.resolve()}).")
+    module_spec = importlib.util.spec_from_file_location(f"jaxrl_reason_reward_{path.stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses look their own module up there
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise RewardError(f"Reward {spec!r}: running {path} failed with {type(error).__name__}: {error}.") from error
+    return module

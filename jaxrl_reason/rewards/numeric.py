@@ -1,0 +1,161 @@
+r"""Exact numeric verdicts on text that a model wrote, without evaluating it.
+
+The final answer is cut out of the completion, read by a small grammar into an exact `Fraction`, and compared for equality. Nothing is
+computed from the text: "2+3" is not a number, and "9**9**9**9" costs as much as "hello". All functions take time linear in the text
+and keep no state, so they work from any thread.
+
+What counts as a number, and what does not:
+
+    18   -3   +3   1,234   0.50   .5   3/4   1e3   $18   -$18   \$18   18.   \frac{1}{2}   -\dfrac{1}{2}   5\text{ cm}   50%
+    1,2,3   1,23   --5   3/0   1e101   1 1/2   2+3   nan   inf   5 apples   x = 5   digits that are not ASCII
+
+A percent sign is "divided by 100" to `parse_number`. To `numeric_verdict`, "50%" equals "50%" and "0.5", and it also equals "50", since
+the reference to "what percentage ...?" is usually written without the sign (and the same with the roles exchanged).
+"""
+
+import math
+import numbers
+import re
+from fractions import Fraction
+
+MAX_NUMBER_LENGTH = 200  # characters; longer text is not read as a number, so a megabyte of digits never becomes an integer
+MAX_EXPONENT = 100  # 1e100 is a number, 1e101 is not: exact arithmetic on 10**999999999 would not return
+
+_INTEGER = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)"  # [0-9], not \d: \d is every script's digits
+_NUMBER = re.compile(
+    rf"(?P<sign>[-+]?)(?:"
+    rf"(?P<decimal>(?:{_INTEGER}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE](?P<exponent>[-+]?[0-9]{{1,3}}))?)"
+    rf"|(?P<above>{_INTEGER}) ?/ ?(?P<below>{_INTEGER})"
+    rf"|\\[dt]?frac\{{(?P<above_tex>[-+]?{_INTEGER})\}}\{{(?P<below_tex>[-+]?{_INTEGER})\}})"
+)
+_TRAILING_UNIT = re.compile(r"\\(?:text|mathrm)\{[^{}]*\}$")
+# A lump that starts like a number. A sign glued to what precedes it ("10-4") is a subtraction, not a sign.
+# \d on purpose: a lump that mixes in foreign digits must stay whole, so that it is refused rather than cut short.
+_LUMP = re.compile(r"(?:(?<![\w)}])[-+−])?\$?(?:\\[dt]?frac\{[^{}]{1,50}\}\{[^{}]{1,50}\}|\.?\d[\d.,/]*(?:[eE][-+]?\d+)?)(?:\\?%)?")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+
+
+def extract_answer(text: str, *, fallback: str | None = None) -> str | None:
+    r"""The final answer of a completion, as text: what follows the last marker.
+
+    The markers are "#### x" (to the end of the line) and "\boxed{x}" (to the matching brace); the last one of either kind counts.
+
+    Args:
+      text: a completion or a worked solution.
+      fallback: None, or "last_number": without any marker, the last thing in the text that looks like a number.
+
+    Returns:
+      The answer, stripped; None without a marker, after an empty one, and for a \boxed{ that is never closed.
+
+    Raises:
+      ValueError: another `fallback`.
+    """
+    if fallback not in (None, "last_number"):
+        raise ValueError(f'fallback is {fallback!r}; it must be None or "last_number".')
+    hashes, box = text.rfind("####"), text.rfind(r"\boxed{")
+    if hashes > box:
+        return text[hashes + 4 :].partition("\n")[0].strip() or None
+    if box >= 0:
+        return _to_matching_brace(text, box + len(r"\boxed{"))
+    if fallback is None:
+        return None
+    lump = None
+    for lump in _LUMP.finditer(text):
+        pass
+    return lump and lump.group().rstrip(".,/")
+
+
+def parse_number(text: str) -> Fraction | None:
+    """The exact value of a text that is one number and nothing else, or None. The module's docstring shows the grammar.
+
+    "50%" is 1/2. Text of more than `MAX_NUMBER_LENGTH` characters is not a number.
+    """
+    reading = _read(text)
+    if reading is None:
+        return None
+    value, percent = reading
+    return value / 100 if percent else value
+
+
+def numeric_verdict(completion: str, answer: str | int | float, *, fallback: str | None = None) -> bool:
+    r"""Whether the completion's final answer is exactly the reference number.
+
+    Args:
+      completion: the text to judge; `extract_answer` finds its final answer.
+      answer: the reference: a number, a text that is one, or a worked solution that ends in "#### x" or "\boxed{x}" (so GSM8K's
+        `answer` column serves as it is). A float means the decimal it prints as: 0.1 is 1/10.
+      fallback: as in `extract_answer`.
+
+    Returns:
+      True where both are numbers and equal, "0.50" and "1/2" included. No answer, or one that is not a number, is False.
+
+    Raises:
+      ValueError: the reference is not a number. That is a fault of the data, not of the completion.
+    """
+    reference, reference_percent = _read_reference(answer)
+    extracted = extract_answer(completion, fallback=fallback)
+    reading = None if extracted is None else _read(extracted)
+    if reading is None:
+        return False
+    value, percent = reading
+    if percent == reference_percent:
+        return value == reference
+    with_sign, without_sign = (value, reference) if percent else (reference, value)
+    return without_sign in (with_sign, with_sign / 100)
+
+
+def _to_matching_brace(text: str, start: int) -> str | None:
+    depth = 1
+    for token in _BRACE.finditer(text, start):  # \{ and \} are characters of the answer, and match as the escape
+        depth += {"{": 1, "}": -1}.get(token.group(), 0)
+        if depth == 0:
+            return text[start : token.start()].strip() or None
+    return None
+
+
+def _read(text: str) -> tuple[Fraction, bool] | None:
+    """(the number as written, whether a percent sign follows), or None."""
+    text = text.strip()
+    if len(text) > MAX_NUMBER_LENGTH:
+        return None
+    text = text.removesuffix(".").replace("\N{MINUS SIGN}", "-").replace(r"\$", "$").replace(r"\%", "%")
+    text = text.replace("{,}", ",").replace(r",\!", ",")  # thousands separators as TeX spaces them
+    if text.startswith("$"):  # "$18" is money, "$18$" is TeX
+        text = text[1:].removesuffix("$")
+    elif text[:2] in ("-$", "+$"):
+        text = text[0] + text[2:]
+    text = _TRAILING_UNIT.sub("", text).strip()
+    percent = text.endswith("%")
+    match = _NUMBER.fullmatch(text.removesuffix("%").strip())
+    if match is None:
+        return None
+    part = {name: group and group.replace(",", "") for name, group in match.groupdict().items()}
+    if part["decimal"] is not None:
+        if abs(int(part["exponent"] or 0)) > MAX_EXPONENT:
+            return None
+        value = Fraction(part["decimal"])
+    else:
+        above, below = int(part["above"] or part["above_tex"]), int(part["below"] or part["below_tex"])
+        if below == 0:
+            return None
+        value = Fraction(above, below)
+    return (-value if part["sign"] == "-" else value), percent
+
+
+def _read_reference(answer: str | int | float) -> tuple[Fraction, bool]:
+    if isinstance(answer, numbers.Integral):
+        return Fraction(int(answer)), False
+    if isinstance(answer, numbers.Real) and math.isfinite(answer):
+        return Fraction(str(answer)), False  # through the decimal it prints as: Fraction(0.1) is not 1/10
+    reading = None
+    if isinstance(answer, str):
+        extracted = extract_answer(answer)
+        reading = _read(answer if extracted is None else extracted)
+    if reading is None:
+        shown = repr(answer)
+        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        raise ValueError(
+            f"The reference answer {shown} is not a number, so no completion can be judged against it; correct that row's "
+            "answer, or use another reward for answers that are not numbers."
+        )
+    return reading

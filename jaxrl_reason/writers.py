@@ -1,0 +1,277 @@
+"""What a run leaves in its work directory for people: metrics.jsonl, TensorBoard events, samples.jsonl, the learning curve.
+
+The `.jsonl` files hold one JSON object a line, each with its `step`. A line is handed to the system in one write, so a killed run
+leaves at most its last line torn; opening the file again removes that line. A run that goes on from a checkpoint of step k passes
+`resume_step=k`, and the lines of later steps, which it is about to write again, are dropped.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import rich.table
+from matplotlib.figure import Figure
+from tensorboardX import SummaryWriter
+
+
+class MetricsWriter:
+    """Appends the metrics of a step to `metrics.jsonl` and, as scalars, to the TensorBoard events under `tensorboard/`.
+
+    A context manager; `close()` flushes the events.
+
+    Args:
+      workdir: made where it does not exist.
+      tensorboard: whether to write events.
+      resume_step: the last step to keep (-1: none, a run that starts over); None keeps every complete line.
+
+    Raises:
+      ValueError: the existing file is damaged elsewhere than in its last line; the message gives the line.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, tensorboard: bool = True, resume_step: int | None = None):
+        self._lines = _Lines(Path(workdir) / "metrics.jsonl", resume_step)
+        self._events = None
+        if tensorboard:
+            # purge_step tells TensorBoard to forget what an interrupted run wrote at or after that step.
+            purge_step = None if resume_step is None else resume_step + 1
+            self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=purge_step, flush_secs=10)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line: {"step": step, **metrics}. Values that are not finite become null, and no event.
+
+        Raises:
+          ValueError: a value is not a scalar number, or a metric is named "step".
+        """
+        if "step" in metrics:
+            raise ValueError('A metric is named "step", which every line already has; rename it.')
+        numbers = {name: _number(name, value) for name, value in metrics.items()}
+        self._lines.append([{"step": int(step), **numbers}])
+        if self._events is not None:
+            for name, value in numbers.items():
+                if value is not None:
+                    self._events.add_scalar(name, value, global_step=int(step))
+
+    def close(self) -> None:
+        self._lines.close()
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+class SampleTable:
+    """Appends sampled completions, with what they earned, to `samples.jsonl`: one line a completion.
+
+    A line is {"step", "prompt", "completion", "rewards": {name: number}, "total", "advantage", "length", "truncated"}; a missing
+    reward is null. A context manager. Arguments and errors of the constructor as in `MetricsWriter`.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, resume_step: int | None = None):
+        self._lines = _Lines(Path(workdir) / "samples.jsonl", resume_step)
+
+    def write(
+        self,
+        step: int,
+        prompts: Sequence[str],
+        completions: Sequence[Sequence[str]],
+        *,
+        rewards: Mapping[str, np.ndarray],
+        total: np.ndarray,
+        advantages: np.ndarray,
+        lengths: np.ndarray,
+        truncated: np.ndarray,
+    ) -> None:
+        """Writes P prompts x G completions; pass fewer prompts to keep the file small.
+
+        Args:
+          step: the training step.
+          prompts: P texts.
+          completions: P lists of G texts.
+          rewards: name -> float[P,G].
+          total: float[P,G].
+          advantages: float[P,G].
+          lengths: int[P,G], in tokens, end token included.
+          truncated: bool[P,G].
+
+        Raises:
+          ValueError: an array is not [P,G].
+        """
+        shape = (len(prompts), len(completions[0]) if completions else 0)
+        arrays = {"total": total, "advantages": advantages, "lengths": lengths, "truncated": truncated, **rewards}
+        for name, array in arrays.items():
+            if np.shape(array) != shape:
+                raise ValueError(f"{name} has shape {np.shape(array)}; for {shape[0]} prompts x {shape[1]} completions it must be {shape}.")
+        records = []
+        for p, g in np.ndindex(*shape):
+            records.append(
+                {
+                    "step": int(step),
+                    "prompt": prompts[p],
+                    "completion": completions[p][g],
+                    "rewards": {name: _number(name, values[p][g]) for name, values in rewards.items()},
+                    "total": _number("total", total[p][g]),
+                    "advantage": _number("advantages", advantages[p][g]),
+                    "length": int(lengths[p][g]),
+                    "truncated": bool(truncated[p][g]),
+                }
+            )
+        self._lines.append(records)
+
+    def close(self) -> None:
+        self._lines.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict]:
+    """The lines of a `.jsonl` file of this module, in order; a torn last line is left out.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: another line is not a JSON object with a step; the message gives file and line.
+    """
+    return list(_records(Path(path)))
+
+
+def plot_learning_curve(metrics_path: str | os.PathLike, out_png: str | os.PathLike, *, title: str) -> None:
+    """Draws a run: the reward of every step, its running mean and the held-out accuracy; below, the mean completion length.
+
+    Reads the metrics `reward`, `eval/accuracy` and `completions/mean_length`; a curve without data is left out.
+
+    Args:
+      metrics_path: a `metrics.jsonl`.
+      out_png: where the picture goes.
+      title: stands above it.
+
+    Raises:
+      FileNotFoundError, ValueError: as `read_metrics`.
+    """
+    records = read_metrics(metrics_path)
+    figure = Figure(figsize=(8, 6), layout="constrained")  # not pyplot: no global state, no display
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    steps, rewards = _series(records, "reward")
+    if steps:
+        top.plot(steps, rewards, linewidth=0.7, alpha=0.4, color="tab:blue", label="reward")
+        window = max(1, len(rewards) // 20)
+        top.plot(steps, _running_mean(rewards, window), color="tab:blue", label=f"reward, mean of the last {window} steps")
+    steps, accuracy = _series(records, "eval/accuracy")
+    if steps:
+        top.plot(steps, accuracy, "o-", color="tab:orange", label="held-out accuracy")
+    if top.lines:
+        top.legend(loc="best")
+    top.set_ylabel("reward, accuracy")
+    top.set_title(title)
+    steps, lengths = _series(records, "completions/mean_length")
+    if steps:
+        bottom.plot(steps, lengths, color="tab:green")
+    bottom.set_ylabel("mean length (tokens)")
+    bottom.set_xlabel("step")
+    for axis in (top, bottom):
+        axis.grid(alpha=0.3)
+    figure.savefig(out_png, dpi=120, format="png")
+
+
+def summary_table(before: Mapping[str, float], after: Mapping[str, float]) -> rich.table.Table:
+    """The table that ends a run: one row a metric, before, after and the change.
+
+    Args:
+      before: metric name -> value, for instance {"eval/accuracy": .41, "eval/pass@4": .6, "eval/mean_length": 37.2}. Accuracy and
+        pass@k are shares and shown in percent. NaN, and a metric that only one side has, is shown as a dash.
+      after: the same, later. Rows come in the order of `before`, then what only `after` has.
+    """
+    table = rich.table.Table()
+    table.add_column("")
+    for heading in ("before", "after", "change"):
+        table.add_column(heading, justify="right")
+    for name in dict.fromkeys([*before, *after]):
+        short = name.rpartition("/")[2].replace("_", " ")
+        percent = short.endswith("accuracy") or short.startswith("pass@")
+        old, new = (100 * x if percent else x for x in (before.get(name, math.nan), after.get(name, math.nan)))
+        cells = [f"{old:.1f}", f"{new:.1f}", f"{new - old:+.1f}"]
+        cells = [cell + (" %" if percent else "") for cell in cells[:2]] + [cells[2] + (" points" if percent else "")]
+        table.add_row(short, *("-" if "nan" in cell else cell for cell in cells))
+    return table
+
+
+class _Lines:
+    """A `.jsonl` file open for appending, cut to what a resumed run keeps."""
+
+    def __init__(self, path: Path, resume_step: int | None):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            self._cut(path, resume_step)
+        self._file = open(path, "ab", buffering=0)  # unbuffered: one write() is one system call
+
+    @staticmethod
+    def _cut(path: Path, resume_step: int | None) -> None:
+        """Rewrites the file beside itself and moves it into place, so that being killed here loses nothing."""
+        scratch = path.with_name(path.name + ".tmp")
+        with open(scratch, "wb") as out:
+            for record in _records(path):
+                if resume_step is None or record["step"] <= resume_step:
+                    out.write(_line(record))
+        os.replace(scratch, path)
+
+    def append(self, records: Sequence[Mapping]) -> None:
+        self._file.write(b"".join(map(_line, records)))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _line(record: Mapping) -> bytes:
+    # backslashreplace: a lone surrogate from a byte-level tokenizer becomes its JSON escape instead of an error.
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _records(path: Path) -> Iterator[dict]:
+    with open(path, "rb") as lines:  # bytes: text mode would also break lines at characters that completions may hold
+        torn = None
+        for number, line in enumerate(lines, start=1):
+            if torn is not None:
+                raise ValueError(f"Line {torn} of {path} is not a JSON object with a step; mend or remove that line, or move the file away.")
+            try:
+                record = json.loads(line)
+                valid = isinstance(record["step"], int)
+            except (ValueError, TypeError, KeyError):  # ValueError: also bytes that are not UTF-8
+                valid = False
+            if valid:
+                yield record
+            else:
+                torn = number  # forgiven if no line follows
+
+
+def _number(name: str, value) -> float | int | bool | None:
+    if isinstance(value, (bool, int)):
+        return value
+    if np.ndim(value) != 0 or isinstance(value, (str, bytes)):
+        raise ValueError(f"Metric {name!r} is {value!r:.80}; a metric is one number.")
+    try:
+        value = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"Metric {name!r} is {value!r:.80}; a metric is one number.") from None
+    return value if math.isfinite(value) else None
+
+
+def _series(records: Sequence[Mapping], name: str) -> tuple[list[int], list[float]]:
+    points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _running_mean(values: Sequence[float], window: int) -> np.ndarray:
+    """The mean of the last `window` values, of fewer at the start."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    end = np.arange(1, len(values) + 1)
+    begin = np.maximum(end - window, 0)
+    return (sums[end] - sums[begin]) / (end - begin)

@@ -1,0 +1,43 @@
+"""Prompt templates: plain replacement, safe against braces in the data."""
+
+from hypothesis import given, strategies as st
+import pytest
+
+from jaxrl_reason import data
+
+ROW = {"question": "1 + 1?", "solution": "1 + 1 = 2\n#### 2", "answer": 2}
+
+
+def test_the_templates_that_come_with_the_library():
+    assert data.get_template("plain").render_prompt(ROW) == "1 + 1?\n"
+    assert data.get_template("plain").render_solution(ROW) == ROW["solution"]
+    assert data.get_template("qa").render_prompt(ROW) == "Question: 1 + 1?\nAnswer:"
+    assert data.get_template("qa").render_solution(ROW) == " " + ROW["solution"]
+    assert all(name == template.name for name, template in data.TEMPLATES.items())
+
+
+def test_inline_templates():
+    template = data.get_template("Put it in \\boxed{}: {question} {answer}")
+    assert template.render_prompt(ROW) == "Put it in \\boxed{}: 1 + 1? 2"
+    assert data.get_template(template) is template
+
+
+@given(st.text(), st.text())
+def test_values_are_never_looked_into(question, solution):
+    template = data.PromptTemplate("both", "<{question}|{solution}>")
+    assert template.render_prompt({"question": question, "solution": solution}) == f"<{question}|{solution}>"
+
+
+def test_values_that_look_like_columns_stay():
+    row = {"question": "{answer} {0} {question} \\1", "answer": "7"}
+    assert data.get_template("plain").render_prompt(row) == row["question"] + "\n"
+
+
+def test_a_missing_column_names_template_column_and_columns():
+    with pytest.raises(ValueError, match="template 'plain' names the column 'solution', which the data does not have; its columns are answer, question"):
+        data.get_template("plain").render_solution({"question": "a", "answer": "b"})
+
+
+def test_an_unknown_template_names_the_nearest():
+    with pytest.raises(ValueError, match="'plian' \\(did you mean 'plain'"):
+        data.get_template("plian")

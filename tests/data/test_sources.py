@@ -1,0 +1,236 @@
+"""Sources: TFDS data sets prepared for real, JSONL files with every kind of bad row."""
+
+import json
+
+from hypothesis import given, strategies as st
+import pytest
+import tensorflow_datasets as tfds
+
+from jaxrl_reason import data
+from jaxrl_reason.data import jsonl
+
+GOOD = b'{"question": "1 + 1?", "answer": 2}\n'
+
+
+@pytest.fixture
+def write(tmp_path):
+    def _write(content: bytes, name="rows.jsonl"):
+        (tmp_path / name).write_bytes(content)
+        return str(tmp_path / name)
+
+    return _write
+
+
+def numbered(count):
+    return b"".join(json.dumps({"question": f"q{i}", "answer": i}).encode() + b"\n" for i in range(count))
+
+
+# ---- TFDS -----------------------------------------------------------------------------------------------------------------
+
+
+def test_word_problems_by_name(problems, data_dir):
+    source = problems["test"]
+    assert (source.name, source.skipped, len(source)) == ("word_problems", 0, 1000)
+    assert source[3] == list(source)[3]
+    assert [source[i] for i in (5, 999)] == source.read([5, 999])
+    part = data.load_source("word_problems", "test[:10]", data_dir=data_dir)
+    assert list(part) == source.read(range(10))
+    assert part.fingerprint != source.fingerprint != problems["validation"].fingerprint
+
+
+@pytest.mark.parametrize("index", [-1, 1000])
+def test_rows_outside_are_refused(problems, index):
+    with pytest.raises(IndexError, match=f"Row {index} was asked of word_problems, which has rows 0 to 999"):
+        problems["test"][index]
+
+
+def test_columns_rename_and_keep(data_dir):
+    source = data.load_source("word_problems", "test", data_dir=data_dir, columns={"question": "skill", "gold": "answer"})
+    row = source[0]
+    assert set(row) == {"question", "gold", "answer", "solution"}
+    assert row["gold"] == row["answer"]
+
+
+@pytest.mark.parametrize(
+    "name, split, columns, message",
+    [
+        ("word_problem_typo", "train", {}, "no data set 'word_problem_typo': give word_problems, gsm8k, another name that TFDS knows, or a path"),
+        ("word_problems", "dev", {}, "Split 'dev' of data set 'word_problems' cannot be opened: .*'validation'"),
+        ("word_problems", "train[0:0]", {}, "Split 'train\\[0:0\\]' of data set 'word_problems'"),
+        ("word_problems", "train", {"question": "problem"}, "there is no column 'problem' \\(to be used as 'question'\\), only .*'skill'"),
+    ],
+)
+def test_wrong_names_are_sentences(problems, data_dir, name, split, columns, message):
+    with pytest.raises(ValueError, match=message):
+        data.load_source(name, split, data_dir=data_dir, columns=columns)
+
+
+def test_gsm8k_by_its_own_builder(tmp_path, monkeypatch):
+    """Only the download is replaced, by local files of the published form."""
+    rows = [
+        {"question": "Natalia sold 48 clips…?", "answer": "She sold 48/2 = <<48/2=24>>24.\n#### 24"},
+        {"question": "How much is a house?", "answer": "80,000+50,000=<<80000+50000=130000>>130,000\n#### 130,000"},
+        {"question": "How cold?", "answer": "0-3=<<0-3=-3>>-3\n#### -3"},
+    ]
+
+    def local_files(self, urls):
+        for name in urls:
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return {name: tmp_path / f"{name}.jsonl" for name in urls}
+
+    monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", local_files)
+    source = data.load_source("gsm8k", "train", data_dir=tmp_path / "prepared")
+    assert sorted(row["answer"] for row in source) == ["-3", "130000", "24"]
+    solutions = {row["question"]: row["answer"] for row in rows}
+    for row in source:
+        assert set(row) == {"question", "solution", "answer"}
+        assert row["solution"] == solutions[row["question"]]
+    assert len(data.load_source("gsm8k", "test", data_dir=tmp_path / "prepared")) == 3
+
+
+# ---- JSONL ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_with_renamed_and_extra_columns(write):
+    path = write(b'\xef\xbb\xbf{"problem": "caf\xc3\xa9?", "answer": 1.5, "tags": ["a"], "level": null}\r\n{"problem": "b", "answer": "x"}\n\n  \n')
+    source = data.load_source(path, "all", columns={"question": "problem"})
+    assert list(source) == [{"question": "café?", "answer": 1.5, "tags": ["a"], "level": None}, {"question": "b", "answer": "x"}]
+    assert (source.skipped, source.name) == (0, path)
+
+
+def test_a_row_belongs_to_the_caller(write):
+    source = data.load_source(write(GOOD), "all")
+    source[0]["question"] = "changed"
+    assert source[0]["question"] == "1 + 1?"
+
+
+BAD_LINES = [
+    (b'{"question": "\xff", "answer": 1}', "byte 15 is not UTF-8"),
+    (b'{"question": "a", "answer": 1', "not JSON: Expecting ',' delimiter at character"),
+    (b"question,answer", "not JSON: Expecting value at character 1"),
+    (b'["a", 1]', "a JSON list, where an object with columns has to be"),
+    (b"3", "a JSON number, where an object"),
+    (b"{}", "there is no column 'question', only an empty row"),
+    (b'{"question": "a"}', "there is no column 'answer', only 'question'"),
+    (b'{"question": null, "answer": 1}', "column 'question' is a JSON null; it has to be text or a number"),
+    (b'{"question": "a", "answer": true}', "column 'answer' is a JSON boolean"),
+    (b'{"question": "a", "answer": [1]}', "column 'answer' is a JSON list"),
+    (b'{"question": "a", "answer": {"x": 1}}', "column 'answer' is a JSON object"),
+    (b'{"question": " ", "answer": 1}', "column 'question' is empty"),
+    (b'{"question": "a", "answer": ""}', "column 'answer' is empty"),
+    (b'{"question": "a", "answer": NaN}', "column 'answer' is nan, not a finite number"),
+    (b'{"question": "a", "answer": 1e999}', "column 'answer' is inf, not a finite number"),
+    (b'{"question": "\\ud800", "answer": 1}', "column 'question' holds half of a surrogate pair"),
+    (b'{"question": "a", "answer": ' + b"9" * 5000 + b"}", "not readable as JSON"),
+    (b'{"question": ' + b"[" * 100_000, "not readable as JSON"),
+    (b"", "the line is blank"),
+]
+
+
+@pytest.mark.parametrize("line, reason", BAD_LINES, ids=[reason[:30] for _, reason in BAD_LINES])
+def test_a_bad_row_is_refused_or_skipped_and_counted(write, line, reason):
+    path = write(GOOD + line + b"\n" + GOOD)
+    with pytest.raises(ValueError) as refused:
+        data.load_source(path, "all")
+    assert f"{path} has 1 bad row:\n  {path}, line 2: {reason}" in str(refused.value)
+    assert "set on_bad_row to 'skip'" in str(refused.value)
+    with pytest.warns(UserWarning) as warned:
+        source = data.load_source(path, "all", on_bad_row="skip")
+    assert f"1 bad row skipped, 2 kept. The first: {path}, line 2: {reason}" in str(warned[0].message)
+    assert (len(source), source.skipped) == (2, 1)
+
+
+def test_ten_bad_rows_are_listed_and_all_are_counted(write):
+    path = write(GOOD + b"{}\n" * 25)
+    with pytest.raises(ValueError, match="25 bad rows") as refused:
+        data.load_source(path, "all")
+    message = str(refused.value)
+    assert message.count(", line ") == 10
+    assert "line 11:" in message and "line 12:" not in message and "and 15 more" in message
+
+
+def test_a_column_named_in_columns_is_required(write):
+    path = write(b'{"question": "a", "answer": 1, "cot": null}\n')
+    with pytest.raises(ValueError, match="line 1: column 'solution' is a JSON null"):
+        data.load_source(path, "all", columns={"solution": "cot"})
+    with pytest.raises(ValueError, match="line 1: there is no column 'steps' \\(to be used as 'solution'\\)"):
+        data.load_source(path, "all", columns={"solution": "steps"})
+
+
+@pytest.mark.parametrize(
+    "content, on_bad_row, message",
+    [
+        (b"", "refuse", "no usable row: the file is empty"),
+        (b"\n\n", "refuse", "no usable row: the file is empty"),
+        (b"{}\n[]\n", "skip", "no usable row: 2 bad rows skipped, the first at .*line 1: there is no column 'question'"),
+        (GOOD, "ignore", "on_bad_row is 'ignore'; it has to be 'refuse' or 'skip'"),
+    ],
+)
+def test_nothing_to_read(write, content, on_bad_row, message):
+    with pytest.raises(ValueError, match=message):
+        data.load_source(write(content), "all", on_bad_row=on_bad_row)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no data file .*absent.jsonl"):
+        data.load_source(str(tmp_path / "absent.jsonl"), "all")
+
+
+@pytest.mark.parametrize(
+    "split, expected",
+    [
+        ("all", range(0, 11)),
+        ("[:]", range(0, 11)),
+        ("[:90%]", range(0, 10)),
+        ("[90%:]", range(10, 11)),
+        ("[3:5]", range(3, 5)),
+        ("[-2:]", range(9, 11)),
+        ("[10%:-1]", range(1, 10)),
+    ],
+)
+def test_slices_of_a_file(write, split, expected):
+    source = data.load_source(write(numbered(11)), split)
+    assert [row["answer"] for row in source] == list(expected)
+
+
+@given(st.integers(1, 60), st.integers(0, 100))
+def test_percentages_part_the_rows(count, percent):
+    rows = [{"answer": i} for i in range(count)]
+    parts = []
+    for split in (f"[:{percent}%]", f"[{percent}%:]"):
+        try:
+            parts += jsonl.slice_rows(rows, split, "file")
+        except ValueError as error:
+            assert "selects none" in str(error)
+    assert parts == rows
+
+
+@pytest.mark.parametrize(
+    "split, message",
+    [
+        ("train", "split 'train' of .* is not understood: a file takes 'all' or a slice"),
+        ("train[:5]", "is not understood"),
+        ("[5]", "is not understood"),
+        ("[0:12]", "reaches outside .*, which has 11 usable rows"),
+        ("[-12:]", "reaches outside"),
+        ("[:101%]", "is not understood"),
+        ("[5:5]", "selects none of its 11 usable rows"),
+        ("[7:5]", "selects none"),
+    ],
+)
+def test_wrong_slices_are_sentences(write, split, message):
+    with pytest.raises(ValueError, match=message):
+        data.load_source(write(numbered(11)), split)
+
+
+def test_the_fingerprint_follows_the_data_and_not_the_directory(write, tmp_path):
+    def fingerprint(path, split="all", **options):
+        return data.load_source(path, split, **options).fingerprint
+
+    path = write(numbered(4))
+    original = fingerprint(path)
+    (tmp_path / "moved").mkdir()
+    assert fingerprint(write(numbered(4), "moved/rows.jsonl")) == original
+    assert fingerprint(path, "[:3]") != original
+    assert fingerprint(path, columns={"gold": "answer"}) != original
+    assert fingerprint(write(numbered(4).replace(b"q3", b"q4"))) != original

@@ -1,0 +1,146 @@
+"""Tokenizers: round trips, special tokens, files in the Hugging Face layout, and what is said about wrong ones."""
+
+import json
+
+from hypothesis import given, settings, strategies as st
+import pytest
+import tokenizers
+from tokenizers import models
+
+from jaxrl_reason import data
+
+TEXTS = ["Ana has 12 apples.", "12 + 30 = 42\n#### 42", "How many apples does Ana have?"]
+TOKENIZER = data.train_tokenizer(TEXTS, vocab_size=300)
+
+
+@given(st.text())
+@settings(max_examples=300, deadline=None)
+def test_any_text_round_trips(text):
+    ids = TOKENIZER.encode(text)
+    assert TOKENIZER.decode(ids, skip_special=False) == text
+    assert all(0 <= i < TOKENIZER.vocab_size for i in ids)
+
+
+@given(st.lists(st.text(max_size=20), min_size=1, max_size=8))
+@settings(max_examples=50, deadline=None)
+def test_a_batch_is_its_texts_one_by_one(texts):
+    assert TOKENIZER.encode_batch(texts) == [TOKENIZER.encode(text) for text in texts]
+
+
+def test_digits_stay_single():
+    tokens = [TOKENIZER.backend.id_to_token(i) for i in TOKENIZER.encode("12 + 30 = 42")]
+    assert [token for token in tokens if any(c.isdigit() for c in token)] == list("123042")
+
+
+def test_special_tokens_come_only_from_the_text_or_from_add_bos():
+    assert TOKENIZER.encode("") == []
+    assert not set(TOKENIZER.encode("Ana has 1")) & {TOKENIZER.pad_id, TOKENIZER.bos_id, *TOKENIZER.eos_ids}
+    ids = TOKENIZER.encode("Ana<eos>")
+    assert ids[-1] == TOKENIZER.eos_ids[0]
+    assert TOKENIZER.decode(ids) == "Ana"
+    assert TOKENIZER.decode(ids, skip_special=False) == "Ana<eos>"
+
+
+def test_bos_is_added_exactly_once():
+    ids = TOKENIZER.encode("Ana", add_bos=True)
+    assert ids == [TOKENIZER.bos_id, *TOKENIZER.encode("Ana")]
+    assert TOKENIZER.encode("<bos>Ana", add_bos=True) == ids
+
+
+def test_training_is_deterministic_and_bounded(problems):
+    texts = [row["question"] for row in problems["train"].read(range(1000))]
+    first, second = data.train_tokenizer(texts, 350), data.train_tokenizer(texts, 350)
+    assert first.backend.to_str() == second.backend.to_str()
+    assert first.vocab_size == 350
+    with pytest.raises(ValueError, match="vocab_size is 258, but .* at least 259"):
+        data.train_tokenizer(texts, 258)
+
+
+@pytest.mark.parametrize("eos_ids", [(2,), (2, 0, 5)])
+def test_save_and_load_keep_everything(tmp_path, eos_ids):
+    saved = data.Tokenizer(TOKENIZER.backend, eos_ids=eos_ids, pad_id=0, bos_id=1, chat_template="{{ messages }} é")
+    saved.save(tmp_path / "new" / "directory")
+    for path in (tmp_path / "new" / "directory", tmp_path / "new" / "directory" / "tokenizer.json"):
+        loaded = data.load_tokenizer(path)
+        for field in ("eos_ids", "pad_id", "bos_id", "chat_template", "vocab_size"):
+            assert getattr(loaded, field) == getattr(saved, field), field
+        assert loaded.backend.to_str() == saved.backend.to_str()
+
+
+def test_saving_keeps_the_rest_of_a_generation_config(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": 7}')
+    data.Tokenizer(TOKENIZER.backend, eos_ids=(2, 0), pad_id=0).save(tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"temperature": 0.6, "eos_token_id": [2, 0]}
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({"tokenizer_config.json": {"eos_token": "<eos>"}}, {"eos_ids": (2,), "pad_id": 2, "bos_id": None, "chat_template": None}),
+        ({"tokenizer_config.json": {"eos_token": {"content": "<eos>"}, "pad_token": "<pad>"}}, {"eos_ids": (2,), "pad_id": 0}),
+        ({"special_tokens_map.json": {"eos_token": "<eos>", "bos_token": {"content": "<bos>"}}}, {"eos_ids": (2,), "bos_id": 1}),
+        ({"special_tokens_map.json": {"bos_token": "<bos>"}, "tokenizer_config.json": {"bos_token": None, "eos_token": "<eos>"}}, {"bos_id": None}),
+        ({"generation_config.json": {"eos_token_id": 2}}, {"eos_ids": (2,)}),
+        ({"generation_config.json": {"eos_token_id": [0, 2, 5]}, "tokenizer_config.json": {"eos_token": "<eos>"}}, {"eos_ids": (2, 0, 5)}),
+        ({"tokenizer_config.json": {"eos_token": "<eos>", "chat_template": "A"}}, {"chat_template": "A"}),
+        (
+            {"tokenizer_config.json": {"eos_token": "<eos>", "chat_template": [{"name": "tool", "template": "B"}, {"name": "default", "template": "A"}]}},
+            {"chat_template": "A"},
+        ),
+    ],
+)
+def test_special_tokens_are_found_where_hugging_face_puts_them(tmp_path, files, expected):
+    TOKENIZER.backend.save(str(tmp_path / "tokenizer.json"))
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    loaded = data.load_tokenizer(tmp_path)
+    assert {field: getattr(loaded, field) for field in expected} == expected
+
+
+def test_a_chat_template_file_is_read(tmp_path):
+    TOKENIZER.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert data.load_tokenizer(tmp_path).chat_template == "{{ messages }}"
+
+
+def test_truncation_and_padding_stored_in_the_file_are_not_applied(tmp_path):
+    backend = tokenizers.Tokenizer.from_str(TOKENIZER.backend.to_str())
+    backend.enable_truncation(3)
+    backend.enable_padding(length=10)
+    data.Tokenizer(backend, eos_ids=(2,), pad_id=0).save(tmp_path)
+    text = "How many apples does Ana have?"
+    loaded = data.load_tokenizer(tmp_path)
+    assert loaded.encode(text) == TOKENIZER.encode(text)
+    assert loaded.encode_batch(["a", text])[0] == TOKENIZER.encode("a")
+
+
+def test_a_vocabulary_with_holes_counts_up_to_its_largest_id():
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "<eos>": 9}, unk_token="a"))
+    assert data.Tokenizer(backend, eos_ids=(9,), pad_id=9).vocab_size == 10
+
+
+@pytest.mark.parametrize(
+    "files, error, message",
+    [
+        ({}, FileNotFoundError, "No tokenizer at .*tokenizer.json"),
+        ({"tokenizer.json": "not json"}, ValueError, "tokenizer.json is not a tokenizer.json that the tokenizers library can read"),
+        ({"tokenizer.json": '{"a": 1}'}, ValueError, "tokenizer.json is not a tokenizer.json that the tokenizers library can read"),
+        ({"tokenizer.json": None}, ValueError, 'No end token is known for .*tokenizer.json: put a tokenizer_config.json with an "eos_token"'),
+        ({"tokenizer.json": None, "tokenizer_config.json": "{"}, ValueError, "tokenizer_config.json is not JSON"),
+        ({"tokenizer.json": None, "tokenizer_config.json": "[]"}, ValueError, "tokenizer_config.json holds a JSON list"),
+        ({"tokenizer.json": None, "tokenizer_config.json": '{"eos_token": "<end>"}'}, ValueError, "names eos_token '<end>', which is not in the vocabulary"),
+        ({"tokenizer.json": None, "generation_config.json": '{"eos_token_id": 99999}'}, ValueError, "eos_ids holds 99999, which is not in"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path, files, error, message):
+    for name, content in files.items():
+        (tmp_path / name).write_text(TOKENIZER.backend.to_str() if content is None else content)
+    with pytest.raises(error, match=message):
+        data.load_tokenizer(tmp_path)
+
+
+def test_impossible_requests_are_refused():
+    with pytest.raises(ValueError, match="eos_ids is empty"):
+        data.Tokenizer(TOKENIZER.backend, eos_ids=(), pad_id=0)
+    with pytest.raises(ValueError, match="set add_bos to False"):
+        data.Tokenizer(TOKENIZER.backend, eos_ids=(2,), pad_id=0).encode("a", add_bos=True)

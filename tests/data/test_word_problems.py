@@ -1,0 +1,88 @@
+"""The word problems after TFDS's real preparation: disjoint splits, right arithmetic, the same data every time."""
+
+import collections
+import operator
+import re
+
+import pytest
+
+from jaxrl_reason import data
+from jaxrl_reason.data import word_problems
+
+SIZES = {"train": 20_000, "validation": 1_000, "test": 1_000}
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+
+
+@pytest.fixture(scope="module")
+def rows(problems):
+    return {split: list(source) for split, source in problems.items()}
+
+
+def numbers(row):
+    return tuple(sorted(int(digits) for digits in re.findall(r"\d+", row["question"])))
+
+
+def test_sizes_and_features(rows):
+    assert {split: len(part) for split, part in rows.items()} == SIZES
+    for part in rows.values():
+        assert set(part[0]) == {"question", "solution", "answer", "skill"}
+        assert all(isinstance(value, str) and value for row in part for value in row.values())
+
+
+def test_every_split_has_the_same_share_of_every_skill(rows):
+    for part in rows.values():
+        counts = collections.Counter(row["skill"] for row in part)
+        assert len(counts) >= 6
+        assert set(counts.values()) == {len(part) // len(counts)}
+
+
+def test_no_split_shares_the_numbers_of_a_skill_with_another(rows):
+    keys = {split: {(row["skill"], numbers(row)) for row in part} for split, part in rows.items()}
+    assert not keys["train"] & keys["validation"]
+    assert not keys["train"] & keys["test"]
+    assert not keys["validation"] & keys["test"]
+
+
+def test_no_question_appears_twice(rows):
+    questions = [row["question"] for part in rows.values() for row in part]
+    assert len(set(questions)) == len(questions)
+
+
+def test_held_out_skills_are_not_judged_on_a_handful_of_numbers(rows):
+    for split in ("validation", "test"):
+        for skill, seen in collections.Counter(row["skill"] for row in rows[split]).items():
+            assert len({numbers(row) for row in rows[split] if row["skill"] == skill}) >= 10, (split, skill, seen)
+
+
+def test_every_step_is_right_and_leads_to_the_answer(rows):
+    for part in rows.values():
+        for row in part:
+            *steps, last = row["solution"].split("\n")
+            known = set(re.findall(r"\d+", row["question"]))
+            for step in steps:
+                left, sign, right, result = re.fullmatch(r"(\d+) ([-+*/]) (\d+) = (\d+)", step).groups()
+                assert OPERATIONS[sign](int(left), int(right)) == int(result), row
+                assert sign != "/" or int(left) % int(right) == 0, row
+                assert {left, right} <= known, row  # from the question or an earlier step
+                known.add(result)
+            assert result == row["answer"]
+            assert last == f"#### {row['answer']}"
+            assert int(row["answer"]) > 0
+
+
+def test_small_enough_for_a_small_model(rows, tokenizer):
+    part = rows["train"][:4000]
+    assert max(map(len, tokenizer.encode_batch([row["question"] for row in part]))) <= 32
+    assert max(map(len, tokenizer.encode_batch([row["solution"] for row in part]))) < 32  # one more for the end token
+
+
+def test_a_second_preparation_gives_the_same_data(problems, tmp_path):
+    again = data.load_source("word_problems", "validation", data_dir=tmp_path)
+    assert list(again) == list(problems["validation"])
+    assert again.fingerprint == problems["validation"].fingerprint
+
+
+def test_the_data_are_those_of_version_1():
+    """Checkpoints and published figures rest on them: change VERSION when this changes."""
+    first = next(word_problems._problems("test", 1))
+    assert first == {'question': 'Ben has 4 shells. Mia gives Ben 3 more. How many shells does Ben have now?', 'solution': '4 + 3 = 7\n#### 7', 'answer': '7', 'skill': 'add'}

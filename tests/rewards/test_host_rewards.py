@@ -1,0 +1,265 @@
+import functools
+import logging
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxrl_reason.rewards import HostReward, RewardError, accuracy_reward, format_reward, load_reward, score
+
+PROMPTS = ["one?", "two?"]
+COMPLETIONS = [["#### 1", "#### 2", "1"], ["#### 2", "two", "#### 1"]]
+IDS = [[[1], [1, 2], [1, 2, 3]], [[4], [4, 5], [4, 5, 6]]]
+COLUMNS = {"answer": ["1", "2"], "id": [10, 20]}
+
+
+def run(*rewards, **overrides):
+    arguments = dict(prompts=PROMPTS, completions=COMPLETIONS, completion_ids=IDS, columns=COLUMNS) | overrides
+    return score(rewards, **arguments)
+
+
+def constant(value):
+    return lambda completions, **_: [value] * len(completions)
+
+
+def test_accuracy_and_format_with_weights():
+    table = run(HostReward("accuracy", accuracy_reward), HostReward("format", format_reward, weight=0.5))
+    np.testing.assert_array_equal(table.per_reward["accuracy"], [[1, 0, 0], [1, 0, 0]])
+    np.testing.assert_array_equal(table.per_reward["format"], [[1, 1, 0], [1, 0, 1]])
+    np.testing.assert_array_equal(table.total, [[1.5, 0.5, 0], [1.5, 0, 0.5]])
+    assert table.total.dtype == table.per_reward["format"].dtype == np.float32
+    assert table.metrics() == {
+        "rewards/accuracy/mean": pytest.approx(1 / 3),
+        "rewards/accuracy/std": pytest.approx(np.std([1, 0, 0, 1, 0, 0], ddof=1)),
+        "rewards/accuracy/error_rate": 0,
+        "rewards/accuracy/none_rate": 0,
+        "rewards/format/mean": pytest.approx(2 / 3),
+        "rewards/format/std": pytest.approx(np.std([1, 1, 0, 1, 0, 1], ddof=1)),
+        "rewards/format/error_rate": 0,
+        "rewards/format/none_rate": 0,
+    }
+
+
+def test_rows_are_prompt_major_and_columns_repeat():
+    seen = {}
+
+    def spy(prompts, completions, completion_ids, **columns):
+        seen.update(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+        return [10 * i + len(ids) for i, ids in zip(columns["id"], completion_ids)]
+
+    table = run(HostReward("spy", spy))
+    assert seen["prompts"] == ["one?"] * 3 + ["two?"] * 3
+    assert seen["completions"] == COMPLETIONS[0] + COMPLETIONS[1]
+    assert seen["completion_ids"] == IDS[0] + IDS[1]
+    assert seen["id"] == [10, 10, 10, 20, 20, 20] and seen["answer"] == ["1"] * 3 + ["2"] * 3
+    np.testing.assert_array_equal(table.total, [[101, 102, 103], [201, 202, 203]])
+
+
+@settings(max_examples=50)
+@given(st.integers(1, 5), st.integers(1, 5), st.data())
+def test_total_is_the_weighted_sum_of_what_is_present(prompts, groups, data):
+    rows = prompts * groups
+    values = data.draw(st.lists(st.lists(st.none() | st.floats(-10, 10, width=32), min_size=rows, max_size=rows), min_size=1, max_size=3))
+    weights = data.draw(st.lists(st.sampled_from([-1.0, 0.25, 0.5, 2.0]), min_size=len(values), max_size=len(values)))
+    rewards = [HostReward(str(i), lambda completions, v=v, **_: v, weight=w) for i, (v, w) in enumerate(zip(values, weights))]
+    table = score(rewards, ["p"] * prompts, [["c"] * groups] * prompts, [[[1]] * groups] * prompts, {})
+    for row in range(rows):
+        present = [w * v[row] for w, v in zip(weights, values) if v[row] is not None]
+        expected = sum(present) if present else math.nan
+        np.testing.assert_allclose(table.total.flat[row], expected, rtol=1e-6, atol=1e-6)
+    for i, v in enumerate(values):
+        assert table.metrics()[f"rewards/{i}/none_rate"] == pytest.approx(v.count(None) / rows)
+
+
+def test_none_is_missing_and_zero_is_a_reward():
+    nones = HostReward("nones", lambda completions, **_: [None, 0.0, None, 0.0, 1.0, None])
+    table = run(nones)
+    np.testing.assert_array_equal(table.total, [[np.nan, 0, np.nan], [0, 1, np.nan]])
+    assert table.metrics()["rewards/nones/mean"] == pytest.approx(1 / 3)
+    assert table.metrics()["rewards/nones/none_rate"] == 0.5
+    table = run(nones, HostReward("two", constant(2.0)))
+    np.testing.assert_array_equal(table.total, [[2, 2, 2], [2, 3, 2]])
+    # A reward of weight 0 is a mere observer: it cannot make a missing reward look like 0.
+    table = run(nones, HostReward("two", constant(2.0), weight=0.0))
+    np.testing.assert_array_equal(table.total, [[np.nan, 0, np.nan], [0, 1, np.nan]])
+
+
+def test_all_missing_has_no_mean():
+    metrics = run(HostReward("nothing", constant(None))).metrics()
+    assert math.isnan(metrics["rewards/nothing/mean"]) and math.isnan(metrics["rewards/nothing/std"])
+    assert metrics["rewards/nothing/none_rate"] == 1
+
+
+@pytest.mark.parametrize("exception", [ValueError, type("VerifierTimeout", (BaseException,), {})])
+def test_only_the_rows_that_raise_go_missing(exception, caplog):
+    def picky(completions, completion_ids, **_):
+        if [1, 2, 3] in completion_ids:
+            raise exception("three is too many")
+        return [float(len(ids)) for ids in completion_ids]
+
+    with caplog.at_level(logging.WARNING):
+        table = run(HostReward("picky", picky))
+    np.testing.assert_array_equal(table.total, [[1, 2, np.nan], [1, 2, 3]])
+    assert table.error_rate == {"picky": pytest.approx(1 / 6)}
+    assert table.metrics()["rewards/picky/error_rate"] == pytest.approx(1 / 6)
+    assert table.metrics()["rewards/picky/none_rate"] == 0
+    assert "three is too many" in caplog.text and "1 of 6" in caplog.text
+
+
+def test_a_function_that_mostly_fails_stops_the_run():
+    def broken(completions, **_):
+        raise OSError("no route to host")
+
+    for others in ([], [HostReward("fine", constant(1.0))]):
+        with pytest.raises(RewardError, match="'broken' failed on 4 of the 4 rows tried.*OSError: no route to host"):
+            run(HostReward("broken", broken), *others)
+    table = run(HostReward("broken", broken), HostReward("fine", constant(1.0)), max_failure_share=1.0)
+    np.testing.assert_array_equal(table.total, np.ones((2, 3)))
+    assert table.error_rate == {"broken": 1, "fine": 0}
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_is_not_a_failure(interrupt):
+    def interrupted(completions, **_):
+        raise interrupt
+
+    with pytest.raises(interrupt):
+        run(HostReward("interrupted", interrupted), max_failure_share=1.0)
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        (lambda completions, **_: [1.0], "'bad' returned 1 rewards for 6 completions"),
+        (lambda completions, **_: [1.0] * 7, "'bad' returned 7 rewards for 6 completions"),
+        (lambda completions, **_: 1.0, "'bad' returned a float; it must return a list of 6"),
+        (lambda completions, **_: None, "'bad' returned a NoneType"),
+        (lambda completions, **_: [1.0, 1.0, math.nan, 1.0, 1.0, 1.0], "'bad' returned nan for row 2.*None stands for"),
+        (lambda completions, **_: [1.0, 1.0, 1.0, 1.0, 1.0, math.inf], "'bad' returned inf for row 5"),
+        (lambda completions, **_: [1e39] * 6, "'bad' returned 1e.39 for row 0.*float32"),
+        (lambda completions, **_: ["1.0"] * 6, "'bad' returned '1.0' for row 0"),
+        (lambda completions, **_: [[1.0]] * 6, r"'bad' returned \[1.0\] for row 0"),
+        (lambda completions, image, **_: [1.0] * 6, "'bad' cannot be called: missing a required argument: 'image'.*answer, id"),
+        (lambda completions: [1.0] * 6, r"'bad' cannot be called: got an unexpected keyword argument.*\*\*columns"),
+    ],
+)
+def test_a_broken_contract_is_a_sentence(function, message):
+    with pytest.raises(RewardError, match=message):
+        run(HostReward("bad", function), max_failure_share=1.0)
+
+
+def test_a_broken_contract_row_by_row_names_the_row():
+    def bad(completions, completion_ids, **_):
+        if len(completions) > 1:
+            raise ValueError("one at a time")
+        return [math.nan if completion_ids == [[4, 5]] else 1.0]
+
+    with pytest.raises(RewardError, match="nan for row 4"):
+        run(HostReward("bad", bad))
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (dict(prompts=[]), "0 prompts and 2 groups"),
+        (dict(completions=COMPLETIONS[:1]), "2 prompts and 1 groups"),
+        (dict(completions=[[], []]), "not empty"),
+        (dict(completions=[["a"], ["a", "b"]]), "hold 1, 2 completions"),
+        (dict(completion_ids=[[[1]], [[1]]]), "hold 3, 3 completions and 1, 1 completion_ids"),
+        (dict(columns={"answer": ["1"]}), "'answer' has 1 values for 2 prompts"),
+        (dict(columns={"prompts": ["1", "2"]}), "column is named 'prompts'"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_a_sentence(overrides, message):
+    with pytest.raises(RewardError, match=message):
+        run(HostReward("one", constant(1.0)), **overrides)
+
+
+def test_rewards_that_make_no_sense_are_refused():
+    one = HostReward("one", constant(1.0))
+    with pytest.raises(RewardError, match="Two rewards are named 'one'"):
+        run(one, one)
+    with pytest.raises(RewardError, match="nothing to learn from"):
+        run(HostReward("one", constant(1.0), weight=0.0))
+    with pytest.raises(RewardError, match="nothing to learn from"):
+        run()
+    with pytest.raises(RewardError, match="'x' is a str, which cannot be called"):
+        HostReward("x", "accuracy")
+    with pytest.raises(RewardError, match="weight of reward 'x' is nan"):
+        HostReward("x", constant(1.0), weight=math.nan)
+
+
+def test_a_function_may_change_its_arguments():
+    def greedy(prompts, completions, **columns):
+        count = len(completions)
+        completions.clear()
+        prompts.sort(reverse=True)
+        columns["answer"].clear()
+        return [1.0] * count
+
+    table = run(HostReward("greedy", greedy), HostReward("accuracy", accuracy_reward))
+    np.testing.assert_array_equal(table.per_reward["accuracy"], [[1, 0, 0], [1, 0, 0]])
+    assert COLUMNS["answer"] == ["1", "2"]
+
+
+class LengthReward:
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, completion_ids, **_):
+        return [self.scale * len(ids) for ids in completion_ids]
+
+
+def scaled(scale, completion_ids, **_):
+    return [scale * len(ids) for ids in completion_ids]
+
+
+def test_any_callable_and_any_number_will_do():
+    callables = [
+        HostReward(None, LengthReward(2)),
+        HostReward(None, functools.partial(scaled, 2)),
+        HostReward(None, lambda completion_ids, **_: np.array([2 * len(ids) for ids in completion_ids])),
+        HostReward("tuple", lambda completion_ids, **_: tuple(np.float32(2 * len(ids)) for ids in completion_ids)),
+    ]
+    assert [reward.name for reward in callables] == ["LengthReward", "scaled", "<lambda>", "tuple"]
+    table = run(*callables)
+    for rewards in table.per_reward.values():
+        np.testing.assert_array_equal(rewards, [[2, 4, 6], [2, 4, 6]])
+    np.testing.assert_array_equal(run(HostReward("bool", constant(True))).total, np.ones((2, 3)))
+
+
+def test_load_built_in_module_and_file(tmp_path, monkeypatch):
+    assert load_reward("accuracy") is accuracy_reward
+    assert load_reward("format") is format_reward
+    assert load_reward("jaxrl_reason.rewards.functions:format_reward") is format_reward
+
+    source = "import dataclasses\n@dataclasses.dataclass\nclass Point:\n    x: 'int'\ndef short(completions, **_):\n    return [Point(1).x for _ in completions]\n"
+    (tmp_path / "mine.py").write_text(source)
+    assert load_reward(f"{tmp_path}/mine.py:short")(completions=["a", "b"]) == [1, 1]
+    monkeypatch.chdir(tmp_path)
+    assert load_reward("mine.py:short")(completions=["a"]) == [1]
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("acuracy", "no built-in reward 'acuracy'; did you mean 'accuracy'.*Built in are accuracy, format"),
+        ("", "no built-in reward ''"),
+        ("zzz", "no built-in reward 'zzz'. Built in"),
+        ("jaxrl_reason.rewards.functions:format_rewards", "has no 'format_rewards'; did you mean 'format_reward'"),
+        ("jaxrl_reason.rewards.host:BUILT_IN", "cannot be called by the name of 'BUILT_IN'"),
+        ("no_such_package.rewards:f", "importing 'no_such_package.rewards' failed with ModuleNotFoundError"),
+        ("mien.py:short", "no file mien.py; did you mean 'mine.py'"),
+        ("nowhere/mine.py:short", "no file nowhere/mine.py"),
+        ("broken.py:short", "running broken.py failed with ZeroDivisionError"),
+        (":short", "importing '' failed"),
+    ],
+)
+def test_what_cannot_be_loaded_is_a_sentence(spec, message, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def short(completions, **_):\n    return [1.0] * len(completions)\n")
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RewardError, match=message):
+        load_reward(spec)

@@ -1,0 +1,163 @@
+"""Against hand numbers, brute force and scipy (which jax brings)."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxrl_reason import metrics
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.data())
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(n, data):
+    c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
+    subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
+    assert metrics.pass_at_k(n, c, k) == pytest.approx(np.mean([any(subset) for subset in subsets]))
+
+
+@given(st.integers(1, 2000), st.data())
+def test_pass_at_k_is_exact_where_binomials_overflow(n, data):
+    c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
+    exact = 1 - math.comb(n - c, k) / math.comb(n, k)
+    assert metrics.pass_at_k(n, c, k) == pytest.approx(exact, abs=1e-12)
+
+
+def test_pass_at_k_broadcasts():
+    assert metrics.pass_at_k(10, 3, 5) == pytest.approx(0.916667, abs=1e-6)
+    values = metrics.pass_at_k(4, np.array([[0], [1], [4]]), jnp.array([1, 2]))
+    np.testing.assert_allclose(values, [[0, 0], [0.25, 0.5], [1, 1]])
+    assert values.dtype == np.float64
+    assert metrics.pass_at_k(np.zeros(0, int), 0, 1).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "n, c, k, message",
+    [
+        (4, 1, 5, "k, the number drawn.*n is 4, c is 1, k is 5"),
+        (4, 1, 0, "k, the number drawn"),
+        (4, 5, 1, "c, the number of correct"),
+        (4, -1, 1, "c, the number of correct"),
+        (-4, 0, 1, "between"),
+        (4, [1, 2, 5], 1, "c is 5, k is 1 at index .2,"),
+        (4, 1.5, 1, "c is 1.5; it must be a whole number"),
+        (4, math.nan, 1, "c is nan"),
+    ],
+)
+def test_pass_at_k_refuses(n, c, k, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.pass_at_k(n, c, k)
+
+
+def test_human_aligned_accuracy():
+    assert metrics.human_aligned_accuracy([1, 0, 1], [0.1, 0.02, 0.03]) == pytest.approx(0.866667, abs=1e-6)
+    assert metrics.human_aligned_accuracy([True, True], [0.5, 0.5]) == 1
+    assert metrics.human_aligned_accuracy([True, False], [0, 0.5]) == 0
+    assert math.isnan(metrics.human_aligned_accuracy([True], [0]))
+    with pytest.raises(ValueError, match="values must be finite and not negative; values is -1.0 at index .1,"):
+        metrics.human_aligned_accuracy([1, 1], [1, -1])
+    with pytest.raises(ValueError, match="correct has shape .2,. and values has shape .3,."):
+        metrics.human_aligned_accuracy([1, 1], [1, 1, 1])
+
+
+def test_value_density():
+    assert metrics.value_density([1, 0, 1], [0.1, 0.02, 0.03], [10, 20, 30]) == pytest.approx(86.666667 / 20)
+    assert math.isnan(metrics.value_density([1], [1], [0]))
+    with pytest.raises(ValueError, match="lengths has shape"):
+        metrics.value_density([1], [1], [1, 2])
+
+
+def test_self_verification_f1():
+    scores = [0.9] * 9 + [0.1] + [0.2] * 6 + [0.8] * 4  # 9 of 10 correct and 6 of 10 wrong answers recognised
+    correct = [1] * 10 + [0] * 10
+    assert metrics.self_verification_f1(scores, correct) == pytest.approx(0.72)
+    assert metrics.self_verification_f1([1, 0], [1, 0]) == 1
+    assert metrics.self_verification_f1([0, 1], [1, 0]) == 0
+    assert metrics.self_verification_f1([1, 1], [1, 0]) == 0
+    assert metrics.self_verification_f1([0.5, 0.4], [1, 0], threshold=0.45) == 1
+    assert metrics.self_verification_f1([0.5, 0.4], [1, 0]) == 0  # at the threshold is not above it
+    assert metrics.self_verification_f1([1, math.nan], [1, 0]) == 1
+    assert math.isnan(metrics.self_verification_f1([1, 0], [1, 1]))
+    assert math.isnan(metrics.self_verification_f1([1, 0], [0, 0]))
+    with pytest.raises(ValueError, match="scores has shape"):
+        metrics.self_verification_f1([1], [1, 0])
+
+
+def test_regression_scores_by_hand():
+    scores = metrics.regression_scores([1, 2, 4], [1, 3, 5])
+    assert scores == {"rmse": pytest.approx(math.sqrt(2 / 3)), "r2": pytest.approx(1 - 2 / 8), "spearman": pytest.approx(1)}
+    constant = metrics.regression_scores([0.1, 0.2, 0.3], [0.1, 0.1, 0.1])
+    assert math.isnan(constant["r2"]) and math.isnan(constant["spearman"])
+    assert metrics.regression_scores([2, 2], [1, 3])["r2"] == 0
+    with pytest.raises(ValueError, match="no predictions"):
+        metrics.regression_scores([], [])
+    with pytest.raises(ValueError, match="predictions must be finite.*nan at index .1,"):
+        metrics.regression_scores([1, math.nan], [1, 2])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(2, 30), st.data())
+def test_spearman_ranks_ties_by_their_average(n, data):
+    x, y = (data.draw(st.lists(st.integers(0, 5), min_size=n, max_size=n).filter(lambda v: len(set(v)) > 1)) for _ in range(2))
+    assert metrics.regression_scores(x, y)["spearman"] == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
+
+
+PROBABILITIES = np.array([0.99, 0.98, 0.3, 0.95, 0.5, 0.97, 0.99, 0.2, 0.96, 0.9])
+
+
+def test_token_confidence_by_hand():
+    logprobs, mask = np.log(PROBABILITIES), np.ones(10)
+    for confidence in (metrics.token_confidence, jax.jit(metrics.token_confidence, static_argnames="fraction")):
+        assert confidence(logprobs, mask) == pytest.approx(0.244949, abs=1e-6)
+        assert confidence(logprobs, mask, fraction=1.0) == pytest.approx(0.685587, abs=1e-6)
+
+
+def reference_confidence(logprobs, mask, fraction):
+    live = sorted(logprobs[mask == 1])
+    if not live:
+        return 0.0
+    count = max(1, math.ceil(round(fraction * len(live), 9)))
+    return math.exp(np.mean(live[:count]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.07, 0.2, 0.3, 0.5, 1.0]))
+def test_token_confidence_agrees_with_lists(seed, fraction):
+    rng = np.random.default_rng(seed)
+    logprobs = np.round(np.log(rng.uniform(1e-3, 1, (2, 3, 30))), 1).astype(np.float32)  # rounded: ties
+    mask = rng.integers(0, 2, logprobs.shape) * (rng.uniform(size=(2, 3, 1)) > 0.1)
+    expected = [[reference_confidence(logprobs[i, j], mask[i, j], fraction) for j in range(3)] for i in range(2)]
+    poisoned = np.where(mask == 1, logprobs, rng.choice([np.nan, np.inf, -np.inf, -50.0], logprobs.shape))
+    actual = metrics.token_confidence(poisoned, mask, fraction)
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+def test_token_confidence_counts_exactly():
+    """0.07 * 100 is 7.000000000000001 in floating point, and 7 tokens."""
+    logprobs = -np.arange(100.0) / 100
+    assert metrics.token_confidence(logprobs, np.ones(100), 0.07) == pytest.approx(math.exp(-0.96))
+    n, position = np.arange(1, 200)[:, None], np.arange(200)
+    lowest = position < -(-n // 5)  # the ceil(n / 5) that count are log 0.5, log 0.5 - 1, ...: one more or one fewer moves the mean
+    logprobs = np.where(lowest, math.log(0.5) - position, math.log(0.9))
+    expected = [0.5 * math.exp(-(count - 1) / 2) for count in lowest.sum(axis=1)]
+    np.testing.assert_allclose(metrics.token_confidence(logprobs, position < n), expected, rtol=1e-4)
+
+
+def test_token_confidence_at_the_edges():
+    assert metrics.token_confidence(np.array([np.nan, np.nan]), np.zeros(2)) == 0
+    assert np.isnan(metrics.token_confidence(np.array([-1.0, -2.0, -3.0, np.nan, 0.0]), np.ones(5)))
+    assert metrics.token_confidence(np.array([-np.inf, -1.0]), np.ones(2)) == 0
+    assert metrics.token_confidence(jnp.array([-1.0], jnp.bfloat16), jnp.ones(1, bool)).dtype == jnp.float32
+    gradient = jax.grad(lambda x: metrics.token_confidence(x, jnp.array([1, 1, 0])))(jnp.array([-1.0, -2.0, jnp.nan]))
+    np.testing.assert_array_equal(gradient, [0, 0, 0])
+    with pytest.raises(ValueError, match="fraction is 0"):
+        metrics.token_confidence(np.zeros(3), np.ones(3), 0)
+    with pytest.raises(AssertionError):
+        metrics.token_confidence(np.zeros((2, 3)), np.ones(3))
