@@ -8,7 +8,6 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
-import json
 import pathlib
 import typing
 from typing import Any
@@ -261,8 +260,34 @@ def from_dict(values: dict[str, Any], kind=Config):
   return kind(**{k: from_dict(v, hints[k]) if dataclasses.is_dataclass(hints[k]) else v for k, v in values.items()})
 
 
-def save(config: Config, path: pathlib.Path) -> None:
-  path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+def parse_args(argv: list[str]) -> tuple[Config, str]:
+  """(configuration, work directory) from --config=FILE --workdir=DIR --config.field=value ...
+
+  Raises:
+    ConfigError: an unknown flag or field, or a value that does not convert.
+  """
+  values, path, workdir = [], None, None
+  argv = list(argv)
+  while argv:
+    flag, equals, text = argv.pop(0).partition("=")
+    if not equals and argv and not argv[0].startswith("--"):
+      text = argv.pop(0)  # --flag value
+    elif not equals:
+      raise ConfigError(f"{flag} needs a value: {flag}=...")
+    if flag == "--config":
+      path = text
+    elif flag == "--workdir":
+      workdir = text
+    elif flag.startswith("--config."):
+      values.append((flag.removeprefix("--config."), text))
+    else:
+      raise ConfigError(f"There is no flag {flag!r}; there are --config=FILE, --workdir=DIR, --config.section.field=value and --help.")
+  if not path or not workdir:
+    raise ConfigError(f"{'--config=FILE' if not path else '--workdir=DIR'} is missing.")
+  config = load(path)
+  for name, text in values:
+    override(config, name, text)
+  return config, workdir
 
 
 # -- checking --------------------------------------------------------------------------------------

@@ -51,9 +51,9 @@ def make_prepare(method: Method, weights: Sequence[float], verdict: str, *, mask
     total = total_reward(rewards, weights)
     verdicts = rewards[verdict] > 0.5
     greedy = None
+    rollout = trained(rollout, method)
     if "greedy_rewards" in method.signals:
       greedy = total[:, -1]
-      rollout = without_greedy(rollout)
       total, verdicts = total[:, :-1], verdicts[:, :-1]
       rewards = {name: r[:, :-1] for name, r in rewards.items()}
     inputs = AdvantageInputs(rewards=total, completion_mask=rollout.mask, verdicts=verdicts, greedy_rewards=greedy,
@@ -87,10 +87,17 @@ def make_prepare(method: Method, weights: Sequence[float], verdict: str, *, mask
   return prepare
 
 
-def without_greedy(rollout: Rollout) -> Rollout:
-  """The rollout less each group's last completion."""
-  cut = {name: getattr(rollout, name)[:, :-1] for name in ("tokens", "mask", "logprobs", "truncated")}
-  return rollout._replace(**cut)
+def trained(rollout: Rollout, method: Method) -> Rollout:
+  """The completions that are learnt from: all but each group's last, greedy one, where there is one."""
+  if "greedy_rewards" not in method.signals:
+    return rollout
+  return rollout._replace(**{k: getattr(rollout, k)[:, :-1] for k in ("tokens", "mask", "logprobs", "truncated")})
+
+
+@jax.jit
+def log_ratio(rollout: Rollout, ref_logprobs: jax.Array) -> jax.Array:
+  """Per-token log pi - log pi_ref, f32[P, G, T]; 0 where masked."""
+  return jnp.where(rollout.mask, rollout.logprobs - ref_logprobs, 0.0)
 
 
 def empty_like(groups: Groups) -> Groups:

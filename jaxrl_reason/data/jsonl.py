@@ -63,7 +63,8 @@ def read_jsonl(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) 
         lines = "\n  ".join([f"{path} has {_count(bad)}:", *reports, *more])
         raise ValueError(f"{lines}\nCorrect the file, or set on_bad_row to 'skip' to leave such rows out.")
     if not rows:
-        raise ValueError(f"{path} has no usable row: " + (f"{_count(bad)} skipped, the first at {reports[0]}." if bad else "the file is empty."))
+        why = f"{_count(bad)} skipped, the first at {reports[0]}" if bad else "the file is empty"
+        raise ValueError(f"{path} has no usable row: {why}.")
     if bad:
         warnings.warn(f"{path}: {_count(bad)} skipped, {len(rows)} kept. The first: {reports[0]}.", stacklevel=3)
     return rows, bad, digest.hexdigest()
@@ -97,7 +98,9 @@ def slice_rows(rows: list[Row], split: str, path: pathlib.Path) -> list[Row]:
     border = r"(-?\d+|\d\d?%|100%)?"
     match = re.fullmatch(rf"\[{border}:{border}\]", split)
     if not match:
-        raise ValueError(f"The split {split!r} of {path} is not understood: a file takes 'all' or a slice such as '[:90%]', '[90%:]' or '[100:200]'.")
+        raise ValueError(
+            f"The split {split!r} of {path} is not understood: a file takes 'all' or a slice such as '[:90%]', '[90%:]' or '[100:200]'."
+        )
     borders = [0, len(rows)]
     for side, text in enumerate(match.groups()):
         if text is not None:

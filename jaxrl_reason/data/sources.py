@@ -69,7 +69,8 @@ def load_source(
       split: for TFDS, "train", "test[:100]" and so on; for a file, "all" or a slice such as "[:90%]".
       data_dir: where TFDS keeps prepared data; None means its default, ~/tensorflow_datasets. Files do not use it.
       columns: our names to those of the data, such as {"question": "problem"}. Columns not mentioned keep their names.
-      on_bad_row: what a bad line of a file does: "refuse" raises, "skip" leaves it out, counts and warns. TFDS data are checked by their builder.
+      on_bad_row: what a bad line of a file does: "refuse" raises, "skip" leaves it out, counts and warns. TFDS data were checked
+        by their builder.
 
     Returns:
       A `Source`. Text is str, numbers are int or float; other values are passed on as they are.
@@ -106,7 +107,9 @@ def _tfds_source(name: str, split: str, data_dir: str | pathlib.Path | None, col
         )
     except tfds.core.DatasetNotFoundError as error:
         ours = ", ".join(_BUILDER_MODULES)
-        raise ValueError(f"There is no data set {name!r}: give {ours}, another name that TFDS knows, or a path that ends in .jsonl.") from error
+        raise ValueError(
+            f"There is no data set {name!r}: give {ours}, another name that TFDS knows, or a path that ends in .jsonl."
+        ) from error
     except ValueError as error:
         raise ValueError(f"Split {split!r} of data set {name!r} cannot be opened: {error}") from error
     if not len(data):

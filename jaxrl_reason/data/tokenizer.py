@@ -62,6 +62,10 @@ class Tokenizer:
         """The text of `ids`; special tokens are left out, or spelled where `skip_special` is False."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
+    def decode_batch(self, rows: Sequence[Sequence[int]], skip_special: bool = True) -> list[str]:
+        """`decode` of many rows, on all cores."""
+        return self.backend.decode_batch([list(row) for row in rows], skip_special_tokens=skip_special)
+
     def save(self, directory: str | pathlib.Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, and generation_config.json where several tokens end a completion."""
         directory = pathlib.Path(directory)
@@ -131,8 +135,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> Tokenizer:
     """
     special = ["<pad>", "<bos>", "<eos>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    if vocab_size < len(alphabet) + len(special):
-        raise ValueError(f"vocab_size is {vocab_size}, but 256 bytes and {len(special)} special tokens need at least {len(alphabet) + len(special)}.")
+    least = len(alphabet) + len(special)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size is {vocab_size}, but 256 bytes and {len(special)} special tokens need at least {least}.")
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -151,7 +156,9 @@ def _token_id(backend: tokenizers.Tokenizer, name: str, token: Any, directory: p
         return None
     token_id = backend.token_to_id(token)
     if token_id is None:
-        raise ValueError(f"The configuration in {directory} names {name}_token {token!r}, which is not in the vocabulary of its tokenizer.json.")
+        raise ValueError(
+            f"The configuration in {directory} names {name}_token {token!r}, which is not in the vocabulary of its tokenizer.json."
+        )
     return token_id
 
 

@@ -31,17 +31,17 @@ class _Skill:
     templates: tuple[str, ...]
 
 
-def _pairs(low: int, high: int, high_b: int | None = None) -> Iterator[Numbers]:
-    return itertools.product(range(low, high + 1), range(low, (high_b or high) + 1))
+def _pairs(low: int, high: int) -> Iterator[Numbers]:
+    return itertools.product(range(low, high + 1), repeat=2)
 
 
 def _differences() -> Iterator[Numbers]:
-    return ((a, b) for a in range(5, 41) for b in range(2, min(a - 1, 21)))
+    return ((a, b) for a in range(4, 25) for b in range(2, min(a - 1, 13)))
 
 
 _SKILLS = {
     "add": _Skill(
-        lambda: _pairs(2, 30),
+        lambda: _pairs(2, 20),
         lambda a, b: [(a, "+", b, a + b)],
         (
             "{n} has {a} {o}. {m} gives {n} {b} more. How many {o} does {n} have now?",
@@ -68,7 +68,7 @@ _SKILLS = {
         ),
     ),
     "divide": _Skill(
-        lambda: ((a * b, b) for a, b in _pairs(2, 12)),
+        lambda: ((a * b, b) for a, b in _pairs(2, 10)),
         lambda a, b: [(a, "/", b, a // b)],
         (
             "{n} shares {a} {o} among {b} friends. How many {o} does each friend get?",
@@ -85,7 +85,7 @@ _SKILLS = {
         ),
     ),
     "more_than": _Skill(
-        lambda: _pairs(2, 20, 15),
+        lambda: _pairs(2, 15),
         lambda a, b: [(a, "+", b, a + b), (a, "+", a + b, 2 * a + b)],
         (
             "{n} has {a} {o}. {m} has {b} more than {n}. How many {o} do they have together?",
@@ -93,7 +93,7 @@ _SKILLS = {
         ),
     ),
     "two_step": _Skill(
-        lambda: ((a, b, c) for a, b in _pairs(2, 20) for c in range(2, min(a + b - 1, 16))),
+        lambda: ((a, b, c) for a, b in _pairs(2, 12) for c in range(2, min(a + b - 1, 11))),
         lambda a, b, c: [(a, "+", b, a + b), (a + b, "-", c, a + b - c)],
         (
             "{n} has {a} {o}, finds {b} more and gives {c} to {m}. How many {o} does {n} have now?",
@@ -101,7 +101,7 @@ _SKILLS = {
         ),
     ),
     "bags_and_more": _Skill(
-        lambda: ((a, b, c) for a, b in _pairs(2, 12) for c in range(2, 16)),
+        lambda: ((a, b, c) for a, b in _pairs(2, 10) for c in range(2, 11)),
         lambda a, b, c: [(a, "*", b, a * b), (a * b, "+", c, a * b + c)],
         (
             "{n} has {a} bags of {b} {o} each and finds {c} more. How many {o} does {n} have now?",

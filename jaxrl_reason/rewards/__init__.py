@@ -1,4 +1,7 @@
-"""Rewards: on the device (`device`), on the host (`host`, with the built-in `functions`), and exact numeric verdicts (`numeric`)."""
+"""Rewards: on the device (`device`), on the host (`host`, with the built-in `functions`), exact numeric verdicts (`numeric`).
+
+`rewards.scorer` puts them together for a run; it stands above `data` and `rollout` and is imported by its own name.
+"""
 
 from jaxrl_reason.rewards.device import DeviceReward, match_answer_tokens
 from jaxrl_reason.rewards.functions import accuracy_reward, format_reward

@@ -18,14 +18,14 @@ DeviceReward = Callable[[jax.Array, jax.Array, Mapping[str, jax.Array]], jax.Arr
 
 
 def match_answer_tokens(marker: tuple[int, ...], *, eos_ids: tuple[int, ...]) -> DeviceReward:
-    """A device reward: 1.0 where the tokens between the last marker and the end token are exactly the reference, else 0.0.
+    """A device reward: 1.0 where the tokens between the last marker and the end token are the reference, else 0.0.
 
-    The reference is the column `answer_tokens`, int32[P,A], padded with -1. A completion without a marker, or that does not end in an
-    end token (it was cut off), is wrong.
+    The reference is the column `answer_tokens`, int32[P,A], padded with -1. A completion without a marker, or that does
+    not end in an end token (it was cut off), is wrong.
 
     Args:
-      marker: the token ids that announce the answer, for instance those of "#### ". Tokenizers may merge its last character with the
-        answer's first: marker and answer must be tokenized so that they meet as the policy writes them.
+      marker: the token ids that announce the answer, for instance those of "####". Tokenizers may merge a space with
+        what follows it, so the space between marker and answer belongs to the answer: " -3".
       eos_ids: the token ids that end a completion.
 
     Raises:

@@ -34,26 +34,24 @@ class RewardError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class HostReward:
-    """A reward function, the name it is logged under and its weight in the total.
+    """A reward function and the name it is logged under.
 
     Attributes:
-      name: names the metrics `rewards/<name>/...`; None takes the function's own name (of a callable object, its class's).
+      name: names the metrics `rewards/<name>/...`; None takes the function's own name (of a callable object, its
+        class's).
       function: any callable by TRL's signature: function, lambda, partial, callable object.
-      weight: its factor in the total. With weight 0 it is logged and does not teach.
 
     Raises:
-      RewardError: `function` is not callable, or `weight` is not finite.
+      RewardError: `function` is not callable.
     """
 
     name: str | None
     function: Callable[..., Sequence[float | None]]
-    weight: float = 1.0
 
     def __post_init__(self):
         if not callable(self.function):
-            raise RewardError(f"Reward {self.name!r} is a {type(self.function).__name__}, which cannot be called; give a function.")
-        if not math.isfinite(self.weight):
-            raise RewardError(f"The weight of reward {self.name!r} is {self.weight}; give a finite number.")
+            kind = type(self.function).__name__
+            raise RewardError(f"Reward {self.name!r} is a {kind}, which cannot be called; give a function.")
         if self.name is None:
             object.__setattr__(self, "name", _name_of(self.function))
 
@@ -64,34 +62,27 @@ class RewardTable:
 
     Attributes:
       per_reward: name -> float32[P,G], unweighted; NaN where the function gave None or failed.
-      total: float32[P,G], the weighted sum of the rewards that are present; NaN where every reward of non-zero weight is missing.
       error_rate: name -> share of the rows on which the function raised.
     """
 
     per_reward: dict[str, np.ndarray]
-    total: np.ndarray
     error_rate: dict[str, float]
 
-    def metrics(self) -> dict[str, float]:
-        """`rewards/<name>/{mean,std,error_rate,none_rate}`.
-
-        Mean and std (n-1) are over the rewards that are present, NaN where there are too few; `none_rate` counts None, not failures.
-        """
+    def failures(self) -> dict[str, float]:
+        """`rewards/<name>/{error_rate,none_rate}`: the shares of the rows that raised, and that were given None."""
         metrics = {}
         for name, rewards in self.per_reward.items():
-            present = rewards[~np.isnan(rewards)].astype(np.float64)
-            metrics[f"rewards/{name}/mean"] = float(present.mean()) if present.size else math.nan
-            metrics[f"rewards/{name}/std"] = float(present.std(ddof=1)) if present.size > 1 else math.nan
             metrics[f"rewards/{name}/error_rate"] = self.error_rate[name]
             metrics[f"rewards/{name}/none_rate"] = float(np.isnan(rewards).mean()) - self.error_rate[name]
         return metrics
 
 
-def load_reward(spec: str) -> Callable[..., Sequence[float | None]]:
+def load_reward(spec: str, besides: Sequence[str] = ()) -> Callable[..., Sequence[float | None]]:
     """The reward function that a configuration names.
 
     Args:
       spec: "accuracy" or "format" (built in), "package.module:function", or "path/to/file.py:function".
+      besides: built-in names that the caller knows itself, for the message.
 
     Raises:
       RewardError: nothing by that name; the message gives the nearest name that exists.
@@ -100,8 +91,9 @@ def load_reward(spec: str) -> Callable[..., Sequence[float | None]]:
     if not colon:
         if spec in BUILT_IN:
             return BUILT_IN[spec]
+        known = [*BUILT_IN, *besides]
         raise RewardError(
-            f"There is no built-in reward {spec!r}{_nearest(spec, BUILT_IN)}. Built in are {', '.join(BUILT_IN)}; "
+            f"There is no built-in reward {spec!r}{_nearest(spec, known)}. Built in are {', '.join(known)}; "
             'a function of your own is "package.module:function" or "path/to/file.py:function".'
         )
     module = _import_file(Path(place), spec) if place.endswith(".py") else _import_module(place, spec)
@@ -123,12 +115,13 @@ def score(
 ) -> RewardTable:
     """Calls every reward on P prompts x G completions.
 
-    A function that raises is called again row by row, each row a call of its own of length 1, so that only the rows that raise go
-    missing and their neighbours keep their reward. (A reward that compares the rows of a batch must therefore not rely on raising.)
-    Where more than `max_failure_share` of one function's rows fail, the function is at fault rather than the rows, and this raises.
+    A function that raises is called again row by row, each row a call of its own of length 1, so that only the rows
+    that raise go missing and their neighbours keep their reward. (A reward that compares the rows of a batch must
+    therefore not rely on raising.) Where more than `max_failure_share` of one function's rows fail, the function is at
+    fault rather than the rows, and this raises.
 
     Args:
-      rewards: at least one, names distinct, at least one weight not 0.
+      rewards: their names distinct, since the table is by name; `Scorer` sees to it.
       prompts: P texts.
       completions: P lists of G texts.
       completion_ids: P lists of G lists of token ids, end token included.
@@ -136,25 +129,24 @@ def score(
       max_failure_share: in [0, 1].
 
     Raises:
-      RewardError: a function fails too often, lacks an argument, or returns the wrong length or something that is not a finite number
-        or None; or the inputs do not fit each other. The message names the function.
+      RewardError: a function fails too often, lacks an argument, or returns the wrong length or something that is not
+        a finite number or None; or the inputs do not fit each other. The message names the function.
     """
-    shape = _checked_shape(rewards, prompts, completions, completion_ids, columns)
+    shape = _checked_shape(prompts, completions, completion_ids, columns)
     groups = shape[1]
-    rows = {"prompts": _repeat(prompts, groups), "completions": _flatten(completions), "completion_ids": _flatten(completion_ids)}
+    rows = {
+        "prompts": _repeat(prompts, groups),
+        "completions": _flatten(completions),
+        "completion_ids": _flatten(completion_ids),
+    }
     rows |= {name: _repeat(values, groups) for name, values in columns.items()}
 
     per_reward, error_rate = {}, {}
-    weighted, present = np.zeros(shape), np.zeros(shape, bool)
     for reward in rewards:
         flat, failures = _rewards_of_rows(reward, rows, max_failure_share)
         values = np.array(flat, np.float32).reshape(shape)
         per_reward[reward.name], error_rate[reward.name] = values, failures / values.size
-        if reward.weight != 0:
-            weighted += np.where(np.isnan(values), 0.0, reward.weight * values.astype(np.float64))
-            present |= ~np.isnan(values)
-    total = np.where(present, weighted, np.nan).astype(np.float32)
-    return RewardTable(per_reward=per_reward, total=total, error_rate=error_rate)
+    return RewardTable(per_reward=per_reward, error_rate=error_rate)
 
 
 def _rewards_of_rows(reward: HostReward, rows: dict[str, list], max_failure_share: float) -> tuple[list[float], int]:
@@ -235,15 +227,12 @@ def _check_signature(reward: HostReward, rows: dict[str, list]) -> None:
         ) from None
 
 
-def _checked_shape(rewards, prompts, completions, completion_ids, columns) -> tuple[int, int]:
-    names = [reward.name for reward in rewards]
-    if not any(reward.weight for reward in rewards):
-        raise RewardError("No reward has a weight other than 0, so there is nothing to learn from; give at least one.")
-    for name in names:
-        if names.count(name) > 1:
-            raise RewardError(f"Two rewards are named {name!r}; give each a name of its own, since metrics are logged by name.")
+def _checked_shape(prompts, completions, completion_ids, columns) -> tuple[int, int]:
     if len(prompts) == 0 or len(completions) != len(prompts) or len(completions[0]) == 0:
-        raise RewardError(f"There are {len(prompts)} prompts and {len(completions)} groups of completions; give one group, not empty, a prompt.")
+        raise RewardError(
+            f"There are {len(prompts)} prompts and {len(completions)} groups of completions; give one group, not empty, "
+            "a prompt."
+        )
     groups = len(completions[0])
     sizes, id_sizes = [len(group) for group in completions], [len(group) for group in completion_ids]
     if set(sizes) != {groups} or id_sizes != sizes:

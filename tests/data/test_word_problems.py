@@ -1,6 +1,8 @@
 """The word problems after TFDS's real preparation: disjoint splits, right arithmetic, the same data every time."""
 
 import collections
+import hashlib
+import json
 import operator
 import re
 
@@ -50,8 +52,8 @@ def test_no_question_appears_twice(rows):
 
 def test_held_out_skills_are_not_judged_on_a_handful_of_numbers(rows):
     for split in ("validation", "test"):
-        for skill, seen in collections.Counter(row["skill"] for row in rows[split]).items():
-            assert len({numbers(row) for row in rows[split] if row["skill"] == skill}) >= 10, (split, skill, seen)
+        for skill in {row["skill"] for row in rows[split]}:
+            assert len({numbers(row) for row in rows[split] if row["skill"] == skill}) >= 10, (split, skill)
 
 
 def test_every_step_is_right_and_leads_to_the_answer(rows):
@@ -83,6 +85,6 @@ def test_a_second_preparation_gives_the_same_data(problems, tmp_path):
 
 
 def test_the_data_are_those_of_version_1():
-    """Checkpoints and published figures rest on them: change VERSION when this changes."""
-    first = next(word_problems._problems("test", 1))
-    assert first == {'question': 'Ben has 4 shells. Mia gives Ben 3 more. How many shells does Ben have now?', 'solution': '4 + 3 = 7\n#### 7', 'answer': '7', 'skill': 'add'}
+    """Checkpoints and published figures rest on them: a change here needs a new VERSION."""
+    content = json.dumps([list(word_problems._problems(split, size)) for split, size in SIZES.items()])
+    assert hashlib.sha256(content.encode()).hexdigest() == "c03c6602b512de8ef111863051e51776d61d16cae390b16eeda5b1db2f6d9fe4"

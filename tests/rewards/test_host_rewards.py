@@ -24,19 +24,14 @@ def constant(value):
     return lambda completions, **_: [value] * len(completions)
 
 
-def test_accuracy_and_format_with_weights():
-    table = run(HostReward("accuracy", accuracy_reward), HostReward("format", format_reward, weight=0.5))
+def test_accuracy_and_format():
+    table = run(HostReward("accuracy", accuracy_reward), HostReward("format", format_reward))
     np.testing.assert_array_equal(table.per_reward["accuracy"], [[1, 0, 0], [1, 0, 0]])
     np.testing.assert_array_equal(table.per_reward["format"], [[1, 1, 0], [1, 0, 1]])
-    np.testing.assert_array_equal(table.total, [[1.5, 0.5, 0], [1.5, 0, 0.5]])
-    assert table.total.dtype == table.per_reward["format"].dtype == np.float32
-    assert table.metrics() == {
-        "rewards/accuracy/mean": pytest.approx(1 / 3),
-        "rewards/accuracy/std": pytest.approx(np.std([1, 0, 0, 1, 0, 0], ddof=1)),
+    assert table.per_reward["accuracy"].dtype == table.per_reward["format"].dtype == np.float32
+    assert table.failures() == {
         "rewards/accuracy/error_rate": 0,
         "rewards/accuracy/none_rate": 0,
-        "rewards/format/mean": pytest.approx(2 / 3),
-        "rewards/format/std": pytest.approx(np.std([1, 1, 0, 1, 0, 1], ddof=1)),
         "rewards/format/error_rate": 0,
         "rewards/format/none_rate": 0,
     }
@@ -54,42 +49,33 @@ def test_rows_are_prompt_major_and_columns_repeat():
     assert seen["completions"] == COMPLETIONS[0] + COMPLETIONS[1]
     assert seen["completion_ids"] == IDS[0] + IDS[1]
     assert seen["id"] == [10, 10, 10, 20, 20, 20] and seen["answer"] == ["1"] * 3 + ["2"] * 3
-    np.testing.assert_array_equal(table.total, [[101, 102, 103], [201, 202, 203]])
+    np.testing.assert_array_equal(table.per_reward["spy"], [[101, 102, 103], [201, 202, 203]])
 
 
 @settings(max_examples=50)
 @given(st.integers(1, 5), st.integers(1, 5), st.data())
-def test_total_is_the_weighted_sum_of_what_is_present(prompts, groups, data):
+def test_every_value_keeps_its_row_and_none_is_nan(prompts, groups, data):
     rows = prompts * groups
-    values = data.draw(st.lists(st.lists(st.none() | st.floats(-10, 10, width=32), min_size=rows, max_size=rows), min_size=1, max_size=3))
-    weights = data.draw(st.lists(st.sampled_from([-1.0, 0.25, 0.5, 2.0]), min_size=len(values), max_size=len(values)))
-    rewards = [HostReward(str(i), lambda completions, v=v, **_: v, weight=w) for i, (v, w) in enumerate(zip(values, weights))]
+    value = st.none() | st.floats(-10, 10, width=32)
+    values = data.draw(st.lists(st.lists(value, min_size=rows, max_size=rows), min_size=1, max_size=3))
+    rewards = [HostReward(str(i), lambda completions, v=v, **_: v) for i, v in enumerate(values)]
     table = score(rewards, ["p"] * prompts, [["c"] * groups] * prompts, [[[1]] * groups] * prompts, {})
-    for row in range(rows):
-        present = [w * v[row] for w, v in zip(weights, values) if v[row] is not None]
-        expected = sum(present) if present else math.nan
-        np.testing.assert_allclose(table.total.flat[row], expected, rtol=1e-6, atol=1e-6)
+    assert list(table.per_reward) == [reward.name for reward in rewards]
     for i, v in enumerate(values):
-        assert table.metrics()[f"rewards/{i}/none_rate"] == pytest.approx(v.count(None) / rows)
+        expected = np.reshape([math.nan if x is None else x for x in v], (prompts, groups))
+        np.testing.assert_array_equal(table.per_reward[str(i)], expected)
+        assert table.failures()[f"rewards/{i}/none_rate"] == pytest.approx(v.count(None) / rows)
+        assert table.failures()[f"rewards/{i}/error_rate"] == 0
 
 
 def test_none_is_missing_and_zero_is_a_reward():
     nones = HostReward("nones", lambda completions, **_: [None, 0.0, None, 0.0, 1.0, None])
-    table = run(nones)
-    np.testing.assert_array_equal(table.total, [[np.nan, 0, np.nan], [0, 1, np.nan]])
-    assert table.metrics()["rewards/nones/mean"] == pytest.approx(1 / 3)
-    assert table.metrics()["rewards/nones/none_rate"] == 0.5
-    table = run(nones, HostReward("two", constant(2.0)))
-    np.testing.assert_array_equal(table.total, [[2, 2, 2], [2, 3, 2]])
-    # A reward of weight 0 is a mere observer: it cannot make a missing reward look like 0.
-    table = run(nones, HostReward("two", constant(2.0), weight=0.0))
-    np.testing.assert_array_equal(table.total, [[np.nan, 0, np.nan], [0, 1, np.nan]])
-
-
-def test_all_missing_has_no_mean():
-    metrics = run(HostReward("nothing", constant(None))).metrics()
-    assert math.isnan(metrics["rewards/nothing/mean"]) and math.isnan(metrics["rewards/nothing/std"])
-    assert metrics["rewards/nothing/none_rate"] == 1
+    table = run(nones, HostReward("two", constant(2.0)), HostReward("nothing", constant(None)))
+    np.testing.assert_array_equal(table.per_reward["nones"], [[np.nan, 0, np.nan], [0, 1, np.nan]])
+    np.testing.assert_array_equal(table.per_reward["two"], np.full((2, 3), 2))
+    np.testing.assert_array_equal(table.per_reward["nothing"], np.full((2, 3), np.nan))
+    none_rates = {name: table.failures()[f"rewards/{name}/none_rate"] for name in table.per_reward}
+    assert none_rates == {"nones": 0.5, "two": 0, "nothing": 1}
 
 
 @pytest.mark.parametrize("exception", [ValueError, type("VerifierTimeout", (BaseException,), {})])
@@ -101,10 +87,9 @@ def test_only_the_rows_that_raise_go_missing(exception, caplog):
 
     with caplog.at_level(logging.WARNING):
         table = run(HostReward("picky", picky))
-    np.testing.assert_array_equal(table.total, [[1, 2, np.nan], [1, 2, 3]])
+    np.testing.assert_array_equal(table.per_reward["picky"], [[1, 2, np.nan], [1, 2, 3]])
     assert table.error_rate == {"picky": pytest.approx(1 / 6)}
-    assert table.metrics()["rewards/picky/error_rate"] == pytest.approx(1 / 6)
-    assert table.metrics()["rewards/picky/none_rate"] == 0
+    assert table.failures() == {"rewards/picky/error_rate": pytest.approx(1 / 6), "rewards/picky/none_rate": 0}
     assert "three is too many" in caplog.text and "1 of 6" in caplog.text
 
 
@@ -116,8 +101,22 @@ def test_a_function_that_mostly_fails_stops_the_run():
         with pytest.raises(RewardError, match="'broken' failed on 4 of the 4 rows tried.*OSError: no route to host"):
             run(HostReward("broken", broken), *others)
     table = run(HostReward("broken", broken), HostReward("fine", constant(1.0)), max_failure_share=1.0)
-    np.testing.assert_array_equal(table.total, np.ones((2, 3)))
+    np.testing.assert_array_equal(table.per_reward["broken"], np.full((2, 3), np.nan))
+    np.testing.assert_array_equal(table.per_reward["fine"], np.ones((2, 3)))
     assert table.error_rate == {"broken": 1, "fine": 0}
+
+
+def test_none_and_failures_are_counted_apart():
+    def mixed(completions, completion_ids, **_):
+        if [4] in completion_ids:
+            raise ValueError("no fours")
+        return [None if len(ids) == 3 else 1.0 for ids in completion_ids]
+
+    table = run(HostReward("mixed", mixed))
+    np.testing.assert_array_equal(table.per_reward["mixed"], [[1, 1, np.nan], [np.nan, 1, np.nan]])
+    failures = table.failures()
+    assert failures["rewards/mixed/error_rate"] == pytest.approx(1 / 6)
+    assert failures["rewards/mixed/none_rate"] == pytest.approx(2 / 6)
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
@@ -177,18 +176,9 @@ def test_inputs_that_do_not_fit_are_a_sentence(overrides, message):
         run(HostReward("one", constant(1.0)), **overrides)
 
 
-def test_rewards_that_make_no_sense_are_refused():
-    one = HostReward("one", constant(1.0))
-    with pytest.raises(RewardError, match="Two rewards are named 'one'"):
-        run(one, one)
-    with pytest.raises(RewardError, match="nothing to learn from"):
-        run(HostReward("one", constant(1.0), weight=0.0))
-    with pytest.raises(RewardError, match="nothing to learn from"):
-        run()
+def test_what_cannot_be_called_is_refused():
     with pytest.raises(RewardError, match="'x' is a str, which cannot be called"):
         HostReward("x", "accuracy")
-    with pytest.raises(RewardError, match="weight of reward 'x' is nan"):
-        HostReward("x", constant(1.0), weight=math.nan)
 
 
 def test_a_function_may_change_its_arguments():
@@ -227,7 +217,7 @@ def test_any_callable_and_any_number_will_do():
     table = run(*callables)
     for rewards in table.per_reward.values():
         np.testing.assert_array_equal(rewards, [[2, 4, 6], [2, 4, 6]])
-    np.testing.assert_array_equal(run(HostReward("bool", constant(True))).total, np.ones((2, 3)))
+    np.testing.assert_array_equal(run(HostReward("bool", constant(True))).per_reward["bool"], np.ones((2, 3)))
 
 
 def test_load_built_in_module_and_file(tmp_path, monkeypatch):

@@ -1,0 +1,173 @@
+"""The compiled functions of a run, and where their arrays live: what `train`, `bench` and `plan` share."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxrl_reason import experience
+from jaxrl_reason import learner
+from jaxrl_reason import models
+from jaxrl_reason import rollout
+from jaxrl_reason.config import Config, ConfigError
+from jaxrl_reason.data import PromptBatch
+from jaxrl_reason.learner import TrainState
+from jaxrl_reason.methods import Method
+from jaxrl_reason.models import sharding
+
+# What the keys of randomness are for: folded into the seed before anything else.
+INIT, ROLLOUT, UPDATE, EVAL = range(4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Jitted functions. P prompts, G completions (one more, greedy, where the method asks), T tokens.
+
+    Attributes:
+      sharding: of arrays with a leading prompt axis.
+      init: () -> TrainState with random weights.
+      restart: (params) -> TrainState at step 0 with these weights, which are donated.
+      generate: (params, batch, step int32 array) -> Rollout for training.
+      generate_eval: (params, batch) -> Rollout for evaluation; its keys never change.
+      prepare: (Groups, advantage_state, kl or None) -> (Experience, advantage_state, metrics).
+      fill: (buffer, filled, Groups) -> (buffer, filled, share kept), for dynamic sampling.
+      score: (params, Rollout) -> f32[P, G, T] log-probabilities under any weights.
+      update: (TrainState, Experience) -> (TrainState, metrics); the state is donated.
+      supervised_update: (TrainState, SolutionBatch) -> (TrainState, metrics); the state is donated.
+      learning_rate: (training step) -> float.
+    """
+
+    sharding: jax.sharding.NamedSharding
+    init: Callable
+    restart: Callable
+    generate: Callable
+    generate_eval: Callable
+    prepare: Callable
+    fill: Callable
+    score: Callable
+    update: Callable
+    supervised_update: Callable
+    learning_rate: Callable[[int], float]
+
+
+def build(config: Config, method: Method, model: models.ModelConfig, mesh: jax.sharding.Mesh, *,
+          eos_ids: tuple[int, ...], pad_id: int, weights: tuple[float, ...], verdict: str) -> Programs:
+    """The programs of a configuration; nothing is compiled before it is called.
+
+    Args:
+      config, method, model: what to run.
+      mesh: where.
+      eos_ids, pad_id: of the tokenizer.
+      weights, verdict: of the rewards, see `experience.make_prepare`.
+
+    Raises:
+      ConfigError: the mesh does not divide the prompts of a step or the model.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name, size in (("prompts_per_step", config.prompts_per_step), ("supervised.batch_size", config.supervised.batch_size)):
+        if size % ways:
+            raise ConfigError(f"config.{name} is {size}, which mesh.data x mesh.fsdp = {ways} devices cannot share evenly.")
+    batch_sharding = sharding.batch_sharding(mesh)
+    place = functools.partial(jax.device_put, device=batch_sharding)
+    whole = sharding.replicated(mesh)
+    root = jax.random.key(config.seed)
+    greedy = int("greedy_rewards" in method.signals)  # the greedy completion rides along with its group
+    temperature = jax.device_put(np.float32(config.sampling.temperature), whole)
+    temperatures = jax.device_put(np.float32([config.sampling.temperature] * config.group_size + [0.0] * greedy), whole)
+    eval_temperature = jax.device_put(np.float32(config.eval.temperature), whole)
+
+    schedule, optimizer = make_optimizer(config)
+    supervised_optimizer = make_supervised_optimizer(config)
+    options = update_options(config, method)
+    shardings = state_shardings(model, mesh, optimizer, method)
+
+    def fresh(params):
+        return TrainState(jnp.int32(0), params, learner.init_opt_state(optimizer, params), method.advantage.init(), jnp.int32(0))
+
+    def sampler(group_size, purpose):
+        def generate(params, tokens, mask, prompt_ids, step, temperature):
+            key = jax.random.fold_in(jax.random.fold_in(root, purpose), step)
+            return rollout.generate(model, params, tokens, mask, prompt_ids, key, group_size=group_size,
+                                    max_length=config.max_completion_length, eos_ids=eos_ids, pad_id=pad_id,
+                                    temperature=temperature)
+        return jax.jit(generate)
+
+    update = learner.make_update(model, options, optimizer)
+
+    def update_step(state, batch, temperature):
+        return update(state, batch, temperature, jax.random.fold_in(jax.random.fold_in(root, UPDATE), state.step))
+
+    init = jax.jit(lambda: fresh(models.init_params(model, jax.random.fold_in(root, INIT))), out_shardings=shardings)
+    generate = sampler(config.group_size + greedy, ROLLOUT)
+    generate_eval = sampler(config.eval.samples, EVAL)
+    score = jax.jit(functools.partial(learner.score, model, parts=options.accumulation * options.minibatches,
+                                      chunk=options.logprob_chunk))
+    update_step = jax.jit(update_step, donate_argnums=0, out_shardings=(shardings, None))
+    supervised_update = jax.jit(learner.make_supervised_update(model, supervised_optimizer), donate_argnums=0,
+                                out_shardings=(shardings, None))
+    zero = jax.device_put(np.int32(0), whole)
+    of_prompts = lambda batch: (place(batch.tokens), place(batch.mask), place(batch.prompt_ids))
+    return Programs(
+        sharding=batch_sharding,
+        init=init,
+        restart=jax.jit(fresh, donate_argnums=0, out_shardings=shardings),
+        generate=lambda params, batch, step: generate(params, *of_prompts(batch), step, temperatures),
+        generate_eval=lambda params, batch: generate_eval(params, *of_prompts(batch), zero, eval_temperature),
+        prepare=jax.jit(experience.make_prepare(method, weights, verdict,
+                                                mask_truncated=config.sampling.mask_truncated_completions)),
+        fill=jax.jit(functools.partial(experience.fill, verdict=verdict), donate_argnums=0),
+        score=lambda params, rollout: score(params, rollout, temperature),
+        update=lambda state, batch: update_step(state, batch, temperature),
+        supervised_update=lambda state, batch: supervised_update(state, *map(place, batch)),
+        learning_rate=lambda step: float(schedule(step * options.epochs * options.minibatches)),
+    )
+
+
+def update_options(config: Config, method: Method) -> learner.UpdateOptions:
+    u = config.update
+    return learner.UpdateOptions(loss=method.loss, **dataclasses.asdict(u))
+
+
+def _schedule(config: Config, peak: float, kind: str, warmup: int, steps: int, per_step: int):
+    """Learning rate by optimizer update, with `per_step` of them a training step."""
+    rest = max(steps - warmup, 1)
+    after = {"constant": optax.constant_schedule(peak), "linear": optax.linear_schedule(peak, 0.0, rest),
+             "cosine": optax.cosine_decay_schedule(peak, rest)}[kind]
+    # The first update already moves: warm-up goes from peak / warmup to peak.
+    ramp = lambda step: peak * jnp.minimum((step + 1) / max(warmup, 1), 1.0)
+    return lambda count: jnp.where(count // per_step < warmup, ramp(count // per_step), after(count // per_step - warmup))
+
+
+def make_optimizer(config: Config) -> tuple[Callable, optax.GradientTransformation]:
+    """(learning rate by optimizer update, gradient clipping + AdamW)."""
+    o = config.optimizer
+    schedule = _schedule(config, o.learning_rate, o.schedule, o.warmup_steps, config.steps,
+                         config.update.epochs * config.update.minibatches)
+    adamw = optax.adamw(schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
+    return schedule, optax.chain(optax.clip_by_global_norm(o.max_grad_norm), adamw)
+
+
+def make_supervised_optimizer(config: Config) -> optax.GradientTransformation:
+    """The same chain, so that both phases share one checkpoint format; cosine to 0 after 5 % warm-up."""
+    s, o = config.supervised, config.optimizer
+    schedule = _schedule(config, s.learning_rate, "cosine", s.steps // 20, s.steps, 1)
+    adamw = optax.adamw(schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(o.max_grad_norm), adamw)
+
+
+def state_shardings(model: models.ModelConfig, mesh: jax.sharding.Mesh, optimizer, method: Method) -> TrainState:
+    """A sharding for every leaf of a TrainState: optimizer moments lie where their weights lie."""
+    whole = sharding.replicated(mesh)
+    try:
+        params = sharding.param_shardings(model, mesh)
+    except ValueError as e:
+        raise ConfigError(f"config.{e}") from e
+    abstract = jax.eval_shape(lambda: learner.init_opt_state(optimizer, jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), models.abstract_params(model))))
+    opt_state = optax.tree_utils.tree_map_params(optimizer, lambda _, s: s, abstract, params, transform_non_params=lambda _: whole)
+    advantage_state = jax.tree.map(lambda _: whole, jax.eval_shape(method.advantage.init))
+    return TrainState(whole, params, opt_state, advantage_state, whole)

@@ -1,0 +1,344 @@
+"""The scorer on a real tokenizer: order, mixing of device and host, and that match_answer says what accuracy says."""
+
+import functools
+import json
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxrl_reason import data
+from jaxrl_reason.experience import total_reward
+from jaxrl_reason.rewards import RewardError
+from jaxrl_reason.rewards.scorer import Scorer
+from jaxrl_reason.rollout import Rollout
+
+# The first learns " -" as one token from these solutions, the second no merge at all.
+SOLUTIONS = [f"{a} - {b} = {a - b}\n#### {a - b}" for a in range(12) for b in range(12)]
+MERGING = data.train_tokenizer(SOLUTIONS, vocab_size=300)
+BYTES = data.train_tokenizer([], vocab_size=259)
+TOKENIZERS = pytest.mark.parametrize("tokenizer", [MERGING, BYTES], ids=["merging", "bytes"])
+HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+MINE = """
+import json, pathlib
+
+def echo(completions, id, **_):
+    return [float(i) for i in id]
+
+def length(completion_ids, **_):
+    return [len(ids) for ids in completion_ids]
+
+def hinted(hint, completions, **_):
+    return [None if h is None else float(h) for h in hint]
+
+def picky(completions, **_):
+    if "picky" in completions:
+        raise ValueError("no")
+    return [None if c == "none" else 1.0 for c in completions]
+
+def match_answer(completions, **_):
+    return [0.0] * len(completions)
+
+def short(completions, **_):
+    return [1.0]
+
+def spy(**arguments):
+    pathlib.Path("seen.json").write_text(json.dumps(arguments))
+    return [1.0] * len(arguments["completions"])
+"""
+
+
+@pytest.fixture(autouse=True)
+def mine(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+
+
+def make_scorer(*functions, weights=(), verdict="", max_failure_share=0.5, tokenizer=MERGING):
+    template = data.get_template("plain")
+    return Scorer(functions, weights, verdict, max_failure_share, tokenizer=tokenizer, template=template, sharding=HERE)
+
+
+def batch_of(rows):
+    """Rows with whatever columns; of the arrays a scorer reads none."""
+    P = len(rows)
+    rows = [{"question": f"question {p}"} | row for p, row in enumerate(rows)]
+    tokens, mask = np.zeros((P, 4), np.int32), np.ones((P, 4), bool)
+    return data.PromptBatch(tokens, mask, np.arange(P), np.ones(P, np.float32), rows)
+
+
+def rollout_of(texts, tokenizer=MERGING, cut=(), filler=None):
+    """[P][G] texts, each ended unless (p, g) is in `cut`; beyond the mask stands `filler`, by default padding."""
+    P, G = len(texts), len(texts[0])
+    ids = {(p, g): tokenizer.encode(texts[p][g]) for p, g in np.ndindex(P, G)}
+    ids = {at: row if at in cut else [*row, tokenizer.eos_ids[0]] for at, row in ids.items()}
+    T = -(-(max(map(len, ids.values())) + 3) // 64) * 64  # few lengths, so that little is compiled
+    tokens = np.full((P, G, T), tokenizer.pad_id if filler is None else filler, np.int32)
+    mask = np.zeros((P, G, T), bool)
+    for at, row in ids.items():
+        tokens[at][: len(row)], mask[at][: len(row)] = row, True
+    truncated = ~np.any((tokens == tokenizer.eos_ids[0]) & mask, axis=-1)
+    prompt = np.zeros((P, 4), np.int32), np.ones((P, 4), bool)
+    return Rollout(*map(jnp.asarray, (*prompt, tokens, mask, np.zeros((P, G, T), np.float32), truncated)))
+
+
+ROWS = [{"answer": "12", "id": 7}, {"answer": "-3", "id": 5}]
+TEXTS = [["#### 12", "#### 2", "12"], ["x\n#### -3", "#### -3", "#### 3"]]
+
+
+def test_device_and_host_rewards_mix():
+    scorer = make_scorer("accuracy", "match_answer", "mine.py:length", weights=[1, 0.5, 0], verdict="match_answer")
+    assert scorer.names == ("accuracy", "match_answer", "length")
+    assert scorer.weights == (1.0, 0.5, 0.0)
+    assert scorer.verdict == "match_answer" and scorer.on_host
+    rollout = rollout_of(TEXTS, cut=[(1, 1)])
+    rewards, metrics = scorer(rollout, batch_of(ROWS))
+    assert list(rewards) == list(scorer.names)  # weights go by this order
+    np.testing.assert_array_equal(rewards["accuracy"], [[1, 0, 0], [1, 1, 0]])
+    np.testing.assert_array_equal(rewards["match_answer"], [[1, 0, 0], [1, 0, 0]])  # one was cut off
+    np.testing.assert_array_equal(rewards["length"], rollout.mask.sum(axis=-1))
+    for values in rewards.values():
+        assert isinstance(values, jax.Array) and values.dtype == jnp.float32 and values.sharding == HERE
+    assert metrics == {
+        "rewards/accuracy/error_rate": 0,
+        "rewards/accuracy/none_rate": 0,
+        "rewards/length/error_rate": 0,
+        "rewards/length/none_rate": 0,
+    }
+    np.testing.assert_array_equal(total_reward(rewards, scorer.weights), [[1.5, 0, 0], [1.5, 1, 0]])
+
+
+def test_weights_and_verdict_have_defaults():
+    scorer = make_scorer("match_answer", "format")
+    assert scorer.weights == (1.0, 1.0) and scorer.verdict == "match_answer"
+    assert make_scorer("format", "mine.py:length", verdict="mine.py:length").verdict == "length"
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.data())
+def test_the_weighted_total_of_what_is_present(P, G, data):
+    value = st.none() | st.floats(-10, 10, width=32)
+    names = data.draw(st.lists(st.sampled_from("abc"), min_size=1, unique=True))
+    values = {k: data.draw(st.lists(value, min_size=P * G, max_size=P * G)) for k in names}
+    weights = [data.draw(st.sampled_from([-1.0, 0.0, 0.25, 2.0])) for _ in names]
+    rewards = {k: jnp.array([math.nan if x is None else x for x in v]).reshape(P, G) for k, v in values.items()}
+    total = np.ravel(total_reward(rewards, weights)) if any(weights) else np.full(P * G, math.nan)
+    for row in range(P * G):
+        # A reward of weight 0 is a mere observer: it cannot make a missing reward look like 0.
+        present = [w * v[row] for w, v in zip(weights, values.values()) if w and v[row] is not None]
+        np.testing.assert_allclose(total[row], sum(present) if present else math.nan, rtol=1e-5, atol=1e-5)
+
+
+def test_rewards_stay_with_their_prompt_and_sample():
+    texts = [["a" * (1 + (3 * p + 5 * g) % 7) for g in range(3)] for p in range(5)]
+    rows = [{"id": i} for i in (30, 10, 50, 20, 40)]
+    scorer = make_scorer("mine.py:echo", "mine.py:length", tokenizer=BYTES)
+    rewards, _ = scorer(rollout_of(texts, BYTES), batch_of(rows))
+    np.testing.assert_array_equal(rewards["echo"], [[i] * 3 for i in (30, 10, 50, 20, 40)])
+    np.testing.assert_array_equal(rewards["length"], [[len(text) + 1 for text in group] for group in texts])
+
+
+@pytest.mark.parametrize("filler", [None, MERGING.eos_ids[0], MERGING.encode("5")[0]])
+def test_host_rewards_read_the_text_of_sampled_tokens_only(filler):
+    scorer = make_scorer("mine.py:spy")
+    scorer(rollout_of(TEXTS, cut=[(0, 1)], filler=filler), batch_of(ROWS))
+    seen = json.loads(pathlib.Path("seen.json").read_text())
+    assert seen["prompts"] == ["question 0\n"] * 3 + ["question 1\n"] * 3
+    assert seen["completions"] == TEXTS[0] + TEXTS[1]
+    end = list(MERGING.eos_ids)
+    assert seen["completion_ids"] == [MERGING.encode(t) + (end if t != "#### 2" else []) for t in TEXTS[0] + TEXTS[1]]
+    assert seen["answer"] == ["12"] * 3 + ["-3"] * 3 and seen["id"] == [7] * 3 + [5] * 3
+    assert seen["question"] == ["question 0"] * 3 + ["question 1"] * 3
+
+
+def test_missing_rewards_are_nan_and_counted():
+    texts = [["fine", "none", "picky"], ["fine", "fine", "none"]]
+    rewards, metrics = make_scorer("mine.py:picky")(rollout_of(texts), batch_of(ROWS))
+    np.testing.assert_array_equal(rewards["picky"], [[1, np.nan, np.nan], [1, 1, np.nan]])
+    assert metrics["rewards/picky/error_rate"] == pytest.approx(1 / 6)
+    assert metrics["rewards/picky/none_rate"] == pytest.approx(2 / 6)
+    with pytest.raises(RewardError, match="'picky' failed on 1 of the 3 rows tried.*share of 0 "):
+        make_scorer("mine.py:picky", max_failure_share=0)(rollout_of(texts), batch_of(ROWS))
+
+
+def test_a_column_missing_in_some_rows_is_none_there():
+    rewards, _ = make_scorer("mine.py:hinted")(rollout_of(TEXTS), batch_of([{"hint": 2}, {}]))
+    np.testing.assert_array_equal(rewards["hinted"], [[2] * 3, [np.nan] * 3])
+    with pytest.raises(RewardError, match="'hinted' cannot be called: missing a required argument: 'hint'"):
+        make_scorer("mine.py:hinted")(rollout_of(TEXTS), batch_of(ROWS))
+
+
+@pytest.mark.parametrize("column", ["prompts", "completions", "completion_ids"])
+def test_a_column_may_not_take_a_name_that_the_run_uses(column):
+    with pytest.raises(RewardError, match=f"column is named '{column}'"):
+        make_scorer("accuracy")(rollout_of(TEXTS), batch_of([row | {column: 1} for row in ROWS]))
+
+
+def test_a_broken_contract_names_the_function():
+    with pytest.raises(RewardError, match="'short' returned 1 rewards for 6 completions"):
+        make_scorer("mine.py:short")(rollout_of(TEXTS), batch_of(ROWS))
+
+
+# -- match_answer ------------------------------------------------------------------------------------------------------
+
+ANSWERS = ["0", "7", "12", "1234567", "-3", "-45", "1,234", "-1,234", "3.5", "-0.5", "3/4", "50%", "$18", "-$18"]
+
+
+@functools.cache
+def comparison(tokenizer):
+    return make_scorer("match_answer", "accuracy", tokenizer=tokenizer)
+
+
+def both(texts, rows, tokenizer, **options):
+    """What match_answer and what accuracy say."""
+    rewards, _ = comparison(tokenizer)(rollout_of(texts, tokenizer, **options), batch_of(rows))
+    return np.asarray(rewards["match_answer"]), np.asarray(rewards["accuracy"])
+
+
+def test_the_first_tokenizer_joins_the_space_with_a_minus():
+    assert MERGING.encode("#### -3")[-2:] == MERGING.encode(" -") + MERGING.encode("3")
+    assert MERGING.encode("#### -3") != MERGING.encode("#### ") + MERGING.encode("-3")
+
+
+@TOKENIZERS
+def test_match_answer_agrees_with_accuracy(tokenizer):
+    """Every answer against every other, alone and at the end of a solution."""
+    rows = [{"answer": answer} for answer in ANSWERS]
+    for before in ("", "2 - 5 = -3\n", "It follows that:\n\n"):
+        matched, accurate = both([[f"{before}#### {answer}" for answer in ANSWERS]] * len(rows), rows, tokenizer)
+        np.testing.assert_array_equal(matched, np.eye(len(ANSWERS)))
+        np.testing.assert_array_equal(accurate, np.eye(len(ANSWERS)))
+
+
+NUMBERS = st.integers(-(10**6), 10**6) | st.integers(-12, 12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from([MERGING, BYTES]), st.lists(NUMBERS, min_size=3, max_size=3), st.tuples(*[NUMBERS] * 4))
+def test_match_answer_agrees_with_accuracy_on_integers(tokenizer, answers, guesses):
+    texts = [[f"1 - 2 = -1\n#### {guess}" for guess in (*guesses, answer)] for answer in answers]
+    rows = [{"answer": answer if answer % 2 else str(answer)} for answer in answers]
+    matched, accurate = both(texts, rows, tokenizer)
+    np.testing.assert_array_equal(matched, accurate)
+    np.testing.assert_array_equal(matched[:, -1], 1)
+
+
+@TOKENIZERS
+def test_match_answer_on_completions_that_are_not_an_answer(tokenizer):
+    wrong = ["-3", "### -3", "#### 3", "#### ", "####", "", "#### -3 4", "#### -34", "#### -3\n#### -4"]
+    matched, accurate = both([[*wrong, "#### -4\n#### -3"]], [{"answer": -3}], tokenizer)
+    np.testing.assert_array_equal(matched, [[0] * 9 + [1]])
+    np.testing.assert_array_equal(accurate, matched)
+
+
+@TOKENIZERS
+def test_match_answer_compares_spelling_and_wants_the_end(tokenizer):
+    """Where it is stricter than accuracy: another spelling of the number, text behind it, no end token."""
+    texts = [["#### 12.0", "####12", "#### 12\n", "#### 12", "#### 12"]]
+    matched, accurate = both(texts, [{"answer": "12"}], tokenizer, cut=[(0, 3)])
+    np.testing.assert_array_equal(matched, [[0, 0, 0, 0, 1]])
+    np.testing.assert_array_equal(accurate, [[1, 1, 1, 1, 1]])
+
+
+def test_match_answer_takes_a_worked_solution_as_the_answer():
+    rows = [{"answer": solution} for solution in ("2 - 5 = -3\n#### -3", "#### 12 ", r"so \boxed{12}", " 12\n")]
+    matched, accurate = both([["#### -3", "#### 12"]] * 4, rows, MERGING)
+    np.testing.assert_array_equal(matched, [[1, 0], [0, 1], [0, 1], [0, 1]])
+    np.testing.assert_array_equal(accurate, matched)
+
+
+def test_match_answer_on_the_word_problems(tmp_path):
+    problems = data.load_source("word_problems", "validation", data_dir=tmp_path)
+    rows = problems.read(range(200))
+    tokenizer = data.train_tokenizer(f"{row['question']}\n{row['solution']}" for row in rows)
+    others = [*rows[1:], rows[0]]
+    texts = [[row["solution"], other["solution"]] for row, other in zip(rows, others)]
+    matched, accurate = both(texts, rows, tokenizer)
+    np.testing.assert_array_equal(matched, accurate)
+    np.testing.assert_array_equal(matched[:, 0], 1)
+    assert matched[:, 1].mean() < 0.2
+
+
+@pytest.mark.parametrize("row", [{}, {"answer": None}, {"answer": " "}])
+def test_match_answer_without_a_reference_is_a_sentence(row):
+    with pytest.raises(RewardError, match="'match_answer' needs the column 'answer'.*its columns are .*question"):
+        make_scorer("match_answer")(rollout_of(TEXTS), batch_of([{"answer": "1"}, row]))
+
+
+def tokenizer_that_joins(*texts):
+    """A tokenizer to which each of the texts is one token, whatever stands around it."""
+    tokenizer = data.train_tokenizer([], vocab_size=259)
+    tokenizer.backend.add_tokens(list(texts))
+    return tokenizer
+
+
+def test_a_tokenizer_that_joins_the_answer_with_its_marker_is_a_sentence():
+    scorer = make_scorer("match_answer", tokenizer=tokenizer_that_joins("#### 1"))
+    with pytest.raises(RewardError, match="joins the answer '12' with the '####' before it; use the reward 'accuracy'"):
+        scorer(rollout_of(TEXTS), batch_of(ROWS))
+    with pytest.raises(RewardError, match="joins '####' with the line break before it; use the reward 'accuracy'"):
+        make_scorer("match_answer", tokenizer=tokenizer_that_joins("\n####"))
+
+
+def test_device_rewards_need_no_host_transfer():
+    scorer, batch, rollout = make_scorer("match_answer"), batch_of(ROWS), rollout_of(TEXTS)
+    assert not scorer.on_host and make_scorer("match_answer", "format").on_host
+    with jax.transfer_guard("disallow"), jax.transfer_guard_device_to_host("disallow_explicit"):
+        rewards, metrics = scorer(rollout, batch)
+    assert metrics == {}
+    # Transfers from a CPU to itself are not guarded, but using a value while tracing fails anywhere.
+    traced = jax.jit(lambda rollout: scorer(rollout, batch)[0])(rollout)
+    for values in (rewards, traced):
+        np.testing.assert_array_equal(values["match_answer"], [[1, 0, 0], [1, 1, 0]])
+    with pytest.raises(jax.errors.NonConcreteBooleanIndexError):
+        jax.jit(lambda rollout: make_scorer("format")(rollout, batch)[0])(rollout)
+
+
+def test_host_rewards_cross_explicitly():
+    scorer, batch, rollout = make_scorer("match_answer", "accuracy"), batch_of(ROWS), rollout_of(TEXTS)
+    with jax.transfer_guard("disallow"):
+        rewards, _ = scorer(rollout, batch)
+    np.testing.assert_array_equal(rewards["accuracy"], [[1, 0, 0], [1, 1, 0]])
+
+
+def test_new_answers_compile_nothing(caplog):
+    scorer = make_scorer("match_answer")
+    first, second = rollout_of(TEXTS), rollout_of([["#### -1", "x", "y"], ["#### 5", "", "z"]])
+    with jax.log_compiles():
+        scorer(first, batch_of(ROWS))
+        assert "Compiling" in caplog.text
+        caplog.clear()
+        rewards, _ = scorer(second, batch_of([{"answer": "-1"}, {"answer": -12345}]))
+        assert "Compiling" not in caplog.text
+    np.testing.assert_array_equal(rewards["match_answer"], [[1, 0, 0], [0, 0, 0]])
+
+
+# -- configurations that make no sense ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "functions, weights, message",
+    [
+        (["match_answer"], [0], "No reward has a weight other than 0"),
+        (["accuracy", "format"], [0.0, 0.0], "No reward has a weight other than 0"),
+        ([], [], "No reward has a weight other than 0"),
+        (["accuracy", "format"], [1.0, math.nan], "weight of reward 'format' is nan"),
+        (["match_answer"], [math.inf], "weight of reward 'match_answer' is inf"),
+        (["accuracy", "accuracy"], [], "Two rewards are named 'accuracy'"),
+        (["match_answer", "match_answer"], [], "Two rewards are named 'match_answer'"),
+        (["match_answer", "mine.py:match_answer"], [], "Two rewards are named 'match_answer'"),
+        (["accuracy", "acuracy"], [], "no built-in reward 'acuracy'; did you mean 'accuracy'"),
+        (["match_answers"], [], "no built-in reward 'match_answers'; did you mean 'match_answer'.*, match_answer"),
+        (["mine.py:lenght"], [], "has no 'lenght'; did you mean 'length'"),
+        (["mein.py:length"], [], "no file mein.py; did you mean 'mine.py'"),
+    ],
+)
+def test_what_makes_no_sense_is_a_sentence(functions, weights, message):
+    with pytest.raises(RewardError, match=message):
+        make_scorer(*functions, weights=weights)
