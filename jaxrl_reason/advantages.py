@@ -130,11 +130,13 @@ def _require(name: str, field: str, value) -> None:
 
 def standardize_by_group(eps: float = 1e-6) -> AdvantageTransform:
   """(r - mean_G r) / (std1_G r + eps): GRPO, arXiv 2402.03300, eq. 4. A tied group gives exactly 0."""
+  if eps < 0:
+    raise ValueError(f"eps is {eps}; it keeps a division finite and must be at least 0.")
 
   def update(advantages, inputs):
     _require_group("standardize_by_group", advantages)
     deviation, std = group_deviation(advantages, has_reward(inputs))
-    return deviation / (std + eps)
+    return jnp.where(std > 0, deviation / (std + eps), 0.0)
 
   return stateless(update)
 
@@ -170,6 +172,7 @@ def subtract_greedy() -> AdvantageTransform:
   def update(advantages, inputs):
     _require("subtract_greedy", "greedy_rewards", inputs.greedy_rewards)
     chex.assert_rank([advantages, inputs.greedy_rewards], [2, 1])
+    chex.assert_equal_shape_prefix([advantages, inputs.greedy_rewards], 1)
     advantages = advantages - inputs.greedy_rewards[:, None]
     return jnp.where(jnp.isnan(inputs.greedy_rewards)[:, None], 0.0, advantages)
 
@@ -181,7 +184,7 @@ def whiten_by_token(kl_coef: float = 0.0) -> AdvantageTransform:
 
   mean = sum(R m) / sum(m), unbiased variance over the N masked tokens, (R - mean) * rsqrt(var + 1e-8).
   With kl_coef > 0, -kl_coef * kl enters each token's reward, R is the return-to-go (gamma 1), and the
-  result is per token, f32[P, G, T], 0 where masked; otherwise R is the same on every token of a
+  result is per token, f32[P, G, T], 0 where masked and on completions whose KL is not finite; otherwise R is the same on every token of a
   completion, and the result is f32[P, G].
   """
   if kl_coef < 0:
@@ -195,6 +198,8 @@ def whiten_by_token(kl_coef: float = 0.0) -> AdvantageTransform:
     if kl_coef:
       _require("whiten_by_token(kl_coef > 0)", "kl", inputs.kl)
       chex.assert_equal_shape([inputs.kl, inputs.completion_mask])
+      # A completion with a broken KL would spoil the statistics of the whole batch.
+      mask &= ~(mask & ~jnp.isfinite(inputs.kl)).any(axis=-1, keepdims=True)
       penalty = kl_coef * jnp.where(mask, inputs.kl, 0.0)
       returns = returns - jnp.cumsum(penalty[..., ::-1], axis=-1)[..., ::-1]
     returns = jnp.broadcast_to(returns, mask.shape)

@@ -1,6 +1,6 @@
 """From sampled and scored groups to what an update learns from: rewards, advantages, masks, metrics."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -23,22 +23,26 @@ class Groups(NamedTuple):
   rewards: dict[str, jax.Array]
 
 
-def total_reward(rewards: Mapping[str, jax.Array], weights: Sequence[float]) -> jax.Array:
-  """Weighted sum over the rewards that are present; NaN where none of non-zero weight is. f32[P, G]."""
-  total, present = 0.0, False
-  for values, weight in zip(rewards.values(), weights, strict=True):
-    if weight:
-      total += jnp.where(jnp.isnan(values), 0.0, weight * values)
+def total_reward(rewards: Mapping[str, jax.Array], weights: Mapping[str, float]) -> jax.Array:
+  """Weighted sum over the rewards that are present; NaN where none of non-zero weight is. f32[P, G].
+
+  Weights go by name: a dict that has been through jit comes back in another order.
+  """
+  total = jnp.zeros_like(next(iter(rewards.values())))
+  present = jnp.zeros(total.shape, bool)
+  for name, values in rewards.items():
+    if weights[name]:
+      total += jnp.where(jnp.isnan(values), 0.0, weights[name] * values)
       present |= ~jnp.isnan(values)
   return jnp.where(present, total, jnp.nan)
 
 
-def make_prepare(method: Method, weights: Sequence[float], verdict: str, *, mask_truncated: bool) -> Callable:
+def make_prepare(method: Method, weights: Mapping[str, float], verdict: str, *, mask_truncated: bool) -> Callable:
   """The pure function between scoring and learning, to be jitted.
 
   Args:
     method: its chain computes the advantages.
-    weights: one a reward, in the order of Groups.rewards.
+    weights: reward name -> weight.
     verdict: the reward whose value > 0.5 means right.
     mask_truncated: leave completions without an end token out of the loss (not out of the statistics).
 
@@ -62,22 +66,25 @@ def make_prepare(method: Method, weights: Sequence[float], verdict: str, *, mask
 
     present = ~jnp.isnan(total)
     broken = (rollout.mask & ~jnp.isfinite(rollout.logprobs)).any(axis=-1)
+    if kl is not None:
+      broken |= (rollout.mask & ~jnp.isfinite(kl)).any(axis=-1)
     counts = present & ~broken & ~(rollout.truncated & mask_truncated)
     experience = Experience(rollout, rollout.mask & counts[..., None], advantages)
 
     lengths = rollout.mask.sum(axis=-1).astype(jnp.float32)
-    ended = ~rollout.truncated
+    real = lengths > 0  # places that dynamic sampling could not fill hold nothing
+    real_groups = real.any(axis=1, keepdims=True)
     _, std = group_deviation(total, present)
     metrics = {
         "reward": _mean(total, present),
         "reward_std": _mean(std, present.any(axis=1, keepdims=True)),
-        "frac_reward_zero_std": group_tied(total, present).mean(dtype=jnp.float32),
-        "completions/mean_length": lengths.mean(),
-        "completions/min_length": lengths.min(),
+        "frac_reward_zero_std": _mean(group_tied(total, present).astype(jnp.float32), real_groups),
+        "completions/mean_length": _mean(lengths, real),
+        "completions/min_length": jnp.where(real, lengths, jnp.inf).min(),
         "completions/max_length": lengths.max(),
-        "completions/mean_terminated_length": _mean(lengths, ended),
-        "completions/clipped_ratio": rollout.truncated.mean(dtype=jnp.float32),
-        "completions/missing_reward_ratio": 1 - present.mean(dtype=jnp.float32),
+        "completions/mean_terminated_length": _mean(lengths, real & ~rollout.truncated),
+        "completions/clipped_ratio": _mean(rollout.truncated.astype(jnp.float32), real),
+        "completions/missing_reward_ratio": _mean(1.0 - present, real),
         "sampling/nonfinite_completions": broken.sum().astype(jnp.float32),
         **{f"rewards/{name}/mean": _mean(r, ~jnp.isnan(r)) for name, r in rewards.items()},
         **{f"rewards/{name}/std": _std(r, ~jnp.isnan(r)) for name, r in rewards.items()},

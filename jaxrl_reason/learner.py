@@ -146,8 +146,10 @@ def loss_and_metrics(config: models.ModelConfig, options: UpdateOptions, params,
   old = jax.lax.stop_gradient(logprobs) if batch.old_logprobs is None else batch.old_logprobs
   loss, metrics = losses.policy_loss(logprobs, old, batch.advantages, batch.mask,
                                      total=total, **dataclasses.asdict(options.loss))
-  mean = lambda x: losses.masked_sum(x, batch.mask) / total.tokens
-  same_law = lambda x: losses.aggregate(x, batch.mask, options.loss.aggregation, options.loss.constant, total)
+  references = () if batch.ref_logprobs is None else (batch.ref_logprobs,)
+  mask, _ = losses.drop_nonfinite(batch.mask, logprobs, old, *references)
+  mean = lambda x: losses.masked_sum(x, mask) / total.tokens
+  same_law = lambda x: losses.aggregate(x, mask, options.loss.aggregation, options.loss.constant, total)
   metrics["entropy"] = mean(entropy)
   if options.entropy_coefficient:
     loss -= options.entropy_coefficient * same_law(entropy)
@@ -156,7 +158,7 @@ def loss_and_metrics(config: models.ModelConfig, options: UpdateOptions, params,
     metrics["kl"] = mean(kl)
     if options.kl_coefficient:
       loss += options.kl_coefficient * same_law(kl)
-  difference = jnp.where(batch.mask, jnp.abs(logprobs - batch.rollout.logprobs), 0.0)
+  difference = jnp.where(mask, jnp.abs(logprobs - batch.rollout.logprobs), 0.0)
   metrics["loss"] = loss
   return loss, (metrics, jax.lax.stop_gradient(difference.max()))
 
@@ -190,6 +192,7 @@ def make_update(config: models.ModelConfig, options: UpdateOptions, optimizer: o
   def apply(params, opt_state, batch: Experience, temperature):
     grads, (metrics, difference) = gradient(params, batch, temperature)
     params, opt_state, metrics["grad_norm"] = apply_gradients(optimizer, params, opt_state, grads)
+    metrics["skipped_update_ratio"] = 1.0 - jnp.isfinite(metrics["grad_norm"])
     return params, opt_state, metrics, difference
 
   def update(state: TrainState, batch: Experience, temperature, key):
@@ -214,12 +217,17 @@ def make_update(config: models.ModelConfig, options: UpdateOptions, optimizer: o
 
 
 def apply_gradients(optimizer, params, opt_state, grads):
-  """One optax update in float32, whatever the weights are; returns (params, opt_state, gradient norm)."""
+  """One optax update in float32, whatever the weights are; returns (params, opt_state, gradient norm).
+
+  A gradient that is not finite changes nothing.
+  """
   to32 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
   grads, wide = to32(grads), to32(params)
-  updates, opt_state = optimizer.update(grads, opt_state, wide)
+  norm = optax.global_norm(grads)
+  updates, new_opt_state = optimizer.update(grads, opt_state, wide)
   new = jax.tree.map(lambda old, x: x.astype(old.dtype), params, optax.apply_updates(wide, updates))
-  return new, opt_state, optax.global_norm(grads)
+  keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(jnp.isfinite(norm), a, b), new, old)
+  return keep(new, params), keep(new_opt_state, opt_state), norm
 
 
 def init_opt_state(optimizer, params):

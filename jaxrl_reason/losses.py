@@ -39,6 +39,18 @@ def masked_sum(values: jax.Array, mask: jax.Array, axis=None) -> jax.Array:
   return jnp.where(mask, values, 0.0).sum(axis=axis)
 
 
+def drop_nonfinite(mask: jax.Array, *logprobs: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Masks completions that hold a non-finite log-probability on an unmasked token, and counts them.
+
+  Returns:
+    (bool[P, G, T], f32 scalar).
+  """
+  mask = mask.astype(bool)
+  finite = jnp.all(jnp.stack([jnp.isfinite(x) for x in logprobs]), axis=0)
+  broken = (mask & ~finite).any(axis=-1, keepdims=True)
+  return mask & ~broken, broken.sum().astype(jnp.float32)
+
+
 def aggregate(values: jax.Array, mask: jax.Array, kind: str, constant: float | None = None,
               total: Totals | None = None) -> jax.Array:
   """Averages per-token values [P, G, T] over a batch.
@@ -117,10 +129,7 @@ def policy_loss(logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Ar
   chex.assert_rank(advantages, {2, 3})
   chex.assert_equal_shape_prefix([logprobs, advantages], advantages.ndim)
 
-  mask = mask.astype(bool)
-  finite = jnp.isfinite(logprobs) & jnp.isfinite(old_logprobs)
-  broken = (mask & ~finite).any(axis=-1, keepdims=True)
-  mask &= ~broken
+  mask, dropped = drop_nonfinite(mask, logprobs, old_logprobs)
   # Cleaned before anything is computed from them: a gradient through where() alone would still be NaN.
   logprobs = jnp.where(mask, logprobs.astype(jnp.float32), 0.0)
   old_logprobs = jax.lax.stop_gradient(jnp.where(mask, old_logprobs.astype(jnp.float32), 0.0))
@@ -131,7 +140,7 @@ def policy_loss(logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Ar
   if ratio == "sequence":
     lengths = jnp.maximum(mask.sum(axis=-1, keepdims=True), 1)
     log_ratio = jnp.broadcast_to(log_ratio.sum(axis=-1, keepdims=True) / lengths, mask.shape)
-  rho = jnp.exp(log_ratio)
+  rho = jnp.exp(jnp.minimum(log_ratio, 80.0))  # beyond it exp overflows, and 0 * inf is NaN
   low, high = jnp.zeros_like(mask), jnp.zeros_like(mask)
   if ratio == "none":
     per_token = -advantages * logprobs
@@ -151,7 +160,7 @@ def policy_loss(logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Ar
       "clip_ratio/low_mean": share(low),
       "clip_ratio/high_mean": share(high),
       "clip_ratio/region_mean": share(low | high),
-      "nonfinite_completions": broken.sum().astype(jnp.float32),
+      "nonfinite_completions": dropped,
   }
   return aggregate(per_token, mask, aggregation, constant, total), metrics
 
@@ -162,15 +171,19 @@ def kl_penalty(logprobs: jax.Array, ref_logprobs: jax.Array, kind: str = "k3") -
   With d = logprobs - ref_logprobs: k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1 (Schulman, "Approximating
   KL divergence", 2020). All three have the *gradient* of k2, d * grad(logprobs), whose expectation
   over the policy's samples is the gradient of KL(policy || reference). Differentiated naively, k1 has
-  gradient 0 in expectation and k3 that of KL(reference || policy) (arXiv 2506.09477).
+  gradient 0 in expectation and k3 that of KL(reference || policy) (arXiv 2506.09477). Where an input is
+  not finite the result is NaN, and its gradient 0.
   """
   if kind not in KL_KINDS:
     raise ValueError(f"KL kind is {kind!r}; it must be one of {KL_KINDS}.")
   chex.assert_equal_shape([logprobs, ref_logprobs])
-  d = logprobs.astype(jnp.float32) - jax.lax.stop_gradient(ref_logprobs.astype(jnp.float32))
+  # A masked position may hold anything: cleaned first, or its gradient would be 0 * NaN.
+  finite = jnp.isfinite(logprobs) & jnp.isfinite(ref_logprobs)
+  clean = lambda x: jnp.where(finite, x.astype(jnp.float32), 0.0)
+  d = clean(logprobs) - jax.lax.stop_gradient(clean(ref_logprobs))
   k2 = jnp.square(d) / 2
   value = {"k1": d, "k2": k2, "k3": jnp.expm1(-d) + d}[kind]
-  return jax.lax.stop_gradient(value - k2) + k2
+  return jnp.where(finite, jax.lax.stop_gradient(value - k2) + k2, jnp.nan)
 
 
 def token_logprobs(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:

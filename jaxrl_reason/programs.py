@@ -1,6 +1,6 @@
 """The compiled functions of a run, and where their arrays live: what `train`, `bench` and `plan` share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 
@@ -55,7 +55,7 @@ class Programs:
 
 
 def build(config: Config, method: Method, model: models.ModelConfig, mesh: jax.sharding.Mesh, *,
-          eos_ids: tuple[int, ...], pad_id: int, weights: tuple[float, ...], verdict: str) -> Programs:
+          eos_ids: tuple[int, ...], pad_id: int, weights: Mapping[str, float], verdict: str) -> Programs:
     """The programs of a configuration; nothing is compiled before it is called.
 
     Args:

@@ -35,6 +35,7 @@ def make_groups(lengths, T, truncated=None, logprobs=None, **rewards):
 
 def prepared(method, groups, weights=(1.0,), verdict="right", mask_truncated=False, kl=None, compiled=True, **options):
     method = methods.create(method, **options)
+    weights = dict(zip(groups.rewards, weights))
     prepare = make_prepare(method, weights, verdict, mask_truncated=mask_truncated)
     experience, _, metrics = (jax.jit(prepare) if compiled else prepare)(groups, method.advantage.init(), kl)
     return experience, {name: float(value) for name, value in metrics.items()}
@@ -46,23 +47,23 @@ def prepared(method, groups, weights=(1.0,), verdict="right", mask_truncated=Fal
 @either_way
 def test_the_total_is_weighted_and_zero_is_a_reward(compiled):
     rewards = {"a": jnp.array([[1, 0, 0, NAN, NAN, 3]]), "b": jnp.array([[1, 2, 0, 4, NAN, NAN]])}
-    f = functools.partial(total_reward, weights=[2.0, -0.5])
+    f = functools.partial(total_reward, weights={"a": 2.0, "b": -0.5})
     np.testing.assert_array_equal((jax.jit(f) if compiled else f)(rewards), [[1.5, -1, 0, -2, NAN, 6]])
 
 
 def test_a_reward_of_weight_zero_neither_counts_nor_makes_a_sample_present():
     rewards = {"a": jnp.array([[1.0, NAN, 2]]), "b": jnp.array([[9.0, 9, NAN]])}
-    np.testing.assert_array_equal(total_reward(rewards, [1, 0]), [[1, NAN, 2]])
+    np.testing.assert_array_equal(total_reward(rewards, {"b": 0, "a": 1}), [[1, NAN, 2]])
 
 
 def test_the_total_keeps_its_shape_where_every_weight_is_zero():
-    total = total_reward({"a": jnp.ones((2, 3))}, [0.0])
+    total = total_reward({"a": jnp.ones((2, 3))}, {"a": 0.0})
     assert total.shape == (2, 3) and np.isnan(total).all()
 
 
 def test_every_reward_needs_a_weight():
-    with pytest.raises(ValueError):
-        total_reward({"a": jnp.ones((1, 2)), "b": jnp.ones((1, 2))}, [1.0])
+    with pytest.raises(KeyError):
+        total_reward({"a": jnp.ones((1, 2)), "b": jnp.ones((1, 2))}, {"a": 1.0})
 
 
 @either_way

@@ -72,7 +72,7 @@ class Scorer:
             raise host.RewardError(
                 "No reward has a weight other than 0, so there is nothing to learn from; give at least one."
             )
-        self.names, self.weights = tuple(names.values()), tuple(weights)
+        self.names, self.weights = tuple(names.values()), dict(zip(names.values(), weights))
         self.verdict = names[verdict or functions[0]]
         self.on_host = bool(self._host)
 

@@ -95,11 +95,11 @@ TEXTS = [["#### 12", "#### 2", "12"], ["x\n#### -3", "#### -3", "#### 3"]]
 def test_device_and_host_rewards_mix():
     scorer = make_scorer("accuracy", "match_answer", "mine.py:length", weights=[1, 0.5, 0], verdict="match_answer")
     assert scorer.names == ("accuracy", "match_answer", "length")
-    assert scorer.weights == (1.0, 0.5, 0.0)
+    assert scorer.weights == {"accuracy": 1.0, "match_answer": 0.5, "length": 0.0}
     assert scorer.verdict == "match_answer" and scorer.on_host
     rollout = rollout_of(TEXTS, cut=[(1, 1)])
     rewards, metrics = scorer(rollout, batch_of(ROWS))
-    assert list(rewards) == list(scorer.names)  # weights go by this order
+    assert list(rewards) == list(scorer.names)
     np.testing.assert_array_equal(rewards["accuracy"], [[1, 0, 0], [1, 1, 0]])
     np.testing.assert_array_equal(rewards["match_answer"], [[1, 0, 0], [1, 0, 0]])  # one was cut off
     np.testing.assert_array_equal(rewards["length"], rollout.mask.sum(axis=-1))
@@ -116,7 +116,7 @@ def test_device_and_host_rewards_mix():
 
 def test_weights_and_verdict_have_defaults():
     scorer = make_scorer("match_answer", "format")
-    assert scorer.weights == (1.0, 1.0) and scorer.verdict == "match_answer"
+    assert list(scorer.weights.values()) == [1.0, 1.0] and scorer.verdict == "match_answer"
     assert make_scorer("format", "mine.py:length", verdict="mine.py:length").verdict == "length"
 
 
@@ -128,7 +128,7 @@ def test_the_weighted_total_of_what_is_present(P, G, data):
     values = {k: data.draw(st.lists(value, min_size=P * G, max_size=P * G)) for k in names}
     weights = [data.draw(st.sampled_from([-1.0, 0.0, 0.25, 2.0])) for _ in names]
     rewards = {k: jnp.array([math.nan if x is None else x for x in v]).reshape(P, G) for k, v in values.items()}
-    total = np.ravel(total_reward(rewards, weights)) if any(weights) else np.full(P * G, math.nan)
+    total = np.ravel(total_reward(rewards, dict(zip(rewards, weights))))
     for row in range(P * G):
         # A reward of weight 0 is a mere observer: it cannot make a missing reward look like 0.
         present = [w * v[row] for w, v in zip(weights, values.values()) if w and v[row] is not None]
