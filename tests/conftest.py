@@ -1,1 +1,35 @@
-"""Its place puts tests/ on the import path: helpers here (reference_decoder) are importable from every folder below."""
+"""Shared by all tests. Its place puts tests/ on the import path: helpers here (reference_decoder) are importable from every folder below."""
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """Where TFDS data are prepared, once for all tests."""
+    return tmp_path_factory.mktemp("tensorflow_datasets")
+
+
+@pytest.fixture(scope="session")
+def shared_programs(tmp_path_factory):
+    """JAX settings under which the processes of a test session find what another has compiled."""
+    return {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+
+
+@pytest.fixture(scope="module")
+def quick_compilation(shared_programs):
+    """Compiled programs are shared, and compiled with few optimizations: for tests that run each program a few times."""
+    settings = shared_programs | {"jax_disable_most_optimizations": True}
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # JAX decides once whether there is a cache
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

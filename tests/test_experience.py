@@ -184,7 +184,7 @@ def test_metrics_of_nothing_are_not_numbers_and_nothing_is_learnt():
 def test_the_state_of_the_chain_is_carried():
     counting = AdvantageTransform(lambda: jnp.int32(0), lambda adv, n, inputs: (adv * (n + 1), n + 1))
     method = methods.Method(chain(counting), methods.PolicyLoss())
-    prepare = jax.jit(make_prepare(method, [1.0], "right", mask_truncated=False))
+    prepare = jax.jit(make_prepare(method, {"right": 1.0}, "right", mask_truncated=False))
     groups, state = make_groups([[1, 1]], 1, right=[[1, 0]]), method.advantage.init()
     for step in (1, 2):
         experience, state, _ = prepare(groups, state)

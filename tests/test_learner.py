@@ -18,8 +18,8 @@ from jaxrl_reason.models import ModelConfig
 from jaxrl_reason.rollout import Rollout, generate
 
 P, G, S, T, V = 4, 3, 4, 5, 23
-CONFIG = ModelConfig(vocab_size=V, width=16, layers=2, heads=4, kv_heads=2, mlp_width=16, head_dim=4, tied_embedding=False,
-                     sliding_window=4, sliding_period=2)
+CONFIG = ModelConfig(vocab_size=V, width=16, layers=2, heads=4, kv_heads=2, mlp_width=16, head_dim=4,
+                     tied_embedding=False, sliding_window=4, sliding_period=2)
 PARAMS = reference.random_params(CONFIG, scale=0.25)
 OTHER = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, PARAMS, reference.random_params(CONFIG, seed=1, scale=0.25))
 RNG = np.random.default_rng(0)
@@ -66,8 +66,8 @@ def experience(mask=MASK, **fields):
     """Off-policy, with a reference and legal tokens; what is masked is far from what it would be."""
     spoil = lambda x: np.where(mask, x, np.float32(5))
     rollout = Rollout(PROMPTS, PROMPT_MASK, TOKENS, MASK, spoil(NOW.astype(np.float32)), ~MASK.any(axis=-1))
-    batch = dict(rollout=rollout, mask=mask, advantages=per_token(ADVANTAGES), old_logprobs=spoil(OLD), ref_logprobs=spoil(REF),
-                 legal=LEGAL)
+    batch = dict(rollout=rollout, mask=mask, advantages=per_token(ADVANTAGES), old_logprobs=spoil(OLD),
+                 ref_logprobs=spoil(REF), legal=LEGAL)
     return jax.tree.map(jnp.asarray, Experience(**(batch | fields)))
 
 
@@ -307,7 +307,8 @@ def test_temperature_is_part_of_the_trained_law_and_compiles_nothing_new():
 def test_on_policy_the_ratio_is_exactly_one():
     options = UpdateOptions(loss=PolicyLoss(clip_low=0.0, clip_high=0.0))  # clips whatever is not exactly 1
     run = jit_once(functools.partial(learner.loss_and_metrics, CONFIG, options))
-    _, (metrics, _) = run(PARAMS, experience(old_logprobs=None, advantages=ADVANTAGES), losses.totals(MASK), jnp.float32(HOT))
+    batch = experience(old_logprobs=None, advantages=ADVANTAGES)
+    _, (metrics, _) = run(PARAMS, batch, losses.totals(MASK), jnp.float32(HOT))
     assert metrics["clip_ratio/region_mean"] == 0
     assert metrics["loss"] == pytest.approx(-(ADVANTAGES[..., None] * MASK).sum() / MASK.sum(), abs=1e-6)
 
@@ -446,7 +447,8 @@ CLIPPED = optax.chain(optax.clip_by_global_norm(0.5), optax.trace(0.9), optax.sc
 def test_clipping_bounds_the_update_that_is_applied_and_the_optimizer_state_is_float32(dtype):
     config = dataclasses.replace(CONFIG, param_dtype=dtype)
     params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
-    state, metrics = update(experience(advantages=1e3 * per_token(ADVANTAGES)), optimizer=CLIPPED, params=params, config=config)
+    batch = experience(advantages=1e3 * per_token(ADVANTAGES))
+    state, metrics = update(batch, optimizer=CLIPPED, params=params, config=config)
     assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {dtype}
     assert metrics["grad_norm"] > 50  # reported before clipping
     applied = norm(moved(state, params))

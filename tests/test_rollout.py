@@ -136,7 +136,8 @@ def test_greedy_obeys_the_legal_tokens():
 
 def test_a_prompt_alone_gives_what_it_gives_in_a_batch_of_mixed_lengths():
     batch, alone = free(), compiled_once(pad=0)
-    out = alone(PARAMS, PROMPTS[1:2, 3:], np.ones((1, 2), bool), IDS[1:2], jax.random.key(0), temperature=jnp.float32(1))
+    out = alone(PARAMS, PROMPTS[1:2, 3:], np.ones((1, 2), bool), IDS[1:2], jax.random.key(0),
+                temperature=jnp.float32(1))
     np.testing.assert_array_equal(out.tokens[0], batch.tokens[1])
     np.testing.assert_allclose(out.logprobs[0], batch.logprobs[1], atol=1e-5)
 

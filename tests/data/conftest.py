@@ -6,11 +6,6 @@ from jaxrl_reason import data
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("tensorflow_datasets")
-
-
-@pytest.fixture(scope="session")
 def problems(data_dir):
     """The three splits as {split: Source}."""
     return {split: data.load_source("word_problems", split, data_dir=data_dir) for split in ("train", "validation", "test")}

@@ -35,7 +35,8 @@ def learn(sizes):
     rng = np.random.default_rng(0)
     prompts, mask = rng.integers(0, V, (P, S)), np.arange(S) >= rng.integers(0, S, (P, 1))
     advantages, old = rng.normal(size=(P, G)), -2 + 0.5 * rng.normal(size=(P, G, T))
-    put = lambda *xs: tuple(jax.device_put(jnp.asarray(x, jnp.float32 if x.dtype == float else None), batch) for x in xs)
+    narrow = lambda x: jnp.asarray(x, jnp.float32 if x.dtype == float else None)
+    put = lambda *xs: tuple(jax.device_put(narrow(x), batch) for x in xs)
 
     run = jax.jit(functools.partial(generate, CONFIG, group_size=G, max_length=T, eos_ids=(3, 7), pad_id=0),
                   out_shardings=batch)

@@ -22,8 +22,8 @@ def abstract_mesh(data, fsdp, tensor):
 
 
 @pytest.mark.parametrize("sizes, shape", [
-    ((1, -1, 1), (1, 8, 1)), ((8, 1, 1), (8, 1, 1)), ((2, 2, 2), (2, 2, 2)), ((-1, 2, 2), (2, 2, 2)), ((1, 4, -1), (1, 4, 2)),
-    ((), (1, 8, 1)),
+    ((1, -1, 1), (1, 8, 1)), ((8, 1, 1), (8, 1, 1)), ((2, 2, 2), (2, 2, 2)), ((-1, 2, 2), (2, 2, 2)),
+    ((1, 4, -1), (1, 4, 2)), ((), (1, 8, 1)),
 ])
 def test_minus_one_stands_for_the_devices_that_the_others_leave(sizes, shape):
     mesh = sharding.make_mesh(*sizes, devices=np.array(jax.devices()[:1] * 8))
@@ -32,7 +32,8 @@ def test_minus_one_stands_for_the_devices_that_the_others_leave(sizes, shape):
 
 @pytest.mark.parametrize("sizes", [(3, -1, 1), (2, 2, 1), (16, 1, 1), (-1, -1, 1), (0, 1, 1), (-2, 1, 1), (1, 1, 9)])
 def test_sizes_that_do_not_multiply_to_the_devices_are_refused_by_name(sizes):
-    with pytest.raises(ValueError, match=rf"mesh\.data={sizes[0]}, mesh\.fsdp={sizes[1]}, mesh\.tensor={sizes[2]}.*\.$"):
+    data, fsdp, tensor = sizes
+    with pytest.raises(ValueError, match=rf"mesh\.data={data}, mesh\.fsdp={fsdp}, mesh\.tensor={tensor}.*\.$"):
         sharding.make_mesh(*sizes, devices=np.array(jax.devices()[:1] * 8))
 
 
@@ -42,7 +43,8 @@ def test_weights_split_by_their_logical_axes():
     want = {
         "q": (None, "fsdp", "tensor"), "k": (None, "fsdp", "tensor"), "v": (None, "fsdp", "tensor"),
         "o": (None, "tensor", "fsdp"), "gate": (None, "fsdp", "tensor"), "up": (None, "fsdp", "tensor"),
-        "down": (None, "tensor", "fsdp"), "q_bias": (None, "tensor"), "q_norm": (None, None), "mlp_norm": (None, "fsdp"),
+        "down": (None, "tensor", "fsdp"), "q_bias": (None, "tensor"), "q_norm": (None, None),
+        "mlp_norm": (None, "fsdp"),
     }
     for name, spec in want.items():
         assert specs["layers"][name] == PartitionSpec(*spec), name
@@ -73,14 +75,16 @@ def learnt(tmp_path_factory):
     script = pathlib.Path(__file__).with_name("sharded_learning.py")
     root = str(pathlib.Path(models.__file__).resolve().parents[2])
     env = os.environ | {
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
         "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
     done = {}
 
     def of(*meshes):
         if missing := [mesh for mesh in meshes if mesh not in done]:
             out = folder / f"{missing[0]}.npz"
-            run = subprocess.run([sys.executable, str(script), str(out), *missing], env=env, capture_output=True, text=True)
+            command = [sys.executable, str(script), str(out), *missing]
+            run = subprocess.run(command, env=env, capture_output=True, text=True)
             assert run.returncode == 0, run.stderr[-3000:]
             with np.load(out) as arrays:
                 for mesh in missing:

@@ -1,0 +1,39 @@
+"""Runs small enough for tests: twenty rows, a model of width 16, programs that compile in seconds."""
+
+import json
+
+from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Log, Model, Supervised
+
+ROWS = [{"question": f"Write {i}.", "solution": f"#### {i}", "answer": str(i), "row": i} for i in range(20)]
+
+
+def write_rows(path, rows=ROWS):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def tiny(rows, **changes) -> Config:
+    """A short run on a JSONL file; `changes` are fields, sections with two underscores: update__epochs=2."""
+    config = Config(
+        steps=2, prompts_per_step=4, group_size=4, max_prompt_length=16, max_completion_length=6,
+        model=Model(width=16, layers=1, heads=2, kv_heads=2, mlp_width=16),
+        data=Data(train=str(rows), train_split="all", eval_split="all", vocab_size=300),
+        supervised=Supervised(steps=0, batch_size=4),
+        checkpoint=Checkpoint(every=100),
+        eval=Eval(every=0, prompts=4, samples=2),
+        log=Log(progress=False, tensorboard=False, samples_every=0),
+    )
+    return change(config, **changes)
+
+
+def change(config: Config, **changes) -> Config:
+    """Sets fields in place; section and field are joined by two underscores."""
+    for name, value in changes.items():
+        *sections, field = name.split("__")
+        at = config
+        for section in sections:
+            at = getattr(at, section)
+        if not hasattr(at, field):
+            raise AttributeError(name)
+        setattr(at, field, value)
+    return config
