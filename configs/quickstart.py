@@ -1,19 +1,20 @@
 """Word problems from scratch on two CPU cores: a minute of supervised start, then GRPO."""
 
-from jaxrl_reason.config import Checkpoint, Config, Eval, Model, Optimizer, Supervised
+from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Model, Optimizer, Supervised
 
 
 def get_config() -> Config:
     return Config(
-        steps=60,
-        prompts_per_step=16,
+        steps=150,
+        prompts_per_step=32,
         group_size=8,
         max_prompt_length=32,
         max_completion_length=32,
-        model=Model(width=128, layers=4, heads=4, kv_heads=2, mlp_width=384),
-        supervised=Supervised(steps=300, batch_size=64, learning_rate=2e-3),
+        model=Model(width=128, layers=3, heads=4, kv_heads=2, mlp_width=384),
+        data=Data(train="word_problems/small"),
+        supervised=Supervised(steps=350, batch_size=64, learning_rate=3e-3),
         method={"name": "grpo"},
-        optimizer=Optimizer(learning_rate=3e-4),
+        optimizer=Optimizer(learning_rate=5e-4, warmup_steps=5),
         checkpoint=Checkpoint(every=50, keep=2),
-        eval=Eval(every=20, prompts=128, samples=4),
+        eval=Eval(every=25, prompts=256, samples=4),
     )

@@ -86,15 +86,24 @@ def run(args: argparse.Namespace) -> dict:
     """Builds the programs of a training run, runs steps, and returns the figures."""
     vocab_size, sizes = SIZES[args.size]
     config = Config(
-        seed=args.seed, steps=args.steps, prompts_per_step=args.prompts, group_size=args.group,
-        max_prompt_length=args.prompt_length, max_completion_length=args.new,
+        seed=args.seed,
+        steps=args.steps,
+        prompts_per_step=args.prompts,
+        group_size=args.group,
+        max_prompt_length=args.prompt_length,
+        max_completion_length=args.new,
         model=Model(**sizes, compute_dtype=args.compute_dtype, remat=args.remat),
-        method={"name": "grpo"}, optimizer=Optimizer(learning_rate=1e-4), update=Update(accumulation=args.accumulation))
+        method={"name": "grpo"},
+        optimizer=Optimizer(learning_rate=1e-4),
+        update=Update(accumulation=args.accumulation),
+    )
     method = config_lib.validate(config)
     model = config_lib.model_config(config, vocab_size)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     reward = HostReward("even", share_of_even_ids)
-    programs = programs_lib.build(config, method, model, mesh, eos_ids=(-1,), pad_id=0, weights={"even": 1.0}, verdict="even")
+    programs = programs_lib.build(
+        config, method, model, mesh, eos_ids=(-1,), pad_id=0, weights={"even": 1.0}, verdict="even"
+    )
     state = programs.init()
     rng = np.random.default_rng(args.seed)
     shape = (args.prompts, args.prompt_length)
@@ -102,8 +111,13 @@ def run(args: argparse.Namespace) -> dict:
     def step(state, i):
         times = [time.perf_counter()]
         tokens = rng.integers(3, vocab_size - 1, shape).astype(np.int32)
-        batch = PromptBatch(tokens, np.ones(shape, bool), np.arange(args.prompts, dtype=np.int32) + i * args.prompts,
-                            np.ones(args.prompts, np.float32), [])
+        batch = PromptBatch(
+            tokens,
+            np.ones(shape, bool),
+            np.arange(args.prompts, dtype=np.int32) + i * args.prompts,
+            np.ones(args.prompts, np.float32),
+            [],
+        )
         rollout = jax.block_until_ready(programs.generate(state.params, batch, state.step))
         times.append(time.perf_counter())
         ids = jax.device_get(rollout.tokens).tolist()
@@ -128,37 +142,57 @@ def run(args: argparse.Namespace) -> dict:
         wall, cpu, busy = (b - a for a, b in zip(before, (time.perf_counter(), time.process_time(), _busy_seconds())))
         records.append((parts, max(0.0, busy - cpu) / (wall * os.cpu_count())))
     clean = [r for r in records if r[1] < UNDISTURBED]
-    used = clean or sorted(records, key=lambda r: r[1])[:max(1, len(records) // 3)]
+    used = clean or sorted(records, key=lambda r: r[1])[: max(1, len(records) // 3)]
     rollout, reward_time, update = (statistics.median(r[0][i] for r in used) for i in range(3))
     step_seconds = statistics.median(r[0].sum() for r in used)
     tokens, peak = args.prompts * args.group * args.new, measured_peak()
     flops = step_flops(model, args.prompts, args.group, args.prompt_length, args.new)
     return {
-        "peer": "jaxrl_reason", "size": args.size, "compute_dtype": args.compute_dtype, "n_params": models.param_count(model),
-        "work": dict(prompts=args.prompts, group=args.group, prompt_len=args.prompt_length, new=args.new,
-                     micro=args.prompts * args.group // args.accumulation, remat=args.remat),
+        "peer": "jaxrl_reason",
+        "size": args.size,
+        "compute_dtype": args.compute_dtype,
+        "n_params": models.param_count(model),
+        "work": dict(
+            prompts=args.prompts,
+            group=args.group,
+            prompt_len=args.prompt_length,
+            new=args.new,
+            micro=args.prompts * args.group // args.accumulation,
+            remat=args.remat,
+        ),
         "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
-        "rollout_tokens_per_s": round(tokens / rollout, 1), "update_tokens_per_s": round(tokens / update, 1),
+        "rollout_tokens_per_s": round(tokens / rollout, 1),
+        "update_tokens_per_s": round(tokens / update, 1),
         "step_tokens_per_s": round(tokens / step_seconds, 1),
         "train_tokens_per_s": round(args.prompts * args.group * (args.prompt_length + args.new) / update, 1),
-        "rollout_seconds": round(rollout, 4), "reward_seconds": round(reward_time, 4), "train_seconds": round(update, 4),
-        "step_seconds": round(step_seconds, 4), "compile_seconds": round(float(first.sum()) - step_seconds, 2),
+        "rollout_seconds": round(rollout, 4),
+        "reward_seconds": round(reward_time, 4),
+        "train_seconds": round(update, 4),
+        "step_seconds": round(step_seconds, 4),
+        "compile_seconds": round(float(first.sum()) - step_seconds, 2),
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        "peak_gflops": round(peak / 1e9, 1), "rollout_share_of_peak": round(flops["rollout"] / rollout / peak, 3),
+        "peak_gflops": round(peak / 1e9, 1),
+        "rollout_share_of_peak": round(flops["rollout"] / rollout / peak, 3),
         "update_share_of_peak": round(flops["update"] / update / peak, 3),
-        "timed_steps": len(records), "clean_steps": len(clean), "others_share": round(statistics.median(r[1] for r in used), 3),
+        "timed_steps": len(records),
+        "clean_steps": len(clean),
+        "others_share": round(statistics.median(r[1] for r in used), 3),
     }
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("jaxrl_reason.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "jaxrl_reason.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
     parser.add_argument("--prompts", type=int, default=8, help="prompts a step")
     parser.add_argument("--group", type=int, default=8, help="completions a prompt")
     parser.add_argument("--prompt-length", "--prompt-len", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens of a completion")
     parser.add_argument("--accumulation", type=int, default=1, help="microbatches an update")
-    parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32", help="operands of products")
+    parser.add_argument(
+        "--compute-dtype", choices=("float32", "bfloat16"), default="float32", help="operands of products"
+    )
     parser.add_argument("--remat", choices=("none", "dots", "layer"), default="none")
     parser.add_argument("--steps", type=int, default=6, help="undisturbed steps wanted")
     parser.add_argument("--max-steps", type=int, default=0, help="steps at most (0: no more than --steps)")

@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import math
 import pathlib
 import typing
 from typing import Any
@@ -185,8 +186,8 @@ def load(path: str | pathlib.Path) -> Config:
   try:
     spec.loader.exec_module(module)
     config = module.get_config()
-  except (AttributeError, TypeError, SyntaxError) as e:
-    raise ConfigError(f"{path} could not be read as a recipe with a get_config() function: {e}.") from e
+  except Exception as e:  # a recipe is a program: it can fail in any way
+    raise ConfigError(f"{path} could not be read as a recipe with a get_config() function: {type(e).__name__}: {e}.") from e
   if not isinstance(config, Config):
     raise ConfigError(f"{path}: get_config() returned {type(config).__name__}; it must return a jaxrl_reason.config.Config.")
   return config
@@ -242,7 +243,7 @@ def _convert(text: str, hint, name: str):
   if hint is int and isinstance(value, float) and value.is_integer():
     value = int(value)
   if type(value) is not hint:
-    raise ConfigError(f"--{name}={text}: expected {'an' if hint is int else 'a'} {hint.__name__}.")
+    raise ConfigError(f"--{name}={text}: expected {_a(hint)}.")
   return value
 
 
@@ -293,6 +294,10 @@ def parse_args(argv: list[str]) -> tuple[Config, str]:
 # -- checking --------------------------------------------------------------------------------------
 
 
+def _a(kind: type) -> str:
+  return f"{'an' if kind is int else 'a'} {kind.__name__}"
+
+
 def _check_fields(section, prefix: str = "config") -> None:
   hints = typing.get_type_hints(type(section))
   for f in dataclasses.fields(section):
@@ -307,9 +312,9 @@ def _check_fields(section, prefix: str = "config") -> None:
       value = float(value)
       setattr(section, f.name, value)
     if type(value) is not hint and not (hint is list and type(value) is tuple):
-      raise ConfigError(f"{name} is {value!r}; it must be {'an' if hint is int else 'a'} {hint.__name__}.")
-    if isinstance(value, float) and value != value:
-      raise ConfigError(f"{name} is not a number.")
+      raise ConfigError(f"{name} is {value!r}; it must be {_a(hint)}.")
+    if isinstance(value, float) and not math.isfinite(value):
+      raise ConfigError(f"{name} is {value}; it must be a finite number.")
     if meta.get("low") is not None and value < meta["low"]:
       raise ConfigError(f"{name} is {value}; it must be at least {meta['low']}.")
     if meta.get("above") is not None and value <= meta["above"]:
@@ -322,8 +327,19 @@ def _check_fields(section, prefix: str = "config") -> None:
 
 def make_method(config: Config) -> methods.Method:
   options = dict(config.method)
+  name = options.pop("name", "")
+  if not isinstance(name, str):
+    raise ConfigError(f"config.method.name is {name!r}; it must be a str.")
   try:
-    return methods.create(options.pop("name", ""), **options)
+    for key, default in methods.keywords(name).items():
+      value = options.get(key, default)
+      kinds = {float: (float, int), type(None): (float, int, type(None))}.get(type(default), (type(default),))
+      if type(value) not in kinds or isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"config.method.{key} is {value!r}; it must be a finite {kinds[0].__name__}."
+                          if float in kinds else f"config.method.{key} is {value!r}; it must be {_a(kinds[0])}.")
+    return methods.create(name, **options)
+  except ConfigError:
+    raise
   except (ValueError, TypeError) as e:
     raise ConfigError(f"config.method: {e}") from e
 
@@ -366,6 +382,10 @@ def validate(config: Config) -> methods.Method:
                       "an update (config.prompts_per_step / config.update.minibatches).")
   if c.optimizer.warmup_steps > c.steps:
     raise ConfigError(f"config.optimizer.warmup_steps is {c.optimizer.warmup_steps}, more than config.steps ({c.steps}).")
+  if any(not isinstance(name, str) for item in c.data.columns.items() for name in item):
+    raise ConfigError(f"config.data.columns is {c.data.columns}; it must map column names to column names, all of them text.")
+  if any(not isinstance(name, str) for name in c.reward.functions):
+    raise ConfigError(f"config.reward.functions is {c.reward.functions}; each must be the name of a reward.")
   if not c.reward.functions:
     raise ConfigError("config.reward.functions is empty; name at least one reward.")
   if c.reward.weights and len(c.reward.weights) != len(c.reward.functions):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import dataclasses
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -23,234 +24,264 @@ _CHUNK_ENTRIES = 2**24  # logits held at once where logprob_chunk is 0: 64 MiB o
 
 
 class TrainState(NamedTuple):
-  """All that a run carries from step to step; what a checkpoint holds.
+    """All that a run carries from step to step; what a checkpoint holds.
 
-  Attributes:
-    step: int32 scalar, steps done (of the phase it belongs to).
-    params: the policy's weights.
-    opt_state: optax state, float32 whatever the weights are.
-    advantage_state: state of the method's advantage chain.
-    batches: int32 scalar, prompt batches drawn from the data so far: the data position.
-  """
-  step: jax.Array
-  params: models.Params
-  opt_state: Any
-  advantage_state: Any
-  batches: jax.Array
+    Attributes:
+      step: int32 scalar, steps done (of the phase it belongs to).
+      params: the policy's weights.
+      opt_state: optax state, float32 whatever the weights are.
+      advantage_state: state of the method's advantage chain.
+      batches: int32 scalar, prompt batches drawn from the data so far: the data position.
+    """
+
+    step: jax.Array
+    params: models.Params
+    opt_state: Any
+    advantage_state: Any
+    batches: jax.Array
 
 
 class Experience(NamedTuple):
-  """What an update learns from. P prompts, G completions, T tokens.
+    """What an update learns from. P prompts, G completions, T tokens.
 
-  Attributes:
-    rollout: the completions.
-    mask: bool[P, G, T], tokens that count in the loss: rollout.mask less what is left out (missing
-      rewards, truncated completions where asked, padding groups).
-    advantages: f32[P, G] or f32[P, G, T].
-    old_logprobs: f32[P, G, T] under the policy before the first update, or None: on-policy (one
-      update a rollout), where they are the current ones and the ratio is exactly 1.
-    ref_logprobs: f32[P, G, T] under the reference policy, or None.
-    legal: bool[P, T, V], tokens allowed at each position, or None for all.
-  """
-  rollout: Rollout
-  mask: jax.Array
-  advantages: jax.Array
-  old_logprobs: jax.Array | None = None
-  ref_logprobs: jax.Array | None = None
-  legal: jax.Array | None = None
+    Attributes:
+      rollout: the completions.
+      mask: bool[P, G, T], tokens that count in the loss: rollout.mask less what is left out (missing
+        rewards, truncated completions where asked, padding groups).
+      advantages: f32[P, G] or f32[P, G, T].
+      old_logprobs: f32[P, G, T] under the policy before the first update, or None: on-policy (one
+        update a rollout), where they are the current ones and the ratio is exactly 1.
+      ref_logprobs: f32[P, G, T] under the reference policy, or None.
+      legal: bool[P, T, V], tokens allowed at each position, or None for all.
+    """
+
+    rollout: Rollout
+    mask: jax.Array
+    advantages: jax.Array
+    old_logprobs: jax.Array | None = None
+    ref_logprobs: jax.Array | None = None
+    legal: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UpdateOptions:
-  """Static choices of an update.
+    """Static choices of an update.
 
-  Attributes:
-    loss: the method's policy loss.
-    kl_coefficient, kl_kind: weight and estimator of KL(policy || reference) in the loss.
-    entropy_coefficient: weight of the entropy bonus.
-    epochs: passes over a rollout.  minibatches: optimizer updates a pass.
-    accumulation: microbatches an update; changes memory, not numbers.
-    logprob_chunk: completion positions whose logits are held at once; 0 picks.
-  """
-  loss: PolicyLoss
-  kl_coefficient: float = 0.0
-  kl_kind: str = "k3"
-  entropy_coefficient: float = 0.0
-  epochs: int = 1
-  minibatches: int = 1
-  accumulation: int = 1
-  logprob_chunk: int = 0
+    Attributes:
+      loss: the method's policy loss.
+      kl_coefficient, kl_kind: weight and estimator of KL(policy || reference) in the loss.
+      entropy_coefficient: weight of the entropy bonus.
+      epochs: passes over a rollout.  minibatches: optimizer updates a pass.
+      accumulation: microbatches an update; changes memory, not numbers.
+      logprob_chunk: completion positions whose logits are held at once; 0 picks.
+    """
+
+    loss: PolicyLoss
+    kl_coefficient: float = 0.0
+    kl_kind: str = "k3"
+    entropy_coefficient: float = 0.0
+    epochs: int = 1
+    minibatches: int = 1
+    accumulation: int = 1
+    logprob_chunk: int = 0
 
 
 def completion_logprobs(config: models.ModelConfig, params, rollout: Rollout, temperature, legal=None, chunk: int = 0):
-  """Log-probability of every completion token under the law that samples, and that law's entropy.
+    """Log-probability of every completion token under the law that samples, and that law's entropy.
 
-  Args:
-    config, params: the policy.
-    rollout: prompts and completions.
-    temperature: f32 scalar.
-    legal: bool[P, T, V] or None.
-    chunk: positions of T whose logits are held at once; 0 picks.
+    Args:
+      config, params: the policy.
+      rollout: prompts and completions.
+      temperature: f32 scalar.
+      legal: bool[P, T, V] or bool[T, V], or None.
+      chunk: positions of T whose logits are held at once; 0 picks.
 
-  Returns:
-    (logprobs, entropy), each f32[P, G, T]; values behind a completion's end mean nothing.
-  """
-  P, G, T = rollout.tokens.shape
-  model = models.bind(config, params)
-  hidden, prompt = model.prefill(rollout.prompt_tokens, rollout.prompt_mask)
-  last = rollout.prompt_mask.shape[1] - 1 - jnp.argmax(rollout.prompt_mask[:, ::-1], axis=1)
-  first = jnp.take_along_axis(hidden, last[:, None, None], axis=1)  # predicts every first token
-  first = jnp.broadcast_to(first[:, None], (P, G, 1, config.width))
-  if T > 1:
-    first = jnp.concatenate([first, model.extend(rollout.tokens[:, :, :-1], prompt)], axis=2)
-  head = model.head_matrix()
+    Returns:
+      (logprobs, entropy), each f32[P, G, T]; values behind a completion's end mean nothing.
+    """
+    P, G, T = rollout.tokens.shape
+    chex.assert_rank(temperature, 0)
+    if legal is not None:
+        legal = jnp.broadcast_to(legal, (P, T, config.vocab_size))
+    model = models.bind(config, params)
+    hidden, prompt = model.prefill(rollout.prompt_tokens, rollout.prompt_mask)
+    last = rollout.prompt_mask.shape[1] - 1 - jnp.argmax(rollout.prompt_mask[:, ::-1], axis=1)
+    first = jnp.take_along_axis(hidden, last[:, None, None], axis=1)  # predicts every first token
+    first = jnp.broadcast_to(first[:, None], (P, G, 1, config.width))
+    if T > 1:
+        first = jnp.concatenate([first, model.extend(rollout.tokens[:, :, :-1], prompt)], axis=2)
+    head = model.head_matrix()
 
-  def of_chunk(head, hidden, tokens, legal):
-    logits = models.project(hidden, head, config)
-    legal = None if legal is None else legal[:, None]
-    return losses.token_logprobs(scale_logits(logits, temperature, legal), tokens)
+    def of_chunk(head, hidden, tokens, legal):
+        logits = models.project(hidden, head, config)
+        legal = None if legal is None else legal[:, None]
+        return losses.token_logprobs(scale_logits(logits, temperature, legal), tokens)
 
-  chunk = min(chunk or max(1, _CHUNK_ENTRIES // (P * G * config.vocab_size)), T)
-  if chunk == T:
-    return of_chunk(head, first, rollout.tokens, legal)
-  count = -(-T // chunk)
-  def cut(x, axis):  # [.., T, ..] -> [count, .., chunk, ..]
-    x = jnp.pad(x, [(0, count * chunk - T if i == axis else 0) for i in range(x.ndim)], mode="edge")
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], count, chunk, *x.shape[axis + 1:]), axis, 0)
-  xs = cut(first, 2), cut(rollout.tokens, 2), None if legal is None else cut(legal, 1)
-  of_chunk = jax.checkpoint(of_chunk, prevent_cse=False)  # logits are computed again, not kept
-  _, ys = jax.lax.scan(lambda _, x: ((), of_chunk(head, *x)), (), xs)
-  return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 2).reshape(P, G, count * chunk)[:, :, :T], ys)
+    chunk = min(chunk or max(1, _CHUNK_ENTRIES // (P * G * config.vocab_size)), T)
+    if chunk == T:
+        return of_chunk(head, first, rollout.tokens, legal)
+    count = -(-T // chunk)
+
+    def cut(x, axis):  # [.., T, ..] -> [count, .., chunk, ..]
+        x = jnp.pad(x, [(0, count * chunk - T if i == axis else 0) for i in range(x.ndim)], mode="edge")
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], count, chunk, *x.shape[axis + 1 :]), axis, 0)
+
+    xs = cut(first, 2), cut(rollout.tokens, 2), None if legal is None else cut(legal, 1)
+    of_chunk = jax.checkpoint(of_chunk, prevent_cse=False)  # logits are computed again, not kept
+    _, ys = jax.lax.scan(lambda _, x: ((), of_chunk(head, *x)), (), xs)
+    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 2).reshape(P, G, count * chunk)[:, :, :T], ys)
 
 
 def split(tree, parts: int):
-  """[P, ...] -> [parts, P / parts, ...] by stride, so that on a sharded axis every device keeps its own."""
-  cut = lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-  return jax.tree.map(cut, tree)
+    """[P, ...] -> [parts, P / parts, ...] by stride, so that on a sharded axis every device keeps its own."""
+    cut = lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+    return jax.tree.map(cut, tree)
 
 
-def score(config: models.ModelConfig, params, rollout: Rollout, temperature, legal=None, *,
-          parts: int = 1, chunk: int = 0) -> jax.Array:
-  """Log-probabilities f32[P, G, T] of a rollout under `params`, `parts` microbatches one after another."""
-  def one(part):
-    return completion_logprobs(config, params, part[0], temperature, part[1], chunk)[0]
-  ys = jax.lax.map(one, split((rollout, legal), parts))
-  return ys.swapaxes(0, 1).reshape(rollout.tokens.shape)
+def score(
+    config: models.ModelConfig, params, rollout: Rollout, temperature, legal=None, *, parts: int = 1, chunk: int = 0
+) -> jax.Array:
+    """Log-probabilities f32[P, G, T] of a rollout under `params`, `parts` microbatches one after another."""
+
+    def one(part):
+        return completion_logprobs(config, params, part[0], temperature, part[1], chunk)[0]
+
+    ys = jax.lax.map(one, split((rollout, legal), parts))
+    return ys.swapaxes(0, 1).reshape(rollout.tokens.shape)
 
 
-def loss_and_metrics(config: models.ModelConfig, options: UpdateOptions, params, batch: Experience,
-                     total: losses.Totals, temperature):
-  """The loss of a part of a batch whose counts are `total`; losses and metrics of parts add up."""
-  logprobs, entropy = completion_logprobs(config, params, batch.rollout, temperature, batch.legal,
-                                          options.logprob_chunk)
-  old = jax.lax.stop_gradient(logprobs) if batch.old_logprobs is None else batch.old_logprobs
-  loss, metrics = losses.policy_loss(logprobs, old, batch.advantages, batch.mask,
-                                     total=total, **dataclasses.asdict(options.loss))
-  references = () if batch.ref_logprobs is None else (batch.ref_logprobs,)
-  mask, _ = losses.drop_nonfinite(batch.mask, logprobs, old, *references)
-  mean = lambda x: losses.masked_sum(x, mask) / total.tokens
-  same_law = lambda x: losses.aggregate(x, mask, options.loss.aggregation, options.loss.constant, total)
-  metrics["entropy"] = mean(entropy)
-  if options.entropy_coefficient:
-    loss -= options.entropy_coefficient * same_law(entropy)
-  if batch.ref_logprobs is not None:
-    kl = losses.kl_penalty(logprobs, batch.ref_logprobs, options.kl_kind)
-    metrics["kl"] = mean(kl)
-    if options.kl_coefficient:
-      loss += options.kl_coefficient * same_law(kl)
-  difference = jnp.where(mask, jnp.abs(logprobs - batch.rollout.logprobs), 0.0)
-  metrics["loss"] = loss
-  return loss, (metrics, jax.lax.stop_gradient(difference.max()))
+def loss_and_metrics(
+    config: models.ModelConfig, options: UpdateOptions, params, batch: Experience, total: losses.Totals, temperature
+):
+    """The loss of a part of a batch whose counts are `total`; losses and metrics of parts add up."""
+    logprobs, entropy = completion_logprobs(
+        config, params, batch.rollout, temperature, batch.legal, options.logprob_chunk
+    )
+    old = jax.lax.stop_gradient(logprobs) if batch.old_logprobs is None else batch.old_logprobs
+    loss, metrics = losses.policy_loss(
+        logprobs, old, batch.advantages, batch.mask, total=total, **dataclasses.asdict(options.loss)
+    )
+    references = () if batch.ref_logprobs is None else (batch.ref_logprobs,)
+    mask, _ = losses.drop_nonfinite(batch.mask, logprobs, old, *references)
+    mean = lambda x: losses.masked_sum(x, mask) / total.tokens
+    same_law = lambda x: losses.aggregate(x, mask, options.loss.aggregation, options.loss.constant, total)
+    metrics["entropy"] = mean(entropy)
+    if options.entropy_coefficient:
+        loss -= options.entropy_coefficient * same_law(entropy)
+    if batch.ref_logprobs is not None:
+        kl = losses.kl_penalty(logprobs, batch.ref_logprobs, options.kl_kind)
+        metrics["kl"] = mean(kl)
+        if options.kl_coefficient:
+            loss += options.kl_coefficient * same_law(kl)
+    difference = jnp.where(mask, jnp.abs(logprobs - batch.rollout.logprobs), 0.0)
+    metrics["loss"] = loss
+    return loss, (metrics, jax.lax.stop_gradient(difference.max()))
 
 
-def make_update(config: models.ModelConfig, options: UpdateOptions, optimizer: optax.GradientTransformation) -> Callable:
-  """The update step, a pure function to be jitted with its first argument donated.
+def make_update(
+    config: models.ModelConfig, options: UpdateOptions, optimizer: optax.GradientTransformation
+) -> Callable:
+    """The update step, a pure function to be jitted with its first argument donated.
 
-  Returns:
-    update(state, experience, temperature, key) -> (state, metrics), where metrics are f32 scalars,
-    means over the updates. `sampling/logp_difference_max` compares the sampler's log-probabilities
-    with the trainer's before anything changed.
-  """
-  grad = jax.grad(lambda *args: loss_and_metrics(config, options, *args), has_aux=True)
+    Returns:
+      update(state, experience, temperature, key) -> (state, metrics), where metrics are f32 scalars,
+      means over the updates. `sampling/logp_difference_max` compares the sampler's log-probabilities
+      with the trainer's before anything changed.
+    """
+    grad = jax.grad(lambda *args: loss_and_metrics(config, options, *args), has_aux=True)
 
-  def gradient(params, batch: Experience, temperature):
-    total = losses.totals(batch.mask)
-    if options.accumulation == 1:
-      return grad(params, batch, total, temperature)
+    def gradient(params, batch: Experience, temperature):
+        total = losses.totals(batch.mask)
+        if options.accumulation == 1:
+            return grad(params, batch, total, temperature)
 
-    def add(sums, part):
-      new, (metrics, difference) = grad(params, part, total, temperature)
-      grads, (old_metrics, old_difference) = sums
-      plus = lambda tree, other: jax.tree.map(jnp.add, tree, other)
-      return (plus(grads, new), (plus(old_metrics, metrics), jnp.maximum(old_difference, difference))), ()
+        def add(sums, part):
+            new, (metrics, difference) = grad(params, part, total, temperature)
+            grads, (old_metrics, old_difference) = sums
+            plus = lambda tree, other: jax.tree.map(jnp.add, tree, other)
+            return (plus(grads, new), (plus(old_metrics, metrics), jnp.maximum(old_difference, difference))), ()
 
-    parts = split(batch, options.accumulation)
-    shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], parts), total, temperature)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-    return jax.lax.scan(add, zeros, parts)[0]
+        parts = split(batch, options.accumulation)
+        shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], parts), total, temperature)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+        return jax.lax.scan(add, zeros, parts)[0]
 
-  def apply(params, opt_state, batch: Experience, temperature):
-    grads, (metrics, difference) = gradient(params, batch, temperature)
-    params, opt_state, metrics["grad_norm"] = apply_gradients(optimizer, params, opt_state, grads)
-    metrics["skipped_update_ratio"] = 1.0 - jnp.isfinite(metrics["grad_norm"])
-    return params, opt_state, metrics, difference
+    def apply(params, opt_state, batch: Experience, temperature):
+        # Before anything is counted: a completion left out is in no numerator and in no denominator.
+        mask, dropped = losses.drop_nonfinite(batch.mask, *(x for x in (batch.old_logprobs, batch.ref_logprobs) if x is not None))
+        grads, (metrics, difference) = gradient(params, batch._replace(mask=mask), temperature)
+        metrics["nonfinite_completions"] += dropped
+        params, opt_state, metrics["grad_norm"] = apply_gradients(optimizer, params, opt_state, grads)
+        metrics["skipped_update_ratio"] = 1.0 - jnp.isfinite(metrics["grad_norm"])
+        return params, opt_state, metrics, difference
 
-  def update(state: TrainState, batch: Experience, temperature, key):
-    params, opt_state = state.params, state.opt_state
-    if options.epochs * options.minibatches == 1:
-      params, opt_state, metrics, difference = apply(params, opt_state, batch, temperature)
-    else:
-      P = batch.mask.shape[0]
-      size = P // options.minibatches
-      order = jnp.concatenate([jax.random.permutation(k, P) for k in jax.random.split(key, options.epochs)])
+    def update(state: TrainState, batch: Experience, temperature, key):
+        params, opt_state = state.params, state.opt_state
+        if batch.mask.shape[0] % (options.minibatches * options.accumulation):
+            raise ValueError(
+                f"{batch.mask.shape[0]} prompts cannot be shared evenly among {options.minibatches} minibatches of "
+                f"{options.accumulation} microbatches."
+            )
+        if options.epochs * options.minibatches > 1 and batch.old_logprobs is None:
+            raise ValueError("Several updates on one rollout need old_logprobs: without them every ratio would be 1.")
+        if options.epochs * options.minibatches == 1:
+            params, opt_state, metrics, difference = apply(params, opt_state, batch, temperature)
+        else:
+            P = batch.mask.shape[0]
+            size = P // options.minibatches
+            order = jnp.concatenate([jax.random.permutation(k, P) for k in jax.random.split(key, options.epochs)])
 
-      def one(carry, rows):
-        params, opt_state, metrics, difference = apply(*carry, jax.tree.map(lambda x: x[rows], batch), temperature)
-        return (params, opt_state), (metrics, difference)
+            def one(carry, rows):
+                params, opt_state, metrics, difference = apply(
+                    *carry, jax.tree.map(lambda x: x[rows], batch), temperature
+                )
+                return (params, opt_state), (metrics, difference)
 
-      (params, opt_state), (metrics, difference) = jax.lax.scan(one, (params, opt_state), order.reshape(-1, size))
-      metrics, difference = jax.tree.map(jnp.mean, metrics), difference[0]
-    metrics["sampling/logp_difference_max"] = difference
-    return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+            (params, opt_state), (metrics, difference) = jax.lax.scan(one, (params, opt_state), order.reshape(-1, size))
+            metrics, difference = jax.tree.map(jnp.mean, metrics), difference[0]
+        metrics["sampling/logp_difference_max"] = difference
+        return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
-  return update
+    return update
 
 
 def apply_gradients(optimizer, params, opt_state, grads):
-  """One optax update in float32, whatever the weights are; returns (params, opt_state, gradient norm).
+    """One optax update in float32, whatever the weights are; returns (params, opt_state, gradient norm).
 
-  A gradient that is not finite changes nothing.
-  """
-  to32 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-  grads, wide = to32(grads), to32(params)
-  norm = optax.global_norm(grads)
-  updates, new_opt_state = optimizer.update(grads, opt_state, wide)
-  new = jax.tree.map(lambda old, x: x.astype(old.dtype), params, optax.apply_updates(wide, updates))
-  keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(jnp.isfinite(norm), a, b), new, old)
-  return keep(new, params), keep(new_opt_state, opt_state), norm
+    A gradient that is not finite changes nothing.
+    """
+    to32 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+    grads, wide = to32(grads), to32(params)
+    norm = optax.global_norm(grads)
+    updates, new_opt_state = optimizer.update(grads, opt_state, wide)
+    new = jax.tree.map(lambda old, x: x.astype(old.dtype), params, optax.apply_updates(wide, updates))
+    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(jnp.isfinite(norm), a, b), new, old)
+    return keep(new, params), keep(new_opt_state, opt_state), norm
 
 
 def init_opt_state(optimizer, params):
-  """Optimizer state for float32 copies of the weights' shapes."""
-  return optimizer.init(jax.tree.map(lambda x: x.astype(jnp.float32), params))
+    """Optimizer state for float32 copies of the weights' shapes."""
+    return optimizer.init(jax.tree.map(lambda x: x.astype(jnp.float32), params))
 
 
 def make_supervised_update(config: models.ModelConfig, optimizer: optax.GradientTransformation) -> Callable:
-  """Cross-entropy on given completions: update(state, prompt_tokens, prompt_mask, tokens, mask).
+    """Cross-entropy on given completions: update(state, prompt_tokens, prompt_mask, tokens, mask).
 
-  tokens, mask: [B, T], the end token included; the loss is the mean over tokens.
-  """
-  def loss_fn(params, rollout):
-    logprobs, _ = completion_logprobs(config, params, rollout, 1.0)
-    return -losses.aggregate(logprobs, rollout.mask, "token_mean")
+    tokens, mask: [B, T], the end token included; the loss is the mean over tokens.
+    """
 
-  def update(state: TrainState, prompt_tokens, prompt_mask, tokens, mask):
-    mask = mask[:, None].astype(bool)
-    rollout = Rollout(prompt_tokens, prompt_mask, tokens[:, None], mask,
-                      jnp.zeros(mask.shape), jnp.zeros(mask.shape[:2], bool))
-    loss, grads = jax.value_and_grad(loss_fn)(state.params, rollout)
-    params, opt_state, norm = apply_gradients(optimizer, state.params, state.opt_state, grads)
-    state = state._replace(step=state.step + 1, params=params, opt_state=opt_state, batches=state.batches + 1)
-    return state, {"sft/loss": loss, "sft/grad_norm": norm}
+    def loss_fn(params, rollout):
+        logprobs, _ = completion_logprobs(config, params, rollout, 1.0)
+        return -losses.aggregate(logprobs, rollout.mask, "token_mean")
 
-  return update
+    def update(state: TrainState, prompt_tokens, prompt_mask, tokens, mask):
+        mask = mask[:, None].astype(bool)
+        rollout = Rollout(
+            prompt_tokens, prompt_mask, tokens[:, None], mask, jnp.zeros(mask.shape), jnp.zeros(mask.shape[:2], bool)
+        )
+        loss, grads = jax.value_and_grad(loss_fn)(state.params, rollout)
+        params, opt_state, norm = apply_gradients(optimizer, state.params, state.opt_state, grads)
+        state = state._replace(step=state.step + 1, params=params, opt_state=opt_state, batches=state.batches + 1)
+        return state, {"sft/loss": loss, "sft/grad_norm": norm}
+
+    return update

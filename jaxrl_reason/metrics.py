@@ -31,7 +31,9 @@ def pass_at_k(n, c, k):
     _refuse((c < 0) | (c > n), "c, the number of correct samples, must lie between 0 and n", n=n, c=c, k=k)
     _refuse((k < 1) | (k > n), "k, the number drawn, must lie between 1 and n", n=n, c=c, k=k)
     all_wrong = np.ones(n.shape)
-    for i in range(k.max(initial=0)):  # the i-th draw is wrong too; reaches exactly 0 once the wrong samples are used up
+    for i in range(
+        k.max(initial=0)
+    ):  # the i-th draw is wrong too; reaches exactly 0 once the wrong samples are used up
         all_wrong = np.where(i < k, all_wrong * np.maximum(n - c - i, 0) / np.maximum(n - i, 1), all_wrong)
     return (1.0 - all_wrong)[()]
 
@@ -115,7 +117,9 @@ def regression_scores(predictions, targets):
     if predictions.size == 0:
         raise ValueError("There are no predictions to score; give at least one.")
     for name, x in (("predictions", predictions), ("targets", targets)):
-        _refuse(~np.isfinite(x), f"{name} must be finite; decide beforehand what stands for an unparsable one", **{name: x})
+        _refuse(
+            ~np.isfinite(x), f"{name} must be finite; decide beforehand what stands for an unparsable one", **{name: x}
+        )
     squared_error = np.sum((predictions - targets) ** 2)
     ranks, target_ranks = (x - x.mean() for x in (_average_ranks(predictions), _average_ranks(targets)))
     # Constant targets are told by equality: their computed variance need not be exactly 0.

@@ -54,8 +54,17 @@ class Programs:
     learning_rate: Callable[[int], float]
 
 
-def build(config: Config, method: Method, model: models.ModelConfig, mesh: jax.sharding.Mesh, *,
-          eos_ids: tuple[int, ...], pad_id: int, weights: Mapping[str, float], verdict: str) -> Programs:
+def build(
+    config: Config,
+    method: Method,
+    model: models.ModelConfig,
+    mesh: jax.sharding.Mesh,
+    *,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+    weights: Mapping[str, float],
+    verdict: str,
+) -> Programs:
     """The programs of a configuration; nothing is compiled before it is called.
 
     Args:
@@ -68,9 +77,14 @@ def build(config: Config, method: Method, model: models.ModelConfig, mesh: jax.s
       ConfigError: the mesh does not divide the prompts of a step or the model.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    for name, size in (("prompts_per_step", config.prompts_per_step), ("supervised.batch_size", config.supervised.batch_size)):
+    for name, size in (
+        ("prompts_per_step", config.prompts_per_step),
+        ("supervised.batch_size", config.supervised.batch_size),
+    ):
         if size % ways:
-            raise ConfigError(f"config.{name} is {size}, which mesh.data x mesh.fsdp = {ways} devices cannot share evenly.")
+            raise ConfigError(
+                f"config.{name} is {size}, which mesh.data x mesh.fsdp = {ways} devices cannot share evenly."
+            )
     batch_sharding = sharding.batch_sharding(mesh)
     place = functools.partial(jax.device_put, device=batch_sharding)
     whole = sharding.replicated(mesh)
@@ -86,14 +100,27 @@ def build(config: Config, method: Method, model: models.ModelConfig, mesh: jax.s
     shardings = state_shardings(model, mesh, optimizer, method)
 
     def fresh(params):
-        return TrainState(jnp.int32(0), params, learner.init_opt_state(optimizer, params), method.advantage.init(), jnp.int32(0))
+        return TrainState(
+            jnp.int32(0), params, learner.init_opt_state(optimizer, params), method.advantage.init(), jnp.int32(0)
+        )
 
     def sampler(group_size, purpose):
         def generate(params, tokens, mask, prompt_ids, step, temperature):
             key = jax.random.fold_in(jax.random.fold_in(root, purpose), step)
-            return rollout.generate(model, params, tokens, mask, prompt_ids, key, group_size=group_size,
-                                    max_length=config.max_completion_length, eos_ids=eos_ids, pad_id=pad_id,
-                                    temperature=temperature)
+            return rollout.generate(
+                model,
+                params,
+                tokens,
+                mask,
+                prompt_ids,
+                key,
+                group_size=group_size,
+                max_length=config.max_completion_length,
+                eos_ids=eos_ids,
+                pad_id=pad_id,
+                temperature=temperature,
+            )
+
         return jax.jit(generate)
 
     update = learner.make_update(model, options, optimizer)
@@ -104,11 +131,15 @@ def build(config: Config, method: Method, model: models.ModelConfig, mesh: jax.s
     init = jax.jit(lambda: fresh(models.init_params(model, jax.random.fold_in(root, INIT))), out_shardings=shardings)
     generate = sampler(config.group_size + greedy, ROLLOUT)
     generate_eval = sampler(config.eval.samples, EVAL)
-    score = jax.jit(functools.partial(learner.score, model, parts=options.accumulation * options.minibatches,
-                                      chunk=options.logprob_chunk))
+    score = jax.jit(
+        functools.partial(
+            learner.score, model, parts=options.accumulation * options.minibatches, chunk=options.logprob_chunk
+        )
+    )
     update_step = jax.jit(update_step, donate_argnums=0, out_shardings=(shardings, None))
-    supervised_update = jax.jit(learner.make_supervised_update(model, supervised_optimizer), donate_argnums=0,
-                                out_shardings=(shardings, None))
+    supervised_update = jax.jit(
+        learner.make_supervised_update(model, supervised_optimizer), donate_argnums=0, out_shardings=(shardings, None)
+    )
     zero = jax.device_put(np.int32(0), whole)
     of_prompts = lambda batch: (place(batch.tokens), place(batch.mask), place(batch.prompt_ids))
     return Programs(
@@ -117,8 +148,9 @@ def build(config: Config, method: Method, model: models.ModelConfig, mesh: jax.s
         restart=jax.jit(fresh, donate_argnums=0, out_shardings=shardings),
         generate=lambda params, batch, step: generate(params, *of_prompts(batch), step, temperatures),
         generate_eval=lambda params, batch: generate_eval(params, *of_prompts(batch), zero, eval_temperature),
-        prepare=jax.jit(experience.make_prepare(method, weights, verdict,
-                                                mask_truncated=config.sampling.mask_truncated_completions)),
+        prepare=jax.jit(
+            experience.make_prepare(method, weights, verdict, mask_truncated=config.sampling.mask_truncated_completions)
+        ),
         fill=jax.jit(functools.partial(experience.fill, verdict=verdict), donate_argnums=0),
         score=lambda params, rollout: score(params, rollout, temperature),
         update=lambda state, batch: update_step(state, batch, temperature),
@@ -135,18 +167,29 @@ def update_options(config: Config, method: Method) -> learner.UpdateOptions:
 def _schedule(config: Config, peak: float, kind: str, warmup: int, steps: int, per_step: int):
     """Learning rate by optimizer update, with `per_step` of them a training step."""
     rest = max(steps - warmup, 1)
-    after = {"constant": optax.constant_schedule(peak), "linear": optax.linear_schedule(peak, 0.0, rest),
-             "cosine": optax.cosine_decay_schedule(peak, rest)}[kind]
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+    }[kind]
     # The first update already moves: warm-up goes from peak / warmup to peak.
     ramp = lambda step: peak * jnp.minimum((step + 1) / max(warmup, 1), 1.0)
-    return lambda count: jnp.where(count // per_step < warmup, ramp(count // per_step), after(count // per_step - warmup))
+    return lambda count: jnp.where(
+        count // per_step < warmup, ramp(count // per_step), after(count // per_step - warmup)
+    )
 
 
 def make_optimizer(config: Config) -> tuple[Callable, optax.GradientTransformation]:
     """(learning rate by optimizer update, gradient clipping + AdamW)."""
     o = config.optimizer
-    schedule = _schedule(config, o.learning_rate, o.schedule, o.warmup_steps, config.steps,
-                         config.update.epochs * config.update.minibatches)
+    schedule = _schedule(
+        config,
+        o.learning_rate,
+        o.schedule,
+        o.warmup_steps,
+        config.steps,
+        config.update.epochs * config.update.minibatches,
+    )
     adamw = optax.adamw(schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
     return schedule, optax.chain(optax.clip_by_global_norm(o.max_grad_norm), adamw)
 
@@ -166,8 +209,13 @@ def state_shardings(model: models.ModelConfig, mesh: jax.sharding.Mesh, optimize
         params = sharding.param_shardings(model, mesh)
     except ValueError as e:
         raise ConfigError(f"config.{e}") from e
-    abstract = jax.eval_shape(lambda: learner.init_opt_state(optimizer, jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), models.abstract_params(model))))
-    opt_state = optax.tree_utils.tree_map_params(optimizer, lambda _, s: s, abstract, params, transform_non_params=lambda _: whole)
+    abstract = jax.eval_shape(
+        lambda: learner.init_opt_state(
+            optimizer, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), models.abstract_params(model))
+        )
+    )
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer, lambda _, s: s, abstract, params, transform_non_params=lambda _: whole
+    )
     advantage_state = jax.tree.map(lambda _: whole, jax.eval_shape(method.advantage.init))
     return TrainState(whole, params, opt_state, advantage_state, whole)

@@ -15,141 +15,161 @@ _BLOCK = 128  # vocabulary entries whose probabilities are summed before a token
 
 
 class Rollout(NamedTuple):
-  """G completions for each of P prompts, at most T tokens each.
+    """G completions for each of P prompts, at most T tokens each.
 
-  Attributes:
-    prompt_tokens: int32[P, S].
-    prompt_mask: bool[P, S], True on real tokens.
-    tokens: int32[P, G, T], `pad_id` after the end.
-    mask: bool[P, G, T], True on sampled tokens, the end token included.
-    logprobs: f32[P, G, T] log-probability of each token under the law that sampled it (temperature
-      and legal tokens included; greedy samples: at temperature 1); 0 where mask is False.
-    truncated: bool[P, G], True where the budget ran out before an end token.
-  """
-  prompt_tokens: jax.Array
-  prompt_mask: jax.Array
-  tokens: jax.Array
-  mask: jax.Array
-  logprobs: jax.Array
-  truncated: jax.Array
+    Attributes:
+      prompt_tokens: int32[P, S].
+      prompt_mask: bool[P, S], True on real tokens.
+      tokens: int32[P, G, T], `pad_id` after the end.
+      mask: bool[P, G, T], True on sampled tokens, the end token included.
+      logprobs: f32[P, G, T] log-probability of each token under the law that sampled it (temperature
+        and legal tokens included; greedy samples: at temperature 1); 0 where mask is False.
+      truncated: bool[P, G], True where the budget ran out before an end token.
+    """
+
+    prompt_tokens: jax.Array
+    prompt_mask: jax.Array
+    tokens: jax.Array
+    mask: jax.Array
+    logprobs: jax.Array
+    truncated: jax.Array
 
 
 def sampling_noise(key: jax.Array, prompt_ids: jax.Array, group: int, length: int) -> jax.Array:
-  """One uniform number a token, f32[P, G, T] in [0, 1), from (key, prompt id, sample, position)."""
-  fold = jax.random.fold_in
-  each = lambda p, g, t: jax.random.uniform(fold(fold(fold(key, p), g), t))
-  over = jax.vmap(jax.vmap(jax.vmap(each, (None, None, 0)), (None, 0, None)), (0, None, None))
-  return over(prompt_ids, jnp.arange(group), jnp.arange(length))
+    """One uniform number a token, f32[P, G, T] in [0, 1), from (key, prompt id, sample, position)."""
+    fold = jax.random.fold_in
+    each = lambda p, g, t: jax.random.uniform(fold(fold(fold(key, p), g), t))
+    over = jax.vmap(jax.vmap(jax.vmap(each, (None, None, 0)), (None, 0, None)), (0, None, None))
+    return over(prompt_ids, jnp.arange(group), jnp.arange(length))
 
 
 def scale_logits(logits: jax.Array, temperature: jax.Array, legal: jax.Array | None) -> jax.Array:
-  """The law that samples, before normalisation: logits [..., V] / temperature, illegal at -inf.
+    """The law that samples, before normalisation: logits [..., V] / temperature, illegal at -inf.
 
-  Temperature 0 (greedy) leaves the logits as they are. Sampling and training both call this.
-  """
-  temperature = jnp.asarray(temperature, jnp.float32)[..., None]
-  logits = logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1.0)
-  return logits if legal is None else jnp.where(legal, logits, -jnp.inf)
+    Temperature 0 (greedy) leaves the logits as they are. Sampling and training both call this.
+    """
+    temperature = jnp.asarray(temperature, jnp.float32)[..., None]
+    logits = logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1.0)
+    return logits if legal is None else jnp.where(legal, logits, -jnp.inf)
 
 
 def sample_token(logits: jax.Array, noise: jax.Array, greedy: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Inverse-CDF sampling of one token a row.
+    """Inverse-CDF sampling of one token a row.
 
-  The token is the first whose cumulative probability exceeds the row's uniform number: one number a
-  row in place of Gumbel noise over the vocabulary. The sum runs over blocks of the vocabulary first,
-  then inside the block that holds the token.
+    The token is the first whose cumulative probability exceeds the row's uniform number: one number a
+    row in place of Gumbel noise over the vocabulary. The sum runs over blocks of the vocabulary first,
+    then inside the block that holds the token.
 
-  Args:
-    logits: f32[..., V], -inf on illegal tokens.
-    noise: f32[...] in [0, 1).
-    greedy: bool, broadcastable to [...]; True takes the most probable token.
+    Args:
+      logits: f32[..., V], -inf on illegal tokens.
+      noise: f32[...] in [0, 1).
+      greedy: bool, broadcastable to [...]; True takes the most probable token.
 
-  Returns:
-    tokens int32[...], and their log-probabilities f32[...].
-  """
-  V = logits.shape[-1]
-  top = logits.max(axis=-1, keepdims=True)
-  weights = jnp.exp(logits - top)
-  padded = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, -V % _BLOCK)])
-  blocks = padded.reshape(*padded.shape[:-1], -1, _BLOCK)
-  ends = jnp.cumsum(blocks.sum(axis=-1), axis=-1)  # [..., V / block]
-  total = ends[..., -1]
-  aim = noise * total
-  # Counting the ends at or below the aim finds the first above it; the minimum guards against an aim
-  # that rounds up to the total, and "positive" against landing on a token of probability 0.
-  first_above = lambda ends, aim: jnp.minimum((ends <= aim[..., None]).sum(axis=-1), _last_rise(ends))
-  block = first_above(ends, aim)
-  start = jnp.where(block > 0, _pick(ends, jnp.maximum(block - 1, 0)), 0.0)
-  inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
-  sampled = block * _BLOCK + first_above(jnp.cumsum(inside, axis=-1), aim - start)
-  tokens = jnp.where(greedy, jnp.argmax(logits, axis=-1), sampled).astype(jnp.int32)
-  return tokens, _pick(logits, tokens) - top[..., 0] - jnp.log(total)
+    Returns:
+      tokens int32[...], and their log-probabilities f32[...].
+    """
+    V = logits.shape[-1]
+    top = logits.max(axis=-1, keepdims=True)
+    weights = jnp.exp(logits - top)
+    padded = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, -V % _BLOCK)])
+    blocks = padded.reshape(*padded.shape[:-1], -1, _BLOCK)
+    ends = jnp.cumsum(blocks.sum(axis=-1), axis=-1)  # [..., V / block]
+    total = ends[..., -1]
+    aim = noise * total
+    block = _first_above(blocks.sum(axis=-1), ends, aim)
+    start = jnp.where(block > 0, _pick(ends, jnp.maximum(block - 1, 0)), 0.0)
+    inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    sampled = block * _BLOCK + _first_above(inside, jnp.cumsum(inside, axis=-1), aim - start)
+    tokens = jnp.where(greedy, jnp.argmax(logits, axis=-1), sampled).astype(jnp.int32)
+    return tokens, _pick(logits, tokens) - top[..., 0] - jnp.log(total)
 
 
 def _pick(x, index):
-  return jnp.take_along_axis(x, index[..., None], axis=-1)[..., 0]
+    return jnp.take_along_axis(x, index[..., None], axis=-1)[..., 0]
 
 
-def _last_rise(ends):
-  """The first index at which a cumulative sum reaches its final value: positive mass, by construction."""
-  return (ends < ends[..., -1:]).sum(axis=-1)
+def _first_above(weights, ends, aim):
+    """The first index with weight whose cumulative sum exceeds the aim; the last with weight where none does.
+
+    Rounding can put the aim at the total or below 0, and a long float32 sum need not be monotone: what has no weight is
+    ruled out by name.
+    """
+    has_weight = weights > 0
+    above = has_weight & (ends > aim[..., None])
+    last = weights.shape[-1] - 1 - jnp.argmax(has_weight[..., ::-1], axis=-1)
+    return jnp.where(above.any(axis=-1), jnp.argmax(above, axis=-1), last)
 
 
-def generate(config: models.ModelConfig, params, prompt_tokens, prompt_mask, prompt_ids, key, *,
-             group_size: int, max_length: int, eos_ids: tuple[int, ...], pad_id: int,
-             temperature, legal: jax.Array | None = None) -> Rollout:
-  """Samples G completions for each prompt. Pure; to be jitted with the keyword sizes static.
+def generate(
+    config: models.ModelConfig,
+    params,
+    prompt_tokens,
+    prompt_mask,
+    prompt_ids,
+    key,
+    *,
+    group_size: int,
+    max_length: int,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+    temperature,
+    legal: jax.Array | None = None,
+) -> Rollout:
+    """Samples G completions for each prompt. Pure; to be jitted with the keyword sizes static.
 
-  Decoding is one `lax.while_loop` that stops when every sample has ended.
+    Decoding is one `lax.while_loop` that stops when every sample has ended.
 
-  Args:
-    config: the decoder's configuration.
-    params: its weights.
-    prompt_tokens: int[P, S], prompt_mask: [P, S]; at least one real token a prompt.
-    prompt_ids: int[P], names of the prompts in the keys of randomness.
-    key: from (seed, step).
-    group_size: G.  max_length: T, the budget in tokens.
-    eos_ids: tokens that end a completion.  pad_id: fills what lies behind.
-    temperature: f32 scalar or [G], traced; 0 is greedy.
-    legal: bool[T, V] or [P, T, V], the tokens allowed at each position, or None for all.
-  """
-  P, G, T = prompt_tokens.shape[0], group_size, max_length
-  model = models.bind(config, params)
-  hidden, prompt = model.prefill(prompt_tokens, prompt_mask)
-  last = prompt_mask.shape[1] - 1 - jnp.argmax(prompt_mask[:, ::-1], axis=1)
-  hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)  # [P, 1, D]: a group starts alike
-  blocks, prompt = model.unstack(prompt)
-  noise = sampling_noise(key, prompt_ids, G, T)
-  temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (G,))
-  eos = jnp.asarray(eos_ids, jnp.int32)
+    Args:
+      config: the decoder's configuration.
+      params: its weights.
+      prompt_tokens: int[P, S], prompt_mask: [P, S]; at least one real token a prompt.
+      prompt_ids: int[P], names of the prompts in the keys of randomness.
+      key: from (seed, step).
+      group_size: G.  max_length: T, the budget in tokens.
+      eos_ids: tokens that end a completion.  pad_id: fills what lies behind.
+      temperature: f32 scalar or [G], traced; 0 is greedy.
+      legal: bool[T, V] or [P, T, V], the tokens allowed at each position, or None for all.
+    """
+    P, G, T = prompt_tokens.shape[0], group_size, max_length
+    model = models.bind(config, params)
+    hidden, prompt = model.prefill(prompt_tokens, prompt_mask)
+    last = prompt_mask.shape[1] - 1 - jnp.argmax(prompt_mask[:, ::-1], axis=1)
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)  # [P, 1, D]: a group starts alike
+    blocks, prompt = model.unstack(prompt)
+    noise = sampling_noise(key, prompt_ids, G, T)
+    temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (G,))
+    eos = jnp.asarray(eos_ids, jnp.int32)
 
-  def sample(hidden, t):
-    legal_now = None if legal is None else legal[..., t, :].reshape(-1, 1, legal.shape[-1])
-    logits = scale_logits(model.logits(hidden), temperature, legal_now)  # [P, G, V]
-    return sample_token(logits, jax.lax.dynamic_index_in_dim(noise, t, 2, keepdims=False), temperature == 0)
+    def sample(hidden, t):
+        legal_now = None if legal is None else legal[..., t, :].reshape(-1, 1, legal.shape[-1])
+        logits = scale_logits(model.logits(hidden), temperature, legal_now)  # [P, G, V]
+        return sample_token(logits, jax.lax.dynamic_index_in_dim(noise, t, 2, keepdims=False), temperature == 0)
 
-  def write(tokens, logprobs, new, logp, live, t):
-    put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, t, axis=2)
-    return (put(tokens, jnp.where(live, new, pad_id)), put(logprobs, jnp.where(live, logp, 0.0)),
-            live & ~jnp.any(new[..., None] == eos, axis=-1))
+    def write(tokens, logprobs, new, logp, live, t):
+        put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, t, axis=2)
+        return (
+            put(tokens, jnp.where(live, new, pad_id)),
+            put(logprobs, jnp.where(live, logp, 0.0)),
+            live & ~jnp.any(new[..., None] == eos, axis=-1),
+        )
 
-  tokens = jnp.full((P, G, T), pad_id, jnp.int32)
-  new, logp = sample(hidden, 0)
-  tokens, logprobs, live = write(tokens, jnp.zeros((P, G, T)), new, logp, jnp.ones((P, G), bool), 0)
-  mask = jnp.zeros((P, G, T), bool).at[:, :, 0].set(True)
+    tokens = jnp.full((P, G, T), pad_id, jnp.int32)
+    new, logp = sample(hidden, 0)
+    tokens, logprobs, live = write(tokens, jnp.zeros((P, G, T)), new, logp, jnp.ones((P, G), bool), 0)
+    mask = jnp.zeros((P, G, T), bool).at[:, :, 0].set(True)
 
-  def going(carry):
-    t, live = carry[0], carry[1]
-    return (t < T) & live.any()
+    def going(carry):
+        t, live = carry[0], carry[1]
+        return (t < T) & live.any()
 
-  def body(carry):
-    t, live, new, tokens, logprobs, mask, cache = carry
-    hidden, cache = model.step(new, t - 1, blocks, prompt, cache)
-    new, logp = sample(hidden, t)
-    mask = jax.lax.dynamic_update_index_in_dim(mask, live, t, axis=2)
-    tokens, logprobs, live = write(tokens, logprobs, new, logp, live, t)
-    return t + 1, live, new, tokens, logprobs, mask, cache
+    def body(carry):
+        t, live, new, tokens, logprobs, mask, cache = carry
+        hidden, cache = model.step(new, t - 1, blocks, prompt, cache)
+        new, logp = sample(hidden, t)
+        mask = jax.lax.dynamic_update_index_in_dim(mask, live, t, axis=2)
+        tokens, logprobs, live = write(tokens, logprobs, new, logp, live, t)
+        return t + 1, live, new, tokens, logprobs, mask, cache
 
-  carry = (jnp.int32(1), live, new, tokens, logprobs, mask, model.empty_cache(P, G, T))
-  _, live, _, tokens, logprobs, mask, _ = jax.lax.while_loop(going, body, carry)
-  return Rollout(prompt_tokens, prompt_mask.astype(bool), tokens, mask, logprobs, truncated=live)
+    carry = (jnp.int32(1), live, new, tokens, logprobs, mask, model.empty_cache(P, G, T))
+    _, live, _, tokens, logprobs, mask, _ = jax.lax.while_loop(going, body, carry)
+    return Rollout(prompt_tokens, prompt_mask.astype(bool), tokens, mask, logprobs, truncated=live)

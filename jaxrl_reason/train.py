@@ -13,6 +13,7 @@ import pathlib
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import rich.console
 
@@ -125,7 +126,7 @@ def collect(run: Run, state: TrainState, clock: Clock) -> tuple[experience.Group
     groups, metrics = draw(first)
     if not run.method.dynamic_sampling:
         return groups, metrics, first + 1
-    buffer, filled, shares = experience.empty_like(groups), jax.device_put(np.int32(0)), []
+    buffer, filled, shares = _empty_like(run.programs.sharding)(groups), jax.device_put(np.int32(0)), []
     while True:
         buffer, filled, share = run.programs.fill(buffer, filled, groups)
         count, share = jax.device_get((filled, share))
@@ -136,6 +137,15 @@ def collect(run: Run, state: TrainState, clock: Clock) -> tuple[experience.Group
     metrics |= {"dynamic_sampling/batches": len(shares), "dynamic_sampling/groups": int(count),
                 "dynamic_sampling/kept_ratio": sum(shares) / len(shares)}
     return buffer, metrics, first + len(shares)
+
+
+@functools.cache
+def _empty_like(sharding: jax.sharding.Sharding):
+    """A compiled `experience.empty_like`. A copy: `fill` donates its buffer, which must share no array with the groups."""
+    return jax.jit(lambda groups: jax.tree.map(jnp.copy, experience.empty_like(groups)), out_shardings=sharding)
+
+
+_trained = jax.jit(experience.trained, static_argnums=1)  # uncompiled, slicing would carry its borders to the device
 
 
 def train_step(run: Run, state: TrainState, reference, clock: Clock):
@@ -153,7 +163,7 @@ def train_step(run: Run, state: TrainState, reference, clock: Clock):
     programs, u = run.programs, run.config.update
     groups, metrics, batches = collect(run, state, clock)
     with clock("update"):
-        rollout = experience.trained(groups.rollout, run.method)
+        rollout = _trained(groups.rollout, run.method)
         old_logprobs = ref_logprobs = kl = None
         if u.epochs * u.minibatches > 1:
             # The float32 sampler agrees with the trainer to 1e-5; a bfloat16 rollout is scored again by the trainer's forward.
@@ -183,9 +193,9 @@ def train(run: Run) -> dict[str, dict[str, float]]:
     number, state = saver.restore(state) or (None, state)
     if number is not None:
         if number >= c.supervised.steps + c.steps:
-            console.print(f"This run is finished: all {c.steps} steps are done. Raise config.steps, or choose another --workdir.")
+            console.print(f"This run is finished: all {c.steps} steps are done. Raise config.steps, or choose another --workdir.", soft_wrap=True)
             return {}
-        console.print(f"Going on from {saver.directory / str(number)}.")
+        console.print(f"Going on from {saver.directory / str(number)}.", soft_wrap=True)
     if number is None or number < c.supervised.steps:
         if run.solutions:
             state = supervised(run, state, saver, console)
@@ -256,7 +266,7 @@ def report(run: Run, console: rich.console.Console) -> dict[str, dict[str, float
     writers.plot_learning_curve(metrics_path, picture, title=run.work.path.name)
     if evaluations:
         console.print(writers.summary_table(evaluations[0], evaluations[-1]))
-    console.print(f"Learning curve: {picture}")
+    console.print(f"Learning curve: {picture}", soft_wrap=True)
     return {"before": evaluations[0], "after": evaluations[-1]} if evaluations else {}
 
 

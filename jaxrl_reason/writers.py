@@ -107,7 +107,9 @@ class SampleTable:
         arrays = {"total": total, "advantages": advantages, "lengths": lengths, "truncated": truncated, **rewards}
         for name, array in arrays.items():
             if np.shape(array) != shape:
-                raise ValueError(f"{name} has shape {np.shape(array)}; for {shape[0]} prompts x {shape[1]} completions it must be {shape}.")
+                raise ValueError(
+                    f"{name} has shape {np.shape(array)}; for {shape[0]} prompts x {shape[1]} completions it must be {shape}."
+                )
         records = []
         for p, g in np.ndindex(*shape):
             records.append(
@@ -164,7 +166,9 @@ def plot_learning_curve(metrics_path: str | os.PathLike, out_png: str | os.PathL
     if steps:
         top.plot(steps, rewards, linewidth=0.7, alpha=0.4, color="tab:blue", label="reward")
         window = max(1, len(rewards) // 20)
-        top.plot(steps, _running_mean(rewards, window), color="tab:blue", label=f"reward, mean of the last {window} steps")
+        top.plot(
+            steps, _running_mean(rewards, window), color="tab:blue", label=f"reward, mean of the last {window} steps"
+        )
     steps, accuracy = _series(records, "eval/accuracy")
     if steps:
         top.plot(steps, accuracy, "o-", color="tab:orange", label="held-out accuracy")
@@ -240,7 +244,9 @@ def _records(path: Path) -> Iterator[dict]:
         torn = None
         for number, line in enumerate(lines, start=1):
             if torn is not None:
-                raise ValueError(f"Line {torn} of {path} is not a JSON object with a step; mend or remove that line, or move the file away.")
+                raise ValueError(
+                    f"Line {torn} of {path} is not a JSON object with a step; mend or remove that line, or move the file away."
+                )
             try:
                 record = json.loads(line)
                 valid = isinstance(record["step"], int)

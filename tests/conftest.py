@@ -24,9 +24,8 @@ def shared_programs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def quick_compilation(shared_programs):
     """Compiled programs are shared, and compiled with few optimizations: for tests that run each program a few times."""
-    settings = shared_programs | {"jax_disable_most_optimizations": True}
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
+    before = {name: getattr(jax.config, name) for name in shared_programs} | {"jax_disable_most_optimizations": False}
+    for name, value in {**shared_programs, "jax_disable_most_optimizations": True}.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()  # JAX decides once whether there is a cache
     yield

@@ -80,7 +80,9 @@ def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
     for ours, theirs in wanted.items():
         if theirs not in row:
             purpose = "" if ours == theirs else f" (to be used as {ours!r})"
-            raise ValueError(f"there is no column {theirs!r}{purpose}, only {', '.join(map(repr, row)) or 'an empty row'}")
+            raise ValueError(
+                f"there is no column {theirs!r}{purpose}, only {', '.join(map(repr, row)) or 'an empty row'}"
+            )
     rest = {name: value for name, value in row.items() if name not in wanted.values()}
     return rest | {ours: row[theirs] for ours, theirs in wanted.items()}
 

@@ -129,8 +129,12 @@ class SolutionStream:
     ):
         rendered = [(template.render_prompt(row), template.render_solution(row)) for row in source]
         prompts = tokenizer.encode_batch([prompt for prompt, _ in rendered], add_bos)
-        completions = [ids + [tokenizer.eos_ids[0]] for ids in tokenizer.encode_batch([solution for _, solution in rendered])]
-        kept = _fitting(on_long, len(source), prompt=(prompts, max_prompt_length), completion=(completions, max_completion_length))
+        completions = [
+            ids + [tokenizer.eos_ids[0]] for ids in tokenizer.encode_batch([solution for _, solution in rendered])
+        ]
+        kept = _fitting(
+            on_long, len(source), prompt=(prompts, max_prompt_length), completion=(completions, max_completion_length)
+        )
         self.skipped = len(source) - len(kept)
         self._prompts = _Padded([prompts[i] for i in kept], max_prompt_length, tokenizer.pad_id)
         self._completions = _Padded([completions[i] for i in kept], max_completion_length, tokenizer.pad_id)
@@ -229,13 +233,19 @@ def _fitting(on_long: str, rows: int, **sequences: tuple[list[list[int]], int]) 
         _positive(**{f"max_{kind}_length": limit})
         for row, tokens in enumerate(ids):
             if not 0 < len(tokens) <= limit:
-                reasons.setdefault(row, f"row {row} has a {kind} of {len(tokens)} tokens, where 1 to {limit} fit (max_{kind}_length)")
+                reasons.setdefault(
+                    row, f"row {row} has a {kind} of {len(tokens)} tokens, where 1 to {limit} fit (max_{kind}_length)"
+                )
     if not reasons:
         return list(range(rows))
     listed = "; ".join([reasons[row] for row in sorted(reasons)[:3]])
     summary = f"{len(reasons)} of {rows} rows do not fit: {listed}{f'; and {len(reasons) - 3} more' if len(reasons) > 3 else ''}."
     if on_long == "refuse" or len(reasons) == rows:
-        advice = "Raise the limit" if len(reasons) == rows else "Raise the limit, or set on_long to 'skip' to leave such rows out"
+        advice = (
+            "Raise the limit"
+            if len(reasons) == rows
+            else "Raise the limit, or set on_long to 'skip' to leave such rows out"
+        )
         raise ValueError(f"{summary} {advice}.")
     warnings.warn(f"Skipped: {summary}", stacklevel=3)
     return [row for row in range(rows) if row not in reasons]

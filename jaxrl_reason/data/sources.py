@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ def load_source(
     """Opens a data set, preparing it on first use.
 
     Args:
-      name: "word_problems", "gsm8k", any other name that TFDS knows, or a path that ends in .jsonl.
+      name: "word_problems", "word_problems/small", "gsm8k", any other name that TFDS knows, or a path that ends in .jsonl.
       split: for TFDS, "train", "test[:100]" and so on; for a file, "all" or a slice such as "[:90%]".
       data_dir: where TFDS keeps prepared data; None means its default, ~/tensorflow_datasets. Files do not use it.
       columns: our names to those of the data, such as {"question": "problem"}. Columns not mentioned keep their names.
@@ -96,8 +97,9 @@ def _file_source(path: pathlib.Path, split: str, columns: dict[str, str], on_bad
 
 
 def _tfds_source(name: str, split: str, data_dir: str | pathlib.Path | None, columns: dict[str, str]) -> Source:
-    if name.partition(":")[0] in _BUILDER_MODULES:
-        importlib.import_module(_BUILDER_MODULES[name.partition(":")[0]])
+    builder = re.split("[/:]", name)[0]  # name/config:version
+    if builder in _BUILDER_MODULES:
+        importlib.import_module(_BUILDER_MODULES[builder])
     try:
         data = tfds.data_source(
             name,
@@ -120,7 +122,9 @@ def _tfds_source(name: str, split: str, data_dir: str | pathlib.Path | None, col
 
     def read(indices: Sequence[int]) -> list[Row]:
         rows = data.__getitems__([int(i) for i in indices])
-        return [jsonl.rename_columns(adapt({key: _plain(value) for key, value in row.items()}), columns) for row in rows]
+        return [
+            jsonl.rename_columns(adapt({key: _plain(value) for key, value in row.items()}), columns) for row in rows
+        ]
 
     try:
         ends = read([0, len(data) - 1])

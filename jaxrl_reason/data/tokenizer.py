@@ -34,7 +34,9 @@ class Tokenizer:
         for field, ids in {"eos_ids": self.eos_ids, "pad_id": [self.pad_id], "bos_id": [self.bos_id]}.items():
             for token_id in ids:
                 if token_id is not None and self.backend.id_to_token(token_id) is None:
-                    raise ValueError(f"{field} holds {token_id}, which is not in the tokenizer's vocabulary of {self.vocab_size} tokens.")
+                    raise ValueError(
+                        f"{field} holds {token_id}, which is not in the tokenizer's vocabulary of {self.vocab_size} tokens."
+                    )
 
     @property
     def vocab_size(self) -> int:
@@ -100,7 +102,9 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     path = pathlib.Path(path).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"No tokenizer at {file}: give a directory that holds a tokenizer.json, or the path of such a file.")
+        raise FileNotFoundError(
+            f"No tokenizer at {file}: give a directory that holds a tokenizer.json, or the path of such a file."
+        )
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
@@ -110,13 +114,15 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     backend.no_padding()
 
     config = _read_json(file.parent / "special_tokens_map.json") | _read_json(file.parent / "tokenizer_config.json")
-    special = {name: _token_id(backend, name, config.get(f"{name}_token"), file.parent) for name in ("bos", "eos", "pad")}
+    special = {
+        name: _token_id(backend, name, config.get(f"{name}_token"), file.parent) for name in ("bos", "eos", "pad")
+    }
     more = _read_json(file.parent / "generation_config.json").get("eos_token_id")
     more = more if isinstance(more, list) else [more]
     eos_ids = tuple(dict.fromkeys(i for i in [special["eos"], *more] if i is not None))
     if not eos_ids:
         raise ValueError(
-            f"No end token is known for {file}: put a tokenizer_config.json with an \"eos_token\" beside it "
+            f'No end token is known for {file}: put a tokenizer_config.json with an "eos_token" beside it '
             '(or a generation_config.json with an "eos_token_id").'
         )
     pad_id = eos_ids[0] if special["pad"] is None else special["pad"]
@@ -137,13 +143,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     least = len(alphabet) + len(special)
     if vocab_size < least:
-        raise ValueError(f"vocab_size is {vocab_size}, but 256 bytes and {len(special)} special tokens need at least {least}.")
+        raise ValueError(
+            f"vocab_size is {vocab_size}, but 256 bytes and {len(special)} special tokens need at least {least}."
+        )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator(texts, trainer)
     return Tokenizer(backend, eos_ids=(2,), pad_id=0, bos_id=1)
 

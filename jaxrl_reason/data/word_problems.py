@@ -136,16 +136,26 @@ def _problem(skill: str, numbers: Numbers, rng: random.Random) -> dict[str, str]
     }
 
 
-def _problems(split: str, size: int) -> Iterator[dict[str, str]]:
+@dataclasses.dataclass
+class WordProblemsConfig(tfds.core.BuilderConfig):
+    """Which problems: the skills, and the largest number that may occur in a problem or its solution."""
+
+    skills: tuple[str, ...] = tuple(_SKILLS)
+    largest: int = 1000
+
+
+def _problems(config: WordProblemsConfig, split: str, size: int) -> Iterator[dict[str, str]]:
     """`size` different questions, equally many of each skill; every combination of numbers appears before any repeats."""
     rng = random.Random(split)
     endless = {}
-    for skill, spec in _SKILLS.items():
-        combinations = [numbers for numbers in spec.numbers() if _split_of(skill, numbers) == split]
+    for skill in config.skills:
+        spec = _SKILLS[skill]
+        fits = lambda numbers: max(max(a, b, c) for a, _, b, c in spec.steps(*numbers)) <= config.largest
+        combinations = [n for n in spec.numbers() if _split_of(skill, n) == split and fits(n)]
         rng.shuffle(combinations)
         endless[skill] = itertools.cycle(combinations)
     seen = set()
-    for skill in itertools.cycle(_SKILLS):
+    for skill in itertools.cycle(config.skills):
         if len(seen) == size:
             return
         problem = _problem(skill, next(endless[skill]), rng)
@@ -156,19 +166,30 @@ def _problems(split: str, size: int) -> Iterator[dict[str, str]]:
 
 
 class WordProblems(tfds.core.GeneratorBasedBuilder):
-    """Short arithmetic word problems in eight skills, with worked solutions and integer answers.
+    """Short arithmetic word problems with worked solutions and integer answers: "all" eight skills, or "small" sums.
 
     Features, all text: `question`; `solution`, one step a line and `#### N` at the end; `answer`, the number alone; `skill`.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "Initial release."}
+    BUILDER_CONFIGS = [
+        WordProblemsConfig(name="all", description="Eight skills, numbers up to about 130."),
+        WordProblemsConfig(
+            name="small",
+            description="Sums and differences of one and two steps, no number above 18: learnt in minutes.",
+            skills=("add", "subtract", "compare", "two_step"),
+            largest=18,
+        ),
+    ]
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
             description="Procedural arithmetic word problems with worked solutions; no split shares its numbers with another.",
-            features=tfds.features.FeaturesDict({name: tfds.features.Text() for name in ("question", "solution", "answer", "skill")}),
+            features=tfds.features.FeaturesDict(
+                {name: tfds.features.Text() for name in ("question", "solution", "answer", "skill")}
+            ),
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
@@ -176,5 +197,5 @@ class WordProblems(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split, size) for split, size in _SIZES.items()}
 
     def _generate_examples(self, split: str, size: int) -> Iterator[tuple[str, dict[str, str]]]:
-        for i, problem in enumerate(_problems(split, size)):
+        for i, problem in enumerate(_problems(self.builder_config, split, size)):
             yield f"{split}-{i}", problem

@@ -8,104 +8,119 @@ _DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-  """How rotary frequencies are stretched for contexts longer than those first trained on.
+    """How rotary frequencies are stretched for contexts longer than those first trained on.
 
-  kind "linear" divides every frequency by `factor` (Gemma 3's global layers); kind "llama3"
-  divides the low ones, keeps the high ones and blends between (Llama 3.1 and later).
-  """
-  kind: str
-  factor: float
-  low_freq_factor: float = 1.0
-  high_freq_factor: float = 4.0
-  original_length: int = 8192
+    kind "linear" divides every frequency by `factor` (Gemma 3's global layers); kind "llama3"
+    divides the low ones, keeps the high ones and blends between (Llama 3.1 and later).
+    """
 
-  def __post_init__(self):
-    if self.kind not in ("linear", "llama3"):
-      raise ValueError(f"model.rope_scaling.kind is {self.kind!r}; it must be 'linear' or 'llama3'.")
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192
+
+    def __post_init__(self):
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(f"model.rope_scaling.kind is {self.kind!r}; it must be 'linear' or 'llama3'.")
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_length"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"model.rope_scaling.{name} is {getattr(self, name)}; it must be greater than 0.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-  """One decoder for all families. Hashable: it is a static argument of compiled functions.
+    """One decoder for all families. Hashable: it is a static argument of compiled functions.
 
-  Attributes:
-    vocab_size, width, layers, heads, kv_heads, mlp_width: sizes.
-    head_dim: size of one head, independent of width (0: width / heads).
-    activation: "silu" (SwiGLU) or "gelu" (tanh-approximated GeGLU).
-    rope_theta: base of the rotary frequencies.
-    rope_scaling: stretch of the frequencies, or None.
-    sliding_window: keys a sliding layer can see, the query itself included; 0 for none.
-    sliding_period: with a window, every `sliding_period`-th layer is global and the others slide
-      (Gemma 3: 6); 0 means that all layers slide (Mistral).
-    local_rope_theta: rotary base of sliding layers; 0 means rope_theta, with its scaling.
-    norm_eps: epsilon inside the root of RMSNorm.
-    norm_offset: added to the stored norm scale (Gemma stores scale - 1).
-    post_norms: also normalise the output of attention and MLP (Gemma 3).
-    qkv_bias: biases on the query, key and value projections (Qwen 2).
-    qk_norm: RMSNorm on each query and key head (Qwen 3, Gemma 3).
-    tied_embedding: the output head is the embedding.
-    embedding_scale: embeddings are multiplied by this (Gemma: sqrt(width)).
-    query_scale: attention scores are multiplied by this (0: head_dim ** -0.5).
-    param_dtype: dtype of stored weights and of the residual stream.
-    compute_dtype: dtype of the operands of matrix products; sums are always float32.
-    remat: what the backward pass recomputes: "none", "dots" (all but matrix products) or "layer".
-  """
-  vocab_size: int
-  width: int
-  layers: int
-  heads: int
-  kv_heads: int
-  mlp_width: int
-  head_dim: int = 0
-  activation: str = "silu"
-  rope_theta: float = 10_000.0
-  rope_scaling: RopeScaling | None = None
-  sliding_window: int = 0
-  sliding_period: int = 0
-  local_rope_theta: float = 0.0
-  norm_eps: float = 1e-6
-  norm_offset: float = 0.0
-  post_norms: bool = False
-  qkv_bias: bool = False
-  qk_norm: bool = False
-  tied_embedding: bool = True
-  embedding_scale: float = 1.0
-  query_scale: float = 0.0
-  param_dtype: str = "float32"
-  compute_dtype: str = "float32"
-  remat: str = "none"
+    Attributes:
+      vocab_size, width, layers, heads, kv_heads, mlp_width: sizes.
+      head_dim: size of one head, independent of width (0: width / heads).
+      activation: "silu" (SwiGLU) or "gelu" (tanh-approximated GeGLU).
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: stretch of the frequencies, or None.
+      sliding_window: keys a sliding layer can see, the query itself included; 0 for none.
+      sliding_period: with a window, every `sliding_period`-th layer is global and the others slide
+        (Gemma 3: 6); 0 means that all layers slide (Mistral).
+      local_rope_theta: rotary base of sliding layers; 0 means rope_theta, with its scaling.
+      norm_eps: epsilon inside the root of RMSNorm.
+      norm_offset: added to the stored norm scale (Gemma stores scale - 1).
+      post_norms: also normalise the output of attention and MLP (Gemma 3).
+      qkv_bias: biases on the query, key and value projections (Qwen 2).
+      qk_norm: RMSNorm on each query and key head (Qwen 3, Gemma 3).
+      tied_embedding: the output head is the embedding.
+      embedding_scale: embeddings are multiplied by this (Gemma: sqrt(width)).
+      query_scale: attention scores are multiplied by this (0: head_dim ** -0.5).
+      param_dtype: dtype of stored weights and of the residual stream.
+      compute_dtype: dtype of the operands of matrix products; sums are always float32.
+      remat: what the backward pass recomputes: "none", "dots" (all but matrix products) or "layer".
+    """
 
-  def __post_init__(self):
-    for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "mlp_width"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1.")
-    if self.heads % self.kv_heads:
-      raise ValueError(f"model.heads ({self.heads}) must be a multiple of model.kv_heads "
-                       f"({self.kv_heads}): each key/value head serves as many query heads.")
-    if not self.head_dim:
-      if self.width % self.heads:
-        raise ValueError(f"model.width ({self.width}) is not a multiple of model.heads ({self.heads}); "
-                         "set model.head_dim explicitly.")
-      object.__setattr__(self, "head_dim", self.width // self.heads)
-    if self.head_dim % 2:
-      raise ValueError(f"model.head_dim is {self.head_dim}; rotary positions need an even number.")
-    if not self.query_scale:
-      object.__setattr__(self, "query_scale", 1.0 / math.sqrt(self.head_dim))
-    for name in ("param_dtype", "compute_dtype"):
-      if getattr(self, name) not in _DTYPES:
-        raise ValueError(f"model.{name} is {getattr(self, name)!r}; it must be one of {_DTYPES}.")
-    if self.activation not in ("silu", "gelu"):
-      raise ValueError(f"model.activation is {self.activation!r}; it must be 'silu' or 'gelu'.")
-    if self.remat not in ("none", "dots", "layer"):
-      raise ValueError(f"model.remat is {self.remat!r}; it must be 'none', 'dots' or 'layer'.")
-    if not self.sliding_window and (self.sliding_period or self.local_rope_theta):
-      raise ValueError("model.sliding_period and model.local_rope_theta act on sliding layers only: "
-                       "set model.sliding_window, or leave them 0.")
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp_width: int
+    head_dim: int = 0
+    activation: str = "silu"
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int = 0
+    sliding_period: int = 0
+    local_rope_theta: float = 0.0
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tied_embedding: bool = True
+    embedding_scale: float = 1.0
+    query_scale: float = 0.0
+    param_dtype: str = "float32"
+    compute_dtype: str = "float32"
+    remat: str = "none"
 
-  @property
-  def sliding_layers(self) -> tuple[bool, ...]:
-    """Which layers see only the last `sliding_window` positions."""
-    if not self.sliding_window:
-      return (False,) * self.layers
-    return tuple(not self.sliding_period or (i + 1) % self.sliding_period != 0
-                 for i in range(self.layers))
+    def __post_init__(self):
+        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("head_dim", "sliding_window", "sliding_period", "local_rope_theta", "norm_eps", "query_scale"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must not be negative.")
+        if self.rope_theta <= 0:
+            raise ValueError(f"model.rope_theta is {self.rope_theta}; it must be greater than 0.")
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"model.heads ({self.heads}) must be a multiple of model.kv_heads "
+                f"({self.kv_heads}): each key/value head serves as many query heads."
+            )
+        if not self.head_dim:
+            if self.width % self.heads:
+                raise ValueError(
+                    f"model.width ({self.width}) is not a multiple of model.heads ({self.heads}); "
+                    "set model.head_dim explicitly."
+                )
+            object.__setattr__(self, "head_dim", self.width // self.heads)
+        if self.head_dim % 2:
+            raise ValueError(f"model.head_dim is {self.head_dim}; rotary positions need an even number.")
+        if not self.query_scale:
+            object.__setattr__(self, "query_scale", 1.0 / math.sqrt(self.head_dim))
+        for name in ("param_dtype", "compute_dtype"):
+            if getattr(self, name) not in _DTYPES:
+                raise ValueError(f"model.{name} is {getattr(self, name)!r}; it must be one of {_DTYPES}.")
+        if self.activation not in ("silu", "gelu"):
+            raise ValueError(f"model.activation is {self.activation!r}; it must be 'silu' or 'gelu'.")
+        if self.remat not in ("none", "dots", "layer"):
+            raise ValueError(f"model.remat is {self.remat!r}; it must be 'none', 'dots' or 'layer'.")
+        if not self.sliding_window and (self.sliding_period or self.local_rope_theta):
+            raise ValueError(
+                "model.sliding_period and model.local_rope_theta act on sliding layers only: "
+                "set model.sliding_window, or leave them 0."
+            )
+
+    @property
+    def sliding_layers(self) -> tuple[bool, ...]:
+        """Which layers see only the last `sliding_window` positions."""
+        if not self.sliding_window:
+            return (False,) * self.layers
+        return tuple(not self.sliding_period or (i + 1) % self.sliding_period != 0 for i in range(self.layers))

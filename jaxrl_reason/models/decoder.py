@@ -22,286 +22,295 @@ Params = dict  # a nested dict of arrays
 
 
 class PromptCache(NamedTuple):
-  """Keys and values of P prompts, each computed once and shared by its group.
+    """Keys and values of P prompts, each computed once and shared by its group.
 
-  In `step` (unrolled layers), `keys` and `values` are tuples with an entry [P, N, S, K] a layer.
-  """
-  keys: jax.Array  # [layers, P, kv_heads, S, head_dim], rotated
-  values: jax.Array  # [layers, P, kv_heads, S, head_dim]
-  mask: jax.Array  # bool[P, S]
-  positions: jax.Array  # int32[P, S]
-  lengths: jax.Array  # int32[P] real tokens
+    In `step` (unrolled layers), `keys` and `values` are tuples with an entry [P, N, S, K] a layer.
+    """
+
+    keys: jax.Array  # [layers, P, kv_heads, S, head_dim], rotated
+    values: jax.Array  # [layers, P, kv_heads, S, head_dim]
+    mask: jax.Array  # bool[P, S]
+    positions: jax.Array  # int32[P, S]
+    lengths: jax.Array  # int32[P] real tokens
 
 
 class SampleCache(NamedTuple):
-  """Keys and values of the samples' own tokens, an entry a layer: [P, G, kv_heads, T, head_dim]."""
-  keys: tuple[jax.Array, ...]
-  values: tuple[jax.Array, ...]
+    """Keys and values of the samples' own tokens, an entry a layer: [P, G, kv_heads, T, head_dim]."""
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
 
 
 def _weight(rngs, config, shape, axes, std):
-  value = jax.random.normal(rngs.params(), shape, jnp.float32) * std
-  return nnx.Param(value.astype(config.param_dtype), axes=axes)
+    value = jax.random.normal(rngs.params(), shape, jnp.float32) * std
+    return nnx.Param(value.astype(config.param_dtype), axes=axes)
 
 
 def _constant(config, shape, axes, value):
-  return nnx.Param(jnp.full(shape, value, config.param_dtype), axes=axes)
+    return nnx.Param(jnp.full(shape, value, config.param_dtype), axes=axes)
 
 
 class DecoderLayer(nnx.Module):
-  """Attention and MLP. Built with its weights stacked over all layers; called on one slice."""
+    """Attention and MLP. Built with its weights stacked over all layers; called on one slice."""
 
-  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-    self.config = c = config
-    n, D, F, K = c.layers, c.width, c.mlp_width, c.head_dim
-    weight = lambda i, o, axes, scale=1.0: _weight(
-        rngs, c, (n, i, o), ("layers", *axes), scale / i**0.5)
-    norm = lambda size, axis: _constant(c, (n, size), ("layers", axis), 1.0 - c.norm_offset)
-    residual_scale = (2 * n) ** -0.5  # keeps the residual stream's variance independent of depth
-    self.attention_norm = norm(D, "embed")
-    self.q = weight(D, c.heads * K, ("embed", "heads"))
-    self.k = weight(D, c.kv_heads * K, ("embed", "kv_heads"))
-    self.v = weight(D, c.kv_heads * K, ("embed", "kv_heads"))
-    self.o = weight(c.heads * K, D, ("heads", "embed"), residual_scale)
-    if c.qkv_bias:
-      self.q_bias = _constant(c, (n, c.heads * K), ("layers", "heads"), 0.0)
-      self.k_bias = _constant(c, (n, c.kv_heads * K), ("layers", "kv_heads"), 0.0)
-      self.v_bias = _constant(c, (n, c.kv_heads * K), ("layers", "kv_heads"), 0.0)
-    if c.qk_norm:
-      self.q_norm = norm(K, "head_dim")
-      self.k_norm = norm(K, "head_dim")
-    self.mlp_norm = norm(D, "embed")
-    self.gate = weight(D, F, ("embed", "mlp"))
-    self.up = weight(D, F, ("embed", "mlp"))
-    self.down = weight(F, D, ("mlp", "embed"), residual_scale)
-    if c.post_norms:
-      self.post_attention_norm = norm(D, "embed")
-      self.post_mlp_norm = norm(D, "embed")
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = c = config
+        n, D, F, K = c.layers, c.width, c.mlp_width, c.head_dim
+        weight = lambda i, o, axes, scale=1.0: _weight(rngs, c, (n, i, o), ("layers", *axes), scale / i**0.5)
+        norm = lambda size, axis: _constant(c, (n, size), ("layers", axis), 1.0 - c.norm_offset)
+        residual_scale = (2 * n) ** -0.5  # keeps the residual stream's variance independent of depth
+        self.attention_norm = norm(D, "embed")
+        self.q = weight(D, c.heads * K, ("embed", "heads"))
+        self.k = weight(D, c.kv_heads * K, ("embed", "kv_heads"))
+        self.v = weight(D, c.kv_heads * K, ("embed", "kv_heads"))
+        self.o = weight(c.heads * K, D, ("heads", "embed"), residual_scale)
+        if c.qkv_bias:
+            self.q_bias = _constant(c, (n, c.heads * K), ("layers", "heads"), 0.0)
+            self.k_bias = _constant(c, (n, c.kv_heads * K), ("layers", "kv_heads"), 0.0)
+            self.v_bias = _constant(c, (n, c.kv_heads * K), ("layers", "kv_heads"), 0.0)
+        if c.qk_norm:
+            self.q_norm = norm(K, "head_dim")
+            self.k_norm = norm(K, "head_dim")
+        self.mlp_norm = norm(D, "embed")
+        self.gate = weight(D, F, ("embed", "mlp"))
+        self.up = weight(D, F, ("embed", "mlp"))
+        self.down = weight(F, D, ("mlp", "embed"), residual_scale)
+        if c.post_norms:
+            self.post_attention_norm = norm(D, "embed")
+            self.post_mlp_norm = norm(D, "embed")
 
-  def __call__(self, x, rotary, own_mask, prompt=None, prompt_mask=None, cache=None, index=None):
-    """One layer on x [P, G, T, D].
+    def __call__(self, x, rotary, own_mask, prompt=None, prompt_mask=None, cache=None, index=None):
+        """One layer on x [P, G, T, D].
 
-    Args:
-      x: residual stream.
-      rotary: (cos, sin), each broadcastable to f32[P, G, T, head_dim / 2].
-      own_mask, prompt, prompt_mask: see `layers.group_attention`.
-      cache: (keys, values) [P, G, N, C, K] to write this call's keys and values into, at `index`
-        along C, and to read own positions from; None: own positions are this call's.
-      index: int scalar, with cache.
+        Args:
+          x: residual stream.
+          rotary: (cos, sin), each broadcastable to f32[P, G, T, head_dim / 2].
+          own_mask, prompt, prompt_mask: see `layers.group_attention`.
+          cache: (keys, values) [P, G, N, C, K] to write this call's keys and values into, at `index`
+            along C, and to read own positions from; None: own positions are this call's.
+          index: int scalar, with cache.
 
-    Returns:
-      x, and the (keys, values) of the own positions, each [P, G, N, C, K].
-    """
-    c = self.config
-    P, G, T, _ = x.shape
-    norm = lambda y, scale: L.rms_norm(y, scale[...], c.norm_eps, c.norm_offset)
-    dot = lambda y, w: L.dot(y, w[...], c.compute_dtype)
+        Returns:
+          x, and the (keys, values) of the own positions, each [P, G, N, C, K].
+        """
+        c = self.config
+        P, G, T, _ = x.shape
+        norm = lambda y, scale: L.rms_norm(y, scale[...], c.norm_eps, c.norm_offset)
+        dot = lambda y, w: L.dot(y, w[...], c.compute_dtype)
 
-    y = norm(x, self.attention_norm)
-    q, k, v = dot(y, self.q), dot(y, self.k), dot(y, self.v)
-    if c.qkv_bias:
-      q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
-    q = q.reshape(P, G, T, c.heads, c.head_dim)
-    k = k.reshape(P, G, T, c.kv_heads, c.head_dim)
-    v = v.reshape(P, G, T, c.kv_heads, c.head_dim)
-    if c.qk_norm:
-      q, k = norm(q, self.q_norm), norm(k, self.k_norm)
-    q, k = L.rotate(q, *rotary), L.rotate(k, *rotary)
-    own = k.swapaxes(2, 3).astype(c.compute_dtype), v.swapaxes(2, 3).astype(c.compute_dtype)
-    if cache is not None:
-      write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=index, axis=3)
-      own = write(cache[0], own[0]), write(cache[1], own[1])
-    y = L.group_attention(q, own, own_mask, prompt, prompt_mask,
-                          scale=c.query_scale, dtype=c.compute_dtype)
-    y = dot(y, self.o).astype(x.dtype)
-    x = x + (norm(y, self.post_attention_norm) if c.post_norms else y)
+        y = norm(x, self.attention_norm)
+        q, k, v = dot(y, self.q), dot(y, self.k), dot(y, self.v)
+        if c.qkv_bias:
+            q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+        q = q.reshape(P, G, T, c.heads, c.head_dim)
+        k = k.reshape(P, G, T, c.kv_heads, c.head_dim)
+        v = v.reshape(P, G, T, c.kv_heads, c.head_dim)
+        if c.qk_norm:
+            q, k = norm(q, self.q_norm), norm(k, self.k_norm)
+        q, k = L.rotate(q, *rotary), L.rotate(k, *rotary)
+        own = k.swapaxes(2, 3).astype(c.compute_dtype), v.swapaxes(2, 3).astype(c.compute_dtype)
+        if cache is not None:
+            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=index, axis=3)
+            own = write(cache[0], own[0]), write(cache[1], own[1])
+        y = L.group_attention(q, own, own_mask, prompt, prompt_mask, scale=c.query_scale, dtype=c.compute_dtype)
+        y = dot(y, self.o).astype(x.dtype)
+        x = x + (norm(y, self.post_attention_norm) if c.post_norms else y)
 
-    y = norm(x, self.mlp_norm)
-    act = jax.nn.silu if c.activation == "silu" else functools.partial(jax.nn.gelu, approximate=True)
-    y = dot(act(dot(y, self.gate)) * dot(y, self.up), self.down).astype(x.dtype)
-    return x + (norm(y, self.post_mlp_norm) if c.post_norms else y), own
+        y = norm(x, self.mlp_norm)
+        act = jax.nn.silu if c.activation == "silu" else functools.partial(jax.nn.gelu, approximate=True)
+        y = dot(act(dot(y, self.gate)) * dot(y, self.up), self.down).astype(x.dtype)
+        return x + (norm(y, self.post_mlp_norm) if c.post_norms else y), own
 
 
 class Decoder(nnx.Module):
-  """Embedding, layers (stacked and scanned), final norm, head. See the module's docstring."""
+    """Embedding, layers (stacked and scanned), final norm, head. See the module's docstring."""
 
-  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-    self.config = c = config
-    self.embedding = _weight(rngs, c, (c.vocab_size, c.width), ("vocab", "embed"), 0.02)
-    self.layers = DecoderLayer(c, rngs)
-    self.final_norm = _constant(c, (c.width,), ("embed",), 1.0 - c.norm_offset)
-    if not c.tied_embedding:
-      self.head = _weight(rngs, c, (c.width, c.vocab_size), ("embed", "vocab"), c.width**-0.5)
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = c = config
+        self.embedding = _weight(rngs, c, (c.vocab_size, c.width), ("vocab", "embed"), 0.02)
+        self.layers = DecoderLayer(c, rngs)
+        self.final_norm = _constant(c, (c.width,), ("embed",), 1.0 - c.norm_offset)
+        if not c.tied_embedding:
+            self.head = _weight(rngs, c, (c.width, c.vocab_size), ("embed", "vocab"), c.width**-0.5)
 
-  # -- the three forwards ------------------------------------------------------------------------
+    # -- the three forwards ------------------------------------------------------------------------
 
-  def prefill(self, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, PromptCache]:
-    """Prompts int[P, S] with mask [P, S] (1 = real; padding anywhere) -> hidden [P, S, D], cache."""
-    mask = mask.astype(bool)
-    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    at = positions[:, None]  # one sample a prompt
-    # By place, not by position: padding shares its neighbour's position.
-    causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
-    visible = causal & mask[:, None, None, :]
+    def prefill(self, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, PromptCache]:
+        """Prompts int[P, S] with mask [P, S] (1 = real; padding anywhere) -> hidden [P, S, D], cache."""
+        mask = mask.astype(bool)
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        at = positions[:, None]  # one sample a prompt
+        # By place, not by position: padding shares its neighbour's position.
+        causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
+        visible = causal & mask[:, None, None, :]
 
-    def layer(block, x, flags, _):
-      own_mask = visible & self._window(at, at, flags)
-      return block(x, self._rotary(at, flags), own_mask)
+        def layer(block, x, flags, _):
+            own_mask = visible & self._window(at, at, flags)
+            return block(x, self._rotary(at, flags), own_mask)
 
-    x, (keys, values) = self._scan(layer, self._embed(tokens[:, None]))
-    # One sample a prompt: its axis goes.
-    cache = PromptCache(keys[:, :, 0], values[:, :, 0], mask, positions, mask.sum(axis=1))
-    return self._final(x)[:, 0], cache
+        x, (keys, values) = self._scan(layer, self._embed(tokens[:, None]))
+        # One sample a prompt: its axis goes.
+        cache = PromptCache(keys[:, :, 0], values[:, :, 0], mask, positions, mask.sum(axis=1))
+        return self._final(x)[:, 0], cache
 
-  def extend(self, tokens: jax.Array, prompt: PromptCache) -> jax.Array:
-    """Completions int[P, G, T], each after its prompt -> hidden [P, G, T, D].
+    def extend(self, tokens: jax.Array, prompt: PromptCache) -> jax.Array:
+        """Completions int[P, G, T], each after its prompt -> hidden [P, G, T, D].
 
-    Tokens after a completion's end see those before it, and nothing before the end sees them:
-    no mask is needed here, the loss leaves them out.
-    """
-    T = tokens.shape[-1]
-    at = (prompt.lengths[:, None] + jnp.arange(T))[:, None]  # [P, 1, T]
-    causal = jnp.tril(jnp.ones((T, T), bool))[None, None]
+        Tokens after a completion's end see those before it, and nothing before the end sees them:
+        no mask is needed here, the loss leaves them out.
+        """
+        T = tokens.shape[-1]
+        at = (prompt.lengths[:, None] + jnp.arange(T))[:, None]  # [P, 1, T]
+        causal = jnp.tril(jnp.ones((T, T), bool))[None, None]
 
-    def layer(block, x, flags, kv):
-      own_mask = causal & self._window(at, at, flags)
-      prompt_mask = self._prompt_mask(prompt, at, flags)
-      x, _ = block(x, self._rotary(at, flags), own_mask, kv, prompt_mask)
-      return x, ()
+        def layer(block, x, flags, kv):
+            own_mask = causal & self._window(at, at, flags)
+            prompt_mask = self._prompt_mask(prompt, at, flags)
+            x, _ = block(x, self._rotary(at, flags), own_mask, kv, prompt_mask)
+            return x, ()
 
-    x, _ = self._scan(layer, self._embed(tokens), (prompt.keys, prompt.values))
-    return self._final(x)
+        x, _ = self._scan(layer, self._embed(tokens), (prompt.keys, prompt.values))
+        return self._final(x)
 
-  def step(self, tokens: jax.Array, index: jax.Array, blocks, prompt: PromptCache,
-           cache: SampleCache) -> tuple[jax.Array, SampleCache]:
-    """One token int[P, G] a sample, its `index`-th (a scalar) -> hidden [P, G, D], cache.
+    def step(
+        self, tokens: jax.Array, index: jax.Array, blocks, prompt: PromptCache, cache: SampleCache
+    ) -> tuple[jax.Array, SampleCache]:
+        """One token int[P, G] a sample, its `index`-th (a scalar) -> hidden [P, G, D], cache.
 
-    `blocks` and the unstacked prompt cache come from `unstack`, called once before the loop.
-    """
-    at = (prompt.lengths[:, None] + index)[:, None]  # [P, 1, 1]
-    places = jnp.arange(cache.keys[0].shape[3])
-    own_at = prompt.lengths[:, None, None] + places  # [P, 1, T]
-    x = self._embed(tokens[:, :, None])
-    keys, values = [], []
-    for i, block in enumerate(blocks):
-      flags = self.config.sliding_layers[i]
-      own_mask = (places <= index)[None, None, None] & self._window(at, own_at, flags)
-      x, (k, v) = block(x, self._rotary(at, flags), own_mask, (prompt.keys[i], prompt.values[i]),
-                        self._prompt_mask(prompt, at, flags), (cache.keys[i], cache.values[i]), index)
-      keys.append(k)
-      values.append(v)
-    return self._final(x)[:, :, 0], SampleCache(tuple(keys), tuple(values))
+        `blocks` and the unstacked prompt cache come from `unstack`, called once before the loop.
+        """
+        at = (prompt.lengths[:, None] + index)[:, None]  # [P, 1, 1]
+        places = jnp.arange(cache.keys[0].shape[3])
+        own_at = prompt.lengths[:, None, None] + places  # [P, 1, T]
+        x = self._embed(tokens[:, :, None])
+        keys, values = [], []
+        for i, block in enumerate(blocks):
+            flags = self.config.sliding_layers[i]
+            own_mask = (places <= index)[None, None, None] & self._window(at, own_at, flags)
+            x, (k, v) = block(
+                x,
+                self._rotary(at, flags),
+                own_mask,
+                (prompt.keys[i], prompt.values[i]),
+                self._prompt_mask(prompt, at, flags),
+                (cache.keys[i], cache.values[i]),
+                index,
+            )
+            keys.append(k)
+            values.append(v)
+        return self._final(x)[:, :, 0], SampleCache(tuple(keys), tuple(values))
 
-  def unstack(self, prompt: PromptCache) -> tuple[list[DecoderLayer], PromptCache]:
-    """Layers and prompt KV one by one, matrices cast once: what a decoding loop wants to close over."""
-    c = self.config
-    graphdef, stacked = nnx.split(self.layers)
-    cast = lambda x: x.astype(c.compute_dtype) if x.ndim == 2 else x
-    blocks = [nnx.merge(graphdef, jax.tree.map(lambda x: cast(x[i]), stacked)) for i in range(c.layers)]
-    return blocks, prompt._replace(keys=tuple(prompt.keys), values=tuple(prompt.values))
+    def unstack(self, prompt: PromptCache) -> tuple[list[DecoderLayer], PromptCache]:
+        """Layers and prompt KV one by one, matrices cast once: what a decoding loop wants to close over."""
+        c = self.config
+        graphdef, stacked = nnx.split(self.layers)
+        cast = lambda x: x.astype(c.compute_dtype) if x.ndim == 2 else x
+        blocks = [nnx.merge(graphdef, jax.tree.map(lambda x: cast(x[i]), stacked)) for i in range(c.layers)]
+        return blocks, prompt._replace(keys=tuple(prompt.keys), values=tuple(prompt.values))
 
-  def empty_cache(self, prompts: int, group: int, length: int) -> SampleCache:
-    c = self.config
-    zeros = lambda: tuple(jnp.zeros((prompts, group, c.kv_heads, length, c.head_dim), c.compute_dtype)
-                          for _ in range(c.layers))
-    return SampleCache(zeros(), zeros())
+    def empty_cache(self, prompts: int, group: int, length: int) -> SampleCache:
+        c = self.config
+        zeros = lambda: tuple(
+            jnp.zeros((prompts, group, c.kv_heads, length, c.head_dim), c.compute_dtype) for _ in range(c.layers)
+        )
+        return SampleCache(zeros(), zeros())
 
-  def logits(self, hidden: jax.Array) -> jax.Array:
-    """hidden [..., D] -> f32[..., V]."""
-    return project(hidden, self.head_matrix(), self.config)
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] -> f32[..., V]."""
+        return project(hidden, self.head_matrix(), self.config)
 
-  def head_matrix(self) -> jax.Array:
-    """The output head [D, V]."""
-    return self.embedding[...].T if self.config.tied_embedding else self.head[...]
+    def head_matrix(self) -> jax.Array:
+        """The output head [D, V]."""
+        return self.embedding[...].T if self.config.tied_embedding else self.head[...]
 
-  # -- parts -------------------------------------------------------------------------------------
+    # -- parts -------------------------------------------------------------------------------------
 
-  def _embed(self, tokens):
-    x = self.embedding[...][tokens]
-    scale = self.config.embedding_scale
-    # Families that scale do it with a factor rounded to the weights' dtype.
-    return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
+    def _embed(self, tokens):
+        x = self.embedding[...][tokens]
+        scale = self.config.embedding_scale
+        # Families that scale do it with a factor rounded to the weights' dtype.
+        return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
 
-  def _final(self, x):
-    return L.rms_norm(x, self.final_norm[...], self.config.norm_eps, self.config.norm_offset)
+    def _final(self, x):
+        return L.rms_norm(x, self.final_norm[...], self.config.norm_eps, self.config.norm_offset)
 
-  def _scan(self, layer, x, xs=()):
-    """Runs `layer(block, x, sliding, xs slice) -> (x, ys slice)` over the stacked layers."""
-    c = self.config
-    graphdef, stacked = nnx.split(self.layers)
+    def _scan(self, layer, x, xs=()):
+        """Runs `layer(block, x, sliding, xs slice) -> (x, ys slice)` over the stacked layers."""
+        c = self.config
+        graphdef, stacked = nnx.split(self.layers)
 
-    def body(x, slices):
-      weights, flags, xs = slices
-      return layer(nnx.merge(graphdef, weights), x, flags, xs)
+        def body(x, slices):
+            weights, flags, xs = slices
+            return layer(nnx.merge(graphdef, weights), x, flags, xs)
 
-    if c.remat == "layer":
-      body = jax.checkpoint(body, prevent_cse=False)
-    elif c.remat == "dots":
-      policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-      body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-    return jax.lax.scan(body, x, (stacked, jnp.array(c.sliding_layers), xs))
+        if c.remat == "layer":
+            body = jax.checkpoint(body, prevent_cse=False)
+        elif c.remat == "dots":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+        return jax.lax.scan(body, x, (stacked, jnp.array(c.sliding_layers), xs))
 
-  def _rotary(self, at, sliding):
-    """(cos, sin) at positions; `sliding` is a Python or a traced bool."""
-    c = self.config
-    if not c.local_rope_theta:
-      return L.rotary_angles(at, c, sliding=False)
-    local, other = L.rotary_angles(at, c, sliding=True), L.rotary_angles(at, c, sliding=False)
-    return jax.tree.map(lambda a, b: jnp.where(sliding, a, b), local, other)
+    def _rotary(self, at, sliding):
+        """(cos, sin) at positions; `sliding` is a Python or a traced bool."""
+        c = self.config
+        if not c.local_rope_theta:
+            return L.rotary_angles(at, c, sliding=False)
+        local, other = L.rotary_angles(at, c, sliding=True), L.rotary_angles(at, c, sliding=False)
+        return jax.tree.map(lambda a, b: jnp.where(sliding, a, b), local, other)
 
-  def _window(self, queries_at, keys_at, sliding):
-    """bool[..., queries, keys]: near enough for a sliding layer; one True where nothing slides."""
-    c = self.config
-    if not c.sliding_window:
-      return jnp.ones((1, 1, 1, 1), bool)
-    near = queries_at[..., :, None] - keys_at[..., None, :] < c.sliding_window
-    return near | jnp.logical_not(sliding)
+    def _window(self, queries_at, keys_at, sliding):
+        """bool[..., queries, keys]: near enough for a sliding layer; one True where nothing slides."""
+        c = self.config
+        if not c.sliding_window:
+            return jnp.ones((1, 1, 1, 1), bool)
+        near = queries_at[..., :, None] - keys_at[..., None, :] < c.sliding_window
+        return near | jnp.logical_not(sliding)
 
-  def _prompt_mask(self, prompt, at, sliding):
-    return prompt.mask[:, None, None, :] & self._window(at, prompt.positions[:, None], sliding)
+    def _prompt_mask(self, prompt, at, sliding):
+        return prompt.mask[:, None, None, :] & self._window(at, prompt.positions[:, None], sliding)
 
 
 # -- functions around the module -------------------------------------------------------------------
 
 
 def project(hidden: jax.Array, head: jax.Array, config: ModelConfig) -> jax.Array:
-  """Logits f32[..., V] of hidden [..., D] through the output head [D, V]."""
-  return L.dot(hidden, head, config.compute_dtype)
+    """Logits f32[..., V] of hidden [..., D] through the output head [D, V]."""
+    return L.dot(hidden, head, config.compute_dtype)
 
 
 @functools.lru_cache(maxsize=32)
 def _abstract(config: ModelConfig):
-  return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
 
 
 def abstract_params(config: ModelConfig) -> Params:
-  """The weights' shapes and dtypes, as a nested dict of ShapeDtypeStruct; nothing is allocated."""
-  return nnx.to_pure_dict(_abstract(config)[1])
+    """The weights' shapes and dtypes, as a nested dict of ShapeDtypeStruct; nothing is allocated."""
+    return nnx.to_pure_dict(_abstract(config)[1])
 
 
 def logical_axes(config: ModelConfig) -> Params:
-  """The weights' logical axes: a tuple of names a weight, in the structure of the parameters."""
-  flat = {path: leaf.get_metadata()["axes"] for path, leaf in nnx.to_flat_state(_abstract(config)[1])}
-  return nnx.traversals.unflatten_mapping(flat)
+    """The weights' logical axes: a tuple of names a weight, in the structure of the parameters."""
+    flat = {path: leaf.get_metadata()["axes"] for path, leaf in nnx.to_flat_state(_abstract(config)[1])}
+    return nnx.traversals.unflatten_mapping(flat)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
-  """Random weights. Traceable: jit it with output shardings to create them where they live."""
-  return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(key))))
+    """Random weights. Traceable: jit it with output shardings to create them where they live."""
+    return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(key))))
 
 
 def bind(config: ModelConfig, params: Params) -> Decoder:
-  """The module over these weights (arrays or tracers)."""
-  return nnx.merge(_abstract(config)[0], params)
+    """The module over these weights (arrays or tracers)."""
+    return nnx.merge(_abstract(config)[0], params)
 
 
 def apply(config: ModelConfig, params: Params, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-  """Plain forward: int[B, S], mask [B, S] (1 = real token, padding on any side) -> f32[B, S, V]."""
-  model = bind(config, params)
-  mask = jnp.ones(tokens.shape, bool) if mask is None else mask
-  hidden, _ = model.prefill(tokens, mask)
-  return model.logits(hidden)
+    """Plain forward: int[B, S], mask [B, S] (1 = real token, padding on any side) -> f32[B, S, V]."""
+    model = bind(config, params)
+    mask = jnp.ones(tokens.shape, bool) if mask is None else mask
+    hidden, _ = model.prefill(tokens, mask)
+    return model.logits(hidden)
 
 
 def param_count(config: ModelConfig) -> int:
-  return sum(x.size for x in jax.tree.leaves(abstract_params(config)))
+    return sum(x.size for x in jax.tree.leaves(abstract_params(config)))

@@ -1,11 +1,11 @@
 """Rewards that run on the device: pure functions of arrays, traced into the training step, without a trip to the host.
 
-    f(completion_tokens, completion_mask, columns) -> rewards
+f(completion_tokens, completion_mask, columns) -> rewards
 
-    completion_tokens  int32[P,G,T]  sampled tokens, the end token included; anything beyond the mask
-    completion_mask    [P,G,T]       1 on sampled tokens: a prefix of every row
-    columns            name -> [P, ...], arrays of the data
-    rewards            float32[P,G]
+completion_tokens  int32[P,G,T]  sampled tokens, the end token included; anything beyond the mask
+completion_mask    [P,G,T]       1 on sampled tokens: a prefix of every row
+columns            name -> [P, ...], arrays of the data
+rewards            float32[P,G]
 """
 
 from collections.abc import Callable, Mapping
@@ -41,7 +41,9 @@ def match_answer_tokens(marker: tuple[int, ...], *, eos_ids: tuple[int, ...]) ->
 
     def reward(completion_tokens: jax.Array, completion_mask: jax.Array, columns: Mapping[str, jax.Array]) -> jax.Array:
         if "answer_tokens" not in columns:
-            raise KeyError(f"This reward compares with the column 'answer_tokens', and the data has {sorted(columns)}; add the column.")
+            raise KeyError(
+                f"This reward compares with the column 'answer_tokens', and the data has {sorted(columns)}; add the column."
+            )
         answer = jnp.asarray(columns["answer_tokens"])
         chex.assert_rank([completion_tokens, completion_mask, answer], [3, 3, 2])
         chex.assert_equal_shape([completion_tokens, completion_mask])
@@ -50,12 +52,16 @@ def match_answer_tokens(marker: tuple[int, ...], *, eos_ids: tuple[int, ...]) ->
         def matches(tokens, mask, answer):
             return _matches(tokens, mask, answer, marker, eos_ids)
 
-        return jax.vmap(jax.vmap(matches, in_axes=(0, 0, None)))(completion_tokens, completion_mask, answer).astype(jnp.float32)
+        return jax.vmap(jax.vmap(matches, in_axes=(0, 0, None)))(completion_tokens, completion_mask, answer).astype(
+            jnp.float32
+        )
 
     return reward
 
 
-def _matches(tokens: jax.Array, mask: jax.Array, answer: jax.Array, marker: tuple[int, ...], eos_ids: tuple[int, ...]) -> jax.Array:
+def _matches(
+    tokens: jax.Array, mask: jax.Array, answer: jax.Array, marker: tuple[int, ...], eos_ids: tuple[int, ...]
+) -> jax.Array:
     """tokens int32[T], mask [T], answer int32[A] -> bool scalar."""
     end = jnp.sum(mask != 0) - 1  # where the end token stands; -1 for an empty completion
     ended = (end >= 0) & jnp.isin(tokens[end], jnp.array(eos_ids))

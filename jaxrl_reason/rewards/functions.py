@@ -18,7 +18,9 @@ def accuracy_reward(completions: Sequence[str], answer: Sequence[str | int | flo
     Raises:
       ValueError: a reference is not a number.
     """
-    return [float(numeric_verdict(completion, reference)) for completion, reference in zip(completions, answer, strict=True)]
+    return [
+        float(numeric_verdict(completion, reference)) for completion, reference in zip(completions, answer, strict=True)
+    ]
 
 
 def format_reward(completions: Sequence[str], **_) -> list[float]:

@@ -168,7 +168,9 @@ def _rewards_of_rows(reward: HostReward, rows: dict[str, list], max_failure_shar
         except BaseException as error:
             values.append(math.nan)
             failures += 1
-            if failures > max_failure_share * count:  # do not wait for the other rows of a function that is simply broken
+            if (
+                failures > max_failure_share * count
+            ):  # do not wait for the other rows of a function that is simply broken
                 raise RewardError(
                     f"Reward {reward.name!r} failed on {failures} of the {row + 1} rows tried, more than the share of "
                     f"{max_failure_share:g} of {count} rows that may fail; the last error is {type(error).__name__}: {error}"
@@ -188,7 +190,9 @@ def _call(reward: HostReward, rows: dict[str, list], first_row: int) -> list[flo
     try:
         result = list(result)
     except TypeError:
-        raise RewardError(f"Reward {reward.name!r} returned a {type(result).__name__}; it must return a list of {count} rewards.") from None
+        raise RewardError(
+            f"Reward {reward.name!r} returned a {type(result).__name__}; it must return a list of {count} rewards."
+        ) from None
     if len(result) != count:
         raise RewardError(
             f"Reward {reward.name!r} returned {len(result)} rewards for {count} completions; it must return one for each, in order, "
@@ -242,9 +246,13 @@ def _checked_shape(prompts, completions, completion_ids, columns) -> tuple[int, 
         )
     for name, values in columns.items():
         if name in ("prompts", "completions", "completion_ids"):
-            raise RewardError(f"A data column is named {name!r}, which rewards receive from the run; rename the column.")
+            raise RewardError(
+                f"A data column is named {name!r}, which rewards receive from the run; rename the column."
+            )
         if len(values) != len(prompts):
-            raise RewardError(f"Column {name!r} has {len(values)} values for {len(prompts)} prompts; give one a prompt.")
+            raise RewardError(
+                f"Column {name!r} has {len(values)} values for {len(prompts)} prompts; give one a prompt."
+            )
     return len(prompts), groups
 
 
@@ -284,7 +292,9 @@ def _import_module(name: str, spec: str) -> ModuleType:
 def _import_file(path: Path, spec: str) -> ModuleType:
     if not path.is_file():
         nearby = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise RewardError(f"Reward {spec!r}: there is no file {path}{_nearest(path.name, nearby)} (looked in {path.parent.resolve()}).")
+        raise RewardError(
+            f"Reward {spec!r}: there is no file {path}{_nearest(path.name, nearby)} (looked in {path.parent.resolve()})."
+        )
     module_spec = importlib.util.spec_from_file_location(f"jaxrl_reason_reward_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses look their own module up there

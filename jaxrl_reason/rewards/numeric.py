@@ -18,7 +18,9 @@ import numbers
 import re
 from fractions import Fraction
 
-MAX_NUMBER_LENGTH = 200  # characters; longer text is not read as a number, so a megabyte of digits never becomes an integer
+MAX_NUMBER_LENGTH = (
+    200  # characters; longer text is not read as a number, so a megabyte of digits never becomes an integer
+)
 MAX_EXPONENT = 100  # 1e100 is a number, 1e101 is not: exact arithmetic on 10**999999999 would not return
 
 _INTEGER = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)"  # [0-9], not \d: \d is every script's digits
@@ -31,7 +33,9 @@ _NUMBER = re.compile(
 _TRAILING_UNIT = re.compile(r"\\(?:text|mathrm)\{[^{}]*\}$")
 # A lump that starts like a number. A sign glued to what precedes it ("10-4") is a subtraction, not a sign.
 # \d on purpose: a lump that mixes in foreign digits must stay whole, so that it is refused rather than cut short.
-_LUMP = re.compile(r"(?:(?<![\w)}])[-+−])?\$?(?:\\[dt]?frac\{[^{}]{1,50}\}\{[^{}]{1,50}\}|\.?\d[\d.,/]*(?:[eE][-+]?\d+)?)(?:\\?%)?")
+_LUMP = re.compile(
+    r"(?:(?<![\w)}])[-+−])?\$?(?:\\[dt]?frac\{[^{}]{1,50}\}\{[^{}]{1,50}\}|\.?\d[\d.,/]*(?:[eE][-+]?\d+)?)(?:\\?%)?"
+)
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 

@@ -1,0 +1,582 @@
+"""Whole runs, small: what they leave behind, every method, learning, resuming after a kill, devices, refusals."""
+
+import contextlib
+import gc
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl_reason import checkpoints, methods, train
+from jaxrl_reason.config import ConfigError, to_dict
+from jaxrl_reason.rewards import RewardError
+from jaxrl_reason.writers import read_metrics
+from tiny_runs import ROWS, change, tiny, write_rows
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+# Names of TRL where TRL has one, then ours.
+STEP_METRICS = [
+    "reward", "reward_std", "rewards/accuracy/mean", "rewards/accuracy/std", "frac_reward_zero_std", "completions/mean_length",
+    "completions/min_length", "completions/max_length", "completions/clipped_ratio", "entropy", "clip_ratio/region_mean",
+    "clip_ratio/low_mean", "clip_ratio/high_mean", "grad_norm", "learning_rate", "loss", "sampling/logp_difference_max",
+    "perf/rollout_tokens_per_s", "perf/update_tokens_per_s", "perf/step_seconds", "perf/step_seconds/rollout",
+    "perf/step_seconds/reward", "perf/step_seconds/update",
+]
+EVAL_METRICS = ["eval/accuracy", "eval/pass@2", "eval/mean_length", "eval/clipped_ratio", "eval/prompts"]
+MAY_BE_UNKNOWN = {"completions/mean_terminated_length"}  # where no completion ended
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def rewards(tmp_path_factory):
+    """A file of host rewards."""
+    path = tmp_path_factory.mktemp("rewards") / "rewards.py"
+    path.write_text('''"""Rewards for tests."""
+import time
+
+def row_id(row, **_):
+    return [float(r) for r in row]
+
+def by_text(prompts, completions, question, row, **_):
+    """A number that mixes the row and the completion, and a check that prompts and columns come together."""
+    assert all(p == q + "\\n" and q == f"Write {r}." for p, q, r in zip(prompts, question, row))
+    return [r * 1000 + sum(map(ord, c)) % 1000 for r, c in zip(row, completions)]
+
+def spread(completion_ids, **_):
+    """Never the same for two different completions; a while, so that a run lasts long enough to be killed."""
+    time.sleep(0.03)
+    return [sum((i + 1) * token for i, token in enumerate(ids)) % 1009 / 1009 for ids in completion_ids]
+
+def even(completion_ids, **_):
+    return [float(ids[0] % 2) for ids in completion_ids]
+
+def zero(completions, **_):
+    return [0.0] * len(completions)
+
+def raises(completions, **_):
+    raise KeyError("nothing works")
+
+def raises_on_row_three(completions, row, **_):
+    if 3 in row:
+        raise ValueError("three")
+    return [1.0] * len(completions)
+
+def too_short(completions, **_):
+    return [1.0] * (len(completions) - 1)
+''')
+    return path
+
+
+def metrics_of(workdir, *, perf=False):
+    """The lines of metrics.jsonl, without what depends on the clock."""
+    keep = lambda name: perf or not name.startswith("perf/")
+    return [{k: v for k, v in line.items() if keep(k)} for line in read_metrics(workdir / "metrics.jsonl")]
+
+
+def samples_of(workdir):
+    return [json.loads(line) for line in open(workdir / "samples.jsonl")]
+
+
+def run(config, workdir):
+    """Trains to the end; the lines of metrics.jsonl."""
+    train.train(train.setup(config, workdir))
+    return metrics_of(workdir)
+
+
+def final_state(config, workdir):
+    """The newest checkpoint, as arrays in a fixed order."""
+    prepared = train.setup(config, workdir)
+    saver = checkpoints.Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+    number, state = saver.restore(prepared.programs.init())
+    saver.close()
+    return number, jax.tree.map(np.asarray, state)
+
+
+def assert_finite(lines):
+    for line in lines:
+        unknown = {name for name, value in line.items() if value is None or not np.isfinite(value)}
+        assert unknown <= MAY_BE_UNKNOWN, (line["step"], unknown)
+
+
+def assert_close(lines, others, tolerance):
+    assert [sorted(line) for line in lines] == [sorted(line) for line in others]
+    for line, other in zip(lines, others):
+        for name in line:
+            if line[name] is None or other[name] is None:
+                assert line[name] == other[name], name
+            else:
+                assert abs(line[name] - other[name]) <= tolerance * max(1, abs(line[name])), (line["step"], name, line[name], other[name])
+
+
+# -- what a run leaves behind ----------------------------------------------------------------------
+
+
+def test_a_run_leaves_everything_in_its_work_directory(rows, tmp_path, capsys):
+    config = tiny(rows, steps=3, supervised__steps=3, checkpoint__every=2, checkpoint__keep=2, eval__every=2, eval__prompts=6,
+                  log__tensorboard=True, log__samples_every=2, log__samples=5, log__progress=True)
+    work = tmp_path / "run"
+    result = train.train(train.setup(config, work))
+    out = capsys.readouterr().out
+
+    assert json.loads((work / "config.json").read_text())["config"] == json.loads(json.dumps(to_dict(config)))
+    lines = metrics_of(work, perf=True)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert sorted(lines[0]) == sorted(["step", *EVAL_METRICS])
+    for line in lines[1:]:
+        assert set(STEP_METRICS) <= set(line)
+        assert ("eval/accuracy" in line) == (line["step"] in (2, 3))
+        assert line["perf/step_seconds"] >= sum(line[f"perf/step_seconds/{part}"] for part in ("rollout", "reward", "update"))
+        assert line["sampling/logp_difference_max"] < 1e-5
+    assert_finite(lines)
+    assert lines[0]["eval/prompts"] == 6
+
+    assert [(s["step"]) for s in samples_of(work)] == [2] * 8 + [3] * 8  # five completions: two whole groups of four
+    assert set(samples_of(work)[0]) == {"step", "prompt", "completion", "rewards", "total", "advantage", "length", "truncated"}
+    assert all(re.fullmatch(r"Write \d+\.\n", s["prompt"]) for s in samples_of(work))
+    assert [json.loads(x)["step"] for x in open(work / "supervised" / "metrics.jsonl")] == [1, 2, 3]
+    assert list((work / "tensorboard").iterdir()) and (work / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in (work / "checkpoints").iterdir()) == ["5", "6"]  # three supervised steps, then 2 and 3
+    assert (work / "tokenizer" / "tokenizer.json").is_file()
+    assert not (work / "reference").exists()
+
+    assert result["before"] == {k: lines[0][k] for k in EVAL_METRICS[:-1]} and result["after"]["eval/pass@2"] == lines[3]["eval/pass@2"]
+    for text in ("supervised 3/3", "RL 3/3", "accuracy", "pass@2", "mean length", "before", "after"):
+        assert text in out
+    assert f"Learning curve: {work / 'learning_curve.png'}\n" in out
+
+
+def test_word_problems_by_the_quickstart_recipe(data_dir, tmp_path, capsys):
+    recipe = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
+    flags = ["steps=2", "supervised.steps=2", "supervised.batch_size=8", "model.width=16", "model.layers=1", "model.heads=2",
+             "model.kv_heads=1", "model.mlp_width=16", "prompts_per_step=4", "group_size=4", "eval.prompts=8", "eval.every=0",
+             "log.tensorboard=false", f"data.data_dir={data_dir}", "data.train_split=train[:200]"]
+    assert train.main([f"--config={recipe}", f"--workdir={tmp_path}", *(f"--config.{f}" for f in flags)]) == 0
+    assert_finite(metrics_of(tmp_path))
+    assert "Learning curve" in capsys.readouterr().out
+
+
+# -- methods ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_method_trains(name, rows, rewards, tmp_path):
+    lines = run(tiny(rows, method={"name": name}, reward__functions=[f"{rewards}:even"], log__samples_every=1), tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2]
+    assert_finite(lines)
+    assert all(line["grad_norm"] > 0 and line["skipped_update_ratio"] == 0 for line in lines)
+    assert len(samples_of(tmp_path / "run")) == 2 * 8 and all(np.isfinite(s["advantage"]) for s in samples_of(tmp_path / "run"))
+
+
+def test_dynamic_sampling_refills_the_batch(rows, rewards, tmp_path):
+    """Four coin tosses agree about every eighth time: some step has to draw again, and every step finds its four groups."""
+    config = tiny(rows, steps=6, method={"name": "dapo"}, sampling__max_batches=50, log__samples_every=1, log__samples=16,
+                  reward__functions=[f"{rewards}:even"])
+    lines = run(config, tmp_path / "run")
+    assert all(line["dynamic_sampling/groups"] == 4 and line["frac_reward_zero_std"] == 0 for line in lines)
+    assert all(0 < line["dynamic_sampling/kept_ratio"] <= 1 for line in lines)
+    drawn = [line["dynamic_sampling/batches"] for line in lines]
+    assert max(drawn) > 1
+    samples = samples_of(tmp_path / "run")
+    for start in range(0, len(samples), 4):
+        group = samples[start:start + 4]
+        assert len({s["prompt"] for s in group}) == 1 and {s["total"] for s in group} == {0.0, 1.0}
+    _, state = final_state(config, tmp_path / "run")
+    assert state.batches == sum(drawn) and state.step == 6
+
+
+def test_dynamic_sampling_gives_up_where_no_group_is_mixed(rows, rewards, tmp_path):
+    config = tiny(rows, method={"name": "dapo"}, sampling__max_batches=3, reward__functions=[f"{rewards}:zero"], log__samples_every=1)
+    lines = run(config, tmp_path / "run")
+    for line in lines:
+        assert line["dynamic_sampling/batches"] == 3 and line["dynamic_sampling/groups"] == 0
+        assert line["grad_norm"] == 0 and line["loss"] == 0
+    assert len(lines) == 2
+
+
+def test_a_reference_policy_is_kept_and_its_divergence_measured(rows, rewards, tmp_path):
+    """KL in the reward and in the loss; also the reference after a resume is the policy that RL began with."""
+    options = dict(method={"name": "reinforce_pp", "kl_coef": 0.1}, update__kl_coefficient=0.2, optimizer__learning_rate=1e-2,
+                   reward__functions=[f"{rewards}:even"], checkpoint__every=1)
+    lines = run(tiny(rows, steps=3, **options), tmp_path / "straight")
+    assert (tmp_path / "straight" / "reference").is_dir()
+    assert_finite(lines)
+    assert abs(lines[0]["kl"]) < 1e-6 and lines[2]["kl"] > 1e-4
+    run(tiny(rows, steps=1, **options), tmp_path / "resumed")
+    assert run(tiny(rows, steps=3, **options), tmp_path / "resumed") == lines
+
+
+def test_rewards_on_the_device_alone(rows, tmp_path):
+    lines = run(tiny(rows, reward__functions=["match_answer"], eval__every=1), tmp_path / "run")
+    assert_finite(lines)
+    assert "rewards/match_answer/mean" in lines[1] and "rewards/match_answer/error_rate" not in lines[1]
+
+
+def test_device_and_host_rewards_are_added_with_their_weights(rows, rewards, tmp_path):
+    config = tiny(rows, reward__functions=[f"{rewards}:even", "match_answer", "format"], reward__weights=[2.0, 1.0, 0.5],
+                  log__samples_every=1, log__samples=16)
+    for line in run(config, tmp_path / "run"):
+        total = 2 * line["rewards/even/mean"] + line["rewards/match_answer/mean"] + 0.5 * line["rewards/format/mean"]
+        assert line["reward"] == pytest.approx(total, abs=1e-6)
+    for sample in samples_of(tmp_path / "run"):
+        r = sample["rewards"]
+        assert sample["total"] == 2 * r["even"] + r["match_answer"] + 0.5 * r["format"]
+
+
+# -- order -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["dr_grpo", "remax", "dapo"])
+def test_rewards_belong_to_their_prompts_and_completions(method, rows, rewards, tmp_path):
+    """Host rewards that name their row and their text: the written samples, and the advantages, agree with them."""
+    config = tiny(rows, method={"name": method}, log__samples_every=1, log__samples=16, sampling__max_batches=30,
+                  reward__functions=[f"{rewards}:by_text", f"{rewards}:row_id", f"{rewards}:even"], reward__weights=[1.0, 0.0, 0.0],
+                  reward__verdict=f"{rewards}:even", reward__max_failure_share=0.0)
+    run(config, tmp_path / "run")
+    samples = samples_of(tmp_path / "run")
+    assert len(samples) == 2 * 16
+    for sample in samples:
+        row = int(re.fullmatch(r"Write (\d+)\.\n", sample["prompt"])[1])
+        assert sample["rewards"]["row_id"] == row
+        assert sample["rewards"]["by_text"] == row * 1000 + sum(map(ord, sample["completion"])) % 1000 == sample["total"]
+    for start in range(0, len(samples), 4):
+        group = samples[start:start + 4]
+        assert len({s["prompt"] for s in group}) == 1
+        advantages = np.array([s["advantage"] for s in group])
+        totals = np.array([s["total"] for s in group])
+        if method == "dr_grpo":
+            np.testing.assert_allclose(advantages, totals - totals.mean(), atol=1e-2)
+        elif method == "remax":  # one baseline a group
+            np.testing.assert_allclose(advantages - totals, (advantages - totals)[0], atol=1e-2)
+        else:
+            np.testing.assert_array_equal(np.argsort(advantages, kind="stable"), np.argsort(totals, kind="stable"))
+
+
+# -- learning --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [
+    pytest.param({}, id="grpo"),
+    pytest.param(dict(update__minibatches=2, update__epochs=2, update__accumulation=2, method={"name": "dr_grpo"}),
+                 id="off-policy", marks=pytest.mark.slow),
+])
+def test_a_policy_learns(options, tmp_path):
+    """The last digit of a number, ten answers: a supervised start that hardly knows them, then RL on right or wrong alone."""
+    rows = write_rows(tmp_path / "rows.jsonl", [
+        {"question": str(i), "solution": f"#### {i % 10}", "answer": str(i % 10)} for i in range(20)])
+    config = tiny(rows, steps=100, prompts_per_step=8, group_size=8, max_prompt_length=4, model__mlp_width=32,
+                  reward__functions=["match_answer"], supervised__steps=60, supervised__batch_size=16,
+                  supervised__learning_rate=1e-2, optimizer__learning_rate=1e-2, eval__every=100, eval__prompts=20, eval__samples=8)
+    change(config, **options)
+    result = train.train(train.setup(config, tmp_path / "run"))
+    before, after = (result[when]["eval/accuracy"] for when in ("before", "after"))
+    assert before < 0.4 and after > before + 0.3 and after > 0.5, (before, after)
+    rewards = [line["reward"] for line in metrics_of(tmp_path / "run")[1:]]
+    assert np.mean(rewards[-20:]) > np.mean(rewards[:20]) + 0.2
+
+
+# -- the update ------------------------------------------------------------------------------------
+
+
+def test_accumulation_changes_no_number(rows, rewards, tmp_path):
+    runs = [run(tiny(rows, update__accumulation=a, prompts_per_step=4, reward__functions=[f"{rewards}:even"]), tmp_path / str(a))
+            for a in (1, 2)]
+    assert_close(*runs, 1e-5)
+
+
+@pytest.mark.parametrize("options", [
+    pytest.param(dict(update__minibatches=2), id="minibatches", marks=pytest.mark.slow),
+    pytest.param(dict(update__epochs=2), id="epochs", marks=pytest.mark.slow),
+    pytest.param(dict(update__minibatches=2, update__epochs=2, update__accumulation=2, update__kl_coefficient=0.1), id="all"),
+])
+def test_several_updates_a_rollout(options, rows, rewards, tmp_path):
+    config = tiny(rows, reward__functions=[f"{rewards}:even"], optimizer__learning_rate=1e-2, **options)
+    lines = run(config, tmp_path / "run")
+    assert_finite(lines)
+    updates = config.update.epochs * config.update.minibatches
+    _, state = final_state(config, tmp_path / "run")
+    counts = [int(x) for x in jax.tree.leaves(state.opt_state) if x.ndim == 0]
+    assert state.step == 2 and counts and set(counts) == {2 * updates}
+    assert lines[0]["sampling/logp_difference_max"] < 1e-5  # before anything changed
+
+
+@contextlib.contextmanager
+def compilations():
+    """The names of the programs that are compiled in here."""
+    names, listening = [], True
+
+    def listen(event, _, **details):
+        if listening and event == "/jax/core/compile/backend_compile_duration":
+            names.append(details.get("fun_name"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    listening = False
+
+
+@pytest.mark.parametrize("method", ["grpo", pytest.param("remax", marks=pytest.mark.slow), "dapo"])
+def test_nothing_compiles_after_the_first_step(method, rows, rewards, tmp_path):
+    config = tiny(rows, steps=5, method={"name": method}, reward__functions=[f"{rewards}:even", "match_answer"],
+                  eval__every=1, log__samples_every=1, checkpoint__every=1, optimizer__schedule="cosine")
+    prepared = train.setup(config, tmp_path / "run")
+    after = []
+    with compilations() as names:
+        advance = train.Progress.advance
+
+        class Watched(train.Progress):
+            def advance(self, text):
+                advance(self, text)
+                after.append(len(names))
+
+        before, train.Progress = train.Progress, Watched
+        try:
+            train.train(prepared)
+        finally:
+            train.Progress = before
+    assert names and len(after) == 5
+    # The second step may still find new kinds of input (a state that came from an update); from then on there are none.
+    assert after[1:] == [after[1]] * 4, names[after[1]:]
+    assert not set(names[after[0]:]) & {"jit(generate)", "jit(update_step)", "jit(prepare)"}, names[after[0]:]
+
+
+# -- going on --------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_says_so_and_trains_nothing(rows, tmp_path, capsys):
+    config = tiny(rows)
+    lines = run(config, tmp_path / "run")
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "config.json"}
+    capsys.readouterr()
+    assert train.train(train.setup(config, tmp_path / "run")) == {}
+    assert "finished: all 2 steps are done" in " ".join(capsys.readouterr().out.split())
+    assert metrics_of(tmp_path / "run") == lines
+    assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "config.json"}
+
+
+@pytest.mark.parametrize("changes, field", [
+    (dict(model__width=20), "config.model.width was 16 and is 20"),
+    (dict(method={"name": "rloo"}), "config.method.name was 'grpo' and is 'rloo'"),
+    (dict(seed=1), "config.seed was 0 and is 1"),
+    (dict(group_size=8), "config.group_size was 4 and is 8"),
+    (dict(optimizer__learning_rate=1.0), "config.optimizer.learning_rate was"),
+    (dict(supervised__steps=3), "config.supervised.steps was 0 and is 3"),
+    (dict(data__train_split="[:10]"), "config.data.train_split was 'all' and is '[:10]'"),
+])
+def test_another_configuration_in_the_same_directory_is_refused_by_field(changes, field, rows, tmp_path):
+    train.setup(tiny(rows), tmp_path)
+    with pytest.raises(ConfigError) as error:
+        train.setup(tiny(rows, **changes), tmp_path)
+    text = str(error.value)
+    assert field in text and str(tmp_path) in text and "another --workdir" in text and text.count(" was ") <= 2
+    train.setup(tiny(rows), tmp_path)  # the refusal has changed nothing
+
+
+def test_other_data_under_the_same_name_are_refused(tmp_path):
+    config = tiny(write_rows(tmp_path / "rows.jsonl"))
+    train.setup(config, tmp_path / "run")
+    write_rows(tmp_path / "rows.jsonl", [*ROWS[:-1], {**ROWS[-1], "answer": "7"}])
+    with pytest.raises(ConfigError, match="data_fingerprint was"):
+        train.setup(config, tmp_path / "run")
+
+
+def test_how_long_and_what_is_written_may_change(rows, tmp_path):
+    run(tiny(rows, steps=1), tmp_path)
+    lines = run(tiny(rows, steps=2, log__tensorboard=True, log__samples_every=1, eval__every=2, eval__prompts=3, checkpoint__keep=5),
+                tmp_path)
+    assert [line["step"] for line in lines] == [1, 2] and "eval/accuracy" in lines[1]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the reader leaves callbacks behind
+def test_a_damaged_checkpoint_is_skipped_with_a_warning_that_names_it(rows, tmp_path, caplog):
+    config = tiny(rows, steps=3, checkpoint__every=1, checkpoint__keep=3)
+    lines = run(config, tmp_path)
+    newest = tmp_path / "checkpoints" / "3"
+    for file in newest.rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:10])
+    assert run(config, tmp_path) == lines
+    gc.collect()
+    assert any(str(newest) in record.getMessage() for record in caplog.records)
+
+
+KILLED = dict(steps=8, supervised__steps=12, checkpoint__every=3, checkpoint__keep=2, eval__every=4, log__samples_every=1,
+              update__minibatches=2, method={"name": "dapo", "dynamic_sampling": False})
+
+
+def command(config, recipe, workdir):
+    recipe.write_text("from jaxrl_reason.config import Config, from_dict\n"
+                      f"def get_config():\n    return from_dict({to_dict(config)!r})\n")
+    return [sys.executable, "-m", "jaxrl_reason.train", f"--config={recipe}", f"--workdir={workdir}"]
+
+
+def environment(shared_programs, **more):
+    return os.environ | {"JAX_PLATFORMS": "cpu"} | {k.upper(): str(v) for k, v in shared_programs.items()} | more
+
+
+def count_lines(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def kill_after(arguments, file, lines, env):
+    """Starts a run and kills it once `file` has so many lines."""
+    process = subprocess.Popen(arguments, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while count_lines(file) < lines and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.05))
+    finally:
+        process.send_signal(signal.SIGKILL)
+        _, error = process.communicate()
+    assert process.returncode == -signal.SIGKILL, (process.returncode, error[-2000:])
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_twice_ends_as_if_it_had_not_been(rows, rewards, tmp_path, shared_programs):
+    """SIGKILL in the supervised phase and in RL, each at a random moment; then the same command to the end."""
+    config = tiny(rows, reward__functions=[f"{rewards}:spread"], **KILLED)
+    env = environment(shared_programs)
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    first = subprocess.run(command(config, tmp_path / "recipe.py", straight), env=env, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr[-2000:]
+
+    arguments = command(config, tmp_path / "recipe.py", killed)
+    moments = random.randint(1, 11), random.randint(1, 8)
+    print("killed after lines", moments)
+    kill_after(arguments, killed / "supervised" / "metrics.jsonl", moments[0], env)
+    kill_after(arguments, killed / "metrics.jsonl", moments[1], env)
+    last = subprocess.run(arguments, env=env, capture_output=True, text=True)
+    assert last.returncode == 0 and "Traceback" not in last.stderr, last.stderr[-2000:]
+    assert "Going on from" in last.stdout
+
+    for phase in (".", "supervised"):
+        assert metrics_of(killed / phase) == metrics_of(straight / phase), moments
+    assert samples_of(killed) == samples_of(straight)
+    (number, state), (expected_number, expected) = (final_state(config, w) for w in (killed, straight))
+    assert number == expected_number == 20
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+    again = subprocess.run(arguments, env=env, capture_output=True, text=True)
+    assert again.returncode == 0 and "finished" in again.stdout
+    assert metrics_of(killed) == metrics_of(straight)
+
+
+# -- devices ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_eight_devices_sample_and_learn_as_one_does(rewards, tmp_path, shared_programs):
+    rows = write_rows(tmp_path / "rows.jsonl", [{**row, "question": f"Write {row['answer']} down, in figures, not in words."} for row in ROWS])
+    common = dict(prompts_per_step=8, max_prompt_length=32, update__minibatches=2, update__kl_coefficient=0.1, eval__every=2,
+                  supervised__steps=2, log__samples_every=1, log__samples=32, reward__functions=[f"{rewards}:even"],
+                  supervised__batch_size=8, model__layers=2)
+    one = tiny(rows, mesh__fsdp=1, **common)
+    eight = tiny(rows, mesh__data=2, mesh__fsdp=2, mesh__tensor=2, **common)
+    lines = run(one, tmp_path / "one")
+    env = environment(shared_programs, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    result = subprocess.run(command(eight, tmp_path / "recipe.py", tmp_path / "eight"), env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_close(lines, metrics_of(tmp_path / "eight"), 1e-4)
+    text = lambda workdir: [(s["step"], s["prompt"], s["completion"], s["total"]) for s in samples_of(workdir)]
+    assert text(tmp_path / "one") == text(tmp_path / "eight")
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+def refusal(config, tmp_path, capsys, *flags) -> str:
+    """Runs the command line on a configuration that cannot run; what it prints to stderr."""
+    arguments = command(config, tmp_path / "recipe.py", tmp_path / "run")[3:]
+    capsys.readouterr()
+    assert train.main([*arguments, *flags]) not in (0, None)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.endswith("\n") and "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize("changes, flags, names", [
+    (dict(steps=0), [], ["config.steps is 0", "at least 1"]),
+    (dict(), ["--config.steps=0"], ["config.steps is 0", "at least 1"]),
+    (dict(), ["--config.modle.width=3"], ["modle", "'model'"]),
+    (dict(group_size=1), [], ["group_size is 1", "at least 2"]),
+    (dict(data__train_split="[:200]"), [], ["'[:200]'", "rows.jsonl", "20 usable rows"]),
+    (dict(data__train_split="test"), [], ["'test'", "rows.jsonl"]),
+    (dict(data__train="word_problem"), [], ["word_problem", "word_problems"]),
+    (dict(data__train="nothing.jsonl"), [], ["nothing.jsonl"]),
+    (dict(data__template="plane"), [], ["plane", "'plain'"]),
+    (dict(data__tokenizer="nowhere"), [], ["nowhere"]),
+    (dict(max_prompt_length=2), [], ["20 of 20 rows", "max_prompt_length"]),
+    (dict(supervised__steps=1, max_completion_length=2), [], ["rows do not fit", "max_completion_length"]),
+    (dict(reward__functions=["acuracy"]), [], ["acuracy", "'accuracy'"]),
+    (dict(reward__functions=["no.such.module:f"]), [], ["no.such.module"]),
+    (dict(reward__weights=[0.0]), [], ["weight"]),
+    (dict(mesh__data=3), [], ["mesh.data=3", "1"]),
+], ids=str)
+def test_what_cannot_run_is_one_sentence_and_a_non_zero_exit(changes, flags, names, rows, tmp_path, capsys):
+    error = refusal(tiny(rows, **changes), tmp_path, capsys, *flags)
+    assert error.count("\n") == 1 and all(name in error for name in names), error
+
+
+@pytest.mark.parametrize("flags, name", [(["--workdir=w"], "--config=FILE"), (["--config=recipe.py"], "--workdir=DIR")])
+def test_a_missing_flag_is_one_sentence(flags, name, capsys):
+    assert train.main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and name in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("content, names", [
+    (b"", ["data.jsonl", "empty"]),
+    (b"\n\n", ["data.jsonl", "empty"]),
+    (b'{"question": "a", "answer": "1"}\n{"question": "b"}\n', ["data.jsonl, line 2", "'answer'"]),
+    (b'{"question": "a", "answer": "1"}\n{"question": \n', ["data.jsonl, line 2", "not JSON"]),
+    (b'{"question": "a", "answer": "1"}\n\xff\n', ["data.jsonl, line 2", "UTF-8"]),
+], ids=["empty", "blank", "no answer", "not JSON", "not UTF-8"])
+def test_data_that_cannot_be_read_are_named_by_file_and_line(content, names, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_bytes(content)
+    error = refusal(tiny(tmp_path / "data.jsonl"), tmp_path, capsys)
+    assert all(name in error for name in names), error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_supervised_start_without_solutions_is_refused(tmp_path, capsys):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"question": "a", "answer": "1"}] * 3)
+    assert "solution" in refusal(tiny(rows, supervised__steps=1), tmp_path, capsys)
+
+
+@pytest.mark.parametrize("function, names", [
+    ("raises", ["'raises'", "failed", "KeyError", "nothing works"]),
+    ("too_short", ["'too_short'", "returned 15 rewards for 16 completions"]),
+])
+def test_a_reward_that_breaks_its_contract_stops_the_run_in_a_sentence(function, names, rows, rewards, tmp_path, capsys):
+    error = refusal(tiny(rows, reward__functions=[f"{rewards}:{function}"]), tmp_path, capsys)
+    assert error.count("\n") == 1 and all(name in error for name in names), error
+
+
+def test_a_reward_that_raises_now_and_then_leaves_its_rows_out(rows, rewards, tmp_path):
+    config = tiny(rows, steps=5, reward__functions=[f"{rewards}:raises_on_row_three"])  # one epoch: row 3 comes once
+    lines = run(config, tmp_path / "run")
+    assert sorted(line["rewards/raises_on_row_three/error_rate"] for line in lines) == [0, 0, 0, 0, 0.25]
+    assert sorted(line["completions/missing_reward_ratio"] for line in lines) == [0, 0, 0, 0, 0.25]
+    assert all(line["reward"] == 1 for line in lines)
+    with pytest.raises(RewardError, match="raises_on_row_three"):
+        run(change(config, reward__max_failure_share=0.1), tmp_path / "strict")
+
+
+def test_the_process_exits_with_the_code_and_without_a_traceback(rows, tmp_path):
+    arguments = command(tiny(rows, steps=0), tmp_path / "recipe.py", tmp_path / "run")
+    process = subprocess.run(arguments, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    assert process.returncode == 2 and process.stderr.startswith("error: ") and process.stderr.count("\n") == 1, process.stderr
+    assert not process.stdout
