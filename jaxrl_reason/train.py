@@ -126,7 +126,7 @@ def collect(run: Run, state: TrainState, clock: Clock) -> tuple[experience.Group
     groups, metrics = draw(first)
     if not run.method.dynamic_sampling:
         return groups, metrics, first + 1
-    buffer, filled, shares = _empty_like(run.programs.sharding)(groups), jax.device_put(np.int32(0)), []
+    buffer, filled, shares = _empty_like(run.programs.sharding)(groups), jax.device_put(np.int32(0), state.batches.sharding), []
     while True:
         buffer, filled, share = run.programs.fill(buffer, filled, groups)
         count, share = jax.device_get((filled, share))

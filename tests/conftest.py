@@ -1,4 +1,7 @@
-"""Shared by all tests. Its place puts tests/ on the import path: helpers here (reference_decoder) are importable from every folder below."""
+"""Shared by all tests.
+
+Its place puts tests/ on the import path: helpers here (reference_decoder, tiny_runs) can be imported from every folder.
+"""
 
 import jax
 import pytest
@@ -23,7 +26,7 @@ def shared_programs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quick_compilation(shared_programs):
-    """Compiled programs are shared, and compiled with few optimizations: for tests that run each program a few times."""
+    """Programs are shared and compiled with few optimizations: for tests that run each of them a few times."""
     before = {name: getattr(jax.config, name) for name in shared_programs} | {"jax_disable_most_optimizations": False}
     for name, value in {**shared_programs, "jax_disable_most_optimizations": True}.items():
         jax.config.update(name, value)

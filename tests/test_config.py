@@ -64,12 +64,25 @@ def recipe(tmp_path):
 
 
 def test_a_recipe_and_its_overrides(recipe):
-    config, workdir = config_lib.parse_args([
-        f"--config={recipe}", "--workdir", "/tmp/run", "--config.steps=12", "--config.optimizer.learning_rate=1e-3",
-        "--config.data.columns={'question': 'problem'}", "--config.reward.functions=accuracy,format",
-        "--config.reward.weights=1,0.5", "--config.model.qk_norm=true", "--config.data.template={question}=",
-        "--config.method.name=dapo", "--config.method.clip_high=0.3", "--config.sampling.temperature=1", "--config.seed", "3",
-    ])
+    config, workdir = config_lib.parse_args(
+        [
+            f"--config={recipe}",
+            "--workdir",
+            "/tmp/run",
+            "--config.steps=12",
+            "--config.optimizer.learning_rate=1e-3",
+            "--config.data.columns={'question': 'problem'}",
+            "--config.reward.functions=accuracy,format",
+            "--config.reward.weights=1,0.5",
+            "--config.model.qk_norm=true",
+            "--config.data.template={question}=",
+            "--config.method.name=dapo",
+            "--config.method.clip_high=0.3",
+            "--config.sampling.temperature=1",
+            "--config.seed",
+            "3",
+        ]
+    )
     assert workdir == "/tmp/run" and config.steps == 12 and config.seed == 3 and config.optimizer.learning_rate == 1e-3
     assert config.data.columns == {"question": "problem"} and config.data.template == "{question}="
     assert config.reward.functions == ["accuracy", "format"] and config.reward.weights == [1, 0.5]
@@ -83,31 +96,36 @@ def test_what_no_override_touches_comes_from_the_recipe(recipe):
     assert config == Config(steps=7)
 
 
-@pytest.mark.parametrize("text, value", [("off", "off"), ("none", "none"), ("3", "3"), ("{question}", "{question}"), ("", "")])
+@pytest.mark.parametrize(
+    "text, value", [("off", "off"), ("none", "none"), ("3", "3"), ("{question}", "{question}"), ("", "")]
+)
 def test_text_fields_take_their_value_as_it_is_written(text, value):
     config = Config()
     config_lib.override(config, "data.template", text)
     assert config.data.template == value
 
 
-@pytest.mark.parametrize("flag, names", [
-    ("--config.stpes=3", ["stpes", "'steps'"]),
-    ("--config.update.epoch=3", ["epoch", "'epochs'"]),
-    ("--config.updates.epochs=3", ["updates", "'update'"]),
-    ("--config.model.width.size=3", ["config.model.width", "size"]),
-    ("--config.optimizer=3", ["config.optimizer", "section", "learning_rate"]),
-    ("--confg.steps=3", ["--confg.steps", "--config.section.field=value"]),
-    ("--steps=3", ["--steps", "--config.section.field=value"]),
-    ("--config.steps", ["--config.steps"]),
-    ("--config.steps=many", ["config.steps", "many", "int"]),
-    ("--config.steps=1.5", ["config.steps", "1.5", "int"]),
-    ("--config.steps=", ["config.steps", "int"]),
-    ("--config.optimizer.b1=high", ["config.optimizer.b1", "float"]),
-    ("--config.optimizer.b1=True", ["config.optimizer.b1", "float"]),
-    ("--config.model.qk_norm=1", ["config.model.qk_norm", "bool"]),
-    ("--config.data.columns=question", ["config.data.columns", "dict"]),
-    ("--config.=3", ["field ''"]),
-])
+@pytest.mark.parametrize(
+    "flag, names",
+    [
+        ("--config.stpes=3", ["stpes", "'steps'"]),
+        ("--config.update.epoch=3", ["epoch", "'epochs'"]),
+        ("--config.updates.epochs=3", ["updates", "'update'"]),
+        ("--config.model.width.size=3", ["config.model.width", "size"]),
+        ("--config.optimizer=3", ["config.optimizer", "section", "learning_rate"]),
+        ("--confg.steps=3", ["--confg.steps", "--config.section.field=value"]),
+        ("--steps=3", ["--steps", "--config.section.field=value"]),
+        ("--config.steps", ["--config.steps"]),
+        ("--config.steps=many", ["config.steps", "many", "int"]),
+        ("--config.steps=1.5", ["config.steps", "1.5", "int"]),
+        ("--config.steps=", ["config.steps", "int"]),
+        ("--config.optimizer.b1=high", ["config.optimizer.b1", "float"]),
+        ("--config.optimizer.b1=True", ["config.optimizer.b1", "float"]),
+        ("--config.model.qk_norm=1", ["config.model.qk_norm", "bool"]),
+        ("--config.data.columns=question", ["config.data.columns", "dict"]),
+        ("--config.=3", ["field ''"]),
+    ],
+)
 def test_a_flag_that_does_not_fit_is_refused_in_a_sentence(recipe, flag, names):
     with pytest.raises(ConfigError) as error:
         config_lib.parse_args([f"--config={recipe}", "--workdir=w", flag])
@@ -128,15 +146,18 @@ def test_a_recipe_that_does_not_exist_names_its_neighbour(recipe):
     assert str(recipe) in one_sentence(error)
 
 
-@pytest.mark.parametrize("text, reason", [
-    ("x = 1\n", "get_config"),
-    ("def get_config():\n    return 3\n", "int"),
-    ("def get_config(:\n", "syntax"),
-    ("from jaxrl_reason.config import Config\ndef get_config():\n    return Config(stepz=3)\n", "stepz"),
-    ("import not_a_module_at_all\n", "not_a_module_at_all"),
-    ("def get_config():\n    return undefined_name\n", "undefined_name"),
-    ("def get_config():\n    raise ValueError('no luck')\n", "no luck"),
-])
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("x = 1\n", "get_config"),
+        ("def get_config():\n    return 3\n", "int"),
+        ("def get_config(:\n", "syntax"),
+        ("from jaxrl_reason.config import Config\ndef get_config():\n    return Config(stepz=3)\n", "stepz"),
+        ("import not_a_module_at_all\n", "not_a_module_at_all"),
+        ("def get_config():\n    return undefined_name\n", "undefined_name"),
+        ("def get_config():\n    raise ValueError('no luck')\n", "no luck"),
+    ],
+)
 def test_a_file_that_is_no_recipe_is_refused_in_a_sentence(tmp_path, text, reason):
     path = tmp_path / "recipe.py"
     path.write_text(text)
@@ -160,8 +181,14 @@ FIELDS = [name for name in LEAVES if name != "method"]
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_value_of_the_wrong_type_is_refused_by_name(name):
     hint = LEAVES[name][1]
-    wrong = {int: ["3", 1.5, True, None], float: ["3", True, None, float("nan")], str: [3, None, b"x"], bool: [1, "true", None],
-             list: ["accuracy", None, {}], dict: ["a", None, []]}[hint]
+    wrong = {
+        int: ["3", 1.5, True, None],
+        float: ["3", True, None, float("nan")],
+        str: [3, None, b"x"],
+        bool: [1, "true", None],
+        list: ["accuracy", None, {}],
+        dict: ["a", None, []],
+    }[hint]
     for value in wrong:
         with pytest.raises(ConfigError) as error:
             validate(with_value(name, value))
@@ -200,7 +227,10 @@ BORDER = {"model.width": 8, "model.heads": 2}
 def test_the_borders_themselves_and_every_choice_are_allowed(name):
     field, hint = LEAVES[name]
     meta = field.metadata
-    values = [*(meta.get("choices") or ()), *(hint(meta[side]) for side in ("low", "high") if meta.get(side) is not None)]
+    values = [
+        *(meta.get("choices") or ()),
+        *(hint(meta[side]) for side in ("low", "high") if meta.get(side) is not None),
+    ]
     if name in BORDER:
         values = [BORDER[name]]
     if name == "group_size":
@@ -234,35 +264,39 @@ def test_a_section_must_be_a_section():
 # -- rules across fields ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes, names", [
-    (dict(method={"name": "grppo"}), ["config.method", "grppo", "'grpo'"]),
-    (dict(method={}), ["config.method"]),
-    (dict(method={"name": 3}), ["config.method"]),
-    (dict(method={"name": "dapo", "clip_hi": 1}), ["config.method", "clip_hi", "'clip_high'"]),
-    (dict(method={"name": "grpo", "clip_low": -1}), ["config.method", "clip_low", "-1"]),
-    (dict(method={"name": "grpo", "eps": "small"}), ["config.method", "eps"]),
-    (dict(method={"name": "grpo", "clip_low": "wide"}), ["config.method", "clip_low"]),
-    (dict(method={"name": "dapo", "overlong_max_length": 8}), ["overlong_cache_length"]),
-    (dict(method={"name": "reinforce_pp", "kl_coef": -1.0}), ["config.method", "kl_coef"]),
-    (dict(group_size=1), ["group_size", "1", "at least 2"]),
-    (dict(group_size=1, method={"name": "rloo"}), ["group_size", "at least 2"]),
-    (dict(group_size=1, method={"name": "dapo"}), ["group_size", "at least 2"]),
-    (dict(update__minibatches=3), ["config.update.minibatches is 3", "config.prompts_per_step (16)"]),
-    (dict(update__accumulation=3), ["config.update.accumulation is 3", "16"]),
-    (dict(update__minibatches=8, update__accumulation=4), ["config.update.accumulation is 4", "2 prompts"]),
-    (dict(optimizer__warmup_steps=101), ["config.optimizer.warmup_steps is 101", "config.steps (100)"]),
-    (dict(reward__functions=[]), ["config.reward.functions is empty"]),
-    (dict(reward__functions=[3]), ["config.reward.functions", "3"]),
-    (dict(reward__weights=[1.0, 2.0]), ["config.reward.weights has 2", "1"]),
-    (dict(reward__weights=["1"]), ["config.reward.weights", "'1'"]),
-    (dict(reward__weights=[True]), ["config.reward.weights", "True"]),
-    (dict(reward__verdict="acuracy"), ["config.reward.verdict is 'acuracy'", "'accuracy'"]),
-    (dict(model__heads=3), ["config.model.heads (3)", "kv_heads"]),
-    (dict(model__width=130), ["config.model.width (130)", "model.heads"]),
-    (dict(model__head_dim=3), ["config.model.head_dim is 3", "even"]),
-    (dict(model__sliding_period=2), ["config.model.sliding_period", "sliding_window"]),
-    (dict(data__columns={"question": 3}), ["config.data.columns", "3"]),
-], ids=lambda x: str(x)[:60] if isinstance(x, dict) else "")
+@pytest.mark.parametrize(
+    "changes, names",
+    [
+        (dict(method={"name": "grppo"}), ["config.method", "grppo", "'grpo'"]),
+        (dict(method={}), ["config.method"]),
+        (dict(method={"name": 3}), ["config.method"]),
+        (dict(method={"name": "dapo", "clip_hi": 1}), ["config.method", "clip_hi", "'clip_high'"]),
+        (dict(method={"name": "grpo", "clip_low": -1}), ["config.method", "clip_low", "-1"]),
+        (dict(method={"name": "grpo", "eps": "small"}), ["config.method", "eps"]),
+        (dict(method={"name": "grpo", "clip_low": "wide"}), ["config.method", "clip_low"]),
+        (dict(method={"name": "dapo", "overlong_max_length": 8}), ["overlong_cache_length"]),
+        (dict(method={"name": "reinforce_pp", "kl_coef": -1.0}), ["config.method", "kl_coef"]),
+        (dict(group_size=1), ["group_size", "1", "at least 2"]),
+        (dict(group_size=1, method={"name": "rloo"}), ["group_size", "at least 2"]),
+        (dict(group_size=1, method={"name": "dapo"}), ["group_size", "at least 2"]),
+        (dict(update__minibatches=3), ["config.update.minibatches is 3", "config.prompts_per_step (16)"]),
+        (dict(update__accumulation=3), ["config.update.accumulation is 3", "16"]),
+        (dict(update__minibatches=8, update__accumulation=4), ["config.update.accumulation is 4", "2 prompts"]),
+        (dict(optimizer__warmup_steps=101), ["config.optimizer.warmup_steps is 101", "config.steps (100)"]),
+        (dict(reward__functions=[]), ["config.reward.functions is empty"]),
+        (dict(reward__functions=[3]), ["config.reward.functions", "3"]),
+        (dict(reward__weights=[1.0, 2.0]), ["config.reward.weights has 2", "1"]),
+        (dict(reward__weights=["1"]), ["config.reward.weights", "'1'"]),
+        (dict(reward__weights=[True]), ["config.reward.weights", "True"]),
+        (dict(reward__verdict="acuracy"), ["config.reward.verdict is 'acuracy'", "'accuracy'"]),
+        (dict(model__heads=3), ["config.model.heads (3)", "kv_heads"]),
+        (dict(model__width=130), ["config.model.width (130)", "model.heads"]),
+        (dict(model__head_dim=3), ["config.model.head_dim is 3", "even"]),
+        (dict(model__sliding_period=2), ["config.model.sliding_period", "sliding_window"]),
+        (dict(data__columns={"question": 3}), ["config.data.columns", "3"]),
+    ],
+    ids=lambda x: str(x)[:60] if isinstance(x, dict) else "",
+)
 def test_what_cannot_run_together_is_refused_in_a_sentence(changes, names):
     with pytest.raises(ConfigError) as error:
         validate(change(Config(), **changes))
@@ -278,7 +312,8 @@ def test_validation_returns_the_method_that_was_named(name):
 def test_validation_compiles_nothing():
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, _, **kw: compiled.append(kw) if event == "/jax/core/compile/backend_compile_duration" else None)
+        lambda event, _, **kw: compiled.append(kw) if event == "/jax/core/compile/backend_compile_duration" else None
+    )
     for name in methods.names():
         validate(Config(method={"name": name}))
     assert not compiled
@@ -289,15 +324,20 @@ def test_validation_compiles_nothing():
 
 def test_a_configuration_survives_json():
     config = Config(
-        seed=3, method={"name": "dapo", "clip_high": 0.3}, model=Model(width=12, qk_norm=True), eval=Eval(temperature=0.0),
-        update=Update(epochs=2))
+        seed=3,
+        method={"name": "dapo", "clip_high": 0.3},
+        model=Model(width=12, qk_norm=True),
+        eval=Eval(temperature=0.0),
+        update=Update(epochs=2),
+    )
     config.data.columns, config.reward.weights = {"question": "problem"}, [0.5]
     again = config_lib.from_dict(json.loads(json.dumps(config_lib.to_dict(config))))
     assert again == config and isinstance(again.model, Model)
 
 
-@pytest.mark.parametrize("values, names", [
-    ({"stpes": 3}, ["stpes", "'steps'"]), ({"update": {"epoch": 2}}, ["epoch", "'epochs'"])])
+@pytest.mark.parametrize(
+    "values, names", [({"stpes": 3}, ["stpes", "'steps'"]), ({"update": {"epoch": 2}}, ["epoch", "'epochs'"])]
+)
 def test_saved_fields_that_are_not_known_are_refused(values, names):
     with pytest.raises(ConfigError) as error:
         config_lib.from_dict(values)
@@ -329,16 +369,18 @@ def test_help_lists_every_field_and_every_method(argv, capsys):
 
 # -- every field changes something -----------------------------------------------------------------
 #
-# An observer takes a configuration and returns what a run with it would compute, sample, read or write: arrays, numbers or
-# text. The table names for each field a value other than the default of `tiny`, and the cheapest observer that sees it act.
+# An observer takes a configuration and returns what a run with it would compute, sample, read or write: arrays, numbers
+# or text. The table names for each field a value other than that of `tiny`, and the cheapest observer that sees it act.
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """The rows, and beside them a file with a bad one, one under other names, one with a long prompt, one without solutions."""
+    """The rows, and beside them files with a bad one, other ones, a long prompt, one more column."""
     directory = tmp_path_factory.mktemp("rows")
     write_rows(directory / "bad.jsonl", [*ROWS, {"question": "?"}])
-    write_rows(directory / "other.jsonl", [{"question": f"Say {i}.", "solution": f"#### {i}", "answer": i} for i in range(20)])
+    write_rows(
+        directory / "other.jsonl", [{"question": f"Say {i}.", "solution": f"#### {i}", "answer": i} for i in range(20)]
+    )
     write_rows(directory / "long.jsonl", [*ROWS, {**ROWS[0], "question": "word " * 40}])
     write_rows(directory / "renamed.jsonl", [{**row, "problem": row["question"].upper()} for row in ROWS])
     data.train_tokenizer(["abc"] * 9, 280).save(directory / "tokenizer")
@@ -346,7 +388,8 @@ def rows(tmp_path_factory):
         "def often_fails(completions, row, **_):\n"
         "    if any(r % 4 == 0 for r in row):\n"
         "        raise ValueError('no')\n"
-        "    return [1.0] * len(row)\n")
+        "    return [1.0] * len(row)\n"
+    )
     return write_rows(directory / "rows.jsonl")
 
 
@@ -368,6 +411,7 @@ def prompts(config, tmp_path):
     def read():
         batch = setup(config, tmp_path).prompts.batch(0)
         return batch.tokens, batch.mask, [row["question"] for row in batch.rows]
+
     return outcome(read)
 
 
@@ -425,12 +469,16 @@ def evaluated(config, tmp_path):
 def rollout_shape(config, tmp_path):
     run = setup(config, tmp_path)
     params = models.abstract_params(run.model)
-    return str(jax.eval_shape(lambda p, step: run.programs.generate(p, run.prompts.batch(0), step), params, jnp.int32(0)))
+    return str(
+        jax.eval_shape(lambda p, step: run.programs.generate(p, run.prompts.batch(0), step), params, jnp.int32(0))
+    )
 
 
 def eval_shape(config, tmp_path):
     run = setup(config, tmp_path)
-    return str(jax.eval_shape(lambda p: run.programs.generate_eval(p, run.held_out[0]), models.abstract_params(run.model)))
+    return str(
+        jax.eval_shape(lambda p: run.programs.generate_eval(p, run.held_out[0]), models.abstract_params(run.model))
+    )
 
 
 def made_up_experience(config):
@@ -438,8 +486,14 @@ def made_up_experience(config):
     rng = np.random.default_rng(0)
     mask = np.ones((P, G, T), bool)
     logprobs = rng.uniform(-3, -1, mask.shape).astype(np.float32)
-    rollout = Rollout(rng.integers(0, 9, (P, S)), np.ones((P, S), bool), rng.integers(0, 9, (P, G, T)), mask, logprobs,
-                      rng.random((P, G)) < 0.5)
+    rollout = Rollout(
+        rng.integers(0, 9, (P, S)),
+        np.ones((P, S), bool),
+        rng.integers(0, 9, (P, G, T)),
+        mask,
+        logprobs,
+        rng.random((P, G)) < 0.5,
+    )
     advantages = rng.normal(size=(P, G)).astype(np.float32)
     return jax.tree.map(jnp.asarray, learner.Experience(rollout, mask, advantages, logprobs, logprobs - 0.5))
 
@@ -458,8 +512,13 @@ def update_program(config, tmp_path):
     shape, method = config_lib.model_config(config, 9), validate(config)
     options, (_, optimizer) = programs.update_options(config, method), programs.make_optimizer(config)
     params = models.abstract_params(shape)
-    state = learner.TrainState(jnp.int32(0), params, jax.eval_shape(functools.partial(learner.init_opt_state, optimizer), params),
-                               method.advantage.init(), jnp.int32(0))
+    state = learner.TrainState(
+        jnp.int32(0),
+        params,
+        jax.eval_shape(functools.partial(learner.init_opt_state, optimizer), params),
+        method.advantage.init(),
+        jnp.int32(0),
+    )
     update = learner.make_update(shape, options, optimizer)
     return str(jax.make_jaxpr(update)(state, made_up_experience(config), 1.0, jax.random.key(0)))
 
@@ -481,6 +540,7 @@ def scored(config, tmp_path):
         rewards, metrics = run.scorer(made_up_experience(config).rollout, batch)
         rewards = [np.nan_to_num(rewards[name], nan=-9.0) for name in run.scorer.names]
         return run.scorer.names, run.scorer.weights, run.scorer.verdict, rewards, metrics
+
     return outcome(score)
 
 
@@ -491,8 +551,12 @@ def dynamic_sampling(config, tmp_path):
 
 
 def mesh(config, tmp_path):
-    return outcome(lambda: dict(sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor).shape)
-                   and setup(config, tmp_path).programs.sharding.mesh.shape)
+    return outcome(
+        lambda: (
+            dict(sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor).shape)
+            and setup(config, tmp_path).programs.sharding.mesh.shape
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -536,8 +600,13 @@ def metric_steps(path, _):
 
 HERE = "{rows}"  # stands for the directory of the fixture `rows`
 LONG = dict(data__train=f"{HERE}/long.jsonl", data__eval=f"{HERE}/rows.jsonl")
-WORD_PROBLEMS = dict(data__train="word_problems", data__train_split="train[:50]", data__eval=f"{HERE}/rows.jsonl",
-                     data__data_dir="{data_dir}", max_prompt_length=64)
+WORD_PROBLEMS = dict(
+    data__train="word_problems",
+    data__train_split="train[:50]",
+    data__eval=f"{HERE}/rows.jsonl",
+    data__data_dir="{data_dir}",
+    max_prompt_length=64,
+)
 WINDOW = dict(model__layers=2, model__sliding_window=2)
 NEVER_MIXED = dict(method={"name": "dapo"}, max_completion_length=1)
 SUPERVISED = dict(supervised__steps=40)
@@ -640,8 +709,17 @@ def same(a, b) -> bool:
 @pytest.mark.parametrize("name", EFFECTS)
 def test_every_field_changes_something(name, rows, observed, tmp_path, request):
     value, observe, base = EFFECTS[name]
-    write_rows(rows.with_name("varied.jsonl"), [{"question": f"What is {chr(97 + i) * 6} and {i}?", "solution": "It is nothing "
-               "special, as far as anybody knows.", "answer": i} for i in range(20)])
+    write_rows(
+        rows.with_name("varied.jsonl"),
+        [
+            {
+                "question": f"What is {chr(97 + i) * 6} and {i}?",
+                "solution": "It is nothing special, as far as anybody knows.",
+                "answer": i,
+            }
+            for i in range(20)
+        ],
+    )
 
     def here(x):
         if isinstance(x, list):

@@ -26,11 +26,29 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # Names of TRL where TRL has one, then ours.
 STEP_METRICS = [
-    "reward", "reward_std", "rewards/accuracy/mean", "rewards/accuracy/std", "frac_reward_zero_std", "completions/mean_length",
-    "completions/min_length", "completions/max_length", "completions/clipped_ratio", "entropy", "clip_ratio/region_mean",
-    "clip_ratio/low_mean", "clip_ratio/high_mean", "grad_norm", "learning_rate", "loss", "sampling/logp_difference_max",
-    "perf/rollout_tokens_per_s", "perf/update_tokens_per_s", "perf/step_seconds", "perf/step_seconds/rollout",
-    "perf/step_seconds/reward", "perf/step_seconds/update",
+    "reward",
+    "reward_std",
+    "rewards/accuracy/mean",
+    "rewards/accuracy/std",
+    "frac_reward_zero_std",
+    "completions/mean_length",
+    "completions/min_length",
+    "completions/max_length",
+    "completions/clipped_ratio",
+    "entropy",
+    "clip_ratio/region_mean",
+    "clip_ratio/low_mean",
+    "clip_ratio/high_mean",
+    "grad_norm",
+    "learning_rate",
+    "loss",
+    "sampling/logp_difference_max",
+    "perf/rollout_tokens_per_s",
+    "perf/update_tokens_per_s",
+    "perf/step_seconds",
+    "perf/step_seconds/rollout",
+    "perf/step_seconds/reward",
+    "perf/step_seconds/update",
 ]
 EVAL_METRICS = ["eval/accuracy", "eval/pass@2", "eval/mean_length", "eval/clipped_ratio", "eval/prompts"]
 MAY_BE_UNKNOWN = {"completions/mean_terminated_length"}  # where no completion ended
@@ -119,15 +137,31 @@ def assert_close(lines, others, tolerance):
             if line[name] is None or other[name] is None:
                 assert line[name] == other[name], name
             else:
-                assert abs(line[name] - other[name]) <= tolerance * max(1, abs(line[name])), (line["step"], name, line[name], other[name])
+                assert abs(line[name] - other[name]) <= tolerance * max(1, abs(line[name])), (
+                    line["step"],
+                    name,
+                    line[name],
+                    other[name],
+                )
 
 
 # -- what a run leaves behind ----------------------------------------------------------------------
 
 
 def test_a_run_leaves_everything_in_its_work_directory(rows, tmp_path, capsys):
-    config = tiny(rows, steps=3, supervised__steps=3, checkpoint__every=2, checkpoint__keep=2, eval__every=2, eval__prompts=6,
-                  log__tensorboard=True, log__samples_every=2, log__samples=5, log__progress=True)
+    config = tiny(
+        rows,
+        steps=3,
+        supervised__steps=3,
+        checkpoint__every=2,
+        checkpoint__keep=2,
+        eval__every=2,
+        eval__prompts=6,
+        log__tensorboard=True,
+        log__samples_every=2,
+        log__samples=5,
+        log__progress=True,
+    )
     work = tmp_path / "run"
     result = train.train(train.setup(config, work))
     out = capsys.readouterr().out
@@ -139,21 +173,38 @@ def test_a_run_leaves_everything_in_its_work_directory(rows, tmp_path, capsys):
     for line in lines[1:]:
         assert set(STEP_METRICS) <= set(line)
         assert ("eval/accuracy" in line) == (line["step"] in (2, 3))
-        assert line["perf/step_seconds"] >= sum(line[f"perf/step_seconds/{part}"] for part in ("rollout", "reward", "update"))
+        assert line["perf/step_seconds"] >= sum(
+            line[f"perf/step_seconds/{part}"] for part in ("rollout", "reward", "update")
+        )
         assert line["sampling/logp_difference_max"] < 1e-5
     assert_finite(lines)
     assert lines[0]["eval/prompts"] == 6
 
     assert [(s["step"]) for s in samples_of(work)] == [2] * 8 + [3] * 8  # five completions: two whole groups of four
-    assert set(samples_of(work)[0]) == {"step", "prompt", "completion", "rewards", "total", "advantage", "length", "truncated"}
+    assert set(samples_of(work)[0]) == {
+        "step",
+        "prompt",
+        "completion",
+        "rewards",
+        "total",
+        "advantage",
+        "length",
+        "truncated",
+    }
     assert all(re.fullmatch(r"Write \d+\.\n", s["prompt"]) for s in samples_of(work))
     assert [json.loads(x)["step"] for x in open(work / "supervised" / "metrics.jsonl")] == [1, 2, 3]
     assert list((work / "tensorboard").iterdir()) and (work / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in (work / "checkpoints").iterdir()) == ["5", "6"]  # three supervised steps, then 2 and 3
+    assert sorted(p.name for p in (work / "checkpoints").iterdir()) == [
+        "5",
+        "6",
+    ]  # three supervised steps, then 2 and 3
     assert (work / "tokenizer" / "tokenizer.json").is_file()
     assert not (work / "reference").exists()
 
-    assert result["before"] == {k: lines[0][k] for k in EVAL_METRICS[:-1]} and result["after"]["eval/pass@2"] == lines[3]["eval/pass@2"]
+    assert (
+        result["before"] == {k: lines[0][k] for k in EVAL_METRICS[:-1]}
+        and result["after"]["eval/pass@2"] == lines[3]["eval/pass@2"]
+    )
     for text in ("supervised 3/3", "RL 3/3", "accuracy", "pass@2", "mean length", "before", "after"):
         assert text in out
     assert f"Learning curve: {work / 'learning_curve.png'}\n" in out
@@ -161,9 +212,23 @@ def test_a_run_leaves_everything_in_its_work_directory(rows, tmp_path, capsys):
 
 def test_word_problems_by_the_quickstart_recipe(data_dir, tmp_path, capsys):
     recipe = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
-    flags = ["steps=2", "supervised.steps=2", "supervised.batch_size=8", "model.width=16", "model.layers=1", "model.heads=2",
-             "model.kv_heads=1", "model.mlp_width=16", "prompts_per_step=4", "group_size=4", "eval.prompts=8", "eval.every=0",
-             "log.tensorboard=false", f"data.data_dir={data_dir}", "data.train_split=train[:200]"]
+    flags = [
+        "steps=2",
+        "supervised.steps=2",
+        "supervised.batch_size=8",
+        "model.width=16",
+        "model.layers=1",
+        "model.heads=2",
+        "model.kv_heads=1",
+        "model.mlp_width=16",
+        "prompts_per_step=4",
+        "group_size=4",
+        "eval.prompts=8",
+        "eval.every=0",
+        "log.tensorboard=false",
+        f"data.data_dir={data_dir}",
+        "data.train_split=train[:200]",
+    ]
     assert train.main([f"--config={recipe}", f"--workdir={tmp_path}", *(f"--config.{f}" for f in flags)]) == 0
     assert_finite(metrics_of(tmp_path))
     assert "Learning curve" in capsys.readouterr().out
@@ -174,17 +239,28 @@ def test_word_problems_by_the_quickstart_recipe(data_dir, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", methods.names())
 def test_every_method_trains(name, rows, rewards, tmp_path):
-    lines = run(tiny(rows, method={"name": name}, reward__functions=[f"{rewards}:even"], log__samples_every=1), tmp_path / "run")
+    lines = run(
+        tiny(rows, method={"name": name}, reward__functions=[f"{rewards}:even"], log__samples_every=1), tmp_path / "run"
+    )
     assert [line["step"] for line in lines] == [1, 2]
     assert_finite(lines)
     assert all(line["grad_norm"] > 0 and line["skipped_update_ratio"] == 0 for line in lines)
-    assert len(samples_of(tmp_path / "run")) == 2 * 8 and all(np.isfinite(s["advantage"]) for s in samples_of(tmp_path / "run"))
+    assert len(samples_of(tmp_path / "run")) == 2 * 8 and all(
+        np.isfinite(s["advantage"]) for s in samples_of(tmp_path / "run")
+    )
 
 
 def test_dynamic_sampling_refills_the_batch(rows, rewards, tmp_path):
-    """Four coin tosses agree about every eighth time: some step has to draw again, and every step finds its four groups."""
-    config = tiny(rows, steps=6, method={"name": "dapo"}, sampling__max_batches=50, log__samples_every=1, log__samples=16,
-                  reward__functions=[f"{rewards}:even"])
+    """Four coin tosses agree every eighth time: some step has to draw again, and each finds its four groups."""
+    config = tiny(
+        rows,
+        steps=6,
+        method={"name": "dapo"},
+        sampling__max_batches=50,
+        log__samples_every=1,
+        log__samples=16,
+        reward__functions=[f"{rewards}:even"],
+    )
     lines = run(config, tmp_path / "run")
     assert all(line["dynamic_sampling/groups"] == 4 and line["frac_reward_zero_std"] == 0 for line in lines)
     assert all(0 < line["dynamic_sampling/kept_ratio"] <= 1 for line in lines)
@@ -192,14 +268,20 @@ def test_dynamic_sampling_refills_the_batch(rows, rewards, tmp_path):
     assert max(drawn) > 1
     samples = samples_of(tmp_path / "run")
     for start in range(0, len(samples), 4):
-        group = samples[start:start + 4]
+        group = samples[start : start + 4]
         assert len({s["prompt"] for s in group}) == 1 and {s["total"] for s in group} == {0.0, 1.0}
     _, state = final_state(config, tmp_path / "run")
     assert state.batches == sum(drawn) and state.step == 6
 
 
 def test_dynamic_sampling_gives_up_where_no_group_is_mixed(rows, rewards, tmp_path):
-    config = tiny(rows, method={"name": "dapo"}, sampling__max_batches=3, reward__functions=[f"{rewards}:zero"], log__samples_every=1)
+    config = tiny(
+        rows,
+        method={"name": "dapo"},
+        sampling__max_batches=3,
+        reward__functions=[f"{rewards}:zero"],
+        log__samples_every=1,
+    )
     lines = run(config, tmp_path / "run")
     for line in lines:
         assert line["dynamic_sampling/batches"] == 3 and line["dynamic_sampling/groups"] == 0
@@ -209,8 +291,13 @@ def test_dynamic_sampling_gives_up_where_no_group_is_mixed(rows, rewards, tmp_pa
 
 def test_a_reference_policy_is_kept_and_its_divergence_measured(rows, rewards, tmp_path):
     """KL in the reward and in the loss; also the reference after a resume is the policy that RL began with."""
-    options = dict(method={"name": "reinforce_pp", "kl_coef": 0.1}, update__kl_coefficient=0.2, optimizer__learning_rate=1e-2,
-                   reward__functions=[f"{rewards}:even"], checkpoint__every=1)
+    options = dict(
+        method={"name": "reinforce_pp", "kl_coef": 0.1},
+        update__kl_coefficient=0.2,
+        optimizer__learning_rate=1e-2,
+        reward__functions=[f"{rewards}:even"],
+        checkpoint__every=1,
+    )
     lines = run(tiny(rows, steps=3, **options), tmp_path / "straight")
     assert (tmp_path / "straight" / "reference").is_dir()
     assert_finite(lines)
@@ -226,8 +313,13 @@ def test_rewards_on_the_device_alone(rows, tmp_path):
 
 
 def test_device_and_host_rewards_are_added_with_their_weights(rows, rewards, tmp_path):
-    config = tiny(rows, reward__functions=[f"{rewards}:even", "match_answer", "format"], reward__weights=[2.0, 1.0, 0.5],
-                  log__samples_every=1, log__samples=16)
+    config = tiny(
+        rows,
+        reward__functions=[f"{rewards}:even", "match_answer", "format"],
+        reward__weights=[2.0, 1.0, 0.5],
+        log__samples_every=1,
+        log__samples=16,
+    )
     for line in run(config, tmp_path / "run"):
         total = 2 * line["rewards/even/mean"] + line["rewards/match_answer/mean"] + 0.5 * line["rewards/format/mean"]
         assert line["reward"] == pytest.approx(total, abs=1e-6)
@@ -242,18 +334,28 @@ def test_device_and_host_rewards_are_added_with_their_weights(rows, rewards, tmp
 @pytest.mark.parametrize("method", ["dr_grpo", "remax", "dapo"])
 def test_rewards_belong_to_their_prompts_and_completions(method, rows, rewards, tmp_path):
     """Host rewards that name their row and their text: the written samples, and the advantages, agree with them."""
-    config = tiny(rows, method={"name": method}, log__samples_every=1, log__samples=16, sampling__max_batches=30,
-                  reward__functions=[f"{rewards}:by_text", f"{rewards}:row_id", f"{rewards}:even"], reward__weights=[1.0, 0.0, 0.0],
-                  reward__verdict=f"{rewards}:even", reward__max_failure_share=0.0)
+    config = tiny(
+        rows,
+        method={"name": method},
+        log__samples_every=1,
+        log__samples=16,
+        sampling__max_batches=30,
+        reward__functions=[f"{rewards}:by_text", f"{rewards}:row_id", f"{rewards}:even"],
+        reward__weights=[1.0, 0.0, 0.0],
+        reward__verdict=f"{rewards}:even",
+        reward__max_failure_share=0.0,
+    )
     run(config, tmp_path / "run")
     samples = samples_of(tmp_path / "run")
     assert len(samples) == 2 * 16
     for sample in samples:
         row = int(re.fullmatch(r"Write (\d+)\.\n", sample["prompt"])[1])
         assert sample["rewards"]["row_id"] == row
-        assert sample["rewards"]["by_text"] == row * 1000 + sum(map(ord, sample["completion"])) % 1000 == sample["total"]
+        assert (
+            sample["rewards"]["by_text"] == row * 1000 + sum(map(ord, sample["completion"])) % 1000 == sample["total"]
+        )
     for start in range(0, len(samples), 4):
-        group = samples[start:start + 4]
+        group = samples[start : start + 4]
         assert len({s["prompt"] for s in group}) == 1
         advantages = np.array([s["advantage"] for s in group])
         totals = np.array([s["total"] for s in group])
@@ -268,18 +370,39 @@ def test_rewards_belong_to_their_prompts_and_completions(method, rows, rewards, 
 # -- learning --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [
-    pytest.param({}, id="grpo"),
-    pytest.param(dict(update__minibatches=2, update__epochs=2, update__accumulation=2, method={"name": "dr_grpo"}),
-                 id="off-policy", marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="grpo"),
+        pytest.param(
+            dict(update__minibatches=2, update__epochs=2, update__accumulation=2, method={"name": "dr_grpo"}),
+            id="off-policy",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
 def test_a_policy_learns(options, tmp_path):
-    """The last digit of a number, ten answers: a supervised start that hardly knows them, then RL on right or wrong alone."""
-    rows = write_rows(tmp_path / "rows.jsonl", [
-        {"question": str(i), "solution": f"#### {i % 10}", "answer": str(i % 10)} for i in range(20)])
-    config = tiny(rows, steps=100, prompts_per_step=8, group_size=8, max_prompt_length=4, model__mlp_width=32,
-                  reward__functions=["match_answer"], supervised__steps=60, supervised__batch_size=16,
-                  supervised__learning_rate=1e-2, optimizer__learning_rate=1e-2, eval__every=100, eval__prompts=20, eval__samples=8)
+    """The last digit of a number: a supervised start that hardly knows it, then RL on right or wrong alone."""
+    rows = write_rows(
+        tmp_path / "rows.jsonl",
+        [{"question": str(i), "solution": f"#### {i % 10}", "answer": str(i % 10)} for i in range(20)],
+    )
+    config = tiny(
+        rows,
+        steps=100,
+        prompts_per_step=8,
+        group_size=8,
+        max_prompt_length=4,
+        model__mlp_width=32,
+        reward__functions=["match_answer"],
+        supervised__steps=60,
+        supervised__batch_size=16,
+        supervised__learning_rate=1e-2,
+        optimizer__learning_rate=1e-2,
+        eval__every=100,
+        eval__prompts=20,
+        eval__samples=8,
+    )
     change(config, **options)
     result = train.train(train.setup(config, tmp_path / "run"))
     before, after = (result[when]["eval/accuracy"] for when in ("before", "after"))
@@ -292,16 +415,26 @@ def test_a_policy_learns(options, tmp_path):
 
 
 def test_accumulation_changes_no_number(rows, rewards, tmp_path):
-    runs = [run(tiny(rows, update__accumulation=a, prompts_per_step=4, reward__functions=[f"{rewards}:even"]), tmp_path / str(a))
-            for a in (1, 2)]
+    runs = [
+        run(
+            tiny(rows, update__accumulation=a, prompts_per_step=4, reward__functions=[f"{rewards}:even"]),
+            tmp_path / str(a),
+        )
+        for a in (1, 2)
+    ]
     assert_close(*runs, 1e-5)
 
 
-@pytest.mark.parametrize("options", [
-    pytest.param(dict(update__minibatches=2), id="minibatches", marks=pytest.mark.slow),
-    pytest.param(dict(update__epochs=2), id="epochs", marks=pytest.mark.slow),
-    pytest.param(dict(update__minibatches=2, update__epochs=2, update__accumulation=2, update__kl_coefficient=0.1), id="all"),
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(dict(update__minibatches=2), id="minibatches", marks=pytest.mark.slow),
+        pytest.param(dict(update__epochs=2), id="epochs", marks=pytest.mark.slow),
+        pytest.param(
+            dict(update__minibatches=2, update__epochs=2, update__accumulation=2, update__kl_coefficient=0.1), id="all"
+        ),
+    ],
+)
 def test_several_updates_a_rollout(options, rows, rewards, tmp_path):
     config = tiny(rows, reward__functions=[f"{rewards}:even"], optimizer__learning_rate=1e-2, **options)
     lines = run(config, tmp_path / "run")
@@ -329,8 +462,16 @@ def compilations():
 
 @pytest.mark.parametrize("method", ["grpo", pytest.param("remax", marks=pytest.mark.slow), "dapo"])
 def test_nothing_compiles_after_the_first_step(method, rows, rewards, tmp_path):
-    config = tiny(rows, steps=5, method={"name": method}, reward__functions=[f"{rewards}:even", "match_answer"],
-                  eval__every=1, log__samples_every=1, checkpoint__every=1, optimizer__schedule="cosine")
+    config = tiny(
+        rows,
+        steps=5,
+        method={"name": method},
+        reward__functions=[f"{rewards}:even", "match_answer"],
+        eval__every=1,
+        log__samples_every=1,
+        checkpoint__every=1,
+        optimizer__schedule="cosine",
+    )
     prepared = train.setup(config, tmp_path / "run")
     after = []
     with compilations() as names:
@@ -348,8 +489,8 @@ def test_nothing_compiles_after_the_first_step(method, rows, rewards, tmp_path):
             train.Progress = before
     assert names and len(after) == 5
     # The second step may still find new kinds of input (a state that came from an update); from then on there are none.
-    assert after[1:] == [after[1]] * 4, names[after[1]:]
-    assert not set(names[after[0]:]) & {"jit(generate)", "jit(update_step)", "jit(prepare)"}, names[after[0]:]
+    assert after[1:] == [after[1]] * 4, names[after[1] :]
+    assert not set(names[after[0] :]) & {"jit(generate)", "jit(update_step)", "jit(prepare)"}, names[after[0] :]
 
 
 # -- going on --------------------------------------------------------------------------------------
@@ -363,18 +504,23 @@ def test_a_finished_run_says_so_and_trains_nothing(rows, tmp_path, capsys):
     assert train.train(train.setup(config, tmp_path / "run")) == {}
     assert "finished: all 2 steps are done" in " ".join(capsys.readouterr().out.split())
     assert metrics_of(tmp_path / "run") == lines
-    assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "config.json"}
+    assert stamps == {
+        p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "config.json"
+    }
 
 
-@pytest.mark.parametrize("changes, field", [
-    (dict(model__width=20), "config.model.width was 16 and is 20"),
-    (dict(method={"name": "rloo"}), "config.method.name was 'grpo' and is 'rloo'"),
-    (dict(seed=1), "config.seed was 0 and is 1"),
-    (dict(group_size=8), "config.group_size was 4 and is 8"),
-    (dict(optimizer__learning_rate=1.0), "config.optimizer.learning_rate was"),
-    (dict(supervised__steps=3), "config.supervised.steps was 0 and is 3"),
-    (dict(data__train_split="[:10]"), "config.data.train_split was 'all' and is '[:10]'"),
-])
+@pytest.mark.parametrize(
+    "changes, field",
+    [
+        (dict(model__width=20), "config.model.width was 16 and is 20"),
+        (dict(method={"name": "rloo"}), "config.method.name was 'grpo' and is 'rloo'"),
+        (dict(seed=1), "config.seed was 0 and is 1"),
+        (dict(group_size=8), "config.group_size was 4 and is 8"),
+        (dict(optimizer__learning_rate=1.0), "config.optimizer.learning_rate was"),
+        (dict(supervised__steps=3), "config.supervised.steps was 0 and is 3"),
+        (dict(data__train_split="[:10]"), "config.data.train_split was 'all' and is '[:10]'"),
+    ],
+)
 def test_another_configuration_in_the_same_directory_is_refused_by_field(changes, field, rows, tmp_path):
     train.setup(tiny(rows), tmp_path)
     with pytest.raises(ConfigError) as error:
@@ -394,8 +540,18 @@ def test_other_data_under_the_same_name_are_refused(tmp_path):
 
 def test_how_long_and_what_is_written_may_change(rows, tmp_path):
     run(tiny(rows, steps=1), tmp_path)
-    lines = run(tiny(rows, steps=2, log__tensorboard=True, log__samples_every=1, eval__every=2, eval__prompts=3, checkpoint__keep=5),
-                tmp_path)
+    lines = run(
+        tiny(
+            rows,
+            steps=2,
+            log__tensorboard=True,
+            log__samples_every=1,
+            eval__every=2,
+            eval__prompts=3,
+            checkpoint__keep=5,
+        ),
+        tmp_path,
+    )
     assert [line["step"] for line in lines] == [1, 2] and "eval/accuracy" in lines[1]
 
 
@@ -411,13 +567,23 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning_that_names_it(rows, tmp_
     assert any(str(newest) in record.getMessage() for record in caplog.records)
 
 
-KILLED = dict(steps=8, supervised__steps=12, checkpoint__every=3, checkpoint__keep=2, eval__every=4, log__samples_every=1,
-              update__minibatches=2, method={"name": "dapo", "dynamic_sampling": False})
+KILLED = dict(
+    steps=8,
+    supervised__steps=12,
+    checkpoint__every=3,
+    checkpoint__keep=2,
+    eval__every=4,
+    log__samples_every=1,
+    update__minibatches=2,
+    method={"name": "dapo", "dynamic_sampling": False},
+)
 
 
 def command(config, recipe, workdir):
-    recipe.write_text("from jaxrl_reason.config import Config, from_dict\n"
-                      f"def get_config():\n    return from_dict({to_dict(config)!r})\n")
+    recipe.write_text(
+        "from jaxrl_reason.config import Config, from_dict\n"
+        f"def get_config():\n    return from_dict({to_dict(config)!r})\n"
+    )
     return [sys.executable, "-m", "jaxrl_reason.train", f"--config={recipe}", f"--workdir={workdir}"]
 
 
@@ -478,16 +644,36 @@ def test_a_run_that_is_killed_twice_ends_as_if_it_had_not_been(rows, rewards, tm
 
 
 @pytest.mark.slow
-def test_eight_devices_sample_and_learn_as_one_does(rewards, tmp_path, shared_programs):
-    rows = write_rows(tmp_path / "rows.jsonl", [{**row, "question": f"Write {row['answer']} down, in figures, not in words."} for row in ROWS])
-    common = dict(prompts_per_step=8, max_prompt_length=32, update__minibatches=2, update__kl_coefficient=0.1, eval__every=2,
-                  supervised__steps=2, log__samples_every=1, log__samples=32, reward__functions=[f"{rewards}:even"],
-                  supervised__batch_size=8, model__layers=2)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(update__minibatches=2, update__kl_coefficient=0.1, eval__every=2, supervised__steps=2, model__layers=2),
+        dict(method={"name": "dapo"}, sampling__max_batches=20),
+        dict(method={"name": "remax"}),
+    ],
+    ids=["grpo", "dapo", "remax"],
+)
+def test_eight_devices_sample_and_learn_as_one_does(options, rewards, tmp_path, shared_programs):
+    rows = write_rows(
+        tmp_path / "rows.jsonl",
+        [{**row, "question": f"Write {row['answer']} down, in figures, not in words."} for row in ROWS],
+    )
+    common = dict(
+        prompts_per_step=8,
+        max_prompt_length=32,
+        log__samples_every=1,
+        log__samples=32,
+        reward__functions=[f"{rewards}:even", "match_answer"],
+        supervised__batch_size=8,
+        **options,
+    )
     one = tiny(rows, mesh__fsdp=1, **common)
     eight = tiny(rows, mesh__data=2, mesh__fsdp=2, mesh__tensor=2, **common)
     lines = run(one, tmp_path / "one")
     env = environment(shared_programs, XLA_FLAGS="--xla_force_host_platform_device_count=8")
-    result = subprocess.run(command(eight, tmp_path / "recipe.py", tmp_path / "eight"), env=env, capture_output=True, text=True)
+    result = subprocess.run(
+        command(eight, tmp_path / "recipe.py", tmp_path / "eight"), env=env, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert_close(lines, metrics_of(tmp_path / "eight"), 1e-4)
     text = lambda workdir: [(s["step"], s["prompt"], s["completion"], s["total"]) for s in samples_of(workdir)]
@@ -507,24 +693,28 @@ def refusal(config, tmp_path, capsys, *flags) -> str:
     return error
 
 
-@pytest.mark.parametrize("changes, flags, names", [
-    (dict(steps=0), [], ["config.steps is 0", "at least 1"]),
-    (dict(), ["--config.steps=0"], ["config.steps is 0", "at least 1"]),
-    (dict(), ["--config.modle.width=3"], ["modle", "'model'"]),
-    (dict(group_size=1), [], ["group_size is 1", "at least 2"]),
-    (dict(data__train_split="[:200]"), [], ["'[:200]'", "rows.jsonl", "20 usable rows"]),
-    (dict(data__train_split="test"), [], ["'test'", "rows.jsonl"]),
-    (dict(data__train="word_problem"), [], ["word_problem", "word_problems"]),
-    (dict(data__train="nothing.jsonl"), [], ["nothing.jsonl"]),
-    (dict(data__template="plane"), [], ["plane", "'plain'"]),
-    (dict(data__tokenizer="nowhere"), [], ["nowhere"]),
-    (dict(max_prompt_length=2), [], ["20 of 20 rows", "max_prompt_length"]),
-    (dict(supervised__steps=1, max_completion_length=2), [], ["rows do not fit", "max_completion_length"]),
-    (dict(reward__functions=["acuracy"]), [], ["acuracy", "'accuracy'"]),
-    (dict(reward__functions=["no.such.module:f"]), [], ["no.such.module"]),
-    (dict(reward__weights=[0.0]), [], ["weight"]),
-    (dict(mesh__data=3), [], ["mesh.data=3", "1"]),
-], ids=str)
+@pytest.mark.parametrize(
+    "changes, flags, names",
+    [
+        (dict(steps=0), [], ["config.steps is 0", "at least 1"]),
+        (dict(), ["--config.steps=0"], ["config.steps is 0", "at least 1"]),
+        (dict(), ["--config.modle.width=3"], ["modle", "'model'"]),
+        (dict(group_size=1), [], ["group_size is 1", "at least 2"]),
+        (dict(data__train_split="[:200]"), [], ["'[:200]'", "rows.jsonl", "20 usable rows"]),
+        (dict(data__train_split="test"), [], ["'test'", "rows.jsonl"]),
+        (dict(data__train="word_problem"), [], ["word_problem", "word_problems"]),
+        (dict(data__train="nothing.jsonl"), [], ["nothing.jsonl"]),
+        (dict(data__template="plane"), [], ["plane", "'plain'"]),
+        (dict(data__tokenizer="nowhere"), [], ["nowhere"]),
+        (dict(max_prompt_length=2), [], ["20 of 20 rows", "max_prompt_length"]),
+        (dict(supervised__steps=1, max_completion_length=2), [], ["rows do not fit", "max_completion_length"]),
+        (dict(reward__functions=["acuracy"]), [], ["acuracy", "'accuracy'"]),
+        (dict(reward__functions=["no.such.module:f"]), [], ["no.such.module"]),
+        (dict(reward__weights=[0.0]), [], ["weight"]),
+        (dict(mesh__data=3), [], ["mesh.data=3", "1"]),
+    ],
+    ids=str,
+)
 def test_what_cannot_run_is_one_sentence_and_a_non_zero_exit(changes, flags, names, rows, tmp_path, capsys):
     error = refusal(tiny(rows, **changes), tmp_path, capsys, *flags)
     assert error.count("\n") == 1 and all(name in error for name in names), error
@@ -537,13 +727,17 @@ def test_a_missing_flag_is_one_sentence(flags, name, capsys):
     assert error.startswith("error: ") and name in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("content, names", [
-    (b"", ["data.jsonl", "empty"]),
-    (b"\n\n", ["data.jsonl", "empty"]),
-    (b'{"question": "a", "answer": "1"}\n{"question": "b"}\n', ["data.jsonl, line 2", "'answer'"]),
-    (b'{"question": "a", "answer": "1"}\n{"question": \n', ["data.jsonl, line 2", "not JSON"]),
-    (b'{"question": "a", "answer": "1"}\n\xff\n', ["data.jsonl, line 2", "UTF-8"]),
-], ids=["empty", "blank", "no answer", "not JSON", "not UTF-8"])
+@pytest.mark.parametrize(
+    "content, names",
+    [
+        (b"", ["data.jsonl", "empty"]),
+        (b"\n\n", ["data.jsonl", "empty"]),
+        (b'{"question": "a", "answer": "1"}\n{"question": "b"}\n', ["data.jsonl, line 2", "'answer'"]),
+        (b'{"question": "a", "answer": "1"}\n{"question": \n', ["data.jsonl, line 2", "not JSON"]),
+        (b'{"question": "a", "answer": "1"}\n\xff\n', ["data.jsonl, line 2", "UTF-8"]),
+    ],
+    ids=["empty", "blank", "no answer", "not JSON", "not UTF-8"],
+)
 def test_data_that_cannot_be_read_are_named_by_file_and_line(content, names, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_bytes(content)
     error = refusal(tiny(tmp_path / "data.jsonl"), tmp_path, capsys)
@@ -556,11 +750,16 @@ def test_a_supervised_start_without_solutions_is_refused(tmp_path, capsys):
     assert "solution" in refusal(tiny(rows, supervised__steps=1), tmp_path, capsys)
 
 
-@pytest.mark.parametrize("function, names", [
-    ("raises", ["'raises'", "failed", "KeyError", "nothing works"]),
-    ("too_short", ["'too_short'", "returned 15 rewards for 16 completions"]),
-])
-def test_a_reward_that_breaks_its_contract_stops_the_run_in_a_sentence(function, names, rows, rewards, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "function, names",
+    [
+        ("raises", ["'raises'", "failed", "KeyError", "nothing works"]),
+        ("too_short", ["'too_short'", "returned 15 rewards for 16 completions"]),
+    ],
+)
+def test_a_reward_that_breaks_its_contract_stops_the_run_in_a_sentence(
+    function, names, rows, rewards, tmp_path, capsys
+):
     error = refusal(tiny(rows, reward__functions=[f"{rewards}:{function}"]), tmp_path, capsys)
     assert error.count("\n") == 1 and all(name in error for name in names), error
 
@@ -578,5 +777,7 @@ def test_a_reward_that_raises_now_and_then_leaves_its_rows_out(rows, rewards, tm
 def test_the_process_exits_with_the_code_and_without_a_traceback(rows, tmp_path):
     arguments = command(tiny(rows, steps=0), tmp_path / "recipe.py", tmp_path / "run")
     process = subprocess.run(arguments, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-    assert process.returncode == 2 and process.stderr.startswith("error: ") and process.stderr.count("\n") == 1, process.stderr
+    assert process.returncode == 2 and process.stderr.startswith("error: ") and process.stderr.count("\n") == 1, (
+        process.stderr
+    )
     assert not process.stdout

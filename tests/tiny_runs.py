@@ -15,7 +15,11 @@ def write_rows(path, rows=ROWS):
 def tiny(rows, **changes) -> Config:
     """A short run on a JSONL file; `changes` are fields, sections with two underscores: update__epochs=2."""
     config = Config(
-        steps=2, prompts_per_step=4, group_size=4, max_prompt_length=16, max_completion_length=6,
+        steps=2,
+        prompts_per_step=4,
+        group_size=4,
+        max_prompt_length=16,
+        max_completion_length=6,
         model=Model(width=16, layers=1, heads=2, kv_heads=2, mlp_width=16),
         data=Data(train=str(rows), train_split="all", eval_split="all", vocab_size=300),
         supervised=Supervised(steps=0, batch_size=4),

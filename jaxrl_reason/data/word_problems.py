@@ -1,7 +1,7 @@
 """Procedural arithmetic word problems with worked solutions, as a TFDS builder that needs no network.
 
-Each skill is a set of number combinations, a few question templates and the steps that solve them. A combination belongs to exactly one
-split, decided by a hash of the skill and its numbers: a model cannot meet a test computation in training under other names.
+Each skill is a set of number combinations, a few question templates and the steps that solve them. A combination of numbers and the
+thing counted belongs to exactly one split, decided by a hash: a test problem is not a training problem under other names.
 """
 
 from collections.abc import Callable, Iterator
@@ -111,20 +111,21 @@ _SKILLS = {
 }
 
 
-def _split_of(skill: str, numbers: Numbers) -> str:
-    """The one split that may use these numbers for this skill: 6/8 train, 1/8 validation, 1/8 test.
+def _split_of(skill: str, numbers: Numbers, thing: str) -> str:
+    """The one split that may use these numbers of this thing for this skill: 6/8 train, 1/8 validation, 1/8 test.
 
-    The numbers are sorted first, so that 3 + 4 and 4 + 3 fall together, and hashed by hashlib, since `hash` differs between processes.
+    The numbers are sorted first, so that 3 + 4 and 4 + 3 fall together, and hashed by hashlib, since `hash` differs between
+    processes.
     """
-    key = f"{skill}: {'-'.join(map(str, sorted(numbers)))}"
+    key = f"{skill}: {'-'.join(map(str, sorted(numbers)))} {thing}"
     bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 8
     return {0: "validation", 1: "test"}.get(bucket, "train")
 
 
-def _problem(skill: str, numbers: Numbers, rng: random.Random) -> dict[str, str]:
+def _problem(skill: str, numbers: Numbers, thing: str, rng: random.Random) -> dict[str, str]:
     template = rng.choice(_SKILLS[skill].templates)
     n, m = rng.sample(_NAMES, 2)
-    words = dict(zip("abc", numbers), n=n, m=m, o=rng.choice(_OBJECTS))
+    words = dict(zip("abc", numbers), n=n, m=m, o=thing)
     steps = _SKILLS[skill].steps(*numbers)
     answer = str(steps[-1][-1])
     lines = [f"{left} {operator} {right} = {result}" for left, operator, right, result in steps]
@@ -145,22 +146,24 @@ class WordProblemsConfig(tfds.core.BuilderConfig):
 
 
 def _problems(config: WordProblemsConfig, split: str, size: int) -> Iterator[dict[str, str]]:
-    """`size` different questions, equally many of each skill; every combination of numbers appears before any repeats."""
+    """`size` different questions, equally many of each skill; every combination of numbers and things appears before any repeats."""
     rng = random.Random(split)
     endless = {}
     for skill in config.skills:
         spec = _SKILLS[skill]
         fits = lambda numbers: max(max(a, b, c) for a, _, b, c in spec.steps(*numbers)) <= config.largest
-        combinations = [n for n in spec.numbers() if _split_of(skill, n) == split and fits(n)]
+        combinations = [
+            (n, thing) for n in spec.numbers() if fits(n) for thing in _OBJECTS if _split_of(skill, n, thing) == split
+        ]
         rng.shuffle(combinations)
         endless[skill] = itertools.cycle(combinations)
     seen = set()
     for skill in itertools.cycle(config.skills):
         if len(seen) == size:
             return
-        problem = _problem(skill, next(endless[skill]), rng)
+        problem = _problem(skill, *next(endless[skill]), rng)
         while problem["question"] in seen:
-            problem = _problem(skill, next(endless[skill]), rng)
+            problem = _problem(skill, *next(endless[skill]), rng)
         seen.add(problem["question"])
         yield problem
 
@@ -186,7 +189,7 @@ class WordProblems(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Procedural arithmetic word problems with worked solutions; no split shares its numbers with another.",
+            description="Procedural arithmetic word problems with worked solutions; no skill's numbers of a thing occur in two splits.",
             features=tfds.features.FeaturesDict(
                 {name: tfds.features.Text() for name in ("question", "solution", "answer", "skill")}
             ),
