@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--compute-dtype", choices=("float32", "bfloat16"), default="float32", help="operands of products"
     )
-    parser.add_argument("--remat", choices=("none", "dots", "layer"), default="none")
+    parser.add_argument("--remat", choices=("none", "dots", "layer"), default="layer")
     parser.add_argument("--steps", type=int, default=6, help="undisturbed steps wanted")
     parser.add_argument("--max-steps", type=int, default=0, help="steps at most (0: no more than --steps)")
     parser.add_argument("--seed", type=int, default=0)

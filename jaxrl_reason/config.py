@@ -22,14 +22,14 @@ from jaxrl_reason.advantages import AdvantageInputs
 
 
 class ConfigError(ValueError):
-  """A configuration that cannot run; the message is a sentence that names the field."""
+    """A configuration that cannot run; the message is a sentence that names the field."""
 
 
 def _field(default, help: str, *, low=None, above=None, high=None, choices=None):
-  meta = dict(help=help, low=low, above=above, high=high, choices=choices)
-  if isinstance(default, (dict, list)):
-    return dataclasses.field(default_factory=lambda: type(default)(default), metadata=meta)
-  return dataclasses.field(default=default, metadata=meta)
+    meta = dict(help=help, low=low, above=above, high=high, choices=choices)
+    if isinstance(default, (dict, list)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=meta)
+    return dataclasses.field(default=default, metadata=meta)
 
 
 _section = dataclasses.dataclass(kw_only=True)
@@ -37,392 +37,424 @@ _section = dataclasses.dataclass(kw_only=True)
 
 @_section
 class Model:
-  width: int = _field(128, "size of the residual stream", low=1)
-  layers: int = _field(4, "number of layers", low=1)
-  heads: int = _field(4, "query heads", low=1)
-  kv_heads: int = _field(2, "key/value heads; divides heads", low=1)
-  head_dim: int = _field(0, "size of a head; 0: width / heads", low=0)
-  mlp_width: int = _field(384, "hidden size of the MLP", low=1)
-  activation: str = _field("silu", "gate of the MLP", choices=("silu", "gelu"))
-  rope_theta: float = _field(10_000.0, "base of the rotary frequencies", above=0)
-  sliding_window: int = _field(0, "positions a sliding layer sees; 0: no sliding layers", low=0)
-  sliding_period: int = _field(0, "every n-th layer is global, the others slide; 0: all slide", low=0)
-  norm_eps: float = _field(1e-6, "epsilon of RMSNorm", above=0)
-  qkv_bias: bool = _field(False, "biases on query, key and value projections")
-  qk_norm: bool = _field(False, "RMSNorm on each query and key head")
-  tied_embedding: bool = _field(True, "the output head is the embedding")
-  param_dtype: str = _field("float32", "dtype of the weights", choices=("float32", "bfloat16"))
-  compute_dtype: str = _field("float32", "operands of matrix products (sums are float32)",
-                              choices=("float32", "bfloat16"))
-  remat: str = _field("none", "what the backward pass recomputes", choices=("none", "dots", "layer"))
+    width: int = _field(128, "size of the residual stream", low=1)
+    layers: int = _field(4, "number of layers", low=1)
+    heads: int = _field(4, "query heads", low=1)
+    kv_heads: int = _field(2, "key/value heads; divides heads", low=1)
+    head_dim: int = _field(0, "size of a head; 0: width / heads", low=0)
+    mlp_width: int = _field(384, "hidden size of the MLP", low=1)
+    activation: str = _field("silu", "gate of the MLP", choices=("silu", "gelu"))
+    rope_theta: float = _field(10_000.0, "base of the rotary frequencies", above=0)
+    sliding_window: int = _field(0, "positions a sliding layer sees; 0: no sliding layers", low=0)
+    sliding_period: int = _field(0, "every n-th layer is global, the others slide; 0: all slide", low=0)
+    norm_eps: float = _field(1e-6, "epsilon of RMSNorm", above=0)
+    qkv_bias: bool = _field(False, "biases on query, key and value projections")
+    qk_norm: bool = _field(False, "RMSNorm on each query and key head")
+    tied_embedding: bool = _field(True, "the output head is the embedding")
+    param_dtype: str = _field("float32", "dtype of the weights", choices=("float32", "bfloat16"))
+    compute_dtype: str = _field(
+        "float32", "operands of matrix products (sums are float32)", choices=("float32", "bfloat16")
+    )
+    remat: str = _field("none", "what the backward pass recomputes", choices=("none", "dots", "layer"))
 
 
 @_section
 class Data:
-  train: str = _field("word_problems", "a TFDS name (word_problems, gsm8k, ...) or a path ending in .jsonl")
-  train_split: str = _field("train", "TFDS split, or a slice such as [:90%] of a JSONL file")
-  eval: str = _field("", "the same, for evaluation; empty: as data.train")
-  eval_split: str = _field("test", "split or slice for evaluation")
-  data_dir: str = _field("", "where TFDS keeps prepared data; empty: TFDS's own default")
-  columns: dict = _field({}, "our column names to the file's, e.g. {'question': 'problem'}")
-  template: str = _field("plain", "prompt template: a name from data/prompts.py")
-  on_bad_row: str = _field("refuse", "what to do with a malformed row", choices=("refuse", "skip"))
-  on_long_prompt: str = _field("refuse", "what to do with prompts over max_prompt_length",
-                               choices=("refuse", "skip"))
-  tokenizer: str = _field("", "a tokenizer.json or its directory; empty: a small one trained on the data")
-  vocab_size: int = _field(512, "size of the tokenizer that is trained where none is given", low=300)
-  add_bos: bool = _field(False, "start each prompt with the tokenizer's BOS token")
+    train: str = _field("word_problems", "a TFDS name (word_problems, gsm8k, ...) or a path ending in .jsonl")
+    train_split: str = _field("train", "TFDS split, or a slice such as [:90%] of a JSONL file")
+    eval: str = _field("", "the same, for evaluation; empty: as data.train")
+    eval_split: str = _field("test", "split or slice for evaluation")
+    data_dir: str = _field("", "where TFDS keeps prepared data; empty: TFDS's own default")
+    columns: dict = _field({}, "our column names to the file's, e.g. {'question': 'problem'}")
+    template: str = _field("plain", "prompt template: a name from data/prompts.py")
+    on_bad_row: str = _field("refuse", "what to do with a malformed row", choices=("refuse", "skip"))
+    on_long_prompt: str = _field("refuse", "what to do with prompts over max_prompt_length", choices=("refuse", "skip"))
+    tokenizer: str = _field("", "a tokenizer.json or its directory; empty: a small one trained on the data")
+    vocab_size: int = _field(512, "size of the tokenizer that is trained where none is given", low=300)
+    add_bos: bool = _field(False, "start each prompt with the tokenizer's BOS token")
 
 
 @_section
 class Supervised:
-  steps: int = _field(0, "supervised steps on worked solutions before RL; 0: none", low=0)
-  batch_size: int = _field(64, "solutions a step", low=1)
-  learning_rate: float = _field(1e-3, "peak learning rate (cosine to 0 after 5 % warm-up)", above=0)
+    steps: int = _field(0, "supervised steps on worked solutions before RL; 0: none", low=0)
+    batch_size: int = _field(64, "solutions a step", low=1)
+    learning_rate: float = _field(1e-3, "peak learning rate (cosine to 0 after 5 % warm-up)", above=0)
 
 
 @_section
 class Reward:
-  functions: list = _field(["accuracy"], "accuracy, format, match_answer (on device), module:function or file.py:function")
-  weights: list = _field([], "a weight a function; empty: 1 each")
-  verdict: str = _field("", "the function whose value > 0.5 means right; empty: the first")
-  max_failure_share: float = _field(0.5, "stop when more than this share of a step's rewards failed", low=0, high=1)
+    functions: list = _field(
+        ["accuracy"], "accuracy, format, match_answer (on device), module:function or file.py:function"
+    )
+    weights: list = _field([], "a weight a function; empty: 1 each")
+    verdict: str = _field("", "the function whose value > 0.5 means right; empty: the first")
+    max_failure_share: float = _field(0.5, "stop when more than this share of a step's rewards failed", low=0, high=1)
 
 
 @_section
 class Sampling:
-  temperature: float = _field(1.0, "temperature of the rollout; training uses the same law", above=0)
-  mask_truncated_completions: bool = _field(False, "leave completions without an end token out of the loss")
-  max_batches: int = _field(8, "dynamic sampling: prompt batches drawn for a step at most", low=1)
+    temperature: float = _field(1.0, "temperature of the rollout; training uses the same law", above=0)
+    mask_truncated_completions: bool = _field(False, "leave completions without an end token out of the loss")
+    max_batches: int = _field(8, "dynamic sampling: prompt batches drawn for a step at most", low=1)
 
 
 @_section
 class Optimizer:
-  learning_rate: float = _field(1e-4, "peak learning rate", above=0)
-  schedule: str = _field("constant", "after the warm-up", choices=("constant", "linear", "cosine"))
-  warmup_steps: int = _field(0, "training steps of linear warm-up", low=0)
-  weight_decay: float = _field(0.0, "AdamW's decoupled weight decay", low=0)
-  b1: float = _field(0.9, "AdamW's first-moment decay", low=0, high=1)
-  b2: float = _field(0.99, "AdamW's second-moment decay", low=0, high=1)
-  eps: float = _field(1e-8, "AdamW's epsilon", above=0)
-  max_grad_norm: float = _field(1.0, "clip gradients to this global norm", above=0)
+    learning_rate: float = _field(1e-4, "peak learning rate", above=0)
+    schedule: str = _field("constant", "after the warm-up", choices=("constant", "linear", "cosine"))
+    warmup_steps: int = _field(0, "training steps of linear warm-up", low=0)
+    weight_decay: float = _field(0.0, "AdamW's decoupled weight decay", low=0)
+    b1: float = _field(0.9, "AdamW's first-moment decay", low=0, high=1)
+    b2: float = _field(0.99, "AdamW's second-moment decay", low=0, high=1)
+    eps: float = _field(1e-8, "AdamW's epsilon", above=0)
+    max_grad_norm: float = _field(1.0, "clip gradients to this global norm", above=0)
 
 
 @_section
 class Update:
-  epochs: int = _field(1, "passes over each rollout", low=1)
-  minibatches: int = _field(1, "optimizer updates a pass; divides prompts_per_step", low=1)
-  accumulation: int = _field(1, "microbatches an update: less memory, the same numbers", low=1)
-  logprob_chunk: int = _field(0, "completion positions whose logits are held at once; 0: chosen", low=0)
-  kl_coefficient: float = _field(0.0, "weight of KL(policy || reference) in the loss (TRL: beta)", low=0)
-  kl_kind: str = _field("k3", "estimator of that KL", choices=losses.KL_KINDS)
-  entropy_coefficient: float = _field(0.0, "weight of an entropy bonus", low=0)
+    epochs: int = _field(1, "passes over each rollout", low=1)
+    minibatches: int = _field(1, "optimizer updates a pass; divides prompts_per_step", low=1)
+    accumulation: int = _field(1, "microbatches an update: less memory, the same numbers", low=1)
+    logprob_chunk: int = _field(0, "completion positions whose logits are held at once; 0: chosen", low=0)
+    kl_coefficient: float = _field(0.0, "weight of KL(policy || reference) in the loss (TRL: beta)", low=0)
+    kl_kind: str = _field("k3", "estimator of that KL", choices=losses.KL_KINDS)
+    entropy_coefficient: float = _field(0.0, "weight of an entropy bonus", low=0)
 
 
 @_section
 class Mesh:
-  data: int = _field(1, "devices that hold copies of the weights; -1: the rest", low=-1)
-  fsdp: int = _field(-1, "devices over which weights and prompts are split; -1: the rest", low=-1)
-  tensor: int = _field(1, "devices over which heads and vocabulary are split; -1: the rest", low=-1)
+    data: int = _field(1, "devices that hold copies of the weights; -1: the rest", low=-1)
+    fsdp: int = _field(-1, "devices over which weights and prompts are split; -1: the rest", low=-1)
+    tensor: int = _field(1, "devices over which heads and vocabulary are split; -1: the rest", low=-1)
 
 
 @_section
 class Checkpoint:
-  every: int = _field(100, "steps between checkpoints; the last step is always saved", low=1)
-  keep: int = _field(2, "checkpoints kept", low=1)
+    every: int = _field(100, "steps between checkpoints; the last step is always saved", low=1)
+    keep: int = _field(2, "checkpoints kept", low=1)
 
 
 @_section
 class Eval:
-  every: int = _field(50, "steps between evaluations; first and last always; 0: none", low=0)
-  prompts: int = _field(128, "held-out prompts", low=1)
-  samples: int = _field(4, "completions a prompt", low=1)
-  temperature: float = _field(1.0, "temperature of evaluation; 0: greedy", low=0)
+    every: int = _field(50, "steps between evaluations; first and last always; 0: none", low=0)
+    prompts: int = _field(128, "held-out prompts", low=1)
+    samples: int = _field(4, "completions a prompt", low=1)
+    temperature: float = _field(1.0, "temperature of evaluation; 0: greedy", low=0)
 
 
 @_section
 class Log:
-  samples_every: int = _field(10, "steps between tables of sample completions; 0: none", low=0)
-  samples: int = _field(8, "completions in such a table", low=1)
-  tensorboard: bool = _field(True, "write TensorBoard events")
-  progress: bool = _field(True, "show a progress bar")
+    samples_every: int = _field(10, "steps between tables of sample completions; 0: none", low=0)
+    samples: int = _field(8, "completions in such a table", low=1)
+    tensorboard: bool = _field(True, "write TensorBoard events")
+    progress: bool = _field(True, "show a progress bar")
 
 
 @_section
 class Config:
-  """A run. `method` holds a name and that method's own keywords."""
-  seed: int = _field(0, "everything random derives from it", low=0, high=2**31 - 1)
-  steps: int = _field(100, "RL steps", low=1)
-  prompts_per_step: int = _field(16, "prompts a step (P)", low=1)
-  group_size: int = _field(8, "completions a prompt (G)", low=1)
-  max_prompt_length: int = _field(64, "tokens of a prompt (S)", low=1)
-  max_completion_length: int = _field(64, "tokens of a completion, end token included (T)", low=1)
-  model: Model = dataclasses.field(default_factory=Model)
-  data: Data = dataclasses.field(default_factory=Data)
-  supervised: Supervised = dataclasses.field(default_factory=Supervised)
-  reward: Reward = dataclasses.field(default_factory=Reward)
-  method: dict = _field({"name": "grpo"}, "the method's name and its own keywords (python -m jaxrl_reason.train --help)")
-  sampling: Sampling = dataclasses.field(default_factory=Sampling)
-  optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
-  update: Update = dataclasses.field(default_factory=Update)
-  mesh: Mesh = dataclasses.field(default_factory=Mesh)
-  checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
-  eval: Eval = dataclasses.field(default_factory=Eval)
-  log: Log = dataclasses.field(default_factory=Log)
+    """A run. `method` holds a name and that method's own keywords."""
+
+    seed: int = _field(0, "everything random derives from it", low=0, high=2**31 - 1)
+    steps: int = _field(100, "RL steps", low=1)
+    prompts_per_step: int = _field(16, "prompts a step (P)", low=1)
+    group_size: int = _field(8, "completions a prompt (G)", low=1)
+    max_prompt_length: int = _field(64, "tokens of a prompt (S)", low=1)
+    max_completion_length: int = _field(64, "tokens of a completion, end token included (T)", low=1)
+    model: Model = dataclasses.field(default_factory=Model)
+    data: Data = dataclasses.field(default_factory=Data)
+    supervised: Supervised = dataclasses.field(default_factory=Supervised)
+    reward: Reward = dataclasses.field(default_factory=Reward)
+    method: dict = _field(
+        {"name": "grpo"}, "the method's name and its own keywords (python -m jaxrl_reason.train --help)"
+    )
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    update: Update = dataclasses.field(default_factory=Update)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+    eval: Eval = dataclasses.field(default_factory=Eval)
+    log: Log = dataclasses.field(default_factory=Log)
 
 
 # -- reading ---------------------------------------------------------------------------------------
 
 
 def load(path: str | pathlib.Path) -> Config:
-  """The Config that `get_config()` of a recipe file returns."""
-  path = pathlib.Path(path)
-  if not path.is_file():
-    near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.glob("*.py")], n=3)
-    hint = " Did you mean " + " or ".join(near) + "?" if near else ""
-    raise ConfigError(f"There is no configuration file {path}.{hint}")
-  spec = importlib.util.spec_from_file_location(f"jaxrl_reason_recipe_{path.stem}", path)
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-    config = module.get_config()
-  except Exception as e:  # a recipe is a program: it can fail in any way
-    raise ConfigError(f"{path} could not be read as a recipe with a get_config() function: {type(e).__name__}: {e}.") from e
-  if not isinstance(config, Config):
-    raise ConfigError(f"{path}: get_config() returned {type(config).__name__}; it must return a jaxrl_reason.config.Config.")
-  return config
+    """The Config that `get_config()` of a recipe file returns."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.glob("*.py")], n=3)
+        hint = " Did you mean " + " or ".join(near) + "?" if near else ""
+        raise ConfigError(f"There is no configuration file {path}.{hint}")
+    spec = importlib.util.spec_from_file_location(f"jaxrl_reason_recipe_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as e:  # a recipe is a program: it can fail in any way
+        raise ConfigError(
+            f"{path} could not be read as a recipe with a get_config() function: {type(e).__name__}: {e}."
+        ) from e
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"{path}: get_config() returned {type(config).__name__}; it must return a jaxrl_reason.config.Config."
+        )
+    return config
 
 
 def override(config: Config, name: str, text: str) -> None:
-  """Sets `section.field` (or a key of `method`) from the text of a command-line value, in place."""
-  *sections, leaf = name.split(".")
-  at, seen = config, "config"
-  for part in sections:
-    at = _child(at, part, seen)
-    seen += "." + part
-    if not (dataclasses.is_dataclass(at) or isinstance(at, dict)):
-      raise ConfigError(f"--{seen} is a single value and has no field {leaf!r}.")
-  if isinstance(at, dict):
-    at[leaf] = _literal(text)
-    return
-  current = _child(at, leaf, seen)
-  if dataclasses.is_dataclass(current):
-    raise ConfigError(f"--{seen}.{leaf} is a section; set one of its fields: {', '.join(_names(current))}.")
-  hint = typing.get_type_hints(type(at))[leaf]
-  setattr(at, leaf, _convert(text, hint, f"{seen}.{leaf}"))
+    """Sets `section.field` (or a key of `method`) from the text of a command-line value, in place."""
+    *sections, leaf = name.split(".")
+    at, seen = config, "config"
+    for part in sections:
+        at = _child(at, part, seen)
+        seen += "." + part
+        if not (dataclasses.is_dataclass(at) or isinstance(at, dict)):
+            raise ConfigError(f"--{seen} is a single value and has no field {leaf!r}.")
+    if isinstance(at, dict):
+        at[leaf] = _literal(text)
+        return
+    current = _child(at, leaf, seen)
+    if dataclasses.is_dataclass(current):
+        raise ConfigError(f"--{seen}.{leaf} is a section; set one of its fields: {', '.join(_names(current))}.")
+    hint = typing.get_type_hints(type(at))[leaf]
+    setattr(at, leaf, _convert(text, hint, f"{seen}.{leaf}"))
 
 
 def _names(section) -> list[str]:
-  return [f.name for f in dataclasses.fields(section)]
+    return [f.name for f in dataclasses.fields(section)]
 
 
 def _child(at, part: str, seen: str):
-  known = list(at) if isinstance(at, dict) else _names(at)
-  if part not in known:
-    raise ConfigError(f"{seen} has no field {part!r}.{methods.nearest(part, known)}")
-  return at[part] if isinstance(at, dict) else getattr(at, part)
+    known = list(at) if isinstance(at, dict) else _names(at)
+    if part not in known:
+        raise ConfigError(f"{seen} has no field {part!r}.{methods.nearest(part, known)}")
+    return at[part] if isinstance(at, dict) else getattr(at, part)
 
 
 def _literal(text: str):
-  try:
-    return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
-  except (ValueError, SyntaxError):
-    return text
+    try:
+        return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _convert(text: str, hint, name: str):
-  if hint is str:
-    return text
-  value = _literal(text)
-  if hint is list and isinstance(value, str):
-    value = [v.strip() for v in value.split(",") if v.strip()]
-  elif hint is list and isinstance(value, (tuple, int, float)):
-    value = list(value) if isinstance(value, tuple) else [value]
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    value = float(value)
-  if hint is int and isinstance(value, float) and value.is_integer():
-    value = int(value)
-  if type(value) is not hint:
-    raise ConfigError(f"--{name}={text}: expected {_a(hint)}.")
-  return value
+    if hint is str:
+        return text
+    value = _literal(text)
+    if hint is list and isinstance(value, str):
+        value = [v.strip() for v in value.split(",") if v.strip()]
+    elif hint is list and isinstance(value, (tuple, int, float)):
+        value = list(value) if isinstance(value, tuple) else [value]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not hint:
+        raise ConfigError(f"--{name}={text}: expected {_a(hint)}.")
+    return value
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-  return dataclasses.asdict(config)
+    return dataclasses.asdict(config)
 
 
 def from_dict(values: dict[str, Any], kind=Config):
-  """The inverse of `to_dict`; unknown fields are refused."""
-  hints = typing.get_type_hints(kind)
-  for key in values:
-    if key not in hints:
-      raise ConfigError(f"The saved configuration has a field {key!r} that this version does not know."
-                        f"{methods.nearest(key, list(hints))}")
-  return kind(**{k: from_dict(v, hints[k]) if dataclasses.is_dataclass(hints[k]) else v for k, v in values.items()})
+    """The inverse of `to_dict`; unknown fields are refused."""
+    hints = typing.get_type_hints(kind)
+    for key in values:
+        if key not in hints:
+            raise ConfigError(
+                f"The saved configuration has a field {key!r} that this version does not know."
+                f"{methods.nearest(key, list(hints))}"
+            )
+    return kind(**{k: from_dict(v, hints[k]) if dataclasses.is_dataclass(hints[k]) else v for k, v in values.items()})
 
 
 def parse_args(argv: list[str]) -> tuple[Config, str]:
-  """(configuration, work directory) from --config=FILE --workdir=DIR --config.field=value ...
+    """(configuration, work directory) from --config=FILE --workdir=DIR --config.field=value ...
 
-  Raises:
-    ConfigError: an unknown flag or field, or a value that does not convert.
-  """
-  values, path, workdir = [], None, None
-  argv = list(argv)
-  while argv:
-    flag, equals, text = argv.pop(0).partition("=")
-    if not equals and argv and not argv[0].startswith("--"):
-      text = argv.pop(0)  # --flag value
-    elif not equals:
-      raise ConfigError(f"{flag} needs a value: {flag}=...")
-    if flag == "--config":
-      path = text
-    elif flag == "--workdir":
-      workdir = text
-    elif flag.startswith("--config."):
-      values.append((flag.removeprefix("--config."), text))
-    else:
-      raise ConfigError(f"There is no flag {flag!r}; there are --config=FILE, --workdir=DIR, --config.section.field=value and --help.")
-  if not path or not workdir:
-    raise ConfigError(f"{'--config=FILE' if not path else '--workdir=DIR'} is missing.")
-  config = load(path)
-  for name, text in values:
-    override(config, name, text)
-  return config, workdir
+    Raises:
+      ConfigError: an unknown flag or field, or a value that does not convert.
+    """
+    values, path, workdir = [], None, None
+    argv = list(argv)
+    while argv:
+        flag, equals, text = argv.pop(0).partition("=")
+        if not equals and argv and not argv[0].startswith("--"):
+            text = argv.pop(0)  # --flag value
+        elif not equals:
+            raise ConfigError(f"{flag} needs a value: {flag}=...")
+        if flag == "--config":
+            path = text
+        elif flag == "--workdir":
+            workdir = text
+        elif flag.startswith("--config."):
+            values.append((flag.removeprefix("--config."), text))
+        else:
+            raise ConfigError(
+                f"There is no flag {flag!r}; there are --config=FILE, --workdir=DIR, --config.section.field=value and --help."
+            )
+    if not path or not workdir:
+        raise ConfigError(f"{'--config=FILE' if not path else '--workdir=DIR'} is missing.")
+    config = load(path)
+    for name, text in values:
+        override(config, name, text)
+    return config, workdir
 
 
 # -- checking --------------------------------------------------------------------------------------
 
 
 def _a(kind: type) -> str:
-  return f"{'an' if kind is int else 'a'} {kind.__name__}"
+    return f"{'an' if kind is int else 'a'} {kind.__name__}"
 
 
 def _check_fields(section, prefix: str = "config") -> None:
-  hints = typing.get_type_hints(type(section))
-  for f in dataclasses.fields(section):
-    value, name, meta = getattr(section, f.name), f"{prefix}.{f.name}", f.metadata
-    if dataclasses.is_dataclass(hints[f.name]):
-      if not isinstance(value, hints[f.name]):
-        raise ConfigError(f"{name} is {value!r}; it must be a {hints[f.name].__name__} section.")
-      _check_fields(value, name)
-      continue
-    hint = hints[f.name]
-    if hint is float and type(value) is int:
-      value = float(value)
-      setattr(section, f.name, value)
-    if type(value) is not hint and not (hint is list and type(value) is tuple):
-      raise ConfigError(f"{name} is {value!r}; it must be {_a(hint)}.")
-    if isinstance(value, float) and not math.isfinite(value):
-      raise ConfigError(f"{name} is {value}; it must be a finite number.")
-    if meta.get("low") is not None and value < meta["low"]:
-      raise ConfigError(f"{name} is {value}; it must be at least {meta['low']}.")
-    if meta.get("above") is not None and value <= meta["above"]:
-      raise ConfigError(f"{name} is {value}; it must be greater than {meta['above']}.")
-    if meta.get("high") is not None and value > meta["high"]:
-      raise ConfigError(f"{name} is {value}; it must be at most {meta['high']}.")
-    if meta.get("choices") and value not in meta["choices"]:
-      raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(meta['choices'])}.")
+    hints = typing.get_type_hints(type(section))
+    for f in dataclasses.fields(section):
+        value, name, meta = getattr(section, f.name), f"{prefix}.{f.name}", f.metadata
+        if dataclasses.is_dataclass(hints[f.name]):
+            if not isinstance(value, hints[f.name]):
+                raise ConfigError(f"{name} is {value!r}; it must be a {hints[f.name].__name__} section.")
+            _check_fields(value, name)
+            continue
+        hint = hints[f.name]
+        if hint is float and type(value) is int:
+            value = float(value)
+            setattr(section, f.name, value)
+        if type(value) is not hint and not (hint is list and type(value) is tuple):
+            raise ConfigError(f"{name} is {value!r}; it must be {_a(hint)}.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name} is {value}; it must be a finite number.")
+        if meta.get("low") is not None and value < meta["low"]:
+            raise ConfigError(f"{name} is {value}; it must be at least {meta['low']}.")
+        if meta.get("above") is not None and value <= meta["above"]:
+            raise ConfigError(f"{name} is {value}; it must be greater than {meta['above']}.")
+        if meta.get("high") is not None and value > meta["high"]:
+            raise ConfigError(f"{name} is {value}; it must be at most {meta['high']}.")
+        if meta.get("choices") and value not in meta["choices"]:
+            raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(meta['choices'])}.")
 
 
 def make_method(config: Config) -> methods.Method:
-  options = dict(config.method)
-  name = options.pop("name", "")
-  if not isinstance(name, str):
-    raise ConfigError(f"config.method.name is {name!r}; it must be a str.")
-  try:
-    for key, default in methods.keywords(name).items():
-      value = options.get(key, default)
-      kinds = {float: (float, int), type(None): (float, int, type(None))}.get(type(default), (type(default),))
-      if type(value) not in kinds or isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"config.method.{key} is {value!r}; it must be a finite {kinds[0].__name__}."
-                          if float in kinds else f"config.method.{key} is {value!r}; it must be {_a(kinds[0])}.")
-    return methods.create(name, **options)
-  except ConfigError:
-    raise
-  except (ValueError, TypeError) as e:
-    raise ConfigError(f"config.method: {e}") from e
+    options = dict(config.method)
+    name = options.pop("name", "")
+    if not isinstance(name, str):
+        raise ConfigError(f"config.method.name is {name!r}; it must be a str.")
+    try:
+        for key, default in methods.keywords(name).items():
+            value = options.get(key, default)
+            kinds = {float: (float, int), type(None): (float, int, type(None))}.get(type(default), (type(default),))
+            if type(value) not in kinds or isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(
+                    f"config.method.{key} is {value!r}; it must be a finite {kinds[0].__name__}."
+                    if float in kinds
+                    else f"config.method.{key} is {value!r}; it must be {_a(kinds[0])}."
+                )
+        return methods.create(name, **options)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError) as e:
+        raise ConfigError(f"config.method: {e}") from e
 
 
 def model_config(config: Config, vocab_size: int) -> models.ModelConfig:
-  try:
-    return models.ModelConfig(vocab_size=vocab_size, **dataclasses.asdict(config.model))
-  except ValueError as e:
-    raise ConfigError(f"config.{e}") from e
+    try:
+        return models.ModelConfig(vocab_size=vocab_size, **dataclasses.asdict(config.model))
+    except ValueError as e:
+        raise ConfigError(f"config.{e}") from e
 
 
 SIGNALS = frozenset({"greedy_rewards", "kl", "truncated", "verdicts"})  # what the training loop can supply
 
 
 def validate(config: Config) -> methods.Method:
-  """Checks everything that can be known before data is read; returns the configured method.
+    """Checks everything that can be known before data is read; returns the configured method.
 
-  Raises:
-    ConfigError: one sentence naming the field, what it is and what it may be.
-  """
-  _check_fields(config)
-  c = config
-  method = make_method(c)
-  missing = sorted(method.signals - SIGNALS)
-  if missing:
-    raise ConfigError(f"config.method.name {method.name!r} needs the signals {missing}, which this loop does not supply; "
-                      f"it supplies {sorted(SIGNALS)}.")
-  inputs = AdvantageInputs(*(jax.ShapeDtypeStruct(s, "float32") for s in _signal_shapes(c)))
-  try:  # the chain checks group size and the like by itself: shapes only, nothing is compiled
-    jax.eval_shape(method.advantage.update, None, jax.eval_shape(method.advantage.init), inputs)
-  except (ValueError, AssertionError) as e:
-    raise ConfigError(f"config.method.name {method.name!r} with config.group_size {c.group_size}: {e}") from e
-  if method.dynamic_sampling and c.group_size < 2:
-    raise ConfigError("config.method.dynamic_sampling keeps groups with both right and wrong answers; config.group_size must be at least 2.")
-  if c.prompts_per_step % c.update.minibatches:
-    raise ConfigError(f"config.update.minibatches is {c.update.minibatches}, which does not divide config.prompts_per_step ({c.prompts_per_step}).")
-  per_update = c.prompts_per_step // c.update.minibatches
-  if per_update % c.update.accumulation:
-    raise ConfigError(f"config.update.accumulation is {c.update.accumulation}, which does not divide the {per_update} prompts of "
-                      "an update (config.prompts_per_step / config.update.minibatches).")
-  if c.optimizer.warmup_steps > c.steps:
-    raise ConfigError(f"config.optimizer.warmup_steps is {c.optimizer.warmup_steps}, more than config.steps ({c.steps}).")
-  if any(not isinstance(name, str) for item in c.data.columns.items() for name in item):
-    raise ConfigError(f"config.data.columns is {c.data.columns}; it must map column names to column names, all of them text.")
-  if any(not isinstance(name, str) for name in c.reward.functions):
-    raise ConfigError(f"config.reward.functions is {c.reward.functions}; each must be the name of a reward.")
-  if not c.reward.functions:
-    raise ConfigError("config.reward.functions is empty; name at least one reward.")
-  if c.reward.weights and len(c.reward.weights) != len(c.reward.functions):
-    raise ConfigError(f"config.reward.weights has {len(c.reward.weights)} entries for {len(c.reward.functions)} config.reward.functions.")
-  if any(not isinstance(w, (int, float)) or isinstance(w, bool) for w in c.reward.weights):
-    raise ConfigError(f"config.reward.weights is {c.reward.weights}; each must be a number.")
-  if c.reward.verdict and c.reward.verdict not in c.reward.functions:
-    raise ConfigError(f"config.reward.verdict is {c.reward.verdict!r}, which is not among config.reward.functions.{methods.nearest(c.reward.verdict, c.reward.functions)}")
-  model_config(c, vocab_size=300)
-  return method
+    Raises:
+      ConfigError: one sentence naming the field, what it is and what it may be.
+    """
+    _check_fields(config)
+    c = config
+    method = make_method(c)
+    missing = sorted(method.signals - SIGNALS)
+    if missing:
+        raise ConfigError(
+            f"config.method.name {method.name!r} needs the signals {missing}, which this loop does not supply; "
+            f"it supplies {sorted(SIGNALS)}."
+        )
+    inputs = AdvantageInputs(*(jax.ShapeDtypeStruct(s, "float32") for s in _signal_shapes(c)))
+    try:  # the chain checks group size and the like by itself: shapes only, nothing is compiled
+        jax.eval_shape(method.advantage.update, None, jax.eval_shape(method.advantage.init), inputs)
+    except (ValueError, AssertionError) as e:
+        raise ConfigError(f"config.method.name {method.name!r} with config.group_size {c.group_size}: {e}") from e
+    if method.dynamic_sampling and c.group_size < 2:
+        raise ConfigError(
+            "config.method.dynamic_sampling keeps groups with both right and wrong answers; config.group_size must be at least 2."
+        )
+    if c.prompts_per_step % c.update.minibatches:
+        raise ConfigError(
+            f"config.update.minibatches is {c.update.minibatches}, which does not divide config.prompts_per_step ({c.prompts_per_step})."
+        )
+    per_update = c.prompts_per_step // c.update.minibatches
+    if per_update % c.update.accumulation:
+        raise ConfigError(
+            f"config.update.accumulation is {c.update.accumulation}, which does not divide the {per_update} prompts of "
+            "an update (config.prompts_per_step / config.update.minibatches)."
+        )
+    if c.optimizer.warmup_steps > c.steps:
+        raise ConfigError(
+            f"config.optimizer.warmup_steps is {c.optimizer.warmup_steps}, more than config.steps ({c.steps})."
+        )
+    if any(not isinstance(name, str) for item in c.data.columns.items() for name in item):
+        raise ConfigError(
+            f"config.data.columns is {c.data.columns}; it must map column names to column names, all of them text."
+        )
+    if any(not isinstance(name, str) for name in c.reward.functions):
+        raise ConfigError(f"config.reward.functions is {c.reward.functions}; each must be the name of a reward.")
+    if not c.reward.functions:
+        raise ConfigError("config.reward.functions is empty; name at least one reward.")
+    if c.reward.weights and len(c.reward.weights) != len(c.reward.functions):
+        raise ConfigError(
+            f"config.reward.weights has {len(c.reward.weights)} entries for {len(c.reward.functions)} config.reward.functions."
+        )
+    if any(not isinstance(w, (int, float)) or isinstance(w, bool) for w in c.reward.weights):
+        raise ConfigError(f"config.reward.weights is {c.reward.weights}; each must be a number.")
+    if c.reward.verdict and c.reward.verdict not in c.reward.functions:
+        raise ConfigError(
+            f"config.reward.verdict is {c.reward.verdict!r}, which is not among config.reward.functions.{methods.nearest(c.reward.verdict, c.reward.functions)}"
+        )
+    model_config(c, vocab_size=300)
+    return method
 
 
 def _signal_shapes(c: Config):
-  P, G, T = c.prompts_per_step, c.group_size, c.max_completion_length
-  shapes = dict(completion_mask=(P, G, T), greedy_rewards=(P,), values=(P,), prompt_confidence=(P,), kl=(P, G, T))
-  return [shapes.get(name, (P, G)) for name in AdvantageInputs._fields]
+    P, G, T = c.prompts_per_step, c.group_size, c.max_completion_length
+    shapes = dict(completion_mask=(P, G, T), greedy_rewards=(P,), values=(P,), prompt_confidence=(P,), kl=(P, G, T))
+    return [shapes.get(name, (P, G)) for name in AdvantageInputs._fields]
 
 
 def help_text() -> str:
-  """Every field with its default, type and meaning, from the same definitions that are checked."""
-  lines = []
+    """Every field with its default, type and meaning, from the same definitions that are checked."""
+    lines = []
 
-  def describe(section, prefix):
-    hints = typing.get_type_hints(type(section))
-    for f in dataclasses.fields(section):
-      value = getattr(section, f.name)
-      if dataclasses.is_dataclass(hints[f.name]):
-        lines.append("")
-        describe(value, f"{prefix}.{f.name}")
-      else:
-        choices = f.metadata.get("choices")
-        text = f.metadata["help"] + (f" ({' | '.join(choices)})" if choices else "")
-        lines.append(f"  --{prefix}.{f.name}={value!r:<12} {text}")
+    def describe(section, prefix):
+        hints = typing.get_type_hints(type(section))
+        for f in dataclasses.fields(section):
+            value = getattr(section, f.name)
+            if dataclasses.is_dataclass(hints[f.name]):
+                lines.append("")
+                describe(value, f"{prefix}.{f.name}")
+            else:
+                choices = f.metadata.get("choices")
+                text = f.metadata["help"] + (f" ({' | '.join(choices)})" if choices else "")
+                lines.append(f"  --{prefix}.{f.name}={value!r:<12} {text}")
 
-  describe(Config(), "config")
-  lines.append("\nMethods (config.method.name) and their keywords (config.method.*):")
-  for name in methods.names():
-    options = ", ".join(f"{k}={v}" for k, v in methods.keywords(name).items())
-    lines.append(f"  {name:<22} {options}")
-  return "\n".join(lines)
+    describe(Config(), "config")
+    lines.append("\nMethods (config.method.name) and their keywords (config.method.*):")
+    for name in methods.names():
+        options = ", ".join(f"{k}={v}" for k, v in methods.keywords(name).items())
+        lines.append(f"  {name:<22} {options}")
+    return "\n".join(lines)

@@ -11,7 +11,9 @@ from jaxrl_reason.rewards.scorer import Scorer
 from jaxrl_reason.rollout import Rollout
 
 
-def evaluate(generate: Callable[[PromptBatch], Rollout], batches: Sequence[PromptBatch], scorer: Scorer) -> dict[str, float]:
+def evaluate(
+    generate: Callable[[PromptBatch], Rollout], batches: Sequence[PromptBatch], scorer: Scorer
+) -> dict[str, float]:
     """Accuracy, unbiased pass@k, length and truncation over held-out prompts.
 
     Args:

@@ -208,7 +208,9 @@ def make_update(
 
     def apply(params, opt_state, batch: Experience, temperature):
         # Before anything is counted: a completion left out is in no numerator and in no denominator.
-        mask, dropped = losses.drop_nonfinite(batch.mask, *(x for x in (batch.old_logprobs, batch.ref_logprobs) if x is not None))
+        mask, dropped = losses.drop_nonfinite(
+            batch.mask, *(x for x in (batch.old_logprobs, batch.ref_logprobs) if x is not None)
+        )
         grads, (metrics, difference) = gradient(params, batch._replace(mask=mask), temperature)
         metrics["nonfinite_completions"] += dropped
         params, opt_state, metrics["grad_norm"] = apply_gradients(optimizer, params, opt_state, grads)
@@ -252,7 +254,7 @@ def apply_gradients(optimizer, params, opt_state, grads):
     """
     to32 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
     grads, wide = to32(grads), to32(params)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     updates, new_opt_state = optimizer.update(grads, opt_state, wide)
     new = jax.tree.map(lambda old, x: x.astype(old.dtype), params, optax.apply_updates(wide, updates))
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(jnp.isfinite(norm), a, b), new, old)

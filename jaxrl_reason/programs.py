@@ -14,7 +14,6 @@ from jaxrl_reason import learner
 from jaxrl_reason import models
 from jaxrl_reason import rollout
 from jaxrl_reason.config import Config, ConfigError
-from jaxrl_reason.data import PromptBatch
 from jaxrl_reason.learner import TrainState
 from jaxrl_reason.methods import Method
 from jaxrl_reason.models import sharding

@@ -14,9 +14,15 @@ class Progress:
         self._console, self._name, self._total, self._done = console, name, total, done
         self._enabled = enabled
         self._bar = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(),
-            rich.progress.TextColumn("{task.fields[text]}"), rich.progress.TimeElapsedColumn(),
-            rich.progress.TimeRemainingColumn(), console=console, disable=not (enabled and console.is_terminal))
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn("{task.fields[text]}"),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TimeRemainingColumn(),
+            console=console,
+            disable=not (enabled and console.is_terminal),
+        )
         self._task = self._bar.add_task(name, total=total, completed=done, text="")
 
     def advance(self, text: str) -> None:

@@ -60,7 +60,8 @@ def setup(config: Config, workdir: str | pathlib.Path) -> Run:
     c, method = config, config_lib.validate(config)
     mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     source = lambda name, split: data.load_source(
-        name, split, data_dir=c.data.data_dir or None, columns=c.data.columns, on_bad_row=c.data.on_bad_row)
+        name, split, data_dir=c.data.data_dir or None, columns=c.data.columns, on_bad_row=c.data.on_bad_row
+    )
     train_rows = source(c.data.train, c.data.train_split)
     eval_rows = source(c.data.eval or c.data.train, c.data.eval_split)
     template = data.get_template(c.data.template)
@@ -69,34 +70,69 @@ def setup(config: Config, workdir: str | pathlib.Path) -> Run:
         if c.data.tokenizer:
             return data.load_tokenizer(c.data.tokenizer)
         rows = train_rows.read(range(min(len(train_rows), 2000)))
-        texts = [template.render_prompt(row) + (template.render_solution(row) if "solution" in row else "") for row in rows]
+        texts = [
+            template.render_prompt(row) + (template.render_solution(row) if "solution" in row else "") for row in rows
+        ]
         return data.train_tokenizer(texts, c.data.vocab_size)
 
     work = Workdir(workdir, c, f"{train_rows.fingerprint}/{eval_rows.fingerprint}")
     tokenizer = work.tokenizer(make_tokenizer)
     texts = dict(max_prompt_length=c.max_prompt_length, on_long=c.data.on_long_prompt, add_bos=c.data.add_bos)
-    scorer = Scorer(c.reward.functions, c.reward.weights, c.reward.verdict, c.reward.max_failure_share,
-                    tokenizer=tokenizer, template=template, sharding=sharding.batch_sharding(mesh))
+    scorer = Scorer(
+        c.reward.functions,
+        c.reward.weights,
+        c.reward.verdict,
+        c.reward.max_failure_share,
+        tokenizer=tokenizer,
+        template=template,
+        sharding=sharding.batch_sharding(mesh),
+    )
     model = config_lib.model_config(c, tokenizer.vocab_size)
     solutions = None
     if c.supervised.steps:
-        solutions = data.SolutionStream(train_rows, tokenizer, template, batch_size=c.supervised.batch_size, seed=c.seed,
-                                        max_completion_length=c.max_completion_length, **texts)
+        solutions = data.SolutionStream(
+            train_rows,
+            tokenizer,
+            template,
+            batch_size=c.supervised.batch_size,
+            seed=c.seed,
+            max_completion_length=c.max_completion_length,
+            **texts,
+        )
     return Run(
-        config=c, method=method, model=model, work=work, tokenizer=tokenizer, scorer=scorer, solutions=solutions,
+        config=c,
+        method=method,
+        model=model,
+        work=work,
+        tokenizer=tokenizer,
+        scorer=scorer,
+        solutions=solutions,
         prompts=data.PromptStream(train_rows, tokenizer, template, batch_size=c.prompts_per_step, seed=c.seed, **texts),
-        held_out=data.eval_prompts(eval_rows, tokenizer, template, c.eval.prompts, batch_size=c.prompts_per_step, **texts),
-        programs=programs_lib.build(c, method, model, mesh, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id,
-                                    weights=scorer.weights, verdict=scorer.verdict),
+        held_out=data.eval_prompts(
+            eval_rows, tokenizer, template, c.eval.prompts, batch_size=c.prompts_per_step, **texts
+        ),
+        programs=programs_lib.build(
+            c,
+            method,
+            model,
+            mesh,
+            eos_ids=tokenizer.eos_ids,
+            pad_id=tokenizer.pad_id,
+            weights=scorer.weights,
+            verdict=scorer.verdict,
+        ),
     )
 
 
-def supervised(run: Run, state: TrainState, saver: checkpoints.Checkpoints, console: rich.console.Console) -> TrainState:
+def supervised(
+    run: Run, state: TrainState, saver: checkpoints.Checkpoints, console: rich.console.Console
+) -> TrainState:
     """The supervised phase: cross-entropy on worked solutions, with checkpoints and metrics of its own."""
     c, begin = run.config, int(state.step)
     with contextlib.ExitStack() as stack:
-        metrics_file = stack.enter_context(writers.MetricsWriter(
-            run.work.path / "supervised", c.log.tensorboard, resume_step=begin or -1))
+        metrics_file = stack.enter_context(
+            writers.MetricsWriter(run.work.path / "supervised", c.log.tensorboard, resume_step=begin or -1)
+        )
         bar = stack.enter_context(Progress(console, "supervised", c.supervised.steps, begin, enabled=c.log.progress))
         for step in range(begin, c.supervised.steps):
             state, metrics = run.programs.supervised_update(state, run.solutions.batch(step))
@@ -114,6 +150,7 @@ def collect(run: Run, state: TrainState, clock: Clock) -> tuple[experience.Group
     Returns:
       The groups, metrics of the host, and the number of prompt batches drawn since the run began.
     """
+
     def draw(i):
         batch = run.prompts.batch(i)
         with clock("rollout"):
@@ -126,7 +163,11 @@ def collect(run: Run, state: TrainState, clock: Clock) -> tuple[experience.Group
     groups, metrics = draw(first)
     if not run.method.dynamic_sampling:
         return groups, metrics, first + 1
-    buffer, filled, shares = _empty_like(run.programs.sharding)(groups), jax.device_put(np.int32(0), state.batches.sharding), []
+    buffer, filled, shares = (
+        _empty_like(run.programs.sharding)(groups),
+        jax.device_put(np.int32(0), state.batches.sharding),
+        [],
+    )
     while True:
         buffer, filled, share = run.programs.fill(buffer, filled, groups)
         count, share = jax.device_get((filled, share))
@@ -134,8 +175,11 @@ def collect(run: Run, state: TrainState, clock: Clock) -> tuple[experience.Group
         if count == run.config.prompts_per_step or len(shares) == run.config.sampling.max_batches:
             break
         groups, metrics = draw(first + len(shares))
-    metrics |= {"dynamic_sampling/batches": len(shares), "dynamic_sampling/groups": int(count),
-                "dynamic_sampling/kept_ratio": sum(shares) / len(shares)}
+    metrics |= {
+        "dynamic_sampling/batches": len(shares),
+        "dynamic_sampling/groups": int(count),
+        "dynamic_sampling/kept_ratio": sum(shares) / len(shares),
+    }
     return buffer, metrics, first + len(shares)
 
 
@@ -174,7 +218,9 @@ def train_step(run: Run, state: TrainState, reference, clock: Clock):
             kl = experience.log_ratio(rollout, ref_logprobs)
         batch, advantage_state, prepared = programs.prepare(groups, state.advantage_state, kl)
         batch = batch._replace(old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
-        state = state._replace(advantage_state=advantage_state, batches=jax.device_put(np.int32(batches), state.batches.sharding))
+        state = state._replace(
+            advantage_state=advantage_state, batches=jax.device_put(np.int32(batches), state.batches.sharding)
+        )
         state, updated = jax.block_until_ready(programs.update(state, batch))
     metrics |= {k: float(v) for k, v in jax.device_get(prepared | updated).items()}
     return state, groups, batch, metrics
@@ -193,7 +239,10 @@ def train(run: Run) -> dict[str, dict[str, float]]:
     number, state = saver.restore(state) or (None, state)
     if number is not None:
         if number >= c.supervised.steps + c.steps:
-            console.print(f"This run is finished: all {c.steps} steps are done. Raise config.steps, or choose another --workdir.", soft_wrap=True)
+            console.print(
+                f"This run is finished: all {c.steps} steps are done. Raise config.steps, or choose another --workdir.",
+                soft_wrap=True,
+            )
             return {}
         console.print(f"Going on from {saver.directory / str(number)}.", soft_wrap=True)
     if number is None or number < c.supervised.steps:
@@ -204,7 +253,9 @@ def train(run: Run) -> dict[str, dict[str, float]]:
 
     begin = int(state.step)
     reference = reference_policy(run, state, saver) if needs_reference(run) else None
-    evaluation = lambda state: evaluate(functools.partial(programs.generate_eval, state.params), run.held_out, run.scorer)
+    evaluation = lambda state: evaluate(
+        functools.partial(programs.generate_eval, state.params), run.held_out, run.scorer
+    )
     with contextlib.ExitStack() as stack:
         resume = dict(resume_step=begin or -1)
         metrics_file = stack.enter_context(writers.MetricsWriter(work.path, c.log.tensorboard, **resume))
@@ -245,24 +296,39 @@ def reference_policy(run: Run, state: TrainState, saver: checkpoints.Checkpoints
 def write_samples(run: Run, table: writers.SampleTable, step: int, groups: experience.Groups, batch) -> None:
     """A few completions with their rewards and advantages, for people to read."""
     count = -(-run.config.log.samples // run.config.group_size)  # whole groups
-    rollout, groups, advantages, mask = jax.device_get(jax.tree.map(
-        lambda x: x[:count], (batch.rollout, groups, batch.advantages, batch.mask)))
+    rollout, groups, advantages, mask = jax.device_get(
+        jax.tree.map(lambda x: x[:count], (batch.rollout, groups, batch.advantages, batch.mask))
+    )
     if advantages.ndim == 3:  # per token: their mean over the completion
         advantages = (advantages * mask).sum(-1) / np.maximum(mask.sum(-1), 1)
     G = rollout.tokens.shape[1]
     rewards = {name: r[:, :G] for name, r in groups.rewards.items()}
-    texts = [run.tokenizer.decode_batch([t[m].tolist() for t, m in zip(*group)]) for group in zip(rollout.tokens, rollout.mask)]
+    texts = [
+        run.tokenizer.decode_batch([t[m].tolist() for t, m in zip(*group)])
+        for group in zip(rollout.tokens, rollout.mask)
+    ]
     prompts = run.tokenizer.decode_batch([t[m].tolist() for t, m in zip(rollout.prompt_tokens, rollout.prompt_mask)])
     total = np.asarray(experience.total_reward(rewards, run.scorer.weights))
-    table.write(step, prompts, texts, rewards=rewards, total=total, advantages=advantages,
-                lengths=rollout.mask.sum(-1), truncated=rollout.truncated)
+    table.write(
+        step,
+        prompts,
+        texts,
+        rewards=rewards,
+        total=total,
+        advantages=advantages,
+        lengths=rollout.mask.sum(-1),
+        truncated=rollout.truncated,
+    )
 
 
 def report(run: Run, console: rich.console.Console) -> dict[str, dict[str, float]]:
     """Prints the table of before and after, draws the learning curve; returns both evaluations."""
     metrics_path, picture = run.work.path / "metrics.jsonl", run.work.path / "learning_curve.png"
-    evaluations = [{k: v for k, v in line.items() if k.startswith("eval/") and k != "eval/prompts"}
-                   for line in writers.read_metrics(metrics_path) if "eval/accuracy" in line]
+    evaluations = [
+        {k: v for k, v in line.items() if k.startswith("eval/") and k != "eval/prompts"}
+        for line in writers.read_metrics(metrics_path)
+        if "eval/accuracy" in line
+    ]
     writers.plot_learning_curve(metrics_path, picture, title=run.work.path.name)
     if evaluations:
         console.print(writers.summary_table(evaluations[0], evaluations[-1]))
@@ -274,7 +340,9 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or "--help" in argv or "-h" in argv:
-        print(f"{__doc__}\nAny field of the configuration can be set as --config.section.field=value. Defaults:\n\n{config_lib.help_text()}")
+        print(
+            f"{__doc__}\nAny field of the configuration can be set as --config.section.field=value. Defaults:\n\n{config_lib.help_text()}"
+        )
         return 0
     try:
         run = setup(*config_lib.parse_args(argv))

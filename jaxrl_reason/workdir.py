@@ -36,10 +36,14 @@ class Workdir:
                 old = json.loads(file.read_text())
             except ValueError as e:
                 raise ConfigError(f"{file} is not valid JSON ({e}); restore it, or choose another --workdir.") from e
-            changes = [c for c in _differences(old, new) if not c[0].startswith(tuple(f"config.{m}" for m in MAY_CHANGE))]
+            changes = [
+                c for c in _differences(old, new) if not c[0].startswith(tuple(f"config.{m}" for m in MAY_CHANGE))
+            ]
             if changes:
                 listed = "; ".join(f"{name} was {a!r} and is {b!r}" for name, a, b in changes)
-                raise ConfigError(f"{self.path} holds another run: {listed}. Restore these, or choose another --workdir.")
+                raise ConfigError(
+                    f"{self.path} holds another run: {listed}. Restore these, or choose another --workdir."
+                )
         self.path.mkdir(parents=True, exist_ok=True)
         replacement = file.with_suffix(".tmp")
         replacement.write_text(json.dumps(new, indent=2) + "\n")
