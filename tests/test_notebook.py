@@ -17,7 +17,7 @@ def test_the_notebook_is_short_and_stored_without_output():
 
 @pytest.mark.slow
 def test_the_notebook_runs_headless(tmp_path, monkeypatch):
-    monkeypatch.setenv("STEPS", "2")
+    monkeypatch.setenv("STEPS", "5")
     monkeypatch.setenv("SUPERVISED_STEPS", "4")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
