@@ -282,7 +282,6 @@ def test_a_section_must_be_a_section():
         (dict(update__minibatches=3), ["config.update.minibatches is 3", "config.prompts_per_step (16)"]),
         (dict(update__accumulation=3), ["config.update.accumulation is 3", "16"]),
         (dict(update__minibatches=8, update__accumulation=4), ["config.update.accumulation is 4", "2 prompts"]),
-        (dict(optimizer__warmup_steps=101), ["config.optimizer.warmup_steps is 101", "config.steps (100)"]),
         (dict(reward__functions=[]), ["config.reward.functions is empty"]),
         (dict(reward__functions=[3]), ["config.reward.functions", "3"]),
         (dict(reward__weights=[1.0, 2.0]), ["config.reward.weights has 2", "1"]),
