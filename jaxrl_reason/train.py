@@ -252,7 +252,7 @@ def train(run: Run) -> dict[str, dict[str, float]]:
         saver.save(c.supervised.steps, state)
 
     begin = int(state.step)
-    reference = reference_policy(run, state, saver) if needs_reference(run) else None
+    reference = reference_policy(run, state) if needs_reference(run) else None
     evaluation = lambda state: evaluate(
         functools.partial(programs.generate_eval, state.params), run.held_out, run.scorer
     )
@@ -285,7 +285,7 @@ def needs_reference(run: Run) -> bool:
     return run.config.update.kl_coefficient > 0 or "kl" in run.method.signals
 
 
-def reference_policy(run: Run, state: TrainState, saver: checkpoints.Checkpoints):
+def reference_policy(run: Run, state: TrainState):
     """The weights that RL began with, kept beside the checkpoints so that a resumed run finds them."""
     directory = run.work.path / "reference"
     if int(state.step) == 0:
