@@ -404,6 +404,12 @@ def validate(config: Config) -> methods.Method:
             f"config.update.accumulation is {c.update.accumulation}, which does not divide the {per_update} prompts of "
             "an update (config.prompts_per_step / config.update.minibatches)."
         )
+    if any(not isinstance(name, str) for item in c.data.columns.items() for name in item):
+        raise ConfigError(
+            f"config.data.columns is {c.data.columns}; it must map column names to column names, all of them text."
+        )
+    if any(not isinstance(name, str) for name in c.reward.functions):
+        raise ConfigError(f"config.reward.functions is {c.reward.functions}; each must be the name of a reward.")
     if not c.reward.functions:
         raise ConfigError("config.reward.functions is empty; name at least one reward.")
     if c.reward.weights and len(c.reward.weights) != len(c.reward.functions):
