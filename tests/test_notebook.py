@@ -24,5 +24,6 @@ def test_the_notebook_runs_headless(tmp_path, monkeypatch):
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert any("image/png" in output.get("data", ()) for output in outputs)
-    text = "".join(output.get("text", "") for output in outputs)
+    # rich shows its tables as display data in a notebook.
+    text = "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
     assert "accuracy" in text and "advantage" in text
