@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 RATIOS = ("token", "sequence", "cispo", "none")
-AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
+AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")
 KL_KINDS = ("k1", "k2", "k3")
 
 
@@ -63,7 +63,7 @@ def aggregate(
       values: f32[P, G, T].
       mask: [P, G, T].
       kind: "token_mean": sum / tokens. "sequence_mean": mean over completions of their token means.
-        "constant": sum / constant.
+        "sequence_sum": mean over completions of their sums. "constant": sum / constant.
       constant: the denominator of "constant". None: completions * T, which is Dr.GRPO's (T is the
         maximal completion length; a completion that is masked out entirely does not count).
       total: the counts of the whole batch, where `values` is a part of it.
@@ -84,6 +84,8 @@ def aggregate(
     if kind == "sequence_mean":
         means = masked_sum(values, mask, axis=-1) / jnp.maximum(mask.sum(axis=-1), 1)
         return means.sum() / total.sequences
+    if kind == "sequence_sum":
+        return masked_sum(values, mask) / total.sequences
     if kind == "constant":
         if constant is not None and constant <= 0:
             raise ValueError(f"constant is {constant}; a denominator must be positive.")
@@ -216,3 +218,47 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax
     shifted = jnp.where(weights > 0, logits - top[..., None], 0.0)  # 0 * -inf on illegal tokens
     entropy = log_total - (weights * shifted).sum(axis=-1) * jnp.exp(-log_total)
     return chosen - top - log_total, entropy
+
+
+class ClassTotals(NamedTuple):
+    """How many completions a class-balanced loss is over; f32 scalars.
+
+    Attributes:
+      right, wrong: valid completions of each verdict.
+    """
+
+    right: jax.Array
+    wrong: jax.Array
+
+
+def class_totals(verdicts: jax.Array, valid: jax.Array) -> ClassTotals:
+    """Counts of verdicts bool[P, G] where valid [P, G]."""
+    verdicts, valid = verdicts.astype(bool), valid.astype(bool)
+    return ClassTotals((valid & verdicts).sum().astype(jnp.float32), (valid & ~verdicts).sum().astype(jnp.float32))
+
+
+def self_reward_loss(
+    self_rewards: jax.Array, verdicts: jax.Array, valid: jax.Array, *, total: ClassTotals | None = None
+) -> jax.Array:
+    """LaSeR's class-balanced squared error of self-rewards against verdicts, arXiv 2510.14943.
+
+    sum_i w_i (r_i - v_i)^2 / N over valid completions, w = N / (2 N_right) or N / (2 N_wrong): each class weighs one half,
+    an empty one 0.
+
+    Args:
+      self_rewards: f32[P, G]; the gradient flows through them. Invalid ones may hold NaN.
+      verdicts: bool[P, G].
+      valid: [P, G], 1 on completions that count: those that ended.
+      total: the counts of the whole batch, where these are a part of it.
+
+    Returns:
+      f32 scalar; 0 where nothing is valid.
+    """
+    chex.assert_rank([self_rewards, verdicts, valid], 2)
+    chex.assert_equal_shape([self_rewards, verdicts, valid])
+    verdicts, valid = verdicts.astype(bool), valid.astype(bool)
+    total = class_totals(verdicts, valid) if total is None else total
+    error = jnp.square(jnp.where(valid, self_rewards.astype(jnp.float32), 0.0) - verdicts)
+    right, wrong = masked_sum(error, valid & verdicts), masked_sum(error, valid & ~verdicts)
+    # N cancels: N / (2 N_class) / N.
+    return (right / jnp.maximum(total.right, 1) + wrong / jnp.maximum(total.wrong, 1)) / 2
