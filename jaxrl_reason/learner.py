@@ -52,7 +52,10 @@ class Experience(NamedTuple):
       old_logprobs: f32[P, G, T] under the policy before the first update, or None: on-policy (one
         update a rollout), where they are the current ones and the ratio is exactly 1.
       ref_logprobs: f32[P, G, T] under the reference policy, or None.
-      legal: bool[P, T, V], tokens allowed at each position, or None for all.
+      verdicts: bool[P, G], what LaSeR's self-rewards are to say, or None.
+      judged: bool[P, G], completions that its loss is over: those that ended and count.
+      probe_reference: f32[P, G], its c_ref.
+      expert_tokens: int32[P, G, T], targets of GenRe2's dense expert term, or None.
     """
 
     rollout: Rollout
@@ -60,7 +63,26 @@ class Experience(NamedTuple):
     advantages: jax.Array
     old_logprobs: jax.Array | None = None
     ref_logprobs: jax.Array | None = None
-    legal: jax.Array | None = None
+    verdicts: jax.Array | None = None
+    judged: jax.Array | None = None
+    probe_reference: jax.Array | None = None
+    expert_tokens: jax.Array | None = None
+
+
+class Scored(NamedTuple):
+    """Of P x G completions; values behind a completion's end mean nothing.
+
+    Attributes:
+      logprobs: f32[P, G, T] log-probability of every token under the law that samples.
+      entropy: f32[P, G, T], of that law, in nats.
+      target_logprobs: f32[P, G, T], of other tokens in the same places, or None.
+      probe_logprobs: f32[P, G], of the probe token right behind the end token, or None; truncated ones mean nothing.
+    """
+
+    logprobs: jax.Array
+    entropy: jax.Array
+    target_logprobs: jax.Array | None = None
+    probe_logprobs: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +96,7 @@ class UpdateOptions:
       epochs: passes over a rollout.  minibatches: optimizer updates a pass.
       accumulation: microbatches an update; changes memory, not numbers.
       logprob_chunk: completion positions whose logits are held at once; 0 picks.
+      probe_token: the token whose log-probability behind the end is LaSeR's self-reward, where the loss has one.
     """
 
     loss: PolicyLoss
@@ -84,52 +107,74 @@ class UpdateOptions:
     minibatches: int = 1
     accumulation: int = 1
     logprob_chunk: int = 0
+    probe_token: int | None = None
 
 
-def completion_logprobs(config: models.ModelConfig, params, rollout: Rollout, temperature, legal=None, chunk: int = 0):
+def completion_logprobs(
+    config: models.ModelConfig,
+    params,
+    rollout: Rollout,
+    temperature,
+    legal=None,
+    chunk: int = 0,
+    *,
+    targets=None,
+    probe_token: int | None = None,
+) -> Scored:
     """Log-probability of every completion token under the law that samples, and that law's entropy.
 
     Args:
       config, params: the policy.
       rollout: prompts and completions.
       temperature: f32 scalar.
-      legal: bool[P, T, V] or bool[T, V], or None.
+      legal: bool[T, V] or [P, T, V], or None.
       chunk: positions of T whose logits are held at once; 0 picks.
-
-    Returns:
-      (logprobs, entropy), each f32[P, G, T]; values behind a completion's end mean nothing.
+      targets: int[P, G, T], further tokens to score in the same places, from the same logits.
+      probe_token: a token to score behind each end token: one more position of the same forward.
     """
     P, G, T = rollout.tokens.shape
     chex.assert_rank(temperature, 0)
     if legal is not None:
-        legal = jnp.broadcast_to(legal, (P, T, config.vocab_size))
+        legal = jnp.broadcast_to(legal, (legal.shape[0] if legal.ndim == 3 else 1, T, config.vocab_size))
     model = models.bind(config, params)
-    hidden, prompt = model.prefill(rollout.prompt_tokens, rollout.prompt_mask)
+    hidden, prompt = model.prefill(rollout.prompt_tokens, rollout.prompt_mask, rollout.features)
     last = rollout.prompt_mask.shape[1] - 1 - jnp.argmax(rollout.prompt_mask[:, ::-1], axis=1)
-    first = jnp.take_along_axis(hidden, last[:, None, None], axis=1)  # predicts every first token
-    first = jnp.broadcast_to(first[:, None], (P, G, 1, config.width))
-    if T > 1:
-        first = jnp.concatenate([first, model.extend(rollout.tokens[:, :, :-1], prompt)], axis=2)
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)  # predicts every first token
+    hidden = jnp.broadcast_to(hidden[:, None], (P, G, 1, config.width))
+    inputs = rollout.tokens if probe_token is not None else rollout.tokens[:, :, :-1]
+    if inputs.shape[2]:
+        hidden = jnp.concatenate([hidden, model.extend(inputs, prompt)], axis=2)
     head = model.head_matrix()
+    probe = None
+    if probe_token is not None:
+        end = rollout.mask.sum(axis=-1)[..., None, None]
+        behind = jnp.take_along_axis(hidden, end, axis=2)[:, :, 0]
+        logits = scale_logits(models.project(behind, head, config), temperature, None)
+        probe = losses.token_logprobs(logits, jnp.full((P, G), probe_token))[0]
+        hidden = hidden[:, :, :T]
 
-    def of_chunk(head, hidden, tokens, legal):
+    def of_chunk(head, hidden, tokens, targets, legal):
         logits = models.project(hidden, head, config)
-        legal = None if legal is None else legal[:, None]
-        return losses.token_logprobs(scale_logits(logits, temperature, legal), tokens)
+        logits = scale_logits(logits, temperature, None if legal is None else legal[:, None])
+        scored = losses.token_logprobs(logits, tokens)
+        return *scored, None if targets is None else losses.token_logprobs(logits, targets)[0]
 
     chunk = min(chunk or max(1, _CHUNK_ENTRIES // (P * G * config.vocab_size)), T)
     if chunk == T:
-        return of_chunk(head, first, rollout.tokens, legal)
+        return Scored(*of_chunk(head, hidden, rollout.tokens, targets, legal), probe)
     count = -(-T // chunk)
 
     def cut(x, axis):  # [.., T, ..] -> [count, .., chunk, ..]
+        if x is None:
+            return None
         x = jnp.pad(x, [(0, count * chunk - T if i == axis else 0) for i in range(x.ndim)], mode="edge")
         return jnp.moveaxis(x.reshape(*x.shape[:axis], count, chunk, *x.shape[axis + 1 :]), axis, 0)
 
-    xs = cut(first, 2), cut(rollout.tokens, 2), None if legal is None else cut(legal, 1)
+    xs = cut(hidden, 2), cut(rollout.tokens, 2), cut(targets, 2), cut(legal, 1)
     of_chunk = jax.checkpoint(of_chunk, prevent_cse=False)  # logits are computed again, not kept
     _, ys = jax.lax.scan(lambda _, x: ((), of_chunk(head, *x)), (), xs)
-    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 2).reshape(P, G, count * chunk)[:, :, :T], ys)
+    join = lambda y: jnp.moveaxis(y, 0, 2).reshape(P, G, count * chunk)[:, :, :T]
+    return Scored(*jax.tree.map(join, ys), probe)
 
 
 def split(tree, parts: int):
@@ -139,49 +184,86 @@ def split(tree, parts: int):
 
 
 def score(
-    config: models.ModelConfig, params, rollout: Rollout, temperature, legal=None, *, parts: int = 1, chunk: int = 0
-) -> jax.Array:
-    """Log-probabilities f32[P, G, T] of a rollout under `params`, `parts` microbatches one after another."""
+    config: models.ModelConfig,
+    params,
+    rollout: Rollout,
+    temperature,
+    legal=None,
+    *,
+    parts: int = 1,
+    chunk: int = 0,
+    probe_token: int | None = None,
+) -> Scored:
+    """A rollout scored under `params`, `parts` microbatches one after another. Without entropy: it is 0."""
 
     def one(part):
-        return completion_logprobs(config, params, part[0], temperature, part[1], chunk)[0]
+        scored = completion_logprobs(config, params, part, temperature, legal, chunk, probe_token=probe_token)
+        return scored._replace(entropy=jnp.zeros_like(scored.entropy))
 
-    ys = jax.lax.map(one, split((rollout, legal), parts))
-    return ys.swapaxes(0, 1).reshape(rollout.tokens.shape)
+    ys = jax.lax.map(one, split(rollout, parts))
+    return jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(-1, *y.shape[2:]), ys)
 
 
 def loss_and_metrics(
-    config: models.ModelConfig, options: UpdateOptions, params, batch: Experience, total: losses.Totals, temperature
+    config: models.ModelConfig,
+    options: UpdateOptions,
+    params,
+    batch: Experience,
+    total: losses.Totals,
+    temperature,
+    legal=None,
+    classes: losses.ClassTotals | None = None,
 ):
-    """The loss of a part of a batch whose counts are `total`; losses and metrics of parts add up."""
-    logprobs, entropy = completion_logprobs(
-        config, params, batch.rollout, temperature, batch.legal, options.logprob_chunk
+    """The loss of a part of a batch whose counts are `total` and `classes`; losses and metrics of parts add up."""
+    scored = completion_logprobs(
+        config,
+        params,
+        batch.rollout,
+        temperature,
+        legal,
+        options.logprob_chunk,
+        targets=batch.expert_tokens,
+        probe_token=options.probe_token if options.loss.self_reward else None,
     )
+    logprobs = scored.logprobs
     old = jax.lax.stop_gradient(logprobs) if batch.old_logprobs is None else batch.old_logprobs
     loss, metrics = losses.policy_loss(
-        logprobs, old, batch.advantages, batch.mask, total=total, **dataclasses.asdict(options.loss)
+        logprobs, old, batch.advantages, batch.mask, total=total, **options.loss.policy_keywords()
     )
     references = () if batch.ref_logprobs is None else (batch.ref_logprobs,)
     mask, _ = losses.drop_nonfinite(batch.mask, logprobs, old, *references)
     mean = lambda x: losses.masked_sum(x, mask) / total.tokens
     same_law = lambda x: losses.aggregate(x, mask, options.loss.aggregation, options.loss.constant, total)
-    metrics["entropy"] = mean(entropy)
+    metrics["entropy"] = mean(scored.entropy)
     if options.entropy_coefficient:
-        loss -= options.entropy_coefficient * same_law(entropy)
+        loss -= options.entropy_coefficient * same_law(scored.entropy)
     if batch.ref_logprobs is not None:
         kl = losses.kl_penalty(logprobs, batch.ref_logprobs, options.kl_kind)
         metrics["kl"] = mean(kl)
         if options.kl_coefficient:
             loss += options.kl_coefficient * same_law(kl)
+    if options.loss.self_reward:
+        settings = options.loss.self_reward
+        judged = batch.judged & jnp.isfinite(scored.probe_logprobs)
+        self_rewards = settings.beta * (jnp.where(judged, scored.probe_logprobs, 0.0) - batch.probe_reference)
+        metrics["self_reward/loss"] = losses.self_reward_loss(self_rewards, batch.verdicts, judged, total=classes)
+        loss += settings.coefficient * metrics["self_reward/loss"]
+    if batch.expert_tokens is not None:
+        metrics["expert/loss"] = -mean(scored.target_logprobs)
+        loss += options.loss.expert_coefficient * metrics["expert/loss"]
     difference = jnp.where(mask, jnp.abs(logprobs - batch.rollout.logprobs), 0.0)
     metrics["loss"] = loss
     return loss, (metrics, jax.lax.stop_gradient(difference.max()))
 
 
 def make_update(
-    config: models.ModelConfig, options: UpdateOptions, optimizer: optax.GradientTransformation
+    config: models.ModelConfig, options: UpdateOptions, optimizer: optax.GradientTransformation, legal=None
 ) -> Callable:
     """The update step, a pure function to be jitted with its first argument donated.
+
+    Args:
+      config, options, optimizer: what to run.
+      legal: bool[T, V], the legal-token mask that sampled, or None.
 
     Returns:
       update(state, experience, temperature, key) -> (state, metrics), where metrics are f32 scalars,
@@ -191,18 +273,21 @@ def make_update(
     grad = jax.grad(lambda *args: loss_and_metrics(config, options, *args), has_aux=True)
 
     def gradient(params, batch: Experience, temperature):
-        total = losses.totals(batch.mask)
+        total, classes = losses.totals(batch.mask), None
+        if options.loss.self_reward:
+            classes = losses.class_totals(batch.verdicts, batch.judged)
+        whole = total, temperature, legal, classes
         if options.accumulation == 1:
-            return grad(params, batch, total, temperature)
+            return grad(params, batch, *whole)
 
         def add(sums, part):
-            new, (metrics, difference) = grad(params, part, total, temperature)
+            new, (metrics, difference) = grad(params, part, *whole)
             grads, (old_metrics, old_difference) = sums
             plus = lambda tree, other: jax.tree.map(jnp.add, tree, other)
             return (plus(grads, new), (plus(old_metrics, metrics), jnp.maximum(old_difference, difference))), ()
 
         parts = split(batch, options.accumulation)
-        shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], parts), total, temperature)
+        shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], parts), *whole)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
         return jax.lax.scan(add, zeros, parts)[0]
 
@@ -219,6 +304,8 @@ def make_update(
 
     def update(state: TrainState, batch: Experience, temperature, key):
         params, opt_state = state.params, state.opt_state
+        if options.loss.self_reward:
+            batch = batch._replace(judged=batch.judged & (state.step >= options.loss.self_reward.warmup_steps))
         if batch.mask.shape[0] % (options.minibatches * options.accumulation):
             raise ValueError(
                 f"{batch.mask.shape[0]} prompts cannot be shared evenly among {options.minibatches} minibatches of "
@@ -266,21 +353,20 @@ def init_opt_state(optimizer, params):
     return optimizer.init(jax.tree.map(lambda x: x.astype(jnp.float32), params))
 
 
-def make_supervised_update(config: models.ModelConfig, optimizer: optax.GradientTransformation) -> Callable:
-    """Cross-entropy on given completions: update(state, prompt_tokens, prompt_mask, tokens, mask).
+def make_supervised_update(config: models.ModelConfig, optimizer: optax.GradientTransformation, legal=None) -> Callable:
+    """Cross-entropy on given completions: update(state, prompt_tokens, prompt_mask, tokens, mask, features=None).
 
-    tokens, mask: [B, T], the end token included; the loss is the mean over tokens.
+    tokens, mask: [B, T], the end token included; the loss is the mean over tokens. legal: see `make_update`.
     """
 
     def loss_fn(params, rollout):
-        logprobs, _ = completion_logprobs(config, params, rollout, 1.0)
+        logprobs = completion_logprobs(config, params, rollout, 1.0, legal).logprobs
         return -losses.aggregate(logprobs, rollout.mask, "token_mean")
 
-    def update(state: TrainState, prompt_tokens, prompt_mask, tokens, mask):
+    def update(state: TrainState, prompt_tokens, prompt_mask, tokens, mask, features=None):
         mask = mask[:, None].astype(bool)
-        rollout = Rollout(
-            prompt_tokens, prompt_mask, tokens[:, None], mask, jnp.zeros(mask.shape), jnp.zeros(mask.shape[:2], bool)
-        )
+        zeros, no = jnp.zeros(mask.shape), jnp.zeros(mask.shape[:2], bool)
+        rollout = Rollout(prompt_tokens, prompt_mask, tokens[:, None], mask, zeros, no, features)
         loss, grads = jax.value_and_grad(loss_fn)(state.params, rollout)
         params, opt_state, norm = apply_gradients(optimizer, state.params, state.opt_state, grads)
         state = state._replace(step=state.step + 1, params=params, opt_state=opt_state, batches=state.batches + 1)

@@ -1,4 +1,4 @@
-"""The compiled functions of a run, and where their arrays live: what `train`, `bench` and `plan` share."""
+"""The compiled functions of a run, and where their arrays live: what `train`, `evaluate` and `bench` share."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -32,9 +32,9 @@ class Programs:
       restart: (params) -> TrainState at step 0 with these weights, which are donated.
       generate: (params, batch, step int32 array) -> Rollout for training.
       generate_eval: (params, batch) -> Rollout for evaluation; its keys never change.
-      prepare: (Groups, advantage_state, kl or None) -> (Experience, advantage_state, metrics).
+      prepare: (Groups, advantage_state, kl or None, LaSeR's c_ref or None) -> (Experience, advantage_state, metrics).
       fill: (buffer, filled, Groups) -> (buffer, filled, share kept), for dynamic sampling.
-      score: (params, Rollout) -> f32[P, G, T] log-probabilities under any weights.
+      score: (params, Rollout) -> Scored, under any weights.
       update: (TrainState, Experience) -> (TrainState, metrics); the state is donated.
       supervised_update: (TrainState, SolutionBatch) -> (TrainState, metrics); the state is donated.
       learning_rate: (training step) -> float.
@@ -63,6 +63,9 @@ def build(
     pad_id: int,
     weights: Mapping[str, float],
     verdict: str,
+    probe_token: int | None = None,
+    legal: np.ndarray | None = None,
+    expert: Callable | None = None,
 ) -> Programs:
     """The programs of a configuration; nothing is compiled before it is called.
 
@@ -71,6 +74,9 @@ def build(
       mesh: where.
       eos_ids, pad_id: of the tokenizer.
       weights, verdict: of the rewards, see `experience.make_prepare`.
+      probe_token: the token of LaSeR's self-reward, where the method has one.
+      legal: bool[T, V], tokens allowed at each position; None: all.
+      expert: see `experience.make_prepare`.
 
     Raises:
       ConfigError: the mesh does not divide the prompts of a step or the model.
@@ -95,7 +101,7 @@ def build(
 
     schedule, optimizer = make_optimizer(config)
     supervised_optimizer = make_supervised_optimizer(config)
-    options = update_options(config, method)
+    options = update_options(config, method, probe_token)
     shardings = state_shardings(model, mesh, optimizer, method)
 
     def fresh(params):
@@ -103,8 +109,8 @@ def build(
             jnp.int32(0), params, learner.init_opt_state(optimizer, params), method.advantage.init(), jnp.int32(0)
         )
 
-    def sampler(group_size, purpose):
-        def generate(params, tokens, mask, prompt_ids, step, temperature):
+    def sampler(group_size, purpose, **extra):
+        def generate(params, tokens, mask, prompt_ids, features, step, temperature):
             key = jax.random.fold_in(jax.random.fold_in(root, purpose), step)
             return rollout.generate(
                 model,
@@ -118,29 +124,40 @@ def build(
                 eos_ids=eos_ids,
                 pad_id=pad_id,
                 temperature=temperature,
+                legal=legal,
+                features=features,
+                probe_token=probe_token,
+                **extra,
             )
 
         return jax.jit(generate)
 
-    update = learner.make_update(model, options, optimizer)
+    update = learner.make_update(model, options, optimizer, legal)
 
     def update_step(state, batch, temperature):
         return update(state, batch, temperature, jax.random.fold_in(jax.random.fold_in(root, UPDATE), state.step))
 
     init = jax.jit(lambda: fresh(models.init_params(model, jax.random.fold_in(root, INIT))), out_shardings=shardings)
-    generate = sampler(config.group_size + greedy, ROLLOUT)
+    generate = sampler(config.group_size + greedy, ROLLOUT, with_prompt_logprobs="prompt_confidence" in method.signals)
     generate_eval = sampler(config.eval.samples, EVAL)
     score = jax.jit(
         functools.partial(
-            learner.score, model, parts=options.accumulation * options.minibatches, chunk=options.logprob_chunk
+            learner.score,
+            model,
+            legal=legal,
+            parts=options.accumulation * options.minibatches,
+            chunk=options.logprob_chunk,
+            probe_token=probe_token,
         )
     )
     update_step = jax.jit(update_step, donate_argnums=0, out_shardings=(shardings, None))
     supervised_update = jax.jit(
-        learner.make_supervised_update(model, supervised_optimizer), donate_argnums=0, out_shardings=(shardings, None)
+        learner.make_supervised_update(model, supervised_optimizer, legal),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
     )
     zero = jax.device_put(np.int32(0), whole)
-    of_prompts = lambda batch: (place(batch.tokens), place(batch.mask), place(batch.prompt_ids))
+    of_prompts = lambda batch: map(place, (batch.tokens, batch.mask, batch.prompt_ids, batch.features))
     return Programs(
         sharding=batch_sharding,
         init=init,
@@ -148,9 +165,13 @@ def build(
         generate=lambda params, batch, step: generate(params, *of_prompts(batch), step, temperatures),
         generate_eval=lambda params, batch: generate_eval(params, *of_prompts(batch), zero, eval_temperature),
         prepare=jax.jit(
-            experience.make_prepare(method, weights, verdict, mask_truncated=config.sampling.mask_truncated_completions)
+            experience.make_prepare(
+                method, weights, verdict, mask_truncated=config.sampling.mask_truncated_completions, expert=expert
+            )
         ),
-        fill=jax.jit(functools.partial(experience.fill, verdict=verdict), donate_argnums=0),
+        fill=jax.jit(
+            functools.partial(experience.fill, verdict=verdict, group_size=config.group_size), donate_argnums=0
+        ),
         score=lambda params, rollout: score(params, rollout, temperature),
         update=lambda state, batch: update_step(state, batch, temperature),
         supervised_update=lambda state, batch: supervised_update(state, *map(place, batch)),
@@ -158,12 +179,17 @@ def build(
     )
 
 
-def update_options(config: Config, method: Method) -> learner.UpdateOptions:
-    u = config.update
-    return learner.UpdateOptions(loss=method.loss, **dataclasses.asdict(u))
+def columns_of(method: Method) -> tuple[str, ...]:
+    """The arrays of the data that go with each group."""
+    values = ("values",) if "values" in method.signals else ()
+    return values + (("digits",) if method.loss.expert_coefficient else ())
 
 
-def _schedule(config: Config, peak: float, kind: str, warmup: int, steps: int, per_step: int):
+def update_options(config: Config, method: Method, probe_token: int | None = None) -> learner.UpdateOptions:
+    return learner.UpdateOptions(loss=method.loss, probe_token=probe_token, **dataclasses.asdict(config.update))
+
+
+def _schedule(peak: float, kind: str, warmup: int, steps: int, per_step: int):
     """Learning rate by optimizer update, with `per_step` of them a training step."""
     rest = max(steps - warmup, 1)
     after = {
@@ -182,7 +208,6 @@ def make_optimizer(config: Config) -> tuple[Callable, optax.GradientTransformati
     """(learning rate by optimizer update, gradient clipping + AdamW)."""
     o = config.optimizer
     schedule = _schedule(
-        config,
         o.learning_rate,
         o.schedule,
         o.warmup_steps,
@@ -196,7 +221,7 @@ def make_optimizer(config: Config) -> tuple[Callable, optax.GradientTransformati
 def make_supervised_optimizer(config: Config) -> optax.GradientTransformation:
     """The same chain, so that both phases share one checkpoint format; cosine to 0 after 5 % warm-up."""
     s, o = config.supervised, config.optimizer
-    schedule = _schedule(config, s.learning_rate, "cosine", s.steps // 20, s.steps, 1)
+    schedule = _schedule(s.learning_rate, "cosine", s.steps // 20, s.steps, 1)
     adamw = optax.adamw(schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
     return optax.chain(optax.clip_by_global_norm(o.max_grad_norm), adamw)
 

@@ -24,7 +24,13 @@ class Rollout(NamedTuple):
       mask: bool[P, G, T], True on sampled tokens, the end token included.
       logprobs: f32[P, G, T] log-probability of each token under the law that sampled it (temperature
         and legal tokens included; greedy samples: at temperature 1); 0 where mask is False.
-      truncated: bool[P, G], True where the budget ran out before an end token.
+      truncated: bool[P, G], True where the budget ran out before an end token; never where no token ends (numbers of
+        a fixed length).
+      features: f32[P, F], numbers that the prompts carry beside their tokens, or None.
+      prompt_logprobs: f32[P, S] log-probability of each prompt token given its prefix at temperature 1; 0 on the first real
+        token and where prompt_mask is False. None where not asked for.
+      probe_logprobs: f32[P, G] log-probability, under the law that samples, of the probe token right behind the
+        end token; 0 where truncated. None where not asked for.
     """
 
     prompt_tokens: jax.Array
@@ -33,6 +39,9 @@ class Rollout(NamedTuple):
     mask: jax.Array
     logprobs: jax.Array
     truncated: jax.Array
+    features: jax.Array | None = None
+    prompt_logprobs: jax.Array | None = None
+    probe_logprobs: jax.Array | None = None
 
 
 def sampling_noise(key: jax.Array, prompt_ids: jax.Array, group: int, length: int) -> jax.Array:
@@ -114,6 +123,9 @@ def generate(
     pad_id: int,
     temperature,
     legal: jax.Array | None = None,
+    features: jax.Array | None = None,
+    with_prompt_logprobs: bool = False,
+    probe_token: int | None = None,
 ) -> Rollout:
     """Samples G completions for each prompt. Pure; to be jitted with the keyword sizes static.
 
@@ -126,50 +138,90 @@ def generate(
       prompt_ids: int[P], names of the prompts in the keys of randomness.
       key: from (seed, step).
       group_size: G.  max_length: T, the budget in tokens.
-      eos_ids: tokens that end a completion.  pad_id: fills what lies behind.
+      eos_ids: tokens that end a completion; none: all have T tokens.  pad_id: fills what lies behind.
       temperature: f32 scalar or [G], traced; 0 is greedy.
       legal: bool[T, V] or [P, T, V], the tokens allowed at each position, or None for all.
+      features: f32[P, F] for a model with `features`.
+      with_prompt_logprobs: also return the prompts' log-probabilities, from the prefill that happens anyway.
+      probe_token: also return this token's log-probability behind each end token. The end token is fed to the decoder like
+        any other, which costs at most one more iteration of the loop and no further forward pass.
     """
     P, G, T = prompt_tokens.shape[0], group_size, max_length
     model = models.bind(config, params)
-    hidden, prompt = model.prefill(prompt_tokens, prompt_mask)
+    hidden, prompt = model.prefill(prompt_tokens, prompt_mask, features)
+    prompt_logprobs = _prompt_logprobs(model, hidden, prompt_tokens, prompt_mask) if with_prompt_logprobs else None
     last = prompt_mask.shape[1] - 1 - jnp.argmax(prompt_mask[:, ::-1], axis=1)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)  # [P, 1, D]: a group starts alike
     blocks, prompt = model.unstack(prompt)
-    noise = sampling_noise(key, prompt_ids, G, T)
+    steps = T + (probe_token is not None)  # one more to read what follows an end token in the last place
+    noise = sampling_noise(key, prompt_ids, G, steps)
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (G,))
     eos = jnp.asarray(eos_ids, jnp.int32)
 
-    def sample(hidden, t):
+    def law(hidden, t):  # f32[P, G, V]
         legal_now = None if legal is None else legal[..., t, :].reshape(-1, 1, legal.shape[-1])
-        logits = scale_logits(model.logits(hidden), temperature, legal_now)  # [P, G, V]
+        return scale_logits(model.logits(hidden), temperature, legal_now)
+
+    def sample(logits, t):
         return sample_token(logits, jax.lax.dynamic_index_in_dim(noise, t, 2, keepdims=False), temperature == 0)
 
     def write(tokens, logprobs, new, logp, live, t):
         put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, t, axis=2)
-        return (
-            put(tokens, jnp.where(live, new, pad_id)),
-            put(logprobs, jnp.where(live, logp, 0.0)),
-            live & ~jnp.any(new[..., None] == eos, axis=-1),
-        )
+        ends = jnp.any(new[..., None] == eos, axis=-1)
+        return put(tokens, jnp.where(live, new, pad_id)), put(logprobs, jnp.where(live, logp, 0.0)), live & ~ends
 
-    tokens = jnp.full((P, G, T), pad_id, jnp.int32)
-    new, logp = sample(hidden, 0)
-    tokens, logprobs, live = write(tokens, jnp.zeros((P, G, T)), new, logp, jnp.ones((P, G), bool), 0)
-    mask = jnp.zeros((P, G, T), bool).at[:, :, 0].set(True)
+    tokens = jnp.full((P, G, steps), pad_id, jnp.int32)
+    new, logp = sample(law(hidden, 0), 0)
+    everyone = jnp.ones((P, G), bool)
+    tokens, logprobs, live = write(tokens, jnp.zeros((P, G, steps)), new, logp, everyone, 0)
+    mask = jnp.zeros((P, G, steps), bool).at[:, :, 0].set(True)
+    probe = None if probe_token is None else (jnp.zeros((P, G)), everyone & ~live)
 
     def going(carry):
-        t, live = carry[0], carry[1]
-        return (t < T) & live.any()
+        t, live, probe = carry[0], carry[1], carry[-1]
+        sampling = (t < T) & live.any()
+        return sampling if probe is None else sampling | probe[1].any()
 
     def body(carry):
-        t, live, new, tokens, logprobs, mask, cache = carry
+        t, live, new, tokens, logprobs, mask, cache, probe = carry
         hidden, cache = model.step(new, t - 1, blocks, prompt, cache)
-        new, logp = sample(hidden, t)
+        logits = law(hidden, t)
+        new, logp = sample(logits, t)
         mask = jax.lax.dynamic_update_index_in_dim(mask, live, t, axis=2)
-        tokens, logprobs, live = write(tokens, logprobs, new, logp, live, t)
-        return t + 1, live, new, tokens, logprobs, mask, cache
+        tokens, logprobs, going_on = write(tokens, logprobs, new, logp, live, t)
+        if probe is not None:
+            values, ended = probe
+            values = jnp.where(ended, jax.nn.log_softmax(logits)[..., probe_token], values)
+            going_on = jnp.where(t < T, going_on, live)  # the step beyond the budget only reads
+            probe = values, live & ~going_on
+        return t + 1, going_on, new, tokens, logprobs, mask, cache, probe
 
-    carry = (jnp.int32(1), live, new, tokens, logprobs, mask, model.empty_cache(P, G, T))
-    _, live, _, tokens, logprobs, mask, _ = jax.lax.while_loop(going, body, carry)
-    return Rollout(prompt_tokens, prompt_mask.astype(bool), tokens, mask, logprobs, truncated=live)
+    carry = (jnp.int32(1), live, new, tokens, logprobs, mask, model.empty_cache(P, G, T), probe)
+    _, live, _, tokens, logprobs, mask, _, probe = jax.lax.while_loop(going, body, carry)
+    return Rollout(
+        prompt_tokens,
+        prompt_mask.astype(bool),
+        tokens[:, :, :T],
+        mask[:, :, :T],
+        logprobs[:, :, :T],
+        truncated=live if eos_ids else jnp.zeros_like(live),
+        features=features,
+        prompt_logprobs=prompt_logprobs,
+        probe_logprobs=None if probe is None else probe[0],
+    )
+
+
+def _prompt_logprobs(model: models.Decoder, hidden, tokens, mask):
+    """See `Rollout.prompt_logprobs`. One position at a time, so that [S, vocabulary] is never held."""
+    mask = mask.astype(bool)
+    S = tokens.shape[1]
+    places = jnp.where(mask, jnp.arange(S), -1)
+    before = jnp.concatenate([jnp.full_like(places[:, :1], -1), jax.lax.cummax(places, axis=1)[:, :-1]], axis=1)
+    predicted = mask & (before >= 0)
+    hidden = jnp.take_along_axis(hidden, jnp.maximum(before, 0)[..., None], axis=1)
+
+    def one(args):
+        logits, token = model.logits(args[0]), args[1]
+        return _pick(jax.nn.log_softmax(logits), token)
+
+    return jnp.where(predicted, jax.lax.map(one, (hidden.swapaxes(0, 1), tokens.T)).T, 0.0)

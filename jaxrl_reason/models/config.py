@@ -53,6 +53,10 @@ class ModelConfig:
       param_dtype: dtype of stored weights and of the residual stream.
       compute_dtype: dtype of the operands of matrix products; sums are always float32.
       remat: what the backward pass recomputes: "none", "dots" (all but matrix products) or "layer".
+      features: numbers a prompt carries beside its tokens; an MLP turns them into `prefix_length` embeddings in front
+        of the tokens. 0: none.
+      prefix_length: see features.
+      encoder_width: hidden size of that MLP.
     """
 
     vocab_size: int
@@ -78,7 +82,10 @@ class ModelConfig:
     query_scale: float = 0.0
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
-    remat: str = "none"
+    remat: str = "layer"
+    features: int = 0
+    prefix_length: int = 0
+    encoder_width: int = 0
 
     def __post_init__(self):
         for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "mlp_width"):
@@ -112,6 +119,11 @@ class ModelConfig:
             raise ValueError(f"model.activation is {self.activation!r}; it must be 'silu' or 'gelu'.")
         if self.remat not in ("none", "dots", "layer"):
             raise ValueError(f"model.remat is {self.remat!r}; it must be 'none', 'dots' or 'layer'.")
+        if not (self.features > 0) == (self.prefix_length > 0) == (self.encoder_width > 0):
+            raise ValueError(
+                f"model.features, model.prefix_length and model.encoder_width are {self.features}, {self.prefix_length} and "
+                f"{self.encoder_width}; set all of them, or none."
+            )
         if not self.sliding_window and (self.sliding_period or self.local_rope_theta):
             raise ValueError(
                 "model.sliding_period and model.local_rope_theta act on sliding layers only: "

@@ -132,26 +132,42 @@ class Decoder(nnx.Module):
         self.final_norm = _constant(c, (c.width,), ("embed",), 1.0 - c.norm_offset)
         if not c.tied_embedding:
             self.head = _weight(rngs, c, (c.width, c.vocab_size), ("embed", "vocab"), c.width**-0.5)
+        if c.features:
+            N, W = c.prefix_length, c.encoder_width
+            self.encoder_in = _weight(rngs, c, (c.features, W), ("features", "mlp"), c.features**-0.5)
+            self.encoder_in_bias = _constant(c, (W,), ("mlp",), 0.0)
+            self.encoder_out = _weight(rngs, c, (W, N, c.width), ("mlp", "prefix", "embed"), W**-0.5)
+            self.encoder_out_bias = _constant(c, (N, c.width), ("prefix", "embed"), 0.0)
 
     # -- the three forwards ------------------------------------------------------------------------
 
-    def prefill(self, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, PromptCache]:
-        """Prompts int[P, S] with mask [P, S] (1 = real; padding anywhere) -> hidden [P, S, D], cache."""
+    def prefill(
+        self, tokens: jax.Array, mask: jax.Array, features: jax.Array | None = None
+    ) -> tuple[jax.Array, PromptCache]:
+        """Prompts int[P, S] with mask [P, S] (1 = real; padding anywhere) -> hidden [P, S, D], cache.
+
+        With features f32[P, F], their embeddings stand in front of the tokens, in the cache too (not in hidden).
+        """
         mask = mask.astype(bool)
+        x = self._embed(tokens[:, None])
+        if features is not None:
+            prefix = self._encode(features).astype(x.dtype)
+            x = jnp.concatenate([prefix[:, None], x], axis=2)
+            mask = jnp.concatenate([jnp.ones(prefix.shape[:2], bool), mask], axis=1)
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         at = positions[:, None]  # one sample a prompt
         # By place, not by position: padding shares its neighbour's position.
-        causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
+        causal = jnp.tril(jnp.ones((mask.shape[1],) * 2, bool))
         visible = causal & mask[:, None, None, :]
 
         def layer(block, x, flags, _):
             own_mask = visible & self._window(at, at, flags)
             return block(x, self._rotary(at, flags), own_mask)
 
-        x, (keys, values) = self._scan(layer, self._embed(tokens[:, None]))
+        x, (keys, values) = self._scan(layer, x)
         # One sample a prompt: its axis goes.
         cache = PromptCache(keys[:, :, 0], values[:, :, 0], mask, positions, mask.sum(axis=1))
-        return self._final(x)[:, 0], cache
+        return self._final(x[:, 0, -tokens.shape[1] :]), cache
 
     def extend(self, tokens: jax.Array, prompt: PromptCache) -> jax.Array:
         """Completions int[P, G, T], each after its prompt -> hidden [P, G, T, D].
@@ -230,6 +246,15 @@ class Decoder(nnx.Module):
         scale = self.config.embedding_scale
         # Families that scale do it with a factor rounded to the weights' dtype.
         return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
+
+    def _encode(self, features):
+        """f32[P, F] -> [P, prefix_length, D]: an MLP with one hidden layer."""
+        c = self.config
+        if not c.features or features.shape[-1] != c.features:
+            raise ValueError(f"Prompts carry {features.shape[-1]} features, and model.features is {c.features}.")
+        hidden = L.dot(features, self.encoder_in[...], c.compute_dtype) + self.encoder_in_bias[...]
+        out = L.dot(jax.nn.gelu(hidden), self.encoder_out[...].reshape(c.encoder_width, -1), c.compute_dtype)
+        return out.reshape(-1, c.prefix_length, c.width) + self.encoder_out_bias[...]
 
     def _final(self, x):
         return L.rms_norm(x, self.final_norm[...], self.config.norm_eps, self.config.norm_offset)

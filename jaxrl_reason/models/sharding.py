@@ -23,6 +23,8 @@ RULES: dict[str, str | None] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "features": None,
+    "prefix": None,
 }
 
 
