@@ -1,0 +1,29 @@
+"""LaSeR (arXiv 2510.14943): word problems, and a policy that learns to judge its own answers by one log-probability.
+
+The warm-ups are the paper's 200 steps each, scaled to a run of 120.
+"""
+
+from collections.abc import Mapping
+
+from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Model, Optimizer, Supervised
+
+
+def get_config() -> Config:
+    return Config(
+        steps=120,
+        prompts_per_step=32,
+        group_size=8,
+        max_prompt_length=32,
+        max_completion_length=32,
+        model=Model(width=128, layers=3, heads=4, kv_heads=2, mlp_width=384),
+        data=Data(train="word_problems/small"),
+        supervised=Supervised(steps=1200, batch_size=32, learning_rate=3e-3),
+        method={"name": "laser", "base": "grpo", "reasoning_warmup": 10, "self_reward_warmup": 30},
+        optimizer=Optimizer(learning_rate=2e-4, warmup_steps=5),
+        checkpoint=Checkpoint(every=50, keep=2),
+        eval=Eval(every=20, prompts=256, samples=8),
+    )
+
+
+def get_baselines() -> Mapping[str, Mapping[str, object]]:
+    return {"GRPO": {"method": {"name": "grpo"}}}

@@ -1,0 +1,27 @@
+"""ProGRPO (arXiv 2602.05281): prompts with many right answers, on which plain GRPO settles for few."""
+
+from collections.abc import Mapping
+
+from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Model, Optimizer, Reward, Supervised
+
+
+def get_config() -> Config:
+    return Config(
+        steps=100,
+        prompts_per_step=32,
+        group_size=8,
+        max_prompt_length=32,
+        max_completion_length=24,
+        model=Model(width=128, layers=3, heads=4, kv_heads=2, mlp_width=384),
+        data=Data(train="many_answers"),
+        supervised=Supervised(steps=1000, batch_size=32, learning_rate=3e-3),
+        reward=Reward(functions=["many_answers"]),
+        method={"name": "progrpo", "base": "grpo", "clip_high": 0.28, "aggregation": "token_mean"},
+        optimizer=Optimizer(learning_rate=2e-4, warmup_steps=5),
+        checkpoint=Checkpoint(every=50, keep=2),
+        eval=Eval(every=20, prompts=256, samples=16),
+    )
+
+
+def get_baselines() -> Mapping[str, Mapping[str, object]]:
+    return {"GRPO": {"method": {"name": "grpo", "clip_high": 0.28, "aggregation": "token_mean"}}}

@@ -1,0 +1,30 @@
+"""RLEV (arXiv 2510.20187): exams whose questions are worth different points, and a policy too small to master every topic."""
+
+from collections.abc import Mapping
+
+from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Model, Optimizer, Supervised
+
+
+def get_config() -> Config:
+    return Config(
+        steps=80,
+        prompts_per_step=32,
+        group_size=8,
+        max_prompt_length=32,
+        max_completion_length=32,
+        model=Model(width=96, layers=2, heads=4, kv_heads=2, mlp_width=256),
+        data=Data(train="exam"),
+        supervised=Supervised(steps=1200, batch_size=32, learning_rate=3e-3),
+        method={"name": "rlev", "base": "rloo"},
+        optimizer=Optimizer(learning_rate=2e-4, warmup_steps=5),
+        checkpoint=Checkpoint(every=50, keep=2),
+        eval=Eval(every=20, prompts=504, samples=4),
+    )
+
+
+def get_baselines() -> Mapping[str, Mapping[str, object]]:
+    return {
+        "correctness only": {"method": {"name": "rloo"}},
+        "uniform scaling": {"data.values": "uniform"},
+        "shuffled values": {"data.values": "shuffled"},
+    }

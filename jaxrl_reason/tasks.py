@@ -1,0 +1,218 @@
+"""What a run trains on and how it is judged: text problems, or numbers decoded from tables.
+
+A task brings the data streams, the tokenizer, the scorer and the evaluation; the loop in train.py is the same for both.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrl_reason import config as config_lib
+from jaxrl_reason import data
+from jaxrl_reason import evaluate as evaluation
+from jaxrl_reason import models
+from jaxrl_reason import regression
+from jaxrl_reason.config import Config, ConfigError
+from jaxrl_reason.data import numbers
+from jaxrl_reason.data.values import altered, read_values
+from jaxrl_reason.methods import Method
+from jaxrl_reason.models import sharding
+from jaxrl_reason.rewards.scorer import Scorer
+from jaxrl_reason.workdir import Workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Everything about the data of a run.
+
+    Attributes:
+      work: its directory, looked at and not yet written to.
+      tokenizer: between ids and text.
+      model: the decoder's shape for this vocabulary.
+      prompts: `batch(i)` gives the i-th PromptBatch for RL.
+      solutions: `batch(i)` gives the i-th SolutionBatch of the supervised start, or None.
+      held_out: batches of held-out prompts.
+      scorer: rewards of a rollout.
+      evaluate: (generate, scorer, c_ref) -> held-out figures, named eval/...; c_ref is LaSeR's constant, or None.
+      legal: bool[T, V] tokens allowed at each position, or None.
+      expert: see `experience.make_prepare`, or None.
+      baselines: () -> figures of other approaches on the same data, measured once a run.
+    """
+
+    work: Workdir
+    tokenizer: Any
+    model: models.ModelConfig
+    prompts: Any
+    solutions: Any
+    held_out: list[data.PromptBatch]
+    scorer: Any
+    evaluate: Callable
+    legal: np.ndarray | None = None
+    expert: Callable | None = None
+    baselines: Callable[[], dict[str, float]] = dict
+
+
+def open_task(config: Config, method: Method, mesh: jax.sharding.Mesh, workdir: str | pathlib.Path) -> Task:
+    """The task of a configuration; reads data and checks them, writes nothing.
+
+    Raises:
+      ConfigError, RewardError, ValueError, OSError: a sentence that says what is wrong and where.
+    """
+    return (_numbers if config.regression.tokenizer else _text)(config, method, mesh, workdir)
+
+
+def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
+    source = lambda name, split: data.load_source(
+        name, split, data_dir=c.data.data_dir or None, columns=c.data.columns, on_bad_row=c.data.on_bad_row
+    )
+    train_rows = source(c.data.train, c.data.train_split)
+    eval_rows = source(c.data.eval or c.data.train, c.data.eval_split)
+    template = data.get_template(c.data.template)
+    columns = {}
+    if "values" in method.signals:
+        options = {k: v for k, v in c.method.get("rlev", c.method).items() if k in ("alpha", "clip")}
+        defaults = {"alpha": 10.0, "clip": 1.0}
+        columns["values"] = altered(read_values(train_rows), c.data.values, seed=c.seed, **defaults | options)
+
+    def make_tokenizer():
+        if c.supervised.start_from:
+            return data.load_tokenizer(pathlib.Path(c.supervised.start_from) / "tokenizer")
+        if c.data.tokenizer:
+            return data.load_tokenizer(c.data.tokenizer)
+        rows = train_rows.read(range(min(len(train_rows), 2000)))
+        texts = [
+            template.render_prompt(row) + (template.render_solution(row) if "solution" in row else "") for row in rows
+        ]
+        return data.train_tokenizer(texts, c.data.vocab_size)
+
+    work = Workdir(workdir, c, f"{train_rows.fingerprint}/{eval_rows.fingerprint}")
+    tokenizer = work.tokenizer(make_tokenizer)
+    texts = dict(max_prompt_length=c.max_prompt_length, on_long=c.data.on_long_prompt, add_bos=c.data.add_bos)
+    scorer = Scorer(
+        c.reward.functions,
+        c.reward.weights,
+        c.reward.verdict,
+        c.reward.max_failure_share,
+        tokenizer=tokenizer,
+        template=template,
+        sharding=sharding.batch_sharding(mesh),
+    )
+    solutions = None
+    if c.supervised.steps:
+        solutions = data.SolutionStream(
+            train_rows,
+            tokenizer,
+            template,
+            batch_size=c.supervised.batch_size,
+            seed=c.seed,
+            max_completion_length=c.max_completion_length,
+            **texts,
+        )
+    prompts = data.PromptStream(
+        train_rows, tokenizer, template, batch_size=c.prompts_per_step, seed=c.seed, columns=columns, **texts
+    )
+    held_out = data.eval_prompts(eval_rows, tokenizer, template, c.eval.prompts, batch_size=c.prompts_per_step, **texts)
+    for batch in (prompts.batch(0), *(held_out if c.eval.every else ())):
+        scorer.check(batch.rows)
+    return Task(
+        work=work,
+        tokenizer=tokenizer,
+        model=config_lib.model_config(c, tokenizer.vocab_size),
+        prompts=prompts,
+        solutions=solutions,
+        held_out=held_out,
+        scorer=scorer,
+        evaluate=lambda generate, scorer, c_ref: evaluation.evaluate(
+            generate,
+            held_out,
+            scorer,
+            tokenizer,
+            answer_of=scorer.answer_of(c.eval.verdict) or evaluation.final_answer,
+            verdict=c.eval.verdict,
+            self_reward=self_reward_of(method, c_ref),
+        ),
+    )
+
+
+def _numbers(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
+    table = regression.open_task(c)
+    digits, r = table.tokenizer, c.regression
+    expert = None
+    if method.loss.expert_coefficient:
+        if r.tokenizer != "normalized":
+            raise ConfigError(
+                f"config.method.expert_coefficient is {method.loss.expert_coefficient}, and the dense expert term is defined for "
+                "config.regression.tokenizer 'normalized' only; set it to 0."
+            )
+        expert = functools.partial(numbers.expert_targets, base=digits.number.base)
+    stream = lambda size, solutions: regression.Stream(table.train, batch_size=size, seed=c.seed, solutions=solutions)
+    held_out = regression.eval_batches(table.held_out, c.eval.prompts, c.prompts_per_step)
+    prefix = dict(features=table.features, prefix_length=r.prefix_length, encoder_width=r.encoder_width)
+
+    def baselines():
+        if not table.features:
+            return {}
+        s = c.supervised
+        found = regression.pointwise_regressor(
+            table,
+            width=r.encoder_width,
+            steps=max(s.steps, 1),
+            batch_size=s.batch_size,
+            learning_rate=s.learning_rate,
+            seed=c.seed,
+        )
+        return found | ({} if table.best_r2 is None else {"best_possible_r2": table.best_r2})
+
+    return Task(
+        work=Workdir(workdir, c, table.fingerprint),
+        tokenizer=digits,
+        model=dataclasses.replace(config_lib.model_config(c, digits.vocab_size), **(prefix if table.features else {})),
+        prompts=stream(c.prompts_per_step, False),
+        solutions=stream(c.supervised.batch_size, True) if c.supervised.steps else None,
+        held_out=held_out,
+        scorer=regression.NumberScorer(c.reward.functions, c.reward.weights, digits, sharding.batch_sharding(mesh)),
+        evaluate=lambda generate, scorer, c_ref: regression.evaluate(generate, held_out, digits),
+        legal=digits.legal,
+        expert=expert,
+        baselines=baselines,
+    )
+
+
+def probe_token(method: Method, tokenizer: data.Tokenizer) -> int | None:
+    """The id of the token whose log-probability behind the end is LaSeR's self-reward; None where the method has none.
+
+    Raises:
+      ConfigError: the configured text is not one token, or there is no padding token to use.
+    """
+    if not method.loss.self_reward:
+        return None
+    text = method.loss.self_reward.token
+    if text:
+        ids = tokenizer.encode(text)
+        if len(ids) != 1:
+            raise ConfigError(
+                f"config.method.token is {text!r}, which this tokenizer writes as {len(ids)} tokens; name one that is a single token "
+                "and otherwise unused."
+            )
+        return ids[0]
+    if tokenizer.pad_id in tokenizer.eos_ids:
+        raise ConfigError(
+            "LaSeR needs a token that is otherwise unused, and this tokenizer's padding token is an end token too; name one in "
+            "config.method.token."
+        )
+    return tokenizer.pad_id
+
+
+def self_reward_of(method: Method, c_ref) -> Callable | None:
+    """Rollout -> LaSeR's self-rewards f32[P, G], NaN where truncated; None without a constant."""
+    if c_ref is None:
+        return None
+    beta = method.loss.self_reward.beta
+    return lambda rollout: np.where(
+        jax.device_get(rollout.truncated), np.nan, beta * (jax.device_get(rollout.probe_logprobs) - float(c_ref))
+    )
