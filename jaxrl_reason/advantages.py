@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class AdvantageInputs(NamedTuple):
@@ -262,7 +263,7 @@ def stratify_by_verifier(alpha: float = 0.05, beta: float = 0.05, eps: float = 1
     Raises:
       ValueError: alpha or beta is negative or alpha + beta >= 1, where a wrong answer could outrank a right one.
     """
-    if min(alpha, beta) < 0 or alpha + beta >= 1:
+    if min(alpha, beta) < 0 or np.float32(alpha) + np.float32(beta) >= 1:
         raise ValueError(
             f"stratify_by_verifier: alpha is {alpha} and beta is {beta}; both must be at least 0 and their sum below 1, "
             "which is what keeps every right answer above every wrong one."
@@ -395,6 +396,7 @@ def reweight_by_confidence(alpha: float = 0.3, skip_all_correct: bool = False) -
     def update(advantages, inputs):
         _require("reweight_by_confidence", inputs, "prompt_confidence", "answer_confidence")
         chex.assert_rank(inputs.prompt_confidence, 1)
+        chex.assert_equal_shape_prefix([inputs.rewards, inputs.prompt_confidence], 1)
         chex.assert_equal_shape([inputs.rewards, inputs.answer_confidence])
         right = is_right(inputs)
         applies = right.any(axis=1, keepdims=True)

@@ -4,8 +4,10 @@ Checkpoints are numbered through the whole run: supervised steps first, RL steps
 phase begins with a checkpoint of its own (its step 0), which is never older than the supervised end.
 """
 
+import itertools
 import logging
 import pathlib
+import textwrap
 
 import jax
 import orbax.checkpoint as ocp
@@ -13,6 +15,12 @@ import orbax.checkpoint as ocp
 from jaxrl_reason.learner import TrainState
 
 _log = logging.getLogger(__name__)
+_UNREADABLE = (ValueError, KeyError, OSError, TypeError)  # what orbax raises on damaged files
+_UNWRITABLE = (ValueError, OSError)  # and on full disks
+
+
+class CheckpointError(ValueError):
+    """Weights that cannot be saved or read again; the message is a sentence that names them."""
 
 
 class Checkpoints:
@@ -21,55 +29,95 @@ class Checkpoints:
     def __init__(self, directory: pathlib.Path, keep: int):
         self.directory = directory.resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        # Without a handler orbax infers one from the newest checkpoint, and a damaged one misleads it about all.
+        handler = ocp.StandardCheckpointHandler()
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
     def save(self, number: int, state: TrainState) -> None:
-        if number != self.latest():
+        """Saves, complete or not at all, and then removes what is more than `keep`.
+
+        Raises:
+          CheckpointError: it cannot be written.
+        """
+        if number == self.latest():
+            return
+        try:
             self._manager.save(number, args=ocp.args.StandardSave(state._asdict()))
+        except _UNWRITABLE as e:
+            raise CheckpointError(f"Checkpoint {self.directory / str(number)} cannot be written: {_in_short(e)}") from e
 
     def restore(self, like: TrainState) -> tuple[int, TrainState] | None:
-        """The newest readable checkpoint in the shapes, dtypes and shardings of `like`, or None.
+        """The newest readable checkpoint in the shapes, dtypes and shardings of `like`, or None where there is none.
 
-        A damaged checkpoint is skipped with a warning that names it; so is deleting it, which lets the
-        run write that step again.
+        Newer ones that cannot be read are renamed to damaged-<number>, with a warning: they no longer count among those
+        that are kept, and the run writes their steps again.
+
+        Raises:
+          CheckpointError: there are checkpoints, and none can be read; all stay as they are.
         """
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict())
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        faults = []
-        for number in steps:
+        abstract = _abstract(like._asdict())
+        faults = {}
+        for number in sorted(self._manager.all_steps(), reverse=True):
             try:
                 restored = self._manager.restore(number, args=ocp.args.StandardRestore(abstract))
-            except (ValueError, KeyError, OSError, TypeError) as e:
-                faults.append((number, e))
+            except _UNREADABLE as e:
+                faults[number] = _in_short(e)
                 continue
-            for bad, e in faults:
-                _log.warning(
-                    "Checkpoint %s cannot be read and is skipped: %s", self.directory / str(bad), str(e).split("\n")[0]
-                )
-                self._manager.delete(bad)
+            for bad, fault in faults.items():
+                self._put_aside(bad, fault)
             return number, TrainState(**restored)
         if faults:
-            number, e = faults[0]
-            raise ValueError(
-                f"None of the checkpoints under {self.directory} can be read; the newest ({number}): {str(e).splitlines()[0]}"
+            number, fault = next(iter(faults.items()))
+            raise CheckpointError(
+                f"None of the checkpoints under {self.directory} can be read; the newest ({number}): {fault}"
             )
         return None
+
+    def _put_aside(self, number: int, fault: str) -> None:
+        path = self.directory / str(number)
+        names = itertools.chain([f"damaged-{number}"], (f"damaged-{number}-{i}" for i in itertools.count(2)))
+        aside = next(p for p in map(self.directory.joinpath, names) if not p.exists())
+        path.rename(aside)
+        self._manager.reload()
+        _log.warning("Checkpoint %s cannot be read and is skipped; it is now %s: %s", path, aside.name, fault)
 
     def close(self) -> None:
         self._manager.close()
 
 
 def save_params(directory: pathlib.Path, params) -> None:
-    """Weights alone, complete or absent; replaces what is there."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory.resolve(), params, force=True)
+    """Weights alone, complete or absent; replaces what is there.
+
+    Raises:
+      CheckpointError: they cannot be written.
+    """
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(directory.resolve(), params, force=True)
+    except _UNWRITABLE as e:
+        raise CheckpointError(f"The weights {directory} cannot be written: {_in_short(e)}") from e
 
 
 def load_params(directory: pathlib.Path, like):
-    """Weights in the shapes, dtypes and shardings of `like`."""
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+    """Weights in the shapes, dtypes and shardings of `like`.
+
+    Raises:
+      CheckpointError: they cannot be read.
+    """
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(directory.resolve(), abstract)
+        try:
+            return checkpointer.restore(directory.resolve(), _abstract(like))
+        except _UNREADABLE as e:
+            raise CheckpointError(f"The weights {directory} cannot be read: {_in_short(e)}") from e
+
+
+def _abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _in_short(error: Exception) -> str:
+    """The beginning of a message: those of tensorstore go on with pages of its settings."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__

@@ -17,6 +17,7 @@ import rich.table
 
 from jaxrl_reason import checkpoints
 from jaxrl_reason import config as config_lib
+from jaxrl_reason import tasks
 from jaxrl_reason import train
 from jaxrl_reason import writers
 from jaxrl_reason.config import Config, ConfigError
@@ -70,27 +71,38 @@ def compare(config: Config, baselines: Mapping[str, Mapping[str, object]], workd
         directory = workdir / re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
         train.train(train.setup(c, directory))
         evaluations = [
-            {k: v for k, v in line.items() if k.startswith(("eval/", "pointwise/", "best_possible"))}
+            {k: v for k, v in line.items() if k.startswith(("eval/", *tasks.BASELINES))}
             for line in writers.read_metrics(directory / "metrics.jsonl")
         ]
         evaluations = [e for e in evaluations if e]
         if name == METHOD:
             rows["start"] = evaluations[0]
             name = config.method["name"]
+            rows |= {kind: beside for kind, beside in _beside(evaluations[0]).items()}
         rows[name] = evaluations[-1]
     writers.write_json(workdir / "comparison.json", rows)
     return rows
 
 
-def table(rows: Mapping[str, Mapping[str, float]]) -> rich.table.Table:
-    """One row a run, one column a figure that all of them have."""
-    names = [n for n in rows["start"] if n != "eval/prompts" and all(n in r for r in rows.values())]
+def _beside(figures: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Rows of other approaches that a run measured: {"pointwise/r2": .6} is the figure eval/r2 of a row "pointwise"."""
+    rows: dict[str, dict[str, float]] = {}
+    for name, value in figures.items():
+        if name.startswith(tasks.BASELINES):
+            kind, _, figure = name.partition("/")
+            rows.setdefault(kind.replace("_", " "), {})[f"eval/{figure}"] = value
+    return rows
+
+
+def table(rows: Mapping[str, Mapping[str, float]], shown: tuple[str, ...]) -> rich.table.Table:
+    """One row a run, one column a figure; `shown` are the beginnings of the figures' names."""
+    names = dict.fromkeys(n for row in rows.values() for n in row if n.removeprefix("eval/").startswith(shown))
     out = rich.table.Table()
     out.add_column("")
     for name in names:
         out.add_column(name.removeprefix("eval/").replace("_", " "), justify="right")
     for row, figures in rows.items():
-        out.add_row(row, *(writers.cell(name, figures[name]) for name in names))
+        out.add_row(row, *(writers.cell(name, figures.get(name)) for name in names))
     return out
 
 
@@ -111,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {e}", file=sys.stderr)
         return 2
     console = rich.console.Console(highlight=False)
-    console.print(table(rows))
+    console.print(table(rows, tasks.headlines(config_lib.make_method(config))))
     console.print(f"Written: {pathlib.Path(workdir) / 'comparison.json'}", soft_wrap=True)
     return 0
 

@@ -14,6 +14,7 @@ import typing
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxrl_reason import losses
 from jaxrl_reason import methods
@@ -25,8 +26,8 @@ class ConfigError(ValueError):
     """A configuration that cannot run; the message is a sentence that names the field."""
 
 
-def _field(default, help: str, *, low=None, above=None, high=None, choices=None):
-    meta = dict(help=help, low=low, above=above, high=high, choices=choices)
+def _field(default, help: str, *, low=None, above=None, high=None, below=None, choices=None):
+    meta = dict(help=help, low=low, above=above, high=high, below=below, choices=choices)
     if isinstance(default, (dict, list)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
@@ -55,7 +56,7 @@ class Model:
     compute_dtype: str = _field(
         "float32", "operands of matrix products (sums are float32)", choices=("float32", "bfloat16")
     )
-    remat: str = _field("none", "what the backward pass recomputes", choices=("none", "dots", "layer"))
+    remat: str = _field("layer", "what the backward pass recomputes", choices=("none", "dots", "layer"))
 
 
 @_section
@@ -72,6 +73,11 @@ class Data:
     tokenizer: str = _field("", "a tokenizer.json or its directory; empty: a small one trained on the data")
     vocab_size: int = _field(512, "size of the tokenizer that is trained where none is given", low=300)
     add_bos: bool = _field(False, "start each prompt with the tokenizer's BOS token")
+    values: str = _field(
+        "own",
+        "values of questions that RLEV trains with: their own, or its ablations",
+        choices=("own", "uniform", "shuffled"),
+    )
 
 
 @_section
@@ -79,12 +85,44 @@ class Supervised:
     steps: int = _field(0, "supervised steps on worked solutions before RL; 0: none", low=0)
     batch_size: int = _field(64, "solutions a step", low=1)
     learning_rate: float = _field(1e-3, "peak learning rate (cosine to 0 after 5 % warm-up)", above=0)
+    start_from: str = _field("", "work directory of a run whose supervised start is taken instead of training one")
+
+
+@_section
+class Regression:
+    tokenizer: str = _field(
+        "",
+        "how a number is spelt; with it, data.train is a table (diabetes, synthetic, or a path ending in .csv) and the policy "
+        "predicts numbers; empty: text problems",
+        choices=("", "normalized", "p10", "ieee"),
+    )
+    tokenizer_options: dict = _field({}, "its options, e.g. {'base': 2, 'digits': 8}")
+    target: str = _field("", "column of a .csv to predict")
+    missing: str = _field("refuse", "what a missing value does", choices=("refuse", "mean", "drop"))
+    categorical: str = _field("refuse", "what a column of texts does", choices=("refuse", "onehot", "drop"))
+    inputs: str = _field(
+        "features", "rows enter through an MLP that gives prefix embeddings, or as text", choices=("features", "text")
+    )
+    prefix_length: int = _field(4, "prefix embeddings of a row", low=1)
+    encoder_width: int = _field(128, "hidden size of that MLP, and of the pointwise regressor beside it", low=1)
+
+
+@_section
+class RewardModel:
+    path: str = _field("", "directory of a trained reward model; empty: train one in this work directory")
+    data: str = _field("", "pairs to train it on: a source with question, chosen, rejected; empty: data.train")
+    split: str = _field("", "split of these pairs; empty: data.train_split")
+    eval_split: str = _field("", "split of the held-out pairs; empty: data.eval_split")
+    steps: int = _field(300, "training steps", low=1)
+    batch_size: int = _field(32, "pairs a step", low=1)
+    learning_rate: float = _field(1e-3, "peak learning rate (cosine to 0 after 5 % warm-up)", above=0)
 
 
 @_section
 class Reward:
     functions: list = _field(
-        ["accuracy"], "accuracy, format, match_answer (on device), module:function or file.py:function"
+        ["accuracy"],
+        "accuracy, format, math_verify, match_answer (on device), reward_model (learned), module:function or file.py:function",
     )
     weights: list = _field([], "a weight a function; empty: 1 each")
     verdict: str = _field("", "the function whose value > 0.5 means right; empty: the first")
@@ -104,8 +142,8 @@ class Optimizer:
     schedule: str = _field("constant", "after the warm-up", choices=("constant", "linear", "cosine"))
     warmup_steps: int = _field(0, "training steps of linear warm-up", low=0)
     weight_decay: float = _field(0.0, "AdamW's decoupled weight decay", low=0)
-    b1: float = _field(0.9, "AdamW's first-moment decay", low=0, high=1)
-    b2: float = _field(0.99, "AdamW's second-moment decay", low=0, high=1)
+    b1: float = _field(0.9, "AdamW's first-moment decay", low=0, below=1)
+    b2: float = _field(0.99, "AdamW's second-moment decay", low=0, below=1)
     eps: float = _field(1e-8, "AdamW's epsilon", above=0)
     max_grad_norm: float = _field(1.0, "clip gradients to this global norm", above=0)
 
@@ -132,6 +170,9 @@ class Mesh:
 class Checkpoint:
     every: int = _field(100, "steps between checkpoints; the last step is always saved", low=1)
     keep: int = _field(2, "checkpoints kept", low=1)
+    keep_start: bool = _field(
+        False, "also keep the weights that RL begins with, for supervised.start_from of other runs"
+    )
 
 
 @_section
@@ -140,6 +181,9 @@ class Eval:
     prompts: int = _field(128, "held-out prompts", low=1)
     samples: int = _field(4, "completions a prompt", low=1)
     temperature: float = _field(1.0, "temperature of evaluation; 0: greedy", low=0)
+    verdict: str = _field(
+        "", "the reward function whose value > 0.5 counts as right in evaluation; empty: reward.verdict"
+    )
 
 
 @_section
@@ -163,7 +207,9 @@ class Config:
     model: Model = dataclasses.field(default_factory=Model)
     data: Data = dataclasses.field(default_factory=Data)
     supervised: Supervised = dataclasses.field(default_factory=Supervised)
+    regression: Regression = dataclasses.field(default_factory=Regression)
     reward: Reward = dataclasses.field(default_factory=Reward)
+    reward_model: RewardModel = dataclasses.field(default_factory=RewardModel)
     method: dict = _field(
         {"name": "grpo"}, "the method's name and its own keywords (python -m jaxrl_reason.train --help)"
     )
@@ -179,8 +225,8 @@ class Config:
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def load(path: str | pathlib.Path) -> Config:
-    """The Config that `get_config()` of a recipe file returns."""
+def load_module(path: str | pathlib.Path):
+    """A recipe file as a module."""
     path = pathlib.Path(path)
     if not path.is_file():
         near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.glob("*.py")], n=3)
@@ -190,11 +236,18 @@ def load(path: str | pathlib.Path) -> Config:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = module.get_config()
     except Exception as e:  # a recipe is a program: it can fail in any way
-        raise ConfigError(
-            f"{path} could not be read as a recipe with a get_config() function: {type(e).__name__}: {e}."
-        ) from e
+        raise _not_a_recipe(path, e) from e
+    return module
+
+
+def load(path: str | pathlib.Path) -> Config:
+    """The Config that `get_config()` of a recipe file returns."""
+    module = load_module(path)
+    try:
+        config = module.get_config()
+    except Exception as e:
+        raise _not_a_recipe(path, e) from e
     if not isinstance(config, Config):
         raise ConfigError(
             f"{path}: get_config() returned {type(config).__name__}; it must return a jaxrl_reason.config.Config."
@@ -202,12 +255,18 @@ def load(path: str | pathlib.Path) -> Config:
     return config
 
 
+def _not_a_recipe(path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{path} could not be read as a recipe with a get_config() function: {type(error).__name__}: {error}."
+    )
+
+
 def override(config: Config, name: str, text: str) -> None:
     """Sets `section.field` (or a key of `method`) from the text of a command-line value, in place."""
     *sections, leaf = name.split(".")
     at, seen = config, "config"
     for part in sections:
-        at = _child(at, part, seen)
+        at = at.setdefault(part, {}) if isinstance(at, dict) else _child(at, part, seen)
         seen += "." + part
         if not (dataclasses.is_dataclass(at) or isinstance(at, dict)):
             raise ConfigError(f"--{seen} is a single value and has no field {leaf!r}.")
@@ -226,10 +285,10 @@ def _names(section) -> list[str]:
 
 
 def _child(at, part: str, seen: str):
-    known = list(at) if isinstance(at, dict) else _names(at)
+    known = _names(at)
     if part not in known:
         raise ConfigError(f"{seen} has no field {part!r}.{methods.nearest(part, known)}")
-    return at[part] if isinstance(at, dict) else getattr(at, part)
+    return getattr(at, part)
 
 
 def _literal(text: str):
@@ -334,8 +393,27 @@ def _check_fields(section, prefix: str = "config") -> None:
             raise ConfigError(f"{name} is {value}; it must be greater than {meta['above']}.")
         if meta.get("high") is not None and value > meta["high"]:
             raise ConfigError(f"{name} is {value}; it must be at most {meta['high']}.")
+        below = meta.get("below")
+        if below is not None and (value >= below or np.float32(value) >= below):  # 1 - 1e-9 is 1 where it is used
+            raise ConfigError(f"{name} is {value}; it must be less than {below} in float32.")
         if meta.get("choices") and value not in meta["choices"]:
             raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(meta['choices'])}.")
+
+
+def _check_option(name: str, value, default) -> None:
+    """The kind of a method's keyword, by its default; a dict holds those of one method of a stack."""
+    if isinstance(default, dict) and isinstance(value, dict):
+        for key, inner in value.items():
+            if key in default:
+                _check_option(f"{name}.{key}", inner, default[key])
+        return
+    kinds = {float: (float, int), type(None): (float, int, type(None))}.get(type(default), (type(default),))
+    if type(value) not in kinds or isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(
+            f"{name} is {value!r}; it must be a finite {kinds[0].__name__}."
+            if float in kinds
+            else f"{name} is {value!r}; it must be {_a(kinds[0])}."
+        )
 
 
 def make_method(config: Config) -> methods.Method:
@@ -344,15 +422,9 @@ def make_method(config: Config) -> methods.Method:
     if not isinstance(name, str):
         raise ConfigError(f"config.method.name is {name!r}; it must be a str.")
     try:
-        for key, default in methods.keywords(name).items():
-            value = options.get(key, default)
-            kinds = {float: (float, int), type(None): (float, int, type(None))}.get(type(default), (type(default),))
-            if type(value) not in kinds or isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(
-                    f"config.method.{key} is {value!r}; it must be a finite {kinds[0].__name__}."
-                    if float in kinds
-                    else f"config.method.{key} is {value!r}; it must be {_a(kinds[0])}."
-                )
+        base = options.get("base", "")
+        for key, default in methods.keywords(name, base if isinstance(base, str) else "").items():
+            _check_option(f"config.method.{key}", options.get(key, default), default)
         return methods.create(name, **options)
     except ConfigError:
         raise
@@ -367,7 +439,8 @@ def model_config(config: Config, vocab_size: int) -> models.ModelConfig:
         raise ConfigError(f"config.{e}") from e
 
 
-SIGNALS = frozenset({"greedy_rewards", "kl", "truncated", "verdicts"})  # what the training loop can supply
+# What the training loop supplies without being asked.
+ALWAYS = frozenset({"rewards", "completion_mask", "verdicts", "truncated"})
 
 
 def validate(config: Config) -> methods.Method:
@@ -379,17 +452,19 @@ def validate(config: Config) -> methods.Method:
     _check_fields(config)
     c = config
     method = make_method(c)
-    missing = sorted(method.signals - SIGNALS)
-    if missing:
+    error = _chain_error(c, method, method.signals)
+    if error:
+        undeclared = _undeclared_signals(c, method)
+        if undeclared:
+            raise ConfigError(
+                f"config.method.name {method.name!r} reads the signals {undeclared}, which its Method does not declare; "
+                "name them in Method(signals=...)."
+            ) from error
+        fault = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        fault = fault.partition("\n")[0]
         raise ConfigError(
-            f"config.method.name {method.name!r} needs the signals {missing}, which this loop does not supply; "
-            f"it supplies {sorted(SIGNALS)}."
-        )
-    inputs = AdvantageInputs(*(jax.ShapeDtypeStruct(s, "float32") for s in _signal_shapes(c)))
-    try:  # the chain checks group size and the like by itself: shapes only, nothing is compiled
-        jax.eval_shape(method.advantage.update, None, jax.eval_shape(method.advantage.init), inputs)
-    except (ValueError, AssertionError) as e:
-        raise ConfigError(f"config.method.name {method.name!r} with config.group_size {c.group_size}: {e}") from e
+            f"config.method.name {method.name!r} with config.group_size {c.group_size}: {fault}"
+        ) from error
     if method.dynamic_sampling and c.group_size < 2:
         raise ConfigError(
             "config.method.dynamic_sampling keeps groups with both right and wrong answers; config.group_size must be at least 2."
@@ -422,14 +497,95 @@ def validate(config: Config) -> methods.Method:
         raise ConfigError(
             f"config.reward.verdict is {c.reward.verdict!r}, which is not among config.reward.functions.{methods.nearest(c.reward.verdict, c.reward.functions)}"
         )
+    if c.eval.verdict and c.eval.verdict not in c.reward.functions:
+        raise ConfigError(
+            f"config.eval.verdict is {c.eval.verdict!r}, which is not among config.reward.functions."
+            f"{methods.nearest(c.eval.verdict, c.reward.functions)}"
+        )
+    if c.supervised.start_from and c.supervised.steps:
+        raise ConfigError(
+            "config.supervised.start_from takes another run's supervised start, and config.supervised.steps asks for one of this "
+            "run's own; set one of them to empty or 0."
+        )
+    _check_needs(c, method)
     model_config(c, vocab_size=300)
     return method
 
 
-def _signal_shapes(c: Config):
+def _check_needs(c: Config, method: methods.Method) -> None:
+    """What a method needs from other sections, and sections that nothing would read."""
+    numbers, parts = c.regression.tokenizer, method.name.split("+")
+    learned = [name for name in c.reward.functions if name.startswith("reward_model")]
+    if "genre2" in parts and not numbers:
+        raise ConfigError(
+            "config.method.name 'genre2' predicts numbers: set config.regression.tokenizer, and a table as data.train."
+        )
+    if numbers:
+        foreign = sorted(method.signals & {"model_scores", "self_rewards", "answer_confidence", "values"})
+        if foreign:
+            raise ConfigError(
+                f"config.method.name {method.name!r} needs {foreign}, which a regression run (config.regression.tokenizer) does not have."
+            )
+        if learned:
+            raise ConfigError(
+                f"config.reward.functions names {learned[0]!r}, which reads text; a regression run has none."
+            )
+    elif c.regression != Regression():
+        raise ConfigError(
+            "config.regression is set and config.regression.tokenizer is empty, so nothing would read it."
+        )
+    if "model_scores" in method.signals:
+        if "reward_model" not in c.reward.functions:
+            raise ConfigError(
+                f"config.method.name {method.name!r} grades by a reward model: add 'reward_model' to config.reward.functions, with weight 0."
+            )
+        weights = dict(zip(c.reward.functions, c.reward.weights or [1.0] * len(c.reward.functions)))
+        verdict = c.reward.verdict or c.reward.functions[0]
+        others = [name for name, weight in weights.items() if weight and name != verdict]
+        if others or not weights[verdict]:
+            raise ConfigError(
+                f"config.method.name {method.name!r} puts its own reward, made of the verdict of {verdict!r} and the reward model's "
+                f"score, in the place of the sum of rewards: give {verdict!r} the weight 1 and the others"
+                f"{' (' + ', '.join(others) + ')' if others else ''} 0 in config.reward.weights."
+            )
+    if "self_rewards" in method.signals and not method.loss.self_reward:
+        raise ConfigError(f"config.method.name {method.name!r} needs self-rewards, and its loss has no SelfReward.")
+    if not learned and c.reward_model != RewardModel():
+        raise ConfigError(
+            "config.reward_model is set, and no reward of config.reward.functions is learned; add 'reward_model' there."
+        )
+    if c.data.values != "own" and "values" not in method.signals:
+        raise ConfigError(
+            f"config.data.values is {c.data.values!r}, and config.method.name {method.name!r} reads no values; only rlev does."
+        )
+
+
+def _chain_error(c: Config, method: methods.Method, signals: frozenset[str]) -> Exception | None:
+    """What the chain raises where the loop supplies these signals, or None. Shapes and dtypes only: nothing is compiled."""
     P, G, T = c.prompts_per_step, c.group_size, c.max_completion_length
     shapes = dict(completion_mask=(P, G, T), greedy_rewards=(P,), values=(P,), prompt_confidence=(P,), kl=(P, G, T))
-    return [shapes.get(name, (P, G)) for name in AdvantageInputs._fields]
+    dtypes = dict.fromkeys(("completion_mask", "verdicts", "truncated"), "bool")
+    inputs = AdvantageInputs(
+        **{
+            name: jax.ShapeDtypeStruct(shapes.get(name, (P, G)), dtypes.get(name, "float32"))
+            if name in ALWAYS | signals
+            else None
+            for name in AdvantageInputs._fields
+        }
+    )
+    try:
+        jax.eval_shape(method.advantage.update, None, jax.eval_shape(method.advantage.init), inputs)
+    except (ValueError, AssertionError, TypeError, AttributeError) as e:
+        return e
+    return None
+
+
+def _undeclared_signals(c: Config, method: methods.Method) -> list[str]:
+    """The signals without which a chain that runs with all of them does not run, and that its method does not declare."""
+    every = frozenset(AdvantageInputs._fields)
+    if _chain_error(c, method, every):
+        return []
+    return [name for name in sorted(every - method.signals) if _chain_error(c, method, every - {name})]
 
 
 def help_text() -> str:

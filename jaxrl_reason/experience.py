@@ -77,6 +77,8 @@ def make_prepare(
         }
         if "greedy_rewards" in method.signals:
             signals["greedy_rewards"] = total_reward(groups.rewards, weights)[:, -1]
+        if "verdicts" in method.signals:  # without one, a completion is neither right nor wrong
+            total = jnp.where(jnp.isnan(rewards[verdict]), jnp.nan, total)
         if "model_scores" in method.signals:
             signals["model_scores"] = rewards["reward_model"]
             total = jnp.where(jnp.isfinite(rewards["reward_model"]), total, jnp.nan)
@@ -166,7 +168,7 @@ def method_metrics(inputs: AdvantageInputs, signals: frozenset[str], real: jax.A
             "self_reward/wrong": _mean(inputs.self_rewards, wrong & ended),
             "self_reward/accuracy_right": on_right,
             "self_reward/accuracy_wrong": on_wrong,
-            "self_reward/f1": jnp.where(on_right + on_wrong > 0, 2 * on_right * on_wrong / (on_right + on_wrong), 0.0),
+            "self_reward/f1": jnp.where(on_right + on_wrong == 0, 0.0, 2 * on_right * on_wrong / (on_right + on_wrong)),
         }
     if "answer_confidence" in signals:
         metrics |= {

@@ -296,7 +296,10 @@ def make_update(
         mask, dropped = losses.drop_nonfinite(
             batch.mask, *(x for x in (batch.old_logprobs, batch.ref_logprobs) if x is not None)
         )
-        grads, (metrics, difference) = gradient(params, batch._replace(mask=mask), temperature)
+        batch = batch._replace(mask=mask)
+        if options.loss.self_reward:
+            batch = batch._replace(judged=batch.judged & mask.any(axis=-1))
+        grads, (metrics, difference) = gradient(params, batch, temperature)
         metrics["nonfinite_completions"] += dropped
         params, opt_state, metrics["grad_norm"] = apply_gradients(optimizer, params, opt_state, grads)
         metrics["skipped_update_ratio"] = 1.0 - jnp.isfinite(metrics["grad_norm"])

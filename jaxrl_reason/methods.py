@@ -215,7 +215,7 @@ def keywords(name: str, base: str = "") -> dict[str, object]:
             if len(parts) > 1 and part in _REGISTRY:
                 near = f" It is an estimator: give it as base={part!r}."
             raise ValueError(f"There is no method {part!r}{' to stack' if len(parts) > 1 else ''}.{near}")
-    base = base or _EXTENSIONS[parts[0]][1]
+    base = base or (_EXTENSIONS[name][1] if len(parts) == 1 else "grpo")
     if base not in _REGISTRY:
         why = "a method stands on an estimator; use stack() for several methods" if base in _EXTENSIONS else "unknown"
         raise ValueError(f"method.base is {base!r} ({why}).{nearest(base, _REGISTRY)}")
@@ -259,6 +259,11 @@ def create(name: str, **options) -> Method:
             if len(parts) > 1 and key not in own:
                 raise ValueError(f"Method {part!r} has no parameter {key!r}.{nearest(key, own)}")
         extensions[part] = factory(estimator, **{k: v for k, v in given.items() if k in own})
+        for field, value in extensions[part].loss:
+            if field in options and field not in own:
+                raise ValueError(
+                    f"method.{field} is {options[field]!r}, and {part} sets it to {value!r}; leave it out."
+                )
     return _combine(name, estimator, extensions)
 
 
@@ -281,8 +286,10 @@ def stack(*parts: str, base: str = "grpo", **options) -> Method:
     if not parts:
         raise ValueError("stack() needs at least one method; for a bare estimator use create().")
     if len(parts) == 1:
-        options = dict(options)
-        options |= options.pop(parts[0], {})
+        own = options.pop(parts[0], {})
+        if not isinstance(own, dict):
+            raise ValueError(f"method.{parts[0]} is {own!r}; it must be a dict of {parts[0]}'s parameters.")
+        options |= own
     return create("+".join(parts), base=base, **options)
 
 

@@ -4,6 +4,9 @@ All but `token_confidence` run on the host in float64, on anything numpy can rea
 docstring says; inputs that cannot be meant raise ValueError.
 """
 
+from collections import Counter
+from collections.abc import Hashable, Sequence
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -129,6 +132,101 @@ def regression_scores(predictions, targets):
         "r2": 1.0 - _ratio(squared_error, spread),
         "spearman": _ratio((ranks * target_ranks).sum(), np.sqrt((ranks**2).sum() * (target_ranks**2).sum())),
     }
+
+
+def majority_vote(answers: Sequence[Hashable | None], weights: Sequence[float] | None = None) -> int | None:
+    """The position of the first sample that gave the winning answer: maj@k, or self-consistency (arXiv 2203.11171).
+
+    Args:
+      answers: one a sample, equal where they count as the same; None does not vote. Of equal sums the first seen wins.
+      weights: of the votes, not negative; None: 1 each.
+
+    Returns:
+      An index into `answers`, or None where nobody votes.
+    """
+    votes = Counter()
+    for answer, weight in zip(answers, [1] * len(answers) if weights is None else weights, strict=True):
+        if answer is not None:
+            votes[answer] += weight
+    return list(answers).index(max(votes, key=votes.get)) if votes else None
+
+
+def calibration_error(scores, correct, bins=10):
+    """Expected calibration error (arXiv 1706.04599, eq. 3): how far scores in [0, 1] are from the accuracy they promise.
+
+    Args:
+      scores: float[N], clipped to [0, 1].
+      correct: [N], 1 where right.
+      bins: of equal width.
+
+    Returns:
+      The mean over samples of |mean score - accuracy| of a sample's bin; NaN for none.
+    """
+    scores, correct = _pair("scores", scores, "correct", correct)
+    if not scores.size:
+        return float("nan")
+    scores = np.clip(scores, 0.0, 1.0)
+    place = np.minimum((scores * bins).astype(int), bins - 1)
+    gaps = np.bincount(place, scores - correct, minlength=bins)
+    return float(np.abs(gaps).sum() / scores.size)
+
+
+def mean_by_quantile(x, values, parts=5):
+    """Means of x over equal shares of the items, from those of the lowest value to those of the highest.
+
+    Items of one value are interchangeable: each belongs in equal measure to all the shares that they span together, so the order of
+    the items changes nothing, and shares are equal where `parts` does not divide their number.
+
+    Args:
+      x: number[N], N >= 1.
+      values: number[N], what the items are ordered by.
+      parts: the number of shares, at least 1.
+
+    Returns:
+      float64[parts].
+
+    Raises:
+      ValueError: shapes differ, there are no items, a value is NaN, or `parts` is below 1.
+    """
+    x, values = _pair("x", x, "values", values)
+    if x.ndim != 1 or x.size == 0:
+        raise ValueError(f"x has shape {x.shape}; there must be a list of at least one item to take means of.")
+    if parts < 1:
+        raise ValueError(f"parts is {parts}; it must be at least 1.")
+    _refuse(np.isnan(values), "values must be numbers", values=values)
+    ordered, edges = np.sort(values), np.arange(parts + 1)[:, None] / parts
+    first, last = (np.searchsorted(ordered, values, side) / x.size for side in ("left", "right"))
+    overlap = np.minimum(last, edges[1:]) - np.maximum(first, edges[:-1])
+    shares = np.maximum(overlap, 0.0) / (last - first)
+    return (shares * x).sum(axis=1) / shares.sum(axis=1)
+
+
+def bootstrap_interval(x, *, level=0.95, resamples=2000, seed=0):
+    """The percentile bootstrap interval of a mean (Efron 1979): what other draws of the items could have given.
+
+    Args:
+      x: float[N], N >= 1, one number an independent item: for accuracy a prompt, not a completion.
+      level: the share of the resampled means inside, in (0, 1).
+      resamples: how many means are resampled.
+      seed: of the resampling.
+
+    Returns:
+      (low, high), floats.
+
+    Raises:
+      ValueError: no items, or one that is not finite; or `level` is out of range.
+    """
+    x = np.asarray(x, np.float64)
+    if x.ndim != 1 or x.size == 0:
+        raise ValueError(f"x has shape {x.shape}; there must be a list of at least one item to resample.")
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}; it must lie between 0 and 1.")
+    _refuse(~np.isfinite(x), "x must be finite", x=x)
+    distinct, counts = np.unique(x, return_counts=True)
+    # How often each distinct number is drawn: much smaller than the draws themselves.
+    drawn = np.random.default_rng(seed).multinomial(x.size, counts / x.size, size=resamples)
+    low, high = np.quantile(drawn @ distinct / x.size, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def token_confidence(logprobs: jax.Array, mask: jax.Array, fraction: float = 0.2) -> jax.Array:

@@ -44,7 +44,7 @@ class Clock:
     """Wall-clock seconds of a step and of its named parts. Parts must end synchronised with the device."""
 
     def __init__(self):
-        self._begin, self._parts = time.perf_counter(), {}
+        self._begin, self._parts, self._tokens = time.perf_counter(), {}, {}
 
     @contextlib.contextmanager
     def __call__(self, part: str):
@@ -52,11 +52,12 @@ class Clock:
         yield
         self._parts[part] = self._parts.get(part, 0.0) + time.perf_counter() - begin
 
-    def metrics(self, tokens: float) -> dict[str, float]:
-        """perf/* metrics; `tokens` are the completion tokens that the step learnt from."""
+    def count(self, part: str, tokens: int) -> None:
+        """A part has worked on so many more completion tokens."""
+        self._tokens[part] = self._tokens.get(part, 0) + tokens
+
+    def metrics(self) -> dict[str, float]:
+        """perf/* metrics: seconds of the step and of each part, tokens a second of the parts that have counted some."""
         seconds = {f"perf/step_seconds/{part}": s for part, s in self._parts.items()}
-        return seconds | {
-            "perf/step_seconds": time.perf_counter() - self._begin,
-            "perf/rollout_tokens_per_s": tokens / self._parts["rollout"],
-            "perf/update_tokens_per_s": tokens / self._parts["update"],
-        }
+        speeds = {f"perf/{part}_tokens_per_s": n / self._parts[part] for part, n in self._tokens.items()}
+        return seconds | speeds | {"perf/step_seconds": time.perf_counter() - self._begin}

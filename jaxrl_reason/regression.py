@@ -8,6 +8,8 @@ the rollout and the update are the same. Token ids: those of the number's alphab
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +70,16 @@ class Digits:
     def decode_batch(self, sequences: Sequence[Sequence[int]]) -> list[str]:
         """Digits or prompts as text, for people."""
         return [self._text(list(ids)) for ids in sequences]
+
+    def save(self, directory) -> None:
+        """Keeps what turns ids into numbers and back: digits.json, and the text tokenizer where there is one."""
+        directory = pathlib.Path(directory)
+        directory.mkdir(parents=True)
+        number = {"kind": type(self.number).__name__, **dataclasses.asdict(self.number)}
+        content = {"number": number, "target": dataclasses.asdict(self.target)}
+        (directory / "digits.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if self.text:
+            self.text.save(directory / "text")
 
     def _text(self, ids: list[int]) -> str:
         if ids and ids[0] == self.pad_id:

@@ -29,7 +29,7 @@ class Rollout(NamedTuple):
       features: f32[P, F], numbers that the prompts carry beside their tokens, or None.
       prompt_logprobs: f32[P, S] log-probability of each prompt token given its prefix at temperature 1; 0 on the first real
         token and where prompt_mask is False. None where not asked for.
-      probe_logprobs: f32[P, G] log-probability, under the law that samples, of the probe token right behind the
+      probe_logprobs: f32[P, G] log-probability, at the temperature that samples, of the probe token right behind the
         end token; 0 where truncated. None where not asked for.
     """
 
@@ -147,6 +147,11 @@ def generate(
         any other, which costs at most one more iteration of the loop and no further forward pass.
     """
     P, G, T = prompt_tokens.shape[0], group_size, max_length
+    if probe_token is not None and not eos_ids:
+        raise ValueError(
+            "A probe token is read behind the end token, and no token ends a completion (eos_ids is empty)."
+        )
+    legal = None if legal is None else jnp.asarray(legal)
     model = models.bind(config, params)
     hidden, prompt = model.prefill(prompt_tokens, prompt_mask, features)
     prompt_logprobs = _prompt_logprobs(model, hidden, prompt_tokens, prompt_mask) if with_prompt_logprobs else None
@@ -158,12 +163,10 @@ def generate(
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (G,))
     eos = jnp.asarray(eos_ids, jnp.int32)
 
-    def law(hidden, t):  # f32[P, G, V]
-        legal_now = None if legal is None else legal[..., t, :].reshape(-1, 1, legal.shape[-1])
-        return scale_logits(model.logits(hidden), temperature, legal_now)
-
     def sample(logits, t):
-        return sample_token(logits, jax.lax.dynamic_index_in_dim(noise, t, 2, keepdims=False), temperature == 0)
+        legal_now = None if legal is None else legal[..., t, :].reshape(-1, 1, legal.shape[-1])
+        law = scale_logits(logits, temperature, legal_now)  # f32[P, G, V]
+        return sample_token(law, jax.lax.dynamic_index_in_dim(noise, t, 2, keepdims=False), temperature == 0)
 
     def write(tokens, logprobs, new, logp, live, t):
         put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, t, axis=2)
@@ -171,7 +174,7 @@ def generate(
         return put(tokens, jnp.where(live, new, pad_id)), put(logprobs, jnp.where(live, logp, 0.0)), live & ~ends
 
     tokens = jnp.full((P, G, steps), pad_id, jnp.int32)
-    new, logp = sample(law(hidden, 0), 0)
+    new, logp = sample(model.logits(hidden), 0)
     everyone = jnp.ones((P, G), bool)
     tokens, logprobs, live = write(tokens, jnp.zeros((P, G, steps)), new, logp, everyone, 0)
     mask = jnp.zeros((P, G, steps), bool).at[:, :, 0].set(True)
@@ -185,13 +188,14 @@ def generate(
     def body(carry):
         t, live, new, tokens, logprobs, mask, cache, probe = carry
         hidden, cache = model.step(new, t - 1, blocks, prompt, cache)
-        logits = law(hidden, t)
+        logits = model.logits(hidden)
         new, logp = sample(logits, t)
         mask = jax.lax.dynamic_update_index_in_dim(mask, live, t, axis=2)
         tokens, logprobs, going_on = write(tokens, logprobs, new, logp, live, t)
         if probe is not None:
             values, ended = probe
-            values = jnp.where(ended, jax.nn.log_softmax(logits)[..., probe_token], values)
+            behind = scale_logits(logits, temperature, None)  # legal tokens end with the completion
+            values = jnp.where(ended, jax.nn.log_softmax(behind)[..., probe_token], values)
             going_on = jnp.where(t < T, going_on, live)  # the step beyond the budget only reads
             probe = values, live & ~going_on
         return t + 1, going_on, new, tokens, logprobs, mask, cache, probe

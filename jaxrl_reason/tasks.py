@@ -166,7 +166,7 @@ def _numbers(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Tas
             learning_rate=s.learning_rate,
             seed=c.seed,
         )
-        return found | ({} if table.best_r2 is None else {"best_possible_r2": table.best_r2})
+        return found | ({} if table.best_r2 is None else {"best_possible/r2": table.best_r2})
 
     return Task(
         work=Workdir(workdir, c, table.fingerprint),
@@ -216,3 +216,18 @@ def self_reward_of(method: Method, c_ref) -> Callable | None:
     return lambda rollout: np.where(
         jax.device_get(rollout.truncated), np.nan, beta * (jax.device_get(rollout.probe_logprobs) - float(c_ref))
     )
+
+
+BASELINES = ("pointwise/", "best_possible/")  # how the figures of other approaches begin
+
+
+def headlines(method: Method) -> tuple[str, ...]:
+    """How the names of the held-out figures begin that a summary of a run shows; all of them are in metrics.jsonl."""
+    shown = ["accuracy", "pass@", "mean_length", "r2", "median_r2", "rmse", "spearman", "spread"]
+    if "values" in method.signals:
+        shown += ["h_accuracy", "value_density", "high_value", "low_value"]
+    if method.loss.self_reward:
+        shown += ["self_reward", "best_of", "weighted_vote", "majority_vote"]
+    if "answer_confidence" in method.signals:
+        shown += ["distinct_right_answers"]
+    return tuple(shown)

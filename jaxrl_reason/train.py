@@ -9,6 +9,8 @@ token ids out, rewards in. The same command goes on from the newest checkpoint.
 import contextlib
 import dataclasses
 import functools
+import itertools
+import json
 import pathlib
 import sys
 
@@ -19,109 +21,76 @@ import rich.console
 
 from jaxrl_reason import checkpoints
 from jaxrl_reason import config as config_lib
-from jaxrl_reason import data
 from jaxrl_reason import experience
-from jaxrl_reason import models
 from jaxrl_reason import programs as programs_lib
+from jaxrl_reason import reward_training
+from jaxrl_reason import tasks
 from jaxrl_reason import writers
 from jaxrl_reason.config import Config, ConfigError
-from jaxrl_reason.evaluate import evaluate
 from jaxrl_reason.learner import TrainState
 from jaxrl_reason.methods import Method
 from jaxrl_reason.models import sharding
 from jaxrl_reason.progress import Clock, Progress
 from jaxrl_reason.rewards import RewardError
-from jaxrl_reason.rewards.scorer import Scorer
-from jaxrl_reason.workdir import Workdir
+from jaxrl_reason.rewards.scorer import LEARNED
+from jaxrl_reason.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Everything a run needs before its first step; made by `setup`, which refuses what cannot run."""
+    """Everything a run needs before its first step; made by `setup`, which refuses what cannot run.
+
+    Attributes:
+      config, method: what was asked for.
+      task: data, scorer and evaluation.
+      programs: the compiled functions.
+      reward_phase: how to get the learned reward model, or None.
+    """
 
     config: Config
     method: Method
-    model: models.ModelConfig
-    work: Workdir
-    tokenizer: data.Tokenizer
-    prompts: data.PromptStream
-    held_out: list[data.PromptBatch]
-    solutions: data.SolutionStream | None
-    scorer: Scorer
+    task: Task
     programs: programs_lib.Programs
+    reward_phase: reward_training.Phase | None = None
+
+    work = property(lambda self: self.task.work)
+    model = property(lambda self: self.task.model)
+    tokenizer = property(lambda self: self.task.tokenizer)
+    prompts = property(lambda self: self.task.prompts)
+    solutions = property(lambda self: self.task.solutions)
+    held_out = property(lambda self: self.task.held_out)
+    scorer = property(lambda self: self.task.scorer)
 
 
 def setup(config: Config, workdir: str | pathlib.Path) -> Run:
-    """Checks the configuration, opens the data and the work directory; compiles nothing.
+    """Checks the configuration, the data, the rewards and the work directory, and only then writes there; compiles nothing.
 
     Raises:
       ConfigError, RewardError, ValueError, OSError: a sentence that says what is wrong and where.
     """
-    c, method = config, config_lib.validate(config)
-    mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
-    source = lambda name, split: data.load_source(
-        name, split, data_dir=c.data.data_dir or None, columns=c.data.columns, on_bad_row=c.data.on_bad_row
+    method = config_lib.validate(config)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    task = tasks.open_task(config, method, mesh, workdir)
+    programs = programs_lib.build(
+        config,
+        method,
+        task.model,
+        mesh,
+        eos_ids=task.tokenizer.eos_ids,
+        pad_id=task.tokenizer.pad_id,
+        weights=task.scorer.weights,
+        verdict=task.scorer.verdict,
+        probe_token=tasks.probe_token(method, task.tokenizer),
+        legal=task.legal,
+        expert=task.expert,
     )
-    train_rows = source(c.data.train, c.data.train_split)
-    eval_rows = source(c.data.eval or c.data.train, c.data.eval_split)
-    template = data.get_template(c.data.template)
-
-    def make_tokenizer():
-        if c.data.tokenizer:
-            return data.load_tokenizer(c.data.tokenizer)
-        rows = train_rows.read(range(min(len(train_rows), 2000)))
-        texts = [
-            template.render_prompt(row) + (template.render_solution(row) if "solution" in row else "") for row in rows
-        ]
-        return data.train_tokenizer(texts, c.data.vocab_size)
-
-    work = Workdir(workdir, c, f"{train_rows.fingerprint}/{eval_rows.fingerprint}")
-    tokenizer = work.tokenizer(make_tokenizer)
-    texts = dict(max_prompt_length=c.max_prompt_length, on_long=c.data.on_long_prompt, add_bos=c.data.add_bos)
-    scorer = Scorer(
-        c.reward.functions,
-        c.reward.weights,
-        c.reward.verdict,
-        c.reward.max_failure_share,
-        tokenizer=tokenizer,
-        template=template,
-        sharding=sharding.batch_sharding(mesh),
-    )
-    model = config_lib.model_config(c, tokenizer.vocab_size)
-    solutions = None
-    if c.supervised.steps:
-        solutions = data.SolutionStream(
-            train_rows,
-            tokenizer,
-            template,
-            batch_size=c.supervised.batch_size,
-            seed=c.seed,
-            max_completion_length=c.max_completion_length,
-            **texts,
+    reward_phase = None
+    if LEARNED.keys() & set(config.reward.functions):
+        reward_phase = reward_training.setup(
+            config, model=task.model, work=task.work, tokenizer=task.tokenizer, mesh=mesh
         )
-    return Run(
-        config=c,
-        method=method,
-        model=model,
-        work=work,
-        tokenizer=tokenizer,
-        scorer=scorer,
-        solutions=solutions,
-        prompts=data.PromptStream(train_rows, tokenizer, template, batch_size=c.prompts_per_step, seed=c.seed, **texts),
-        held_out=data.eval_prompts(
-            eval_rows, tokenizer, template, c.eval.prompts, batch_size=c.prompts_per_step, **texts
-        ),
-        programs=programs_lib.build(
-            c,
-            method,
-            model,
-            mesh,
-            eos_ids=tokenizer.eos_ids,
-            pad_id=tokenizer.pad_id,
-            weights=scorer.weights,
-            verdict=scorer.verdict,
-        ),
-    )
+    task.work.begin(task.tokenizer)
+    return Run(config, method, task, programs, reward_phase)
 
 
 def supervised(
@@ -148,26 +117,26 @@ def collect(run: Run, state: TrainState, clock: Clock) -> tuple[experience.Group
     """One batch of scored groups; with dynamic sampling, of groups that inform, drawn from several prompt batches.
 
     Returns:
-      The groups, metrics of the host, and the number of prompt batches drawn since the run began.
+      The groups, metrics of the host over all that was drawn, and the number of prompt batches drawn since the run began.
     """
 
     def draw(i):
         batch = run.prompts.batch(i)
         with clock("rollout"):
             rollout = jax.block_until_ready(run.programs.generate(state.params, batch, state.step))
+        clock.count("rollout", int(jax.device_get(_count(rollout.mask))))
         with clock("reward"):
             rewards, metrics = jax.block_until_ready(run.scorer(rollout, batch))
-        return experience.Groups(rollout, rewards), metrics
+        columns = {name: batch.columns[name] for name in programs_lib.columns_of(run.method)}
+        return experience.Groups(rollout, rewards, jax.device_put(columns, run.programs.sharding)), metrics
 
     first = int(jax.device_get(state.batches))
     groups, metrics = draw(first)
     if not run.method.dynamic_sampling:
         return groups, metrics, first + 1
-    buffer, filled, shares = (
-        _empty_like(run.programs.sharding)(groups),
-        jax.device_put(np.int32(0), state.batches.sharding),
-        [],
-    )
+    buffer = _empty_like(run.programs.sharding)(groups)
+    filled = jax.device_put(np.int32(0), state.batches.sharding)
+    shares, drawn = [], [metrics]
     while True:
         buffer, filled, share = run.programs.fill(buffer, filled, groups)
         count, share = jax.device_get((filled, share))
@@ -175,7 +144,9 @@ def collect(run: Run, state: TrainState, clock: Clock) -> tuple[experience.Group
         if count == run.config.prompts_per_step or len(shares) == run.config.sampling.max_batches:
             break
         groups, metrics = draw(first + len(shares))
-    metrics |= {
+        drawn.append(metrics)
+    names = dict.fromkeys(itertools.chain(*drawn))
+    metrics = {name: sum(m.get(name, 0.0) for m in drawn) / len(drawn) for name in names} | {
         "dynamic_sampling/batches": len(shares),
         "dynamic_sampling/groups": int(count),
         "dynamic_sampling/kept_ratio": sum(shares) / len(shares),
@@ -189,10 +160,11 @@ def _empty_like(sharding: jax.sharding.Sharding):
     return jax.jit(lambda groups: jax.tree.map(jnp.copy, experience.empty_like(groups)), out_shardings=sharding)
 
 
+_count = jax.jit(jnp.sum)
 _trained = jax.jit(experience.trained, static_argnums=1)  # uncompiled, slicing would carry its borders to the device
 
 
-def train_step(run: Run, state: TrainState, reference, clock: Clock):
+def train_step(run: Run, state: TrainState, reference, clock: Clock, c_ref: jax.Array | None = None):
     """Rollout, rewards, advantages, update: one step.
 
     Args:
@@ -200,6 +172,7 @@ def train_step(run: Run, state: TrainState, reference, clock: Clock):
       state: donated.
       reference: weights of the reference policy, or None.
       clock: measures the parts.
+      c_ref: f32 scalar of LaSeR's self-reward, or None.
 
     Returns:
       (state, groups, experience, metrics).
@@ -212,11 +185,14 @@ def train_step(run: Run, state: TrainState, reference, clock: Clock):
         if u.epochs * u.minibatches > 1:
             # The float32 sampler agrees with the trainer to 1e-5; a bfloat16 rollout is scored again by the trainer's forward.
             exact = run.model.compute_dtype == run.model.param_dtype == "float32"
-            old_logprobs = rollout.logprobs if exact else programs.score(state.params, rollout)
+            old_logprobs = rollout.logprobs if exact else programs.score(state.params, rollout).logprobs
         if reference is not None:
-            ref_logprobs = programs.score(reference, rollout)
-            kl = experience.log_ratio(rollout, ref_logprobs)
-        batch, advantage_state, prepared = programs.prepare(groups, state.advantage_state, kl)
+            of_reference = programs.score(reference, rollout)
+            if needs_kl(run):
+                ref_logprobs = of_reference.logprobs
+                kl = experience.log_ratio(rollout, ref_logprobs)
+            c_ref = of_reference.probe_logprobs if c_ref is None else c_ref
+        batch, advantage_state, prepared = programs.prepare(groups, state.advantage_state, kl, c_ref)
         batch = batch._replace(old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
         state = state._replace(
             advantage_state=advantage_state, batches=jax.device_put(np.int32(batches), state.batches.sharding)
@@ -230,7 +206,10 @@ def train(run: Run) -> dict[str, dict[str, float]]:
     """Runs to the end, from wherever the work directory stands.
 
     Returns:
-      The first and the last evaluation: {"before": {...}, "after": {...}}; empty where the run was finished already.
+      As `report`; empty where the run was finished and reported already.
+
+    Raises:
+      RewardError, CheckpointError, MetricsError, OSError: a sentence that says what is wrong and where.
     """
     c, programs, work = run.config, run.programs, run.work
     console = rich.console.Console(highlight=False)
@@ -243,32 +222,43 @@ def train(run: Run) -> dict[str, dict[str, float]]:
                 f"This run is finished: all {c.steps} steps are done. Raise config.steps, or choose another --workdir.",
                 soft_wrap=True,
             )
-            return {}
+            return {} if picture_of(run).exists() else report(run, console)
         console.print(f"Going on from {saver.directory / str(number)}.", soft_wrap=True)
+    picture_of(run).unlink(missing_ok=True)  # that of a shorter run: it would pass for this one's
     if number is None or number < c.supervised.steps:
         if run.solutions:
             state = supervised(run, state, saver, console)
-        state = programs.restart(state.params)
+        params = state.params
+        if c.supervised.start_from:
+            params = checkpoints.load_params(pathlib.Path(c.supervised.start_from).expanduser() / "start", params)
+        state = programs.restart(params)
         saver.save(c.supervised.steps, state)
 
     begin = int(state.step)
-    reference = reference_policy(run, state) if needs_reference(run) else None
-    evaluation = lambda state: evaluate(
-        functools.partial(programs.generate_eval, state.params), run.held_out, run.scorer
+    if begin == 0 and (needs_reference(run) or c.checkpoint.keep_start):
+        checkpoints.save_params(work.path / "start", state.params)
+    reference = checkpoints.load_params(work.path / "start", state.params) if needs_reference(run) else None
+    c_ref = self_reward_constant(run, state)
+    if run.reward_phase:
+        score = reward_training.scorer(run.reward_phase, state.params, console)
+        run = dataclasses.replace(run, task=dataclasses.replace(run.task, scorer=run.scorer.with_reward_model(score)))
+    evaluation = lambda state: run.task.evaluate(
+        functools.partial(programs.generate_eval, state.params), run.scorer, c_ref
     )
     with contextlib.ExitStack() as stack:
         resume = dict(resume_step=begin or -1)
         metrics_file = stack.enter_context(writers.MetricsWriter(work.path, c.log.tensorboard, **resume))
         samples_file = stack.enter_context(writers.SampleTable(work.path, **resume))
         if begin == 0 and c.eval.every:
-            metrics_file.write(0, evaluation(state))
+            metrics_file.write(0, evaluation(state) | run.task.baselines())
         bar = stack.enter_context(Progress(console, "RL", c.steps, begin, enabled=c.log.progress))
         for step in range(begin, c.steps):
             clock, done, last = Clock(), step + 1, step + 1 == c.steps
             with jax.transfer_guard("disallow"):  # an unintended crossing is an error
-                state, groups, batch, metrics = train_step(run, state, reference, clock)
+                state, groups, batch, metrics = train_step(run, state, reference, clock, c_ref)
             metrics["learning_rate"] = programs.learning_rate(step)
-            metrics |= clock.metrics(float(batch.mask.sum()))
+            clock.count("update", int(batch.mask.sum()))
+            metrics |= clock.metrics()
             if c.eval.every and (done % c.eval.every == 0 or last):
                 metrics |= evaluation(state)
             metrics_file.write(done, metrics)
@@ -281,16 +271,41 @@ def train(run: Run) -> dict[str, dict[str, float]]:
     return report(run, console)
 
 
-def needs_reference(run: Run) -> bool:
+def needs_kl(run: Run) -> bool:
     return run.config.update.kl_coefficient > 0 or "kl" in run.method.signals
 
 
-def reference_policy(run: Run, state: TrainState):
-    """The weights that RL began with, kept beside the checkpoints so that a resumed run finds them."""
-    directory = run.work.path / "reference"
+def needs_reference(run: Run) -> bool:
+    self_reward = run.method.loss.self_reward
+    return needs_kl(run) or bool(self_reward and self_reward.reference == "exact")
+
+
+def self_reward_constant(run: Run, state: TrainState) -> jax.Array | None:
+    """LaSeR's c_ref, measured once on the policy that RL begins with and kept in self_reward.json.
+
+    Returns:
+      f32 scalar; None where the method has no self-reward, or an exact reference.
+    """
+    settings = run.method.loss.self_reward
+    if not settings or settings.reference == "exact":
+        return None
+    file = run.work.path / "self_reward.json"
     if int(state.step) == 0:
-        checkpoints.save_params(directory, state.params)
-    return checkpoints.load_params(directory, state.params)
+        found = []
+        for i in range(4):
+            rollout = run.programs.generate(state.params, run.prompts.batch(i), state.step)
+            values, truncated = jax.device_get((rollout.probe_logprobs, rollout.truncated))
+            found.append(values[~truncated & np.isfinite(values)])
+        found = np.concatenate(found)
+        if not found.size:
+            raise ConfigError(
+                "No completion of the policy that RL begins with has ended, so LaSeR's constant cannot be measured: raise "
+                "config.max_completion_length, or begin with config.supervised.steps."
+            )
+        writers.write_json(file, {"c_ref": float(np.float32(found.mean())), "completions": int(found.size)})
+    return jax.device_put(
+        np.float32(json.loads(file.read_text())["c_ref"]), sharding.replicated(run.programs.sharding.mesh)
+    )
 
 
 def write_samples(run: Run, table: writers.SampleTable, step: int, groups: experience.Groups, batch) -> None:
@@ -321,19 +336,37 @@ def write_samples(run: Run, table: writers.SampleTable, step: int, groups: exper
     )
 
 
+def picture_of(run: Run) -> pathlib.Path:
+    """The learning curve, which a run draws last: where it lies, the run was reported."""
+    return run.work.path / "learning_curve.png"
+
+
 def report(run: Run, console: rich.console.Console) -> dict[str, dict[str, float]]:
-    """Prints the table of before and after, draws the learning curve; returns both evaluations."""
-    metrics_path, picture = run.work.path / "metrics.jsonl", run.work.path / "learning_curve.png"
-    evaluations = [
-        {k: v for k, v in line.items() if k.startswith("eval/") and k != "eval/prompts"}
-        for line in writers.read_metrics(metrics_path)
-        if "eval/accuracy" in line
-    ]
-    writers.plot_learning_curve(metrics_path, picture, title=run.work.path.name)
+    """Prints the table of before and after, draws the learning curve.
+
+    Returns:
+      {"before": the evaluation of step 0, "after": the last of a later step}; without those that were not made.
+    """
+    metrics_path, picture = run.work.path / "metrics.jsonl", picture_of(run)
+    evaluations, beside = {}, {}
+    for line in writers.read_metrics(metrics_path):
+        if any(name.startswith("eval/") for name in line):
+            figures = {k: v for k, v in line.items() if k.startswith("eval/") and k != "eval/prompts"}
+            evaluations["after" if line["step"] else "before"] = figures
+        beside |= {k: v for k, v in line.items() if k.startswith(tasks.BASELINES)}
     if evaluations:
-        console.print(writers.summary_table(evaluations[0], evaluations[-1]))
+        shown = tuple(f"eval/{name}" for name in tasks.headlines(run.method))
+        before, after = (
+            {k: v for k, v in evaluations.get(side, {}).items() if k.startswith(shown)} for side in ("before", "after")
+        )
+        console.print(writers.summary_table(before, after))
+    if beside:
+        console.print("Beside it: " + ", ".join(f"{name} {writers.cell(name, x)}" for name, x in beside.items()))
+    scratch = picture.with_suffix(".tmp")
+    writers.plot_learning_curve(metrics_path, scratch, title=run.work.path.name)
+    scratch.replace(picture)
     console.print(f"Learning curve: {picture}", soft_wrap=True)
-    return {"before": evaluations[0], "after": evaluations[-1]} if evaluations else {}
+    return evaluations
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -351,7 +384,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         train(run)
-    except RewardError as e:
+    except (ConfigError, RewardError, checkpoints.CheckpointError, writers.MetricsError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     return 0

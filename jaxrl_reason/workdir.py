@@ -4,57 +4,73 @@ from collections.abc import Callable
 import json
 import os
 import pathlib
+import shutil
 
 from jaxrl_reason import config as config_lib
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data import Tokenizer, load_tokenizer
 
-# What may differ when a run goes on: how long it is, what it writes, where it runs.
-MAY_CHANGE = ("steps", "mesh", "checkpoint", "eval", "log")
+# What may differ when a run goes on: how long it is, what it writes, where it runs. Not what an evaluation is: the last
+# one is compared with the first.
+MAY_CHANGE = ("steps", "mesh", "checkpoint", "eval.every", "log")
 
 
 class Workdir:
-    """Opens or begins a work directory.
+    """A work directory, looked at and not yet touched: `begin` writes, once nothing else can refuse the run.
 
     A directory that was begun is only continued by the configuration and the data that began it, up to `MAY_CHANGE`.
 
     Args:
-      path: the directory; made where it does not exist.
+      path: the directory; `begin` makes it where it does not exist.
       config: the configuration to run.
       fingerprint: of the training data.
 
     Raises:
-      ConfigError: the directory belongs to another configuration or other data; the message names every difference.
+      ConfigError: the directory belongs to another configuration or other data, and the message names every difference; or
+        something else lies where the tokenizer would go.
     """
 
     def __init__(self, path: str | os.PathLike, config: Config, fingerprint: str):
         self.path = pathlib.Path(path).expanduser().resolve()
-        file = self.path / "config.json"
-        new = json.loads(json.dumps({"config": config_lib.to_dict(config), "data_fingerprint": fingerprint}))
-        if file.exists():
+        self._file, self._tokenizer = self.path / "config.json", self.path / "tokenizer"
+        self._identity = json.loads(json.dumps({"config": config_lib.to_dict(config), "data_fingerprint": fingerprint}))
+        if self._file.exists():
             try:
-                old = json.loads(file.read_text())
+                old = json.loads(self._file.read_text())
             except ValueError as e:
-                raise ConfigError(f"{file} is not valid JSON ({e}); restore it, or choose another --workdir.") from e
-            changes = [
-                c for c in _differences(old, new) if not c[0].startswith(tuple(f"config.{m}" for m in MAY_CHANGE))
-            ]
+                raise ConfigError(
+                    f"{self._file} is not valid JSON ({e}); restore it, or choose another --workdir."
+                ) from e
+            changes = [c for c in _differences(old, self._identity) if not _may_change(c[0])]
             if changes:
                 listed = "; ".join(f"{name} was {a!r} and is {b!r}" for name, a, b in changes)
                 raise ConfigError(
                     f"{self.path} holds another run: {listed}. Restore these, or choose another --workdir."
                 )
-        self.path.mkdir(parents=True, exist_ok=True)
-        replacement = file.with_suffix(".tmp")
-        replacement.write_text(json.dumps(new, indent=2) + "\n")
-        replacement.replace(file)
+        elif self._tokenizer.exists():
+            raise ConfigError(
+                f"{self._tokenizer} exists, and {self._file}, which a run writes before it, does not; choose another --workdir."
+            )
 
     def tokenizer(self, make: Callable[[], Tokenizer]) -> Tokenizer:
-        """The tokenizer this run began with, or a new one, which is kept."""
-        directory = self.path / "tokenizer"
-        if not (directory / "tokenizer_config.json").exists():  # written last
-            make().save(directory)
-        return load_tokenizer(directory)
+        """The tokenizer this run began with, or a new one."""
+        return load_tokenizer(self._tokenizer) if self._tokenizer.exists() else make()
+
+    def begin(self, tokenizer: Tokenizer) -> None:
+        """Writes the configuration, and the tokenizer where there is none; each is complete or absent."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        replacement = self._file.with_suffix(".tmp")
+        replacement.write_text(json.dumps(self._identity, indent=2) + "\n")
+        replacement.replace(self._file)
+        if not self._tokenizer.exists():
+            scratch = self.path / "tokenizer.tmp"
+            shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed here
+            tokenizer.save(scratch)
+            scratch.rename(self._tokenizer)
+
+
+def _may_change(name: str) -> bool:
+    return any(f"{name}.".startswith(f"config.{field}.") for field in MAY_CHANGE)
 
 
 def _differences(old, new, name: str = ""):

@@ -17,6 +17,10 @@ from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
 
+class MetricsError(ValueError):
+    """A `.jsonl` file of a run that is damaged; the message is a sentence that names file and line."""
+
+
 class MetricsWriter:
     """Appends the metrics of a step to `metrics.jsonl` and, as scalars, to the TensorBoard events under `tensorboard/`.
 
@@ -28,7 +32,7 @@ class MetricsWriter:
       resume_step: the last step to keep (-1: none, a run that starts over); None keeps every complete line.
 
     Raises:
-      ValueError: the existing file is damaged elsewhere than in its last line; the message gives the line.
+      MetricsError: the existing file is damaged elsewhere than in its last line.
     """
 
     def __init__(self, workdir: str | os.PathLike, tensorboard: bool = True, resume_step: int | None = None):
@@ -141,15 +145,15 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: another line is not a JSON object with a step; the message gives file and line.
+      MetricsError: another line is not a JSON object with a step.
     """
     return list(_records(Path(path)))
 
 
 def plot_learning_curve(metrics_path: str | os.PathLike, out_png: str | os.PathLike, *, title: str) -> None:
-    """Draws a run: the reward of every step, its running mean and the held-out accuracy; below, the mean completion length.
+    """Draws a run: the reward of every step, its running mean and the held-out accuracy (or R2); below, the mean completion length.
 
-    Reads the metrics `reward`, `eval/accuracy` and `completions/mean_length`; a curve without data is left out.
+    Reads the metrics `reward`, `eval/accuracy` or `eval/r2`, and `completions/mean_length`; a curve without data is left out.
 
     Args:
       metrics_path: a `metrics.jsonl`.
@@ -157,7 +161,7 @@ def plot_learning_curve(metrics_path: str | os.PathLike, out_png: str | os.PathL
       title: stands above it.
 
     Raises:
-      FileNotFoundError, ValueError: as `read_metrics`.
+      FileNotFoundError, MetricsError: as `read_metrics`.
     """
     records = read_metrics(metrics_path)
     figure = Figure(figsize=(8, 6), layout="constrained")  # not pyplot: no global state, no display
@@ -169,12 +173,13 @@ def plot_learning_curve(metrics_path: str | os.PathLike, out_png: str | os.PathL
         top.plot(
             steps, _running_mean(rewards, window), color="tab:blue", label=f"reward, mean of the last {window} steps"
         )
-    steps, accuracy = _series(records, "eval/accuracy")
-    if steps:
-        top.plot(steps, accuracy, "o-", color="tab:orange", label="held-out accuracy")
+    for name, label in (("eval/accuracy", "held-out accuracy"), ("eval/r2", "held-out R2")):
+        steps, figures = _series(records, name)
+        if steps:
+            top.plot(steps, figures, "o-", color="tab:orange", label=label)
     if top.lines:
         top.legend(loc="best")
-    top.set_ylabel("reward, accuracy")
+    top.set_ylabel("reward, held-out figure")
     top.set_title(title)
     steps, lengths = _series(records, "completions/mean_length")
     if steps:
@@ -193,19 +198,42 @@ def summary_table(before: Mapping[str, float], after: Mapping[str, float]) -> ri
       before: metric name -> value, for instance {"eval/accuracy": .41, "eval/pass@4": .6, "eval/mean_length": 37.2}. Accuracy and
         pass@k are shares and shown in percent. NaN, and a metric that only one side has, is shown as a dash.
       after: the same, later. Rows come in the order of `before`, then what only `after` has.
+
+    Where one of the two is empty, the table has the other's column alone.
     """
     table = rich.table.Table()
     table.add_column("")
-    for heading in ("before", "after", "change"):
-        table.add_column(heading, justify="right")
+    columns = {"before": bool(before), "after": bool(after), "change": bool(before and after)}
+    for heading, shown in columns.items():
+        if shown:
+            table.add_column(heading, justify="right")
     for name in dict.fromkeys([*before, *after]):
-        short = name.rpartition("/")[2].replace("_", " ")
-        percent = short.endswith("accuracy") or short.startswith("pass@")
-        old, new = (100 * x if percent else x for x in (before.get(name, math.nan), after.get(name, math.nan)))
-        cells = [f"{old:.1f}", f"{new:.1f}", f"{new - old:+.1f}"]
-        cells = [cell + (" %" if percent else "") for cell in cells[:2]] + [cells[2] + (" points" if percent else "")]
-        table.add_row(short, *("-" if "nan" in cell else cell for cell in cells))
+        old, new = (math.nan if side.get(name) is None else side[name] for side in (before, after))
+        change = cell(name, new - old, signed=True).replace("%", "points")
+        cells = [c for c, shown in zip((cell(name, old), cell(name, new), change), columns.values()) if shown]
+        table.add_row(name.rpartition("/")[2].replace("_", " "), *cells)
     return table
+
+
+_FINE = ("r2", "rmse", "spearman", "spread", "density", "f1", "error", "loss", "margin")  # shown with three places
+
+
+def cell(name: str, value: float, *, signed: bool = False) -> str:
+    """A figure for a table: accuracies and the like in percent, small numbers with three places; a dash for NaN."""
+    if value is None or math.isnan(value):
+        return "-"
+    short = name.rpartition("/")[2]
+    sign = "+" if signed else ""
+    if short.endswith("accuracy") or short.startswith(("pass@", "maj@", "avg@")) or short.endswith("vote"):
+        return f"{100 * value:{sign}.1f} %"
+    return f"{value:{sign}.3f}" if short.endswith(_FINE) else f"{value:{sign}.1f}"
+
+
+def write_json(path: str | os.PathLike, content: Mapping) -> None:
+    """Writes a JSON file that is complete or absent."""
+    scratch = Path(path).with_suffix(".tmp")
+    scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
 
 
 class _Lines:
@@ -244,7 +272,7 @@ def _records(path: Path) -> Iterator[dict]:
         torn = None
         for number, line in enumerate(lines, start=1):
             if torn is not None:
-                raise ValueError(
+                raise MetricsError(
                     f"Line {torn} of {path} is not a JSON object with a step; mend or remove that line, or move the file away."
                 )
             try:

@@ -10,12 +10,14 @@ from jaxrl_reason import models
 
 def random_params(config, seed=0, scale=0.4):
     """Weights in which nothing is 0 or 1 by construction; a weight depends on its name, shape and the seed only."""
+
     def one(path, leaf):
         name = jax.tree_util.keystr(path)
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         size = 1.0 if "embedding" in name else scale
         values = rng.normal(size=leaf.shape) * size + ("norm" in name) * (1 - config.norm_offset)
         return jax.numpy.asarray(values, leaf.dtype)
+
     return jax.tree_util.tree_map_with_path(one, models.abstract_params(config))
 
 
@@ -63,7 +65,7 @@ def attention(x, w, config, sliding):
     heads = []
     for h in range(config.heads):
         n = h * config.kv_heads // config.heads
-        qh, kh, vh = q[:, h * K:(h + 1) * K], k[:, n * K:(n + 1) * K], v[:, n * K:(n + 1) * K]
+        qh, kh, vh = q[:, h * K : (h + 1) * K], k[:, n * K : (n + 1) * K], v[:, n * K : (n + 1) * K]
         if config.qk_norm:
             qh, kh = rms_norm(qh, w["q_norm"], config), rms_norm(kh, w["k_norm"], config)
         scores = rotate(qh, angles) @ rotate(kh, angles).T * config.query_scale
@@ -90,8 +92,9 @@ def forward(config, params, tokens):
     for i in range(config.layers):
         w = {name: value[i] for name, value in params["layers"].items()}
         # Gemma's pattern: with a period, each period's last layer is global.
-        sliding = config.sliding_window > 0 and not (config.sliding_period and i % config.sliding_period
-                                                     == config.sliding_period - 1)
+        sliding = config.sliding_window > 0 and not (
+            config.sliding_period and i % config.sliding_period == config.sliding_period - 1
+        )
         y = attention(rms_norm(x, w["attention_norm"], config), w, config, sliding)
         x = x + (rms_norm(y, w["post_attention_norm"], config) if config.post_norms else y)
         y = mlp(rms_norm(x, w["mlp_norm"], config), w, config)
@@ -105,7 +108,7 @@ def completion_logits(config, params, prompt_tokens, prompt_mask, completions):
     rows = []
     for tokens, mask, group in zip(*map(np.asarray, (prompt_tokens, prompt_mask, completions)), strict=True):
         prompt = tokens[mask.astype(bool)]
-        rows.append([forward(config, params, np.concatenate([prompt, one]))[len(prompt) - 1:-1] for one in group])
+        rows.append([forward(config, params, np.concatenate([prompt, one]))[len(prompt) - 1 : -1] for one in group])
     return np.array(rows)
 
 

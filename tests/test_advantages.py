@@ -51,16 +51,24 @@ def compute(transform, inputs, compiled=True):
 
 
 @either_way
-@pytest.mark.parametrize("transforms, rewards, lengths, expected", [
-    ([GROUPWISE["standardize"]], [[1, 0, 0, 1]], None, [[0.866024, -0.866024, -0.866024, 0.866024]]),
-    ([advantages.standardize_by_group(0.5)], [[1, 0, 0, 1]], None, [[0.464102, -0.464102, -0.464102, 0.464102]]),
-    ([GROUPWISE["center"]], [[1, 0, 0, 0]], None, [[0.75, -0.25, -0.25, -0.25]]),
-    ([GROUPWISE["leave_one_out"]], [[1, 0, 0, 0]], None, [[1, -1 / 3, -1 / 3, -1 / 3]]),
-    ([GROUPWISE["leave_one_out"]], [[10, 0, 0, 0]], None, [[10, -10 / 3, -10 / 3, -10 / 3]]),
-    ([WHITEN], [[1, 0, 0, 1]], [[2, 4, 4, 2]], [[1.354006, -0.677003, -0.677003, 1.354006]]),
-    ([advantages.center_by_group(), advantages.whiten_by_token()], [[1, 0], [1, 1]], [[2, 4], [3, 3]],
-     [[1.625471, -1.161051], [0.232210, 0.232210]]),
-], ids=["grpo", "grpo eps", "dr_grpo", "rloo", "rloo scale", "reinforce_pp", "reinforce_pp_baseline"])
+@pytest.mark.parametrize(
+    "transforms, rewards, lengths, expected",
+    [
+        ([GROUPWISE["standardize"]], [[1, 0, 0, 1]], None, [[0.866024, -0.866024, -0.866024, 0.866024]]),
+        ([advantages.standardize_by_group(0.5)], [[1, 0, 0, 1]], None, [[0.464102, -0.464102, -0.464102, 0.464102]]),
+        ([GROUPWISE["center"]], [[1, 0, 0, 0]], None, [[0.75, -0.25, -0.25, -0.25]]),
+        ([GROUPWISE["leave_one_out"]], [[1, 0, 0, 0]], None, [[1, -1 / 3, -1 / 3, -1 / 3]]),
+        ([GROUPWISE["leave_one_out"]], [[10, 0, 0, 0]], None, [[10, -10 / 3, -10 / 3, -10 / 3]]),
+        ([WHITEN], [[1, 0, 0, 1]], [[2, 4, 4, 2]], [[1.354006, -0.677003, -0.677003, 1.354006]]),
+        (
+            [advantages.center_by_group(), advantages.whiten_by_token()],
+            [[1, 0], [1, 1]],
+            [[2, 4], [3, 3]],
+            [[1.625471, -1.161051], [0.232210, 0.232210]],
+        ),
+    ],
+    ids=["grpo", "grpo eps", "dr_grpo", "rloo", "rloo scale", "reinforce_pp", "reinforce_pp_baseline"],
+)
 def test_hand_numbers(transforms, rewards, lengths, expected, compiled):
     transform = transforms[0] if len(transforms) == 1 else advantages.chain(*transforms)
     got = compute(transform, make_inputs(rewards, lengths), compiled)
@@ -86,8 +94,10 @@ def test_subtract_greedy_by_hand(compiled):
 
 
 @either_way
-@pytest.mark.parametrize("length, penalty", [(1, 0), (16383, 0), (16384, 0), (17408, -0.25), (18432, -0.5), (20480, -1),
-                                             (20481, -1), (30000, -1)])
+@pytest.mark.parametrize(
+    "length, penalty",
+    [(1, 0), (16383, 0), (16384, 0), (17408, -0.25), (18432, -0.5), (20480, -1), (20481, -1), (30000, -1)],
+)
 def test_overlong_penalty_by_hand(length, penalty, compiled):
     inputs = make_inputs([[1, 0]], [[length, 1]], T=30000)
     got = compute(advantages.soft_overlong_penalty(20480, 4096), inputs, compiled)
@@ -201,7 +211,7 @@ def test_a_group_does_not_see_its_neighbours(values):
     rewards = np.concatenate([rewards, rewards[:1]])  # the same prompt twice stays two groups
     for name, transform in GROUPWISE.items():
         together = compute(transform, make_inputs(rewards))
-        alone = [compute(transform, make_inputs(rewards[p:p + 1]))[0] for p in range(3)]
+        alone = [compute(transform, make_inputs(rewards[p : p + 1]))[0] for p in range(3)]
         np.testing.assert_array_equal(together, alone, err_msg=name)
 
 
@@ -217,8 +227,9 @@ def test_a_small_spread_is_seen():
     # an offset of a thousand, which the squares of the values would drown
     shifted = make_inputs([[1000, 1000.01, 1000.02]])
     np.testing.assert_allclose(compute(GROUPWISE["standardize"], shifted), [[-1, 0, 1]], atol=0.01)
-    np.testing.assert_allclose(compute(WHITEN, make_inputs([[1000, 1001]], [[1, 1]])),
-                               [[-0.5**0.5, 0.5**0.5]], atol=1e-5)
+    np.testing.assert_allclose(
+        compute(WHITEN, make_inputs([[1000, 1001]], [[1, 1]])), [[-(0.5**0.5), 0.5**0.5]], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", [*GROUPWISE, "whiten"])
@@ -246,8 +257,11 @@ def test_a_tied_group_is_exactly_zero_for_every_eps():
 
 
 def test_a_missing_reward_enters_no_statistic_and_has_advantage_zero():
-    for name, expected in {"standardize": [1.154699, 0, -0.577349, -0.577349], "center": [2 / 3, 0, -1 / 3, -1 / 3],
-                           "leave_one_out": [1, 0, -0.5, -0.5]}.items():
+    for name, expected in {
+        "standardize": [1.154699, 0, -0.577349, -0.577349],
+        "center": [2 / 3, 0, -1 / 3, -1 / 3],
+        "leave_one_out": [1, 0, -0.5, -0.5],
+    }.items():
         got = compute(GROUPWISE[name], make_inputs([[1, NAN, 0, 0]]))
         np.testing.assert_allclose(got, [expected], atol=2e-6, err_msg=name)
     whitened = compute(WHITEN, make_inputs([[1, NAN, 0, 0, 1]], [[2, 9, 4, 4, 2]]))
@@ -258,8 +272,11 @@ def test_a_missing_reward_enters_no_statistic_and_has_advantage_zero():
 
 def test_reward_zero_is_a_reward():
     for name, transform in GROUPWISE.items():
-        np.testing.assert_array_equal(compute(transform, make_inputs([[1, 0, NAN]]))[:, :2],
-                                      compute(transform, make_inputs([[1, 0]])), err_msg=name)
+        np.testing.assert_array_equal(
+            compute(transform, make_inputs([[1, 0, NAN]]))[:, :2],
+            compute(transform, make_inputs([[1, 0]])),
+            err_msg=name,
+        )
         assert compute(transform, make_inputs([[1, 0, NAN]]))[0, 1] < 0
 
 
@@ -295,11 +312,14 @@ def test_a_group_of_one_is_refused_in_a_sentence(name):
         compute(GROUPWISE[name], make_inputs([[1], [0]]), False)
 
 
-@pytest.mark.parametrize("build, message", [
-    (lambda: advantages.whiten_by_token(-0.1), "kl_coef is -0.1"),
-    (lambda: advantages.soft_overlong_penalty(10, 11), "cache_length is 11"),
-    (lambda: advantages.soft_overlong_penalty(10, 0), "cache_length is 0"),
-])
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: advantages.whiten_by_token(-0.1), "kl_coef is -0.1"),
+        (lambda: advantages.soft_overlong_penalty(10, 11), "cache_length is 11"),
+        (lambda: advantages.soft_overlong_penalty(10, 0), "cache_length is 0"),
+    ],
+)
 def test_parameters_out_of_range_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
@@ -312,13 +332,25 @@ def test_a_missing_signal_is_named():
         compute(WHITEN_KL, make_inputs([[1, 0]]))
 
 
-@pytest.mark.parametrize("change", [
-    {"rewards": np.ones(3)}, {"rewards": np.ones((3, 3, 3))}, {"rewards": np.ones((3, 2))},
-    {"completion_mask": np.ones((3, 3))}, {"completion_mask": np.ones((3, 2, 3))}, {"kl": np.ones((3, 3))},
-    {"kl": np.ones((3, 3, 1))}, {"kl": np.ones((1, 3, 3))}, {"greedy_rewards": np.ones((3, 3))},
-    {"greedy_rewards": np.ones((3, 1))}, {"greedy_rewards": np.ones(())}, {"greedy_rewards": np.ones(2)},
-    {"greedy_rewards": np.ones(1)},
-], ids=lambda change: " ".join(f"{k}{v.shape}" for k, v in change.items()))
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rewards": np.ones(3)},
+        {"rewards": np.ones((3, 3, 3))},
+        {"rewards": np.ones((3, 2))},
+        {"completion_mask": np.ones((3, 3))},
+        {"completion_mask": np.ones((3, 2, 3))},
+        {"kl": np.ones((3, 3))},
+        {"kl": np.ones((3, 3, 1))},
+        {"kl": np.ones((1, 3, 3))},
+        {"greedy_rewards": np.ones((3, 3))},
+        {"greedy_rewards": np.ones((3, 1))},
+        {"greedy_rewards": np.ones(())},
+        {"greedy_rewards": np.ones(2)},
+        {"greedy_rewards": np.ones(1)},
+    ],
+    ids=lambda change: " ".join(f"{k}{v.shape}" for k, v in change.items()),
+)
 def test_a_wrong_shape_is_refused_where_prompts_completions_and_tokens_are_as_many(change):
     inputs = make_inputs(np.eye(3), np.full((3, 3), 3), kl=np.ones((3, 3, 3)), greedy_rewards=np.ones(3))
     both = advantages.chain(advantages.subtract_greedy(), advantages.whiten_by_token(0.1))
@@ -368,8 +400,9 @@ def test_no_gradient_flows_through_advantages():
 
     def total(rewards, kl, greedy):
         inputs = advantages.AdvantageInputs(rewards, jnp.ones((1, 3, 2)), greedy_rewards=greedy, kl=kl)
-        chain = advantages.chain(advantages.subtract_greedy(), advantages.standardize_by_group(),
-                                 advantages.whiten_by_token(0.1))
+        chain = advantages.chain(
+            advantages.subtract_greedy(), advantages.standardize_by_group(), advantages.whiten_by_token(0.1)
+        )
         return (chain.update(None, chain.init(), inputs)[0] * jnp.arange(6.0).reshape(1, 3, 2)).sum()
 
     kl, greedy = jnp.arange(6.0).reshape(1, 3, 2), jnp.array([0.5])

@@ -15,7 +15,9 @@ import pytest
 
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import data, experience, learner, methods, models, programs, train
+from jaxrl_reason.advantages import center_by_group, chain, stateless, subtract_greedy
 from jaxrl_reason.config import Config, ConfigError, Eval, Model, Optimizer, Update, validate
+from jaxrl_reason.methods import Method, PolicyLoss
 from jaxrl_reason.models import sharding
 from jaxrl_reason.progress import Clock
 from jaxrl_reason.rewards import RewardError
@@ -205,6 +207,10 @@ def just_outside(field, hint):
         yield hint(meta["above"] - step), f"greater than {meta['above']}"
     if meta.get("high") is not None:
         yield meta["high"] + step, f"at most {meta['high']}"
+    if meta.get("below") is not None:
+        yield hint(meta["below"]), f"less than {meta['below']}"
+        yield meta["below"] - 1e-9, f"less than {meta['below']}"  # rounds to the border in float32
+        yield meta["below"] * 1e300, f"less than {meta['below']}"
     if meta.get("choices"):
         yield "somthing", "one of " + ", ".join(meta["choices"])
 
@@ -230,6 +236,7 @@ def test_the_borders_themselves_and_every_choice_are_allowed(name):
     values = [
         *(meta.get("choices") or ()),
         *(hint(meta[side]) for side in ("low", "high") if meta.get(side) is not None),
+        *([float(np.nextafter(np.float32(meta["below"]), np.float32(0)))] if meta.get("below") is not None else []),
     ]
     if name in BORDER:
         values = [BORDER[name]]
@@ -301,6 +308,67 @@ def test_what_cannot_run_together_is_refused_in_a_sentence(changes, names):
         validate(change(Config(), **changes))
     text = one_sentence(error)
     assert all(name in text for name in names), text
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """Methods that are registered in a test are gone after it."""
+    monkeypatch.setattr(methods, "_REGISTRY", dict(methods._REGISTRY))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda inputs: inputs.greedy_rewards[:, None],
+        lambda inputs: inputs.kl.sum(axis=-1),
+        lambda inputs: subtract_greedy().update(inputs.rewards, (), inputs)[0],
+    ],
+    ids=["an index", "an attribute", "ours"],
+)
+def test_an_estimator_that_reads_what_it_does_not_declare_is_refused(read, registry):
+    @methods.register
+    def careless():
+        return Method(chain(stateless(lambda advantages, inputs: advantages - read(inputs))), PolicyLoss())
+
+    with pytest.raises(ConfigError) as error:
+        validate(Config(method={"name": "careless"}))
+    text = one_sentence(error)
+    assert "'careless' reads the signals" in text and "Method(signals=...)" in text
+    assert re.search(r"\['(kl|greedy_rewards)'\]", text), text
+
+
+@pytest.mark.parametrize(
+    "function, fault",
+    [
+        (lambda advantages, inputs: ~inputs.rewards, "TypeError"),
+        (lambda advantages, inputs: inputs.reward, "AttributeError"),
+        (lambda advantages, inputs: advantages + jnp.ones(3), "shape"),
+        (lambda advantages, inputs: advantages if inputs.truncated.any() else -advantages, "boolean"),
+    ],
+    ids=["a wrong dtype", "no such field", "a wrong shape", "a branch on values"],
+)
+def test_an_estimator_that_cannot_be_traced_is_refused(function, fault, registry):
+    @methods.register
+    def wrong():
+        return Method(chain(stateless(function)), PolicyLoss())
+
+    with pytest.raises(ConfigError) as error:
+        validate(Config(method={"name": "wrong"}))
+    text = str(error.value)
+    assert "config.method.name 'wrong'" in text and fault in text and "\n" not in text
+
+
+def test_an_estimator_of_ones_own_is_given_booleans_and_trains(registry, rows, tmp_path):
+    @methods.register
+    def ended_only():
+        """Nothing is learnt from completions without an end token."""
+        keep = lambda advantages, inputs: jnp.where(~inputs.truncated & ~inputs.verdicts, advantages, 0.0)
+        return Method(chain(center_by_group(), stateless(keep)), PolicyLoss())
+
+    config = tiny(rows, method={"name": "ended_only"})
+    train.train(setup(config, tmp_path))
+    steps = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert [line["step"] for line in steps] == [1, 2] and all(np.isfinite(line["loss"]) for line in steps)
 
 
 @pytest.mark.parametrize("name", methods.names())

@@ -18,8 +18,18 @@ from jaxrl_reason.models import ModelConfig
 from jaxrl_reason.rollout import Rollout, generate
 
 P, G, S, T, V = 4, 3, 4, 5, 23
-CONFIG = ModelConfig(vocab_size=V, width=16, layers=2, heads=4, kv_heads=2, mlp_width=16, head_dim=4,
-                     tied_embedding=False, sliding_window=4, sliding_period=2)
+CONFIG = ModelConfig(
+    vocab_size=V,
+    width=16,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    mlp_width=16,
+    head_dim=4,
+    tied_embedding=False,
+    sliding_window=4,
+    sliding_period=2,
+)
 PARAMS = reference.random_params(CONFIG, scale=0.25)
 OTHER = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, PARAMS, reference.random_params(CONFIG, seed=1, scale=0.25))
 RNG = np.random.default_rng(0)
@@ -29,8 +39,8 @@ TOKENS = RNG.integers(10, V, (P, G, T)).astype(np.int32)
 LENGTHS = np.array([[1, 5, 3], [2, 2, 5], [5, 1, 4], [3, 5, 1]])
 MASK = np.arange(T) < LENGTHS[..., None]
 ADVANTAGES = RNG.normal(size=(P, G)).astype(np.float32)
-LEGAL = RNG.random((P, T, V)) < 0.7
-LEGAL[np.arange(P)[:, None, None], np.arange(T), TOKENS] = True
+LEGAL = RNG.random((T, V)) < 0.5
+LEGAL[np.arange(T), TOKENS] = True
 HOT = 1.3
 
 PPO = UpdateOptions(loss=PolicyLoss(clip_low=0.2, clip_high=0.28))
@@ -42,7 +52,7 @@ jit_once = functools.partial(jax.jit, compiler_options={"xla_backend_optimizatio
 
 def reference_law(params=PARAMS, temperature=HOT, legal=LEGAL, tokens=TOKENS):
     logits = reference.completion_logits(CONFIG, reference.float64(params), PROMPTS, PROMPT_MASK, tokens)
-    return reference.law(logits, temperature, None if legal is None else legal[:, None])
+    return reference.law(logits, temperature, legal)
 
 
 def chosen(law, tokens=TOKENS):
@@ -66,8 +76,9 @@ def experience(mask=MASK, **fields):
     """Off-policy, with a reference and legal tokens; what is masked is far from what it would be."""
     spoil = lambda x: np.where(mask, x, np.float32(5))
     rollout = Rollout(PROMPTS, PROMPT_MASK, TOKENS, MASK, spoil(NOW.astype(np.float32)), ~MASK.any(axis=-1))
-    batch = dict(rollout=rollout, mask=mask, advantages=per_token(ADVANTAGES), old_logprobs=spoil(OLD),
-                 ref_logprobs=spoil(REF), legal=LEGAL)
+    batch = dict(
+        rollout=rollout, mask=mask, advantages=per_token(ADVANTAGES), old_logprobs=spoil(OLD), ref_logprobs=spoil(REF)
+    )
     return jax.tree.map(jnp.asarray, Experience(**(batch | fields)))
 
 
@@ -76,15 +87,19 @@ SGD = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)  # one program serv
 
 @functools.cache
 def program(options, optimizer, config=CONFIG):
-    return jit_once(learner.make_update(config, options, optimizer))
+    """With legal tokens as an argument: one program serves all masks."""
+    return jit_once(lambda legal, *args: learner.make_update(config, options, optimizer, legal)(*args))
 
 
-def update(batch, options=FULL, optimizer=SGD, params=PARAMS, temperature=HOT, config=CONFIG, key=0, rate=1.0):
+def update(
+    batch, options=FULL, optimizer=SGD, params=PARAMS, temperature=HOT, config=CONFIG, key=0, rate=1.0, legal=LEGAL
+):
     opt_state = learner.init_opt_state(optimizer, params)
     if optimizer is SGD:
         opt_state.hyperparams["learning_rate"] = jnp.float32(rate)
     state = TrainState(jnp.int32(3), params, opt_state, (), jnp.int32(9))
-    state, metrics = program(options, optimizer, config)(state, batch, jnp.float32(temperature), jax.random.key(key))
+    run = program(options, optimizer, config)
+    state, metrics = run(legal, state, batch, jnp.float32(temperature), jax.random.key(key))
     assert (int(state.step), int(state.batches)) == (4, 9)
     return state, {name: float(value) for name, value in metrics.items()}
 
@@ -113,7 +128,7 @@ def reference_loss(params, mask=MASK, options=FULL):
         logp, advantage = law[p, g, t, TOKENS[p, g, t]], ADVANTAGES[p, g]
         rho = np.exp(logp - OLD[p, g, t])
         total += max(-advantage * rho, -advantage * min(max(rho, 0.8), 1.28))
-        total += options.kl_coefficient * (logp - REF[p, g, t])**2 / 2
+        total += options.kl_coefficient * (logp - REF[p, g, t]) ** 2 / 2
         total -= options.entropy_coefficient * entropy_of(law[p, g, t])
     return total / mask.sum()
 
@@ -125,7 +140,7 @@ def test_loss_and_metrics_equal_the_references():
     want = {
         "loss": reference_loss(PARAMS),
         "entropy": entropy_of(law)[MASK].mean(),
-        "kl": ((NOW - REF)**2 / 2)[MASK].mean(),
+        "kl": ((NOW - REF) ** 2 / 2)[MASK].mean(),
         "clip_ratio/low_mean": ((rho < 0.8) & (sign < 0))[MASK].mean(),
         "clip_ratio/high_mean": ((rho > 1.28) & (sign > 0))[MASK].mean(),
         "nonfinite_completions": 0.0,
@@ -174,7 +189,7 @@ def test_kl_is_measured_by_its_kind_and_pulls_towards_the_reference(kind):
     assert metrics["kl"] == pytest.approx({"k1": d, "k2": d * d / 2, "k3": np.exp(-d) - 1 + d}[kind].mean(), abs=2e-5)
     after = chosen(reference_law(state.params))
     assert (after - REF)[MASK].std() < (NOW - REF)[MASK].std()
-    assert ((after - REF)**2)[MASK].mean() < 0.95 * ((NOW - REF)**2)[MASK].mean()
+    assert ((after - REF) ** 2)[MASK].mean() < 0.95 * ((NOW - REF) ** 2)[MASK].mean()
     # Where the reference is the policy nothing pulls.
     own = scores(PARAMS, batch)
     state, metrics = update(experience(advantages=still, ref_logprobs=own), options, rate=0.1)
@@ -186,8 +201,8 @@ def score_program(parts, chunk):
     return jit_once(functools.partial(learner.score, CONFIG, parts=parts, chunk=chunk))
 
 
-def scores(params, batch, parts=1, chunk=0):
-    return np.asarray(score_program(parts, chunk)(params, batch.rollout, jnp.float32(HOT), batch.legal))
+def scores(params, batch, parts=1, chunk=0, legal=LEGAL):
+    return np.asarray(score_program(parts, chunk)(params, batch.rollout, jnp.float32(HOT), legal).logprobs)
 
 
 @pytest.mark.slow
@@ -207,11 +222,18 @@ def baseline():
     return update(experience())
 
 
-@pytest.mark.parametrize("changes", [
-    dict(accumulation=4), dict(accumulation=2, logprob_chunk=2),
-    *(pytest.param(c, marks=pytest.mark.slow) for c in (
-        dict(accumulation=2), dict(logprob_chunk=1), dict(logprob_chunk=3), dict(logprob_chunk=5))),
-], ids=lambda c: "-".join(f"{k}{v}" for k, v in c.items()))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(accumulation=4),
+        dict(accumulation=2, logprob_chunk=2),
+        *(
+            pytest.param(c, marks=pytest.mark.slow)
+            for c in (dict(accumulation=2), dict(logprob_chunk=1), dict(logprob_chunk=3), dict(logprob_chunk=5))
+        ),
+    ],
+    ids=lambda c: "-".join(f"{k}{v}" for k, v in c.items()),
+)
 def test_accumulation_and_chunks_change_neither_update_nor_metrics(changes):
     state, metrics = baseline()
     other, other_metrics = update(experience(), dataclasses.replace(FULL, **changes))
@@ -221,11 +243,16 @@ def test_accumulation_and_chunks_change_neither_update_nor_metrics(changes):
         assert other_metrics[name] == pytest.approx(value, abs=2e-6, rel=2e-6), name
 
 
-@pytest.mark.parametrize("loss", [
-    pytest.param(PolicyLoss(aggregation="sequence_mean", ratio="sequence"), id="gspo", marks=pytest.mark.slow),
-    pytest.param(PolicyLoss(aggregation="constant"), id="dr_grpo", marks=pytest.mark.slow),
-    pytest.param(PolicyLoss(aggregation="constant", constant=7.0, ratio="cispo"), id="cispo", marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pytest.param(PolicyLoss(aggregation="sequence_mean", ratio="sequence"), id="gspo", marks=pytest.mark.slow),
+        pytest.param(PolicyLoss(aggregation="constant"), id="dr_grpo", marks=pytest.mark.slow),
+        pytest.param(
+            PolicyLoss(aggregation="constant", constant=7.0, ratio="cispo"), id="cispo", marks=pytest.mark.slow
+        ),
+    ],
+)
 def test_accumulation_keeps_every_denominator_global(loss):
     batch = experience(mask=MASK & (np.arange(P) != 2)[:, None, None])  # a prompt that is left out entirely
     one, metrics = update(batch, dataclasses.replace(FULL, loss=loss))
@@ -254,12 +281,12 @@ def test_pad_tokens_behind_the_end_may_be_illegal_and_are_of_no_account():
     tokens = np.where(MASK, TOKENS, 0)
     legal = LEGAL.copy()
     legal[..., 0] = False
-    batch = experience(legal=legal)
+    batch = experience()
     padded = batch._replace(rollout=batch.rollout._replace(tokens=jnp.asarray(tokens)))
-    behind = scores(OTHER, padded)
+    behind = scores(OTHER, padded, legal=legal)
     assert np.isneginf(behind[~MASK]).all()  # what the reference policy gives, too
-    other, other_metrics = update(padded._replace(ref_logprobs=jnp.where(MASK, REF, behind)))
-    state, metrics = update(batch)
+    other, other_metrics = update(padded._replace(ref_logprobs=jnp.where(MASK, REF, behind)), legal=legal)
+    state, metrics = update(batch, legal=legal)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(other.params)), "the weights are NaN"
     assert_same(other.params, state.params)
     assert other_metrics["loss"] == pytest.approx(metrics["loss"], abs=1e-6)
@@ -308,7 +335,7 @@ def test_on_policy_the_ratio_is_exactly_one():
     options = UpdateOptions(loss=PolicyLoss(clip_low=0.0, clip_high=0.0))  # clips whatever is not exactly 1
     run = jit_once(functools.partial(learner.loss_and_metrics, CONFIG, options))
     batch = experience(old_logprobs=None, advantages=ADVANTAGES)
-    _, (metrics, _) = run(PARAMS, batch, losses.totals(MASK), jnp.float32(HOT))
+    _, (metrics, _) = run(PARAMS, batch, losses.totals(MASK), jnp.float32(HOT), LEGAL)
     assert metrics["clip_ratio/region_mean"] == 0
     assert metrics["loss"] == pytest.approx(-(ADVANTAGES[..., None] * MASK).sum() / MASK.sum(), abs=1e-6)
 
@@ -357,12 +384,14 @@ def test_minibatches_that_do_not_divide_the_prompts_are_refused():
 @functools.cache
 def recorder(updates):
     """An optimizer that writes down the gradients of the embedding and moves nothing."""
+
     def init(params):
         return jnp.int32(0), jnp.zeros((updates, *params["embedding"].shape))
 
     def record(grads, state, params=None):
         count, seen = state
         return jax.tree.map(jnp.zeros_like, grads), (count + 1, seen.at[count].set(grads["embedding"]))
+
     return optax.GradientTransformation(init, record)
 
 
@@ -410,7 +439,8 @@ def test_score_equals_the_reference_whatever_the_parts():
 def test_score_equals_the_sampler_whatever_the_parts():
     batch = experience()
     rollout = jit_once(functools.partial(generate, CONFIG, group_size=G, max_length=T, eos_ids=(3,), pad_id=0))(
-        PARAMS, PROMPTS, PROMPT_MASK, jnp.arange(P), jax.random.key(0), temperature=jnp.float32(HOT), legal=LEGAL)
+        PARAMS, PROMPTS, PROMPT_MASK, jnp.arange(P), jax.random.key(0), temperature=jnp.float32(HOT), legal=LEGAL
+    )
     mask = np.asarray(rollout.mask)
     for parts in (1, 2):
         scored = scores(PARAMS, batch._replace(rollout=rollout), parts)
@@ -420,7 +450,8 @@ def test_score_equals_the_sampler_whatever_the_parts():
 def test_entropy_is_that_of_the_law_that_samples():
     run = jit_once(functools.partial(learner.completion_logprobs, CONFIG))
     batch = experience()
-    logprobs, entropy = run(PARAMS, batch.rollout, jnp.float32(0.7))  # with legal tokens: see the metrics above
+    logprobs, entropy, *others = run(PARAMS, batch.rollout, jnp.float32(0.7))  # legal tokens: see the metrics above
+    assert others == [None, None]
     law = reference_law(temperature=0.7, legal=None)
     np.testing.assert_allclose(logprobs, chosen(law), atol=5e-5)
     np.testing.assert_allclose(entropy, entropy_of(law), atol=5e-5)

@@ -22,7 +22,7 @@ from jaxrl_reason import losses
 NAN, INF = float("nan"), float("inf")
 either_way = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
 every_ratio = pytest.mark.parametrize("ratio", ["token", "sequence", "cispo", "none"])
-every_aggregation = pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
+every_aggregation = pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "sequence_sum", "constant"])
 BOTH = [dict(ratio=r, aggregation=a) for r, a in itertools.product(losses.RATIOS, losses.AGGREGATIONS)]
 SOME = [law for law in BOTH if law["ratio"] == "token" or law["aggregation"] == "token_mean"]
 every_law = pytest.mark.parametrize("law", BOTH, ids=lambda law: f"{law['ratio']}-{law['aggregation']}")
@@ -33,6 +33,7 @@ some_laws = pytest.mark.parametrize("law", SOME, ids=lambda law: f"{law['ratio']
 def jitted(**options):
     def loss(logprobs, old, adv, mask, total):
         return losses.policy_loss(logprobs, old, adv, mask, total=total, **options)
+
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
@@ -51,8 +52,20 @@ def a_batch(seed=0, lengths=((3, 10), (1, 4), (7, 2), (5, 6)), T=10):
     return tuple(x.astype(np.float32) for x in (logprobs, old, rng.normal(size=mask.shape[:2]), mask))
 
 
-def reference(logprobs, old, adv, mask, *, ratio="token", aggregation="token_mean", clip_low=0.2, clip_high=0.2,
-              dual_clip=None, constant=None, weights=None):
+def reference(
+    logprobs,
+    old,
+    adv,
+    mask,
+    *,
+    ratio="token",
+    aggregation="token_mean",
+    clip_low=0.2,
+    clip_high=0.2,
+    dual_clip=None,
+    constant=None,
+    weights=None,
+):
     """The loss in float64, a token at a time. `weights`: the log-probabilities that CISPO's weights are of."""
     logprobs, old, adv = (np.asarray(x, np.float64) for x in (logprobs, old, adv))
     sums, lengths = [], []
@@ -83,6 +96,8 @@ def reference(logprobs, old, adv, mask, *, ratio="token", aggregation="token_mea
         return sum(sums) / sum(lengths)
     if aggregation == "sequence_mean":
         return sum(s / n for s, n in zip(sums, lengths)) / len(sums)
+    if aggregation == "sequence_sum":
+        return sum(sums) / len(sums)
     return sum(sums) / (constant or len(sums) * mask.shape[2])
 
 
@@ -104,32 +119,53 @@ jit_clip_28_dual_3 = jax.jit(clip_28_dual_3)
 
 
 @either_way
-@pytest.mark.parametrize("rho, A, loss, low, high", [(1.5, 1, -1.28, 0, 1), (0.5, 1, -0.5, 0, 0), (5, -1, 3, 0, 0),
-                                                     (0.5, -1, 0.8, 1, 0), (1.1, 1, -1.1, 0, 0), (2, -1, 2, 0, 0)])
+@pytest.mark.parametrize(
+    "rho, A, loss, low, high",
+    [
+        (1.5, 1, -1.28, 0, 1),
+        (0.5, 1, -0.5, 0, 0),
+        (5, -1, 3, 0, 0),
+        (0.5, -1, 0.8, 1, 0),
+        (1.1, 1, -1.1, 0, 0),
+        (2, -1, 2, 0, 0),
+    ],
+)
 def test_clip_hand_numbers(rho, A, loss, low, high, compiled):
     f = jit_clip_28_dual_3 if compiled else clip_28_dual_3
-    got, metrics = f(jnp.full((1, 1, 1), math.log(rho)), jnp.zeros((1, 1, 1)), jnp.full((1, 1), float(A)),
-                     jnp.ones((1, 1, 1)))
+    got, metrics = f(
+        jnp.full((1, 1, 1), math.log(rho)), jnp.zeros((1, 1, 1)), jnp.full((1, 1), float(A)), jnp.ones((1, 1, 1))
+    )
     np.testing.assert_allclose(got, loss, rtol=1e-6)
     assert (metrics["clip_ratio/low_mean"], metrics["clip_ratio/high_mean"]) == (low, high)
 
 
 @either_way
 def test_the_sequence_ratio_is_exp_of_the_mean_log_ratio(compiled):
-    f = functools.partial(losses.policy_loss, ratio="sequence", aggregation="sequence_mean", clip_low=3e-4,
-                          clip_high=4e-4)
+    f = functools.partial(
+        losses.policy_loss, ratio="sequence", aggregation="sequence_mean", clip_low=3e-4, clip_high=4e-4
+    )
     f = jax.jit(f) if compiled else f
     log_ratio = jnp.array([[[0.1, 0.3, 9.0], [-0.3, 0.1, -9.0]]])  # means .2 and -.1 over two tokens
     mask = jnp.array([[[1, 1, 0], [1, 1, 0]]])
-    for adv, expected in (([[-1.0, 0.0]], math.exp(0.2) / 2), ([[1.0, 0.0]], -1.0004 / 2),
-                          ([[0.0, 1.0]], -math.exp(-0.1) / 2), ([[0.0, -1.0]], 0.9997 / 2)):
+    for adv, expected in (
+        ([[-1.0, 0.0]], math.exp(0.2) / 2),
+        ([[1.0, 0.0]], -1.0004 / 2),
+        ([[0.0, 1.0]], -math.exp(-0.1) / 2),
+        ([[0.0, -1.0]], 0.9997 / 2),
+    ):
         got, _ = f(log_ratio - 1, jnp.full((1, 2, 3), -1.0), jnp.array(adv), mask)
         np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("law, extra", [(law, {}) for law in BOTH] + [
-    ({"ratio": r, "aggregation": "token_mean"}, {"clip_low": 0.1, "clip_high": 0.4, "dual_clip": 1.5})
-    for r in ("token", "sequence", "cispo")], ids=lambda x: "-".join(map(str, x.values())))
+@pytest.mark.parametrize(
+    "law, extra",
+    [(law, {}) for law in BOTH]
+    + [
+        ({"ratio": r, "aggregation": "token_mean"}, {"clip_low": 0.1, "clip_high": 0.4, "dual_clip": 1.5})
+        for r in ("token", "sequence", "cispo")
+    ],
+    ids=lambda x: "-".join(map(str, x.values())),
+)
 def test_loss_and_gradient_are_those_of_the_definition(law, extra):
     logprobs, old, adv, mask = batch = a_batch()
     loss, gradient, _ = differentiate(batch, **law, **extra)
@@ -153,7 +189,12 @@ def test_advantages_may_be_per_token(ratio):
 @every_aggregation
 def test_at_ratio_one_every_ratio_has_the_gradient_of_reinforce(aggregation):
     logprobs, _, adv, mask = a_batch()
-    counts = {"token_mean": mask.sum(), "sequence_mean": 8 * mask.sum(-1, keepdims=True), "constant": 80}
+    counts = {
+        "token_mean": mask.sum(),
+        "sequence_mean": 8 * mask.sum(-1, keepdims=True),
+        "sequence_sum": 8,
+        "constant": 80,
+    }
     expected = -adv[..., None] * mask / counts[aggregation]
     for ratio in losses.RATIOS:
         _, gradient, metrics = differentiate((logprobs, logprobs, adv, mask), ratio=ratio, aggregation=aggregation)
@@ -164,8 +205,12 @@ def test_at_ratio_one_every_ratio_has_the_gradient_of_reinforce(aggregation):
 def test_the_capped_weight_of_cispo_is_a_constant():
     # ratios e^.5 and e^3, both kept or capped at 1 + 5: the gradient is the weight times -A, not times rho's own slope
     logprobs, old = jnp.array([[[-0.5, -0.5]]]), jnp.array([[[-1.0, -3.5]]])
-    _, gradient, metrics = differentiate((logprobs, old, jnp.ones((1, 1)) * 2, jnp.ones((1, 1, 2))), ratio="cispo",
-                                         clip_high=5.0, aggregation="token_mean")
+    _, gradient, metrics = differentiate(
+        (logprobs, old, jnp.ones((1, 1)) * 2, jnp.ones((1, 1, 2))),
+        ratio="cispo",
+        clip_high=5.0,
+        aggregation="token_mean",
+    )
     np.testing.assert_allclose(gradient[0, 0], [-math.exp(0.5), -6], rtol=1e-6)
     assert metrics["clip_ratio/high_mean"] == 0.5
 
@@ -184,8 +229,14 @@ def test_clip_ratios_are_shares_of_tokens_whose_gradient_stops():
     rho = np.array([[[1.5, 1.5, 0.5, 1.0], [1.5, 0.5, 0.5, 9.0]]])
     batch = (np.log(rho), np.zeros((1, 2, 4)), np.array([[1.0, -1.0]]), np.array([[[1, 1, 1, 1], [1, 1, 1, 0]]]))
     _, gradient, metrics = differentiate([x.astype(np.float32) for x in batch])
-    assert metrics == pytest.approx({"clip_ratio/low_mean": 2 / 7, "clip_ratio/high_mean": 2 / 7,
-                                     "clip_ratio/region_mean": 4 / 7, "nonfinite_completions": 0})
+    assert metrics == pytest.approx(
+        {
+            "clip_ratio/low_mean": 2 / 7,
+            "clip_ratio/high_mean": 2 / 7,
+            "clip_ratio/region_mean": 4 / 7,
+            "nonfinite_completions": 0,
+        }
+    )
     assert (gradient[batch[3] == 1] == 0).sum() == 4
 
 
@@ -205,9 +256,14 @@ def test_aggregation_by_hand_on_lengths_1_3_10(compiled):
     # completions of 1, 3 and 10 tokens with losses 4 | 1 2 3 | 1 .. 10: sums 4, 6, 55, means 4, 2, 5.5
     values, mask = np.full((1, 3, 12), NAN, np.float32), np.zeros((1, 3, 12), np.float32)
     for g, row in enumerate(([4], [1, 2, 3], range(1, 11))):
-        values[0, g, :len(row)], mask[0, g, :len(row)] = row, 1
-    for kind, constant, expected in (("token_mean", None, 65 / 14), ("sequence_mean", None, 11.5 / 3),
-                                     ("constant", None, 65 / 36), ("constant", 20.0, 65 / 20)):
+        values[0, g, : len(row)], mask[0, g, : len(row)] = row, 1
+    for kind, constant, expected in (
+        ("token_mean", None, 65 / 14),
+        ("sequence_mean", None, 11.5 / 3),
+        ("sequence_sum", None, 65 / 3),
+        ("constant", None, 65 / 36),
+        ("constant", 20.0, 65 / 20),
+    ):
         f = functools.partial(losses.aggregate, kind=kind, constant=constant)
         np.testing.assert_allclose((jax.jit(f) if compiled else f)(values, mask), expected, rtol=1e-6)
         f = functools.partial(losses.policy_loss, ratio="none", aggregation=kind, constant=constant)
@@ -221,7 +277,7 @@ def test_microbatches_add_up_to_the_batch(law):
     loss, gradient, metrics = differentiate(batch, **law)
     total = losses.totals(jnp.asarray(batch[3]))
     assert (total.tokens, total.sequences) == (38, 8)
-    parts = [differentiate([x[i:i + 1] for x in batch], total, **law) for i in range(4)]
+    parts = [differentiate([x[i : i + 1] for x in batch], total, **law) for i in range(4)]
     np.testing.assert_allclose(sum(part[0] for part in parts), loss, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(np.concatenate([part[1] for part in parts]), gradient, rtol=1e-5, atol=1e-8)
     assert {k: sum(part[2][k] for part in parts) for k in metrics} == pytest.approx(metrics)
@@ -233,8 +289,8 @@ def test_the_slope_in_the_kl_coefficient_does_not_depend_on_accumulation(aggrega
     logprobs, ref, _, mask = a_batch()
     whole = losses.aggregate(losses.kl_penalty(logprobs, ref), mask, aggregation)
     total = losses.totals(mask)
-    kl = [losses.kl_penalty(logprobs[i:i + 1], ref[i:i + 1]) for i in range(4)]
-    parts = [losses.aggregate(kl[i], mask[i:i + 1], aggregation, total=total) for i in range(4)]
+    kl = [losses.kl_penalty(logprobs[i : i + 1], ref[i : i + 1]) for i in range(4)]
+    parts = [losses.aggregate(kl[i], mask[i : i + 1], aggregation, total=total) for i in range(4)]
     np.testing.assert_allclose(sum(parts), whole, rtol=1e-5)
     assert whole > 0.01
 
@@ -321,9 +377,22 @@ def test_losses_are_float32_whatever_the_logprobs_are():
 # -- refusals --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("position, shape", [
-    (0, (3, 3)), (0, (3, 3, 1)), (1, (3, 3)), (1, (1, 3, 3)), (2, (3,)), (2, ()), (2, (3, 1)), (2, (1, 3)),
-    (2, (3, 3, 1)), (3, (3, 3)), (3, (3, 3, 1))])
+@pytest.mark.parametrize(
+    "position, shape",
+    [
+        (0, (3, 3)),
+        (0, (3, 3, 1)),
+        (1, (3, 3)),
+        (1, (1, 3, 3)),
+        (2, (3,)),
+        (2, ()),
+        (2, (3, 1)),
+        (2, (1, 3)),
+        (2, (3, 3, 1)),
+        (3, (3, 3)),
+        (3, (3, 3, 1)),
+    ],
+)
 def test_a_wrong_shape_is_refused_where_prompts_completions_and_tokens_are_as_many(position, shape):
     batch = [jnp.ones((3, 3, 3)), jnp.ones((3, 3, 3)), jnp.ones((3, 3)), jnp.ones((3, 3, 3))]
     jax.eval_shape(losses.policy_loss, *batch)
@@ -332,13 +401,16 @@ def test_a_wrong_shape_is_refused_where_prompts_completions_and_tokens_are_as_ma
         jax.eval_shape(losses.policy_loss, *batch)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"ratio": "tokens"}, "ratio is 'tokens'; it must be one of"),
-    ({"aggregation": "mean"}, "aggregation is 'mean'; it must be one of"),
-    ({"dual_clip": 1.0}, "dual_clip is 1.0; it must be greater than 1"),
-    ({"constant": 3.0}, "constant=3.0 has no effect"),
-    ({"aggregation": "constant", "constant": 0.0}, "constant is 0.0; a denominator must be positive"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"ratio": "tokens"}, "ratio is 'tokens'; it must be one of"),
+        ({"aggregation": "mean"}, "aggregation is 'mean'; it must be one of"),
+        ({"dual_clip": 1.0}, "dual_clip is 1.0; it must be greater than 1"),
+        ({"constant": 3.0}, "constant=3.0 has no effect"),
+        ({"aggregation": "constant", "constant": 0.0}, "constant is 0.0; a denominator must be positive"),
+    ],
+)
 def test_an_option_out_of_range_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(functools.partial(losses.policy_loss, **options), *map(jnp.asarray, a_batch()))
@@ -355,8 +427,9 @@ def test_kl_penalty_refuses_an_unknown_kind_and_other_shapes():
 
 
 @either_way
-@pytest.mark.parametrize("kind, at_plus, at_minus", [("k1", 0.3, -0.3), ("k2", 0.045, 0.045),
-                                                     ("k3", 0.040818, 0.049859)])
+@pytest.mark.parametrize(
+    "kind, at_plus, at_minus", [("k1", 0.3, -0.3), ("k2", 0.045, 0.045), ("k3", 0.040818, 0.049859)]
+)
 def test_kl_hand_numbers(kind, at_plus, at_minus, compiled):
     f = functools.partial(losses.kl_penalty, kind=kind)
     got = (jax.jit(f) if compiled else f)(jnp.array([[[-1.0, -1.3, -2.0]]]), jnp.array([[[-1.3, -1.0, -2.0]]]))

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +92,11 @@ def test_self_verification_f1():
 
 def test_regression_scores_by_hand():
     scores = metrics.regression_scores([1, 2, 4], [1, 3, 5])
-    assert scores == {"rmse": pytest.approx(math.sqrt(2 / 3)), "r2": pytest.approx(1 - 2 / 8), "spearman": pytest.approx(1)}
+    assert scores == {
+        "rmse": pytest.approx(math.sqrt(2 / 3)),
+        "r2": pytest.approx(1 - 2 / 8),
+        "spearman": pytest.approx(1),
+    }
     constant = metrics.regression_scores([0.1, 0.2, 0.3], [0.1, 0.1, 0.1])
     assert math.isnan(constant["r2"]) and math.isnan(constant["spearman"])
     assert metrics.regression_scores([2, 2], [1, 3])["r2"] == 0
@@ -104,7 +109,10 @@ def test_regression_scores_by_hand():
 @settings(max_examples=100, deadline=None)
 @given(st.integers(2, 30), st.data())
 def test_spearman_ranks_ties_by_their_average(n, data):
-    x, y = (data.draw(st.lists(st.integers(0, 5), min_size=n, max_size=n).filter(lambda v: len(set(v)) > 1)) for _ in range(2))
+    x, y = (
+        data.draw(st.lists(st.integers(0, 5), min_size=n, max_size=n).filter(lambda v: len(set(v)) > 1))
+        for _ in range(2)
+    )
     assert metrics.regression_scores(x, y)["spearman"] == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
 
 
@@ -144,7 +152,9 @@ def test_token_confidence_counts_exactly():
     logprobs = -np.arange(100.0) / 100
     assert metrics.token_confidence(logprobs, np.ones(100), 0.07) == pytest.approx(math.exp(-0.96))
     n, position = np.arange(1, 200)[:, None], np.arange(200)
-    lowest = position < -(-n // 5)  # the ceil(n / 5) that count are log 0.5, log 0.5 - 1, ...: one more or one fewer moves the mean
+    lowest = position < -(
+        -n // 5
+    )  # the ceil(n / 5) that count are log 0.5, log 0.5 - 1, ...: one more or one fewer moves the mean
     logprobs = np.where(lowest, math.log(0.5) - position, math.log(0.9))
     expected = [0.5 * math.exp(-(count - 1) / 2) for count in lowest.sum(axis=1)]
     np.testing.assert_allclose(metrics.token_confidence(logprobs, position < n), expected, rtol=1e-4)
@@ -161,3 +171,98 @@ def test_token_confidence_at_the_edges():
         metrics.token_confidence(np.zeros(3), np.ones(3), 0)
     with pytest.raises(AssertionError):
         metrics.token_confidence(np.zeros((2, 3)), np.ones(3))
+
+
+@pytest.mark.parametrize(
+    "answers, position",
+    [
+        (["a", "b", "b", "a", "b"], 1),
+        (["a", "b", "b", "a"], 0),  # a tie: the first seen
+        ([None, None, "c"], 2),  # most say nothing, and do not vote
+        ([Fraction(1, 2), "x", 0.5], 0),
+        ([None, None], None),
+        ([], None),
+    ],
+)
+def test_majority_vote(answers, position):
+    assert metrics.majority_vote(answers) == position
+
+
+@given(st.lists(st.sampled_from([None, "a", "b", "c"]), max_size=8))
+def test_majority_vote_counts(answers):
+    position = metrics.majority_vote(answers)
+    counts = {answer: answers.count(answer) for answer in answers if answer is not None}
+    if not counts:
+        assert position is None
+    else:
+        tied = [answer for answer in counts if counts[answer] == max(counts.values())]
+        assert position == min(answers.index(answer) for answer in tied)
+
+
+def test_means_by_quantile_by_hand():
+    x, values = [10, 20, 30, 40, 50], [0.2, 0.1, 0.4, 0.5, 0.3]
+    np.testing.assert_allclose(metrics.mean_by_quantile(x, values), [20, 10, 50, 30, 40])
+    np.testing.assert_allclose(
+        metrics.mean_by_quantile([1, 2, 6], [1, 2, 3], parts=2), [(1 + 0.5 * 2) / 1.5, (0.5 * 2 + 6) / 1.5]
+    )
+    # The three items of value 2 cover the middle three fifths together.
+    np.testing.assert_allclose(metrics.mean_by_quantile([1, 2, 6, 4, 5], [1, 2, 2, 2, 3]), [1, 4, 4, 4, 5])
+    np.testing.assert_allclose(metrics.mean_by_quantile([3, 5], [7, 7]), [4] * 5)
+    np.testing.assert_allclose(metrics.mean_by_quantile([3], [0]), [3] * 5)
+    for x, values, parts, message in (
+        ([], [], 5, "at least one"),
+        ([1, 2], [1], 5, "x has shape"),
+        ([1], [math.nan], 5, "must be numbers; values is nan at index .0,"),
+        ([1], [1], 0, "parts is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            metrics.mean_by_quantile(x, values, parts)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(-9, 9), st.integers(0, 3)), min_size=1, max_size=12), st.integers(1, 6), st.randoms()
+)
+def test_means_by_quantile_agree_with_copied_items(items, parts, random):
+    """Every item `parts` times: then the shares are whole, and ties are levelled by their mean. Order changes nothing."""
+    level = lambda value: np.mean([x for x, v in items if v == value])
+    copies = sorted(value for _, value in items for _ in range(parts))
+    expected = [np.mean([level(v) for v in copies[i * len(items) : (i + 1) * len(items)]]) for i in range(parts)]
+    shuffled = random.sample(items, len(items))
+    np.testing.assert_allclose(metrics.mean_by_quantile(*zip(*shuffled), parts), expected, atol=1e-9)
+
+
+def test_bootstrap_interval():
+    assert metrics.bootstrap_interval([0.25] * 7) == (0.25, 0.25)
+    x = np.random.default_rng(1).binomial(4, 0.3, size=400) / 4
+    low, high = metrics.bootstrap_interval(x)
+    error = 1.96 * x.std() / 20
+    assert low == pytest.approx(x.mean() - error, abs=0.1 * error) and high == pytest.approx(
+        x.mean() + error, abs=0.1 * error
+    )
+    assert metrics.bootstrap_interval(x) == (low, high)
+    y = np.random.default_rng(2).normal(size=30)
+    assert (
+        metrics.bootstrap_interval(y)
+        != metrics.bootstrap_interval(y, seed=1)
+        != metrics.bootstrap_interval(y, seed=1, resamples=99)
+    )
+    narrow = metrics.bootstrap_interval(x, level=0.5)
+    assert low < narrow[0] < x.mean() < narrow[1] < high
+    for x, level, message in (
+        ([], 0.95, "at least one"),
+        ([1], 1, "level is 1"),
+        ([0, math.nan], 0.95, "x is nan at index .1,"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            metrics.bootstrap_interval(x, level=level)
+
+
+@pytest.mark.slow
+def test_bootstrap_interval_covers_the_mean_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    inside = [
+        low <= 0.3 <= high
+        for low, high in (metrics.bootstrap_interval(rng.binomial(4, 0.3, 100) / 4, seed=i) for i in range(500))
+    ]
+    assert 0.91 < np.mean(inside) < 0.98

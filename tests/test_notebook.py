@@ -1,6 +1,10 @@
 """The notebook runs as it stands, headless, with fewer steps."""
 
+import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import nbclient
 import nbformat
@@ -13,6 +17,30 @@ def test_the_notebook_is_short_and_stored_without_output():
     cells = nbformat.read(NOTEBOOK, as_version=4).cells
     assert len(cells) <= 12
     assert not any(cell.get("outputs") for cell in cells)
+
+
+@pytest.mark.parametrize("where", ["colab", "a folder that holds the clone"])
+def test_after_installing_the_package_is_found(where, tmp_path):
+    """A Python without site-packages, whose pip is a record of its arguments; the folder is on its path, as in a notebook."""
+    repository = NOTEBOOK.parents[1]
+    if where == "colab":
+        place, clone = NOTEBOOK.parent, ".."
+    else:
+        place, clone = tmp_path, "jaxrl_reason"
+        (tmp_path / clone).symlink_to(repository)
+    install = nbformat.read(NOTEBOOK, as_version=4).cells[1].source
+    script = (
+        "import subprocess\ncalls = []\nsubprocess.run = lambda arguments, **_: calls.append(arguments[1:])\n"
+        f"{install}\n"
+        "import json\nprint(json.dumps([calls, importlib.util.find_spec('jaxrl_reason').origin]))\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-S", "-E", "-c", script], cwd=place, capture_output=True, text=True, env=os.environ
+    )
+    assert process.returncode == 0, process.stderr
+    calls, origin = json.loads(process.stdout)
+    assert calls == [["-m", "pip", "install", "-q", "-e", clone]]
+    assert pathlib.Path(origin).samefile(repository / "jaxrl_reason" / "__init__.py")
 
 
 @pytest.mark.slow

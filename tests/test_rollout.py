@@ -21,8 +21,19 @@ ONE = np.nextafter(np.float32(1), np.float32(0))  # the largest float32 below 1
 EOS, PAD = (5, 9), 5  # with pad == eos
 
 # A window that crosses from the completion into the prompt; a head of its own, so that greedy text does not repeat.
-CONFIG = ModelConfig(vocab_size=V, width=16, layers=2, heads=4, kv_heads=2, mlp_width=24, head_dim=4, qkv_bias=True,
-                     tied_embedding=False, sliding_window=4, sliding_period=2)
+CONFIG = ModelConfig(
+    vocab_size=V,
+    width=16,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    mlp_width=24,
+    head_dim=4,
+    qkv_bias=True,
+    tied_embedding=False,
+    sliding_window=4,
+    sliding_period=2,
+)
 PARAMS = reference.random_params(CONFIG, seed=23, scale=0.3)
 RNG = np.random.default_rng(0)
 PROMPTS = RNG.integers(0, V, (P, S))
@@ -35,8 +46,9 @@ NO_EOS[..., EOS] = False
 
 
 def compiled(group=G, length=T, eos=EOS, pad=PAD, **options):
-    return jax.jit(functools.partial(generate, CONFIG, group_size=group, max_length=length, eos_ids=eos, pad_id=pad),
-                   **options)
+    return jax.jit(
+        functools.partial(generate, CONFIG, group_size=group, max_length=length, eos_ids=eos, pad_id=pad), **options
+    )
 
 
 # Where a program runs once, half its time would go into optimising it.
@@ -53,8 +65,15 @@ def free(key=0, temperature=1.0, prompts=PROMPTS, mask=MASK, ids=IDS, params=PAR
 
 
 def legal(allowed, key=0, temperature=1.0, ids=IDS, run=run_legal):
-    out = run(PARAMS, PROMPTS, MASK, ids, jax.random.key(key), legal=allowed,
-              temperature=jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), ()))
+    out = run(
+        PARAMS,
+        PROMPTS,
+        MASK,
+        ids,
+        jax.random.key(key),
+        legal=allowed,
+        temperature=jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), ()),
+    )
     return jax.tree.map(np.asarray, out)
 
 
@@ -91,7 +110,7 @@ def test_sampled_logprobs_equal_the_trainers_and_the_references(temperature, kin
     else:
         out, allowed = legal(LEGAL, temperature=temperature), LEGAL
     assert out.mask.sum() > 40 and out.tokens.dtype == np.int32 and out.logprobs.dtype == np.float32
-    trained, _ = trainer(PARAMS, jax.tree.map(jnp.asarray, out), jnp.float32(temperature), allowed)
+    trained = trainer(PARAMS, jax.tree.map(jnp.asarray, out), jnp.float32(temperature), allowed).logprobs
     np.testing.assert_allclose(out.logprobs[out.mask], np.asarray(trained)[out.mask], atol=1e-5)
     law = reference.law(reference_logits(out.tokens), temperature, None if allowed is None else allowed[:, None])
     np.testing.assert_allclose(out.logprobs[out.mask], chosen(law, out.tokens)[out.mask], atol=5e-5)
@@ -136,8 +155,9 @@ def test_greedy_obeys_the_legal_tokens():
 
 def test_a_prompt_alone_gives_what_it_gives_in_a_batch_of_mixed_lengths():
     batch, alone = free(), compiled_once(pad=0)
-    out = alone(PARAMS, PROMPTS[1:2, 3:], np.ones((1, 2), bool), IDS[1:2], jax.random.key(0),
-                temperature=jnp.float32(1))
+    out = alone(
+        PARAMS, PROMPTS[1:2, 3:], np.ones((1, 2), bool), IDS[1:2], jax.random.key(0), temperature=jnp.float32(1)
+    )
     np.testing.assert_array_equal(out.tokens[0], batch.tokens[1])
     np.testing.assert_allclose(out.logprobs[0], batch.logprobs[1], atol=1e-5)
 
@@ -187,8 +207,11 @@ token = jax.jit(sample_token)
 
 def draw(logits, noise):
     noise = np.asarray(noise, np.float32)
-    tokens, logprobs = token(jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (len(noise), len(logits))), noise,
-                             jnp.zeros(len(noise), bool))
+    tokens, logprobs = token(
+        jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (len(noise), len(logits))),
+        noise,
+        jnp.zeros(len(noise), bool),
+    )
     return np.asarray(tokens), np.asarray(logprobs)
 
 
@@ -223,8 +246,12 @@ def test_frequencies_match_the_softmax_with_the_noise_that_is_used(size):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.sampled_from([5, 128, 129, 300, 1000]), st.sampled_from([0.02, 0.3, 0.9, 1.0]),
-       st.sampled_from([0.1, 3.0, 50.0]))
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([5, 128, 129, 300, 1000]),
+    st.sampled_from([0.02, 0.3, 0.9, 1.0]),
+    st.sampled_from([0.1, 3.0, 50.0]),
+)
 def test_noise_at_the_edges_of_the_cumulative_law_lands_on_possible_tokens_only(seed, size, share, spread):
     rng = np.random.default_rng(seed)
     logits = random_law(rng, size, share, spread)
@@ -241,14 +268,17 @@ def test_noise_at_the_edges_of_the_cumulative_law_lands_on_possible_tokens_only(
     assert (cumulative[tokens] <= noise + 1e-5).all() and (cumulative[tokens + 1] >= noise - 1e-5).all()
 
 
-@pytest.mark.parametrize("logits, want_low, want_high", [
-    ([-np.inf, 1.0, 2.0, -np.inf], 1, 2),
-    ([1e30, 1e30, -1e30, 0.0], 0, 1),
-    ([-1e30, -1e30, -3e38, -np.inf], 0, 1),
-    ([1e-30, 0.0, -1e-30], 0, 2),
-    ([-np.inf, -np.inf, -5e4], 2, 2),
-    ([3e38] + [-np.inf] * 200 + [3e38] + [-np.inf] * 100, 0, 201),
-])
+@pytest.mark.parametrize(
+    "logits, want_low, want_high",
+    [
+        ([-np.inf, 1.0, 2.0, -np.inf], 1, 2),
+        ([1e30, 1e30, -1e30, 0.0], 0, 1),
+        ([-1e30, -1e30, -3e38, -np.inf], 0, 1),
+        ([1e-30, 0.0, -1e-30], 0, 2),
+        ([-np.inf, -np.inf, -5e4], 2, 2),
+        ([3e38] + [-np.inf] * 200 + [3e38] + [-np.inf] * 100, 0, 201),
+    ],
+)
 def test_the_smallest_and_the_largest_noise_take_the_first_and_the_last_possible_token(logits, want_low, want_high):
     tokens, logprobs = draw(logits, [0.0, ONE])
     assert tokens.tolist() == [want_low, want_high]
@@ -315,14 +345,20 @@ def test_the_parameters_given_are_used_and_nothing_compiles_twice():
     other = reference.random_params(CONFIG, seed=1, scale=0.3)
     base = free(run=run)
     programs = run._cache_size()
-    results = [free(run=run, params=other), free(run=run, temperature=0.5), free(run=run, key=1),
-               free(run=run, ids=IDS + 1), free(run=run, prompts=(PROMPTS + 1) % V)]
+    results = [
+        free(run=run, params=other),
+        free(run=run, temperature=0.5),
+        free(run=run, key=1),
+        free(run=run, ids=IDS + 1),
+        free(run=run, prompts=(PROMPTS + 1) % V),
+    ]
     assert run._cache_size() == programs
     for out in results:
         assert (out.tokens != base.tokens).any()
     law = reference.law(reference_logits(results[0].tokens, params=other), 1.0)
-    np.testing.assert_allclose(results[0].logprobs[results[0].mask], chosen(law, results[0].tokens)[results[0].mask],
-                               atol=5e-5)
+    np.testing.assert_allclose(
+        results[0].logprobs[results[0].mask], chosen(law, results[0].tokens)[results[0].mask], atol=5e-5
+    )
     vector = np.ones(G, np.float32)
     free(run=run, temperature=vector)
     programs = run._cache_size()  # a [G] temperature is another shape, once
@@ -363,7 +399,7 @@ def test_groups_of_several_lengths_end_each_at_its_own_end_token():
     ends = lengths(out)
     assert set(ends.ravel()) == {2, 4, 6}
     for p, g in np.ndindex(P, G):
-        text = out.tokens[p, g, :ends[p, g]]
+        text = out.tokens[p, g, : ends[p, g]]
         assert not np.isin(text[:-1], EOS).any()
         assert np.isin(text[-1], EOS) != out.truncated[p, g]
     law = reference.law(reference_logits(out.tokens), 30.0, only(t1=[5, 9, 1, 2], t3=[9, 1])[:, None])
@@ -379,12 +415,19 @@ def test_the_pad_token_is_an_ordinary_token_where_it_does_not_end():
 
 
 def test_a_budget_of_one_token():
-    out = compiled_once(length=1)(PARAMS, PROMPTS, MASK, IDS, jax.random.key(0), temperature=jnp.float32(1),
-                             legal=np.isin(np.arange(V), [5, 1])[None, None].repeat(P, 0))
+    out = compiled_once(length=1)(
+        PARAMS,
+        PROMPTS,
+        MASK,
+        IDS,
+        jax.random.key(0),
+        temperature=jnp.float32(1),
+        legal=np.isin(np.arange(V), [5, 1])[None, None].repeat(P, 0),
+    )
     assert out.mask.all() and out.mask.shape == (P, G, 1)
     np.testing.assert_array_equal(out.truncated, np.asarray(out.tokens)[..., 0] == 1)
-    trained, _ = trainer(PARAMS, out, jnp.float32(1), np.isin(np.arange(V), [5, 1])[None, None].repeat(P, 0))
-    np.testing.assert_allclose(out.logprobs, trained, atol=1e-5)
+    trained = trainer(PARAMS, out, jnp.float32(1), np.isin(np.arange(V), [5, 1])[None, None].repeat(P, 0))
+    np.testing.assert_allclose(out.logprobs, trained.logprobs, atol=1e-5)
 
 
 def test_decoding_stops_when_every_sample_has_ended():
@@ -399,6 +442,7 @@ def test_decoding_stops_when_every_sample_has_ended():
         out = run(PARAMS, PROMPTS[:1], MASK[:1], IDS[:1], jax.random.key(0), temperature=jnp.float32(1), legal=allowed)
         count = int(out.mask.sum())
         return time.perf_counter() - start, count
+
     seconds(ending)  # compiles
     short, long = min(seconds(ending) for _ in range(3)), seconds(endless)
     assert (short[1], long[1]) == (2, length)

@@ -1,23 +1,30 @@
 """Whole runs, small: what they leave behind, every method, learning, resuming after a kill, devices, refusals."""
 
 import contextlib
+import dataclasses
 import gc
 import json
 import os
 import pathlib
 import random
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_reason import checkpoints, methods, train
+from jaxrl_reason import checkpoints, data, methods, train
+from jaxrl_reason.advantages import AdvantageTransform, chain
 from jaxrl_reason.config import ConfigError, to_dict
+from jaxrl_reason.learner import TrainState
+from jaxrl_reason.methods import Method, PolicyLoss
 from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.writers import read_metrics
 from tiny_runs import ROWS, change, tiny, write_rows
@@ -50,7 +57,15 @@ STEP_METRICS = [
     "perf/step_seconds/reward",
     "perf/step_seconds/update",
 ]
-EVAL_METRICS = ["eval/accuracy", "eval/pass@2", "eval/mean_length", "eval/clipped_ratio", "eval/prompts"]
+EVAL_METRICS = [
+    "eval/accuracy",
+    "eval/pass@2",
+    "eval/mean_length",
+    "eval/clipped_ratio",
+    "eval/distinct_right_answers",
+    "eval/distinct_right_completions",
+    "eval/prompts",
+]
 MAY_BE_UNKNOWN = {"completions/mean_terminated_length"}  # where no completion ended
 
 
@@ -91,6 +106,9 @@ def raises(completions, **_):
 def raises_on_row_three(completions, row, **_):
     if 3 in row:
         raise ValueError("three")
+    return [1.0] * len(completions)
+
+def hinted(completions, hint, **_):
     return [1.0] * len(completions)
 
 def too_short(completions, **_):
@@ -199,7 +217,7 @@ def test_a_run_leaves_everything_in_its_work_directory(rows, tmp_path, capsys):
         "6",
     ]  # three supervised steps, then 2 and 3
     assert (work / "tokenizer" / "tokenizer.json").is_file()
-    assert not (work / "reference").exists()
+    assert not (work / "start").exists()
 
     assert (
         result["before"] == {k: lines[0][k] for k in EVAL_METRICS[:-1]}
@@ -289,6 +307,40 @@ def test_dynamic_sampling_gives_up_where_no_group_is_mixed(rows, rewards, tmp_pa
     assert len(lines) == 2
 
 
+def test_dynamic_sampling_reports_failures_over_all_that_was_drawn(rows, rewards, tmp_path):
+    """Never a mixed group: each step draws one epoch of five batches, and the four completions of row 3 fail, of eighty."""
+    config = tiny(
+        rows,
+        method={"name": "dapo"},
+        sampling__max_batches=5,
+        reward__functions=[f"{rewards}:raises_on_row_three"],
+    )
+    for line in run(config, tmp_path / "run"):
+        assert line["dynamic_sampling/batches"] == 5
+        assert line["rewards/raises_on_row_three/error_rate"] == pytest.approx(0.05)
+        assert line["rewards/raises_on_row_three/none_rate"] == 0
+
+
+@pytest.mark.parametrize("method, sampled, learnt", [("grpo", 16, 16), ("remax", 20, 16), ("dapo", 48, 0)])
+def test_speeds_count_the_tokens_that_were_sampled_and_those_that_were_learnt(
+    method, sampled, learnt, rows, rewards, tmp_path
+):
+    """Completions of one token, 4 x 4 a draw: remax adds a greedy one a prompt, dapo draws three times and learns none."""
+    config = tiny(
+        rows,
+        method={"name": method},
+        max_completion_length=1,
+        sampling__max_batches=3,
+        reward__functions=[f"{rewards}:zero"],
+    )
+    run(config, tmp_path / "run")
+    for line in metrics_of(tmp_path / "run", perf=True):
+        rollout, update = (
+            line[f"perf/{part}_tokens_per_s"] * line[f"perf/step_seconds/{part}"] for part in ("rollout", "update")
+        )
+        assert (rollout, update) == (pytest.approx(sampled), pytest.approx(learnt))
+
+
 def test_a_reference_policy_is_kept_and_its_divergence_measured(rows, rewards, tmp_path):
     """KL in the reward and in the loss; also the reference after a resume is the policy that RL began with."""
     options = dict(
@@ -299,7 +351,7 @@ def test_a_reference_policy_is_kept_and_its_divergence_measured(rows, rewards, t
         checkpoint__every=1,
     )
     lines = run(tiny(rows, steps=3, **options), tmp_path / "straight")
-    assert (tmp_path / "straight" / "reference").is_dir()
+    assert (tmp_path / "straight" / "start").is_dir()
     assert_finite(lines)
     assert abs(lines[0]["kl"]) < 1e-6 and lines[2]["kl"] > 1e-4
     run(tiny(rows, steps=1, **options), tmp_path / "resumed")
@@ -509,9 +561,40 @@ def test_a_finished_run_says_so_and_trains_nothing(rows, tmp_path, capsys):
     }
 
 
+def test_a_finished_run_without_its_picture_is_reported_after_all(rows, tmp_path, capsys, monkeypatch):
+    """Killed between the last checkpoint and the report; the second time with a picture of a shorter run in place."""
+    picture, report = tmp_path / "learning_curve.png", train.report
+    for steps in (1, 2):
+        config = tiny(rows, steps=steps, eval__every=1)
+        monkeypatch.setattr(train, "report", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.train(train.setup(config, tmp_path))
+        assert not picture.exists()
+        monkeypatch.setattr(train, "report", report)
+        capsys.readouterr()
+        result = train.train(train.setup(config, tmp_path))
+        out = capsys.readouterr().out
+        assert "finished" in out and "accuracy" in out and "change" in out and str(picture) in out
+        assert picture.read_bytes().startswith(b"\x89PNG") and sorted(result) == ["after", "before"]
+        assert train.train(train.setup(config, tmp_path)) == {}
+
+
+def test_before_is_the_evaluation_of_step_0_or_none(rows, tmp_path, capsys):
+    run(tiny(rows, steps=1), tmp_path)
+    capsys.readouterr()
+    result = train.train(train.setup(tiny(rows, steps=3, eval__every=1), tmp_path))
+    out = capsys.readouterr().out
+    last = metrics_of(tmp_path)[-1]
+    assert result == {"after": {k: last[k] for k in EVAL_METRICS[:-1]}}
+    assert re.search(r"┃ +┃ +after ┃\n", out) and "accuracy" in out, out  # no other column
+
+
 @pytest.mark.parametrize(
     "changes, field",
     [
+        (dict(eval__prompts=3), "config.eval.prompts was 4 and is 3"),
+        (dict(eval__samples=4), "config.eval.samples was 2 and is 4"),
+        (dict(eval__temperature=0.0), "config.eval.temperature was 1.0 and is 0.0"),
         (dict(model__width=20), "config.model.width was 16 and is 20"),
         (dict(method={"name": "rloo"}), "config.method.name was 'grpo' and is 'rloo'"),
         (dict(seed=1), "config.seed was 0 and is 1"),
@@ -547,7 +630,6 @@ def test_how_long_and_what_is_written_may_change(rows, tmp_path):
             log__tensorboard=True,
             log__samples_every=1,
             eval__every=2,
-            eval__prompts=3,
             checkpoint__keep=5,
         ),
         tmp_path,
@@ -555,16 +637,167 @@ def test_how_long_and_what_is_written_may_change(rows, tmp_path):
     assert [line["step"] for line in lines] == [1, 2] and "eval/accuracy" in lines[1]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the reader leaves callbacks behind
-def test_a_damaged_checkpoint_is_skipped_with_a_warning_that_names_it(rows, tmp_path, caplog):
-    config = tiny(rows, steps=3, checkpoint__every=1, checkpoint__keep=3)
-    lines = run(config, tmp_path)
-    newest = tmp_path / "checkpoints" / "3"
-    for file in newest.rglob("d/*"):
+def damage(checkpoint):
+    for file in checkpoint.rglob("d/*"):
         file.write_bytes(file.read_bytes()[:10])
-    assert run(config, tmp_path) == lines
+
+
+def checkpoint_names(workdir):
+    return sorted(p.name for p in (workdir / "checkpoints").iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the reader leaves callbacks behind
+def test_a_damaged_checkpoint_is_put_aside_with_a_warning_that_names_it(rows, tmp_path, caplog):
+    """Twice, and with two kept: the damaged ones are neither deleted nor counted, and their steps are done again."""
+    config = tiny(rows, steps=3, checkpoint__every=1, checkpoint__keep=2)
+    lines = run(config, tmp_path)
+    newest, content = tmp_path / "checkpoints" / "3", {}
+    for aside in ("damaged-3", "damaged-3-2"):
+        assert checkpoint_names(tmp_path) == ["2", "3", *content]
+        damage(newest)
+        content[aside] = {p.relative_to(newest): p.read_bytes() for p in newest.rglob("*") if p.is_file()}
+        caplog.clear()
+        assert run(config, tmp_path) == lines
+        assert any(str(newest) in r.getMessage() and aside in r.getMessage() for r in caplog.records)
+    assert checkpoint_names(tmp_path) == ["2", "3", *content]
+    for aside, files in content.items():
+        kept = newest.with_name(aside)
+        assert files == {p.relative_to(kept): p.read_bytes() for p in kept.rglob("*") if p.is_file()}
+    run(change(config, steps=5), tmp_path)
+    assert checkpoint_names(tmp_path) == ["4", "5", *content]
     gc.collect()
-    assert any(str(newest) in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_where_no_checkpoint_can_be_read_the_run_stops_in_a_sentence_and_leaves_them(rows, tmp_path, capsys):
+    config = tiny(rows, checkpoint__every=1)
+    run(config, tmp_path / "run")
+    names = checkpoint_names(tmp_path / "run")
+    for name in names:
+        damage(tmp_path / "run" / "checkpoints" / name)
+    error = refusal(change(config, steps=3), tmp_path, capsys, code=1)
+    assert "None of the checkpoints under" in error and "the newest (2)" in error and error.count("\n") == 1
+    assert checkpoint_names(tmp_path / "run") == names == ["1", "2"]
+    gc.collect()
+
+
+def test_a_full_disk_is_a_sentence_and_costs_no_checkpoint(tmp_path):
+    """No file may grow beyond 20 kB while the second checkpoint is written."""
+    large = jax.random.normal(jax.random.key(0), (200, 200))
+    state = TrainState(jnp.int32(1), {"weights": large}, (), (), jnp.int32(1))
+    saver = checkpoints.Checkpoints(tmp_path / "checkpoints", keep=1)
+    saver.save(1, state)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(checkpoints.CheckpointError, match="^Checkpoint .*checkpoints/2 cannot be written: "):
+            saver.save(2, state)
+        with pytest.raises(checkpoints.CheckpointError, match="^The weights .*start cannot be written: "):
+            checkpoints.save_params(tmp_path / "start", state.params)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "1" in checkpoint_names(tmp_path) and "2" not in checkpoint_names(tmp_path)
+    again = checkpoints.Checkpoints(tmp_path / "checkpoints", keep=1)
+    assert again.restore(state)[0] == 1
+    again.save(2, state)
+    assert checkpoint_names(tmp_path) == ["2"]
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_empty_checkpoint_does_not_hide_the_others(tmp_path):
+    state = TrainState(jnp.int32(1), {"weights": jnp.ones(3)}, (), (), jnp.int32(1))
+    saver = checkpoints.Checkpoints(tmp_path / "checkpoints", keep=2)
+    for number in (1, 2):
+        saver.save(number, state)
+    saver.close()
+    shutil.rmtree(tmp_path / "checkpoints" / "2" / "default")
+    saver = checkpoints.Checkpoints(tmp_path / "checkpoints", keep=2)
+    assert saver.restore(state)[0] == 1
+    assert checkpoint_names(tmp_path) == ["1", "damaged-2"]
+
+
+@pytest.fixture
+def running_baseline(monkeypatch):
+    """A method whose chain carries state: the reward minus a running mean of earlier steps' rewards."""
+    monkeypatch.setattr(methods, "_REGISTRY", dict(methods._REGISTRY))
+
+    @methods.register
+    def running_baseline(*, momentum: float = 0.5):
+        def update(advantages, mean, inputs):
+            return advantages - mean, momentum * mean + (1 - momentum) * jnp.nanmean(inputs.rewards)
+
+        return Method(chain(AdvantageTransform(lambda: jnp.float32(0), update)), PolicyLoss(), dynamic_sampling=True)
+
+
+def in_parts(config, ends, workdir):
+    """Runs to each of these steps, all but the programs set up anew each time; the metrics and the final state."""
+    programs = None
+    for steps in ends:
+        prepared = train.setup(change(config, steps=steps), workdir)
+        programs = programs or prepared.programs
+        train.train(dataclasses.replace(prepared, programs=programs))
+    saver = checkpoints.Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+    number, state = saver.restore(programs.init())
+    saver.close()
+    assert number == ends[-1]
+    return metrics_of(workdir), jax.tree.map(np.asarray, state)
+
+
+@pytest.mark.parametrize("method", ["dapo", "running_baseline"])
+def test_a_resumed_run_has_all_its_state(method, running_baseline, rows, rewards, tmp_path):
+    """More batches drawn than steps done, moments of the optimizer, a chain with state: all are those of a straight run."""
+    config = tiny(
+        rows,
+        steps=5,
+        method={"name": method},
+        sampling__max_batches=50,
+        optimizer__learning_rate=1e-2,
+        reward__functions=[f"{rewards}:even", f"{rewards}:spread"],
+        reward__verdict=f"{rewards}:even",
+    )
+    straight, expected = in_parts(config, [5], tmp_path / "straight")
+    assert sum(line["dynamic_sampling/batches"] for line in straight[:3]) > 3
+    lines, state = in_parts(config, [3, 5], tmp_path / "resumed")
+    assert lines == straight
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    assert any(np.any(x) for x in jax.tree.leaves(state.advantage_state)) == (method == "running_baseline")
+
+
+def test_runs_that_stop_around_the_end_of_an_epoch_read_on_as_one_does(rows, rewards, tmp_path):
+    """Twenty rows by four: the second epoch begins with step 6. A reward of weight 0 says which rows a step had."""
+    config = tiny(rows, reward__functions=[f"{rewards}:even", f"{rewards}:row_id"], reward__weights=[1.0, 0.0])
+    straight, expected = in_parts(config, [7], tmp_path / "straight")
+    assert sum(line["rewards/row_id/mean"] for line in straight[:5]) == pytest.approx(5 * 9.5)
+    lines, state = in_parts(config, [4, 5, 6, 7], tmp_path / "resumed")
+    assert lines == straight
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+def test_a_kill_during_a_save_leaves_the_checkpoint_before(rows, rewards, tmp_path, shared_programs):
+    """The process dies as the second checkpoint is about to take its final name; one is kept."""
+    config = tiny(rows, steps=3, checkpoint__every=1, checkpoint__keep=1, reward__functions=[f"{rewards}:even"])
+    arguments = command(config, tmp_path / "recipe.py", tmp_path / "killed")[3:]
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "from jaxrl_reason import train\n"
+        "def die(event, arguments):\n"
+        "    if event == 'os.rename' and str(arguments[1]).endswith('checkpoints/2'):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "sys.addaudithook(die)\n"
+        "train.main(sys.argv[1:])\n"
+    )
+    env = environment(shared_programs, JAX_DISABLE_MOST_OPTIMIZATIONS="true")  # as here: the numbers are to be the same
+    process = subprocess.run([sys.executable, script, *arguments], env=env, capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
+    names = checkpoint_names(tmp_path / "killed")
+    assert "1" in names and "2" not in names and len(names) == 2, names  # the other is the torn one
+    lines = run(config, tmp_path / "killed")
+    assert lines == run(config, tmp_path / "straight")
+    (number, state), (_, expected) = (final_state(config, tmp_path / name) for name in ("killed", "straight"))
+    assert number == 3
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
 
 
 KILLED = dict(
@@ -683,11 +916,11 @@ def test_eight_devices_sample_and_learn_as_one_does(options, rewards, tmp_path, 
 # -- refusals --------------------------------------------------------------------------------------
 
 
-def refusal(config, tmp_path, capsys, *flags) -> str:
+def refusal(config, tmp_path, capsys, *flags, code=2) -> str:
     """Runs the command line on a configuration that cannot run; what it prints to stderr."""
     arguments = command(config, tmp_path / "recipe.py", tmp_path / "run")[3:]
     capsys.readouterr()
-    assert train.main([*arguments, *flags]) not in (0, None)
+    assert train.main([*arguments, *flags]) == code
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.endswith("\n") and "Traceback" not in error
     return error
@@ -718,6 +951,8 @@ def refusal(config, tmp_path, capsys, *flags) -> str:
 def test_what_cannot_run_is_one_sentence_and_a_non_zero_exit(changes, flags, names, rows, tmp_path, capsys):
     error = refusal(tiny(rows, **changes), tmp_path, capsys, *flags)
     assert error.count("\n") == 1 and all(name in error for name in names), error
+    assert not (tmp_path / "run").exists()
+    train.setup(tiny(rows), tmp_path / "run")  # what was corrected is not "another run"
 
 
 @pytest.mark.parametrize("flags, name", [(["--workdir=w"], "--config=FILE"), (["--config=recipe.py"], "--workdir=DIR")])
@@ -760,8 +995,75 @@ def test_a_supervised_start_without_solutions_is_refused(tmp_path, capsys):
 def test_a_reward_that_breaks_its_contract_stops_the_run_in_a_sentence(
     function, names, rows, rewards, tmp_path, capsys
 ):
-    error = refusal(tiny(rows, reward__functions=[f"{rewards}:{function}"]), tmp_path, capsys)
+    error = refusal(tiny(rows, reward__functions=[f"{rewards}:{function}"]), tmp_path, capsys, code=1)
     assert error.count("\n") == 1 and all(name in error for name in names), error
+
+
+@pytest.mark.parametrize(
+    "changes, names",
+    [
+        (dict(reward__functions=["{rewards}:hinted"]), ["'hinted'", "missing a required argument: 'hint'"]),
+        (dict(data__train="{reserved}"), ["column is named 'completions'"]),
+        (dict(data__eval="{reserved}", eval__every=1), ["column is named 'completions'"]),
+        (
+            dict(data__tokenizer="{joining}", reward__functions=["match_answer"]),
+            ["'match_answer'", "joins the answer '1"],
+        ),
+    ],
+    ids=["a column is missing", "a reserved column", "a reserved column, in evaluation", "answers are joined"],
+)
+def test_rewards_are_checked_against_the_data_before_anything_runs(changes, names, rows, rewards, tmp_path, capsys):
+    reserved = write_rows(tmp_path / "reserved.jsonl", [{**row, "completions": "x"} for row in ROWS])
+    tokenizer = data.train_tokenizer([], vocab_size=259)
+    tokenizer.backend.add_tokens([f"#### {digit}" for digit in range(10)])
+    tokenizer.save(tmp_path / "joining")
+    places = dict(rewards=rewards, reserved=reserved, joining=tmp_path / "joining")
+
+    def here(value):
+        if isinstance(value, list):
+            return [here(v) for v in value]
+        return value.format(**places) if isinstance(value, str) else value
+
+    config = tiny(rows, supervised__steps=3, max_completion_length=16, **{k: here(v) for k, v in changes.items()})
+    error = refusal(config, tmp_path, capsys)
+    assert error.count("\n") == 1 and all(name in error for name in names), error
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_rows_that_are_never_scored_are_not_checked(rows, tmp_path):
+    reserved = write_rows(tmp_path / "reserved.jsonl", [{**row, "completions": "x"} for row in ROWS])
+    train.setup(tiny(rows, data__eval=str(reserved)), tmp_path / "run")
+
+
+def test_what_stops_a_run_half_way_is_a_sentence(rows, tmp_path, capsys):
+    config = tiny(rows, checkpoint__every=1, steps=2)
+    run(change(config, steps=1), tmp_path / "run")
+    metrics_file = tmp_path / "run" / "metrics.jsonl"
+    good = metrics_file.read_bytes()
+    metrics_file.write_bytes(b"{}\n" + good)
+    error = refusal(change(config, steps=2), tmp_path, capsys, code=1)
+    assert f"Line 1 of {metrics_file} is not a JSON object" in error and error.count("\n") == 1
+    metrics_file.unlink()
+    metrics_file.mkdir()
+    error = refusal(config, tmp_path, capsys, code=1)
+    assert "Is a directory" in error and str(metrics_file) in error and error.count("\n") == 1
+    metrics_file.rmdir()
+    metrics_file.write_bytes(good)
+    assert [line["step"] for line in run(config, tmp_path / "run")] == [1, 2]
+
+
+def test_a_lost_reference_policy_is_a_sentence(rows, tmp_path, capsys):
+    config = tiny(rows, steps=2, update__kl_coefficient=0.1)
+    run(change(config, steps=1), tmp_path / "run")
+    (tmp_path / "run" / "start").rename(tmp_path / "elsewhere")
+    error = refusal(change(config, steps=2), tmp_path, capsys, code=1)
+    assert f"The weights {tmp_path / 'run' / 'start'} cannot be read: " in error and error.count("\n") == 1
+
+
+def test_mistakes_in_the_program_keep_their_traceback(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "collect", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main(command(tiny(rows), tmp_path / "recipe.py", tmp_path / "run")[3:])
 
 
 def test_a_reward_that_raises_now_and_then_leaves_its_rows_out(rows, rewards, tmp_path):

@@ -44,7 +44,9 @@ def test_a_line_a_step_and_the_same_events(tmp_path):
         {"step": 0, "reward": 0.5, "eval/pass@4": 0.25, "tokens": 7, "kl": None},
         {"step": 1, "reward": 1.5, "kl": None, "flag": 1.0},
     ]
-    written = [(step, value) for step, tag, value in scalars(tmp_path / "new" / "run" / "tensorboard") if tag == "reward"]
+    written = [
+        (step, value) for step, tag, value in scalars(tmp_path / "new" / "run" / "tensorboard") if tag == "reward"
+    ]
     assert written == [(0, 0.5), (1, 1.5)]
     assert "kl" not in {tag for _, tag, _ in scalars(tmp_path / "new" / "run" / "tensorboard")}
 
@@ -56,7 +58,13 @@ def test_without_tensorboard(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "metrics, message", [({"step": 1.0}, "named .step"), ({"a": "1.0"}, "'a' is '1.0'"), ({"a": np.ones(2)}, "'a' is array"), ({"a": None}, "'a' is None")]
+    "metrics, message",
+    [
+        ({"step": 1.0}, "named .step"),
+        ({"a": "1.0"}, "'a' is '1.0'"),
+        ({"a": np.ones(2)}, "'a' is array"),
+        ({"a": None}, "'a' is None"),
+    ],
 )
 def test_what_is_not_a_metric_is_refused(tmp_path, metrics, message):
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
@@ -65,7 +73,9 @@ def test_what_is_not_a_metric_is_refused(tmp_path, metrics, message):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
-@pytest.mark.parametrize("torn", [b"", b"{", b'{"step": 3, "rew', b'{"step": 3}', b"\0\0\0", b"\xff", b"3", b'{"step": 3}\n'])
+@pytest.mark.parametrize(
+    "torn", [b"", b"{", b'{"step": 3, "rew', b'{"step": 3}', b"\0\0\0", b"\xff", b"3", b'{"step": 3}\n']
+)
 @pytest.mark.parametrize("resume_step, kept", [(None, [0, 1, 2]), (5, [0, 1, 2]), (1, [0, 1]), (0, [0]), (-1, [])])
 def test_resuming_drops_later_steps_and_a_torn_line(tmp_path, torn, resume_step, kept):
     path = tmp_path / "metrics.jsonl"
@@ -127,7 +137,10 @@ def test_a_killed_run_leaves_whole_lines(tmp_path):
 
 def sample_arrays(shape, **overrides):
     ones = np.ones(shape, np.float32)
-    return dict(rewards={"accuracy": ones}, total=ones, advantages=ones, lengths=ones.astype(int), truncated=ones > 2) | overrides
+    return (
+        dict(rewards={"accuracy": ones}, total=ones, advantages=ones, lengths=ones.astype(int), truncated=ones > 2)
+        | overrides
+    )
 
 
 def test_samples(tmp_path):
@@ -143,7 +156,10 @@ def test_samples(tmp_path):
         {"step": 4, "prompt": "1 + 1?", "completion": "#### 2", "rewards": {"accuracy": 1.0, "format": 0.5}, "total": 1.5, "advantage": 0.75, "length": 3, "truncated": False},
         {"step": 4, "prompt": "1 + 1?", "completion": "naïve\n\u2028\ud800", "rewards": {"accuracy": None, "format": 0.0}, "total": 0.0, "advantage": -0.75, "length": 8, "truncated": True},
     ]  # fmt: skip
-    assert [(record["step"], record["prompt"], record["completion"]) for record in records[2:]] == [(5, "a", "x"), (5, "b", "y")]
+    assert [(record["step"], record["prompt"], record["completion"]) for record in records[2:]] == [
+        (5, "a", "x"),
+        (5, "b", "y"),
+    ]
     with SampleTable(tmp_path, resume_step=4) as table:
         assert read_metrics(tmp_path / "samples.jsonl") == records[:2]
         with pytest.raises(ValueError, match=r"advantages has shape \(1, 1, 5\); for 1 prompts x 1 completions"):
@@ -173,7 +189,15 @@ def test_learning_curve(tmp_path):
         assert np.isclose(picture[..., :3], np.array(colour) / 255, atol=0.01).all(axis=-1).any()
 
 
-@pytest.mark.parametrize("lines", ["", '{"step": 0}\n', '{"step": 0, "eval/accuracy": 0.5}\n', '{"step": 0, "reward": null}\n{"step": 1, "reward": 1}\n'])
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "",
+        '{"step": 0}\n',
+        '{"step": 0, "eval/accuracy": 0.5}\n',
+        '{"step": 0, "reward": null}\n{"step": 1, "reward": 1}\n',
+    ],
+)
 def test_learning_curve_of_very_little(tmp_path, lines):
     (tmp_path / "metrics.jsonl").write_text(lines)
     plot_learning_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png", title="little")
@@ -182,7 +206,13 @@ def test_learning_curve_of_very_little(tmp_path, lines):
 
 def test_summary_table():
     before = {"eval/accuracy": 0.41, "eval/pass@4": 0.6, "eval/mean_length": 37.25, "eval/gone": 1.0}
-    after = {"eval/accuracy": 0.73, "eval/pass@4": 0.55, "eval/mean_length": 40.0, "eval/h_accuracy": 0.5, "eval/gone": math.nan}
+    after = {
+        "eval/accuracy": 0.73,
+        "eval/pass@4": 0.55,
+        "eval/mean_length": 40.0,
+        "eval/h_accuracy": 0.5,
+        "eval/gone": math.nan,
+    }
     console = rich.console.Console(file=io.StringIO(), width=80)
     console.print(summary_table(before, after))
     rows = [line.strip("│ \n").split("│") for line in console.file.getvalue().splitlines() if "│" in line]

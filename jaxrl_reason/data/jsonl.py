@@ -61,7 +61,7 @@ def read_jsonl(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) 
     if bad and on_bad_row == "refuse":
         more = [f"and {bad - len(reports)} more"] if bad > len(reports) else []
         lines = "\n  ".join([f"{path} has {_count(bad)}:", *reports, *more])
-        raise ValueError(f"{lines}\nCorrect the file, or set on_bad_row to 'skip' to leave such rows out.")
+        raise ValueError(f"{lines}\nCorrect the file, or set config.data.on_bad_row to 'skip' to leave such rows out.")
     if not rows:
         why = f"{_count(bad)} skipped, the first at {reports[0]}" if bad else "the file is empty"
         raise ValueError(f"{path} has no usable row: {why}.")

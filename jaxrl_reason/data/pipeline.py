@@ -26,6 +26,8 @@ class PromptBatch(NamedTuple):
       prompt_ids: int32[P]. In training the position in the endless stream, never repeated; in evaluation the row of the source.
       weight: float32[P], 1 on real rows, 0 on the copies that fill up the last evaluation batch.
       rows: the P rows of the source, for rewards.
+      features: float32[P, F], numbers that the prompts carry beside their tokens, or None.
+      columns: name -> [P, ...], arrays that a method or a device reward needs.
     """
 
     tokens: np.ndarray
@@ -33,6 +35,8 @@ class PromptBatch(NamedTuple):
     prompt_ids: np.ndarray
     weight: np.ndarray
     rows: list[dict[str, Any]]
+    features: np.ndarray | None = None
+    columns: Mapping[str, np.ndarray] = {}
 
 
 class SolutionBatch(NamedTuple):
@@ -43,12 +47,14 @@ class SolutionBatch(NamedTuple):
       prompt_mask: bool[B, S], True on real tokens.
       completion_tokens: int32[B, T].
       completion_mask: bool[B, T], True on real tokens, the end token among them.
+      features: float32[B, F], as in `PromptBatch`, or None.
     """
 
     prompt_tokens: np.ndarray
     prompt_mask: np.ndarray
     completion_tokens: np.ndarray
     completion_mask: np.ndarray
+    features: np.ndarray | None = None
 
 
 class PromptStream:
@@ -64,6 +70,7 @@ class PromptStream:
       shuffle: False keeps the order of the source in every epoch.
       on_long: what a prompt of more than S tokens, or of none, does: "refuse" raises, "skip" leaves the row out, counts and warns.
       add_bos: whether prompts begin with the tokenizer's begin token.
+      columns: name -> [rows of the source, ...], arrays that batches carry along.
 
     Attributes:
       skipped: the number of rows left out.
@@ -84,8 +91,10 @@ class PromptStream:
         shuffle: bool = True,
         on_long: str = "refuse",
         add_bos: bool = False,
+        columns: Mapping[str, np.ndarray] = {},
     ):
         prompts = tokenizer.encode_batch([template.render_prompt(row) for row in source], add_bos)
+        self._columns = dict(columns)
         self._kept = _fitting(on_long, len(source), prompt=(prompts, max_prompt_length))
         self.skipped = len(source) - len(self._kept)
         self._source = source
@@ -98,12 +107,14 @@ class PromptStream:
         chosen = _at(self._order, i)
         tokens, mask = self._prompts.take(chosen)
         start = i * self._batch_size
+        rows = [self._kept[k] for k in chosen]
         return PromptBatch(
             tokens=tokens,
             mask=mask,
             prompt_ids=np.arange(start, start + self._batch_size, dtype=np.int32),
             weight=np.ones(self._batch_size, np.float32),
-            rows=_read(self._source, [self._kept[k] for k in chosen]),
+            rows=_read(self._source, rows),
+            columns={name: column[rows] for name, column in self._columns.items()},
         )
 
 
@@ -244,7 +255,7 @@ def _fitting(on_long: str, rows: int, **sequences: tuple[list[list[int]], int]) 
         advice = (
             "Raise the limit"
             if len(reasons) == rows
-            else "Raise the limit, or set on_long to 'skip' to leave such rows out"
+            else "Raise the limit, or set config.data.on_long_prompt to 'skip' to leave such rows out"
         )
         raise ValueError(f"{summary} {advice}.")
     warnings.warn(f"Skipped: {summary}", stacklevel=3)

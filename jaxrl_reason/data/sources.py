@@ -18,6 +18,9 @@ from jaxrl_reason.data.jsonl import Row
 # TFDS finds these by name only after their module is imported.
 _BUILDER_MODULES = {
     "word_problems": "jaxrl_reason.data.word_problems",
+    "exam": "jaxrl_reason.data.exam",
+    "many_answers": "jaxrl_reason.data.many_answers",
+    "answer_forms": "jaxrl_reason.data.answer_forms",
     "gsm8k": "tensorflow_datasets.text.gsm8k.gsm8k",
 }
 _CHUNK = 1024  # rows read at once when a source is gone through in order

@@ -14,7 +14,6 @@ import tensorflow_datasets as tfds
 
 Numbers = tuple[int, ...]
 
-_SEED = 0
 _SIZES = {"train": 20_000, "validation": 1_000, "test": 1_000}
 
 # Few and frequent words: a tokenizer of 512 entries then holds nearly every one of them whole.

@@ -119,10 +119,11 @@ class ModelConfig:
             raise ValueError(f"model.activation is {self.activation!r}; it must be 'silu' or 'gelu'.")
         if self.remat not in ("none", "dots", "layer"):
             raise ValueError(f"model.remat is {self.remat!r}; it must be 'none', 'dots' or 'layer'.")
-        if not (self.features > 0) == (self.prefix_length > 0) == (self.encoder_width > 0):
+        encoder = (self.features, self.prefix_length, self.encoder_width)
+        if min(encoder) < 0 or (any(encoder) and not all(encoder)):
             raise ValueError(
                 f"model.features, model.prefix_length and model.encoder_width are {self.features}, {self.prefix_length} and "
-                f"{self.encoder_width}; set all of them, or none."
+                f"{self.encoder_width}; set all of them above 0, or none."
             )
         if not self.sliding_window and (self.sliding_period or self.local_rope_theta):
             raise ValueError(

@@ -150,6 +150,8 @@ class Decoder(nnx.Module):
         """
         mask = mask.astype(bool)
         x = self._embed(tokens[:, None])
+        if features is None and self.config.features:
+            raise ValueError(f"Prompts carry no features, and model.features is {self.config.features}.")
         if features is not None:
             prefix = self._encode(features).astype(x.dtype)
             x = jnp.concatenate([prefix[:, None], x], axis=2)

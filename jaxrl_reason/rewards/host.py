@@ -3,7 +3,7 @@
     f(prompts, completions, completion_ids, **columns) -> list[float | None]
 
 All arguments are flat lists of length P*G and given by keyword; sample g of prompt p is row p*G + g. `None` means "no reward for this
-sample": it is kept as NaN and left out of every statistic, and is never 0.
+sample": it is kept as NaN and left out of every statistic, and is never 0. A list may say why a reward is missing: `pool.Results`.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import itertools
 import logging
 import math
 import sys
@@ -22,8 +23,18 @@ from types import ModuleType
 import numpy as np
 
 from jaxrl_reason.rewards.functions import accuracy_reward, format_reward
+from jaxrl_reason.rewards.math import math_verify_reward, require_math_verify
+from jaxrl_reason.rewards.pool import Results
+from jaxrl_reason.rewards.task_rewards import judge_reward, many_answers_reward, strict_reward
 
-BUILT_IN = {"accuracy": accuracy_reward, "format": format_reward}
+BUILT_IN = {
+    "accuracy": accuracy_reward,
+    "format": format_reward,
+    "many_answers": many_answers_reward,
+    "strict": strict_reward,
+    "judge": judge_reward,
+    "math_verify": math_verify_reward,
+}
 _LARGEST = float(np.finfo(np.float32).max)
 _log = logging.getLogger(__name__)
 
@@ -62,19 +73,20 @@ class RewardTable:
 
     Attributes:
       per_reward: name -> float32[P,G], unweighted; NaN where the function gave None or failed.
-      error_rate: name -> share of the rows on which the function raised.
+      error_rate: name -> share of the rows on which the function raised, or that it reports as errors.
+      none_rate: name -> share of the rows to which it gave None.
+      timeout_rate: name -> share of the rows that it reports as timeouts; only functions that return `Results` are here.
     """
 
     per_reward: dict[str, np.ndarray]
     error_rate: dict[str, float]
+    none_rate: dict[str, float]
+    timeout_rate: dict[str, float]
 
     def failures(self) -> dict[str, float]:
-        """`rewards/<name>/{error_rate,none_rate}`: the shares of the rows that raised, and that were given None."""
-        metrics = {}
-        for name, rewards in self.per_reward.items():
-            metrics[f"rewards/{name}/error_rate"] = self.error_rate[name]
-            metrics[f"rewards/{name}/none_rate"] = float(np.isnan(rewards).mean()) - self.error_rate[name]
-        return metrics
+        """`rewards/<name>/{error_rate,none_rate,timeout_rate}`: the shares of the rows without a reward, by reason."""
+        kinds = {"error_rate": self.error_rate, "none_rate": self.none_rate, "timeout_rate": self.timeout_rate}
+        return {f"rewards/{name}/{kind}": rate for kind, rates in kinds.items() for name, rate in rates.items()}
 
 
 def load_reward(spec: str, besides: Sequence[str] = ()) -> Callable[..., Sequence[float | None]]:
@@ -85,10 +97,15 @@ def load_reward(spec: str, besides: Sequence[str] = ()) -> Callable[..., Sequenc
       besides: built-in names that the caller knows itself, for the message.
 
     Raises:
-      RewardError: nothing by that name; the message gives the nearest name that exists.
+      RewardError: nothing by that name; the message gives the nearest name that exists. Or a package is missing.
     """
     place, colon, attribute = spec.rpartition(":")
     if not colon:
+        if spec == "math_verify":
+            try:
+                require_math_verify()
+            except ImportError as error:
+                raise RewardError(str(error)) from None
         if spec in BUILT_IN:
             return BUILT_IN[spec]
         known = [*BUILT_IN, *besides]
@@ -117,8 +134,9 @@ def score(
 
     A function that raises is called again row by row, each row a call of its own of length 1, so that only the rows
     that raise go missing and their neighbours keep their reward. (A reward that compares the rows of a batch must
-    therefore not rely on raising.) Where more than `max_failure_share` of one function's rows fail, the function is at
-    fault rather than the rows, and this raises.
+    therefore not rely on raising.) A function that returns `pool.Results` has counted its errors and timeouts itself.
+    Where more than `max_failure_share` of one function's rows fail, the function is at fault rather than the rows, and
+    this raises.
 
     Args:
       rewards: their names distinct, since the table is by name; `Scorer` sees to it.
@@ -141,64 +159,97 @@ def score(
     }
     rows |= {name: _repeat(values, groups) for name, values in columns.items()}
 
-    per_reward, error_rate = {}, {}
+    per_reward, error_rate, none_rate, timeout_rate = {}, {}, {}, {}
     for reward in rewards:
-        flat, failures = _rewards_of_rows(reward, rows, max_failure_share)
-        values = np.array(flat, np.float32).reshape(shape)
-        per_reward[reward.name], error_rate[reward.name] = values, failures / values.size
-    return RewardTable(per_reward=per_reward, error_rate=error_rate)
+        results, reports = _rewards_of_rows(reward, rows, max_failure_share)
+        per_reward[reward.name] = np.array(results, np.float32).reshape(shape)
+        error_rate[reward.name] = results.outcomes.count("error") / len(results)
+        none_rate[reward.name] = results.outcomes.count("none") / len(results)
+        if reports:
+            timeout_rate[reward.name] = results.outcomes.count("timeout") / len(results)
+    return RewardTable(per_reward=per_reward, error_rate=error_rate, none_rate=none_rate, timeout_rate=timeout_rate)
 
 
-def _rewards_of_rows(reward: HostReward, rows: dict[str, list], max_failure_share: float) -> tuple[list[float], int]:
-    """(one float a row, NaN for missing; the number of rows that raised)."""
+def _rewards_of_rows(reward: HostReward, rows: dict[str, list], max_failure_share: float) -> tuple[Results, bool]:
+    """(one float a row, NaN for missing, and their outcomes; whether the function reports outcomes itself)."""
     count = len(rows["completions"])
     _check_signature(reward, rows)
     try:
-        return _call(reward, rows, first_row=0), 0
+        results, reports = _call(reward, rows, first_row=0)
     except (RewardError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # not Exception: time-outs of verifiers (math-verify's) derive from BaseException
         first_error = error
-    values, failures = [], 0
+    else:
+        failures = _check_failures(reward, results, count, max_failure_share)
+        if failures:
+            _log.warning(
+                "Reward %r failed on %d of %d rows, which get no reward; the last error is %s",
+                reward.name, failures, count, results.error,
+            )  # fmt: skip
+        return results, reports
+
+    results, reports = Results([], []), False
     for row in range(count):
+        cause = None
         try:
-            values += _call(reward, {name: column[row : row + 1] for name, column in rows.items()}, first_row=row)
+            one, reports = _call(reward, {name: column[row : row + 1] for name, column in rows.items()}, first_row=row)
         except (RewardError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
-            values.append(math.nan)
-            failures += 1
-            if (
-                failures > max_failure_share * count
-            ):  # do not wait for the other rows of a function that is simply broken
-                raise RewardError(
-                    f"Reward {reward.name!r} failed on {failures} of the {row + 1} rows tried, more than the share of "
-                    f"{max_failure_share:g} of {count} rows that may fail; the last error is {type(error).__name__}: {error}"
-                ) from error
+            one, cause = Results([math.nan], ["error"], f"{type(error).__name__}: {error}"), error
+        results += one
+        results.outcomes += one.outcomes
+        results.error = one.error or results.error
+        # Now, not at the end: do not wait for the other rows of a function that is simply broken.
+        failures = _check_failures(reward, results, count, max_failure_share, cause)
     _log.warning(
         "Reward %r raised %s: %s; called row by row, it failed on %d of %d rows, which get no reward.",
         reward.name, type(first_error).__name__, first_error, failures, count,
     )  # fmt: skip
-    return values, failures
+    return results, reports
 
 
-def _call(reward: HostReward, rows: dict[str, list], first_row: int) -> list[float]:
-    """One call: the rewards as floats, NaN for None. Whatever the function raises passes through."""
+def _check_failures(
+    reward: HostReward, results: Results, count: int, max_share: float, cause: BaseException | None = None
+) -> int:
+    """How many of the rows so far failed; raises where that is too large a share of all."""
+    failures = sum(outcome in ("error", "timeout") for outcome in results.outcomes)
+    if failures > max_share * count:
+        raise RewardError(
+            f"Reward {reward.name!r} failed on {failures} of the {len(results)} rows tried, more than the share of "
+            f"{max_share:g} of {count} rows that may fail; the last error is {results.error}"
+        ) from cause
+    return failures
+
+
+def _call(reward: HostReward, rows: dict[str, list], first_row: int) -> tuple[Results, bool]:
+    """One call: (the rewards as floats, NaN for None; whether the outcomes are the function's own). Raises what it raises."""
     count = len(rows["completions"])
     # Lists of its own: a function that sorts or pops its arguments disturbs no other.
     result = reward.function(**{name: list(column) for name, column in rows.items()})
     try:
-        result = list(result)
+        values = list(result)
     except TypeError:
         raise RewardError(
             f"Reward {reward.name!r} returned a {type(result).__name__}; it must return a list of {count} rewards."
         ) from None
-    if len(result) != count:
+    if len(values) != count:
         raise RewardError(
-            f"Reward {reward.name!r} returned {len(result)} rewards for {count} completions; it must return one for each, in order, "
+            f"Reward {reward.name!r} returned {len(values)} rewards for {count} completions; it must return one for each, in order, "
             "and None where there is no reward."
         )
-    return [_checked_value(reward, first_row + row, value) for row, value in enumerate(result)]
+    values = [_checked_value(reward, first_row + row, value) for row, value in enumerate(values)]
+    given = ["none" if math.isnan(value) else "ok" for value in values]
+    if not isinstance(result, Results):
+        return Results(values, given), False
+    for row, (outcome, present) in enumerate(itertools.zip_longest(result.outcomes, given)):
+        if outcome != present and (present != "none" or outcome not in ("error", "timeout")):
+            raise RewardError(
+                f"Reward {reward.name!r} reports the outcome {outcome!r} for row {first_row + row}, which has "
+                f"{'a' if present == 'ok' else 'no'} reward; an outcome is 'ok' with a reward, and without one 'none', 'error' or 'timeout'."
+            )
+    return Results(values, result.outcomes, result.error), True
 
 
 def _checked_value(reward: HostReward, row: int, value) -> float:

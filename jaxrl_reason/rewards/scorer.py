@@ -1,7 +1,8 @@
 """The rewards of a run, as its configuration names them: device rewards traced, host rewards called."""
 
+from collections.abc import Callable, Mapping, Sequence
+import copy
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,8 @@ from jaxrl_reason.rewards.device import match_answer_tokens
 from jaxrl_reason.rewards.numeric import extract_answer
 from jaxrl_reason.rollout import Rollout
 
+# Learned rewards: the reward model's score, and its logistic function, which lies in (0, 1).
+LEARNED = {"reward_model": lambda x: x, "reward_model_probability": jax.nn.sigmoid}
 ANSWER_MARKER = "####"  # announces the answer that `match_answer` compares, after one space: "#### -3"
 
 
@@ -50,14 +53,18 @@ class Scorer:
         weights = [float(w) for w in weights] or [1.0] * len(functions)
         self._tokenizer, self._template, self._sharding = tokenizer, template, sharding
         self._max_failure_share = max_failure_share
-        self._host, self._device, names = [], {}, {}
+        self._host, self._device, self._learned, names = [], {}, {}, {}
+        self._reward_model = None
         for spec, weight in zip(functions, weights, strict=True):
             if spec == "match_answer":
                 name, self._answers = spec, _AnswerTokens(tokenizer)
                 function = match_answer_tokens(self._answers.marker, eos_ids=tokenizer.eos_ids)
                 self._device[name] = jax.jit(function, out_shardings=sharding)
+            elif spec in LEARNED:
+                name = spec
+                self._learned[name] = jax.jit(LEARNED[spec], out_shardings=sharding)
             else:
-                function = host.load_reward(spec, besides=["match_answer"])
+                function = host.load_reward(spec, besides=["match_answer", *LEARNED])
                 reward = host.HostReward(spec if spec in host.BUILT_IN else None, function)
                 self._host.append(reward)
                 name = reward.name
@@ -92,16 +99,51 @@ class Scorer:
             columns = {"answer_tokens": jax.device_put(self._answers.encode(batch.rows), self._sharding)}
             for name, function in self._device.items():
                 rewards[name] = function(rollout.tokens, rollout.mask, columns)
+        if self._learned:
+            scores = self._reward_model(rollout)
+            rewards |= {name: function(scores) for name, function in self._learned.items()}
         if self._host:
             tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
             ids = [[row[live].tolist() for row, live in zip(*group)] for group in zip(tokens, mask)]
             texts = [self._tokenizer.decode_batch(group) for group in ids]
             prompts = [self._template.render_prompt(row) for row in batch.rows]
-            columns = {key: [row.get(key) for row in batch.rows] for key in sorted(set().union(*batch.rows))}
-            table = host.score(self._host, prompts, texts, ids, columns, self._max_failure_share)
+            table = host.score(self._host, prompts, texts, ids, _columns(batch.rows), self._max_failure_share)
             rewards |= {name: jax.device_put(values, self._sharding) for name, values in table.per_reward.items()}
             metrics = table.failures()
         return {name: rewards[name] for name in self.names}, metrics
+
+    def with_reward_model(self, score: Callable[[Rollout], jax.Array]) -> "Scorer":
+        """This scorer with a trained reward model: Rollout -> f32[P, G], on the device."""
+        other = copy.copy(self)
+        other._reward_model = score
+        return other
+
+    def answer_of(self, verdict: str = "") -> Callable[[str, Mapping[str, Any]], Any] | None:
+        """How a host reward tells answers apart, if it says so: its attribute `answer_of(completion, row)`; of the verdict by default."""
+        found = [reward.function for reward in self._host if reward.name == (verdict or self.verdict)]
+        return getattr(found[0], "answer_of", None) if found else None
+
+    def check(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Refuses, before there are completions, the rows of a batch that `__call__` would refuse; calls no reward.
+
+        Raises:
+          RewardError: a host reward cannot take their columns, or match_answer cannot compare an answer.
+        """
+        if self._device:
+            self._answers.encode(rows)
+        if self._host:
+            columns = _columns(rows)
+            one_each = [""] * len(rows)
+            host._checked_shape(one_each, [[""]] * len(rows), [[[]]] * len(rows), columns)
+            for reward in self._host:
+                host._check_signature(
+                    reward, dict(prompts=one_each, completions=one_each, completion_ids=one_each) | columns
+                )
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list]:
+    """column -> a value a row, None where a row lacks it."""
+    return {key: [row.get(key) for row in rows] for key in sorted(set().union(*rows))}
 
 
 class _AnswerTokens:

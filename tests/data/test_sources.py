@@ -133,7 +133,7 @@ def test_a_bad_row_is_refused_or_skipped_and_counted(write, line, reason):
     with pytest.raises(ValueError) as refused:
         data.load_source(path, "all")
     assert f"{path} has 1 bad row:\n  {path}, line 2: {reason}" in str(refused.value)
-    assert "set on_bad_row to 'skip'" in str(refused.value)
+    assert "set config.data.on_bad_row to 'skip'" in str(refused.value)
     with pytest.warns(UserWarning) as warned:
         source = data.load_source(path, "all", on_bad_row="skip")
     assert f"1 bad row skipped, 2 kept. The first: {path}, line 2: {reason}" in str(warned[0].message)

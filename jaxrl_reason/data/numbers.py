@@ -1,0 +1,339 @@
+"""Numbers as tokens: three alphabets of fixed length, encoded exactly on the host and decoded on the device.
+
+A policy that does regression writes its prediction as L digit tokens (GenRe2, arXiv 2512.06533), and the compiled step
+reads them back to reward it. A number has one canonical spelling, the one that `encode` writes; `decode` reads every
+legal one.
+
+    NormalizedTokenizer(2, 8)   0.7      -> 1 0 1 1 0 0 1 1              179 / 2**8 = 0.69921875
+    P10Tokenizer(4, 10)         1.23456  -> + 1 2 3 5 E-3                1235 * 10**-3
+    IEEETokenizer(10, 2, 6)     1000     -> + + 0 3 1 0 0 0 0 0          1.00000 * 10**3
+
+Values are rounded to the nearest that has a spelling, half to even, in exact rational arithmetic: a floating-point
+logarithm takes the exponent of 1000 for 2.
+"""
+
+import bisect
+from collections.abc import Iterable
+import dataclasses
+import difflib
+from fractions import Fraction
+from typing import Any, ClassVar
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# So many mantissas stay apart in float32 when a power and a product are rounded; with more, `decode` would mix up some.
+_MAX_MANTISSAS = 2**21
+_MAX_BASE = 256
+_MAX_EXPONENTS = 1024  # of one sign; float32 ends at 2**128
+_SIGNS = ("+", "-")
+
+
+class _NumberTokenizer:
+    """What the alphabets share. A subclass has `length`, `tokens` and `legal`, and spells and reads one number.
+
+    Attributes:
+      unit_interval: whether it writes numbers of [0, 1] only; the others write any real number.
+    """
+
+    unit_interval: ClassVar[bool] = False
+
+    def encode(self, values: np.ndarray) -> np.ndarray:
+        """The canonical tokens of finite numbers, each rounded to the nearest number that has a spelling.
+
+        Args:
+          values: float[N]. Numbers beyond the largest spelling take that spelling.
+
+        Returns:
+          int32[N, L].
+
+        Raises:
+          ValueError: NaN or infinity, or not one axis.
+        """
+        values = np.asarray(values, np.float64)
+        if values.ndim != 1:
+            raise ValueError(f"The numbers to encode have the shape {values.shape}; give one axis of them.")
+        bad = np.flatnonzero(~np.isfinite(values))
+        if bad.size:
+            raise ValueError(
+                f"Number {bad[0]} of the {len(values)} to encode is {values[bad[0]]}, which has no digits; correct the "
+                "data, or leave that row out."
+            )
+        codes = [self._spell(Fraction(value)) for value in values.tolist()]
+        return np.array(codes, np.int32).reshape(len(values), self.length)
+
+    def decode(self, ids: jax.Array) -> jax.Array:
+        """The numbers that tokens spell; traceable, so that a reward computes it on the device.
+
+        Args:
+          ids: int[..., L].
+
+        Returns:
+          float32[...], within two units in the last place. Finite for every legal spelling, canonical or not: what
+          float32 cannot hold becomes its largest number, or 0. NaN where a token is not legal at its position.
+
+        Raises:
+          AssertionError: ids are not integers.
+          ValueError: the last axis does not have L tokens.
+        """
+        ids = jnp.asarray(ids)
+        chex.assert_type(ids, int)
+        if ids.ndim == 0 or ids.shape[-1] != self.length:
+            raise ValueError(
+                f"The tokens to decode have the shape {ids.shape}, but this tokenizer writes {self.length} tokens a "
+                "number: the last axis has to hold them."
+            )
+        known = (ids >= 0) & (ids < len(self.tokens))
+        ids = jnp.where(known, ids, 0).astype(jnp.int32)
+        legal = known & jnp.asarray(self.legal)[np.arange(self.length), ids]
+        return jnp.where(legal.all(axis=-1), self._read(ids), jnp.nan)
+
+    def text(self, ids: Iterable[int]) -> str:
+        """The tokens of one number for people, "+ 1 2 3 5 E-3"."""
+        return " ".join(self.tokens[i] for i in ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormalizedTokenizer(_NumberTokenizer):
+    """k / base**digits in [0, 1): the digits of k, most significant first. The token ids are the digits.
+
+    1 has no spelling and takes the largest, 1 - base**-digits.
+    """
+
+    base: int = 2
+    digits: int = 8
+
+    unit_interval: ClassVar[bool] = True
+
+    def __post_init__(self):
+        _check_whole("base", self.base, 2, _MAX_BASE)
+        _check_digits("digits", self.digits, self.base, _MAX_MANTISSAS)
+
+    @property
+    def length(self) -> int:
+        return self.digits
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        return _digit_names(self.base)
+
+    @property
+    def legal(self) -> np.ndarray:
+        """bool[L, V]: the tokens that may stand at each position."""
+        return np.ones((self.length, self.base), bool)
+
+    def _spell(self, value: Fraction) -> list[int]:
+        steps = self.base**self.digits
+        return _digits_of(min(round(max(value, 0) * steps), steps - 1), self.base, self.digits)
+
+    def _read(self, ids: jax.Array) -> jax.Array:
+        return _integer(ids, self.base).astype(jnp.float32) / self.base**self.digits
+
+
+@dataclasses.dataclass(frozen=True)
+class P10Tokenizer(_NumberTokenizer):
+    """Sign, decimal digits of an integer, and one token for the power of ten that multiplies it (arXiv 2112.01898).
+
+    The first digit is 0 only in 0, which is "+ 0 0 0 0 E0", and at the smallest exponent, where small numbers lose
+    digits gradually.
+    """
+
+    digits: int = 4
+    exponent_range: int = 10
+
+    def __post_init__(self):
+        _check_digits("digits", self.digits, 10, _MAX_MANTISSAS)
+        _check_whole("exponent_range", self.exponent_range, 0, _MAX_EXPONENTS - 1)
+
+    @property
+    def length(self) -> int:
+        return 2 + self.digits
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        exponents = range(-self.exponent_range, self.exponent_range + 1)
+        return (*_SIGNS, *_digit_names(10), *(f"E{exponent}" for exponent in exponents))
+
+    @property
+    def legal(self) -> np.ndarray:
+        """bool[L, V]: the tokens that may stand at each position."""
+        kinds = np.array([0] * 2 + [1] * 10 + [2] * (2 * self.exponent_range + 1))
+        return kinds == np.array([0] + [1] * self.digits + [2])[:, None]
+
+    def _spell(self, value: Fraction) -> list[int]:
+        mantissa, exponent = _nearest(abs(value), 10, self.digits, -self.exponent_range, self.exponent_range)
+        negative = value < 0 and mantissa > 0
+        exponent = exponent if mantissa else 0
+        digits = [2 + digit for digit in _digits_of(mantissa, 10, self.digits)]
+        return [int(negative), *digits, 12 + self.exponent_range + exponent]
+
+    def _read(self, ids: jax.Array) -> jax.Array:
+        size = _scaled(_integer(ids[..., 1:-1] - 2, 10), ids[..., -1] - 12 - self.exponent_range, 10)
+        return jnp.where(ids[..., 0] == 1, -size, size)
+
+
+@dataclasses.dataclass(frozen=True)
+class IEEETokenizer(_NumberTokenizer):
+    """Sign, sign and digits of the exponent, digits d1 d2 ... of the mantissa: sign * d1.d2d3... * base**exponent.
+
+    d1 is 0 only in 0, which is "+ + 0 0 0 0 ...", and at the smallest exponent. Exponents of two decimal digits exceed
+    float32: `decode` gives its largest number for 1e99.
+    """
+
+    base: int = 10
+    exponent_digits: int = 2
+    mantissa_digits: int = 6
+
+    def __post_init__(self):
+        _check_whole("base", self.base, 2, _MAX_BASE)
+        _check_digits("exponent_digits", self.exponent_digits, self.base, _MAX_EXPONENTS)
+        _check_digits("mantissa_digits", self.mantissa_digits, self.base, _MAX_MANTISSAS)
+
+    @property
+    def length(self) -> int:
+        return 2 + self.exponent_digits + self.mantissa_digits
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        return (*_SIGNS, *_digit_names(self.base))
+
+    @property
+    def legal(self) -> np.ndarray:
+        """bool[L, V]: the tokens that may stand at each position."""
+        is_sign = np.arange(2 + self.base) < 2
+        return is_sign == (np.arange(self.length) < 2)[:, None]
+
+    def _spell(self, value: Fraction) -> list[int]:
+        largest = self.base**self.exponent_digits - 1
+        shift = self.mantissa_digits - 1  # between the exponent of the first digit and that of the last
+        mantissa, last = _nearest(abs(value), self.base, self.mantissa_digits, -largest - shift, largest - shift)
+        negative = value < 0 and mantissa > 0
+        exponent = last + shift if mantissa else 0
+        digits = [
+            *_digits_of(abs(exponent), self.base, self.exponent_digits),
+            *_digits_of(mantissa, self.base, self.mantissa_digits),
+        ]
+        return [int(negative), int(exponent < 0), *(2 + digit for digit in digits)]
+
+    def _read(self, ids: jax.Array) -> jax.Array:
+        digits = ids[..., 2:] - 2
+        exponent = _integer(digits[..., : self.exponent_digits], self.base)
+        exponent = jnp.where(ids[..., 1] == 1, -exponent, exponent) - (self.mantissa_digits - 1)
+        size = _scaled(_integer(digits[..., self.exponent_digits :], self.base), exponent, self.base)
+        return jnp.where(ids[..., 0] == 1, -size, size)
+
+
+NumberTokenizer = NormalizedTokenizer | P10Tokenizer | IEEETokenizer
+
+_TOKENIZERS = {"normalized": NormalizedTokenizer, "p10": P10Tokenizer, "ieee": IEEETokenizer}
+
+
+def make_tokenizer(name: str, **options: int) -> NumberTokenizer:
+    """A number tokenizer by its name and the fields of its class: "normalized", "p10" or "ieee".
+
+    Raises:
+      ValueError: an unknown name or option, or a value out of range.
+    """
+    if name not in _TOKENIZERS:
+        raise ValueError(f"There is no number tokenizer {name!r}.{_suggestion(name, _TOKENIZERS)}")
+    kind = _TOKENIZERS[name]
+    known = [field.name for field in dataclasses.fields(kind)]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"The {name} tokenizer has no option {option!r}.{_suggestion(option, known)}")
+    return kind(**options)
+
+
+def expert_targets(tokens: jax.Array, truth: jax.Array, base: int) -> jax.Array:
+    """The digit that an expert would write next, at every position of a sampled number (GenRe2, arXiv 2512.06533).
+
+    After a prefix that equals the truth's, the true digit; after a greater one the lowest digit, after a smaller one
+    the highest: what brings the number as near to the truth as that prefix allows. For `NormalizedTokenizer`, whose ids
+    are digits without a sign.
+
+    Args:
+      tokens: int[..., L], sampled digits, most significant first.
+      truth: int[..., L], the digits of the target; axes of length 1 stretch, as for [P, 1, L] beside [P, G, L].
+      base: the tokenizer's.
+
+    Returns:
+      int32[..., L].
+
+    Raises:
+      AssertionError: unequal ranks or lengths, or not integers.
+    """
+    chex.assert_type([tokens, truth], int)
+    chex.assert_equal_rank([tokens, truth])
+    chex.assert_equal_shape_suffix([tokens, truth], 1)
+    # The first difference decides. Only differences before a position count: a target never depends on its own token.
+    differs = (tokens != truth).astype(jnp.int32)
+    differences_before = jnp.cumsum(differs, axis=-1) - differs
+    first = jnp.where((differs == 1) & (differences_before == 0), jnp.where(tokens > truth, 1, -1), 0)
+    greater = jnp.sum(first, axis=-1, keepdims=True) > 0
+    return jnp.where(differences_before == 0, truth, jnp.where(greater, 0, base - 1)).astype(jnp.int32)
+
+
+def _nearest(value: Fraction, base: int, digits: int, lowest: int, highest: int) -> tuple[int, int]:
+    """The nearest mantissa * base**exponent, as (mantissa, exponent), to a value >= 0; ties go to the even mantissa.
+
+    The exponent is the smallest of [lowest, highest] at which the rounded mantissa has at most `digits` digits.
+    """
+
+    def mantissa(exponent: int) -> int:
+        return round(value / Fraction(base) ** exponent)
+
+    exponent = lowest + bisect.bisect_left(
+        range(lowest, highest), True, key=lambda exponent: mantissa(exponent) < base**digits
+    )
+    return min(mantissa(exponent), base**digits - 1), exponent
+
+
+def _digits_of(value: int, base: int, digits: int) -> list[int]:
+    return [value // base**place % base for place in reversed(range(digits))]
+
+
+def _integer(digits: jax.Array, base: int) -> jax.Array:
+    """int32[..., n] digits, most significant first -> int32[...]."""
+    places = np.array([base**place for place in reversed(range(digits.shape[-1]))], np.int32)
+    return jnp.sum(digits * places, axis=-1)
+
+
+def _scaled(mantissa: jax.Array, exponent: jax.Array, base: int) -> jax.Array:
+    """mantissa * base**exponent as float32, saturating; int32[...], int32[...] -> float32[...].
+
+    Negative exponents divide, because 10**2 is a float32 and 10**-2 is not: 123400 * 10**-2 is exactly 1234. An
+    exponent of which the power does not fit into float32 is applied in two parts.
+    """
+    largest = float(np.finfo(np.float32).max)
+    powers = [1]
+    while powers[-1] * base <= largest:
+        powers.append(powers[-1] * base)
+    table = jnp.asarray(np.array([float(power) for power in powers], np.float32))
+    most = len(powers) - 1
+    value = mantissa.astype(jnp.float32)
+    once = jnp.clip(exponent, -most, most)
+    for part in (once, jnp.clip(exponent - once, -most, most)):
+        power = table[jnp.abs(part)]
+        value = jnp.where(part < 0, value / power, value * power)
+    return jnp.minimum(value, largest)
+
+
+def _digit_names(base: int) -> tuple[str, ...]:
+    return tuple(str(digit) for digit in range(base))
+
+
+def _check_whole(name: str, value: Any, low: int, high: int, where: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}; it has to be a whole number from {low} to {high}{where}.")
+
+
+def _check_digits(name: str, value: Any, base: int, most: int) -> None:
+    """Refuses digits that make more than `most` numbers."""
+    _check_whole(name, value, 1, next(n for n in range(32) if base ** (n + 1) > most), f" in base {base}")
+
+
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else f" There are: {', '.join(known)}."

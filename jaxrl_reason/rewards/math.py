@@ -1,0 +1,160 @@
+r"""Verdicts on mathematical answers by math-verify, which reads LaTeX: "\frac{\sqrt{3}}{3}" is "\frac{1}{\sqrt{3}}", "x=5" is "5".
+
+Plain numbers are compared exactly in this process (`numeric`). Everything else is judged in worker processes (`pool`),
+since math-verify computes what a model wrote: "9^{9^{9^9}}" would not return, and nothing in its process could stop it.
+"""
+
+import functools
+import importlib.util
+import logging
+import math
+import numbers
+import os
+import re
+from collections.abc import Sequence
+
+from jaxrl_reason.rewards.numeric import extract_answer, numeric_verdict, parse_number
+from jaxrl_reason.rewards.pool import Pool, Results
+
+TIMEOUT_S = 2.0  # for one answer: a number takes 1 ms, LaTeX 5 ms
+MAX_ANSWER_LENGTH = 2_000  # characters; a longer answer is refused unread, since it would use up its time
+MAX_WORKERS = 8
+
+# What LaTeX would misread: "1e-7" as Euler's number minus 7, and "1 1/2" as 1.
+_EXPONENT = re.compile(r"(?<=[0-9.])[eE]([-+]?[0-9]+)")
+_MIXED_NUMBER = re.compile(r"([-+]?[0-9]+) +([0-9]+) ?/ ?([0-9]+)")
+
+
+def math_verify_reward(completions: Sequence[str], answer: Sequence[str | int | float], **_) -> Results:
+    r"""1.0 where the completion's final answer equals the reference of the column `answer`, else 0.0.
+
+    The final answer is what follows the last "#### " or stands in the last "\boxed{}"; without either, or where
+    math-verify cannot read it, a completion is wrong. Where both are plain numbers, they must be exactly equal.
+    An answer of more than `MAX_ANSWER_LENGTH` characters, and one on which the verifier dies, is an error; one on which
+    it takes longer than `TIMEOUT_S` is a timeout. Both have no reward.
+
+    Args:
+      completions: N texts.
+      answer: N references: numbers, LaTeX, or worked solutions that end in "#### x" or "\boxed{x}".
+
+    Returns:
+      N rewards, with `outcomes`.
+
+    Raises:
+      ValueError: a reference that cannot be read. That is a fault of the data, not of the completion.
+      ImportError: math-verify is not installed.
+    """
+    results = Results([None] * len(completions), ["error"] * len(completions))
+    questions: dict[tuple[str, str | None], list[int]] = {}  # a group often gives the same answer: it is judged once
+    for row, (completion, gold) in enumerate(zip(completions, answer, strict=True)):
+        reference, is_number = _read_reference(gold, row)
+        prediction = extract_answer(completion)
+        if is_number and (prediction is None or parse_number(prediction) is not None):
+            results[row], results.outcomes[row] = float(numeric_verdict(completion, gold)), "ok"
+        elif prediction is not None and len(prediction) > MAX_ANSWER_LENGTH:
+            results.error = f"an answer of {len(prediction)} characters; at most {MAX_ANSWER_LENGTH} are read"
+        else:
+            questions.setdefault((reference, prediction), []).append(row)
+    if not questions:
+        return results
+
+    verdicts = _pool().map(questions)
+    results.error = verdicts.error or results.error
+    for rows, verdict, outcome in zip(questions.values(), verdicts, verdicts.outcomes):
+        if outcome == "none":
+            raise _unreadable(answer[rows[0]], rows[0])
+        for row in rows:
+            results[row], results.outcomes[row] = verdict, outcome
+    return results
+
+
+def require_math_verify() -> None:
+    """Raises ImportError, with a sentence, where math-verify is not installed. Imports nothing."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise ImportError(
+            "The reward 'math_verify' needs the package math-verify, which is not installed: pip install 'jaxrl_reason[math]'."
+        )
+
+
+@functools.cache
+def _pool() -> Pool:
+    require_math_verify()
+    return Pool(_judge, workers=min(os.cpu_count() or 1, MAX_WORKERS), timeout_s=TIMEOUT_S, initializer=_warm_up)
+
+
+def _read_reference(answer: str | int | float, row: int) -> tuple[str, bool]:
+    """(the reference as text, whether it is a plain number)."""
+    if isinstance(answer, numbers.Real) and math.isfinite(answer):
+        return str(answer), True
+    text = answer.strip() if isinstance(answer, str) else ""
+    if "####" in text or r"\boxed{" in text:
+        text = extract_answer(text) or ""
+    if not 0 < len(text) <= MAX_ANSWER_LENGTH:
+        raise _unreadable(answer, row)
+    return text, parse_number(text) is not None
+
+
+def _unreadable(answer, row: int) -> ValueError:
+    shown = repr(answer)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    return ValueError(
+        f"Row {row}: math-verify cannot read the reference answer {shown}, so no completion can be judged against it; "
+        "correct that row's answer."
+    )
+
+
+# -- in the workers ----------------------------------------------------------------------------------------------------
+
+
+def _judge(question: tuple[str, str | None]) -> float | None:
+    """1.0 or 0.0; None where the reference cannot be read."""
+    from math_verify import verify  # here: the run itself never loads sympy
+
+    reference, prediction = question
+    gold = _read_gold(reference)
+    if not gold:
+        return None
+    if prediction is None:
+        return 0.0
+    predicted = _read(prediction)
+    # Gold first, the order matters. Without time limits of its own: what the pool's would do, they may fail to.
+    right = verify(gold, predicted, timeout_seconds=None) and not _differ_exactly(gold[0], predicted[0])
+    return float(right)
+
+
+def _differ_exactly(a, b) -> bool:
+    """Whether two expressions are rational numbers and not the same.
+
+    math-verify looks at the first 15 decimals of a difference, to which 1/2004! is 1/2006!. Percentages are left to it:
+    they are compared with and without the sign.
+    """
+    from sympy import Basic, UnevaluatedExpr
+
+    if a == b or not all(isinstance(x, Basic) and not x.has(UnevaluatedExpr) for x in (a, b)):
+        return False
+    a, b = a.doit(), b.doit()
+    return bool(a.is_Rational and b.is_Rational and a != b)
+
+
+def _read(answer: str) -> list:
+    """The answer as sympy expressions, and as text where it is none; empty where it cannot be read."""
+    from math_verify import LatexExtractionConfig, parse
+
+    if parse_number(answer) is not None:
+        answer = _EXPONENT.sub(r"\\cdot 10^{\1}", answer)
+    elif mixed := _MIXED_NUMBER.fullmatch(answer):
+        answer = r"{}\frac{{{}}}{{{}}}".format(*mixed.groups())
+    # The whole box or nothing: by default a number or formula anywhere in it would be taken for the answer.
+    whole = LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)
+    return parse(rf"\boxed{{{answer}}}", [whole], parsing_timeout=None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_gold(reference: str) -> list:
+    return _read(reference)
+
+
+def _warm_up() -> None:
+    """Imports sympy and compiles the grammar, which takes longer than an answer may."""
+    logging.disable()  # math-verify logs what it cannot read
+    _judge((r"\frac{1}{2}", r"\sqrt{x} + 1"))

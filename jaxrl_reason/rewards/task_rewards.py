@@ -1,0 +1,130 @@
+"""Host rewards of the embedded data sets, by TRL's signature: what is right they read from columns.
+
+`many_answers_reward` goes with `data.many_answers`, `strict_reward` and `judge_reward` with `data.answer_forms`.
+"""
+
+from collections.abc import Sequence
+from fractions import Fraction
+import re
+
+from jaxrl_reason.rewards.numeric import MAX_NUMBER_LENGTH, extract_answer, parse_number
+
+_WHOLE = re.compile(r"-?[0-9]{1,9}")
+_BETWEEN = re.compile(r", and |,| and ")
+_MIXED = re.compile(r"(?P<sign>[-+]?)(?P<whole>[0-9]{1,9}) (?P<part>[0-9]{1,9}/[0-9]{1,9})")
+
+# (the numbers named, ascending; the target) -> whether they meet the constraint
+_CONSTRAINTS = {
+    "sum": lambda numbers, target: len(numbers) == 2 and sum(numbers) == target,
+    "difference": lambda numbers, target: len(numbers) == 2 and numbers[1] - numbers[0] == target,
+    "multiple": lambda numbers, target: len(numbers) == 1 and numbers[0] % target == 0,
+}
+
+
+def canonical_answer(completion: str, *, kind: str, target: int, low: int, high: int, **_) -> str | None:
+    """The one text of a right answer, the same for "7, 5" and "5 and 7", by which different right answers are counted.
+
+    Args:
+      completion: a text; its final answer, as `extract_answer` finds it, is the whole numbers it names.
+      kind, target, low, high: the constraint, as the columns of `data.many_answers` have it.
+
+    Returns:
+      The numbers ascending, as "5, 7"; None where the answer breaks the constraint or cannot be read.
+
+    Raises:
+      ValueError: an unknown `kind`.
+    """
+    if kind not in _CONSTRAINTS:
+        raise ValueError(
+            f"The column 'kind' holds {kind!r:.80}; many_answers can judge {', '.join(_CONSTRAINTS)}: correct that row."
+        )
+    numbers = _named_numbers(completion)
+    if not numbers or not low <= numbers[0] <= numbers[-1] <= high or not _CONSTRAINTS[kind](numbers, target):
+        return None
+    return ", ".join(map(str, numbers))
+
+
+def many_answers_reward(
+    completions: Sequence[str],
+    kind: Sequence[str],
+    target: Sequence[int],
+    low: Sequence[int],
+    high: Sequence[int],
+    **_,
+) -> list[float]:
+    """1.0 where the numbers of the final answer meet the row's constraint, else 0.0.
+
+    Args:
+      completions: N texts.
+      kind, target, low, high: N values each, see `canonical_answer`.
+
+    Raises:
+      ValueError: an unknown `kind`.
+    """
+    rows = zip(completions, kind, target, low, high, strict=True)
+    return [float(canonical_answer(text, kind=k, target=t, low=lo, high=hi) is not None) for text, k, t, lo, hi in rows]
+
+
+def strict_reward(completions: Sequence[str], answer: Sequence[str], **_) -> list[float]:
+    """1.0 where the final answer is, character by character, the reference of the column `answer`, else 0.0.
+
+    A verifier by text, as many are: "0.75", "6/8" and "75%" are all refused where the reference is "3/4".
+
+    Args:
+      completions: N texts.
+      answer: N references.
+    """
+    return [
+        float(extract_answer(completion) == str(reference))
+        for completion, reference in zip(completions, answer, strict=True)
+    ]
+
+
+def judge_reward(completions: Sequence[str], answer: Sequence[str], **_) -> list[float]:
+    """1.0 where the final answer has exactly the value of the reference in the column `answer`, else 0.0.
+
+    Reads every form that `parse_number` does, and mixed numbers ("1 1/2"). A percent sign divides by 100: 75% is 3/4
+    and is not 75.
+
+    Args:
+      completions: N texts.
+      answer: N references, in any of these forms.
+
+    Raises:
+      ValueError: a reference is not a number.
+    """
+    verdicts = []
+    for completion, reference in zip(completions, answer, strict=True):
+        right = _exact_value(str(reference))
+        if right is None:
+            raise ValueError(f"The reference answer {reference!r:.80} is not a number; correct that row's answer.")
+        extracted = extract_answer(completion)
+        verdicts.append(float(extracted is not None and _exact_value(extracted) == right))
+    return verdicts
+
+
+def _named_numbers(completion: str) -> list[int]:
+    """The whole numbers of the final answer, ascending; empty where it is anything but one or two of them."""
+    answer = extract_answer(completion)
+    if answer is None or len(answer) > MAX_NUMBER_LENGTH:
+        return []
+    parts = [part.strip() for part in _BETWEEN.split(answer.removesuffix("."))]
+    if len(parts) > 2 or not all(map(_WHOLE.fullmatch, parts)):
+        return []
+    return sorted(map(int, parts))
+
+
+def _exact_value(text: str) -> Fraction | None:
+    """The value of a number in any form, mixed numbers included; None for anything else."""
+    mixed = _MIXED.fullmatch(text.strip().removesuffix(".")) if len(text) <= MAX_NUMBER_LENGTH else None
+    if mixed is None:
+        return parse_number(text)
+    part = parse_number(mixed["part"])
+    if part is None:  # over zero
+        return None
+    value = int(mixed["whole"]) + part
+    return -value if mixed["sign"] == "-" else value
+
+
+# Evaluation counts distinct right answers by this.
+many_answers_reward.answer_of = lambda completion, row: canonical_answer(completion, **row)

@@ -1,0 +1,150 @@
+"""The exams after TFDS's real preparation: values that sum to 1, right answers, disjoint splits."""
+
+import collections
+import hashlib
+import json
+import re
+
+import numpy as np
+import pytest
+
+from jaxrl_reason import data
+from jaxrl_reason.data import exam, word_problems
+from jaxrl_reason.rewards import accuracy_reward
+
+ANSWERS = {  # by the numbers in the order of the question
+    "add": lambda a, b: a + b,
+    "missing": lambda a, b: b - a,
+    "three": lambda a, b, c: a + b + c,
+    "chain": lambda a, b, c: a - b + c,
+    "nights": lambda a, b: b - a,
+    "days": lambda a, b: b - a + 1,
+}
+COUNTS = {"add": 2, "missing": 1, "three": 2, "chain": 2, "nights": 3, "days": 2}
+DEAR = {"missing", "three", "days"}
+
+
+@pytest.fixture(scope="module")
+def rows(data_dir):
+    return {s: list(data.load_source("exam", s, data_dir=data_dir)) for s in ("train", "validation", "test")}
+
+
+@pytest.fixture(scope="module")
+def everything(rows):
+    return [row for part in rows.values() for row in part]
+
+
+@pytest.fixture(scope="module")
+def exams(everything):
+    by_name = collections.defaultdict(list)
+    for row in everything:
+        by_name[row["exam"]].append(row)
+    return by_name
+
+
+def numbers(row):
+    return [int(digits) for digits in re.findall(r"\d+", row["question"])]
+
+
+def test_sizes_and_features(rows):
+    assert {split: len(part) for split, part in rows.items()} == {"train": 12_000, "validation": 1_008, "test": 1_008}
+    row = rows["test"][0]
+    kinds = {name: type(value) for name, value in row.items()}
+    text = dict.fromkeys(("question", "solution", "answer", "topic", "exam"), str)
+    assert kinds == text | {"points": float, "value": float, "solution_right": int}
+
+
+def test_values_of_an_exam_are_its_points_over_their_total(exams):
+    assert len(exams) == 1_000 + 84 + 84
+    for questions in exams.values():
+        total = sum(row["points"] for row in questions)
+        assert sum(row["value"] for row in questions) == pytest.approx(1, abs=1e-6)
+        assert all(row["value"] == np.float32(row["points"] / total) for row in questions)
+
+
+def test_every_exam_has_the_same_topics_and_no_question_twice(exams):
+    for questions in exams.values():
+        assert collections.Counter(row["topic"] for row in questions) == COUNTS
+        assert len({row["question"] for row in questions}) == 12
+
+
+def test_worth_goes_with_the_topic_and_not_with_its_steps(everything):
+    for row in everything:
+        low, high = (12, 18) if row["topic"] in DEAR else (1, 2)
+        assert low <= row["points"] <= high and row["points"] % 1 == 0
+        assert row["value"] > 0.1 if row["topic"] in DEAR else row["value"] < 0.033
+    steps = {topic: 0 for topic in COUNTS}
+    for row in everything:
+        steps[row["topic"]] = max(steps[row["topic"]], row["solution"].count("\n"))
+    assert steps == {"add": 1, "missing": 1, "three": 2, "chain": 2, "nights": 1, "days": 2}
+
+
+def test_answers_are_right(everything):
+    for row in everything:
+        assert int(row["answer"]) == ANSWERS[row["topic"]](*numbers(row)) > 0, row
+
+
+def test_the_reward_says_of_every_solution_whether_it_is_right(everything):
+    verdicts = accuracy_reward([row["solution"] for row in everything], [row["answer"] for row in everything])
+    assert verdicts == [row["solution_right"] for row in everything]
+
+
+def test_half_of_the_solutions_show_their_steps_and_three_in_ten_are_wrong(rows):
+    for topic in COUNTS:
+        part = [row for row in rows["train"] if row["topic"] == topic]
+        assert sum(row["solution_right"] for row in part) / len(part) == pytest.approx(0.7, abs=0.03)
+        assert sum("=" in row["solution"] for row in part) / len(part) == pytest.approx(0.5, abs=0.03)
+
+
+def test_only_the_last_step_of_a_solution_can_be_wrong(everything):
+    sign = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+    for row in everything:
+        *steps, last = row["solution"].split("\n")
+        parsed = [re.fullmatch(r"(\d+) ([-+*]) (\d+) = (\d+)", step).groups() for step in steps]
+        right = [sign[operator](int(a), int(b)) == int(c) for a, operator, b, c in parsed]
+        assert all(right[:-1]) and right[-1:] in ([], [bool(row["solution_right"])]), row
+        assert not steps or last == f"#### {parsed[-1][-1]}"
+
+
+def test_no_policy_is_right_on_both_nights_and_days_and_worth_turns_the_choice(rows):
+    part = rows["train"]
+    wanted = {t: {row["question"]: row["answer"] for row in part if row["topic"] == t} for t in ("nights", "days")}
+    shared = wanted["nights"].keys() & wanted["days"].keys()
+    assert len(shared) > 0.9 * len(wanted["days"])
+    assert all(wanted["nights"][q] != wanted["days"][q] for q in shared)
+    weight = {t: sum(1 + min(10 * row["value"], 1) for row in part if row["topic"] == t) for t in wanted}
+    count = collections.Counter(row["topic"] for row in part)
+    assert count["nights"] == 1.5 * count["days"]
+    assert weight["nights"] < 0.9 * weight["days"]  # RLEV's scale with its defaults, METHODS of arXiv 2510.20187
+
+
+def thing(row):
+    (found,) = {word.strip(",.?") for word in row["question"].split()} & {
+        *word_problems._OBJECTS,
+        *word_problems._NAMES,
+    }
+    return found
+
+
+def test_no_split_shares_the_numbers_and_things_of_a_topic_with_another(rows):
+    group = lambda row: "dates" if row["topic"] in ("nights", "days") else row["topic"]
+    keys = {split: {(group(row), thing(row), *sorted(numbers(row))) for row in part} for split, part in rows.items()}
+    assert not keys["train"] & keys["validation"]
+    assert not keys["train"] & keys["test"]
+    assert not keys["validation"] & keys["test"]
+    for split in ("validation", "test"):
+        counts = collections.Counter(key[0] for key in keys[split])
+        assert set(counts) == {"add", "missing", "three", "chain", "dates"} and min(counts.values()) >= 10
+
+
+def test_small_enough_for_a_small_model(rows):
+    part = rows["train"]
+    tokenizer = data.train_tokenizer(f"{row['question']}\n{row['solution']}" for row in part[:2000])
+    assert max(map(len, tokenizer.encode_batch([row["question"] + "\n" for row in part]))) <= 32
+    assert max(map(len, tokenizer.encode_batch([row["solution"] for row in part]))) < 32  # one more for the end token
+
+
+def test_the_data_are_those_of_version_1():
+    """Checkpoints and published figures rest on them: a change here needs a new VERSION."""
+    content = json.dumps([list(exam._exams(split, count)) for split, count in exam._EXAMS.items()])
+    assert hashlib.sha256(content.encode()).hexdigest() == "e0ddffd498d5807b2cfcbff5669f2a28c57495024564063f537f76b2f7d3e135"

@@ -1,0 +1,61 @@
+"""RLEV's values, worked by hand."""
+
+import numpy as np
+import pytest
+
+from jaxrl_reason.data.sources import Source
+from jaxrl_reason.data.values import altered, read_values
+
+
+def source(rows):
+    return Source("exam.jsonl", "", 0, lambda indices: [dict(rows[i]) for i in indices], len(rows))
+
+
+def test_points_over_the_points_of_their_exam():
+    rows = [
+        {"points": 3, "exam": "a"},
+        {"points": 1.5, "exam": "b"},
+        {"points": "1", "exam": "a"},
+        {"points": 4.5, "exam": "b"},
+    ]
+    np.testing.assert_allclose(read_values(source(rows)), [0.75, 0.25, 0.25, 0.75])
+
+
+def test_points_over_a_total_that_is_given():
+    np.testing.assert_allclose(read_values(source([{"points": 2, "exam_total": 100, "exam": "a"}])), [0.02])
+
+
+def test_a_column_of_values_goes_first():
+    assert read_values(source([{"value": 0.5, "points": 1, "exam": "a"}])).tolist() == [0.5]
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([{"value": 0.1}, {"value": -0.1}], "Row 1 of exam.jsonl has -0.1 in the column 'value'"),
+        ([{"value": 0.1}, {"value": None}], "Row 1 .* has None"),
+        ([{"value": float("nan")}], "Row 0 .* has nan"),
+        ([{"value": "much"}], "Row 0 .* has 'much'"),
+        ([{"value": True}], "Row 0 .* has True"),
+        ([{"value": 1.5}], r"Row 0 .* has the value 1.5; a value is a share of an exam and lies in \[0, 1\]"),
+        ([{"points": 1, "exam": "a"}, {"points": 1}], "Row 1 .* no exam"),
+        ([{"points": 0, "exam": "a"}], "Row 0 .* an exam of 0 points"),
+        ([{"points": 5, "exam_total": 4}], "Row 0 .* has the value 1.25"),
+        ([{"question": "q", "points": 1}], "neither a column 'value' nor 'points' .*points, question"),
+    ],
+)
+def test_what_is_no_value_is_refused_naming_the_row(rows, message):
+    with pytest.raises(ValueError, match=message):
+        read_values(source(rows))
+
+
+def test_the_ablations_keep_the_values_and_the_mean_scale():
+    values = np.array([0.01, 0.05, 0.2, 0.3], np.float32)
+    scale = lambda v: 1 + np.minimum(10 * v, 1)
+    assert altered(values, "own", alpha=10, clip=1, seed=0) is values
+    shuffled = altered(values, "shuffled", alpha=10, clip=1, seed=0)
+    assert sorted(shuffled) == sorted(values) and shuffled.tolist() != values.tolist()
+    uniform = altered(values, "uniform", alpha=10, clip=1, seed=0)
+    assert len(set(uniform.tolist())) == 1
+    np.testing.assert_allclose(scale(uniform), scale(values).mean(), rtol=1e-6)
+    assert altered(values, "uniform", alpha=0, clip=1, seed=0).tolist() == [0] * 4

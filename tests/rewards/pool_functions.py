@@ -1,0 +1,70 @@
+"""What workers run in the tests of `Pool`. A module of its own, which imports little, since every worker imports it."""
+
+import ctypes
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+
+def act(item):
+    """What a worker does with an item: a number comes back as it is, a word is something done to the worker."""
+    if not isinstance(item, str):
+        return item
+    match item.partition(" ")[0]:
+        case "sleep":
+            time.sleep(float(item.split()[1]))
+            return 1.0
+        case "hang":
+            return len(str(9**9**9**9))  # in C, holding the interpreter's lock
+        case "loop":
+            while True:
+                try:
+                    time.sleep(1000)
+                except BaseException:
+                    pass
+        case "grandchild":
+            child = subprocess.Popen(["sleep", "1000"])
+            pathlib.Path(item.split()[1]).write_text(str(child.pid))
+            child.wait()
+        case "exit":
+            os._exit(7)
+        case "segfault":
+            ctypes.string_at(0)
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "memory":
+            return len(bytes(2**40))
+        case "recursion":
+            return act(item)
+        case "raise":
+            raise type("VerifierTimeout", (BaseException,), {})("what it said")
+        case "unspeakable":
+            raise type("Unspeakable", (Exception,), {"__str__": lambda self: 1 / 0})
+        case "system_exit":
+            sys.exit(3)
+        case "interrupt":
+            raise KeyboardInterrupt
+        case "text":
+            return "not a number"
+        case "nan":
+            return math.nan
+        case "print":
+            print("noise\n" * 1000, flush=True)
+            return 2.0
+        case "pid":
+            return os.getpid()
+        case "jax":
+            return float("jax" in sys.modules or os.environ["JAX_PLATFORMS"] != "cpu")
+    return None
+
+
+def size(item):
+    return len(item)
+
+
+def refuse():
+    raise OSError("no such verifier")

@@ -1,0 +1,190 @@
+"""GenRe2's task: the vocabulary, the rewards, and a policy that learns to predict."""
+
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_reason import config as config_lib, regression, train
+from jaxrl_reason.advantages import AdvantageInputs
+from jaxrl_reason import methods
+from jaxrl_reason.config import ConfigError, Data, Model, Regression, Reward
+from jaxrl_reason.data.numbers import NormalizedTokenizer, P10Tokenizer
+from jaxrl_reason.data.tables import TargetScaler
+from jaxrl_reason.models import sharding
+from tiny_runs import tiny
+
+SCALE = TargetScaler(mean=0.0, std=1.0, low=-1.5, high=2.5)  # METHODS: z from -1.5 to 2.5
+EVERYWHERE = sharding.batch_sharding(sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """y = 2 a - b, and a column of no use."""
+    rng = np.random.default_rng(0)
+    a, b, c = rng.normal(size=(3, 400)).round(3)
+    lines = ["a,b,c,y"] + [f"{x},{y},{z},{2 * x - y:.4f}" for x, y, z in zip(a, b, c)]
+    path = tmp_path_factory.mktemp("table") / "line.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def a_config(table, **changes):
+    return tiny(
+        table,
+        **{
+            "data": Data(train=str(table), train_split="[:80%]", eval_split="[80%:]", vocab_size=300),
+            "regression": Regression(tokenizer="normalized", target="y", prefix_length=2, encoder_width=32),
+            "reward": Reward(functions=["squared_error"]),
+            "method": {"name": "genre2"},
+            "max_prompt_length": 1,
+            "max_completion_length": 8,
+            **changes,
+        },
+    )
+
+
+def lines_of(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_vocabulary_is_digits_then_the_begin_token():
+    digits = regression.Digits(NormalizedTokenizer(2, 8), SCALE)
+    assert (digits.pad_id, digits.vocab_size, digits.eos_ids) == (2, 3, ())
+    np.testing.assert_array_equal(digits.legal, [[True, True, False]] * 8)
+    assert digits.prompts(None, 2) == [[2], [2]]
+    assert digits.decode_batch([[2], [1, 0, 1, 1, 0, 0, 1, 1]]) == ["(features)", "1 0 1 1 0 0 1 1"]
+    # 0.7 of the unit interval is z = -1.5 + 0.7 * 4 = 1.3; 8 binary digits of it are 179/256.
+    ids = digits.encode(np.array([1.3]))
+    assert ids.tolist() == [[1, 0, 1, 1, 0, 0, 1, 1]]
+    np.testing.assert_allclose(digits.decode(ids), [-1.5 + 4 * 179 / 256], rtol=1e-6)
+
+
+def test_p10_writes_z_scores():
+    digits = regression.Digits(P10Tokenizer(), SCALE)
+    np.testing.assert_allclose(digits.decode(digits.encode(np.array([1.23456, -2.0]))), [1.235, -2.0], rtol=1e-6)
+
+
+def scored(function, unit_values, target):
+    """Rewards f32[1, G] of completions that write these numbers of the unit interval."""
+    digits = regression.Digits(NormalizedTokenizer(10, 3), SCALE)
+    tokens = digits.number.encode(np.array(unit_values))[None]
+    scorer = regression.NumberScorer([function], [], digits, EVERYWHERE)
+    batch = types.SimpleNamespace(columns={"z": np.array([target], np.float32)})
+    return digits, tokens, scorer, batch
+
+
+def test_rewards_and_remax_advantages_by_hand():
+    _, tokens, scorer, batch = scored("squared_error", [0.5, 0.75, 0.25, 0.4, 0.6], -1.5 + 4 * 0.5)
+    rewards, _ = scorer(types.SimpleNamespace(tokens=jnp.asarray(tokens)), batch)
+    np.testing.assert_allclose(rewards["squared_error"], [[0, -1, -1, -0.16, -0.16]], atol=1e-6)
+    chain = methods.create("genre2").advantage
+    inputs = AdvantageInputs(
+        rewards=rewards["squared_error"][:, :4],
+        completion_mask=jnp.ones((1, 4, 3)),
+        greedy_rewards=rewards["squared_error"][:, 4],
+    )
+    np.testing.assert_allclose(chain.update(None, chain.init(), inputs)[0], [[0.16, -0.84, -0.84, 0]], atol=1e-6)
+
+
+def test_the_heavy_tailed_reward_stops_at_50_and_punishes_what_spells_nothing():
+    digits = regression.Digits(P10Tokenizer(), SCALE)
+    tokens = digits.encode(np.array([1.0, 9.0, 3.0]))[None]
+    tokens[0, 2, 0] = digits.pad_id  # no sign
+    scorer = regression.NumberScorer(["heavy_tailed"], [2.0], digits, EVERYWHERE)
+    batch = types.SimpleNamespace(columns={"z": np.zeros(1, np.float32)})
+    rewards, _ = scorer(types.SimpleNamespace(tokens=jnp.asarray(tokens)), batch)
+    np.testing.assert_allclose(rewards["heavy_tailed"], [[-1, -50, -100]], rtol=1e-5)
+    assert scorer.weights == {"heavy_tailed": 2.0}
+
+
+def test_a_policy_learns_to_predict_and_reports_what_others_reach(table, tmp_path):
+    config = a_config(
+        table,
+        steps=10,
+        prompts_per_step=16,
+        group_size=8,
+        model=Model(width=32, layers=2, heads=2, kv_heads=2, mlp_width=64),
+        supervised__steps=300,
+        supervised__batch_size=64,
+        supervised__learning_rate=5e-3,
+        optimizer__learning_rate=1e-4,
+        eval__every=10,
+        eval__prompts=80,
+        eval__samples=32,
+    )
+    train.train(train.setup(config, tmp_path / "run"))
+    before, after = lines_of(tmp_path / "run")[0], lines_of(tmp_path / "run")[-1]
+    assert before["eval/r2"] > 0.6 and after["eval/r2"] > 0.6  # 0: as good as the mean
+    assert before["pointwise/r2"] > 0.9
+    assert after["completions/mean_length"] == 8 and after["completions/clipped_ratio"] == 0
+    assert after["sampling/logp_difference_max"] < 1e-4
+    assert (tmp_path / "run" / "learning_curve.png").exists()
+
+
+@pytest.mark.parametrize("number, options, length", [("p10", {}, 6), ("ieee", {"mantissa_digits": 3}, 7)])
+def test_the_other_alphabets_as_text_with_the_group_estimator(table, tmp_path, number, options, length):
+    config = a_config(
+        table,
+        regression=Regression(tokenizer=number, tokenizer_options=options, target="y", inputs="text"),
+        max_prompt_length=64,
+        max_completion_length=length,
+        method={"name": "genre2", "base": "grpo"},
+        reward=Reward(functions=["heavy_tailed"]),
+        supervised__steps=2,
+        log__samples_every=1,
+    )
+    train.train(train.setup(config, tmp_path / "run"))
+    last = lines_of(tmp_path / "run")[-1]
+    assert last["completions/mean_length"] == length and -50 <= last["reward"] < 0
+    sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])
+    assert sample["prompt"].startswith("a ") and ", b " in sample["prompt"]
+
+
+def test_the_dense_expert_term_is_in_the_loss(table, tmp_path):
+    config = a_config(table, method={"name": "genre2", "expert_coefficient": 0.05})
+    train.train(train.setup(config, tmp_path / "run"))
+    # A fresh policy is near to uniform on two digits: ln 2 a digit.
+    assert lines_of(tmp_path / "run")[0]["expert/loss"] == pytest.approx(np.log(2), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(max_completion_length=9), ["max_completion_length is 9", "8 tokens"]),
+        (
+            dict(max_prompt_length=8, regression=Regression(tokenizer="normalized", target="y", inputs="text")),
+            ["max_prompt_length is 8"],
+        ),
+        (dict(reward=Reward(functions=["accuracy"])), ["accuracy", "squared_error"]),
+        (dict(reward=Reward(functions=["squared_error"], weights=[-1.0])), ["weights", "above 0"]),
+        (
+            dict(regression=Regression(tokenizer="normalized", tokenizer_options={"digit": 3}, target="y")),
+            ["digit", "digits"],
+        ),
+        (dict(regression=Regression(tokenizer="normalized", target="z")), ["'z'", "'y'"]),
+        (
+            dict(
+                regression=Regression(tokenizer="p10", target="y"),
+                max_completion_length=6,
+                method={"name": "genre2", "expert_coefficient": 0.1},
+            ),
+            ["expert_coefficient", "normalized"],
+        ),
+    ],
+    ids=["length", "prompt", "reward", "weight", "option", "target", "expert"],
+)
+def test_what_cannot_run_is_a_sentence(table, tmp_path, changes, words):
+    with pytest.raises((ConfigError, ValueError)) as caught:
+        train.setup(a_config(table, **changes), tmp_path / "run")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["hero", "laser", "rlev", "progrpo"])
+def test_methods_that_need_text_or_verdicts_are_refused(table, name):
+    with pytest.raises(ConfigError, match="regression run"):
+        config_lib.validate(a_config(table, method={"name": name}))
