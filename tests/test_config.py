@@ -300,6 +300,8 @@ def test_a_section_must_be_a_section():
         (dict(model__head_dim=3), ["config.model.head_dim is 3", "even"]),
         (dict(model__sliding_period=2), ["config.model.sliding_period", "sliding_window"]),
         (dict(data__columns={"question": 3}), ["config.data.columns", "3"]),
+        (dict(optimizer__b1=1.0), ["config.optimizer.b1 is 1.0", "less than 1"]),
+        (dict(optimizer__b2=1 - 1e-9), ["config.optimizer.b2 is 0.999999999", "less than 1 in float32"]),
     ],
     ids=lambda x: str(x)[:60] if isinstance(x, dict) else "",
 )

