@@ -102,6 +102,7 @@ def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
         template=template,
         sharding=sharding.batch_sharding(mesh),
     )
+    judge = scorer.by_function[c.eval.verdict] if c.eval.verdict else scorer.verdict
     solutions = None
     if c.supervised.steps:
         solutions = data.SolutionStream(
@@ -132,8 +133,8 @@ def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
             held_out,
             scorer,
             tokenizer,
-            answer_of=scorer.answer_of(c.eval.verdict) or evaluation.final_answer,
-            verdict=c.eval.verdict,
+            answer_of=scorer.answer_of(judge) or evaluation.final_answer,
+            verdict=judge,
             self_reward=self_reward_of(method, c_ref),
         ),
     )
@@ -155,13 +156,13 @@ def _numbers(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Tas
     prefix = dict(features=table.features, prefix_length=r.prefix_length, encoder_width=r.encoder_width)
 
     def baselines():
-        if not table.features:
-            return {}
         s = c.supervised
+        if not (table.features and s.steps):
+            return {}
         found = regression.pointwise_regressor(
             table,
             width=r.encoder_width,
-            steps=max(s.steps, 1),
+            steps=s.steps,
             batch_size=s.batch_size,
             learning_rate=s.learning_rate,
             seed=c.seed,

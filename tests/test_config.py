@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rich.console
 
 from jaxrl_reason import config as config_lib
-from jaxrl_reason import data, experience, learner, methods, models, programs, train
+from jaxrl_reason import data, experience, learner, methods, models, programs, reward_training, train
 from jaxrl_reason.advantages import center_by_group, chain, stateless, subtract_greedy
 from jaxrl_reason.config import Config, ConfigError, Eval, Model, Optimizer, Update, validate
 from jaxrl_reason.methods import Method, PolicyLoss
@@ -247,6 +248,12 @@ def test_the_borders_themselves_and_every_choice_are_allowed(name):
         config = with_value(name, value)
         if name in ("prompts_per_step", "model.sliding_period"):
             config.model.sliding_window = 4
+        if name == "data.values":
+            config.method = {"name": "rlev"}
+        if name.startswith("reward_model."):
+            config.reward.functions = ["accuracy", "reward_model"]
+        if name.startswith("regression.") and not config.regression.tokenizer:
+            config.regression.tokenizer = "normalized" if value else ""
         validate(config)
 
 
@@ -373,7 +380,10 @@ def test_an_estimator_of_ones_own_is_given_booleans_and_trains(registry, rows, t
     assert [line["step"] for line in steps] == [1, 2] and all(np.isfinite(line["loss"]) for line in steps)
 
 
-@pytest.mark.parametrize("name", methods.names())
+ESTIMATORS = [name for name in methods.names() if "base" not in methods.keywords(name)]
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
 def test_validation_returns_the_method_that_was_named(name):
     assert validate(Config(method={"name": name})).name == name
 
@@ -383,7 +393,7 @@ def test_validation_compiles_nothing():
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **kw: compiled.append(kw) if event == "/jax/core/compile/backend_compile_duration" else None
     )
-    for name in methods.names():
+    for name in ESTIMATORS:
         validate(Config(method={"name": name}))
     assert not compiled
 
@@ -458,7 +468,16 @@ def rows(tmp_path_factory):
         "    if any(r % 4 == 0 for r in row):\n"
         "        raise ValueError('no')\n"
         "    return [1.0] * len(row)\n"
+        "def always(completions, **_):\n"
+        "    return [1.0] * len(completions)\n"
     )
+    graded = [row | {"chosen": row["solution"], "rejected": "#### no", "value": row["row"] / 40} for row in ROWS]
+    write_rows(directory / "graded.jsonl", graded)
+    write_rows(directory / "pairs.jsonl", [row | {"rejected": "#### never"} for row in graded])
+    table = [f"{i},{i * i % 7},{i % 2}" for i in range(16)]
+    (directory / "table.csv").write_text("\n".join(["y,b,c", *table]) + "\n")
+    (directory / "gaps.csv").write_text("\n".join(["y,b,c", *table, "3,,1"]) + "\n")
+    (directory / "texts.csv").write_text("\n".join(["y,b,c,d", *(line + ",red" for line in table)]) + "\n")
     return write_rows(directory / "rows.jsonl")
 
 
@@ -619,6 +638,41 @@ def dynamic_sampling(config, tmp_path):
     return train.collect(run, run.programs.init(), Clock())[1]["dynamic_sampling/batches"]
 
 
+def values(config, tmp_path):
+    return setup(config, tmp_path).prompts.batch(0).columns["values"]
+
+
+def numbers(config, tmp_path):
+    """A regression run's vocabulary, decoder and solutions."""
+
+    def read():
+        run = setup(config, tmp_path)
+        return run.tokenizer.vocab_size, str(run.model), run.solutions.batch(0)
+
+    return outcome(read)
+
+
+def pairs(config, tmp_path):
+    def read():
+        phase = setup(config, tmp_path).reward_phase
+        return phase.pairs.batch(0), phase.held_out.batch(0)
+
+    return outcome(read)
+
+
+def reward_model(config, tmp_path):
+    """The trained weights."""
+    run = setup(config, tmp_path)
+    console = rich.console.Console(quiet=True)
+    return reward_training.train_reward_model(run.reward_phase, run.programs.init().params, console)
+
+
+def judged(config, tmp_path):
+    run = setup(config, tmp_path)
+    params = run.programs.init().params
+    return run.task.evaluate(functools.partial(run.programs.generate_eval, params), run.scorer, None)["eval/accuracy"]
+
+
 def mesh(config, tmp_path):
     return outcome(
         lambda: (
@@ -680,6 +734,18 @@ WINDOW = dict(model__layers=2, model__sliding_window=2)
 NEVER_MIXED = dict(method={"name": "dapo"}, max_completion_length=1)
 SUPERVISED = dict(supervised__steps=40)
 TRAINED = dict(steps=3, checkpoint__keep=9, checkpoint__every=1)
+GRADED = dict(data__train=f"{HERE}/graded.jsonl")
+PAIRS = GRADED | dict(reward__functions=["accuracy", "reward_model"], reward_model__steps=2, reward_model__batch_size=4)
+NUMBERS = dict(
+    data__train=f"{HERE}/table.csv",
+    data__train_split="[:8]",
+    data__eval_split="[8:]",
+    regression__tokenizer="normalized",
+    regression__target="y",
+    reward__functions=["squared_error"],
+    max_completion_length=8,
+    supervised__steps=2,
+)
 
 # field -> (another value, observer, what else both configurations have)
 EFFECTS = {
@@ -706,7 +772,7 @@ EFFECTS = {
     "model.tied_embedding": (False, model, {}),
     "model.param_dtype": ("bfloat16", model, {}),
     "model.compute_dtype": ("bfloat16", model, {}),
-    "model.remat": ("layer", backward_pass, {}),
+    "model.remat": ("none", backward_pass, {}),
     "data.train": (f"{HERE}/other.jsonl", prompts, {}),
     "data.train_split": ("[:4]", prompts, {}),
     "data.eval": (f"{HERE}/other.jsonl", held_out, {}),
@@ -722,6 +788,23 @@ EFFECTS = {
     "supervised.steps": (20, supervised_optimizer, SUPERVISED),
     "supervised.batch_size": (8, solutions, SUPERVISED),
     "supervised.learning_rate": (0.1, supervised_optimizer, SUPERVISED),
+    "data.values": ("shuffled", values, GRADED | dict(method={"name": "rlev"})),
+    "supervised.start_from": (f"{HERE}/nowhere", prompts, {}),
+    "regression.tokenizer": ("p10", numbers, NUMBERS),
+    "regression.tokenizer_options": ({"base": 3}, numbers, NUMBERS),
+    "regression.target": ("b", numbers, NUMBERS),
+    "regression.missing": ("mean", numbers, NUMBERS | dict(data__train=f"{HERE}/gaps.csv")),
+    "regression.categorical": ("drop", numbers, NUMBERS | dict(data__train=f"{HERE}/texts.csv")),
+    "regression.inputs": ("text", numbers, NUMBERS | dict(max_prompt_length=64)),
+    "regression.prefix_length": (2, numbers, NUMBERS),
+    "regression.encoder_width": (16, numbers, NUMBERS),
+    "reward_model.path": (f"{HERE}/nowhere", pairs, PAIRS),
+    "reward_model.data": (f"{HERE}/pairs.jsonl", pairs, PAIRS),
+    "reward_model.split": ("[:4]", pairs, PAIRS),
+    "reward_model.eval_split": ("[4:]", pairs, PAIRS),
+    "reward_model.steps": (3, reward_model, PAIRS),
+    "reward_model.batch_size": (8, pairs, PAIRS),
+    "reward_model.learning_rate": (0.1, reward_model, PAIRS),
     "reward.functions": (["format"], scored, {}),
     "reward.weights": ([1.0, 0.25], prepared, dict(reward__functions=["accuracy", "format"])),
     "reward.verdict": ("format", scored, dict(reward__functions=["accuracy", "format"])),
@@ -753,6 +836,12 @@ EFFECTS = {
     "eval.prompts": (3, held_out, {}),
     "eval.samples": (3, eval_shape, {}),
     "eval.temperature": (0.0, evaluated, {}),
+    "eval.verdict": (
+        f"{HERE}/reward.py:always",
+        judged,
+        dict(reward__functions=["accuracy", f"{HERE}/reward.py:always"]),
+    ),
+    "checkpoint.keep_start": (True, functools.partial(trained, lambda path, _: (path / "start").exists()), TRAINED),
     "log.samples_every": (1, functools.partial(trained, lines("samples.jsonl")), TRAINED),
     "log.samples": (4, functools.partial(trained, lines("samples.jsonl")), TRAINED | dict(log__samples_every=1)),
     "log.tensorboard": (True, functools.partial(trained, lambda path, _: (path / "tensorboard").exists()), TRAINED),

@@ -32,6 +32,7 @@ class Scorer:
 
     Attributes:
       names, weights, verdict: as configured, by the names that metrics use.
+      by_function: from the names in `functions` to these.
       on_host: whether a score needs the host.
 
     Raises:
@@ -80,7 +81,7 @@ class Scorer:
                 "No reward has a weight other than 0, so there is nothing to learn from; give at least one."
             )
         self.names, self.weights = tuple(names.values()), dict(zip(names.values(), weights))
-        self.verdict = names[verdict or functions[0]]
+        self.by_function, self.verdict = names, names[verdict or functions[0]]
         self.on_host = bool(self._host)
 
     def __call__(self, rollout: Rollout, batch: PromptBatch) -> tuple[dict[str, jax.Array], dict[str, float]]:
@@ -118,9 +119,9 @@ class Scorer:
         other._reward_model = score
         return other
 
-    def answer_of(self, verdict: str = "") -> Callable[[str, Mapping[str, Any]], Any] | None:
-        """How a host reward tells answers apart, if it says so: its attribute `answer_of(completion, row)`; of the verdict by default."""
-        found = [reward.function for reward in self._host if reward.name == (verdict or self.verdict)]
+    def answer_of(self, name: str) -> Callable[[str, Mapping[str, Any]], Any] | None:
+        """How a host reward tells answers apart, if it says so: its attribute `answer_of(completion, row)`."""
+        found = [reward.function for reward in self._host if reward.name == name]
         return getattr(found[0], "answer_of", None) if found else None
 
     def check(self, rows: Sequence[Mapping[str, Any]]) -> None:

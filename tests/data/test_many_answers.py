@@ -141,5 +141,5 @@ def test_the_data_are_those_of_version_1():
     content = json.dumps([list(many_answers._prompts(split, size)) for split, size in many_answers._SIZES.items()])
     assert (
         hashlib.sha256(content.encode()).hexdigest()
-        == "991879549e4a29c217273e37d76384d7281b5374dc5c0d2dd441c8eb9f5d74d2"
+        == "01c17f439cba89d07372d6640e3be118e9335c8f5a011bc18c48e30b09645f68"
     )
