@@ -7,7 +7,7 @@ from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Model, Optimizer
 
 def get_config() -> Config:
     return Config(
-        steps=100,
+        steps=150,
         prompts_per_step=32,
         group_size=8,
         max_prompt_length=32,
@@ -16,7 +16,7 @@ def get_config() -> Config:
         data=Data(train="many_answers"),
         supervised=Supervised(steps=1000, batch_size=32, learning_rate=3e-3),
         reward=Reward(functions=["many_answers"]),
-        method={"name": "progrpo", "base": "grpo", "clip_high": 0.28, "aggregation": "token_mean"},
+        method={"name": "progrpo", "base": "grpo", "alpha": 1.0, "clip_high": 0.28, "aggregation": "token_mean"},
         optimizer=Optimizer(learning_rate=2e-4, warmup_steps=5),
         checkpoint=Checkpoint(every=50, keep=2),
         eval=Eval(every=20, prompts=256, samples=16),

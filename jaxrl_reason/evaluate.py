@@ -166,16 +166,21 @@ def evaluate(
 
     Returns:
       `eval/accuracy` (mean over all completions), `eval/pass@K`, `eval/mean_length` (tokens, end token included),
-      `eval/clipped_ratio` (share without an end token), `eval/prompts`, and what `method_metrics` adds.
+      `eval/clipped_ratio` (share without an end token), `eval/prompts`, with a tokenizer `eval/maj@K` (share of prompts whose
+      most frequent answer is right), and what `method_metrics` adds.
     """
     found = gather(generate, batches, scorer, tokenizer, answer_of, verdict, self_reward)
     prompts, samples = found.right.shape
+    majority = {}
+    if found.answers is not None:
+        majority[f"eval/maj@{samples}"] = _majority_accuracy(found.answers, found.right, samples)
     return {
         "eval/accuracy": float(found.right.mean()),
         f"eval/pass@{samples}": float(metrics.pass_at_k(samples, found.right.sum(axis=1), samples).mean()),
         "eval/mean_length": float(found.lengths.mean()),
         "eval/clipped_ratio": float(found.truncated.mean()),
         "eval/prompts": prompts,
+        **majority,
         **{f"eval/{name}": value for name, value in method_metrics(found).items()},
     }
 
@@ -212,7 +217,7 @@ def self_reward_metrics(found: Evaluated) -> dict[str, float]:
     """LaSeR, arXiv 2510.14943: how well self-rewards tell right from wrong, and what choosing by them gives; {} without them.
 
     `self_reward_f1` (harmonic mean of the accuracies on right and on wrong completions), `self_reward_calibration_error`,
-    `best_of_K_accuracy` (the completion of highest self-reward) and, with answers, `weighted_vote` beside `majority_vote`. A
+    `best_of_K_accuracy` (the completion of highest self-reward) and, with answers, `weighted_vote`, to be compared with `maj@K`. A
     truncated completion has none: it is never chosen and its vote weighs 0.
     """
     if found.self_rewards is None:
@@ -230,10 +235,7 @@ def self_reward_metrics(found: Evaluated) -> dict[str, float]:
         weights = np.clip(scores, 0.0, 1.0)
         chosen = [metrics.majority_vote(group, w) for group, w in zip(found.answers, weights)]
         won = [i is not None and ok[i] for i, ok in zip(chosen, found.right)]
-        out |= {
-            "weighted_vote": float(np.mean(won)),
-            "majority_vote": _majority_accuracy(found.answers, found.right, samples),
-        }
+        out["weighted_vote"] = float(np.mean(won))
     return out
 
 

@@ -116,11 +116,11 @@ class Stream:
 
     def __init__(self, rows: "Rows", *, batch_size: int, seed: int, solutions: bool):
         self._rows, self._batch_size, self._solutions = rows, batch_size, solutions
-        self._order = pipeline._endless(len(rows.targets), batch_size, seed, shuffle=True)
+        self._order = pipeline.endless(len(rows.targets), batch_size, seed, shuffle=True)
         self.skipped = 0
 
     def batch(self, i: int) -> PromptBatch | SolutionBatch:
-        chosen = pipeline._at(self._order, i)
+        chosen = pipeline.batch_at(self._order, i)
         if self._solutions:
             return self._rows.solutions(chosen)
         start = i * self._batch_size
@@ -139,7 +139,7 @@ class Rows:
       targets: float64[N].
     """
 
-    padded: pipeline._Padded
+    padded: pipeline.Padded
     features: np.ndarray | None
     digits: np.ndarray
     z: np.ndarray
@@ -224,7 +224,7 @@ def open_task(config: Config) -> Task:
                 f"config.max_prompt_length is {c.max_prompt_length}, and a row of {table.name} has {longest} tokens; raise it."
             )
         return Rows(
-            pipeline._Padded(prompts, c.max_prompt_length, digits.pad_id),
+            pipeline.Padded(prompts, c.max_prompt_length, digits.pad_id),
             None if as_text else scaler.transform(table),
             digits.encode(table.targets),
             np.asarray(digits.target.to_z(table.targets), np.float32),
@@ -338,7 +338,7 @@ def pointwise_regressor(
     keys = jax.random.split(jax.random.key(seed), len(sizes) - 1)
     params = [(jax.random.normal(k, (i, o)) * i**-0.5, jnp.zeros(o)) for k, i, o in zip(keys, sizes[:-1], sizes[1:])]
     optimizer = optax.adamw(optax.cosine_decay_schedule(learning_rate, steps))
-    batches = pipeline._endless(len(task.train.z), batch_size, seed, shuffle=True)
+    batches = pipeline.endless(len(task.train.z), batch_size, seed, shuffle=True)
 
     def predict(params, x):
         for i, (w, b) in enumerate(params):

@@ -228,7 +228,7 @@ def headlines(method: Method) -> tuple[str, ...]:
     if "values" in method.signals:
         shown += ["h_accuracy", "value_density", "high_value", "low_value"]
     if method.loss.self_reward:
-        shown += ["self_reward", "best_of", "weighted_vote", "majority_vote"]
+        shown += ["self_reward", "best_of", "maj@", "weighted_vote"]
     if "answer_confidence" in method.signals:
         shown += ["distinct_right_answers"]
     return tuple(shown)

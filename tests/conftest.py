@@ -3,9 +3,14 @@
 Its place puts tests/ on the import path: helpers here (reference_decoder, tiny_runs) can be imported from every folder.
 """
 
+import hypothesis
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+
+# Times are for people with quiet machines.
+hypothesis.settings.register_profile("ours", deadline=None)
+hypothesis.settings.load_profile("ours")
 
 
 @pytest.fixture(scope="session")

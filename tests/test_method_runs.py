@@ -11,6 +11,8 @@ from jaxrl_reason.config import ConfigError, Reward, RewardModel
 from tiny_runs import ROWS, change, write_rows
 from tiny_runs import tiny as bare
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 GRADED = [row | {"value": i / 40, "chosen": f"#### {i}", "rejected": f"#### {i + 1}"} for i, row in enumerate(ROWS)]
 HERO = dict(
     method={"name": "hero", "base": "rloo"},

@@ -21,6 +21,8 @@ from jaxrl_reason.metrics import self_verification_f1
 from jaxrl_reason.models import ModelConfig
 from jaxrl_reason.rollout import Rollout, generate
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 P, G, S, T, V = 3, 8, 5, 5, 19
 CONFIG = ModelConfig(
     vocab_size=V,

@@ -18,6 +18,8 @@ from jaxrl_reason.experience import Groups, make_prepare
 from jaxrl_reason.models import ModelConfig
 from jaxrl_reason.rollout import Rollout
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FIVE = ("genre2", "hero", "laser", "rlev", "progrpo")
 JUDGES = {"hero", "laser", "progrpo"}  # need right and wrong
 SETS = [parts for n in range(1, 6) for parts in itertools.combinations(FIVE, n)]

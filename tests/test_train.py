@@ -62,6 +62,7 @@ EVAL_METRICS = [
     "eval/pass@2",
     "eval/mean_length",
     "eval/clipped_ratio",
+    "eval/maj@2",
     "eval/distinct_right_answers",
     "eval/distinct_right_completions",
     "eval/prompts",

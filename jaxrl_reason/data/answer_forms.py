@@ -109,7 +109,7 @@ def _sums(family: str, split: str) -> Iterator[tuple[str, Numbers, str]]:
     for operator, numbers, thing in itertools.product("+-", _FAMILIES[family].numbers(), _THINGS):
         left, right, unit = numbers
         result = left + right if operator == "+" else left - right
-        if result % unit and word_problems._split_of(f"{family} {operator}", numbers, thing) == split:
+        if result % unit and word_problems.split_of(f"{family} {operator}", numbers, thing) == split:
             yield operator, numbers, thing
 
 

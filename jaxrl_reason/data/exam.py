@@ -23,7 +23,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from jaxrl_reason.data import word_problems
-from jaxrl_reason.data.word_problems import _NAMES, _OBJECTS, Numbers
+from jaxrl_reason.data.word_problems import NAMES, OBJECTS, Numbers
 
 _EXAMS = {"train": 1_000, "validation": 84, "test": 84}
 _CHEAP, _DEAR = (1, 2), (12, 18)  # points, from and to
@@ -61,7 +61,7 @@ _TOPICS = {
         points=_CHEAP,
         numbers=lambda: itertools.product(range(2, 13), repeat=2),
         steps=lambda a, b: [(a, "+", b, a + b)],
-        things=_OBJECTS,
+        things=OBJECTS,
         template="{a} {o} and {b} more. How many?",
     ),
     "missing": _Topic(
@@ -70,7 +70,7 @@ _TOPICS = {
         points=_DEAR,
         numbers=lambda: ((a, b) for b in range(6, 17) for a in range(2, b - 1)),
         steps=lambda a, b: [(b, "-", a, b - a)],
-        things=_OBJECTS,
+        things=OBJECTS,
         template="{a} {o} and how many more are {b}?",
     ),
     "three": _Topic(
@@ -79,7 +79,7 @@ _TOPICS = {
         points=_DEAR,
         numbers=lambda: itertools.product(range(2, 8), repeat=3),
         steps=lambda a, b, c: [(a, "+", b, a + b), (a + b, "+", c, a + b + c)],
-        things=_OBJECTS,
+        things=OBJECTS,
         template="{a} {o}, {b} more and {c} more. How many?",
     ),
     "chain": _Topic(
@@ -88,7 +88,7 @@ _TOPICS = {
         points=_CHEAP,
         numbers=lambda: ((a, b, c) for a in range(4, 13) for b in range(2, a - 1) for c in range(2, 8)),
         steps=lambda a, b, c: [(a, "-", b, a - b), (a - b, "+", c, a - b + c)],
-        things=_OBJECTS,
+        things=OBJECTS,
         template="{a} {o}, {b} fewer and {c} more. How many?",
     ),
     "nights": _Topic(
@@ -97,7 +97,7 @@ _TOPICS = {
         points=_CHEAP,
         numbers=_dates,
         steps=lambda a, b: [(b, "-", a, b - a)],
-        things=_NAMES,
+        things=NAMES,
         template=_DATES,
     ),
     "days": _Topic(
@@ -106,7 +106,7 @@ _TOPICS = {
         points=_DEAR,
         numbers=_dates,
         steps=lambda a, b: [(b, "-", a, b - a), (b - a, "+", 1, b - a + 1)],
-        things=_NAMES,
+        things=NAMES,
         template=_DATES,
     ),
 }
@@ -139,7 +139,7 @@ def _exams(split: str, count: int) -> Iterator[dict]:
     endless = {}
     for name, topic in _TOPICS.items():
         combinations = itertools.product(topic.numbers(), topic.things)
-        mine = [(n, thing) for n, thing in combinations if word_problems._split_of(topic.group, n, thing) == split]
+        mine = [(n, thing) for n, thing in combinations if word_problems.split_of(topic.group, n, thing) == split]
         rng.shuffle(mine)
         endless[name] = itertools.cycle(mine)
     for number in range(count):

@@ -95,16 +95,16 @@ class PromptStream:
     ):
         prompts = tokenizer.encode_batch([template.render_prompt(row) for row in source], add_bos)
         self._columns = dict(columns)
-        self._kept = _fitting(on_long, len(source), prompt=(prompts, max_prompt_length))
+        self._kept = fitting(on_long, len(source), prompt=(prompts, max_prompt_length))
         self.skipped = len(source) - len(self._kept)
         self._source = source
-        self._prompts = _Padded([prompts[i] for i in self._kept], max_prompt_length, tokenizer.pad_id)
-        self._order = _endless(len(self._kept), batch_size, seed, shuffle)
+        self._prompts = Padded([prompts[i] for i in self._kept], max_prompt_length, tokenizer.pad_id)
+        self._order = endless(len(self._kept), batch_size, seed, shuffle)
         self._batch_size = batch_size
 
     def batch(self, i: int) -> PromptBatch:
         """Batch `i` of the stream, for any i >= 0; the same whenever and in whatever order it is asked for."""
-        chosen = _at(self._order, i)
+        chosen = batch_at(self._order, i)
         tokens, mask = self._prompts.take(chosen)
         start = i * self._batch_size
         rows = [self._kept[k] for k in chosen]
@@ -143,17 +143,17 @@ class SolutionStream:
         completions = [
             ids + [tokenizer.eos_ids[0]] for ids in tokenizer.encode_batch([solution for _, solution in rendered])
         ]
-        kept = _fitting(
+        kept = fitting(
             on_long, len(source), prompt=(prompts, max_prompt_length), completion=(completions, max_completion_length)
         )
         self.skipped = len(source) - len(kept)
-        self._prompts = _Padded([prompts[i] for i in kept], max_prompt_length, tokenizer.pad_id)
-        self._completions = _Padded([completions[i] for i in kept], max_completion_length, tokenizer.pad_id)
-        self._order = _endless(len(kept), batch_size, seed, shuffle)
+        self._prompts = Padded([prompts[i] for i in kept], max_prompt_length, tokenizer.pad_id)
+        self._completions = Padded([completions[i] for i in kept], max_completion_length, tokenizer.pad_id)
+        self._order = endless(len(kept), batch_size, seed, shuffle)
 
     def batch(self, i: int) -> SolutionBatch:
         """Batch `i` of the stream, for any i >= 0; the same whenever and in whatever order it is asked for."""
-        chosen = _at(self._order, i)
+        chosen = batch_at(self._order, i)
         return SolutionBatch(*self._prompts.take(chosen), *self._completions.take(chosen))
 
 
@@ -179,8 +179,8 @@ def eval_prompts(
     _positive(count=count, batch_size=batch_size)
     count = min(count, len(source))
     prompts = tokenizer.encode_batch([template.render_prompt(row) for row in _read(source, range(count))], add_bos)
-    kept = _fitting(on_long, count, prompt=(prompts, max_prompt_length))
-    padded = _Padded(prompts, max_prompt_length, tokenizer.pad_id)
+    kept = fitting(on_long, count, prompt=(prompts, max_prompt_length))
+    padded = Padded(prompts, max_prompt_length, tokenizer.pad_id)
     batches = []
     for start in range(0, len(kept), batch_size):
         real = kept[start : start + batch_size]
@@ -190,7 +190,7 @@ def eval_prompts(
     return batches
 
 
-class _Padded:
+class Padded:
     """Token sequences of different lengths, kept end to end and padded only when taken."""
 
     def __init__(self, sequences: list[list[int]], length: int, pad_id: int):
@@ -210,7 +210,7 @@ class _Padded:
         return tokens, mask
 
 
-def _endless(size: int, batch_size: int, seed: int, shuffle: bool) -> grain.MapDataset:
+def endless(size: int, batch_size: int, seed: int, shuffle: bool) -> grain.MapDataset:
     """Batches of row positions, int64[batch_size], over epoch after epoch."""
     _positive(batch_size=batch_size)
     if not 0 <= seed < 2**32:
@@ -222,7 +222,7 @@ def _endless(size: int, batch_size: int, seed: int, shuffle: bool) -> grain.MapD
     return order.repeat().batch(batch_size)
 
 
-def _at(order: grain.MapDataset, i: int) -> np.ndarray:
+def batch_at(order: grain.MapDataset, i: int) -> np.ndarray:
     if i < 0:
         raise IndexError(f"Batch {i} was asked for; batches are numbered from 0.")
     return order[i]
@@ -233,7 +233,7 @@ def _read(source: Rows, indices: Sequence[int]) -> list[dict[str, Any]]:
     return source.read(indices) if isinstance(source, Source) else [dict(source[i]) for i in indices]
 
 
-def _fitting(on_long: str, rows: int, **sequences: tuple[list[list[int]], int]) -> list[int]:
+def fitting(on_long: str, rows: int, **sequences: tuple[list[list[int]], int]) -> list[int]:
     """The rows whose every sequence has between 1 and its limit of tokens; the others are refused or counted in a warning."""
     if on_long not in ("refuse", "skip"):
         raise ValueError(f"on_long is {on_long!r}; it has to be 'refuse' or 'skip'.")

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxrl_reason.data.pipeline import Rows, _at, _endless, _fitting, _Padded
+from jaxrl_reason.data.pipeline import Padded, Rows, batch_at, endless, fitting
 from jaxrl_reason.data.prompts import PromptTemplate
 from jaxrl_reason.data.tokenizer import Tokenizer
 
@@ -67,18 +67,18 @@ class PreferenceStream:
                 f"Row {same[0]}{more} has the same tokens as 'chosen' and as 'rejected', which prefers nothing; remove it."
             )
         longer = [max(pair, key=len) for pair in pairs]
-        kept = _fitting(
+        kept = fitting(
             on_long, len(source), prompt=(prompts, max_prompt_length), completion=(longer, max_completion_length)
         )
         self.size = len(kept)
         self.skipped = len(source) - len(kept)
-        self._prompts = _Padded([prompts[i] for i in kept], max_prompt_length, tokenizer.pad_id)
-        self._completions = _Padded([ids for i in kept for ids in pairs[i]], max_completion_length, tokenizer.pad_id)
-        self._order = _endless(len(kept), batch_size, seed, shuffle)
+        self._prompts = Padded([prompts[i] for i in kept], max_prompt_length, tokenizer.pad_id)
+        self._completions = Padded([ids for i in kept for ids in pairs[i]], max_completion_length, tokenizer.pad_id)
+        self._order = endless(len(kept), batch_size, seed, shuffle)
 
     def batch(self, i: int) -> PreferenceBatch:
         """Batch `i` of the stream, for any i >= 0; the same whenever and in whatever order it is asked for."""
-        rows = _at(self._order, i)
+        rows = batch_at(self._order, i)
         completions = self._completions.take((2 * rows[:, None] + np.arange(2)).ravel())
         return PreferenceBatch(*self._prompts.take(rows), *(x.reshape(len(rows), 2, -1) for x in completions))
 

@@ -17,8 +17,8 @@ Numbers = tuple[int, ...]
 _SIZES = {"train": 20_000, "validation": 1_000, "test": 1_000}
 
 # Few and frequent words: a tokenizer of 512 entries then holds nearly every one of them whole.
-_NAMES = ("Ana", "Ben", "Dan", "Eva", "Gus", "Ida", "Leo", "Mia", "Nora", "Sam", "Tom", "Zoe")
-_OBJECTS = ("apples", "books", "cards", "coins", "eggs", "nuts", "pens", "shells", "stamps", "stones")
+NAMES = ("Ana", "Ben", "Dan", "Eva", "Gus", "Ida", "Leo", "Mia", "Nora", "Sam", "Tom", "Zoe")
+OBJECTS = ("apples", "books", "cards", "coins", "eggs", "nuts", "pens", "shells", "stamps", "stones")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ _SKILLS = {
 }
 
 
-def _split_of(skill: str, numbers: Numbers, thing: str) -> str:
+def split_of(skill: str, numbers: Numbers, thing: str) -> str:
     """The one split that may use these numbers of this thing for this skill: 6/8 train, 1/8 validation, 1/8 test.
 
     The numbers are sorted first, so that 3 + 4 and 4 + 3 fall together, and hashed by hashlib, since `hash` differs between
@@ -139,7 +139,7 @@ def _split_of(skill: str, numbers: Numbers, thing: str) -> str:
 
 def _problem(skill: str, numbers: Numbers, thing: str, rng: random.Random, worked: float) -> dict[str, str]:
     template = rng.choice(_SKILLS[skill].templates)
-    n, m = rng.sample(_NAMES, 2)
+    n, m = rng.sample(NAMES, 2)
     words = dict(zip("abc", numbers), n=n, m=m, o=thing)
     steps = _SKILLS[skill].steps(*numbers)
     answer = str(steps[-1][-1])
@@ -176,7 +176,7 @@ def _problems(config: WordProblemsConfig, split: str, size: int) -> Iterator[dic
         spec = _SKILLS[skill]
         fits = lambda numbers: max(max(a, b, c) for a, _, b, c in spec.steps(*numbers)) <= config.largest
         combinations = [
-            (n, thing) for n in spec.numbers() if fits(n) for thing in _OBJECTS if _split_of(skill, n, thing) == split
+            (n, thing) for n in spec.numbers() if fits(n) for thing in OBJECTS if split_of(skill, n, thing) == split
         ]
         rng.shuffle(combinations)
         endless[skill] = itertools.cycle(combinations)

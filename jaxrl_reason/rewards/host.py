@@ -150,7 +150,7 @@ def score(
       RewardError: a function fails too often, lacks an argument, or returns the wrong length or something that is not
         a finite number or None; or the inputs do not fit each other. The message names the function.
     """
-    shape = _checked_shape(prompts, completions, completion_ids, columns)
+    shape = checked_shape(prompts, completions, completion_ids, columns)
     groups = shape[1]
     rows = {
         "prompts": _repeat(prompts, groups),
@@ -173,7 +173,7 @@ def score(
 def _rewards_of_rows(reward: HostReward, rows: dict[str, list], max_failure_share: float) -> tuple[Results, bool]:
     """(one float a row, NaN for missing, and their outcomes; whether the function reports outcomes itself)."""
     count = len(rows["completions"])
-    _check_signature(reward, rows)
+    check_signature(reward, rows)
     try:
         results, reports = _call(reward, rows, first_row=0)
     except (RewardError, KeyboardInterrupt, SystemExit):
@@ -267,7 +267,7 @@ def _checked_value(reward: HostReward, row: int, value) -> float:
     return number
 
 
-def _check_signature(reward: HostReward, rows: dict[str, list]) -> None:
+def check_signature(reward: HostReward, rows: dict[str, list]) -> None:
     """Says what is missing before the call; afterwards a TypeError could as well come from inside the function."""
     try:
         signature = inspect.signature(reward.function)
@@ -282,7 +282,7 @@ def _check_signature(reward: HostReward, rows: dict[str, list]) -> None:
         ) from None
 
 
-def _checked_shape(prompts, completions, completion_ids, columns) -> tuple[int, int]:
+def checked_shape(prompts, completions, completion_ids, columns) -> tuple[int, int]:
     if len(prompts) == 0 or len(completions) != len(prompts) or len(completions[0]) == 0:
         raise RewardError(
             f"There are {len(prompts)} prompts and {len(completions)} groups of completions; give one group, not empty, "

@@ -135,9 +135,9 @@ class Scorer:
         if self._host:
             columns = _columns(rows)
             one_each = [""] * len(rows)
-            host._checked_shape(one_each, [[""]] * len(rows), [[[]]] * len(rows), columns)
+            host.checked_shape(one_each, [[""]] * len(rows), [[[]]] * len(rows), columns)
             for reward in self._host:
-                host._check_signature(
+                host.check_signature(
                     reward, dict(prompts=one_each, completions=one_each, completion_ids=one_each) | columns
                 )
 

@@ -8,7 +8,9 @@ from jaxrl_reason import data
 @pytest.fixture(scope="session")
 def problems(data_dir):
     """The three splits as {split: Source}."""
-    return {split: data.load_source("word_problems", split, data_dir=data_dir) for split in ("train", "validation", "test")}
+    return {
+        split: data.load_source("word_problems", split, data_dir=data_dir) for split in ("train", "validation", "test")
+    }
 
 
 @pytest.fixture(scope="session")

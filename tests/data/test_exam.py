@@ -120,8 +120,8 @@ def test_no_policy_is_right_on_both_nights_and_days_and_worth_turns_the_choice(r
 
 def thing(row):
     (found,) = {word.strip(",.?") for word in row["question"].split()} & {
-        *word_problems._OBJECTS,
-        *word_problems._NAMES,
+        *word_problems.OBJECTS,
+        *word_problems.NAMES,
     }
     return found
 

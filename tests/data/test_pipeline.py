@@ -17,7 +17,9 @@ def numbered(count):
 
 
 def prompt_stream(rows, batch_size=4, max_prompt_length=8, seed=0, **options):
-    return data.PromptStream(rows, TOKENIZER, PLAIN, batch_size=batch_size, max_prompt_length=max_prompt_length, seed=seed, **options)
+    return data.PromptStream(
+        rows, TOKENIZER, PLAIN, batch_size=batch_size, max_prompt_length=max_prompt_length, seed=seed, **options
+    )
 
 
 def solution_stream(rows, batch_size=4, max_prompt_length=8, max_completion_length=12, seed=0, **options):
@@ -26,7 +28,9 @@ def solution_stream(rows, batch_size=4, max_prompt_length=8, max_completion_leng
 
 
 def evaluation(rows, count, batch_size=4, max_prompt_length=8, **options):
-    return data.eval_prompts(rows, TOKENIZER, PLAIN, count, batch_size=batch_size, max_prompt_length=max_prompt_length, **options)
+    return data.eval_prompts(
+        rows, TOKENIZER, PLAIN, count, batch_size=batch_size, max_prompt_length=max_prompt_length, **options
+    )
 
 
 def answers(stream, batches):
@@ -41,7 +45,12 @@ def assert_equal(first, second):
 def test_a_batch_holds_the_ids_of_its_rows_right_padded():
     batch = prompt_stream(numbered(120), batch_size=5).batch(3)
     assert batch.tokens.shape == batch.mask.shape == (5, 8)
-    assert (batch.tokens.dtype, batch.mask.dtype, batch.prompt_ids.dtype, batch.weight.dtype) == (np.int32, bool, np.int32, np.float32)
+    assert (batch.tokens.dtype, batch.mask.dtype, batch.prompt_ids.dtype, batch.weight.dtype) == (
+        np.int32,
+        bool,
+        np.int32,
+        np.float32,
+    )
     assert batch.weight.tolist() == [1] * 5
     assert batch.prompt_ids.tolist() == [15, 16, 17, 18, 19]
     for row, tokens, mask in zip(batch.rows, batch.tokens, batch.mask):
@@ -56,7 +65,9 @@ def test_a_batch_holds_the_ids_of_its_rows_right_padded():
 @settings(max_examples=40, deadline=None)
 def test_every_row_once_an_epoch_and_another_order_in_the_next(rows, batch_size, seed):
     epochs = 3
-    seen = answers(prompt_stream(numbered(rows), batch_size, seed=seed), -(-epochs * rows // batch_size))[: epochs * rows]
+    seen = answers(prompt_stream(numbered(rows), batch_size, seed=seed), -(-epochs * rows // batch_size))[
+        : epochs * rows
+    ]
     orders = [seen[e * rows : (e + 1) * rows] for e in range(epochs)]
     for order in orders:
         assert sorted(order) == list(range(rows))
@@ -85,12 +96,17 @@ def test_the_seed_orders_and_no_shuffle_keeps_the_order():
 
 def test_neighbouring_seeds_do_not_share_epochs():
     """A seed that is only added to the epoch number would make run s + 1 a shifted run s."""
-    assert answers(prompt_stream(numbered(20), seed=0), 10)[20:] != answers(prompt_stream(numbered(20), seed=1), 10)[:20]
+    assert (
+        answers(prompt_stream(numbered(20), seed=0), 10)[20:] != answers(prompt_stream(numbered(20), seed=1), 10)[:20]
+    )
 
 
 def test_long_prompts_are_refused_or_skipped_and_counted():
     rows = numbered(3) + [{"question": "9" * 20, "answer": 99}, {"question": "8" * 30, "answer": 88}] + numbered(2)
-    with pytest.raises(ValueError, match="2 of 7 rows do not fit: row 3 has a prompt of 21 tokens, where 1 to 8 fit \\(max_prompt_length\\); row 4"):
+    with pytest.raises(
+        ValueError,
+        match="2 of 7 rows do not fit: row 3 has a prompt of 21 tokens, where 1 to 8 fit \\(max_prompt_length\\); row 4",
+    ):
         prompt_stream(rows)
     with pytest.warns(UserWarning, match="Skipped: 2 of 7 rows"):
         stream = prompt_stream(rows, batch_size=5, on_long="skip")
@@ -102,7 +118,11 @@ def test_long_prompts_are_refused_or_skipped_and_counted():
     "rows, options, message",
     [
         ([], {}, "The data set has no rows"),
-        ([{"question": "9" * 20, "solution": "1"}] * 5, {"on_long": "skip"}, "5 of 5 rows do not fit: row 0 .*; row 2 .*; and 2 more\\. Raise the limit\\."),
+        (
+            [{"question": "9" * 20, "solution": "1"}] * 5,
+            {"on_long": "skip"},
+            "5 of 5 rows do not fit: row 0 .*; row 2 .*; and 2 more\\. Raise the limit\\.",
+        ),
         (numbered(3), {"on_long": "truncate"}, "on_long is 'truncate'; it has to be 'refuse' or 'skip'"),
         (numbered(3), {"batch_size": 0}, "batch_size is 0; it has to be at least 1"),
         (numbered(3), {"max_prompt_length": 0}, "max_prompt_length is 0; it has to be at least 1"),
@@ -158,7 +178,10 @@ def test_a_solution_must_leave_room_for_the_end_token():
     rows = numbered(10)
     length = len(TOKENIZER.encode(rows[0]["solution"]))
     assert solution_stream(rows, max_completion_length=length + 1).skipped == 0
-    with pytest.raises(ValueError, match=f"row 0 has a completion of {length + 1} tokens, where 1 to {length} fit \\(max_completion_length\\)"):
+    with pytest.raises(
+        ValueError,
+        match=f"row 0 has a completion of {length + 1} tokens, where 1 to {length} fit \\(max_completion_length\\)",
+    ):
         solution_stream(rows, max_completion_length=length)
     with pytest.warns(UserWarning, match="1 of 11 rows"):
         assert solution_stream(rows + [{"question": "1", "solution": "1" * 50}], on_long="skip").skipped == 1
@@ -199,9 +222,15 @@ def test_a_real_source_behaves_as_a_list(problems, tokenizer):
     source = problems["validation"]
     options = {"batch_size": 64, "max_prompt_length": 32, "seed": 5}
     for make in (data.PromptStream, lambda *a, **k: data.SolutionStream(*a, max_completion_length=32, **k)):
-        from_source, from_list = make(source, tokenizer, PLAIN, **options), make(list(source), tokenizer, PLAIN, **options)
+        from_source, from_list = (
+            make(source, tokenizer, PLAIN, **options),
+            make(list(source), tokenizer, PLAIN, **options),
+        )
         for i in (0, 15, 16):
             assert_equal(from_source.batch(i), from_list.batch(i))
-    evaluations = [data.eval_prompts(rows, tokenizer, PLAIN, 100, batch_size=64, max_prompt_length=32) for rows in (source, list(source))]
+    evaluations = [
+        data.eval_prompts(rows, tokenizer, PLAIN, 100, batch_size=64, max_prompt_length=32)
+        for rows in (source, list(source))
+    ]
     for one, other in zip(*evaluations, strict=True):
         assert_equal(one, other)

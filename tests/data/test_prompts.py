@@ -34,7 +34,10 @@ def test_values_that_look_like_columns_stay():
 
 
 def test_a_missing_column_names_template_column_and_columns():
-    with pytest.raises(ValueError, match="template 'plain' names the column 'solution', which the data does not have; its columns are answer, question"):
+    with pytest.raises(
+        ValueError,
+        match="template 'plain' names the column 'solution', which the data does not have; its columns are answer, question",
+    ):
         data.get_template("plain").render_solution({"question": "a", "answer": "b"})
 
 

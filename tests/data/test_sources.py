@@ -45,7 +45,9 @@ def test_rows_outside_are_refused(problems, index):
 
 
 def test_columns_rename_and_keep(data_dir):
-    source = data.load_source("word_problems", "test", data_dir=data_dir, columns={"question": "skill", "gold": "answer"})
+    source = data.load_source(
+        "word_problems", "test", data_dir=data_dir, columns={"question": "skill", "gold": "answer"}
+    )
     row = source[0]
     assert set(row) == {"question", "gold", "answer", "solution"}
     assert row["gold"] == row["answer"]
@@ -54,10 +56,20 @@ def test_columns_rename_and_keep(data_dir):
 @pytest.mark.parametrize(
     "name, split, columns, message",
     [
-        ("word_problem_typo", "train", {}, "no data set 'word_problem_typo': give word_problems, gsm8k, another name that TFDS knows, or a path"),
+        (
+            "word_problem_typo",
+            "train",
+            {},
+            "no data set 'word_problem_typo': give word_problems, exam, many_answers, answer_forms, gsm8k, another name that TFDS knows, or a path",
+        ),
         ("word_problems", "dev", {}, "Split 'dev' of data set 'word_problems' cannot be opened: .*'validation'"),
         ("word_problems", "train[0:0]", {}, "Split 'train\\[0:0\\]' of data set 'word_problems'"),
-        ("word_problems", "train", {"question": "problem"}, "there is no column 'problem' \\(to be used as 'question'\\), only .*'skill'"),
+        (
+            "word_problems",
+            "train",
+            {"question": "problem"},
+            "there is no column 'problem' \\(to be used as 'question'\\), only .*'skill'",
+        ),
     ],
 )
 def test_wrong_names_are_sentences(problems, data_dir, name, split, columns, message):
@@ -92,9 +104,14 @@ def test_gsm8k_by_its_own_builder(tmp_path, monkeypatch):
 
 
 def test_a_file_with_renamed_and_extra_columns(write):
-    path = write(b'\xef\xbb\xbf{"problem": "caf\xc3\xa9?", "answer": 1.5, "tags": ["a"], "level": null}\r\n{"problem": "b", "answer": "x"}\n\n  \n')
+    path = write(
+        b'\xef\xbb\xbf{"problem": "caf\xc3\xa9?", "answer": 1.5, "tags": ["a"], "level": null}\r\n{"problem": "b", "answer": "x"}\n\n  \n'
+    )
     source = data.load_source(path, "all", columns={"question": "problem"})
-    assert list(source) == [{"question": "café?", "answer": 1.5, "tags": ["a"], "level": None}, {"question": "b", "answer": "x"}]
+    assert list(source) == [
+        {"question": "café?", "answer": 1.5, "tags": ["a"], "level": None},
+        {"question": "b", "answer": "x"},
+    ]
     assert (source.skipped, source.name) == (0, path)
 
 
@@ -162,7 +179,11 @@ def test_a_column_named_in_columns_is_required(write):
     [
         (b"", "refuse", "no usable row: the file is empty"),
         (b"\n\n", "refuse", "no usable row: the file is empty"),
-        (b"{}\n[]\n", "skip", "no usable row: 2 bad rows skipped, the first at .*line 1: there is no column 'question'"),
+        (
+            b"{}\n[]\n",
+            "skip",
+            "no usable row: 2 bad rows skipped, the first at .*line 1: there is no column 'question'",
+        ),
         (GOOD, "ignore", "on_bad_row is 'ignore'; it has to be 'refuse' or 'skip'"),
     ],
 )

@@ -76,15 +76,38 @@ def test_saving_keeps_the_rest_of_a_generation_config(tmp_path):
 @pytest.mark.parametrize(
     "files, expected",
     [
-        ({"tokenizer_config.json": {"eos_token": "<eos>"}}, {"eos_ids": (2,), "pad_id": 2, "bos_id": None, "chat_template": None}),
-        ({"tokenizer_config.json": {"eos_token": {"content": "<eos>"}, "pad_token": "<pad>"}}, {"eos_ids": (2,), "pad_id": 0}),
-        ({"special_tokens_map.json": {"eos_token": "<eos>", "bos_token": {"content": "<bos>"}}}, {"eos_ids": (2,), "bos_id": 1}),
-        ({"special_tokens_map.json": {"bos_token": "<bos>"}, "tokenizer_config.json": {"bos_token": None, "eos_token": "<eos>"}}, {"bos_id": None}),
+        (
+            {"tokenizer_config.json": {"eos_token": "<eos>"}},
+            {"eos_ids": (2,), "pad_id": 2, "bos_id": None, "chat_template": None},
+        ),
+        (
+            {"tokenizer_config.json": {"eos_token": {"content": "<eos>"}, "pad_token": "<pad>"}},
+            {"eos_ids": (2,), "pad_id": 0},
+        ),
+        (
+            {"special_tokens_map.json": {"eos_token": "<eos>", "bos_token": {"content": "<bos>"}}},
+            {"eos_ids": (2,), "bos_id": 1},
+        ),
+        (
+            {
+                "special_tokens_map.json": {"bos_token": "<bos>"},
+                "tokenizer_config.json": {"bos_token": None, "eos_token": "<eos>"},
+            },
+            {"bos_id": None},
+        ),
         ({"generation_config.json": {"eos_token_id": 2}}, {"eos_ids": (2,)}),
-        ({"generation_config.json": {"eos_token_id": [0, 2, 5]}, "tokenizer_config.json": {"eos_token": "<eos>"}}, {"eos_ids": (2, 0, 5)}),
+        (
+            {"generation_config.json": {"eos_token_id": [0, 2, 5]}, "tokenizer_config.json": {"eos_token": "<eos>"}},
+            {"eos_ids": (2, 0, 5)},
+        ),
         ({"tokenizer_config.json": {"eos_token": "<eos>", "chat_template": "A"}}, {"chat_template": "A"}),
         (
-            {"tokenizer_config.json": {"eos_token": "<eos>", "chat_template": [{"name": "tool", "template": "B"}, {"name": "default", "template": "A"}]}},
+            {
+                "tokenizer_config.json": {
+                    "eos_token": "<eos>",
+                    "chat_template": [{"name": "tool", "template": "B"}, {"name": "default", "template": "A"}],
+                }
+            },
             {"chat_template": "A"},
         ),
     ],
@@ -123,13 +146,37 @@ def test_a_vocabulary_with_holes_counts_up_to_its_largest_id():
     "files, error, message",
     [
         ({}, FileNotFoundError, "No tokenizer at .*tokenizer.json"),
-        ({"tokenizer.json": "not json"}, ValueError, "tokenizer.json is not a tokenizer.json that the tokenizers library can read"),
-        ({"tokenizer.json": '{"a": 1}'}, ValueError, "tokenizer.json is not a tokenizer.json that the tokenizers library can read"),
-        ({"tokenizer.json": None}, ValueError, 'No end token is known for .*tokenizer.json: put a tokenizer_config.json with an "eos_token"'),
+        (
+            {"tokenizer.json": "not json"},
+            ValueError,
+            "tokenizer.json is not a tokenizer.json that the tokenizers library can read",
+        ),
+        (
+            {"tokenizer.json": '{"a": 1}'},
+            ValueError,
+            "tokenizer.json is not a tokenizer.json that the tokenizers library can read",
+        ),
+        (
+            {"tokenizer.json": None},
+            ValueError,
+            'No end token is known for .*tokenizer.json: put a tokenizer_config.json with an "eos_token"',
+        ),
         ({"tokenizer.json": None, "tokenizer_config.json": "{"}, ValueError, "tokenizer_config.json is not JSON"),
-        ({"tokenizer.json": None, "tokenizer_config.json": "[]"}, ValueError, "tokenizer_config.json holds a JSON list"),
-        ({"tokenizer.json": None, "tokenizer_config.json": '{"eos_token": "<end>"}'}, ValueError, "names eos_token '<end>', which is not in the vocabulary"),
-        ({"tokenizer.json": None, "generation_config.json": '{"eos_token_id": 99999}'}, ValueError, "eos_ids holds 99999, which is not in"),
+        (
+            {"tokenizer.json": None, "tokenizer_config.json": "[]"},
+            ValueError,
+            "tokenizer_config.json holds a JSON list",
+        ),
+        (
+            {"tokenizer.json": None, "tokenizer_config.json": '{"eos_token": "<end>"}'},
+            ValueError,
+            "names eos_token '<end>', which is not in the vocabulary",
+        ),
+        (
+            {"tokenizer.json": None, "generation_config.json": '{"eos_token_id": 99999}'},
+            ValueError,
+            "eos_ids holds 99999, which is not in",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, files, error, message):

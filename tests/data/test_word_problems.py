@@ -39,7 +39,7 @@ def test_every_split_has_the_same_share_of_every_skill(rows):
 
 
 def thing(row):
-    (found,) = {word.strip(".?") for word in row["question"].split()} & set(word_problems._OBJECTS)
+    (found,) = {word.strip(".?") for word in row["question"].split()} & set(word_problems.OBJECTS)
     return found
 
 
@@ -93,4 +93,7 @@ def test_the_data_are_those_of_version_1():
     """Checkpoints and published figures rest on them: a change here needs a new VERSION."""
     configs = word_problems.WordProblems.BUILDER_CONFIGS
     content = json.dumps([list(word_problems._problems(c, s, size)) for c in configs for s, size in SIZES.items()])
-    assert hashlib.sha256(content.encode()).hexdigest() == "cfb9c8630cb11a98df22baf591ea243b67acad8aed582ea4d85105fdf1f703d5"
+    assert (
+        hashlib.sha256(content.encode()).hexdigest()
+        == "cfb9c8630cb11a98df22baf591ea243b67acad8aed582ea4d85105fdf1f703d5"
+    )

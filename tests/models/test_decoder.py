@@ -24,9 +24,19 @@ def make(**overrides):
 
 
 # Both windows are shorter than prompts here, and reach back into them from the completion.
-GEMMA3 = dict(sliding_window=3, sliding_period=3, local_rope_theta=50.0, rope_theta=1000.0, qk_norm=True,
-              post_norms=True, norm_offset=1.0, activation="gelu", embedding_scale=4.0, query_scale=0.3,
-              rope_scaling=RopeScaling(kind="linear", factor=8.0))
+GEMMA3 = dict(
+    sliding_window=3,
+    sliding_period=3,
+    local_rope_theta=50.0,
+    rope_theta=1000.0,
+    qk_norm=True,
+    post_norms=True,
+    norm_offset=1.0,
+    activation="gelu",
+    embedding_scale=4.0,
+    query_scale=0.3,
+    rope_scaling=RopeScaling(kind="linear", factor=8.0),
+)
 FAMILIES = {
     "llama3": dict(tied_embedding=False, rope_scaling=RopeScaling(**LLAMA3)),
     "qwen2": dict(qkv_bias=True),
@@ -41,16 +51,24 @@ SWITCHES = {
     "rope_theta": (dict(rope_theta=100.0), {}),
     "linear_rope": (dict(rope_scaling=RopeScaling(kind="linear", factor=4.0)), {}),
     "llama3_rope": (dict(rope_scaling=RopeScaling(**LLAMA3)), {}),
-    **{f"llama3_{name}": (dict(rope_scaling=RopeScaling(**LLAMA3 | {name: value})),
-                          dict(rope_scaling=RopeScaling(**LLAMA3)))
-       for name, value in dict(factor=2.0, low_freq_factor=0.3, high_freq_factor=9.0, original_length=30).items()},
+    **{
+        f"llama3_{name}": (
+            dict(rope_scaling=RopeScaling(**LLAMA3 | {name: value})),
+            dict(rope_scaling=RopeScaling(**LLAMA3)),
+        )
+        for name, value in dict(factor=2.0, low_freq_factor=0.3, high_freq_factor=9.0, original_length=30).items()
+    },
     "all_slide": (dict(sliding_window=4), {}),
     "window_size": (dict(sliding_window=5), dict(sliding_window=4)),
     "period": (dict(sliding_window=4, sliding_period=3), dict(sliding_window=4)),
-    "local_theta": (dict(sliding_window=4, sliding_period=2, local_rope_theta=10.0),
-                    dict(sliding_window=4, sliding_period=2)),
-    "scaling_without_local_theta": (dict(sliding_window=4, rope_scaling=RopeScaling(kind="linear", factor=4.0)),
-                                    dict(sliding_window=4)),
+    "local_theta": (
+        dict(sliding_window=4, sliding_period=2, local_rope_theta=10.0),
+        dict(sliding_window=4, sliding_period=2),
+    ),
+    "scaling_without_local_theta": (
+        dict(sliding_window=4, rope_scaling=RopeScaling(kind="linear", factor=4.0)),
+        dict(sliding_window=4),
+    ),
     "norm_eps": (dict(norm_eps=0.1), {}),
     "post_norms": (dict(post_norms=True), {}),
     "qkv_bias": (dict(qkv_bias=True), {}),
@@ -142,13 +160,17 @@ def loss_and_grad(config):
     def loss(params):
         logprobs = jax.nn.log_softmax(models.apply(config, params, TOKENS[:, :-1]))
         return -jnp.take_along_axis(logprobs, jnp.asarray(TOKENS)[:, 1:, None], axis=-1).mean()
+
     return jit_once(jax.value_and_grad(loss))(params)
 
 
-@pytest.mark.parametrize("dtypes", [
-    dict(compute_dtype="bfloat16"),
-    pytest.param(dict(compute_dtype="bfloat16", param_dtype="bfloat16"), marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        dict(compute_dtype="bfloat16"),
+        pytest.param(dict(compute_dtype="bfloat16", param_dtype="bfloat16"), marks=pytest.mark.slow),
+    ],
+)
 def test_bfloat16_is_close_and_its_gradients_are_close(dtypes):
     full, half = make(qkv_bias=True), make(qkv_bias=True, **dtypes)
     (loss, grads), (half_loss, half_grads) = loss_and_grad(full), loss_and_grad(half)
@@ -177,6 +199,7 @@ def test_remat_policies_keep_less_for_the_backward_pass():
         params = models.abstract_params(config)
         _, vjp = jax.eval_shape(lambda p: jax.vjp(lambda p: models.apply(config, p, TOKENS), p), params)
         return sum(x.size for x in jax.tree.leaves(vjp))
+
     assert kept("layer") < kept("dots") < kept("none")
 
 
@@ -193,7 +216,8 @@ def test_gradient_agrees_with_finite_differences_of_the_reference():
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         direction = rng.normal(size=grad.shape)
         shift = lambda eps: jax.tree_util.tree_map_with_path(
-            lambda p, x: x + eps * direction if p == path else x, params)
+            lambda p, x: x + eps * direction if p == path else x, params
+        )
         slope = (loss(shift(1e-6)) - loss(shift(-1e-6))) / 2e-6
         error = 1e-3 * float(np.linalg.norm(grad)) + 1e-6
         assert (np.asarray(grad) * direction).sum() == pytest.approx(slope, abs=error), path
@@ -213,7 +237,7 @@ def test_padding_anywhere_and_of_any_value_changes_nothing(seed, side, as_int):
     mask = rng.random((B, S)) < 0.6
     mask[:, rng.integers(S)] = True
     if side != "mixed":
-        mask = np.sort(mask, axis=1)[:, ::1 if side == "left" else -1]
+        mask = np.sort(mask, axis=1)[:, :: 1 if side == "left" else -1]
     run = jitted("apply", config)
     logits = np.asarray(run(params, tokens, mask.astype(np.int32) if as_int else mask))
     assert np.isfinite(logits).all()
@@ -247,6 +271,7 @@ def shared_batch(side):
 @functools.cache
 def shared_forward(config):
     """Logits [P, G, T, V] after each completion token, from the shared cache; with gradients of a fixed weighting."""
+
     def logits(params, prompts, mask, completions):
         model = models.bind(config, params)
         _, cache = model.prefill(prompts, mask)
@@ -255,6 +280,7 @@ def shared_forward(config):
     def loss(params, weights, *args):
         y = logits(params, *args)
         return (jax.nn.log_softmax(y) * weights).sum(), y
+
     return jit_once(jax.value_and_grad(loss, has_aux=True))
 
 
@@ -266,6 +292,7 @@ def plain_forward(config):
         y = models.apply(config, params, tokens.reshape(P * G, S + T), mask.reshape(P * G, S + T))
         y = y[:, S:].reshape(P, G, T, V)
         return (jax.nn.log_softmax(y) * weights).sum(), y
+
     return jit_once(jax.value_and_grad(loss, has_aux=True))
 
 
@@ -279,8 +306,9 @@ def test_completions_on_the_shared_prompt_equal_the_plain_forward_in_value_and_g
     (_, logits), grads = shared_forward(config)(params, weights, *batch)
     (_, plain), plain_grads = plain_forward(config)(params, weights, *batch)
     np.testing.assert_allclose(logits, plain, atol=1e-5 * np.abs(plain).max())
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(np.abs(b).max()))),
-                 grads, plain_grads)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(np.abs(b).max()))), grads, plain_grads
+    )
     prompts, mask, completions = batch
     for p in range(P):  # the first prompt's first sample, and so on: the reference is slow
         row = np.concatenate([prompts[p, mask[p]], completions[p, p]])
@@ -325,8 +353,10 @@ def step_through(config):
         def body(cache, t):
             hidden, cache = model.step(completions[:, :, t], t, blocks, prompt, cache)
             return cache, model.logits(hidden)
+
         cache, logits = jax.lax.scan(body, cache, jnp.arange(T))
         return jnp.moveaxis(logits, 0, 2), cache
+
     return run
 
 
@@ -338,6 +368,7 @@ def test_sliding_windows_reach_from_the_completion_into_the_prompt_and_no_furthe
 
     def run(prompts):
         return np.asarray(logits_on_cache(config)(params, prompts, mask, completions))
+
     for place, reaches in ((S - 1, 2), (S - 2, 1), (S - 3, 0)):  # completion positions that see this prompt token
         changed = prompts.copy()
         changed[:, place] = (changed[:, place] + 1) % V
@@ -352,6 +383,7 @@ def logits_on_cache(config):
         model = models.bind(config, params)
         _, cache = model.prefill(prompts, mask)
         return model.logits(model.extend(completions, cache))
+
     return run
 
 
@@ -413,8 +445,12 @@ def test_one_description_serves_initialisation_axes_and_counts(family):
     lengths = jax.tree.map(len, axes, is_leaf=lambda x: isinstance(x, tuple))
     assert lengths == jax.tree.map(lambda x: len(x.shape), abstract)
     sizes = dict(layers=3, vocab=V, embed=16, mlp=24, head_dim=8, heads=32, kv_heads=16)
-    jax.tree.map(lambda names, x: np.testing.assert_array_equal([sizes[n] for n in names], x.shape), axes, abstract,
-                 is_leaf=lambda x: isinstance(x, tuple))
+    jax.tree.map(
+        lambda names, x: np.testing.assert_array_equal([sizes[n] for n in names], x.shape),
+        axes,
+        abstract,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
     per_layer = 16 * (32 + 16 + 16) + 32 * 16 + 3 * 16 * 24 + 2 * 16
     per_layer += (32 + 16 + 16) * config.qkv_bias + 2 * 8 * config.qk_norm + 2 * 16 * config.post_norms
     total = 3 * per_layer + 16 + V * 16 * (1 if config.tied_embedding else 2)
@@ -437,30 +473,48 @@ def test_initial_weights_follow_their_key_and_norms_start_at_one():
     assert np.asarray(a["layers"]["q"]).std() == pytest.approx(16**-0.5, rel=0.1)
 
 
-@pytest.mark.parametrize("overrides, named", [
-    (dict(heads=3), "heads"), (dict(layers=0), "layers"), (dict(vocab_size=0), "vocab_size"),
-    (dict(head_dim=7), "head_dim"), (dict(head_dim=0, width=18), "width"), (dict(activation="relu"), "activation"),
-    (dict(remat="all"), "remat"), (dict(param_dtype="float16"), "param_dtype"),
-    (dict(compute_dtype="f32"), "compute_dtype"),
-    (dict(sliding_period=2), "sliding_period"), (dict(local_rope_theta=1e4), "local_rope_theta"),
-])
+@pytest.mark.parametrize(
+    "overrides, named",
+    [
+        (dict(heads=3), "heads"),
+        (dict(layers=0), "layers"),
+        (dict(vocab_size=0), "vocab_size"),
+        (dict(head_dim=7), "head_dim"),
+        (dict(head_dim=0, width=18), "width"),
+        (dict(activation="relu"), "activation"),
+        (dict(remat="all"), "remat"),
+        (dict(param_dtype="float16"), "param_dtype"),
+        (dict(compute_dtype="f32"), "compute_dtype"),
+        (dict(sliding_period=2), "sliding_period"),
+        (dict(local_rope_theta=1e4), "local_rope_theta"),
+    ],
+)
 def test_a_wrong_configuration_is_refused_by_a_sentence_that_names_the_field(overrides, named):
     with pytest.raises(ValueError, match=rf"model\.{named}.*\.$"):
         make(**overrides)
 
 
-@pytest.mark.parametrize("overrides, named", [
-    (dict(sliding_window=-1), "sliding_window"), (dict(rope_theta=0.0), "rope_theta"),
-    (dict(head_dim=-2), "head_dim"), (dict(norm_eps=-1.0), "norm_eps"),
-])
+@pytest.mark.parametrize(
+    "overrides, named",
+    [
+        (dict(sliding_window=-1), "sliding_window"),
+        (dict(rope_theta=0.0), "rope_theta"),
+        (dict(head_dim=-2), "head_dim"),
+        (dict(norm_eps=-1.0), "norm_eps"),
+    ],
+)
 def test_values_that_could_only_give_nan_or_nothing_are_refused(overrides, named):
     with pytest.raises(ValueError, match=rf"model\.{named}"):
         make(**overrides)
 
 
-@pytest.mark.parametrize("wrong, named", [
-    (dict(kind="yarn", factor=2.0), "kind"), (dict(kind="linear", factor=0.0), "factor"),
-])
+@pytest.mark.parametrize(
+    "wrong, named",
+    [
+        (dict(kind="yarn", factor=2.0), "kind"),
+        (dict(kind="linear", factor=0.0), "factor"),
+    ],
+)
 def test_a_wrong_rope_scaling_is_refused(wrong, named):
     with pytest.raises(ValueError, match=rf"rope_scaling\.{named}"):
         RopeScaling(**wrong)

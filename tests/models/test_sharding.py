@@ -13,18 +13,34 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from jaxrl_reason import models
 from jaxrl_reason.models import ModelConfig, sharding
 
-CONFIG = ModelConfig(vocab_size=24, width=16, layers=2, heads=4, kv_heads=2, mlp_width=20, qkv_bias=True, qk_norm=True,
-                     tied_embedding=False)
+CONFIG = ModelConfig(
+    vocab_size=24,
+    width=16,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    mlp_width=20,
+    qkv_bias=True,
+    qk_norm=True,
+    tied_embedding=False,
+)
 
 
 def abstract_mesh(data, fsdp, tensor):
     return AbstractMesh((data, fsdp, tensor), sharding.AXES)
 
 
-@pytest.mark.parametrize("sizes, shape", [
-    ((1, -1, 1), (1, 8, 1)), ((8, 1, 1), (8, 1, 1)), ((2, 2, 2), (2, 2, 2)), ((-1, 2, 2), (2, 2, 2)),
-    ((1, 4, -1), (1, 4, 2)), ((), (1, 8, 1)),
-])
+@pytest.mark.parametrize(
+    "sizes, shape",
+    [
+        ((1, -1, 1), (1, 8, 1)),
+        ((8, 1, 1), (8, 1, 1)),
+        ((2, 2, 2), (2, 2, 2)),
+        ((-1, 2, 2), (2, 2, 2)),
+        ((1, 4, -1), (1, 4, 2)),
+        ((), (1, 8, 1)),
+    ],
+)
 def test_minus_one_stands_for_the_devices_that_the_others_leave(sizes, shape):
     mesh = sharding.make_mesh(*sizes, devices=np.array(jax.devices()[:1] * 8))
     assert tuple(mesh.shape[axis] for axis in ("data", "fsdp", "tensor")) == shape
@@ -41,9 +57,15 @@ def test_weights_split_by_their_logical_axes():
     specs = jax.tree.map(lambda s: s.spec, sharding.param_shardings(CONFIG, abstract_mesh(2, 2, 2)))
     assert jax.tree.structure(specs) == jax.tree.structure(models.abstract_params(CONFIG))
     want = {
-        "q": (None, "fsdp", "tensor"), "k": (None, "fsdp", "tensor"), "v": (None, "fsdp", "tensor"),
-        "o": (None, "tensor", "fsdp"), "gate": (None, "fsdp", "tensor"), "up": (None, "fsdp", "tensor"),
-        "down": (None, "tensor", "fsdp"), "q_bias": (None, "tensor"), "q_norm": (None, None),
+        "q": (None, "fsdp", "tensor"),
+        "k": (None, "fsdp", "tensor"),
+        "v": (None, "fsdp", "tensor"),
+        "o": (None, "tensor", "fsdp"),
+        "gate": (None, "fsdp", "tensor"),
+        "up": (None, "fsdp", "tensor"),
+        "down": (None, "tensor", "fsdp"),
+        "q_bias": (None, "tensor"),
+        "q_norm": (None, None),
         "mlp_norm": (None, "fsdp"),
     }
     for name, spec in want.items():
@@ -58,9 +80,14 @@ def test_prompts_split_over_data_and_fsdp_and_not_over_tensor():
     assert sharding.replicated(abstract_mesh(2, 2, 2)).shard_shape((8, 3, 5)) == (8, 3, 5)
 
 
-@pytest.mark.parametrize("sizes, axis, dimension, size", [
-    ((1, 3, 1), "fsdp", "embed", 16), ((1, 1, 4), "tensor", "kv_heads", 2), ((1, 1, 3), "tensor", "heads", 4),
-])
+@pytest.mark.parametrize(
+    "sizes, axis, dimension, size",
+    [
+        ((1, 3, 1), "fsdp", "embed", 16),
+        ((1, 1, 4), "tensor", "kv_heads", 2),
+        ((1, 1, 3), "tensor", "heads", 4),
+    ],
+)
 def test_a_mesh_axis_that_divides_no_dimension_is_refused_with_the_size(sizes, axis, dimension, size):
     with pytest.raises(ValueError, match=rf"mesh\.{axis} is \d, which does not divide .*\((\d+)\)") as error:
         sharding.param_shardings(CONFIG, abstract_mesh(*sizes))
@@ -77,7 +104,8 @@ def learnt(tmp_path_factory):
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
+        "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
     done = {}
 
     def of(*meshes):
@@ -90,14 +118,18 @@ def learnt(tmp_path_factory):
                 for mesh in missing:
                     done[mesh] = {k.split("/")[1]: v for k, v in arrays.items() if k.startswith(mesh + "/")}
         return [done[mesh] for mesh in meshes]
+
     return of
 
 
-@pytest.mark.parametrize("mesh, shards", [
-    ("2,2,2", (4, 4, 4)),
-    pytest.param("8,1,1", (8, 1, 1), marks=pytest.mark.slow),
-    pytest.param("1,8,1", (8, 8, 8), marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    "mesh, shards",
+    [
+        ("2,2,2", (4, 4, 4)),
+        pytest.param("8,1,1", (8, 1, 1), marks=pytest.mark.slow),
+        pytest.param("1,8,1", (8, 8, 8), marks=pytest.mark.slow),
+    ],
+)
 def test_eight_devices_give_the_samples_the_loss_and_the_weights_of_one(learnt, mesh, shards):
     one, eight = learnt("1,1,1", mesh)
     assert (one["devices"], eight["devices"]) == (1, 8) and tuple(eight["shards"]) == shards

@@ -74,7 +74,9 @@ def test_agrees_with_lists(data):
             row.append((body + data.draw(st.sampled_from([[], [0], [9]])))[:10])
         rows.append(row)
     rewards = JITTED(*arrays(rows, answers, 10, 3, filler=data.draw(st.sampled_from([0, 3, 4, 5]))))
-    np.testing.assert_array_equal(rewards, [[reference(live, answer) for live in row] for row, answer in zip(rows, answers)])
+    np.testing.assert_array_equal(
+        rewards, [[reference(live, answer) for live in row] for row, answer in zip(rows, answers)]
+    )
 
 
 def test_shapes_that_are_smaller_than_the_marker_or_the_answer():

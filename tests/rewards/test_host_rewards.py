@@ -140,7 +140,10 @@ def test_an_interrupt_is_not_a_failure(interrupt):
         (lambda completions, **_: [1e39] * 6, "'bad' returned 1e.39 for row 0.*float32"),
         (lambda completions, **_: ["1.0"] * 6, "'bad' returned '1.0' for row 0"),
         (lambda completions, **_: [[1.0]] * 6, r"'bad' returned \[1.0\] for row 0"),
-        (lambda completions, image, **_: [1.0] * 6, "'bad' cannot be called: missing a required argument: 'image'.*answer, id"),
+        (
+            lambda completions, image, **_: [1.0] * 6,
+            "'bad' cannot be called: missing a required argument: 'image'.*answer, id",
+        ),
         (lambda completions: [1.0] * 6, r"'bad' cannot be called: got an unexpected keyword argument.*\*\*columns"),
     ],
 )

@@ -138,7 +138,9 @@ def test_verdicts(completion, answer, verdict):
     assert numeric_verdict(completion, answer) is verdict
 
 
-@pytest.mark.parametrize("answer", ["eighteen", "", "#### ", float("nan"), float("inf"), None, b"18", "1,2,3", "x" * 1000])
+@pytest.mark.parametrize(
+    "answer", ["eighteen", "", "#### ", float("nan"), float("inf"), None, b"18", "1,2,3", "x" * 1000]
+)
 def test_a_reference_that_is_not_a_number_raises(answer):
     with pytest.raises(ValueError, match="reference answer .* is not a number"):
         numeric_verdict("#### 18", answer)
@@ -155,7 +157,11 @@ def test_every_decimal_is_read_back(value):
     assert numeric_verdict(f"#### {value:,f}", str(Decimal(value)))
 
 
-@given(st.floats(allow_nan=False, allow_infinity=False, min_value=-1e100, max_value=1e100).filter(lambda x: x == 0 or abs(x) > 1e-80))
+@given(
+    st.floats(allow_nan=False, allow_infinity=False, min_value=-1e100, max_value=1e100).filter(
+        lambda x: x == 0 or abs(x) > 1e-80
+    )
+)
 def test_every_float_equals_the_decimal_it_prints_as(value):
     assert numeric_verdict(f"#### {value}", value)
 

@@ -5,7 +5,11 @@ from jaxrl_reason.rewards.functions import accuracy_reward, format_reward
 
 def test_accuracy_judges_row_by_row():
     rewards = accuracy_reward(
-        prompts=["q"] * 4, completions=["#### 18", "#### 17", "18", r"\boxed{1/2}"], completion_ids=[[1]] * 4, answer=["18", 18, 18, 0.5], skill=["sum"] * 4
+        prompts=["q"] * 4,
+        completions=["#### 18", "#### 17", "18", r"\boxed{1/2}"],
+        completion_ids=[[1]] * 4,
+        answer=["18", 18, 18, 0.5],
+        skill=["sum"] * 4,
     )
     assert rewards == [1.0, 0.0, 0.0, 1.0]
 

@@ -1,0 +1,62 @@
+"""A recipe beside its baselines: the same start for all, a row for each."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl_reason import checkpoints, compare, train
+from jaxrl_reason.config import ConfigError
+from tiny_runs import tiny, write_rows
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def test_all_runs_begin_with_the_same_weights_and_give_a_row_each(tmp_path, capsys):
+    config = tiny(write_rows(tmp_path / "rows.jsonl"), steps=1, supervised__steps=3, eval__every=1)
+    rows = compare.compare(config, {"Leave-one-out": {"method": {"name": "rloo"}, "seed": 0}}, tmp_path / "runs")
+    assert list(rows) == ["start", "grpo", "Leave-one-out"]
+    assert (
+        rows["start"]["eval/mean_length"]
+        == json.loads((tmp_path / "runs" / "leave_one_out" / "metrics.jsonl").read_text().splitlines()[0])[
+            "eval/mean_length"
+        ]
+    )
+    assert json.loads((tmp_path / "runs" / "comparison.json").read_text()) == rows
+
+    ready = train.setup(compare.variant(config, {"checkpoint.keep_start": True}), tmp_path / "runs" / "method")
+    like = ready.programs.init().params
+    start = checkpoints.load_params(tmp_path / "runs" / "method" / "start", like)
+    different = [not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(like))]
+    assert any(different)  # the supervised start, not the random weights
+    assert json.loads((tmp_path / "runs" / "leave_one_out" / "config.json").read_text())["config"]["method"] == {
+        "name": "rloo"
+    }
+    # The same command again trains nothing and finds the same figures.
+    assert (
+        compare.compare(config, {"Leave-one-out": {"method": {"name": "rloo"}, "seed": 0}}, tmp_path / "runs") == rows
+    )
+
+
+def test_a_variant_changes_a_copy_and_knows_its_fields(tmp_path):
+    config = tiny("rows.jsonl")
+    changed = compare.variant(config, {"method": {"name": "rloo"}, "reward.weights": [2.0]})
+    assert changed.method == {"name": "rloo"} and changed.reward.weights == [2.0]
+    assert config.method == {"name": "grpo"} and config.reward.weights == []
+    with pytest.raises(ConfigError, match="config.reward.wieghts, and there is no such field"):
+        compare.variant(config, {"reward.wieghts": [1.0]})
+
+
+def test_a_recipe_without_baselines_is_a_sentence(tmp_path, capsys):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text("from jaxrl_reason.config import Config\ndef get_config():\n    return Config()\n")
+    assert compare.main([f"--config={recipe}", f"--workdir={tmp_path / 'runs'}"]) == 2
+    assert "has no get_baselines()" in capsys.readouterr().err
+
+
+def test_the_table_has_a_dash_where_a_row_lacks_a_figure():
+    rows = {"start": {"eval/accuracy": 0.5, "eval/prompts": 4}, "pointwise": {"eval/r2": 0.25}}
+    table = compare.table(rows, ("accuracy", "r2"))
+    assert [c.header for c in table.columns] == ["", "accuracy", "r2"]
+    assert [list(c.cells) for c in table.columns] == [["start", "pointwise"], ["50.0 %", "-"], ["-", "0.250"]]
