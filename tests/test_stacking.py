@@ -125,7 +125,7 @@ def test_stacks_on_advantages_per_token(parts, base):
 
 
 @pytest.mark.parametrize("base", ["dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"])
-@pytest.mark.parametrize("hero, rlev", itertools.product(["reward", "advantage"], repeat=2))
+@pytest.mark.parametrize("hero, rlev", list(itertools.product(["reward", "advantage"], repeat=2)))
 def test_weights_may_go_on_the_reward_where_no_group_std_divides(base, hero, rlev):
     places = {"hero": hero, "rlev": rlev}
     method = methods.stack("hero", "rlev", base=base, hero={"weight_on": hero}, rlev={"scale_on": rlev})
