@@ -15,6 +15,7 @@ import numpy as np
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import data
 from jaxrl_reason import evaluate as evaluation
+from jaxrl_reason import methods
 from jaxrl_reason import models
 from jaxrl_reason import regression
 from jaxrl_reason.config import Config, ConfigError
@@ -63,6 +64,12 @@ def open_task(config: Config, method: Method, mesh: jax.sharding.Mesh, workdir: 
     Raises:
       ConfigError, RewardError, ValueError, OSError: a sentence that says what is wrong and where.
     """
+    start = config.supervised.start_from
+    if start and not (pathlib.Path(start).expanduser() / "start").is_dir():
+        raise ConfigError(
+            f"config.supervised.start_from is {start!r}, and there is no start/ in it: name the work directory of a run that was "
+            "made with config.checkpoint.keep_start."
+        )
     return (_numbers if config.regression.tokenizer else _text)(config, method, mesh, workdir)
 
 
@@ -75,13 +82,13 @@ def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
     template = data.get_template(c.data.template)
     columns = {}
     if "values" in method.signals:
-        options = {k: v for k, v in c.method.get("rlev", c.method).items() if k in ("alpha", "clip")}
-        defaults = {"alpha": 10.0, "clip": 1.0}
-        columns["values"] = altered(read_values(train_rows), c.data.values, seed=c.seed, **defaults | options)
+        given = c.method.get("rlev", c.method)
+        scale = {k: given.get(k, default) for k, default in methods.keywords("rlev").items() if k in ("alpha", "clip")}
+        columns["values"] = altered(read_values(train_rows), c.data.values, seed=c.seed, **scale)
 
     def make_tokenizer():
         if c.supervised.start_from:
-            return data.load_tokenizer(pathlib.Path(c.supervised.start_from) / "tokenizer")
+            return data.load_tokenizer(pathlib.Path(c.supervised.start_from).expanduser() / "tokenizer")
         if c.data.tokenizer:
             return data.load_tokenizer(c.data.tokenizer)
         rows = train_rows.read(range(min(len(train_rows), 2000)))

@@ -175,6 +175,12 @@ def test_values_that_are_missing_are_refused_naming_the_row(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_start_that_was_not_kept_is_a_sentence(rows, tmp_path):
+    with pytest.raises(ConfigError, match="start_from is .*no start/ in it.*config.checkpoint.keep_start"):
+        train.setup(bare(rows, supervised__start_from=str(tmp_path)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_can_begin_with_the_supervised_start_of_another(rows, tmp_path):
     first = tiny(rows, steps=1, supervised__steps=3, checkpoint__keep_start=True)
     run(first, tmp_path / "first")
