@@ -24,10 +24,10 @@ Params = dict  # a nested dict of arrays
 class PromptCache(NamedTuple):
     """Keys and values of P prompts, each computed once and shared by its group.
 
-    In `step` (unrolled layers), `keys` and `values` are tuples with an entry [P, N, S, K] a layer.
+    In `step` (unrolled layers), `keys` and `values` are tuples with an entry a layer.
     """
 
-    keys: jax.Array  # [layers, P, kv_heads, S, head_dim], rotated
+    keys: jax.Array  # [layers, P, kv_heads, head_dim, S], rotated
     values: jax.Array  # [layers, P, kv_heads, S, head_dim]
     mask: jax.Array  # bool[P, S]
     positions: jax.Array  # int32[P, S]
@@ -35,10 +35,13 @@ class PromptCache(NamedTuple):
 
 
 class SampleCache(NamedTuple):
-    """Keys and values of the samples' own tokens, an entry a layer: [P, G, kv_heads, T, head_dim]."""
+    """Keys and values of the samples' own tokens, an entry a layer.
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    Keys lie as the product with a query wants them: a step of decoding reads all of them for a few rows of queries.
+    """
+
+    keys: tuple[jax.Array, ...]  # [P, G, kv_heads, head_dim, T]
+    values: tuple[jax.Array, ...]  # [P, G, kv_heads, T, head_dim]
 
 
 def _weight(rngs, config, shape, axes, std):
@@ -86,12 +89,12 @@ class DecoderLayer(nnx.Module):
           x: residual stream.
           rotary: (cos, sin), each broadcastable to f32[P, G, T, head_dim / 2].
           own_mask, prompt, prompt_mask: see `layers.group_attention`.
-          cache: (keys, values) [P, G, N, C, K] to write this call's keys and values into, at `index`
+          cache: keys [P, G, N, K, C] and values [P, G, N, C, K] to write this call's into, at `index`
             along C, and to read own positions from; None: own positions are this call's.
           index: int scalar, with cache.
 
         Returns:
-          x, and the (keys, values) of the own positions, each [P, G, N, C, K].
+          x, and the keys [P, G, N, K, C] and values [P, G, N, C, K] of the own positions.
         """
         c = self.config
         P, G, T, _ = x.shape
@@ -108,10 +111,10 @@ class DecoderLayer(nnx.Module):
         if c.qk_norm:
             q, k = norm(q, self.q_norm), norm(k, self.k_norm)
         q, k = L.rotate(q, *rotary), L.rotate(k, *rotary)
-        own = k.swapaxes(2, 3).astype(c.compute_dtype), v.swapaxes(2, 3).astype(c.compute_dtype)
+        own = k.transpose(0, 1, 3, 4, 2).astype(c.compute_dtype), v.swapaxes(2, 3).astype(c.compute_dtype)
         if cache is not None:
-            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=index, axis=3)
-            own = write(cache[0], own[0]), write(cache[1], own[1])
+            write = jax.lax.dynamic_update_slice_in_dim
+            own = write(cache[0], own[0], index, axis=4), write(cache[1], own[1], index, axis=3)
         y = L.group_attention(q, own, own_mask, prompt, prompt_mask, scale=c.query_scale, dtype=c.compute_dtype)
         y = dot(y, self.o).astype(x.dtype)
         x = x + (norm(y, self.post_attention_norm) if c.post_norms else y)
@@ -198,7 +201,7 @@ class Decoder(nnx.Module):
         `blocks` and the unstacked prompt cache come from `unstack`, called once before the loop.
         """
         at = (prompt.lengths[:, None] + index)[:, None]  # [P, 1, 1]
-        places = jnp.arange(cache.keys[0].shape[3])
+        places = jnp.arange(cache.keys[0].shape[-1])
         own_at = prompt.lengths[:, None, None] + places  # [P, 1, T]
         x = self._embed(tokens[:, :, None])
         keys, values = [], []
@@ -228,10 +231,10 @@ class Decoder(nnx.Module):
 
     def empty_cache(self, prompts: int, group: int, length: int) -> SampleCache:
         c = self.config
-        zeros = lambda: tuple(
-            jnp.zeros((prompts, group, c.kv_heads, length, c.head_dim), c.compute_dtype) for _ in range(c.layers)
+        zeros = lambda *shape: tuple(
+            jnp.zeros((prompts, group, c.kv_heads, *shape), c.compute_dtype) for _ in range(c.layers)
         )
-        return SampleCache(zeros(), zeros())
+        return SampleCache(zeros(c.head_dim, length), zeros(length, c.head_dim))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> f32[..., V]."""

@@ -90,9 +90,9 @@ def group_attention(q, own, own_mask, prompt=None, prompt_mask=None, *, scale: f
 
     Args:
       q: [P, G, T, H, K] queries.
-      own: (keys, values), each [P, G, N, C, K]: the samples' own positions, N key/value heads.
+      own: keys [P, G, N, K, C] and values [P, G, N, C, K]: the samples' own positions, N key/value heads.
       own_mask: bool, broadcastable to [P, G, T, C]; True where a query may look.
-      prompt: (keys, values), each [P, N, S, K], or None.
+      prompt: keys [P, N, K, S] and values [P, N, S, K], or None.
       prompt_mask: bool, broadcastable to [P, G, T, S].
       scale: factor on the scores.
       dtype: dtype of the operands of the products; sums and the softmax are float32.
@@ -108,13 +108,13 @@ def group_attention(q, own, own_mask, prompt=None, prompt_mask=None, *, scale: f
 
     keys, values = (x.astype(dtype) for x in own)
     q_own = q.transpose(0, 1, 3, 2, 4, 5).reshape(P, G, N, T * R, K)
-    s_own = product("pgnmk,pgnck->pgnmc", q_own, keys).reshape(P, G, N, T, R, -1)
+    s_own = product("pgnmk,pgnkc->pgnmc", q_own, keys).reshape(P, G, N, T, R, -1)
     s_own = jnp.where(own_mask[:, :, None, :, None, :], s_own, _NEVER)
     top = s_own.max(axis=-1)  # [P, G, N, T, R]
     if prompt is not None:
         prompt_keys, prompt_values = (x.astype(dtype) for x in prompt)
         q_prompt = q.transpose(0, 3, 1, 2, 4, 5).reshape(P, N, G * T * R, K)
-        s_prompt = product("pnmk,pnsk->pnms", q_prompt, prompt_keys).reshape(P, N, G, T, R, -1)
+        s_prompt = product("pnmk,pnks->pnms", q_prompt, prompt_keys).reshape(P, N, G, T, R, -1)
         s_prompt = jnp.where(prompt_mask[:, None, :, :, None, :], s_prompt, _NEVER)
         top = jnp.maximum(top, s_prompt.max(axis=-1).swapaxes(1, 2))
     top = jax.lax.stop_gradient(top)

@@ -337,7 +337,7 @@ def test_decoding_token_by_token_equals_extending_at_every_position(family, side
     (_, want), _ = shared_forward(config)(params, np.zeros((P, G, T, V), np.float32), *batch)
     logits, cache = step_through(config)(params, *batch)
     np.testing.assert_allclose(logits, want, atol=1e-5 * np.abs(want).max())
-    assert cache.keys[0].shape == (P, G, config.kv_heads, T + 2, config.head_dim)
+    assert cache.keys[0].shape == (P, G, config.kv_heads, config.head_dim, T + 2)
 
 
 @functools.cache
@@ -416,13 +416,15 @@ def test_group_attention_equals_attention_over_one_list_of_keys(shape, with_prom
     own_mask, prompt_mask = rng.random((Pn, Gn, Tn, C)) < 0.5, rng.random((Pn, Gn, Tn, Sn)) < 0.5
     own_mask[..., 0] |= ~(own_mask.any(axis=-1) | (with_prompt & prompt_mask.any(axis=-1)))  # all see something
     run = jax.jit(functools.partial(layers.group_attention, scale=0.7, dtype="float32"))
-    got = run(q, own, own_mask, prompt, prompt_mask if with_prompt else None)
+    lying = lambda kv: kv and (kv[0].swapaxes(-1, -2), kv[1])  # keys as the product wants them
+    got = run(q, lying(own), own_mask, lying(prompt), prompt_mask if with_prompt else None)
     np.testing.assert_allclose(got, naive_attention(q, own, own_mask, prompt, prompt_mask, 0.7), atol=2e-5)
 
 
 def test_group_attention_shifts_scores_without_overflow():
     one = np.ones((1, 1, 1, 1, 2), np.float32)
-    own, prompt = (300 * one, 1 * one), (300 * one[:, 0], 3 * one[:, 0])
+    keys = 300 * one.swapaxes(-1, -2)
+    own, prompt = (keys, 1 * one), (keys[:, 0], 3 * one[:, 0])
     see = np.ones((1, 1, 1, 1), bool)
     run = jax.jit(functools.partial(layers.group_attention, scale=1.0, dtype="float32"))
     np.testing.assert_allclose(run(100 * one, own, see, prompt, see), [[[[2, 2]]]])  # scores of 60000, equal: the mean
