@@ -5,16 +5,16 @@ from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Model, Optimizer
 
 def get_config() -> Config:
     return Config(
-        steps=80,
+        steps=40,
         prompts_per_step=32,
         group_size=8,
-        max_prompt_length=32,
-        max_completion_length=32,
+        max_prompt_length=40,
+        max_completion_length=40,
         model=Model(width=128, layers=3, heads=4, kv_heads=2, mlp_width=384),
-        data=Data(train="word_problems/small"),
+        data=Data(train="word_problems/chains"),
         supervised=Supervised(steps=1400, batch_size=32, learning_rate=3e-3),
         method={"name": "grpo"},
         optimizer=Optimizer(learning_rate=2e-4, warmup_steps=5),
-        checkpoint=Checkpoint(every=50, keep=2),
-        eval=Eval(every=20, prompts=256, samples=4),
+        checkpoint=Checkpoint(every=20, keep=2),
+        eval=Eval(every=10, prompts=256, samples=4),
     )

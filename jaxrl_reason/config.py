@@ -46,12 +46,20 @@ class Model:
     mlp_width: int = _field(384, "hidden size of the MLP", low=1)
     activation: str = _field("silu", "gate of the MLP", choices=("silu", "gelu"))
     rope_theta: float = _field(10_000.0, "base of the rotary frequencies", above=0)
+    rope_scaling: dict = _field(
+        {}, "stretch of the frequencies, e.g. {'kind': 'llama3', 'factor': 8.0, 'original_length': 8192}; empty: none"
+    )
     sliding_window: int = _field(0, "positions a sliding layer sees; 0: no sliding layers", low=0)
     sliding_period: int = _field(0, "every n-th layer is global, the others slide; 0: all slide", low=0)
+    local_rope_theta: float = _field(0.0, "rotary base of sliding layers; 0: rope_theta with its scaling", low=0)
     norm_eps: float = _field(1e-6, "epsilon of RMSNorm", above=0)
+    norm_offset: float = _field(0.0, "added to the stored norm scales (Gemma: 1)")
+    post_norms: bool = _field(False, "also normalise the output of attention and MLP (Gemma 3)")
     qkv_bias: bool = _field(False, "biases on query, key and value projections")
     qk_norm: bool = _field(False, "RMSNorm on each query and key head")
     tied_embedding: bool = _field(True, "the output head is the embedding")
+    embedding_scale: float = _field(1.0, "embeddings are multiplied by this (Gemma: sqrt(width))", above=0)
+    query_scale: float = _field(0.0, "attention scores are multiplied by this; 0: head_dim ** -0.5", low=0)
     param_dtype: str = _field("float32", "dtype of the weights", choices=("float32", "bfloat16"))
     compute_dtype: str = _field(
         "float32", "operands of matrix products (sums are float32)", choices=("float32", "bfloat16")
@@ -433,8 +441,16 @@ def make_method(config: Config) -> methods.Method:
 
 
 def model_config(config: Config, vocab_size: int) -> models.ModelConfig:
+    sizes = dataclasses.asdict(config.model)
+    scaling = sizes.pop("rope_scaling")
     try:
-        return models.ModelConfig(vocab_size=vocab_size, **dataclasses.asdict(config.model))
+        scaling = models.RopeScaling(**scaling) if scaling else None
+        return models.ModelConfig(vocab_size=vocab_size, rope_scaling=scaling, **sizes)
+    except TypeError as e:  # of rope_scaling, the one part that is not typed above
+        names = ", ".join(f.name for f in dataclasses.fields(models.RopeScaling))
+        raise ConfigError(
+            f"config.model.rope_scaling is {scaling}; it needs 'kind' and 'factor', and its names are {names}."
+        ) from e
     except ValueError as e:
         raise ConfigError(f"config.{e}") from e
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
@@ -69,7 +70,7 @@ def load_source(
     """Opens a data set, preparing it on first use.
 
     Args:
-      name: "word_problems", "word_problems/small", "gsm8k", any other name that TFDS knows, or a path that ends in .jsonl.
+      name: "word_problems", "word_problems/chains", "gsm8k", any other name that TFDS knows, or a path that ends in .jsonl.
       split: for TFDS, "train", "test[:100]" and so on; for a file, "all" or a slice such as "[:90%]".
       data_dir: where TFDS keeps prepared data; None means its default, ~/tensorflow_datasets. Files do not use it.
       columns: our names to those of the data, such as {"question": "problem"}. Columns not mentioned keep their names.
@@ -103,13 +104,18 @@ def _tfds_source(name: str, split: str, data_dir: str | pathlib.Path | None, col
     builder = re.split("[/:]", name)[0]  # name/config:version
     if builder in _BUILDER_MODULES:
         importlib.import_module(_BUILDER_MODULES[builder])
+    open_it = functools.partial(
+        tfds.data_source,
+        name,
+        split=split,
+        data_dir=None if data_dir is None else pathlib.Path(data_dir).expanduser(),
+        builder_kwargs={"file_format": "array_record"},  # the default format needs TensorFlow
+    )
     try:
-        data = tfds.data_source(
-            name,
-            split=split,
-            data_dir=None if data_dir is None else pathlib.Path(data_dir).expanduser(),
-            builder_kwargs={"file_format": "array_record"},  # the default format needs TensorFlow
-        )
+        try:
+            data = open_it()
+        except FileExistsError:  # another process prepared the same data meanwhile: they are there now
+            data = open_it()
     except tfds.core.DatasetNotFoundError as error:
         ours = ", ".join(_BUILDER_MODULES)
         raise ValueError(

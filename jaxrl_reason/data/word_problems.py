@@ -1,7 +1,7 @@
 """Procedural arithmetic word problems with worked solutions, as a TFDS builder that needs no network.
 
-Each skill is a set of number combinations, a few question templates and the steps that solve them. A combination of numbers and the
-thing counted belongs to exactly one split, decided by a hash: a test problem is not a training problem under other names.
+Each skill is a set of number combinations, a few question templates and the steps that solve them. A combination of numbers
+belongs to exactly one split, decided by a hash: a test problem is not a training problem in other words.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,6 +36,15 @@ def _pairs(low: int, high: int) -> Iterator[Numbers]:
 
 def _differences() -> Iterator[Numbers]:
     return ((a, b) for a in range(4, 25) for b in range(2, min(a - 1, 13)))
+
+
+def _sum_up(first: int, *changes: int) -> list[tuple[int, str, int, int]]:
+    """The lines of first + changes, one change a line."""
+    lines, total = [], first
+    for change in changes:
+        lines.append((total, "+" if change > 0 else "-", abs(change), total + change))
+        total += change
+    return lines
 
 
 _SKILLS = {
@@ -99,20 +108,28 @@ _SKILLS = {
             "There are {a} {o} in a box. {n} puts in {b} more and {m} takes {c}. How many {o} are left?",
         ),
     ),
-    "take_and_find": _Skill(
-        lambda: ((a, b, c) for a, b in _differences() for c in range(2, 11)),
-        lambda a, b, c: [(a, "-", b, a - b), (a - b, "+", c, a - b + c)],
+    "four": _Skill(
+        lambda: itertools.product(range(2, 11), repeat=4),
+        lambda a, b, c, d: _sum_up(a, b, c, d),
         (
-            "{n} has {a} {o}, gives {b} to {m} and finds {c} more. How many {o} does {n} have now?",
-            "There are {a} {o} in a box. {m} takes {b} and {n} puts in {c}. How many {o} are in the box?",
+            "{n} has {a} {o}, finds {b}, then {c} and then {d} more. How many {o} does {n} have now?",
+            "There are {a} {o} in a box, {b} in a bag, {c} on a table and {d} on a chair. How many {o} are there in all?",
         ),
     ),
-    "three": _Skill(
-        lambda: itertools.product(range(2, 13), repeat=3),
-        lambda a, b, c: [(a, "+", b, a + b), (a + b, "+", c, a + b + c)],
+    "find_and_give": _Skill(
+        lambda: ((a, b, c, d) for a, b, c, d in itertools.product(range(2, 11), repeat=4) if a + b - c > d),
+        lambda a, b, c, d: _sum_up(a, b, -c, -d),
         (
-            "{n} has {a} {o}, finds {b} and then {c} more. How many {o} does {n} have now?",
-            "There are {a} {o} in a box, {b} in a bag and {c} on a table. How many {o} are there in all?",
+            "{n} has {a} {o}, finds {b} more, gives {c} to {m} and loses {d}. How many {o} does {n} have now?",
+            "There are {a} {o} in a box. {n} puts in {b} more, {m} takes {c} and then {d}. How many {o} are left?",
+        ),
+    ),
+    "back_and_forth": _Skill(
+        lambda: ((a, b, c, d) for a, b, c, d in itertools.product(range(2, 11), repeat=4) if a > b and a - b + c > d),
+        lambda a, b, c, d: _sum_up(a, -b, c, -d),
+        (
+            "{n} has {a} {o}, gives {b} to {m}, finds {c} more and loses {d}. How many {o} does {n} have now?",
+            "There are {a} {o} in a box. {m} takes {b}, {n} puts in {c} and takes {d}. How many {o} are in the box?",
         ),
     ),
     "bags_and_more": _Skill(
@@ -126,21 +143,21 @@ _SKILLS = {
 }
 
 
-def split_of(skill: str, numbers: Numbers, thing: str) -> str:
-    """The one split that may use these numbers of this thing for this skill: 6/8 train, 1/8 validation, 1/8 test.
+def split_of(skill: str, numbers: Numbers) -> str:
+    """The one split that may use these numbers for this skill: 6/8 train, 1/8 validation, 1/8 test.
 
     The numbers are sorted first, so that 3 + 4 and 4 + 3 fall together, and hashed by hashlib, since `hash` differs between
     processes.
     """
-    key = f"{skill}: {'-'.join(map(str, sorted(numbers)))} {thing}"
+    key = f"{skill}: {'-'.join(map(str, sorted(numbers)))}"
     bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 8
     return {0: "validation", 1: "test"}.get(bucket, "train")
 
 
-def _problem(skill: str, numbers: Numbers, thing: str, rng: random.Random, worked: float) -> dict[str, str]:
+def _problem(skill: str, numbers: Numbers, rng: random.Random, worked: float) -> dict[str, str]:
     template = rng.choice(_SKILLS[skill].templates)
     n, m = rng.sample(NAMES, 2)
-    words = dict(zip("abc", numbers), n=n, m=m, o=thing)
+    words = dict(zip("abcd", numbers), n=n, m=m, o=rng.choice(OBJECTS))
     steps = _SKILLS[skill].steps(*numbers)
     answer = str(steps[-1][-1])
     lines = [f"{left} {operator} {right} = {result}" for left, operator, right, result in steps]
@@ -169,30 +186,28 @@ class WordProblemsConfig(tfds.core.BuilderConfig):
 
 
 def _problems(config: WordProblemsConfig, split: str, size: int) -> Iterator[dict[str, str]]:
-    """`size` different questions, equally many of each skill; every combination of numbers and things appears before any repeats."""
+    """`size` different questions, equally many of each skill; every combination of numbers appears before any repeats."""
     rng = random.Random(split)
     endless = {}
     for skill in config.skills:
         spec = _SKILLS[skill]
         fits = lambda numbers: max(max(a, b, c) for a, _, b, c in spec.steps(*numbers)) <= config.largest
-        combinations = [
-            (n, thing) for n in spec.numbers() if fits(n) for thing in OBJECTS if split_of(skill, n, thing) == split
-        ]
+        combinations = [n for n in spec.numbers() if fits(n) and split_of(skill, n) == split]
         rng.shuffle(combinations)
         endless[skill] = itertools.cycle(combinations)
     seen = set()
     for skill in itertools.cycle(config.skills):
         if len(seen) == size:
             return
-        problem = _problem(skill, *next(endless[skill]), rng, config.worked)
+        problem = _problem(skill, next(endless[skill]), rng, config.worked)
         while problem["question"] in seen:
-            problem = _problem(skill, *next(endless[skill]), rng, config.worked)
+            problem = _problem(skill, next(endless[skill]), rng, config.worked)
         seen.add(problem["question"])
         yield problem
 
 
 class WordProblems(tfds.core.GeneratorBasedBuilder):
-    """Short arithmetic word problems with worked solutions and integer answers: config "standard", or "small" sums.
+    """Short arithmetic word problems with worked solutions and integer answers: config "standard", or "chains" of sums.
 
     Features, all text: `question`; `solution`, one step a line and `#### N` at the end; `answer`, the number alone; `skill`.
     """
@@ -203,14 +218,14 @@ class WordProblems(tfds.core.GeneratorBasedBuilder):
         WordProblemsConfig(
             name="standard",
             description="Eight skills of one and two steps, numbers up to about 130, every solution worked.",
-            skills=tuple(skill for skill in _SKILLS if skill not in ("take_and_find", "three")),
+            skills=("add", "subtract", "multiply", "divide", "compare", "more_than", "two_step", "bags_and_more"),
         ),
         WordProblemsConfig(
-            name="small",
-            description="Two-step sums and differences, no number above 15. Half of the solutions are bare answers, as in data "
+            name="chains",
+            description="Three-step sums and differences, no number above 20. Half of the solutions are bare answers, as in data "
             "that were not made for reasoning: a policy that imitates them has yet to find out that working pays.",
-            skills=("three", "two_step", "take_and_find"),
-            largest=15,
+            skills=("four", "find_and_give", "back_and_forth"),
+            largest=20,
             worked=0.5,
         ),
     ]
@@ -218,7 +233,7 @@ class WordProblems(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Procedural arithmetic word problems with worked solutions; no skill's numbers of a thing occur in two splits.",
+            description="Procedural arithmetic word problems with worked solutions; no skill's numbers occur in two splits.",
             features=tfds.features.FeaturesDict(
                 {name: tfds.features.Text() for name in ("question", "solution", "answer", "skill")}
             ),

@@ -1,5 +1,6 @@
 """Pieces of the decoder as pure functions: products, RMSNorm, rotary positions, group attention."""
 
+import functools
 import math
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxrl_reason.models.config import ModelConfig
 
+_FLOAT32 = jax.lax.Precision.HIGHEST  # accelerators would multiply float32 operands in bfloat16 or TF32
 _NEVER = -1e30  # finite: a row that may see nothing gets a uniform softmax, never NaN
 
 
@@ -37,7 +39,7 @@ def dot(x: jax.Array, w: jax.Array, dtype: str) -> jax.Array:
     # the weight gradient would be.
     flat = x.reshape(-1, x.shape[-1]).astype(dtype)
     w = w.astype(dtype)
-    y = jax.lax.dot(flat, w) if dtype == "float32" else _dot_bfloat16(flat, w)
+    y = jax.lax.dot(flat, w, precision=_FLOAT32) if dtype == "float32" else _dot_bfloat16(flat, w)
     return y.reshape(*x.shape[:-1], w.shape[-1])
 
 
@@ -104,7 +106,8 @@ def group_attention(q, own, own_mask, prompt=None, prompt_mask=None, *, scale: f
     N = own[0].shape[2]
     R = H // N
     q = (q * scale).astype(dtype).reshape(P, G, T, N, R, K)
-    product = lambda spec, x, y: jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+    precision = _FLOAT32 if dtype == "float32" else None
+    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
 
     keys, values = (x.astype(dtype) for x in own)
     q_own = q.transpose(0, 1, 3, 2, 4, 5).reshape(P, G, N, T * R, K)

@@ -8,6 +8,7 @@ import tensorflow_datasets as tfds
 
 from jaxrl_reason import data
 from jaxrl_reason.data import jsonl
+from jaxrl_reason.data import word_problems
 
 GOOD = b'{"question": "1 + 1?", "answer": 2}\n'
 
@@ -36,6 +37,21 @@ def test_word_problems_by_name(problems, data_dir):
     part = data.load_source("word_problems", "test[:10]", data_dir=data_dir)
     assert list(part) == source.read(range(10))
     assert part.fingerprint != source.fingerprint != problems["validation"].fingerprint
+
+
+def test_data_that_another_process_prepared_meanwhile_are_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(word_problems, "_SIZES", {"train": 5, "test": 3})
+    generate, others = word_problems.WordProblems._split_generators, []
+
+    def overtaken(self, dl_manager):
+        if not others:
+            others.append(1)
+            others.append(data.load_source("word_problems", "train", data_dir=tmp_path))
+        return generate(self, dl_manager)
+
+    monkeypatch.setattr(word_problems.WordProblems, "_split_generators", overtaken)
+    source = data.load_source("word_problems", "train", data_dir=tmp_path)
+    assert list(source) == list(others[1]) and len(source) == 5
 
 
 @pytest.mark.parametrize("index", [-1, 1000])
