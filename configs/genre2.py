@@ -16,7 +16,7 @@ def get_config() -> Config:
         group_size=16,
         max_prompt_length=1,
         max_completion_length=8,
-        model=Model(width=64, layers=2, heads=4, kv_heads=2, mlp_width=192),
+        model=Model(width=64, layers=2, heads=4, kv_heads=2, mlp_width=192, qk_norm=True),
         data=Data(train="synthetic"),
         supervised=Supervised(steps=1500, batch_size=64, learning_rate=2e-3),
         regression=Regression(tokenizer="normalized", tokenizer_options={"base": 2, "digits": 8}),

@@ -1,6 +1,6 @@
 """LaSeR (arXiv 2510.14943): word problems, and a policy that learns to judge its own answers by one log-probability.
 
-The warm-ups are the paper's 200 steps each, scaled to a run of 120.
+The warm-ups are the paper's 200 steps each, scaled to a run of 100.
 """
 
 from collections.abc import Mapping
@@ -10,14 +10,14 @@ from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Model, Optimizer
 
 def get_config() -> Config:
     return Config(
-        steps=120,
+        steps=100,
         prompts_per_step=32,
         group_size=8,
         max_prompt_length=40,
         max_completion_length=40,
-        model=Model(width=128, layers=3, heads=4, kv_heads=2, mlp_width=384),
+        model=Model(width=128, layers=3, heads=4, kv_heads=2, mlp_width=384, qk_norm=True),
         data=Data(train="word_problems/chains"),
-        supervised=Supervised(steps=1200, batch_size=32, learning_rate=3e-3),
+        supervised=Supervised(steps=700, batch_size=32, learning_rate=3e-3),
         method={"name": "laser", "base": "grpo", "reasoning_warmup": 10, "self_reward_warmup": 30},
         optimizer=Optimizer(learning_rate=2e-4, warmup_steps=5),
         checkpoint=Checkpoint(every=50, keep=2),

@@ -7,14 +7,14 @@ from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Model, Optimizer
 
 def get_config() -> Config:
     return Config(
-        steps=150,
+        steps=100,
         prompts_per_step=32,
         group_size=8,
         max_prompt_length=32,
         max_completion_length=24,
-        model=Model(width=128, layers=3, heads=4, kv_heads=2, mlp_width=384),
+        model=Model(width=128, layers=3, heads=4, kv_heads=2, mlp_width=384, qk_norm=True),
         data=Data(train="many_answers"),
-        supervised=Supervised(steps=1000, batch_size=32, learning_rate=3e-3),
+        supervised=Supervised(steps=600, batch_size=32, learning_rate=3e-3),
         reward=Reward(functions=["many_answers"]),
         method={"name": "progrpo", "base": "grpo", "alpha": 1.0, "clip_high": 0.28, "aggregation": "token_mean"},
         optimizer=Optimizer(learning_rate=2e-4, warmup_steps=5),

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,13 +72,16 @@ class Digits:
         """Digits or prompts as text, for people."""
         return [self._text(list(ids)) for ids in sequences]
 
+    def description(self) -> dict[str, Any]:
+        """What turns ids into numbers and back, as JSON holds it."""
+        number = {"kind": type(self.number).__name__, **dataclasses.asdict(self.number)}
+        return {"number": number, "target": dataclasses.asdict(self.target)}
+
     def save(self, directory) -> None:
-        """Keeps what turns ids into numbers and back: digits.json, and the text tokenizer where there is one."""
+        """Keeps the description in digits.json, and the text tokenizer, where there is one, beside it in text/."""
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True)
-        number = {"kind": type(self.number).__name__, **dataclasses.asdict(self.number)}
-        content = {"number": number, "target": dataclasses.asdict(self.target)}
-        (directory / "digits.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (directory / "digits.json").write_text(json.dumps(self.description(), indent=2) + "\n", encoding="utf-8")
         if self.text:
             self.text.save(directory / "text")
 
@@ -300,24 +304,31 @@ def predictions(
     return np.concatenate(samples), np.concatenate(targets)
 
 
+def figures(samples: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """Regression scores of the samples' mean and median, and their spread.
+
+    Args:
+      samples: f32[N, K], targets: f32[N], as `predictions` gives them.
+
+    Returns:
+      `rmse`, `r2`, `spearman` of the mean; `median_rmse`, ... of the median; `spread`, the mean over rows of the samples' standard
+      deviation; `sample_rmse`, of single samples; `prompts`. All in z-scores.
+    """
+    mean, median = samples.mean(axis=1), np.median(samples, axis=1)
+    return {
+        **metrics.regression_scores(mean, targets),
+        **{f"median_{name}": x for name, x in metrics.regression_scores(median, targets).items()},
+        "spread": float(samples.std(axis=1).mean()),
+        "sample_rmse": float(np.sqrt(np.square(samples - targets[:, None]).mean())),
+        "prompts": len(targets),
+    }
+
+
 def evaluate(
     generate: Callable[[PromptBatch], Rollout], batches: Sequence[PromptBatch], tokenizer: Digits
 ) -> dict[str, float]:
-    """Regression scores of the samples' mean and median, and their spread.
-
-    Returns:
-      `eval/rmse`, `eval/r2`, `eval/spearman` of the mean; `eval/median_rmse`, ... of the median; `eval/spread`, the mean over
-      rows of the samples' standard deviation; `eval/sample_rmse`, of single samples. All in z-scores.
-    """
-    samples, targets = predictions(generate, batches, tokenizer)
-    mean, median = samples.mean(axis=1), np.median(samples, axis=1)
-    return {
-        **{f"eval/{name}": x for name, x in metrics.regression_scores(mean, targets).items()},
-        **{f"eval/median_{name}": x for name, x in metrics.regression_scores(median, targets).items()},
-        "eval/spread": float(samples.std(axis=1).mean()),
-        "eval/sample_rmse": float(np.sqrt(np.square(samples - targets[:, None]).mean())),
-        "eval/prompts": len(targets),
-    }
+    """The evaluation of a run in progress: `figures`, named eval/..."""
+    return {f"eval/{name}": x for name, x in figures(*predictions(generate, batches, tokenizer)).items()}
 
 
 def pointwise_regressor(

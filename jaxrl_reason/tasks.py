@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import data
-from jaxrl_reason import evaluate as evaluation
+from jaxrl_reason import evaluation
 from jaxrl_reason import methods
 from jaxrl_reason import models
 from jaxrl_reason import regression
@@ -160,7 +160,6 @@ def _numbers(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Tas
         expert = functools.partial(numbers.expert_targets, base=digits.number.base)
     stream = lambda size, solutions: regression.Stream(table.train, batch_size=size, seed=c.seed, solutions=solutions)
     held_out = regression.eval_batches(table.held_out, c.eval.prompts, c.prompts_per_step)
-    prefix = dict(features=table.features, prefix_length=r.prefix_length, encoder_width=r.encoder_width)
 
     def baselines():
         s = c.supervised
@@ -179,7 +178,7 @@ def _numbers(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Tas
     return Task(
         work=Workdir(workdir, c, table.fingerprint),
         tokenizer=digits,
-        model=dataclasses.replace(config_lib.model_config(c, digits.vocab_size), **(prefix if table.features else {})),
+        model=numbers_model(c, table),
         prompts=stream(c.prompts_per_step, False),
         solutions=stream(c.supervised.batch_size, True) if c.supervised.steps else None,
         held_out=held_out,
@@ -188,6 +187,16 @@ def _numbers(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Tas
         legal=digits.legal,
         expert=expert,
         baselines=baselines,
+    )
+
+
+def numbers_model(c: Config, table: regression.Task) -> models.ModelConfig:
+    """The decoder of a regression run: features, where it has them, enter by its encoder."""
+    model, r = config_lib.model_config(c, table.tokenizer.vocab_size), c.regression
+    if not table.features:
+        return model
+    return dataclasses.replace(
+        model, features=table.features, prefix_length=r.prefix_length, encoder_width=r.encoder_width
     )
 
 

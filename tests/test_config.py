@@ -307,7 +307,10 @@ def test_a_section_must_be_a_section():
         (dict(model__head_dim=3), ["config.model.head_dim is 3", "even"]),
         (dict(model__sliding_period=2), ["config.model.sliding_period", "sliding_window"]),
         (dict(model__rope_scaling={"factor": 4.0}), ["config.model.rope_scaling", "'kind'", "original_length"]),
-        (dict(model__rope_scaling={"kind": "yarn", "factor": 4.0}), ["config.model.rope_scaling.kind is 'yarn'", "llama3"]),
+        (
+            dict(model__rope_scaling={"kind": "yarn", "factor": 4.0}),
+            ["config.model.rope_scaling.kind is 'yarn'", "llama3"],
+        ),
         (dict(model__rope_scaling={"kind": "linear", "factor": 0}), ["config.model.rope_scaling.factor is 0"]),
         (dict(model__rope_scaling={"kind": "linear", "factor": "4"}), ["config.model.rope_scaling", "'4'", "'factor'"]),
         (dict(data__columns={"question": 3}), ["config.data.columns", "3"]),

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_reason import checkpoints, evaluate, train
+from jaxrl_reason import checkpoints, evaluate, evaluation, train
 from jaxrl_reason.metrics import pass_at_k
 from jaxrl_reason.rewards.numeric import extract_answer, numeric_verdict, parse_number
 from jaxrl_reason.writers import read_metrics
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 DIGITS = [{"question": str(i), "solution": f"#### {i % 10}", "answer": str(i % 10)} for i in range(20)]
 
 
-def found(right, **fields) -> evaluate.Evaluated:
+def found(right, **fields) -> evaluation.Evaluated:
     """An evaluation of these verdicts; every other field has some value of the right shape."""
     right = np.array(right, bool)
     N, K = right.shape
@@ -41,7 +41,7 @@ def found(right, **fields) -> evaluate.Evaluated:
         texts=[[""] * K] * N,
         answers=[[None] * K] * N,
     )
-    return evaluate.Evaluated(**defaults | fields)
+    return evaluation.Evaluated(**defaults | fields)
 
 
 # -- figures ---------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def found(right, **fields) -> evaluate.Evaluated:
 
 def test_figures_by_hand():
     three, four, seven = map(Fraction, (3, 4, 7))
-    figures = evaluate.figures(
+    figures = evaluation.figures(
         found(
             [[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]],
             answers=[[three, four, three, None], [None, seven, "x", "x"], [three, four, four, three]],
@@ -89,23 +89,23 @@ def test_figures_by_hand():
 
 
 def test_where_nothing_can_be_averaged_there_is_nan():
-    figures = evaluate.figures(found([[0, 0]], total=np.full((1, 2), np.nan, np.float32)), temperature=0.0)
+    figures = evaluation.figures(found([[0, 0]], total=np.full((1, 2), np.nan, np.float32)), temperature=0.0)
     assert math.isnan(figures["mean_length_right"]) and math.isnan(figures["reward"])
     assert figures["mean_length_wrong"] == 1 and figures["maj@2"] == 0 and figures["accuracy_high"] == 0
     assert "entropy" not in figures  # a greedy law has none
-    assert math.isnan(evaluate.figures(found([[1, 1]]), temperature=1.0)["mean_length_wrong"])
+    assert math.isnan(evaluation.figures(found([[1, 1]]), temperature=1.0)["mean_length_wrong"])
 
 
 @pytest.mark.parametrize("samples, ks", [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
 def test_curves_run_over_powers_of_two_to_the_last_sample(samples, ks):
-    figures = evaluate.figures(found([[1] * samples]), temperature=1.0)
+    figures = evaluation.figures(found([[1] * samples]), temperature=1.0)
     for kind in ("pass", "maj"):
         assert [name for name in figures if name.startswith(kind)] == [f"{kind}@{k}" for k in ks]
 
 
 def test_the_majority_is_judged_by_the_first_that_gave_its_answer():
     """Equal answers, unequal verdicts: a reward may ask for more than the answer."""
-    figures = evaluate.figures(found([[0, 1], [1, 0]], answers=[["a", "a"], ["a", "a"]]), temperature=1.0)
+    figures = evaluation.figures(found([[0, 1], [1, 0]], answers=[["a", "a"], ["a", "a"]]), temperature=1.0)
     assert figures["maj@2"] == 0.5
 
 
@@ -114,7 +114,7 @@ def test_human_values():
     rows = [{"value": v} for v in (0.2, 0.5, 0.4, 0.1, 0.3)]
     right = [[1, 1], [1, 1], [0, 0], [0, 1], [0, 0]]
     lengths = np.array([[2, 2], [4, 6], [8, 8], [1, 1], [3, 5]])
-    metrics = evaluate.method_metrics(found(right, rows=rows, lengths=lengths, texts=None, answers=None))
+    metrics = evaluation.method_metrics(found(right, rows=rows, lengths=lengths, texts=None, answers=None))
     assert metrics == {
         "h_accuracy": pytest.approx(0.75 / 1.5),
         "value_density": pytest.approx(50 / 4),
@@ -127,9 +127,9 @@ def test_human_values():
 @pytest.mark.parametrize("value", [None, "0.5", True, -0.1, math.nan, math.inf], ids=str)
 def test_values_that_are_no_values_are_not_used(value):
     rows = [{"value": 0.5}, {"value": value}, {"value": 1}]
-    assert evaluate.method_metrics(found([[1], [0], [1]], rows=rows, texts=None, answers=None)) == {}
+    assert evaluation.method_metrics(found([[1], [0], [1]], rows=rows, texts=None, answers=None)) == {}
     rows[1] = {"value": 0.0}
-    assert "h_accuracy" in evaluate.method_metrics(found([[1], [0], [1]], rows=rows, texts=None, answers=None))
+    assert "h_accuracy" in evaluation.method_metrics(found([[1], [0], [1]], rows=rows, texts=None, answers=None))
 
 
 @pytest.mark.parametrize(
@@ -142,12 +142,12 @@ def test_values_that_are_no_values_are_not_used(value):
     ],
 )
 def test_answers_vote_together_where_they_are_the_same(texts, same):
-    assert (len({evaluate.final_answer(text, {}) for text in texts}) == 1) == same
+    assert (len({evaluation.final_answer(text, {}) for text in texts}) == 1) == same
 
 
 @pytest.mark.parametrize("text", ["", "18", "####", r"\boxed{1", "the answer is 3"])
 def test_without_a_marked_answer_there_is_no_vote(text):
-    assert evaluate.final_answer(text, {}) is None
+    assert evaluation.final_answer(text, {}) is None
 
 
 # -- the command on a run --------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_reason import config as config_lib, regression, train
+from jaxrl_reason import config as config_lib, evaluate, regression, train
 from jaxrl_reason.advantages import AdvantageInputs
 from jaxrl_reason import methods
 from jaxrl_reason.config import ConfigError, Data, Model, Regression, Reward
@@ -124,6 +124,38 @@ def test_a_policy_learns_to_predict_and_reports_what_others_reach(table, tmp_pat
     assert after["sampling/logp_difference_max"] < 1e-4
     assert (tmp_path / "run" / "learning_curve.png").exists()
 
+    # The evaluation command gives the same figures again, and what they are made of.
+    assert evaluate.main([f"--workdir={tmp_path / 'run'}"]) == 0
+    record = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
+    names = {name.removeprefix("eval/") for name in after if name.startswith("eval/")}
+    assert names >= {"rmse", "r2", "spearman", "spread", "median_rmse", "sample_rmse", "prompts"}
+    assert {n: record["metrics"][n] for n in names} == {n: pytest.approx(after[f"eval/{n}"], rel=1e-5) for n in names}
+    assert (record["phase"], record["samples"], record["verdict"]) == ("RL step 10", 32, "squared_error")
+    lines = [json.loads(x) for x in (tmp_path / "run" / "evaluation" / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 80 and all(len(line["samples_z"]) == 32 for line in lines)
+    targets = np.loadtxt(table, delimiter=",", skiprows=1)[:, 3]
+    np.testing.assert_allclose([line["target"] for line in lines], targets[320:])
+    std = targets[:320].std()
+    np.testing.assert_allclose([line["target_z"] for line in lines], (targets[320:] - targets[:320].mean()) / std, 1e-5)
+    errors = [line["mean"] - line["target"] for line in lines]
+    assert np.sqrt(np.mean(np.square(errors))) / std == pytest.approx(record["metrics"]["rmse"], rel=1e-4)
+    assert lines[0]["median"] == pytest.approx(targets[:320].mean() + std * np.median(lines[0]["samples_z"]), rel=1e-4)
+    assert (tmp_path / "run" / "evaluation" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluation_of_numbers_refuses_another_training_table(table, tmp_path, capsys):
+    own = tmp_path / "line.csv"
+    own.write_text(table.read_text())
+    train.train(train.setup(a_config(own, steps=1), tmp_path / "run"))
+    flags = [f"--workdir={tmp_path / 'run'}", "--samples=2", "--prompts=3"]
+    assert evaluate.main([*flags, f"--data={table}", "--split=[90%:]"]) == 0
+    record = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
+    assert record["data"]["name"] == str(table) and record["prompts"] == 3
+    own.write_text(table.read_text().replace("y\n", "y\n0,0,0,99\n", 1))
+    capsys.readouterr()
+    assert evaluate.main(flags) == 2
+    assert "is not the table that the run" in capsys.readouterr().err
+
 
 @pytest.mark.parametrize("number, options, length", [("p10", {}, 6), ("ieee", {"mantissa_digits": 3}, 7)])
 def test_the_other_alphabets_as_text_with_the_group_estimator(table, tmp_path, number, options, length):
@@ -142,6 +174,7 @@ def test_the_other_alphabets_as_text_with_the_group_estimator(table, tmp_path, n
     assert last["completions/mean_length"] == length and -50 <= last["reward"] < 0
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])
     assert sample["prompt"].startswith("a ") and ", b " in sample["prompt"]
+    assert evaluate.main([f"--workdir={tmp_path / 'run'}", "--samples=2"]) == 0
 
 
 def test_the_dense_expert_term_is_in_the_loss(table, tmp_path):

@@ -94,7 +94,7 @@ def _prompts(split: str, size: int) -> Iterator[dict]:
     rng = random.Random(split)
     endless = {}
     for kind in _QUESTIONS:
-        mine = [c for c in _constraints(kind) if word_problems.split_of(kind, c, "") == split]
+        mine = [c for c in _constraints(kind) if word_problems.split_of(kind, c) == split]
         rng.shuffle(mine)
         endless[kind] = itertools.cycle(mine)
     for kind in itertools.islice(itertools.cycle(_QUESTIONS), size):

@@ -256,6 +256,10 @@ class TargetScaler:
         """z-scores of targets, of any shape."""
         return (targets - self.mean) / self.std
 
+    def from_z(self, z):
+        """Targets in their own unit, of any shape."""
+        return self.mean + self.std * z
+
     def to_unit(self, targets):
         """Targets in the unit interval; those beyond the training range lie outside it."""
         return (self.to_z(targets) - self.low) / (self.high - self.low)

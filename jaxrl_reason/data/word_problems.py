@@ -143,13 +143,13 @@ _SKILLS = {
 }
 
 
-def split_of(skill: str, numbers: Numbers) -> str:
+def split_of(skill: str, numbers: Numbers, thing: str = "") -> str:
     """The one split that may use these numbers for this skill: 6/8 train, 1/8 validation, 1/8 test.
 
-    The numbers are sorted first, so that 3 + 4 and 4 + 3 fall together, and hashed by hashlib, since `hash` differs between
-    processes.
+    Where a skill has few numbers, the thing counted can be part of what is held out. The numbers are sorted first, so that
+    3 + 4 and 4 + 3 fall together, and hashed by hashlib, since `hash` differs between processes.
     """
-    key = f"{skill}: {'-'.join(map(str, sorted(numbers)))}"
+    key = " ".join(filter(None, [f"{skill}:", "-".join(map(str, sorted(numbers))), thing]))
     bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 8
     return {0: "validation", 1: "test"}.get(bucket, "train")
 

@@ -141,5 +141,5 @@ def test_the_data_are_those_of_version_1():
     content = json.dumps([list(many_answers._prompts(split, size)) for split, size in many_answers._SIZES.items()])
     assert (
         hashlib.sha256(content.encode()).hexdigest()
-        == "01c17f439cba89d07372d6640e3be118e9335c8f5a011bc18c48e30b09645f68"
+        == "a01c288b1cce803bc37df1524fa36911ce87b7ca56a7909856de520b659abc8a"
     )

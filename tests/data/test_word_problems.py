@@ -20,7 +20,9 @@ OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": oper
 def rows(request, problems, data_dir):
     if request.param == "standard":
         return {split: list(source) for split, source in problems.items()}
-    return {split: list(data.load_source(f"word_problems/{request.param}", split, data_dir=data_dir)) for split in SIZES}
+    return {
+        split: list(data.load_source(f"word_problems/{request.param}", split, data_dir=data_dir)) for split in SIZES
+    }
 
 
 def numbers(row):
