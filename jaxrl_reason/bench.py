@@ -62,7 +62,7 @@ def step_flops(model: models.ModelConfig, prompts: int, group: int, prompt_lengt
 def measured_peak() -> float:
     """float32 operations per second of a large product, the best of five."""
     x = jnp.ones((2048, 2048), jnp.float32)
-    f = jax.jit(lambda x: x @ x)
+    f = jax.jit(lambda x: jnp.dot(x, x, precision=jax.lax.Precision.HIGHEST))  # as the model multiplies float32
     f(x).block_until_ready()
     times = []
     for _ in range(5):

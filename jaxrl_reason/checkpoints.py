@@ -50,7 +50,7 @@ class Checkpoints:
             raise CheckpointError(f"Checkpoint {self.directory / str(number)} cannot be written: {_in_short(e)}") from e
 
     def restore(self, like: TrainState) -> tuple[int, TrainState] | None:
-        """The newest readable checkpoint in the shapes, dtypes and shardings of `like`, or None where there is none.
+        """The newest readable checkpoint in the shapes, dtypes and shardings of `like` (arrays or ShapeDtypeStructs), or None.
 
         Newer ones that cannot be read are renamed to damaged-<number>, with a warning: they no longer count among those
         that are kept, and the run writes their steps again.

@@ -114,7 +114,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         config, workdir = config_lib.parse_args(argv)
-        path = next(a for a in argv if a.startswith("--config=")).partition("=")[2]
+        words = [word for arg in argv for word in arg.split("=", 1)]  # --config=FILE and --config FILE
+        path = words[words.index("--config") + 1]
         module = config_lib.load_module(path)
         if not hasattr(module, "get_baselines"):
             raise ConfigError(f"{path} has no get_baselines(); it names what the method is compared with.")

@@ -163,7 +163,9 @@ class Update:
     accumulation: int = _field(1, "microbatches an update: less memory, the same numbers", low=1)
     logprob_chunk: int = _field(0, "completion positions whose logits are held at once; 0: chosen", low=0)
     kl_coefficient: float = _field(0.0, "weight of KL(policy || reference) in the loss (TRL: beta)", low=0)
-    kl_kind: str = _field("k3", "estimator of that KL", choices=losses.KL_KINDS)
+    kl_kind: str = _field(
+        "k3", "estimate of that KL; all have the gradient of KL(policy || ref)", choices=losses.KL_KINDS
+    )
     entropy_coefficient: float = _field(0.0, "weight of an entropy bonus", low=0)
 
 

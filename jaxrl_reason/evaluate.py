@@ -10,6 +10,7 @@ directory is touched.
   --prompts=N         prompts at most; default config.eval.prompts
   --samples=K         completions a prompt; default config.eval.samples, 1 at temperature 0
   --temperature=T     default config.eval.temperature; 0: greedy
+  --config=FILE       the run's recipe, where it registers an estimator of its own
   --checkpoint=N      a number under DIR/checkpoints; default the newest
   --out=DIR           default: evaluation, in the work directory
 
@@ -75,12 +76,14 @@ class Request:
       fields: configuration field -> text of its value.
       checkpoint: a number, or None for the newest.
       out: where the results go.
+      recipe: to be loaded first, or None.
     """
 
     workdir: pathlib.Path
     fields: dict[str, str]
     checkpoint: int | None
     out: pathlib.Path
+    recipe: pathlib.Path | None = None
 
 
 def parse_args(argv: Sequence[str]) -> Request:
@@ -89,7 +92,7 @@ def parse_args(argv: Sequence[str]) -> Request:
     Raises:
       ConfigError: an unknown flag, a flag without a value, or no --workdir.
     """
-    known, argv, texts, fields = ["--workdir", "--checkpoint", "--out", *FIELDS], list(argv), {}, {}
+    known, argv, texts, fields = ["--workdir", "--config", "--checkpoint", "--out", *FIELDS], list(argv), {}, {}
     while argv:
         flag, equals, text = argv.pop(0).partition("=")
         if flag not in known and not flag.startswith("--config."):
@@ -107,7 +110,8 @@ def parse_args(argv: Sequence[str]) -> Request:
         raise ConfigError(f"--checkpoint={number}: expected the number of a checkpoint.")
     workdir = pathlib.Path(texts["--workdir"]).expanduser().resolve()
     out = pathlib.Path(texts.get("--out") or workdir / "evaluation").expanduser().resolve()
-    return Request(workdir, fields, None if number is None else int(number), out)
+    recipe = pathlib.Path(texts["--config"]).expanduser() if "--config" in texts else None
+    return Request(workdir, fields, None if number is None else int(number), out, recipe)
 
 
 def load_config(workdir: pathlib.Path, fields: Mapping[str, str]) -> Config:
@@ -341,6 +345,8 @@ def run(request: Request, command: str) -> dict[str, float]:
     Raises:
       ConfigError, RewardError, ValueError, OSError: a sentence that says what is wrong and where.
     """
+    if request.recipe:
+        config_lib.load_module(request.recipe)
     c, workdir = load_config(request.workdir, request.fields), request.workdir
     method = config_lib.make_method(c)
     mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)

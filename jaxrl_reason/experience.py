@@ -201,6 +201,12 @@ def empty_like(groups: Groups) -> Groups:
     )
 
 
+def mean_reward(groups: Groups, weights: Mapping[str, float], group_size: int) -> jax.Array:
+    """The mean total reward of the first `group_size` completions of each group, f32 scalar; NaN where all are missing."""
+    total = total_reward({name: r[:, :group_size] for name, r in groups.rewards.items()}, weights)
+    return _mean(total, ~jnp.isnan(total))
+
+
 def fill(buffer: Groups, filled: jax.Array, new: Groups, verdict: str, group_size: int | None = None):
     """Dynamic sampling: puts the informative groups of `new` behind the first `filled` of `buffer`.
 

@@ -1,8 +1,8 @@
 """The training step: from a rollout and its advantages to new parameters, on one page.
 
 Completions run against the same shared prompt KV that sampled them, with gradients flowing through
-each prompt once; log-probabilities are taken in chunks, so that [tokens, vocabulary] is never held
-whole; a batch is cut into minibatches (an optimizer update each) and those into microbatches (memory),
+each prompt once; log-probabilities are taken in chunks, so that of [tokens, vocabulary] never more than
+64 MiB, or one position of every completion, is held; a batch is cut into minibatches (an optimizer update each) and those into microbatches (memory),
 always along the prompt axis, with denominators counted over the whole minibatch.
 """
 

@@ -110,7 +110,7 @@ class Method:
     Attributes:
       advantage: the chain from rewards to advantages.
       loss: the policy loss.
-      signals: fields of AdvantageInputs that the chain needs beyond rewards and completion_mask.
+      signals: names of the fields of AdvantageInputs that the chain needs beyond rewards and completion_mask.
       dynamic_sampling: keep a group only if some but not all of its completions are right, and refill
         the batch with further prompts (DAPO, arXiv 2503.14476, section 3.2).
       divides_by_group_std: multiplying a prompt's rewards by a number changes nothing, so that a weight
@@ -126,7 +126,8 @@ class Method:
     name: str = ""
 
     def __post_init__(self):
-        unknown = sorted(set(self.signals) - set(AdvantageInputs._fields))
+        object.__setattr__(self, "signals", frozenset(self.signals))  # from a set or a list too: a method is hashed
+        unknown = sorted(self.signals - set(AdvantageInputs._fields))
         if unknown:
             raise ValueError(f"A method asks for the signals {unknown}, which AdvantageInputs does not have.")
         # A bare transformation starts from the rewards too.

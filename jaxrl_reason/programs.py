@@ -28,11 +28,13 @@ class Programs:
 
     Attributes:
       sharding: of arrays with a leading prompt axis.
+      abstract_state: the TrainState's shapes, dtypes and shardings; nothing is allocated.
       init: () -> TrainState with random weights.
       restart: (params) -> TrainState at step 0 with these weights, which are donated.
       generate: (params, batch, step int32 array) -> Rollout for training.
       generate_eval: (params, batch) -> Rollout for evaluation; its keys never change.
       prepare: (Groups, advantage_state, kl or None, LaSeR's c_ref or None) -> (Experience, advantage_state, metrics).
+      mean_reward: (Groups) -> f32 scalar, whatever the update will learn from.
       fill: (buffer, filled, Groups) -> (buffer, filled, share kept), for dynamic sampling.
       score: (params, Rollout) -> Scored, under any weights.
       update: (TrainState, Experience) -> (TrainState, metrics); the state is donated.
@@ -41,11 +43,13 @@ class Programs:
     """
 
     sharding: jax.sharding.NamedSharding
+    abstract_state: TrainState
     init: Callable
     restart: Callable
     generate: Callable
     generate_eval: Callable
     prepare: Callable
+    mean_reward: Callable
     fill: Callable
     score: Callable
     update: Callable
@@ -138,6 +142,9 @@ def build(
         return update(state, batch, temperature, jax.random.fold_in(jax.random.fold_in(root, UPDATE), state.step))
 
     init = jax.jit(lambda: fresh(models.init_params(model, jax.random.fold_in(root, INIT))), out_shardings=shardings)
+    abstract_state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(init), shardings
+    )
     generate = sampler(config.group_size + greedy, ROLLOUT, with_prompt_logprobs="prompt_confidence" in method.signals)
     generate_eval = sampler(config.eval.samples, EVAL)
     score = jax.jit(
@@ -160,6 +167,7 @@ def build(
     of_prompts = lambda batch: map(place, (batch.tokens, batch.mask, batch.prompt_ids, batch.features))
     return Programs(
         sharding=batch_sharding,
+        abstract_state=abstract_state,
         init=init,
         restart=jax.jit(fresh, donate_argnums=0, out_shardings=shardings),
         generate=lambda params, batch, step: generate(params, *of_prompts(batch), step, temperatures),
@@ -169,6 +177,7 @@ def build(
                 method, weights, verdict, mask_truncated=config.sampling.mask_truncated_completions, expert=expert
             )
         ),
+        mean_reward=jax.jit(functools.partial(experience.mean_reward, weights=weights, group_size=config.group_size)),
         fill=jax.jit(
             functools.partial(experience.fill, verdict=verdict, group_size=config.group_size), donate_argnums=0
         ),

@@ -227,7 +227,7 @@ def probe_token(method: Method, tokenizer: data.Tokenizer) -> int | None:
 
 def self_reward_of(method: Method, c_ref) -> Callable | None:
     """Rollout -> LaSeR's self-rewards f32[P, G], NaN where truncated; None without a constant."""
-    if c_ref is None:
+    if c_ref is None or not method.loss.self_reward:
         return None
     beta = method.loss.self_reward.beta
     return lambda rollout: np.where(

@@ -136,8 +136,9 @@ def collect(run: Run, state: TrainState, clock: Clock) -> tuple[experience.Group
         return groups, metrics, first + 1
     buffer = _empty_like(run.programs.sharding)(groups)
     filled = jax.device_put(np.int32(0), state.batches.sharding)
-    shares, drawn = [], [metrics]
+    shares, means, drawn = [], [], [metrics]
     while True:
+        means.append(run.programs.mean_reward(groups))
         buffer, filled, share = run.programs.fill(buffer, filled, groups)
         count, share = jax.device_get((filled, share))
         shares.append(float(share))
@@ -150,6 +151,8 @@ def collect(run: Run, state: TrainState, clock: Clock) -> tuple[experience.Group
         "dynamic_sampling/batches": len(shares),
         "dynamic_sampling/groups": int(count),
         "dynamic_sampling/kept_ratio": sum(shares) / len(shares),
+        # `reward` is of the groups that were kept, none of them all right or all wrong: this tells how good the policy is.
+        "dynamic_sampling/reward": float(np.mean(jax.device_get(means))),
     }
     return buffer, metrics, first + len(shares)
 
@@ -214,8 +217,7 @@ def train(run: Run) -> dict[str, dict[str, float]]:
     c, programs, work = run.config, run.programs, run.work
     console = rich.console.Console(highlight=False)
     saver = checkpoints.Checkpoints(work.path / "checkpoints", c.checkpoint.keep)
-    state = programs.init()
-    number, state = saver.restore(state) or (None, state)
+    number, state = saver.restore(programs.abstract_state) or (None, None)
     if number is not None:
         if number >= c.supervised.steps + c.steps:
             console.print(
@@ -226,6 +228,7 @@ def train(run: Run) -> dict[str, dict[str, float]]:
         console.print(f"Going on from {saver.directory / str(number)}.", soft_wrap=True)
     picture_of(run).unlink(missing_ok=True)  # that of a shorter run: it would pass for this one's
     if number is None or number < c.supervised.steps:
+        state = programs.init() if state is None else state
         if run.solutions:
             state = supervised(run, state, saver, console)
         params = state.params

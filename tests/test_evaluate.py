@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_reason import checkpoints, evaluate, evaluation, train
+from jaxrl_reason import checkpoints, config as config_lib, evaluate, evaluation, methods, train
 from jaxrl_reason.metrics import pass_at_k
 from jaxrl_reason.rewards.numeric import extract_answer, numeric_verdict, parse_number
 from jaxrl_reason.writers import read_metrics
@@ -286,6 +286,21 @@ def test_every_number_follows_from_the_completions(trained, tmp_path):
     distinct = [len({line["completion"] for line in group if line["right"]}) for group in groups]
     assert numbers["distinct_right_completions"] == mean(distinct)
     assert 0 < numbers["entropy"] < math.log(300)
+
+
+def test_a_run_of_an_estimator_of_ones_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(methods, "_REGISTRY", dict(methods._REGISTRY))
+    rows = write_rows(tmp_path / "rows.jsonl", DIGITS)
+    (tmp_path / "recipe.py").write_text(
+        "from jaxrl_reason.advantages import center_by_group\nfrom jaxrl_reason.methods import Method, PolicyLoss, register\n"
+        "@register\ndef centered():\n    return Method(center_by_group(), PolicyLoss())\n"
+    )
+    config_lib.load_module(tmp_path / "recipe.py")
+    train.train(train.setup(tiny(rows, steps=1, method={"name": "centered"}), tmp_path / "run"))
+    methods._REGISTRY.pop("centered")  # as in another process
+    assert evaluate.main([f"--workdir={tmp_path / 'run'}"]) == 2
+    assert "'centered'" in capsys.readouterr().err
+    assert evaluate.main([f"--workdir={tmp_path / 'run'}", f"--config={tmp_path / 'recipe.py'}"]) == 0
 
 
 def test_fewer_samples_are_the_first_ones_and_again_is_the_same(trained, tmp_path):

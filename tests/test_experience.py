@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxrl_reason import methods
 from jaxrl_reason.advantages import AdvantageTransform, chain
-from jaxrl_reason.experience import Groups, empty_like, fill, log_ratio, make_prepare, total_reward
+from jaxrl_reason.experience import Groups, empty_like, fill, log_ratio, make_prepare, mean_reward, total_reward
 from jaxrl_reason.rollout import Rollout
 
 NAN = float("nan")
@@ -240,6 +240,15 @@ def test_the_verdict_decides_what_is_kept_not_the_shaped_reward():
     np.testing.assert_array_equal(buffer.rollout.tokens[:2], np.asarray(new.rollout.tokens)[[2, 5]])
     _, filled, share = jax.jit(fill, static_argnums=3)(empty_like(new), jnp.int32(0), new, "shape")
     assert filled == 4 and share == pytest.approx(2 / 3)
+
+
+def test_the_mean_reward_is_over_all_groups_that_were_drawn():
+    nan = np.nan
+    rewards = {"right": jnp.array([[1.0, 1, 0], [0, nan, 1]]), "shape": jnp.array([[2.0, nan, 0], [4, nan, 0]])}
+    groups = Groups(None, rewards, {})
+    # totals 2, 1 and 2, missing; the third completion rides along and does not count
+    got = jax.jit(lambda g: mean_reward(g, {"right": 1.0, "shape": 0.5}, 2))(groups)
+    assert got == pytest.approx((2 + 1 + 2) / 3)
 
 
 FILL = jax.jit(fill, static_argnums=3)

@@ -230,6 +230,12 @@ def test_an_estimator_is_added_in_under_fifteen_lines(registry):
         methods.create("running_baseline", momentun=1)
 
 
+@pytest.mark.parametrize("kind", [set, list, tuple, frozenset])
+def test_signals_may_be_any_collection_of_names(kind):
+    method = methods.Method(chain(center_by_group()), methods.PolicyLoss(), signals=kind(["verdicts"]))
+    assert method.signals == frozenset({"verdicts"}) and isinstance(hash(method), int)
+
+
 def test_what_cannot_be_configured_is_not_registered(registry):
     def grpo(*, eps=1.0):
         return methods.Method(chain(center_by_group()), methods.PolicyLoss())

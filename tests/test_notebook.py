@@ -19,8 +19,9 @@ def test_the_notebook_is_short_and_stored_without_output():
     assert not any(cell.get("outputs") for cell in cells)
 
 
+@pytest.mark.parametrize("tpu", [False, True])
 @pytest.mark.parametrize("where", ["colab", "a folder that holds the clone"])
-def test_after_installing_the_package_is_found(where, tmp_path):
+def test_after_installing_the_package_is_found(where, tpu, tmp_path):
     """A Python without site-packages, whose pip is a record of its arguments; the folder is on its path, as in a notebook."""
     repository = NOTEBOOK.parents[1]
     if where == "colab":
@@ -29,7 +30,9 @@ def test_after_installing_the_package_is_found(where, tmp_path):
         place, clone = tmp_path, "jaxrl_reason"
         (tmp_path / clone).symlink_to(repository)
     install = nbformat.read(NOTEBOOK, as_version=4).cells[1].source
+    found = ["/dev/accel0"] if tpu else []
     script = (
+        f"import glob\nglob.glob = lambda pattern: {found} * ('accel' in pattern)\n"
         "import subprocess\ncalls = []\nsubprocess.run = lambda arguments, **_: calls.append(arguments[1:])\n"
         f"{install}\n"
         "import json\nprint(json.dumps([calls, importlib.util.find_spec('jaxrl_reason').origin]))\n"
@@ -39,7 +42,7 @@ def test_after_installing_the_package_is_found(where, tmp_path):
     )
     assert process.returncode == 0, process.stderr
     calls, origin = json.loads(process.stdout)
-    assert calls == [["-m", "pip", "install", "-q", "-e", clone]]
+    assert calls == [["-m", "pip", "install", "-q", "-e", clone + "[tpu]" * tpu]]
     assert pathlib.Path(origin).samefile(repository / "jaxrl_reason" / "__init__.py")
 
 

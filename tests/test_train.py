@@ -283,6 +283,8 @@ def test_dynamic_sampling_refills_the_batch(rows, rewards, tmp_path):
     lines = run(config, tmp_path / "run")
     assert all(line["dynamic_sampling/groups"] == 4 and line["frac_reward_zero_std"] == 0 for line in lines)
     assert all(0 < line["dynamic_sampling/kept_ratio"] <= 1 for line in lines)
+    assert all(0 < line["dynamic_sampling/reward"] < 1 for line in lines)
+    assert any(line["dynamic_sampling/reward"] != line["reward"] for line in lines)
     drawn = [line["dynamic_sampling/batches"] for line in lines]
     assert max(drawn) > 1
     samples = samples_of(tmp_path / "run")
@@ -305,6 +307,7 @@ def test_dynamic_sampling_gives_up_where_no_group_is_mixed(rows, rewards, tmp_pa
     for line in lines:
         assert line["dynamic_sampling/batches"] == 3 and line["dynamic_sampling/groups"] == 0
         assert line["grad_norm"] == 0 and line["loss"] == 0
+        assert line["dynamic_sampling/reward"] == 0 and np.isnan(line["reward"] or np.nan)  # none was kept
     assert len(lines) == 2
 
 

@@ -124,8 +124,8 @@ class ManyAnswers(tfds.core.GeneratorBasedBuilder):
     answers; and the constraint, from which rewards judge: `kind`, `target`, `low`, `high`.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "Initial release."}
+    VERSION = tfds.core.Version("2.0.0")
+    RELEASE_NOTES = {"1.0.0": "Initial release.", "2.0.0": "Prompts are dealt to the splits anew."}
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = {name: tfds.features.Text() for name in ("question", "solution", "answer", "kind")}

@@ -212,8 +212,11 @@ class WordProblems(tfds.core.GeneratorBasedBuilder):
     Features, all text: `question`; `solution`, one step a line and `#### N` at the end; `answer`, the number alone; `skill`.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "Initial release."}
+    VERSION = tfds.core.Version("2.0.0")
+    RELEASE_NOTES = {
+        "1.0.0": "Initial release.",
+        "2.0.0": "Splits are disjoint by the numbers of a skill; chains take the place of small.",
+    }
     BUILDER_CONFIGS = [
         WordProblemsConfig(
             name="standard",

@@ -26,6 +26,17 @@ class RopeScaling:
         for name in ("factor", "low_freq_factor", "high_freq_factor", "original_length"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"model.rope_scaling.{name} is {getattr(self, name)}; it must be greater than 0.")
+        if self.kind == "linear":
+            extra = [f.name for f in dataclasses.fields(self)[2:] if getattr(self, f.name) != f.default]
+            if extra:
+                raise ValueError(
+                    f"model.rope_scaling.{extra[0]} belongs to kind 'llama3'; kind 'linear' has a factor alone."
+                )
+        elif self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"model.rope_scaling.high_freq_factor is {self.high_freq_factor}; it must be greater than low_freq_factor, "
+                f"{self.low_freq_factor}."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,6 +140,12 @@ class ModelConfig:
             raise ValueError(
                 "model.sliding_period and model.local_rope_theta act on sliding layers only: "
                 "set model.sliding_window, or leave them 0."
+            )
+
+        if self.local_rope_theta and not self.sliding_period:
+            raise ValueError(
+                "model.local_rope_theta is for models with sliding and global layers, and without model.sliding_period all "
+                "layers slide: set model.rope_theta instead."
             )
 
     @property
