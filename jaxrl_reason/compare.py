@@ -95,14 +95,15 @@ def _beside(figures: Mapping[str, float]) -> dict[str, dict[str, float]]:
 
 
 def table(rows: Mapping[str, Mapping[str, float]], shown: tuple[str, ...]) -> rich.table.Table:
-    """One row a run, one column a figure; `shown` are the beginnings of the figures' names."""
+    """One row a figure, one column a run; `shown` are the beginnings of the figures' names."""
     names = dict.fromkeys(n for row in rows.values() for n in row if n.removeprefix("eval/").startswith(shown))
     out = rich.table.Table()
     out.add_column("")
+    for row in rows:
+        out.add_column(row, justify="right")
     for name in names:
-        out.add_column(name.removeprefix("eval/").replace("_", " "), justify="right")
-    for row, figures in rows.items():
-        out.add_row(row, *(writers.cell(name, figures.get(name)) for name in names))
+        figures = (writers.cell(name, row.get(name)) for row in rows.values())
+        out.add_row(name.removeprefix("eval/").replace("_", " "), *figures)
     return out
 
 

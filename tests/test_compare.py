@@ -51,12 +51,13 @@ def test_a_variant_changes_a_copy_and_knows_its_fields(tmp_path):
 def test_a_recipe_without_baselines_is_a_sentence(tmp_path, capsys):
     recipe = tmp_path / "recipe.py"
     recipe.write_text("from jaxrl_reason.config import Config\ndef get_config():\n    return Config()\n")
-    assert compare.main([f"--config={recipe}", f"--workdir={tmp_path / 'runs'}"]) == 2
-    assert "has no get_baselines()" in capsys.readouterr().err
+    for flags in ([f"--config={recipe}"], ["--config", str(recipe)]):
+        assert compare.main([*flags, f"--workdir={tmp_path / 'runs'}"]) == 2
+        assert "has no get_baselines()" in capsys.readouterr().err
 
 
 def test_the_table_has_a_dash_where_a_row_lacks_a_figure():
     rows = {"start": {"eval/accuracy": 0.5, "eval/prompts": 4}, "pointwise": {"eval/r2": 0.25}}
     table = compare.table(rows, ("accuracy", "r2"))
-    assert [c.header for c in table.columns] == ["", "accuracy", "r2"]
-    assert [list(c.cells) for c in table.columns] == [["start", "pointwise"], ["50.0 %", "-"], ["-", "0.250"]]
+    assert [c.header for c in table.columns] == ["", "start", "pointwise"]
+    assert [list(c.cells) for c in table.columns] == [["accuracy", "r2"], ["50.0 %", "-"], ["-", "0.250"]]

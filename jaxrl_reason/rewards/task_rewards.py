@@ -126,5 +126,5 @@ def _exact_value(text: str) -> Fraction | None:
     return -value if mixed["sign"] == "-" else value
 
 
-# Evaluation counts distinct right answers by this.
-many_answers_reward.answer_of = lambda completion, row: canonical_answer(completion, **row)
+# Evaluation tells answers apart by this, right and wrong ones: what is voted for, and how many different ones are right.
+many_answers_reward.answer_of = lambda completion, row: ", ".join(map(str, _named_numbers(completion))) or None

@@ -127,6 +127,12 @@ def test_an_unknown_kind_is_named():
         many_answers_reward(["#### 3, 4"], kind=["product"], target=[12], low=[1], high=[9])
 
 
+def test_wrong_answers_vote_too():
+    """Or a majority vote would be right wherever one answer is."""
+    votes = [many_answers_reward.answer_of(text, {}) for text in ("#### 7, 5", "#### 5 and 7", "#### 1, 2", "#### x")]
+    assert votes == ["5, 7", "5, 7", "1, 2", None]
+
+
 @given(st.integers(-50, 50), st.integers(-50, 50), st.sampled_from(["sum", "difference"]), st.integers(0, 60))
 def test_canonical_answer_against_brute_force(a, b, kind, target):
     right = -20 <= a <= 30 and -20 <= b <= 30 and (a + b == target if kind == "sum" else abs(a - b) == target)
