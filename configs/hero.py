@@ -19,7 +19,7 @@ def get_config() -> Config:
         data=Data(train="answer_forms"),
         supervised=Supervised(steps=800, batch_size=32, learning_rate=3e-3),
         reward=Reward(functions=["strict", "reward_model", "judge"], weights=[1.0, 0.0, 0.0]),
-        reward_model=RewardModel(steps=600, batch_size=32, learning_rate=1e-3),
+        reward_model=RewardModel(steps=2000, batch_size=32, learning_rate=1e-3),
         method={"name": "hero", "base": "grpo", "clip_high": 0.28, "aggregation": "token_mean"},
         optimizer=Optimizer(learning_rate=2e-4, warmup_steps=5),
         checkpoint=Checkpoint(every=50, keep=2),

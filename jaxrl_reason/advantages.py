@@ -116,14 +116,17 @@ def group_tied(x: jax.Array, present: jax.Array) -> jax.Array:
 def group_deviation(x: jax.Array, present: jax.Array) -> tuple[jax.Array, jax.Array]:
     """x minus its group's mean over present values, and their std1 (n - 1); both 0 in a tied group.
 
-    Two passes: the deviations are squared, not the values, so that [1, 1.00001] has a spread.
+    Two passes: the deviations are squared, not the values, so that [1, 1.00001] has a spread. And squared in units of the
+    largest, so that 1e20 does not overflow.
     """
     count = present.sum(axis=1, keepdims=True)
     live = present & ~group_tied(x, present)
     mean = jnp.where(present, x, 0.0).sum(axis=1, keepdims=True) / jnp.maximum(count, 1)
     deviation = jnp.where(live, x - mean, 0.0)
-    variance = jnp.square(deviation).sum(axis=1, keepdims=True) / jnp.maximum(count - 1, 1)
-    return deviation, jnp.sqrt(variance)
+    largest = jnp.abs(deviation).max(axis=1, keepdims=True)
+    unit = jnp.where(largest > 0, largest, 1.0)
+    variance = jnp.square(deviation / unit).sum(axis=1, keepdims=True) / jnp.maximum(count - 1, 1)
+    return deviation, unit * jnp.sqrt(variance)
 
 
 def _require_group(name: str, advantages: jax.Array) -> None:

@@ -55,10 +55,12 @@ def compare(config: Config, baselines: Mapping[str, Mapping[str, object]], workd
     Returns:
       row name -> its figures; "start" is the policy that all begin with.
     """
-    workdir = pathlib.Path(workdir).expanduser()
+    workdir = pathlib.Path(workdir).expanduser().resolve()  # kept in the configurations of the others
+    if not config.eval.every:
+        raise ConfigError("config.eval.every is 0, and a comparison is one of held-out figures; set it above 0.")
     config = variant(config, {"checkpoint.keep_start": True})
     shared = {"supervised.steps": 0, "supervised.start_from": str(workdir / METHOD)}
-    if any(name.startswith("reward_model") for name in config.reward.functions):
+    if any(name.startswith("reward_model") for name in config.reward.functions) and not config.reward_model.path:
         shared["reward_model"] = config_lib.RewardModel(path=str(workdir / METHOD / "reward_model"))
     runs = {METHOD: config}
     for name, changes in baselines.items():

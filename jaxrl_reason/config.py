@@ -106,6 +106,7 @@ class Regression:
     )
     tokenizer_options: dict = _field({}, "its options, e.g. {'base': 2, 'digits': 8}")
     target: str = _field("", "column of a .csv to predict")
+    value: str = _field("", "column of numbers in [0, 1], what the rows are worth, for rlev; no feature then")
     missing: str = _field("refuse", "what a missing value does", choices=("refuse", "mean", "drop"))
     categorical: str = _field("refuse", "what a column of texts does", choices=("refuse", "onehot", "drop"))
     inputs: str = _field(
@@ -344,6 +345,8 @@ def from_dict(values: dict[str, Any], kind=Config):
 def parse_args(argv: list[str]) -> tuple[Config, str]:
     """(configuration, work directory) from --config=FILE --workdir=DIR --config.field=value ...
 
+    Without --workdir it is runs/NAME, NAME being that of the recipe's file.
+
     Raises:
       ConfigError: an unknown flag or field, or a value that does not convert.
     """
@@ -365,8 +368,9 @@ def parse_args(argv: list[str]) -> tuple[Config, str]:
             raise ConfigError(
                 f"There is no flag {flag!r}; there are --config=FILE, --workdir=DIR, --config.section.field=value and --help."
             )
-    if not path or not workdir:
-        raise ConfigError(f"{'--config=FILE' if not path else '--workdir=DIR'} is missing.")
+    if not path:
+        raise ConfigError("--config=FILE is missing.")
+    workdir = workdir or f"runs/{pathlib.Path(path).stem}"
     config = load(path)
     for name, text in values:
         override(config, name, text)
@@ -538,8 +542,22 @@ def _check_needs(c: Config, method: methods.Method) -> None:
         raise ConfigError(
             "config.method.name 'genre2' predicts numbers: set config.regression.tokenizer, and a table as data.train."
         )
+    if numbers and method.dynamic_sampling:
+        raise ConfigError(
+            f"config.method.name {method.name!r} keeps groups with both right and wrong answers, and a regression run has neither; "
+            "set config.method.dynamic_sampling=false."
+        )
     if numbers:
-        foreign = sorted(method.signals & {"model_scores", "self_rewards", "answer_confidence", "values"})
+        if "values" in method.signals and not c.regression.value:
+            raise ConfigError(
+                f"config.method.name {method.name!r} weighs rows by their values, and this regression run has none: name their column in "
+                "config.regression.value."
+            )
+        if c.data.values != "own":
+            raise ConfigError(
+                f"config.data.values is {c.data.values!r}, which is for questions; a regression run has its own."
+            )
+        foreign = sorted(method.signals & {"model_scores", "self_rewards", "answer_confidence"})
         if foreign:
             raise ConfigError(
                 f"config.method.name {method.name!r} needs {foreign}, which a regression run (config.regression.tokenizer) does not have."

@@ -48,6 +48,7 @@ from jaxrl_reason import tasks
 from jaxrl_reason import writers
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data import PromptBatch
+from jaxrl_reason.data.values import held_out_values
 from jaxrl_reason.models import reward_model
 from jaxrl_reason.models import sharding
 from jaxrl_reason.progress import Progress
@@ -247,6 +248,7 @@ def _text_subject(c: Config, workdir: pathlib.Path, method: methods.Method, mesh
         columns=c.data.columns,
         on_bad_row=c.data.on_bad_row,
     )
+    values = held_out_values(source, "values" in method.signals)
     template = data.get_template(c.data.template)
     tokenizer = data.load_tokenizer(workdir / "tokenizer")
     batches = data.eval_prompts(
@@ -284,6 +286,7 @@ def _text_subject(c: Config, workdir: pathlib.Path, method: methods.Method, mesh
             scorer.answer_of(verdict) or evaluation.final_answer,
             verdict,
             tasks.self_reward_of(method, _self_reward_constant(workdir)),
+            values,
         )
         numbers = evaluation.figures(found, c.eval.temperature)
         draw = functools.partial(plot, found, numbers)
@@ -538,6 +541,7 @@ def plot(found: evaluation.Evaluated, numbers: Mapping[str, float], path: pathli
 
 def plot_predictions(samples: np.ndarray, targets: np.ndarray, path: pathlib.Path, *, title: str) -> None:
     """Draws the samples' mean over the target with a bar of one standard deviation, and the distribution of the errors."""
+    samples = samples.astype(np.float64)  # of the wide alphabets, squares overflow float32
     figure = Figure(figsize=(10, 4), layout="constrained")
     figure.suptitle(title)
     scatter, histogram = figure.subplots(1, 2)

@@ -33,6 +33,7 @@ class Evaluated(NamedTuple):
       texts: N lists of K completions; None where nothing was decoded.
       answers: N lists of K final answers, None for a completion without one; None where nothing was decoded.
       self_rewards: f32[N, K] of LaSeR, NaN where truncated; None where the policy gives none.
+      values: f32[N], what the questions are worth, or None.
     """
 
     rows: list[dict[str, Any]]
@@ -46,6 +47,7 @@ class Evaluated(NamedTuple):
     texts: list[list[str]] | None
     answers: list[list[Hashable | None]] | None
     self_rewards: np.ndarray | None = None
+    values: np.ndarray | None = None
 
 
 def final_answer(completion: str, row: Mapping[str, Any]) -> Hashable | None:
@@ -64,6 +66,7 @@ def gather(
     answer_of: AnswerOf = final_answer,
     verdict: str = "",
     self_reward: Callable[[Rollout], np.ndarray] | None = None,
+    values: np.ndarray | None = None,
 ) -> Evaluated:
     """Samples and judges.
 
@@ -76,6 +79,7 @@ def gather(
       answer_of: (completion, row) -> the final answer, equal and hashed alike where two answers are the same, or None.
       verdict: the reward whose value > 0.5 means right; empty: the scorer's verdict.
       self_reward: LaSeR's self-rewards f32[P, K] of a rollout, or None.
+      values: of all rows of the data, from `data.values.held_out_values`, or None.
     """
     parts, rows, texts = [], [], []
     for batch in batches:
@@ -108,6 +112,7 @@ def gather(
         total=np.asarray(experience.total_reward(together["rewards"], scorer.weights)),
         texts=None if tokenizer is None else texts,
         answers=None if tokenizer is None else answers,
+        values=None if values is None else values[together["numbers"]],
         **together,
     )
 
@@ -121,6 +126,7 @@ def evaluate(
     answer_of: AnswerOf = final_answer,
     verdict: str = "",
     self_reward: Callable[[Rollout], np.ndarray] | None = None,
+    values: np.ndarray | None = None,
 ) -> dict[str, float]:
     """The evaluation of a run in progress; arguments as in `gather`.
 
@@ -129,7 +135,7 @@ def evaluate(
       `eval/clipped_ratio` (share without an end token), `eval/prompts`, with a tokenizer `eval/maj@K` (share of prompts whose
       most frequent answer is right), and what `method_metrics` adds.
     """
-    found = gather(generate, batches, scorer, tokenizer, answer_of, verdict, self_reward)
+    found = gather(generate, batches, scorer, tokenizer, answer_of, verdict, self_reward, values)
     prompts, samples = found.right.shape
     majority = {}
     if found.answers is not None:
@@ -148,14 +154,14 @@ def evaluate(
 def method_metrics(found: Evaluated) -> dict[str, float]:
     """What the methods set out to improve, as far as the data and the rollout show it; {} where they show nothing.
 
-    Where every row has a number `value` that is not negative (RLEV, arXiv 2510.20187): `h_accuracy`, `value_density`, accuracy
+    Where questions have values (RLEV, arXiv 2510.20187): `h_accuracy`, `value_density`, accuracy
     on the fifth of the prompts of highest and of lowest value, and the mean length in each fifth, 1 being the lowest.
     Where completions are decoded (ProGRPO, arXiv 2602.05281): how many distinct final answers, and distinct completions, are
     right, per prompt.
     """
     out = self_reward_metrics(found)
-    values = [row.get("value") for row in found.rows]
-    if all(type(value) in (int, float) and 0 <= value < math.inf for value in values):
+    if found.values is not None:
+        values = found.values
         accuracy, lengths = found.right.mean(axis=1), found.lengths.mean(axis=1)
         by_value = metrics.mean_by_quantile(accuracy, values)
         out |= {

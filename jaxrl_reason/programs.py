@@ -131,6 +131,7 @@ def build(
                 legal=legal,
                 features=features,
                 probe_token=probe_token,
+                probe_temperature=config.sampling.temperature,
                 **extra,
             )
 

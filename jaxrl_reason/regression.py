@@ -21,6 +21,7 @@ from jaxrl_reason import metrics
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data import PromptBatch, SolutionBatch, Tokenizer, load_tokenizer, train_tokenizer
 from jaxrl_reason.data import numbers, pipeline, tables
+from jaxrl_reason.methods import nearest
 from jaxrl_reason.rollout import Rollout
 
 REWARDS = ("squared_error", "heavy_tailed")
@@ -141,6 +142,7 @@ class Rows:
       digits: int32[N, L].
       z: f32[N], targets as z-scores.
       targets: float64[N].
+      values: f32[N], what the rows are worth, or None.
     """
 
     padded: pipeline.Padded
@@ -148,6 +150,7 @@ class Rows:
     digits: np.ndarray
     z: np.ndarray
     targets: np.ndarray
+    values: np.ndarray | None = None
 
     def prompts(self, chosen: np.ndarray, prompt_ids: np.ndarray, weight: np.ndarray | None = None) -> PromptBatch:
         tokens, mask = self.padded.take(chosen)
@@ -158,7 +161,8 @@ class Rows:
             weight=np.ones(len(chosen), np.float32) if weight is None else weight,
             rows=[{"row": int(i), "target": float(self.targets[i])} for i in chosen],
             features=None if self.features is None else self.features[chosen],
-            columns={"digits": self.digits[chosen], "z": self.z[chosen]},
+            columns={"digits": self.digits[chosen], "z": self.z[chosen]}
+            | ({} if self.values is None else {"values": self.values[chosen]}),
         )
 
     def solutions(self, chosen: np.ndarray) -> SolutionBatch:
@@ -210,8 +214,8 @@ def open_task(config: Config) -> Task:
         missing=r.missing,
         data_dir=c.data.data_dir or None,
     )
-    train = opened(c.data.train, c.data.train_split)
-    held_out = opened(c.data.eval or c.data.train, c.data.eval_split)
+    train, values = take_values(opened(c.data.train, c.data.train_split), r.value)
+    held_out, held_out_values = take_values(opened(c.data.eval or c.data.train, c.data.eval_split), r.value)
     as_text = r.inputs == "text"
     text = None
     if as_text:
@@ -220,7 +224,7 @@ def open_task(config: Config) -> Task:
     digits = Digits(number, tables.TargetScaler.fit(train.targets), text)
     scaler = tables.fit_features(train)
 
-    def encode(table: tables.Table) -> Rows:
+    def encode(table: tables.Table, values: np.ndarray | None) -> Rows:
         prompts = digits.prompts(row_texts(table) if as_text else None, len(table))
         longest = max(map(len, prompts))
         if longest > c.max_prompt_length:
@@ -233,11 +237,38 @@ def open_task(config: Config) -> Task:
             digits.encode(table.targets),
             np.asarray(digits.target.to_z(table.targets), np.float32),
             table.targets,
+            values,
         )
 
     fingerprint = f"{train.fingerprint}/{held_out.fingerprint}"
     features = 0 if as_text else len(scaler.outputs)
-    return Task(digits, features, encode(train), encode(held_out), fingerprint, held_out.best_r2)
+    rows = encode(train, values), encode(held_out, held_out_values)
+    return Task(digits, features, *rows, fingerprint, held_out.best_r2)
+
+
+def take_values(table: tables.Table, column: str) -> tuple[tables.Table, np.ndarray | None]:
+    """The table without the column of its rows' values, and these, f32[N]; as it is, and None, without a name.
+
+    Raises:
+      ConfigError: no such column of numbers, or a value that is missing or outside [0, 1].
+    """
+    if not column:
+        return table, None
+    if column not in table.names:
+        raise ConfigError(
+            f"config.regression.value is {column!r}, and {table.name} has no such column of numbers."
+            f"{nearest(column, table.names)}"
+        )
+    at = table.names.index(column)
+    values = table.features[:, at]
+    bad = np.flatnonzero(~((0 <= values) & (values <= 1)))
+    if bad.size:
+        raise ConfigError(
+            f"Row {bad[0]} of {table.name} has {values[bad[0]]:g} in the column {column!r}; a value lies in [0, 1]."
+        )
+    names = tuple(name for name in table.names if name != column)
+    rest = dataclasses.replace(table, names=names, features=np.delete(table.features, at, axis=1))
+    return rest, values.astype(np.float32)
 
 
 def eval_batches(rows: Rows, count: int, batch_size: int) -> list[PromptBatch]:
@@ -276,7 +307,8 @@ class NumberScorer:
         self._place = functools.partial(jax.device_put, device=sharding)
 
         def reward(tokens, z):
-            error = jnp.square(tokenizer.decode(tokens) - z[:, None])
+            # A number of the wide alphabets can be so far off that its square is no float32.
+            error = jnp.minimum(jnp.square(tokenizer.decode(tokens) - z[:, None]), jnp.finfo(jnp.float32).max)
             if name == "squared_error":
                 return -error
             return jnp.where(jnp.isnan(error), -100.0, -jnp.minimum(error, 50.0))
@@ -314,6 +346,7 @@ def figures(samples: np.ndarray, targets: np.ndarray) -> dict[str, float]:
       `rmse`, `r2`, `spearman` of the mean; `median_rmse`, ... of the median; `spread`, the mean over rows of the samples' standard
       deviation; `sample_rmse`, of single samples; `prompts`. All in z-scores.
     """
+    samples, targets = samples.astype(np.float64), targets.astype(np.float64)  # a sum of float32 may overflow
     mean, median = samples.mean(axis=1), np.median(samples, axis=1)
     return {
         **metrics.regression_scores(mean, targets),

@@ -29,7 +29,7 @@ class Rollout(NamedTuple):
       features: f32[P, F], numbers that the prompts carry beside their tokens, or None.
       prompt_logprobs: f32[P, S] log-probability of each prompt token given its prefix at temperature 1; 0 on the first real
         token and where prompt_mask is False. None where not asked for.
-      probe_logprobs: f32[P, G] log-probability, at the temperature that samples, of the probe token right behind the
+      probe_logprobs: f32[P, G] log-probability, at the probe temperature, of the probe token right behind the
         end token; 0 where truncated. None where not asked for.
     """
 
@@ -128,6 +128,7 @@ def generate(
     features: jax.Array | None = None,
     with_prompt_logprobs: bool = False,
     probe_token: int | None = None,
+    probe_temperature: float = 1.0,
 ) -> Rollout:
     """Samples G completions for each prompt. Pure; to be jitted with the keyword sizes static.
 
@@ -147,6 +148,8 @@ def generate(
       with_prompt_logprobs: also return the prompts' log-probabilities, from the prefill that happens anyway.
       probe_token: also return this token's log-probability behind each end token. The end token is fed to the decoder like
         any other, which costs at most one more iteration of the loop and no further forward pass.
+      probe_temperature: of that log-probability. The one of training, whatever samples: what a self-reward is
+        compared with was measured there.
     """
     P, G, T = prompt_tokens.shape[0], group_size, max_length
     if probe_token is not None and not eos_ids:
@@ -196,7 +199,7 @@ def generate(
         tokens, logprobs, going_on = write(tokens, logprobs, new, logp, live, t)
         if probe is not None:
             values, ended = probe
-            behind = scale_logits(logits, temperature, None)  # legal tokens end with the completion
+            behind = scale_logits(logits, probe_temperature, None)  # legal tokens end with the completion
             values = jnp.where(ended, jax.nn.log_softmax(behind)[..., probe_token], values)
             going_on = jnp.where(t < T, going_on, live)  # the step beyond the budget only reads
             probe = values, live & ~going_on

@@ -6,6 +6,7 @@ A task brings the data streams, the tokenizer, the scorer and the evaluation; th
 from collections.abc import Callable
 import dataclasses
 import functools
+import json
 import pathlib
 from typing import Any
 
@@ -20,7 +21,7 @@ from jaxrl_reason import models
 from jaxrl_reason import regression
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data import numbers
-from jaxrl_reason.data.values import altered, read_values
+from jaxrl_reason.data.values import altered, held_out_values, read_values
 from jaxrl_reason.methods import Method
 from jaxrl_reason.models import sharding
 from jaxrl_reason.rewards.scorer import Scorer
@@ -124,6 +125,7 @@ def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
     prompts = data.PromptStream(
         train_rows, tokenizer, template, batch_size=c.prompts_per_step, seed=c.seed, columns=columns, **texts
     )
+    values = held_out_values(eval_rows, "values" in method.signals) if c.eval.every else None
     held_out = data.eval_prompts(eval_rows, tokenizer, template, c.eval.prompts, batch_size=c.prompts_per_step, **texts)
     for batch in (prompts.batch(0), *(held_out if c.eval.every else ())):
         scorer.check(batch.rows)
@@ -143,6 +145,7 @@ def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
             answer_of=scorer.answer_of(judge) or evaluation.final_answer,
             verdict=judge,
             self_reward=self_reward_of(method, c_ref),
+            values=values,
         ),
     )
 
@@ -150,6 +153,13 @@ def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
 def _numbers(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
     table = regression.open_task(c)
     digits, r = table.tokenizer, c.regression
+    if c.supervised.start_from:
+        file = pathlib.Path(c.supervised.start_from).expanduser() / "tokenizer" / "digits.json"
+        if not file.is_file() or json.loads(file.read_bytes()) != digits.description():
+            raise ConfigError(
+                f"config.supervised.start_from is {c.supervised.start_from!r}, whose weights spell numbers in another way or on another "
+                f"scale ({file}): start from a run with the same config.regression and training table."
+            )
     expert = None
     if method.loss.expert_coefficient:
         if r.tokenizer != "normalized":

@@ -242,6 +242,7 @@ def train(run: Run) -> dict[str, dict[str, float]]:
         checkpoints.save_params(work.path / "start", state.params)
     reference = checkpoints.load_params(work.path / "start", state.params) if needs_reference(run) else None
     c_ref = self_reward_constant(run, state)
+    exact = c_ref is not None and run.method.loss.self_reward.reference == "exact"
     if run.reward_phase:
         score = reward_training.scorer(run.reward_phase, state.params, console)
         run = dataclasses.replace(run, task=dataclasses.replace(run.task, scorer=run.scorer.with_reward_model(score)))
@@ -258,7 +259,7 @@ def train(run: Run) -> dict[str, dict[str, float]]:
         for step in range(begin, c.steps):
             clock, done, last = Clock(), step + 1, step + 1 == c.steps
             with jax.transfer_guard("disallow"):  # an unintended crossing is an error
-                state, groups, batch, metrics = train_step(run, state, reference, clock, c_ref)
+                state, groups, batch, metrics = train_step(run, state, reference, clock, None if exact else c_ref)
             metrics["learning_rate"] = programs.learning_rate(step)
             clock.count("update", int(batch.mask.sum()))
             metrics |= clock.metrics()
@@ -286,11 +287,12 @@ def needs_reference(run: Run) -> bool:
 def self_reward_constant(run: Run, state: TrainState) -> jax.Array | None:
     """LaSeR's c_ref, measured once on the policy that RL begins with and kept in self_reward.json.
 
+    Evaluation uses it even where training scores every completion under the reference policy (reference "exact").
+
     Returns:
-      f32 scalar; None where the method has no self-reward, or an exact reference.
+      f32 scalar; None where the method has no self-reward.
     """
-    settings = run.method.loss.self_reward
-    if not settings or settings.reference == "exact":
+    if not run.method.loss.self_reward:
         return None
     file = run.work.path / "self_reward.json"
     if int(state.step) == 0:

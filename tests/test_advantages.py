@@ -218,6 +218,12 @@ def test_a_group_does_not_see_its_neighbours(values):
 # -- spread ----------------------------------------------------------------------------------------
 
 
+def test_a_huge_spread_does_not_overflow():
+    """Minus 1e20 beside three small ones: -1.5 and three times .5, as in exact arithmetic."""
+    got = compute(GROUPWISE["standardize"], make_inputs([[-0.1, -0.2, -0.3, -1e20]]))
+    np.testing.assert_allclose(got, [[0.5, 0.5, 0.5, -1.5]], rtol=1e-5)
+
+
 def test_a_small_spread_is_seen():
     inputs = make_inputs([[1, 1.00001]], [[1, 1]])
     got = compute(GROUPWISE["standardize"], inputs)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxrl_reason import checkpoints, compare, train
-from jaxrl_reason.config import ConfigError
+from jaxrl_reason.config import Config, ConfigError
 from tiny_runs import tiny, write_rows
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -46,6 +46,14 @@ def test_a_variant_changes_a_copy_and_knows_its_fields(tmp_path):
     assert config.method == {"name": "grpo"} and config.reward.weights == []
     with pytest.raises(ConfigError, match="config.reward.wieghts, and there is no such field"):
         compare.variant(config, {"reward.wieghts": [1.0]})
+
+
+def test_a_comparison_without_held_out_figures_is_refused_before_training(tmp_path):
+    config = Config()
+    config.eval.every = 0
+    with pytest.raises(ConfigError, match="config.eval.every is 0"):
+        compare.compare(config, {}, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_recipe_without_baselines_is_a_sentence(tmp_path, capsys):

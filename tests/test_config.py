@@ -136,11 +136,10 @@ def test_a_flag_that_does_not_fit_is_refused_in_a_sentence(recipe, flag, names):
     assert all(name in text for name in names), text
 
 
-@pytest.mark.parametrize("missing", ["--config=FILE", "--workdir=DIR"])
-def test_a_missing_flag_is_named(recipe, missing):
-    flags = [f for f in (f"--config={recipe}", "--workdir=w") if f.partition("=")[0] != missing.partition("=")[0]]
-    with pytest.raises(ConfigError, match=missing):
-        config_lib.parse_args(flags)
+def test_a_missing_recipe_is_named_and_the_work_directory_is_by_the_recipes_name(recipe):
+    with pytest.raises(ConfigError, match="--config=FILE is missing"):
+        config_lib.parse_args(["--workdir=w"])
+    assert config_lib.parse_args([f"--config={recipe}"])[1] == f"runs/{recipe.stem}"
 
 
 def test_a_recipe_that_does_not_exist_names_its_neighbour(recipe):
@@ -815,6 +814,7 @@ EFFECTS = {
     "regression.tokenizer": ("p10", numbers, NUMBERS),
     "regression.tokenizer_options": ({"base": 3}, numbers, NUMBERS),
     "regression.target": ("b", numbers, NUMBERS),
+    "regression.value": ("b", numbers, NUMBERS),
     "regression.missing": ("mean", numbers, NUMBERS | dict(data__train=f"{HERE}/gaps.csv")),
     "regression.categorical": ("drop", numbers, NUMBERS | dict(data__train=f"{HERE}/texts.csv")),
     "regression.inputs": ("text", numbers, NUMBERS | dict(max_prompt_length=64)),

@@ -111,10 +111,10 @@ def test_the_majority_is_judged_by_the_first_that_gave_its_answer():
 
 def test_human_values():
     """The values .1 .. .5 out of order: H-Acc (.2 + 1 * .5 + .5 * .1) / 1.5 where every sample counts half."""
-    rows = [{"value": v} for v in (0.2, 0.5, 0.4, 0.1, 0.3)]
+    values = np.array([0.2, 0.5, 0.4, 0.1, 0.3])
     right = [[1, 1], [1, 1], [0, 0], [0, 1], [0, 0]]
     lengths = np.array([[2, 2], [4, 6], [8, 8], [1, 1], [3, 5]])
-    metrics = evaluation.method_metrics(found(right, rows=rows, lengths=lengths, texts=None, answers=None))
+    metrics = evaluation.method_metrics(found(right, values=values, lengths=lengths, texts=None, answers=None))
     assert metrics == {
         "h_accuracy": pytest.approx(0.75 / 1.5),
         "value_density": pytest.approx(50 / 4),
@@ -122,14 +122,6 @@ def test_human_values():
         "low_value_accuracy": pytest.approx(0.5),
         **{f"mean_length_value_fifth_{i}": pytest.approx(x) for i, x in enumerate((1, 2, 4, 8, 5), start=1)},
     }
-
-
-@pytest.mark.parametrize("value", [None, "0.5", True, -0.1, math.nan, math.inf], ids=str)
-def test_values_that_are_no_values_are_not_used(value):
-    rows = [{"value": 0.5}, {"value": value}, {"value": 1}]
-    assert evaluation.method_metrics(found([[1], [0], [1]], rows=rows, texts=None, answers=None)) == {}
-    rows[1] = {"value": 0.0}
-    assert "h_accuracy" in evaluation.method_metrics(found([[1], [0], [1]], rows=rows, texts=None, answers=None))
 
 
 @pytest.mark.parametrize(
@@ -332,6 +324,27 @@ def test_other_data_with_human_values(trained, tmp_path):
     earned = sum((n + 1) * share[n] for n in range(5)) / 15
     assert record["metrics"]["h_accuracy"] == pytest.approx(earned) and earned > 0
     assert record["metrics"]["low_value_accuracy"] == pytest.approx(share[0])
+
+    # Points of an exam are values too: the exam's total is that of all its rows, evaluated or not.
+    rows = write_rows(
+        tmp_path / "points.jsonl", [row | {"points": str(i + 1), "exam": "a"} for i, row in enumerate(DIGITS[:5])]
+    )
+    again = command(trained[1], tmp_path / "out", f"--data={rows}", "--samples=8")
+    assert again["metrics"]["h_accuracy"] == pytest.approx(earned)
+
+
+def test_the_temperature_of_evaluation_leaves_the_self_rewards_on_their_scale(trained, tmp_path):
+    """One completion, whatever sampled it, has one self-reward."""
+    found = {}
+    for temperature in ("1.0", "0.7"):
+        command(trained[1], tmp_path / temperature, f"--temperature={temperature}", "--samples=16")
+        for line in completions(tmp_path / temperature):
+            if line["self_reward"] is not None:
+                found.setdefault((line["prompt"], line["completion"]), {})[temperature] = line["self_reward"]
+    both = [x for x in found.values() if len(x) == 2]
+    assert len(both) > 5
+    for x in both:
+        assert x["1.0"] == pytest.approx(x["0.7"], abs=1e-4)
 
 
 def test_weights_are_read_without_the_rest_of_the_state(trained):

@@ -126,9 +126,11 @@ def base_run(rows, tmp_path_factory):
     return run(tiny(rows, method={"name": "rloo"}), tmp_path_factory.mktemp("base") / "run")
 
 
-def test_an_exact_reference_for_self_rewards_keeps_the_start_and_needs_no_constant(rows, tmp_path):
-    lines, _ = run(tiny(rows, method=LASER["method"] | {"reference": "exact"}), tmp_path / "run")
-    assert (tmp_path / "run" / "start").is_dir() and not (tmp_path / "run" / "self_reward.json").exists()
+def test_an_exact_reference_for_self_rewards_keeps_the_start_and_is_evaluated_by_the_constant(rows, tmp_path):
+    lines, _ = run(tiny(rows, eval__every=2, method=LASER["method"] | {"reference": "exact"}), tmp_path / "run")
+    assert (tmp_path / "run" / "start").is_dir() and (tmp_path / "run" / "self_reward.json").exists()
+    assert "eval/self_reward_f1" in lines[0] and "eval/self_reward_f1" in lines[2]
+    lines = lines[1:]
     assert lines[0]["self_reward/wrong"] == pytest.approx(0.0, abs=1e-5)  # the policy is its own reference
     assert "kl" not in lines[0]
 

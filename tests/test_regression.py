@@ -12,7 +12,8 @@ from jaxrl_reason import config as config_lib, evaluate, regression, train
 from jaxrl_reason.advantages import AdvantageInputs
 from jaxrl_reason import methods
 from jaxrl_reason.config import ConfigError, Data, Model, Regression, Reward
-from jaxrl_reason.data.numbers import NormalizedTokenizer, P10Tokenizer
+from jaxrl_reason.data.numbers import IEEETokenizer, NormalizedTokenizer, P10Tokenizer
+from jaxrl_reason.data import tables
 from jaxrl_reason.data.tables import TargetScaler
 from jaxrl_reason.models import sharding
 from tiny_runs import tiny
@@ -199,6 +200,7 @@ def test_the_dense_expert_term_is_in_the_loss(table, tmp_path):
             ["digit", "digits"],
         ),
         (dict(regression=Regression(tokenizer="normalized", target="z")), ["'z'", "'y'"]),
+        (dict(method={"name": "dapo"}), ["'dapo'", "both right and wrong", "dynamic_sampling"]),
         (
             dict(
                 regression=Regression(tokenizer="p10", target="y"),
@@ -208,13 +210,58 @@ def test_the_dense_expert_term_is_in_the_loss(table, tmp_path):
             ["expert_coefficient", "normalized"],
         ),
     ],
-    ids=["length", "prompt", "reward", "weight", "option", "target", "expert"],
+    ids=["length", "prompt", "reward", "weight", "option", "target", "dapo", "expert"],
 )
 def test_what_cannot_run_is_a_sentence(table, tmp_path, changes, words):
     with pytest.raises((ConfigError, ValueError)) as caught:
         train.setup(a_config(table, **changes), tmp_path / "run")
     assert all(word in str(caught.value) for word in words), str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_numbers_far_off_have_a_finite_reward_and_finite_figures():
+    digits = regression.Digits(IEEETokenizer(), SCALE)
+    tokens = jnp.asarray(digits.number.encode(np.array([1e20, -1e20, 1.0])))[None]
+    scorer = regression.NumberScorer(["squared_error"], [], digits, EVERYWHERE)
+    batch = types.SimpleNamespace(columns={"z": np.zeros(1, np.float32)})
+    rewards = np.asarray(scorer(types.SimpleNamespace(tokens=tokens), batch)[0]["squared_error"])
+    assert np.isfinite(rewards).all() and rewards[0, 0] < -1e38 and rewards[0, 2] == -1
+    samples = np.full((3, 2), 3.4e38, np.float32)
+    figures = regression.figures(samples, np.arange(3, dtype=np.float32))
+    assert all(np.isfinite(x) for name, x in figures.items() if "spearman" not in name)
+
+
+def test_a_start_that_spells_numbers_otherwise_is_refused(table, tmp_path):
+    train.train(train.setup(a_config(table, steps=1, checkpoint__keep_start=True), tmp_path / "start"))
+    begin = dict(supervised__start_from=str(tmp_path / "start"))
+    train.setup(a_config(table, **begin), tmp_path / "same")
+    with pytest.raises(ConfigError, match="spell numbers in another way or on another scale"):
+        train.setup(a_config(table, **begin, data__train_split="[:50%]"), tmp_path / "other")
+
+
+def test_rows_of_different_worth_under_genre2_and_rlev(table, tmp_path):
+    """Worth 0 counts once, worth 1 twice: rloo's advantages, times 1 + min(alpha v, 1)."""
+    header, *lines = table.read_text().splitlines()
+    worth = tmp_path / "worth.csv"
+    worth.write_text("\n".join([f"{header},v", *(f"{line},{i % 2}" for i, line in enumerate(lines))]) + "\n")
+    config = a_config(
+        worth,
+        method={"name": "genre2+rlev", "base": "rloo", "rlev": {"alpha": 1.0}},
+        regression=Regression(tokenizer="normalized", target="y", value="v", prefix_length=2, encoder_width=32),
+        steps=1,
+    )
+    ready = train.setup(config, tmp_path / "run")
+    assert ready.model.features == 3 and set(ready.task.prompts.batch(0).columns["values"].tolist()) <= {0.0, 1.0}
+    train.train(ready)
+    assert 0 <= lines_of(tmp_path / "run")[-1]["rlev/value"] <= 1
+    with pytest.raises(ConfigError, match="config.regression.value"):
+        config_lib.validate(a_config(worth, method={"name": "genre2+rlev", "base": "rloo"}))
+    rows, values = regression.take_values(tables.load_table(str(worth), "all", target="y"), "v")
+    assert rows.names == ("a", "b", "c") and values[:3].tolist() == [0, 1, 0] and rows.features.shape == (400, 3)
+    with pytest.raises(ConfigError, match=r"Row \d+ of .*worth.csv has .* in the column 'a'; a value lies in"):
+        regression.take_values(tables.load_table(str(worth), "all", target="y"), "a")
+    with pytest.raises(ConfigError, match="no such column of numbers"):
+        regression.take_values(tables.load_table(str(worth), "all", target="y"), "w")
 
 
 @pytest.mark.parametrize("name", ["hero", "laser", "rlev", "progrpo"])

@@ -315,7 +315,7 @@ def test_a_model_with_scaled_rotary_frequencies_is_read_as_it_was_written(copied
     directory, digest = copied
     content = description(directory)
     content["model"]["rope_scaling"] = {
-        "kind": "linear",
+        "kind": "llama3",
         "factor": 8.0,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,

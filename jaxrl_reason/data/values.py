@@ -1,6 +1,7 @@
 """Human values of questions for RLEV: points over the total points of their exam, or a column of ready values."""
 
 from collections.abc import Sequence
+import itertools
 import math
 
 import numpy as np
@@ -19,7 +20,9 @@ def read_values(source: Source) -> np.ndarray:
     Raises:
       ValueError: none of these columns, or a row whose value is missing, not a number, negative or above 1.
     """
-    columns = source[0]
+    columns = set(
+        itertools.chain.from_iterable(source)
+    )  # of any row: one that lacks what others have is refused by its number
     if "value" in columns:
         values = [_number(source, i, row, "value") for i, row in enumerate(source)]
     elif "points" in columns and "exam_total" in columns:
@@ -47,6 +50,18 @@ def read_values(source: Source) -> np.ndarray:
                 f"Row {i} of {source.name} has the value {value:g}; a value is a share of an exam and lies in [0, 1]."
             )
     return np.array(values, np.float32)
+
+
+def held_out_values(source: Source, needed: bool) -> np.ndarray | None:
+    """The values that held-out figures are counted by; None where the data have none and the method needs none."""
+    if not needed and not {"value", "points"} & set(source[0]):
+        return None
+    try:
+        return read_values(source)
+    except ValueError:
+        if needed:
+            raise
+        return None  # a column of that name that means something else
 
 
 def altered(values: Sequence[float], kind: str, *, alpha: float, clip: float, seed: int) -> np.ndarray:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxrl_reason.data.sources import Source
-from jaxrl_reason.data.values import altered, read_values
+from jaxrl_reason.data.values import altered, held_out_values, read_values
 
 
 def source(rows):
@@ -25,6 +25,16 @@ def test_points_over_a_total_that_is_given():
     np.testing.assert_allclose(read_values(source([{"points": 2, "exam_total": 100, "exam": "a"}])), [0.02])
 
 
+def test_held_out_values_are_asked_for_or_optional():
+    exam = source([{"points": 3, "exam": "a"}, {"points": 1, "exam": "a"}])
+    np.testing.assert_allclose(held_out_values(exam, needed=False), [0.75, 0.25])
+    assert held_out_values(source([{"question": "q"}]), needed=False) is None
+    house = source([{"value": 300_000}])  # worth something, but no share of an exam
+    assert held_out_values(house, needed=False) is None
+    with pytest.raises(ValueError, match="Row 0"):
+        held_out_values(house, needed=True)
+
+
 def test_a_column_of_values_goes_first():
     assert read_values(source([{"value": 0.5, "points": 1, "exam": "a"}])).tolist() == [0.5]
 
@@ -34,6 +44,10 @@ def test_a_column_of_values_goes_first():
     [
         ([{"value": 0.1}, {"value": -0.1}], "Row 1 of exam.jsonl has -0.1 in the column 'value'"),
         ([{"value": 0.1}, {"value": None}], "Row 1 .* has None"),
+        (
+            [{"points": 1, "exam": "a"}, {"points": 1, "exam": "a", "value": 0.1}],
+            "Row 0 .* has None in the column 'value'",
+        ),
         ([{"value": float("nan")}], "Row 0 .* has nan"),
         ([{"value": "much"}], "Row 0 .* has 'much'"),
         ([{"value": True}], "Row 0 .* has True"),
