@@ -3,8 +3,6 @@
 Its place puts tests/ on the import path: helpers here (reference_decoder, tiny_runs) can be imported from every folder.
 """
 
-import sys
-
 import hypothesis
 import jax
 import pytest
@@ -13,17 +11,6 @@ from jax.experimental.compilation_cache import compilation_cache
 # Times are for people with quiet machines.
 hypothesis.settings.register_profile("ours", deadline=None)
 hypothesis.settings.load_profile("ours")
-
-
-def pytest_configure():
-    """What orbax leaves of a damaged checkpoint is collected in whatever test runs then: an event loop, closed under a task."""
-    pytests = sys.unraisablehook
-
-    def hook(unraisable):
-        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
-            pytests(unraisable)
-
-    sys.unraisablehook = hook
 
 
 @pytest.fixture(scope="session")

@@ -959,11 +959,10 @@ def test_what_cannot_run_is_one_sentence_and_a_non_zero_exit(changes, flags, nam
     train.setup(tiny(rows), tmp_path / "run")  # what was corrected is not "another run"
 
 
-@pytest.mark.parametrize("flags, name", [(["--workdir=w"], "--config=FILE"), (["--config=recipe.py"], "--workdir=DIR")])
-def test_a_missing_flag_is_one_sentence(flags, name, capsys):
-    assert train.main(flags) == 2
+def test_a_missing_flag_is_one_sentence(capsys):
+    assert train.main(["--workdir=w"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and name in error and error.count("\n") == 1
+    assert error.startswith("error: ") and "--config=FILE" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
