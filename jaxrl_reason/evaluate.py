@@ -283,10 +283,10 @@ def _text_subject(c: Config, workdir: pathlib.Path, method: methods.Method, mesh
             batches,
             scorer,
             tokenizer,
-            scorer.answer_of(verdict) or evaluation.final_answer,
-            verdict,
-            tasks.self_reward_of(method, _self_reward_constant(workdir)),
-            values,
+            answer_of=scorer.answer_of(verdict) or evaluation.final_answer,
+            verdict=verdict,
+            self_reward=tasks.self_reward_of(method, _self_reward_constant(workdir)),
+            values=values,
         )
         numbers = evaluation.figures(found, c.eval.temperature)
         draw = functools.partial(plot, found, numbers)

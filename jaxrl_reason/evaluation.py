@@ -63,6 +63,7 @@ def gather(
     batches: Sequence[PromptBatch],
     scorer: Scorer,
     tokenizer: data.Tokenizer | None = None,
+    *,
     answer_of: AnswerOf = final_answer,
     verdict: str = "",
     self_reward: Callable[[Rollout], np.ndarray] | None = None,
@@ -117,25 +118,14 @@ def gather(
     )
 
 
-def evaluate(
-    generate: Callable[[PromptBatch], Rollout],
-    batches: Sequence[PromptBatch],
-    scorer: Scorer,
-    tokenizer: data.Tokenizer | None = None,
-    *,
-    answer_of: AnswerOf = final_answer,
-    verdict: str = "",
-    self_reward: Callable[[Rollout], np.ndarray] | None = None,
-    values: np.ndarray | None = None,
-) -> dict[str, float]:
-    """The evaluation of a run in progress; arguments as in `gather`.
+def evaluate(found: Evaluated) -> dict[str, float]:
+    """The evaluation of a run in progress.
 
     Returns:
       `eval/accuracy` (mean over all completions), `eval/pass@K`, `eval/mean_length` (tokens, end token included),
       `eval/clipped_ratio` (share without an end token), `eval/prompts`, with a tokenizer `eval/maj@K` (share of prompts whose
       most frequent answer is right), and what `method_metrics` adds.
     """
-    found = gather(generate, batches, scorer, tokenizer, answer_of, verdict, self_reward, values)
     prompts, samples = found.right.shape
     majority = {}
     if found.answers is not None:

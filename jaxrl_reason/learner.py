@@ -2,8 +2,8 @@
 
 Completions run against the same shared prompt KV that sampled them, with gradients flowing through
 each prompt once; log-probabilities are taken in chunks, so that of [tokens, vocabulary] never more than
-64 MiB, or one position of every completion, is held; a batch is cut into minibatches (an optimizer update each) and those into microbatches (memory),
-always along the prompt axis, with denominators counted over the whole minibatch.
+64 MiB, or one position of every completion, is held; a batch is cut into minibatches (an optimizer update
+each) and those into microbatches (memory), always along the prompt axis, with denominators counted over the whole minibatch.
 """
 
 from collections.abc import Callable

@@ -138,14 +138,16 @@ def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
         held_out=held_out,
         scorer=scorer,
         evaluate=lambda generate, scorer, c_ref: evaluation.evaluate(
-            generate,
-            held_out,
-            scorer,
-            tokenizer,
-            answer_of=scorer.answer_of(judge) or evaluation.final_answer,
-            verdict=judge,
-            self_reward=self_reward_of(method, c_ref),
-            values=values,
+            evaluation.gather(
+                generate,
+                held_out,
+                scorer,
+                tokenizer,
+                answer_of=scorer.answer_of(judge) or evaluation.final_answer,
+                verdict=judge,
+                self_reward=self_reward_of(method, c_ref),
+                values=values,
+            )
         ),
     )
 

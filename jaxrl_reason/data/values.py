@@ -20,9 +20,8 @@ def read_values(source: Source) -> np.ndarray:
     Raises:
       ValueError: none of these columns, or a row whose value is missing, not a number, negative or above 1.
     """
-    columns = set(
-        itertools.chain.from_iterable(source)
-    )  # of any row: one that lacks what others have is refused by its number
+    # Of any row: one that lacks what others have is refused by its number.
+    columns = set(itertools.chain.from_iterable(source))
     if "value" in columns:
         values = [_number(source, i, row, "value") for i, row in enumerate(source)]
     elif "points" in columns and "exam_total" in columns:
