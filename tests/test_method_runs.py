@@ -121,6 +121,24 @@ def test_a_method_that_is_switched_off_gives_its_base(changes, rows, base_run, t
     )
 
 
+def test_the_probe_is_read_at_the_temperature_of_training_whatever_samples(rows, tmp_path):
+    """As the trainer reads it, and where the constant was measured; the tokens of both rollouts are sampled at their own."""
+    config = tiny(rows, **LASER, sampling__temperature=0.6, eval__temperature=1.4, eval__every=1, eval__samples=16)
+    change(config, group_size=16, max_completion_length=24)  # some end
+    ready = train.setup(config, tmp_path / "run")
+    state = ready.programs.init()
+    for rollout in (
+        ready.programs.generate(state.params, ready.prompts.batch(0), state.step),
+        ready.programs.generate_eval(state.params, ready.held_out[0]),
+    ):
+        scored = ready.programs.score(state.params, rollout)
+        ended = ~np.asarray(rollout.truncated)
+        assert ended.any()
+        np.testing.assert_allclose(
+            np.asarray(rollout.probe_logprobs)[ended], np.asarray(scored.probe_logprobs)[ended], atol=1e-4
+        )
+
+
 @pytest.fixture(scope="module")
 def base_run(rows, tmp_path_factory):
     return run(tiny(rows, method={"name": "rloo"}), tmp_path_factory.mktemp("base") / "run")

@@ -25,6 +25,11 @@ def rows(request, problems, data_dir):
     }
 
 
+@pytest.fixture
+def is_standard(request):
+    return "standard" in request.node.callspec.id
+
+
 def numbers(row):
     return tuple(sorted(int(digits) for digits in re.findall(r"\d+", row["question"])))
 
@@ -39,8 +44,8 @@ def test_sizes_and_features(rows):
 def test_every_split_has_the_same_share_of_every_skill(rows):
     for part in rows.values():
         counts = collections.Counter(row["skill"] for row in part)
-        assert len(counts) >= 3
-        assert max(counts.values()) - min(counts.values()) <= 1
+        assert len(counts) == len({row["skill"] for row in rows["train"]}) >= 3
+        assert set(counts.values()) <= {len(part) // len(counts), -(-len(part) // len(counts))}
 
 
 def test_no_split_shares_the_numbers_of_a_skill_with_another(rows):
@@ -77,16 +82,25 @@ def test_every_step_is_right_and_leads_to_the_answer(rows):
             assert not steps or result == row["answer"]
 
 
-def test_half_of_the_chains_are_bare_answers(rows, request):
+def test_half_of_the_chains_are_bare_answers(rows, is_standard):
     bare = np.mean([row["solution"].startswith("####") for row in rows["train"]])
-    assert bare == 0 if "standard" in request.node.callspec.id else 0.48 < bare < 0.52
+    assert bare == 0 if is_standard else 0.48 < bare < 0.52
 
 
-def test_small_enough_for_a_small_model(rows):
+def test_chains_have_three_steps_and_standard_problems_eight_skills(rows, is_standard):
+    steps = {row["solution"].count("\n") for row in rows["train"]}
+    assert steps == ({1, 2} if is_standard else {0, 3})
+    assert len({row["skill"] for row in rows["train"]}) == (8 if is_standard else 3)
+
+
+def test_small_enough_for_a_small_model(rows, is_standard):
+    limit = 32 if is_standard else 40  # 40: max_prompt_length and max_completion_length of the recipes
     part = rows["train"][:4000]
     tokenizer = data.train_tokenizer(f"{row['question']}\n{row['solution']}" for row in part)
-    assert max(map(len, tokenizer.encode_batch([row["question"] for row in part]))) <= 48
-    assert max(map(len, tokenizer.encode_batch([row["solution"] for row in part]))) < 48  # one more for the end token
+    assert max(map(len, tokenizer.encode_batch([row["question"] for row in part]))) <= limit
+    assert (
+        max(map(len, tokenizer.encode_batch([row["solution"] for row in part]))) < limit
+    )  # one more for the end token
 
 
 def test_a_second_preparation_gives_the_same_data(problems, tmp_path):

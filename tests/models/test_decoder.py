@@ -432,6 +432,17 @@ def test_group_attention_shifts_scores_without_overflow():
     assert np.isfinite(nothing).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float32_products_are_float32_on_every_accelerator(dtype):
+    """Where nothing is asked for, they would be bfloat16 or TF32."""
+    config = make(compute_dtype=dtype)
+    forward = lambda params, tokens: models.apply(config, params, tokens)
+    jaxpr = str(jax.make_jaxpr(forward)(models.abstract_params(config), jax.ShapeDtypeStruct((2, 3), "int32")))
+    products = jaxpr.count("dot_general[")
+    assert products >= 8
+    assert jaxpr.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products * (dtype == "float32")
+
+
 # -- the abstract description ----------------------------------------------------------------------------------------
 
 
