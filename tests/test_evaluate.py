@@ -333,6 +333,18 @@ def test_other_data_with_human_values(trained, tmp_path):
     assert again["metrics"]["h_accuracy"] == pytest.approx(earned)
 
 
+def test_values_stay_with_their_questions_where_a_row_is_left_out(trained, tmp_path):
+    long = {"question": "too long a question", "solution": "#### 1", "answer": "1", "value": 1.0}
+    given = [long] + [row | {"value": (i + 1) / 10} for i, row in enumerate(DIGITS[:5])]
+    rows = write_rows(tmp_path / "exam.jsonl", given)
+    flags = [f"--data={rows}", "--samples=8", "--config.data.on_long_prompt=skip"]
+    record = command(trained[1], tmp_path / "out", *flags)
+    lines = completions(tmp_path / "out")
+    assert {line["row"] for line in lines} == {1, 2, 3, 4, 5}
+    earned = sum(given[line["row"]]["value"] * line["right"] for line in lines) / 8 / 1.5
+    assert record["metrics"]["h_accuracy"] == pytest.approx(earned) and earned > 0
+
+
 def test_the_temperature_of_evaluation_leaves_the_self_rewards_on_their_scale(trained, tmp_path):
     """One completion, whatever sampled it, has one self-reward."""
     found = {}
