@@ -320,6 +320,7 @@ def test_a_section_must_be_a_section():
             ["high_freq_factor is 4.0"],
         ),
         (dict(model__sliding_window=4, model__local_rope_theta=5.0), ["config.model.local_rope_theta", "rope_theta"]),
+        (dict(model__rope_scaling={"kind": "linear", "factor": True}), ["rope_scaling.factor is True", "a number"]),
         (dict(model__rope_scaling={"kind": "linear", "factor": "4"}), ["config.model.rope_scaling", "'4'", "'factor'"]),
         (dict(data__columns={"question": 3}), ["config.data.columns", "3"]),
         (dict(optimizer__b1=1.0), ["config.optimizer.b1 is 1.0", "less than 1"]),

@@ -24,6 +24,8 @@ class RopeScaling:
         if self.kind not in ("linear", "llama3"):
             raise ValueError(f"model.rope_scaling.kind is {self.kind!r}; it must be 'linear' or 'llama3'.")
         for name in ("factor", "low_freq_factor", "high_freq_factor", "original_length"):
+            if isinstance(getattr(self, name), bool):
+                raise ValueError(f"model.rope_scaling.{name} is {getattr(self, name)}; it must be a number.")
             if getattr(self, name) <= 0:
                 raise ValueError(f"model.rope_scaling.{name} is {getattr(self, name)}; it must be greater than 0.")
         if self.kind == "linear":
