@@ -1,9 +1,10 @@
 """The training step: from a rollout and its advantages to new parameters, on one page.
 
 Completions run against the same shared prompt KV that sampled them, with gradients flowing through
-each prompt once; log-probabilities are taken in chunks, so that of [tokens, vocabulary] never more than
-64 MiB, or one position of every completion, is held; a batch is cut into minibatches (an optimizer update
-each) and those into microbatches (memory), always along the prompt axis, with denominators counted over the whole minibatch.
+each prompt once; log-probabilities are taken in chunks of positions, so that [tokens, vocabulary] is never
+held whole: at most half of it and 64 MiB, or one position of every completion; a batch is cut into
+minibatches (an optimizer update each) and those into microbatches (memory), always along the prompt axis,
+with denominators counted over the whole minibatch.
 """
 
 from collections.abc import Callable
@@ -159,7 +160,7 @@ def completion_logprobs(
         scored = losses.token_logprobs(logits, tokens)
         return *scored, None if targets is None else losses.token_logprobs(logits, targets)[0]
 
-    chunk = min(chunk or max(1, _CHUNK_ENTRIES // (P * G * config.vocab_size)), T)
+    chunk = min(chunk or max(1, min(_CHUNK_ENTRIES // (P * G * config.vocab_size), -(-T // 2))), T)
     if chunk == T:
         return Scored(*of_chunk(head, hidden, rollout.tokens, targets, legal), probe)
     count = -(-T // chunk)
