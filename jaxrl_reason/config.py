@@ -5,6 +5,7 @@ set as `--config.section.field=value`. Everything is checked by `validate` befor
 """
 
 import ast
+from collections.abc import Mapping
 import dataclasses
 import difflib
 import importlib.util
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxrl_reason import data
 from jaxrl_reason import losses
 from jaxrl_reason import methods
 from jaxrl_reason import models
@@ -38,6 +40,11 @@ _section = dataclasses.dataclass(kw_only=True)
 
 @_section
 class Model:
+    path: str = _field(
+        "",
+        "a model to begin with: a directory in the Hugging Face layout, an id of its hub, or a .gguf file; sizes, switches and "
+        "tokenizer are then its own. Empty: random weights",
+    )
     width: int = _field(128, "size of the residual stream", low=1)
     layers: int = _field(4, "number of layers", low=1)
     heads: int = _field(4, "query heads", low=1)
@@ -68,6 +75,15 @@ class Model:
 
 
 @_section
+class Lora:
+    rank: int = _field(
+        0, "rank of the adapters that are trained in place of the weights; 0: all weights are trained", low=0
+    )
+    alpha: float = _field(16.0, "the adapters' product is multiplied by alpha / rank", above=0)
+    projections: list = _field(list(models.PROJECTIONS), "the layers' matrices that have adapters")
+
+
+@_section
 class Data:
     train: str = _field("word_problems", "a TFDS name (word_problems, gsm8k, ...) or a path ending in .jsonl")
     train_split: str = _field("train", "TFDS split, or a slice such as [:90%] of a JSONL file")
@@ -75,7 +91,10 @@ class Data:
     eval_split: str = _field("test", "split or slice for evaluation")
     data_dir: str = _field("", "where TFDS keeps prepared data; empty: TFDS's own default")
     columns: dict = _field({}, "our column names to the file's, e.g. {'question': 'problem'}")
-    template: str = _field("plain", "prompt template: a name from data/prompts.py")
+    template: str = _field("plain", "prompt template: a name from data/prompts.py, or a text with a {column}")
+    chat: bool = _field(False, "put the prompt into the chat template that comes with the model, as the user's turn")
+    system: str = _field("", "system prompt of that chat; empty: none, or the template's own")
+    chat_options: dict = _field({}, "further names that the chat template knows, e.g. {'enable_thinking': False}")
     on_bad_row: str = _field("refuse", "what to do with a malformed row", choices=("refuse", "skip"))
     on_long_prompt: str = _field("refuse", "what to do with prompts over max_prompt_length", choices=("refuse", "skip"))
     tokenizer: str = _field("", "a tokenizer.json or its directory; empty: a small one trained on the data")
@@ -131,7 +150,7 @@ class RewardModel:
 class Reward:
     functions: list = _field(
         ["accuracy"],
-        "accuracy, format, math_verify, match_answer (on device), reward_model (learned), module:function or file.py:function",
+        "accuracy, last_number, format, math_verify, match_answer (on device), reward_model (learned), module:function or file.py:function",
     )
     weights: list = _field([], "a weight a function; empty: 1 each")
     verdict: str = _field("", "the function whose value > 0.5 means right; empty: the first")
@@ -216,6 +235,7 @@ class Config:
     max_prompt_length: int = _field(64, "tokens of a prompt (S)", low=1)
     max_completion_length: int = _field(64, "tokens of a completion, end token included (T)", low=1)
     model: Model = dataclasses.field(default_factory=Model)
+    lora: Lora = dataclasses.field(default_factory=Lora)
     data: Data = dataclasses.field(default_factory=Data)
     supervised: Supervised = dataclasses.field(default_factory=Supervised)
     regression: Regression = dataclasses.field(default_factory=Regression)
@@ -446,12 +466,45 @@ def make_method(config: Config) -> methods.Method:
         raise ConfigError(f"config.method: {e}") from e
 
 
-def model_config(config: Config, vocab_size: int) -> models.ModelConfig:
+_OF_PRETRAINED = ("path", "param_dtype", "compute_dtype", "remat")  # what config.model can still say about one
+
+
+def prompt_template(config: Config, tokenizer: data.Tokenizer) -> data.PromptTemplate | data.ChatTemplate:
+    """What turns the rows of a run into prompts and solutions. Raises ValueError where there is no such template."""
+    d = config.data
+    template = data.get_template(d.template)
+    return data.chat_template(template, tokenizer, d.system, d.chat_options) if d.chat else template
+
+
+def model_config(config: Config, vocab_size: int, source: Mapping[str, Any] | None = None) -> models.ModelConfig:
+    """The decoder of a run.
+
+    Args:
+      config: of the run.
+      vocab_size: of its tokenizer.
+      source: the config.json of the pretrained model it begins with, or None.
+
+    Raises:
+      ConfigError: there can be no such decoder.
+    """
     sizes = dataclasses.asdict(config.model)
+    adapters = {}
+    if config.lora.rank:
+        names = tuple(config.lora.projections)
+        adapters = dict(lora_rank=config.lora.rank, lora_alpha=config.lora.alpha, lora_projections=names)
+    if source is not None:
+        found = models.read_config(source)
+        if vocab_size > found.vocab_size:
+            raise ConfigError(
+                f"The tokenizer has {vocab_size} tokens, and the model of config.model.path has {found.vocab_size}; leave "
+                "config.data.tokenizer empty to take the model's own."
+            )
+        return dataclasses.replace(found, **{name: sizes[name] for name in _OF_PRETRAINED[1:]}, **adapters)
     scaling = sizes.pop("rope_scaling")
+    sizes.pop("path")
     try:
         scaling = models.RopeScaling(**scaling) if scaling else None
-        return models.ModelConfig(vocab_size=vocab_size, rope_scaling=scaling, **sizes)
+        return models.ModelConfig(vocab_size=vocab_size, rope_scaling=scaling, **sizes, **adapters)
     except TypeError as e:  # of rope_scaling, the one part that is not typed above
         names = ", ".join(f.name for f in dataclasses.fields(models.RopeScaling))
         raise ConfigError(
@@ -501,6 +554,10 @@ def validate(config: Config) -> methods.Method:
             f"config.update.accumulation is {c.update.accumulation}, which does not divide the {per_update} prompts of "
             "an update (config.prompts_per_step / config.update.minibatches)."
         )
+    if not c.data.chat and (c.data.system or c.data.chat_options):
+        raise ConfigError(
+            "config.data.system and config.data.chat_options belong to the model's chat template; set config.data.chat=true."
+        )
     if any(not isinstance(name, str) for item in c.data.columns.items() for name in item):
         raise ConfigError(
             f"config.data.columns is {c.data.columns}; it must map column names to column names, all of them text."
@@ -530,7 +587,21 @@ def validate(config: Config) -> methods.Method:
             "run's own; set one of them to empty or 0."
         )
     _check_needs(c, method)
-    model_config(c, vocab_size=300)
+    if c.model.path:
+        fresh = Model()
+        given = [
+            name
+            for name in _names(fresh)
+            if name not in _OF_PRETRAINED and getattr(c.model, name) != getattr(fresh, name)
+        ]
+        if given:
+            raise ConfigError(
+                f"config.model.{given[0]} is {getattr(c.model, given[0])!r}, and the model of config.model.path brings its own; leave out "
+                "one of them."
+            )
+    if not c.lora.rank and c.lora != Lora():
+        raise ConfigError("config.lora is set and config.lora.rank is 0, so nothing would read it.")
+    model_config(dataclasses.replace(c, model=Model() if c.model.path else c.model), vocab_size=300)
     return method
 
 
@@ -546,6 +617,10 @@ def _check_needs(c: Config, method: methods.Method) -> None:
         raise ConfigError(
             f"config.method.name {method.name!r} keeps groups with both right and wrong answers, and a regression run has neither; "
             "set config.method.dynamic_sampling=false."
+        )
+    if numbers and c.model.path:
+        raise ConfigError(
+            "config.model.path is set, and a regression run (config.regression.tokenizer) begins with random weights."
         )
     if numbers:
         if "values" in method.signals and not c.regression.value:

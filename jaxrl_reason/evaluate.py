@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import json
-import logging
 import math
 import pathlib
 import shlex
@@ -32,7 +31,6 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 import numpy as np
-import orbax.checkpoint as ocp
 import rich.console
 import rich.table
 
@@ -44,6 +42,7 @@ from jaxrl_reason import models
 from jaxrl_reason import programs as programs_lib
 from jaxrl_reason import regression
 from jaxrl_reason import reward_training
+from jaxrl_reason import runs
 from jaxrl_reason import tasks
 from jaxrl_reason import writers
 from jaxrl_reason.config import Config, ConfigError
@@ -55,8 +54,7 @@ from jaxrl_reason.progress import Progress
 from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.rewards.scorer import LEARNED, Scorer
 from jaxrl_reason.rollout import Rollout
-
-_log = logging.getLogger(__name__)
+from jaxrl_reason.workdir import model_source
 
 # Flags that are fields of the configuration by a shorter name.
 FIELDS = {
@@ -113,81 +111,6 @@ def parse_args(argv: Sequence[str]) -> Request:
     out = pathlib.Path(texts.get("--out") or workdir / "evaluation").expanduser().resolve()
     recipe = pathlib.Path(texts["--config"]).expanduser() if "--config" in texts else None
     return Request(workdir, fields, None if number is None else int(number), out, recipe)
-
-
-def load_config(workdir: pathlib.Path, fields: Mapping[str, str]) -> Config:
-    """The configuration that a run began with, changed in `fields`, and checked.
-
-    Raises:
-      ConfigError: there is no run in this directory, or the configuration cannot run.
-    """
-    file = workdir / "config.json"
-    if not file.is_file():
-        missing = "it holds no config.json" if workdir.is_dir() else "there is no such directory"
-        raise ConfigError(f"{workdir} is not the work directory of a run: {missing}.")
-    try:
-        config = config_lib.from_dict(json.loads(file.read_bytes())["config"])
-    except ConfigError:
-        raise
-    except (ValueError, TypeError, KeyError) as e:
-        raise ConfigError(f"{file} is not what a run writes ({type(e).__name__}: {e}); restore it.") from e
-    for name, text in fields.items():
-        config_lib.override(config, name, text)
-    if "data.eval" in fields and "data.eval_split" not in fields:
-        config.data.eval_split = "all" if config.data.eval.endswith((".jsonl", ".csv")) else "test"
-    if config.eval.temperature == 0 and "eval.samples" not in fields:
-        config.eval.samples = 1  # greedy completions are all alike
-    config_lib.validate(config)
-    return config
-
-
-def checkpoint_numbers(workdir: pathlib.Path) -> list[int]:
-    """The numbers of the complete checkpoints of a run, newest first."""
-    directory = workdir / "checkpoints"
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    return sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True)
-
-
-def load_weights(workdir: pathlib.Path, number: int | None, like) -> tuple[int, models.Params]:
-    """The policy's weights out of a checkpoint, read without its optimizer; the directory is left as it is.
-
-    Args:
-      workdir: of the run.
-      number: of the checkpoint; None for the newest that can be read.
-      like: ShapeDtypeStructs with shardings.
-
-    Returns:
-      The number of the checkpoint, and the weights.
-
-    Raises:
-      ConfigError: there is no such checkpoint, it cannot be read, or its weights are of other shapes.
-    """
-    numbers = checkpoint_numbers(workdir)
-    if not numbers:
-        raise ConfigError(f"The run in {workdir} has no checkpoint yet; train it first.")
-    if number is not None and number not in numbers:
-        raise ConfigError(f"The run in {workdir} has no checkpoint {number}; it has {', '.join(map(str, numbers))}.")
-    item = {"params": like}
-    restore = ocp.args.PyTreeRestore(
-        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-    )
-    shapes = lambda tree: jax.tree.map(lambda x: tuple(x.shape), tree)
-    faults = []
-    for candidate in numbers if number is None else [number]:
-        directory = workdir / "checkpoints" / str(candidate)
-        try:
-            saved = ocp.PyTreeCheckpointHandler().metadata(directory / "default").tree["params"]
-            if shapes(saved) != shapes(like):
-                raise ValueError("its weights have other shapes than the configuration and the tokenizer ask for")
-            with ocp.PyTreeCheckpointer() as checkpointer:
-                params = checkpointer.restore(directory / "default", args=restore)["params"]
-        except (ValueError, KeyError, OSError, TypeError) as e:
-            faults.append(f"{directory} cannot be read: {str(e).partition(chr(10))[0]}")
-            continue
-        for fault in faults:
-            _log.warning("Checkpoint %s", fault)
-        return candidate, params
-    raise ConfigError(f"Checkpoint {faults[0]}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,8 +172,8 @@ def _text_subject(c: Config, workdir: pathlib.Path, method: methods.Method, mesh
         on_bad_row=c.data.on_bad_row,
     )
     values = held_out_values(source, "values" in method.signals)
-    template = data.get_template(c.data.template)
     tokenizer = data.load_tokenizer(workdir / "tokenizer")
+    template = config_lib.prompt_template(c, tokenizer)
     batches = data.eval_prompts(
         source,
         tokenizer,
@@ -293,7 +216,7 @@ def _text_subject(c: Config, workdir: pathlib.Path, method: methods.Method, mesh
         return Judged(numbers, _completions(found, template), "completions.jsonl", draw)
 
     return Subject(
-        config_lib.model_config(c, tokenizer.vocab_size),
+        config_lib.model_config(c, tokenizer.vocab_size, model_source(workdir)),
         tokenizer,
         (source.name, source.fingerprint),
         batches,
@@ -350,7 +273,7 @@ def run(request: Request, command: str) -> dict[str, float]:
     """
     if request.recipe:
         config_lib.load_module(request.recipe)
-    c, workdir = load_config(request.workdir, request.fields), request.workdir
+    c, workdir = runs.load_config(request.workdir, request.fields), request.workdir
     method = config_lib.make_method(c)
     mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     subject = _numbers_subject(c, workdir, mesh) if c.regression.tokenizer else _text_subject(c, workdir, method, mesh)
@@ -371,7 +294,7 @@ def run(request: Request, command: str) -> dict[str, float]:
         models.abstract_params(subject.model),
         sharding.param_shardings(subject.model, mesh),
     )
-    number, params = load_weights(workdir, request.checkpoint, like)
+    number, params = runs.load_weights(workdir, request.checkpoint, like)
     if request.out.exists() and not request.out.is_dir():
         raise ConfigError(f"--out={request.out} is a file; name a directory.")
     request.out.mkdir(parents=True, exist_ok=True)  # before the work that it is for

@@ -118,13 +118,17 @@ def gather(
     )
 
 
-def evaluate(found: Evaluated) -> dict[str, float]:
+def evaluate(found: Evaluated, temperature: float) -> dict[str, float]:
     """The evaluation of a run in progress.
+
+    Args:
+      found: from `gather`.
+      temperature: that sampled.
 
     Returns:
       `eval/accuracy` (mean over all completions), `eval/pass@K`, `eval/mean_length` (tokens, end token included),
       `eval/clipped_ratio` (share without an end token), `eval/prompts`, with a tokenizer `eval/maj@K` (share of prompts whose
-      most frequent answer is right), and what `method_metrics` adds.
+      most frequent answer is right), `eval/entropy` as in `figures`, and what `method_metrics` adds.
     """
     prompts, samples = found.right.shape
     majority = {}
@@ -137,7 +141,7 @@ def evaluate(found: Evaluated) -> dict[str, float]:
         "eval/clipped_ratio": float(found.truncated.mean()),
         "eval/prompts": prompts,
         **majority,
-        **{f"eval/{name}": value for name, value in method_metrics(found).items()},
+        **{f"eval/{name}": value for name, value in (_entropy(found, temperature) | method_metrics(found)).items()},
     }
 
 
@@ -223,9 +227,14 @@ def figures(found: Evaluated, temperature: float) -> dict[str, float]:
         "clipped_ratio": float(found.truncated.mean()),
         "answered_ratio": float(np.mean([[answer is not None for answer in group] for group in found.answers])),
     }
-    if temperature > 0:
-        out["entropy"] = float(-found.logprobs.sum(dtype=np.float64) / lengths.sum())
-    return out | {"prompts": prompts} | method_metrics(found)
+    return out | _entropy(found, temperature) | {"prompts": prompts} | method_metrics(found)
+
+
+def _entropy(found: Evaluated, temperature: float) -> dict[str, float]:
+    """Nats a token, estimated from the tokens that were sampled; {} where none were."""
+    if temperature == 0:
+        return {}
+    return {"entropy": float(-found.logprobs.sum(dtype=np.float64) / found.lengths.sum())}
 
 
 def powers(samples: int) -> list[int]:

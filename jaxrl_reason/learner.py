@@ -271,24 +271,27 @@ def make_update(
       means over the updates. `sampling/logp_difference_max` compares the sampler's log-probabilities
       with the trainer's before anything changed.
     """
-    grad = jax.grad(lambda *args: loss_and_metrics(config, options, *args), has_aux=True)
+    join = models.lora.join
+    loss = lambda trained, frozen, *args: loss_and_metrics(config, options, join(trained, frozen), *args)
 
     def gradient(params, batch: Experience, temperature):
+        trained, frozen = models.lora.split(config, params)
+        grad = jax.grad(lambda trained, *args: loss(trained, frozen, *args), has_aux=True)
         total, classes = losses.totals(batch.mask), None
         if options.loss.self_reward:
             classes = losses.class_totals(batch.verdicts, batch.judged)
         whole = total, temperature, legal, classes
         if options.accumulation == 1:
-            return grad(params, batch, *whole)
+            return grad(trained, batch, *whole)
 
         def add(sums, part):
-            new, (metrics, difference) = grad(params, part, *whole)
+            new, (metrics, difference) = grad(trained, part, *whole)
             grads, (old_metrics, old_difference) = sums
             plus = lambda tree, other: jax.tree.map(jnp.add, tree, other)
             return (plus(grads, new), (plus(old_metrics, metrics), jnp.maximum(old_difference, difference))), ()
 
         parts = split(batch, options.accumulation)
-        shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], parts), *whole)
+        shapes = jax.eval_shape(grad, trained, jax.tree.map(lambda x: x[0], parts), *whole)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
         return jax.lax.scan(add, zeros, parts)[0]
 
@@ -302,7 +305,9 @@ def make_update(
             batch = batch._replace(judged=batch.judged & mask.any(axis=-1))
         grads, (metrics, difference) = gradient(params, batch, temperature)
         metrics["nonfinite_completions"] += dropped
-        params, opt_state, metrics["grad_norm"] = apply_gradients(optimizer, params, opt_state, grads)
+        trained, frozen = models.lora.split(config, params)
+        trained, opt_state, metrics["grad_norm"] = apply_gradients(optimizer, trained, opt_state, grads)
+        params = join(trained, frozen)
         metrics["skipped_update_ratio"] = 1.0 - jnp.isfinite(metrics["grad_norm"])
         return params, opt_state, metrics, difference
 
@@ -363,7 +368,8 @@ def make_supervised_update(config: models.ModelConfig, optimizer: optax.Gradient
     tokens, mask: [B, T], the end token included; the loss is the mean over tokens. legal: see `make_update`.
     """
 
-    def loss_fn(params, rollout):
+    def loss_fn(trained, frozen, rollout):
+        params = models.lora.join(trained, frozen)
         logprobs = completion_logprobs(config, params, rollout, 1.0, legal).logprobs
         return -losses.aggregate(logprobs, rollout.mask, "token_mean")
 
@@ -371,8 +377,10 @@ def make_supervised_update(config: models.ModelConfig, optimizer: optax.Gradient
         mask = mask[:, None].astype(bool)
         zeros, no = jnp.zeros(mask.shape), jnp.zeros(mask.shape[:2], bool)
         rollout = Rollout(prompt_tokens, prompt_mask, tokens[:, None], mask, zeros, no, features)
-        loss, grads = jax.value_and_grad(loss_fn)(state.params, rollout)
-        params, opt_state, norm = apply_gradients(optimizer, state.params, state.opt_state, grads)
+        trained, frozen = models.lora.split(config, state.params)
+        loss, grads = jax.value_and_grad(loss_fn)(trained, frozen, rollout)
+        trained, opt_state, norm = apply_gradients(optimizer, trained, state.opt_state, grads)
+        params = models.lora.join(trained, frozen)
         state = state._replace(step=state.step + 1, params=params, opt_state=opt_state, batches=state.batches + 1)
         return state, {"sft/loss": loss, "sft/grad_norm": norm}
 

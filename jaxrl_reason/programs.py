@@ -109,9 +109,8 @@ def build(
     shardings = state_shardings(model, mesh, optimizer, method)
 
     def fresh(params):
-        return TrainState(
-            jnp.int32(0), params, learner.init_opt_state(optimizer, params), method.advantage.init(), jnp.int32(0)
-        )
+        opt_state = learner.init_opt_state(optimizer, models.lora.split(model, params)[0])
+        return TrainState(jnp.int32(0), params, opt_state, method.advantage.init(), jnp.int32(0))
 
     def sampler(group_size, purpose, **extra):
         def generate(params, tokens, mask, prompt_ids, features, step, temperature):
@@ -243,13 +242,10 @@ def state_shardings(model: models.ModelConfig, mesh: jax.sharding.Mesh, optimize
         params = sharding.param_shardings(model, mesh)
     except ValueError as e:
         raise ConfigError(f"config.{e}") from e
-    abstract = jax.eval_shape(
-        lambda: learner.init_opt_state(
-            optimizer, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), models.abstract_params(model))
-        )
-    )
+    trained, _ = models.lora.split(model, models.abstract_params(model))
+    abstract = jax.eval_shape(functools.partial(learner.init_opt_state, optimizer), trained)
     opt_state = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, s: s, abstract, params, transform_non_params=lambda _: whole
+        optimizer, lambda _, s: s, abstract, models.lora.split(model, params)[0], transform_non_params=lambda _: whole
     )
     advantage_state = jax.tree.map(lambda _: whole, jax.eval_shape(method.advantage.init))
     return TrainState(whole, params, opt_state, advantage_state, whole)

@@ -138,7 +138,8 @@ class Rows:
 
     Attributes:
       padded: the prompts.
-      features: f32[N, F], or None where rows enter as text.
+      features: f32[N, F] for the policy, or None where rows enter as text.
+      numeric: f32[N, F], the same where rows enter as text too: what a regressor beside the policy reads.
       digits: int32[N, L].
       z: f32[N], targets as z-scores.
       targets: float64[N].
@@ -147,6 +148,7 @@ class Rows:
 
     padded: pipeline.Padded
     features: np.ndarray | None
+    numeric: np.ndarray
     digits: np.ndarray
     z: np.ndarray
     targets: np.ndarray
@@ -231,9 +233,11 @@ def open_task(config: Config) -> Task:
             raise ConfigError(
                 f"config.max_prompt_length is {c.max_prompt_length}, and a row of {table.name} has {longest} tokens; raise it."
             )
+        features = scaler.transform(table)
         return Rows(
             pipeline.Padded(prompts, c.max_prompt_length, digits.pad_id),
-            None if as_text else scaler.transform(table),
+            None if as_text else features,
+            features,
             digits.encode(table.targets),
             np.asarray(digits.target.to_z(table.targets), np.float32),
             table.targets,
@@ -367,10 +371,10 @@ def evaluate(
 def pointwise_regressor(
     task: Task, *, width: int, steps: int, batch_size: int, learning_rate: float, seed: int
 ) -> dict[str, float]:
-    """The usual alternative, for comparison: an MLP with a mean-squared-error head on the same features.
+    """The usual alternative, for comparison: an MLP with a mean-squared-error head on the same columns.
 
     Args:
-      task: with features.
+      task: the data, whether the policy reads them as features or as text.
       width: of its two hidden layers.
       steps, batch_size, learning_rate: AdamW, cosine to 0, as in the supervised phase.
       seed: of weights and batches.
@@ -378,7 +382,7 @@ def pointwise_regressor(
     Returns:
       `pointwise/rmse`, `pointwise/r2`, `pointwise/spearman` on the held-out rows, in z-scores.
     """
-    sizes = [task.features, width, width, 1]
+    sizes = [task.train.numeric.shape[1], width, width, 1]
     keys = jax.random.split(jax.random.key(seed), len(sizes) - 1)
     params = [(jax.random.normal(k, (i, o)) * i**-0.5, jnp.zeros(o)) for k, i, o in zip(keys, sizes[:-1], sizes[1:])]
     optimizer = optax.adamw(optax.cosine_decay_schedule(learning_rate, steps))
@@ -400,6 +404,6 @@ def pointwise_regressor(
     carry = params, optimizer.init(params)
     for i in range(steps):
         chosen = batches[i]
-        carry = update(carry, task.train.features[chosen], task.train.z[chosen])
-    scores = metrics.regression_scores(np.asarray(jax.jit(predict)(carry[0], task.held_out.features)), task.held_out.z)
+        carry = update(carry, task.train.numeric[chosen], task.train.z[chosen])
+    scores = metrics.regression_scores(np.asarray(jax.jit(predict)(carry[0], task.held_out.numeric)), task.held_out.z)
     return {f"pointwise/{name}": value for name, value in scores.items()}

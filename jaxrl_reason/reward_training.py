@@ -85,7 +85,7 @@ def setup(
       ConfigError, ValueError, OSError: a sentence that says what is wrong and where.
     """
     c, r = config, config.reward_model
-    phase = Phase(config, model, mesh, tokenizer)
+    phase = Phase(config, models.lora.base_of(model), mesh, tokenizer)
     if r.path:
         _describe(phase.directory, tokenizer_digest(tokenizer))
         return phase
@@ -106,7 +106,7 @@ def setup(
     stream = functools.partial(
         PreferenceStream,
         tokenizer=tokenizer,
-        template=data.get_template(c.data.template),
+        template=config_lib.prompt_template(c, tokenizer),
         batch_size=r.batch_size,
         max_prompt_length=c.max_prompt_length,
         max_completion_length=c.max_completion_length,
@@ -325,25 +325,28 @@ def _describe(directory: pathlib.Path, tokenizer_digest: str) -> models.ModelCon
 
 
 def start_decoder(run, console: rich.console.Console) -> models.Params:
-    """What a `train.Run` has of a policy past its supervised phase: its newest weights, else those it would start from, else random ones."""
-    c, fresh = run.config, run.programs.init()
+    """What a `train.Run` has of a policy past its supervised phase: its newest weights, else those it would start from."""
+    from jaxrl_reason import train  # which has this module's training among its phases
+
+    c = run.config
     saver = checkpoints.Checkpoints(run.work.path / "checkpoints", c.checkpoint.keep)
-    number, state = saver.restore(fresh) or (-1, fresh)
+    number, state = saver.restore(run.programs.abstract_state) or (-1, None)
     saver.close()
     if number >= c.supervised.steps:
         origin, params = saver.directory / str(number), state.params
-    elif c.supervised.start_from:
-        origin = pathlib.Path(c.supervised.start_from).expanduser() / "start"
-        params = checkpoints.load_params(origin, fresh.params)
     else:
-        origin, params = "random weights: the run has no policy yet that is past its supervised phase", fresh.params
+        start = c.supervised.start_from and pathlib.Path(c.supervised.start_from).expanduser() / "start"
+        nothing = "random weights: the run has no policy yet that is past its supervised phase"
+        origin = start or c.model.path or nothing
+        params = train.first_state(run).params
+    _, params = models.lora.merge(run.model, params)
     console.print(f"The reward model starts from {origin}.", soft_wrap=True)
     return params
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    from jaxrl_reason import train  # which has this module's training among its phases
+    from jaxrl_reason import train
 
     argv = sys.argv[1:] if argv is None else argv
     if not argv or "--help" in argv or "-h" in argv:

@@ -25,7 +25,7 @@ from jaxrl_reason.data.values import altered, held_out_values, read_values
 from jaxrl_reason.methods import Method
 from jaxrl_reason.models import sharding
 from jaxrl_reason.rewards.scorer import Scorer
-from jaxrl_reason.workdir import Workdir
+from jaxrl_reason.workdir import Workdir, model_source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Task:
       legal: bool[T, V] tokens allowed at each position, or None.
       expert: see `experience.make_prepare`, or None.
       baselines: () -> figures of other approaches on the same data, measured once a run.
+      pretrained: the model that the run begins with where its directory does not say it yet, or None.
+      load_weights: () -> the weights of that model, on the mesh; None where a run begins with random ones.
     """
 
     work: Workdir
@@ -57,6 +59,8 @@ class Task:
     legal: np.ndarray | None = None
     expert: Callable | None = None
     baselines: Callable[[], dict[str, float]] = dict
+    pretrained: models.Opened | None = None
+    load_weights: Callable[[], models.Params] | None = None
 
 
 def open_task(config: Config, method: Method, mesh: jax.sharding.Mesh, workdir: str | pathlib.Path) -> Task:
@@ -75,31 +79,46 @@ def open_task(config: Config, method: Method, mesh: jax.sharding.Mesh, workdir: 
 
 
 def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
-    source = lambda name, split: data.load_source(
+    rows_of = lambda name, split: data.load_source(
         name, split, data_dir=c.data.data_dir or None, columns=c.data.columns, on_bad_row=c.data.on_bad_row
     )
-    train_rows = source(c.data.train, c.data.train_split)
-    eval_rows = source(c.data.eval or c.data.train, c.data.eval_split)
-    template = data.get_template(c.data.template)
+    train_rows = rows_of(c.data.train, c.data.train_split)
+    eval_rows = rows_of(c.data.eval or c.data.train, c.data.eval_split)
     columns = {}
     if "values" in method.signals:
         given = c.method.get("rlev", c.method)
         scale = {k: given.get(k, default) for k, default in methods.keywords("rlev").items() if k in ("alpha", "clip")}
         columns["values"] = altered(read_values(train_rows), c.data.values, seed=c.seed, **scale)
 
+    work = Workdir(workdir, c, f"{train_rows.fingerprint}/{eval_rows.fingerprint}")
+    source, pretrained = model_source(work.path), None
+    if c.model.path and source is None:
+        pretrained = models.open_model(c.model.path)
+        source = pretrained.source
+
     def make_tokenizer():
         if c.supervised.start_from:
             return data.load_tokenizer(pathlib.Path(c.supervised.start_from).expanduser() / "tokenizer")
         if c.data.tokenizer:
             return data.load_tokenizer(c.data.tokenizer)
+        if pretrained is not None:
+            if pretrained.tokenizer is None:
+                raise ConfigError(
+                    f"config.model.path is {c.model.path!r}, which has no tokenizer.json; name one in config.data.tokenizer."
+                )
+            return pretrained.tokenizer
+        template = data.get_template(c.data.template)
         rows = train_rows.read(range(min(len(train_rows), 2000)))
         texts = [
             template.render_prompt(row) + (template.render_solution(row) if "solution" in row else "") for row in rows
         ]
         return data.train_tokenizer(texts, c.data.vocab_size)
 
-    work = Workdir(workdir, c, f"{train_rows.fingerprint}/{eval_rows.fingerprint}")
     tokenizer = work.tokenizer(make_tokenizer)
+    template = config_lib.prompt_template(c, tokenizer)
+    model = config_lib.model_config(c, tokenizer.vocab_size, source)
+    if pretrained is not None:
+        models.check_weights(pretrained, models.lora.base_of(model))
     texts = dict(max_prompt_length=c.max_prompt_length, on_long=c.data.on_long_prompt, add_bos=c.data.add_bos)
     scorer = Scorer(
         c.reward.functions,
@@ -132,7 +151,7 @@ def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
     return Task(
         work=work,
         tokenizer=tokenizer,
-        model=config_lib.model_config(c, tokenizer.vocab_size),
+        model=model,
         prompts=prompts,
         solutions=solutions,
         held_out=held_out,
@@ -147,9 +166,26 @@ def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
                 verdict=judge,
                 self_reward=self_reward_of(method, c_ref),
                 values=values,
-            )
+            ),
+            c.eval.temperature,
         ),
+        pretrained=pretrained,
+        load_weights=functools.partial(_pretrained_weights, c, pretrained, model, mesh) if c.model.path else None,
     )
+
+
+def _pretrained_weights(
+    c: Config, pretrained: models.Opened | None, model: models.ModelConfig, mesh: jax.sharding.Mesh
+):
+    """The weights of config.model.path on the mesh, with fresh adapters where they are to be trained."""
+    opened = pretrained or models.open_model(c.model.path)
+    base = models.place_weights(opened, models.lora.base_of(model), mesh)
+    if not model.lora_rank:
+        return base
+    shardings, _ = models.lora.split(model, sharding.param_shardings(model, mesh))
+    key = jax.random.key(c.seed)
+    adapters = jax.jit(functools.partial(models.lora.init_adapters, model), out_shardings=shardings)(key)
+    return models.lora.join(adapters, base)
 
 
 def _numbers(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
@@ -175,7 +211,7 @@ def _numbers(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Tas
 
     def baselines():
         s = c.supervised
-        if not (table.features and s.steps):
+        if not s.steps:
             return {}
         found = regression.pointwise_regressor(
             table,
@@ -258,5 +294,5 @@ def headlines(method: Method) -> tuple[str, ...]:
     if method.loss.self_reward:
         shown += ["self_reward", "best_of", "maj@", "weighted_vote"]
     if "answer_confidence" in method.signals:
-        shown += ["distinct_right_answers"]
+        shown += ["distinct_right_answers", "entropy"]
     return tuple(shown)

@@ -22,6 +22,7 @@ import rich.console
 from jaxrl_reason import checkpoints
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import experience
+from jaxrl_reason import models
 from jaxrl_reason import programs as programs_lib
 from jaxrl_reason import reward_training
 from jaxrl_reason import tasks
@@ -89,8 +90,23 @@ def setup(config: Config, workdir: str | pathlib.Path) -> Run:
         reward_phase = reward_training.setup(
             config, model=task.model, work=task.work, tokenizer=task.tokenizer, mesh=mesh
         )
-    task.work.begin(task.tokenizer)
+    task.work.begin(task.tokenizer, task.pretrained)
     return Run(config, method, task, programs, reward_phase)
+
+
+def first_state(run: Run) -> TrainState:
+    """Step 0 of a run: another run's start, a pretrained model, or random weights."""
+    start = run.config.supervised.start_from
+    if not start and not run.task.load_weights:
+        return run.programs.init()
+    trained, frozen = models.lora.split(run.model, run.programs.abstract_state.params)
+    if not start or frozen:
+        trained, frozen = models.lora.split(
+            run.model, run.task.load_weights() if run.task.load_weights else run.programs.init().params
+        )
+    if start:
+        trained = checkpoints.load_params(pathlib.Path(start).expanduser() / "start", trained)
+    return run.programs.restart(models.lora.join(trained, frozen))
 
 
 def supervised(
@@ -173,7 +189,7 @@ def train_step(run: Run, state: TrainState, reference, clock: Clock, c_ref: jax.
     Args:
       run: what to run.
       state: donated.
-      reference: weights of the reference policy, or None.
+      reference: of the weights of the reference policy those that the run trains, or None.
       clock: measures the parts.
       c_ref: f32 scalar of LaSeR's self-reward, or None.
 
@@ -190,7 +206,8 @@ def train_step(run: Run, state: TrainState, reference, clock: Clock, c_ref: jax.
             exact = run.model.compute_dtype == run.model.param_dtype == "float32"
             old_logprobs = rollout.logprobs if exact else programs.score(state.params, rollout).logprobs
         if reference is not None:
-            of_reference = programs.score(reference, rollout)
+            _, frozen = models.lora.split(run.model, state.params)
+            of_reference = programs.score(models.lora.join(reference, frozen), rollout)
             if needs_kl(run):
                 ref_logprobs = of_reference.logprobs
                 kl = experience.log_ratio(rollout, ref_logprobs)
@@ -228,23 +245,23 @@ def train(run: Run) -> dict[str, dict[str, float]]:
         console.print(f"Going on from {saver.directory / str(number)}.", soft_wrap=True)
     picture_of(run).unlink(missing_ok=True)  # that of a shorter run: it would pass for this one's
     if number is None or number < c.supervised.steps:
-        state = programs.init() if state is None else state
+        state = first_state(run) if state is None else state
         if run.solutions:
             state = supervised(run, state, saver, console)
-        params = state.params
-        if c.supervised.start_from:
-            params = checkpoints.load_params(pathlib.Path(c.supervised.start_from).expanduser() / "start", params)
-        state = programs.restart(params)
+        state = programs.restart(state.params)
         saver.save(c.supervised.steps, state)
 
     begin = int(state.step)
     if begin == 0 and (needs_reference(run) or c.checkpoint.keep_start):
-        checkpoints.save_params(work.path / "start", state.params)
-    reference = checkpoints.load_params(work.path / "start", state.params) if needs_reference(run) else None
+        checkpoints.save_params(work.path / "start", trained_of(run, state.params))
+    reference = None
+    if needs_reference(run):
+        reference = checkpoints.load_params(work.path / "start", trained_of(run, state.params))
     c_ref = self_reward_constant(run, state)
     exact = c_ref is not None and run.method.loss.self_reward.reference == "exact"
     if run.reward_phase:
-        score = reward_training.scorer(run.reward_phase, state.params, console)
+        _, params = models.lora.merge(run.model, state.params)
+        score = reward_training.scorer(run.reward_phase, params, console)
         run = dataclasses.replace(run, task=dataclasses.replace(run.task, scorer=run.scorer.with_reward_model(score)))
     evaluation = lambda state: run.task.evaluate(
         functools.partial(programs.generate_eval, state.params), run.scorer, c_ref
@@ -273,6 +290,11 @@ def train(run: Run) -> dict[str, dict[str, float]]:
             bar.advance(f"reward {metrics['reward']:.3f}")
     saver.close()
     return report(run, console)
+
+
+def trained_of(run: Run, params: models.Params) -> models.Params:
+    """The weights that the run trains: all, or the adapters."""
+    return models.lora.split(run.model, params)[0]
 
 
 def needs_kl(run: Run) -> bool:
@@ -389,7 +411,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         train(run)
-    except (ConfigError, RewardError, checkpoints.CheckpointError, writers.MetricsError, OSError) as e:
+    except (
+        ConfigError,
+        RewardError,
+        checkpoints.CheckpointError,
+        writers.MetricsError,
+        models.PretrainedError,
+        OSError,
+    ) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     return 0

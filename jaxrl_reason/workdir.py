@@ -7,6 +7,7 @@ import pathlib
 import shutil
 
 from jaxrl_reason import config as config_lib
+from jaxrl_reason import models
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data import Tokenizer, load_tokenizer
 
@@ -56,8 +57,11 @@ class Workdir:
         """The tokenizer this run began with, or a new one."""
         return load_tokenizer(self._tokenizer) if self._tokenizer.exists() else make()
 
-    def begin(self, tokenizer: Tokenizer) -> None:
-        """Writes the configuration, and the tokenizer where there is none; each is complete or absent."""
+    def begin(self, tokenizer: Tokenizer, pretrained: models.Opened | None = None) -> None:
+        """Writes the configuration, and the tokenizer where there is none; each is complete or absent.
+
+        Beside the tokenizer goes the config.json of the pretrained model that the run begins with, if any.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         replacement = self._file.with_suffix(".tmp")
         replacement.write_text(json.dumps(self._identity, indent=2) + "\n")
@@ -65,8 +69,21 @@ class Workdir:
         if not self._tokenizer.exists():
             scratch = self.path / "tokenizer.tmp"
             shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed here
-            tokenizer.save(scratch)
+            if pretrained is not None and pretrained.files:
+                scratch.mkdir()
+                for name, content in pretrained.files.items():
+                    (scratch / name).write_bytes(content)
+            else:
+                tokenizer.save(scratch)
+            if pretrained is not None:
+                (scratch / "config.json").write_text(json.dumps(dict(pretrained.source), indent=2) + "\n")
             scratch.rename(self._tokenizer)
+
+
+def model_source(path: pathlib.Path) -> dict | None:
+    """The config.json of the pretrained model that the run in this work directory began with; None without one."""
+    file = path / "tokenizer" / "config.json"
+    return json.loads(file.read_bytes()) if file.is_file() else None
 
 
 def _may_change(name: str) -> bool:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_reason import checkpoints, config as config_lib, evaluate, evaluation, methods, train
+from jaxrl_reason import checkpoints, config as config_lib, evaluate, evaluation, methods, runs, train
 from jaxrl_reason.metrics import pass_at_k
 from jaxrl_reason.rewards.numeric import extract_answer, numeric_verdict, parse_number
 from jaxrl_reason.writers import read_metrics
@@ -366,7 +366,7 @@ def test_weights_are_read_without_the_rest_of_the_state(trained):
     number, state = saver.restore(run.programs.init())
     saver.close()
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params)
-    found_number, params = evaluate.load_weights(workdir, None, like)
+    found_number, params = runs.load_weights(workdir, None, like)
     assert found_number == number == 152
     jax.tree.map(np.testing.assert_array_equal, params, state.params)
     assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(lambda x: x.sharding, state.params)

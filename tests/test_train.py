@@ -65,6 +65,7 @@ EVAL_METRICS = [
     "eval/maj@2",
     "eval/distinct_right_answers",
     "eval/distinct_right_completions",
+    "eval/entropy",
     "eval/prompts",
 ]
 MAY_BE_UNKNOWN = {"completions/mean_terminated_length"}  # where no completion ended

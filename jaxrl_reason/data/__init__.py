@@ -1,11 +1,13 @@
 """Data: sources of rows, prompt templates, tokenizers, and the batches that training and evaluation read."""
 
+from jaxrl_reason.data.chat import ChatTemplate, chat_template
 from jaxrl_reason.data.pipeline import PromptBatch, PromptStream, SolutionBatch, SolutionStream, eval_prompts
 from jaxrl_reason.data.prompts import TEMPLATES, PromptTemplate, get_template
 from jaxrl_reason.data.sources import Source, load_source
 from jaxrl_reason.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
+    "ChatTemplate",
     "PromptBatch",
     "PromptStream",
     "PromptTemplate",
@@ -14,6 +16,7 @@ __all__ = [
     "Source",
     "TEMPLATES",
     "Tokenizer",
+    "chat_template",
     "eval_prompts",
     "get_template",
     "load_source",

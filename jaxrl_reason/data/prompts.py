@@ -48,6 +48,17 @@ TEMPLATES: dict[str, PromptTemplate] = {
     template.name: template
     for template in (
         PromptTemplate("plain", prompt="{question}\n"),
+        # As Qwen's mathematical models, and reinforcement learning on them, ask for an answer that a verifier finds.
+        PromptTemplate(
+            "boxed",
+            prompt="{question}\nPlease reason step by step, and put your final answer within \\boxed{}.",
+        ),
+        # For a base model: it thinks aloud between marks first. The prompt ends inside of them.
+        PromptTemplate(
+            "think",
+            prompt="A conversation between a user and an assistant. The assistant first thinks the problem through between <think> and "
+            "</think>, and then gives the solution, with the final answer within \\boxed{}.\nUser: {question}\nAssistant: <think>",
+        ),
         PromptTemplate("qa", prompt="Question: {question}\nAnswer:", solution=" {solution}"),
     )
 }

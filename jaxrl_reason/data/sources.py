@@ -22,6 +22,7 @@ _BUILDER_MODULES = {
     "exam": "jaxrl_reason.data.exam",
     "many_answers": "jaxrl_reason.data.many_answers",
     "answer_forms": "jaxrl_reason.data.answer_forms",
+    "sums": "jaxrl_reason.data.sums",
     "gsm8k": "tensorflow_datasets.text.gsm8k.gsm8k",
 }
 _CHUNK = 1024  # rows read at once when a source is gone through in order

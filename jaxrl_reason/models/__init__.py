@@ -1,7 +1,7 @@
-"""The policy network: one decoder, its configuration and its sharding."""
+"""The policy network: one decoder, its configuration and its sharding; pretrained models in and out."""
 
-from jaxrl_reason.models import sharding
-from jaxrl_reason.models.config import ModelConfig, RopeScaling
+from jaxrl_reason.models import lora, sharding
+from jaxrl_reason.models.config import PROJECTIONS, ModelConfig, RopeScaling
 from jaxrl_reason.models.decoder import (
     Decoder,
     Params,
@@ -14,4 +14,16 @@ from jaxrl_reason.models.decoder import (
     logical_axes,
     param_count,
     project,
+)
+from jaxrl_reason.models.families import PretrainedError, read_config
+from jaxrl_reason.models.pretrained import (
+    Opened,
+    Policy,
+    RewardModel,
+    check_weights,
+    load_pretrained,
+    load_reward_model,
+    open_model,
+    place_weights,
+    save_pretrained,
 )

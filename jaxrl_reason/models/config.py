@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 _DTYPES = ("float32", "bfloat16")
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,9 @@ class ModelConfig:
       param_dtype: dtype of stored weights and of the residual stream.
       compute_dtype: dtype of the operands of matrix products; sums are always float32.
       remat: what the backward pass recomputes: "none", "dots" (all but matrix products) or "layer".
+      lora_rank: rank of the adapters that are trained in place of the weights; 0: none, see `models.lora`.
+      lora_alpha: the adapters' product is multiplied by lora_alpha / lora_rank.
+      lora_projections: the layers' matrices that have adapters.
       features: numbers a prompt carries beside its tokens; an MLP turns them into `prefix_length` embeddings in front
         of the tokens. 0: none.
       prefix_length: see features.
@@ -96,6 +100,9 @@ class ModelConfig:
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
     remat: str = "layer"
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    lora_projections: tuple[str, ...] = PROJECTIONS
     features: int = 0
     prefix_length: int = 0
     encoder_width: int = 0
@@ -132,6 +139,16 @@ class ModelConfig:
             raise ValueError(f"model.activation is {self.activation!r}; it must be 'silu' or 'gelu'.")
         if self.remat not in ("none", "dots", "layer"):
             raise ValueError(f"model.remat is {self.remat!r}; it must be 'none', 'dots' or 'layer'.")
+        object.__setattr__(self, "lora_projections", tuple(self.lora_projections))
+        unknown = [name for name in self.lora_projections if name not in PROJECTIONS]
+        if self.lora_rank < 0 or self.lora_alpha <= 0:
+            raise ValueError(
+                f"lora.rank is {self.lora_rank} and lora.alpha {self.lora_alpha}; the rank must not be negative, alpha above 0."
+            )
+        if unknown or not self.lora_projections or len(set(self.lora_projections)) < len(self.lora_projections):
+            raise ValueError(
+                f"lora.projections is {list(self.lora_projections)}; it must name some of {', '.join(PROJECTIONS)}, each once."
+            )
         encoder = (self.features, self.prefix_length, self.encoder_width)
         if min(encoder) < 0 or (any(encoder) and not all(encoder)):
             raise ValueError(
@@ -149,6 +166,11 @@ class ModelConfig:
                 "model.local_rope_theta is for models with sliding and global layers, and without model.sliding_period all "
                 "layers slide: set model.rope_theta instead."
             )
+
+    @property
+    def lora_scale(self) -> float:
+        """The factor on the product of an adapter's two matrices."""
+        return self.lora_alpha / self.lora_rank
 
     @property
     def sliding_layers(self) -> tuple[bool, ...]:

@@ -8,6 +8,7 @@ Three forwards share the same layers, so that what samples and what trains canno
   step      one token for each of P x G samples, on that cache and their own   (sampling)
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -81,6 +82,12 @@ class DecoderLayer(nnx.Module):
         if c.post_norms:
             self.post_attention_norm = norm(D, "embed")
             self.post_mlp_norm = norm(D, "embed")
+        for name in c.lora_projections if c.lora_rank else ():
+            (_, i, o), (_, of_in, of_out) = getattr(self, name).shape, getattr(self, name).get_metadata()["axes"]
+            wide = dataclasses.replace(c, param_dtype="float32")  # what is trained, is so in float32
+            a = _weight(rngs, wide, (n, i, c.lora_rank), ("layers", of_in, "rank"), (3 * i) ** -0.5)
+            setattr(self, f"{name}_a", a)
+            setattr(self, f"{name}_b", _constant(wide, (n, c.lora_rank, o), ("layers", "rank", of_out), 0.0))
 
     def __call__(self, x, rotary, own_mask, prompt=None, prompt_mask=None, cache=None, index=None):
         """One layer on x [P, G, T, D].
@@ -99,10 +106,10 @@ class DecoderLayer(nnx.Module):
         c = self.config
         P, G, T, _ = x.shape
         norm = lambda y, scale: L.rms_norm(y, scale[...], c.norm_eps, c.norm_offset)
-        dot = lambda y, w: L.dot(y, w[...], c.compute_dtype)
+        dot = self._dot
 
         y = norm(x, self.attention_norm)
-        q, k, v = dot(y, self.q), dot(y, self.k), dot(y, self.v)
+        q, k, v = dot(y, "q"), dot(y, "k"), dot(y, "v")
         if c.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         q = q.reshape(P, G, T, c.heads, c.head_dim)
@@ -116,13 +123,23 @@ class DecoderLayer(nnx.Module):
             write = jax.lax.dynamic_update_slice_in_dim
             own = write(cache[0], own[0], index, axis=4), write(cache[1], own[1], index, axis=3)
         y = L.group_attention(q, own, own_mask, prompt, prompt_mask, scale=c.query_scale, dtype=c.compute_dtype)
-        y = dot(y, self.o).astype(x.dtype)
+        y = dot(y, "o").astype(x.dtype)
         x = x + (norm(y, self.post_attention_norm) if c.post_norms else y)
 
         y = norm(x, self.mlp_norm)
         act = jax.nn.silu if c.activation == "silu" else functools.partial(jax.nn.gelu, approximate=True)
-        y = dot(act(dot(y, self.gate)) * dot(y, self.up), self.down).astype(x.dtype)
+        y = dot(act(dot(y, "gate")) * dot(y, "up"), "down").astype(x.dtype)
         return x + (norm(y, self.post_mlp_norm) if c.post_norms else y), own
+
+    def _dot(self, y, name):
+        """y times the matrix of this name, its adapter included."""
+        c = self.config
+        weight = lambda name: getattr(self, name)[...]
+        out = L.dot(y, weight(name), c.compute_dtype)
+        if c.lora_rank and name in c.lora_projections:
+            narrow = L.dot(y, weight(f"{name}_a"), c.compute_dtype)
+            out += c.lora_scale * L.dot(narrow, weight(f"{name}_b"), c.compute_dtype)
+        return out
 
 
 class Decoder(nnx.Module):

@@ -25,6 +25,7 @@ RULES: dict[str, str | None] = {
     "mlp": "tensor",
     "features": None,
     "prefix": None,
+    "rank": None,
 }
 
 

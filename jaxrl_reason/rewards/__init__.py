@@ -4,7 +4,7 @@
 `device`: the processes that judge answers (`pool`) import this package and do without jax.
 """
 
-from jaxrl_reason.rewards.functions import accuracy_reward, format_reward
+from jaxrl_reason.rewards.functions import accuracy_reward, format_reward, last_number_reward
 from jaxrl_reason.rewards.host import HostReward, RewardError, RewardTable, load_reward, score
 from jaxrl_reason.rewards.numeric import extract_answer, numeric_verdict, parse_number
 
@@ -15,6 +15,7 @@ __all__ = [
     "accuracy_reward",
     "extract_answer",
     "format_reward",
+    "last_number_reward",
     "load_reward",
     "numeric_verdict",
     "parse_number",

@@ -3,7 +3,9 @@
 They are called by keyword, so each names the arguments it uses and takes the rest as `**_`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
 
 from jaxrl_reason.rewards.numeric import extract_answer, numeric_verdict, parse_number
 
@@ -21,6 +23,23 @@ def accuracy_reward(completions: Sequence[str], answer: Sequence[str | int | flo
     return [
         float(numeric_verdict(completion, reference)) for completion, reference in zip(completions, answer, strict=True)
     ]
+
+
+def last_number_reward(completions: Sequence[str], answer: Sequence[str | int | float], **_) -> list[float]:
+    """`accuracy_reward` for models that mark no answer: without a marker, the last number of the completion counts."""
+    return [
+        float(numeric_verdict(completion, reference, fallback="last_number"))
+        for completion, reference in zip(completions, answer, strict=True)
+    ]
+
+
+def _last_number(completion: str, row: Mapping[str, Any]) -> Fraction | None:
+    del row
+    text = extract_answer(completion, fallback="last_number")
+    return None if text is None else parse_number(text)
+
+
+last_number_reward.answer_of = _last_number
 
 
 def format_reward(completions: Sequence[str], **_) -> list[float]:

@@ -22,13 +22,14 @@ from types import ModuleType
 
 import numpy as np
 
-from jaxrl_reason.rewards.functions import accuracy_reward, format_reward
+from jaxrl_reason.rewards.functions import accuracy_reward, format_reward, last_number_reward
 from jaxrl_reason.rewards.math import math_verify_reward, require_math_verify
 from jaxrl_reason.rewards.pool import Results
 from jaxrl_reason.rewards.task_rewards import judge_reward, many_answers_reward, strict_reward
 
 BUILT_IN = {
     "accuracy": accuracy_reward,
+    "last_number": last_number_reward,
     "format": format_reward,
     "many_answers": many_answers_reward,
     "strict": strict_reward,

