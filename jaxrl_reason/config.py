@@ -85,7 +85,7 @@ class Lora:
 
 @_section
 class Data:
-    train: str = _field("word_problems", "a TFDS name (word_problems, gsm8k, ...) or a path ending in .jsonl")
+    train: str = _field("word_problems", "a TFDS name (word_problems, gsm8k, ...), a path ending in .jsonl or .parquet, or hf://datasets/OWNER/NAME/PATH")
     train_split: str = _field("train", "TFDS split, or a slice such as [:90%] of a JSONL file")
     eval: str = _field("", "the same, for evaluation; empty: as data.train")
     eval_split: str = _field("test", "split or slice for evaluation")

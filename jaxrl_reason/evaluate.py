@@ -5,7 +5,7 @@ Samples several completions a prompt, judges them as the run's configuration say
 directory is touched.
 
   --workdir=DIR       the work directory of a run: its config.json, tokenizer and checkpoints
-  --data=NAME_OR_PATH another data set, as config.data.eval; its split is then "test", or all of a .jsonl or .csv file
+  --data=NAME_OR_PATH another data set, as config.data.eval; its split is then "test", or all of a .jsonl, .parquet or .csv file
   --split=SPLIT       as config.data.eval_split
   --prompts=N         prompts at most; default config.eval.prompts
   --samples=K         completions a prompt; default config.eval.samples, 1 at temperature 0

@@ -34,7 +34,7 @@ def load_config(workdir: pathlib.Path, fields: Mapping[str, str]) -> Config:
     for name, text in fields.items():
         config_lib.override(config, name, text)
     if "data.eval" in fields and "data.eval_split" not in fields:
-        config.data.eval_split = "all" if config.data.eval.endswith((".jsonl", ".csv")) else "test"
+        config.data.eval_split = "all" if config.data.eval.endswith((".jsonl", ".parquet", ".csv")) else "test"
     if config.eval.temperature == 0 and "eval.samples" not in fields:
         config.eval.samples = 1  # greedy completions are all alike
     config_lib.validate(config)

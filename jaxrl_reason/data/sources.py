@@ -1,4 +1,4 @@
-"""Random-access rows by name: our word problems, GSM8K, any other TFDS data set, or a JSONL file."""
+"""Random-access rows by name: our word problems, GSM8K, any other TFDS data set, JSONL and Parquet files, here or on the hub."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from jaxrl_reason.data import jsonl
-from jaxrl_reason.data.jsonl import Row
+from jaxrl_reason.data import files
+from jaxrl_reason.data.files import Row
 
 # TFDS finds these by name only after their module is imported.
 _BUILDER_MODULES = {
@@ -25,6 +25,7 @@ _BUILDER_MODULES = {
     "sums": "jaxrl_reason.data.sums",
     "gsm8k": "tensorflow_datasets.text.gsm8k.gsm8k",
 }
+_HUB = "hf://datasets/"
 _CHUNK = 1024  # rows read at once when a source is gone through in order
 
 
@@ -71,7 +72,8 @@ def load_source(
     """Opens a data set, preparing it on first use.
 
     Args:
-      name: "word_problems", "word_problems/chains", "gsm8k", any other name that TFDS knows, or a path that ends in .jsonl.
+      name: "word_problems", "word_problems/chains", "gsm8k", any other name that TFDS knows; a path that ends in .jsonl or .parquet; or
+        such files on the Hugging Face hub: "hf://datasets/zwhe99/DeepMath-103K/data/train-*.parquet".
       split: for TFDS, "train", "test[:100]" and so on; for a file, "all" or a slice such as "[:90%]".
       data_dir: where TFDS keeps prepared data; None means its default, ~/tensorflow_datasets. Files do not use it.
       columns: our names to those of the data, such as {"question": "problem"}. Columns not mentioned keep their names.
@@ -88,17 +90,49 @@ def load_source(
     if on_bad_row not in ("refuse", "skip"):
         raise ValueError(f"on_bad_row is {on_bad_row!r}; it has to be 'refuse' or 'skip'.")
     columns = dict(columns or {})
-    if name.endswith(".jsonl"):
-        return _file_source(pathlib.Path(name).expanduser(), split, columns, on_bad_row)
+    if name.startswith(_HUB):
+        return _files_source(name, _download(name), split, columns, on_bad_row)
+    if name.endswith((".jsonl", ".parquet")):
+        return _files_source(name, [pathlib.Path(name).expanduser()], split, columns, on_bad_row)
     return _tfds_source(name, split, data_dir, columns)
 
 
-def _file_source(path: pathlib.Path, split: str, columns: dict[str, str], on_bad_row: str) -> Source:
-    rows, skipped, digest = jsonl.read_jsonl(path, columns, on_bad_row)
-    rows = jsonl.slice_rows(rows, split, path)
-    # The file's name without its directory: data that were moved are still the same data.
-    fingerprint = _fingerprint(path.name, split, columns, len(rows), digest)
-    return Source(str(path), fingerprint, skipped, lambda indices: [dict(rows[i]) for i in indices], len(rows))
+def _files_source(
+    name: str, paths: list[pathlib.Path], split: str, columns: dict[str, str], on_bad_row: str
+) -> Source:
+    rows, skipped, digests = [], 0, []
+    for path in paths:
+        read = files.read_parquet if path.suffix == ".parquet" else files.read_jsonl
+        more, bad, digest = read(path, columns, on_bad_row)
+        rows, skipped, digests = rows + more, skipped + bad, [*digests, digest]
+    rows = files.slice_rows(rows, split, name)
+    # Names without their directory: data that were moved are still the same data.
+    one = len(paths) == 1
+    names, contents = (paths[0].name, digests[0]) if one else ([path.name for path in paths], digests)
+    fingerprint = _fingerprint(names, split, columns, len(rows), contents)
+    return Source(name, fingerprint, skipped, lambda indices: [dict(rows[i]) for i in indices], len(rows))
+
+
+def _download(name: str) -> list[pathlib.Path]:
+    """The files of a data set on the Hugging Face hub that an address names, downloaded or found in its cache."""
+    import huggingface_hub  # only where something is downloaded
+
+    parts = name.removeprefix(_HUB).split("/", 2)
+    if len(parts) < 3 or not name.endswith((".jsonl", ".parquet")):
+        raise ValueError(
+            f"The address {name!r} is not understood: write {_HUB}OWNER/NAME/PATH, PATH ending in .jsonl or .parquet, where * stands "
+            "for anything, such as hf://datasets/zwhe99/DeepMath-103K/data/train-*.parquet."
+        )
+    owner, dataset, pattern = parts
+    try:
+        found = huggingface_hub.snapshot_download(f"{owner}/{dataset}", repo_type="dataset", allow_patterns=[pattern])
+    except Exception as error:  # of the network, of the hub and of the disk: a dozen classes
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{name} could not be had from the Hugging Face hub: {type(error).__name__}: {reason}") from error
+    paths = sorted(path for path in pathlib.Path(found).rglob("*") if path.match(pattern))
+    if not paths:
+        raise ValueError(f"{name}: the data set has no file {pattern!r}.")
+    return paths
 
 
 def _tfds_source(name: str, split: str, data_dir: str | pathlib.Path | None, columns: dict[str, str]) -> Source:
@@ -120,7 +154,7 @@ def _tfds_source(name: str, split: str, data_dir: str | pathlib.Path | None, col
     except tfds.core.DatasetNotFoundError as error:
         ours = ", ".join(_BUILDER_MODULES)
         raise ValueError(
-            f"There is no data set {name!r}: give {ours}, another name that TFDS knows, or a path that ends in .jsonl."
+            f"There is no data set {name!r}: give {ours}, another name that TFDS knows, or a path that ends in .jsonl or .parquet."
         ) from error
     except ValueError as error:
         raise ValueError(f"Split {split!r} of data set {name!r} cannot be opened: {error}") from error
@@ -133,7 +167,7 @@ def _tfds_source(name: str, split: str, data_dir: str | pathlib.Path | None, col
     def read(indices: Sequence[int]) -> list[Row]:
         rows = data.__getitems__([int(i) for i in indices])
         return [
-            jsonl.rename_columns(adapt({key: _plain(value) for key, value in row.items()}), columns) for row in rows
+            files.rename_columns(adapt({key: _plain(value) for key, value in row.items()}), columns) for row in rows
         ]
 
     try:

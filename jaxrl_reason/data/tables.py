@@ -27,7 +27,7 @@ import warnings
 import numpy as np
 import tensorflow_datasets as tfds
 
-from jaxrl_reason.data import jsonl
+from jaxrl_reason.data import files
 
 _TARGETS = {"diabetes": "progression", "synthetic": "y"}  # our builders and the column to predict
 _NOISE = "noise_std"
@@ -319,7 +319,7 @@ def _csv_table(path: pathlib.Path, split: str, target: str, categorical: str, mi
         raise ValueError(
             f"The target {target!r} of {path} is {targets[kept[0]]} in every row, so there is nothing to predict."
         )
-    part = jsonl.slice_rows(kept, split, path)
+    part = files.slice_rows(kept, split, path)
     labels = [["" if _is_gap(cells[name][i]) else cells[name][i] for name in texts] for i in part]
     return Table(
         name=str(path),

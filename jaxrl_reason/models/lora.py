@@ -43,7 +43,8 @@ def join(trained: decoder.Params, frozen: decoder.Params) -> decoder.Params:
 
 def base_of(config: ModelConfig) -> ModelConfig:
     """The decoder without adapters."""
-    return dataclasses.replace(config, lora_rank=0)
+    plain = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.name.startswith("lora_")}
+    return dataclasses.replace(config, **plain)
 
 
 def init_adapters(config: ModelConfig, key: jax.Array) -> decoder.Params:

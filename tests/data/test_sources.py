@@ -7,7 +7,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from jaxrl_reason import data
-from jaxrl_reason.data import jsonl
+from jaxrl_reason.data import files
 from jaxrl_reason.data import word_problems
 
 GOOD = b'{"question": "1 + 1?", "answer": 2}\n'
@@ -76,7 +76,7 @@ def test_columns_rename_and_keep(data_dir):
             "word_problem_typo",
             "train",
             {},
-            "no data set 'word_problem_typo': give word_problems, exam, many_answers, answer_forms, gsm8k, another name that TFDS knows, or a path",
+            "no data set 'word_problem_typo': give word_problems, exam, many_answers, answer_forms, sums, gsm8k, another name that TFDS knows, or a path",
         ),
         ("word_problems", "dev", {}, "Split 'dev' of data set 'word_problems' cannot be opened: .*'validation'"),
         ("word_problems", "train[0:0]", {}, "Split 'train\\[0:0\\]' of data set 'word_problems'"),
@@ -236,7 +236,7 @@ def test_percentages_part_the_rows(count, percent):
     parts = []
     for split in (f"[:{percent}%]", f"[{percent}%:]"):
         try:
-            parts += jsonl.slice_rows(rows, split, "file")
+            parts += files.slice_rows(rows, split, "file")
         except ValueError as error:
             assert "selects none" in str(error)
     assert parts == rows

@@ -1,6 +1,6 @@
-"""JSONL files as rows: every line is checked when the file is read, and every bad one reported with its number and the reason."""
+"""JSONL and Parquet files as rows: every row is checked when the file is read, and every bad one reported with its number and the reason."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import hashlib
 import json
 import math
@@ -11,6 +11,8 @@ import warnings
 
 Row = dict[str, Any]
 
+# Columns that something in this package reads by name.
+_OURS = {"question", "answer", "solution", "chosen", "rejected", "value", "points", "exam", "exam_total"}
 _REPORTED = 10  # bad rows spelled out in a message; the rest are counted
 
 
@@ -32,15 +34,8 @@ def read_jsonl(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) 
     if not path.is_file():
         raise FileNotFoundError(f"There is no data file {path}.")
     rows: list[Row] = []
-    reports: list[str] = []
-    bad = 0
-
-    def report(number: int, reason: str) -> None:
-        nonlocal bad
-        bad += 1
-        if len(reports) < _REPORTED:
-            reports.append(f"{path}, line {number}: {reason}")
-
+    bad = _BadRows(path, "line")
+    report = bad.report
     blank: list[int] = []  # lines that are bad only if something follows them
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -58,26 +53,90 @@ def read_jsonl(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) 
             except ValueError as error:
                 report(number, str(error))
 
-    if bad and on_bad_row == "refuse":
-        more = [f"and {bad - len(reports)} more"] if bad > len(reports) else []
-        lines = "\n  ".join([f"{path} has {_count(bad)}:", *reports, *more])
-        raise ValueError(f"{lines}\nCorrect the file, or set config.data.on_bad_row to 'skip' to leave such rows out.")
-    if not rows:
-        why = f"{_count(bad)} skipped, the first at {reports[0]}" if bad else "the file is empty"
-        raise ValueError(f"{path} has no usable row: {why}.")
-    if bad:
-        warnings.warn(f"{path}: {_count(bad)} skipped, {len(rows)} kept. The first: {reports[0]}.", stacklevel=3)
-    return rows, bad, digest.hexdigest()
+    bad.settle(rows, on_bad_row)
+    return rows, bad.count, digest.hexdigest()
+
+
+def read_parquet(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) -> tuple[list[Row], int, str]:
+    """Reads and checks a Parquet file; as `read_jsonl`, but only columns that something here reads are taken into memory.
+
+    These are those named in `columns` and those with names of ours (`question`, `answer`, `solution`, `value`, ...). Behind a dot stands a
+    field of a structured column: {"question": "prompt.0.content", "answer": "reward_model.ground_truth"}.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: it is not Parquet, it lacks a column, or as `read_jsonl`.
+    """
+    import pyarrow  # only where such a file is read
+    import pyarrow.parquet
+
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no data file {path}.")
+    rows: list[Row] = []
+    bad = _BadRows(path, "row")
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            wanted = {"question": "question", "answer": "answer", **columns}
+            taken = [n for n in names if n in _OURS or n in wanted.values() or n in {w.split(".")[0] for w in wanted.values()}]
+            for batch in file.iter_batches(columns=taken):
+                for row in batch.to_pylist():
+                    try:
+                        rows.append(_checked(row, columns))
+                    except ValueError as error:
+                        bad.report(len(rows) + bad.count, str(error))
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path} is not a Parquet file that can be read: {error}.") from error
+    bad.settle(rows, on_bad_row)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return rows, bad.count, digest.hexdigest()
+
+
+class _BadRows:
+    """The bad rows of a file: counted, and the first of them described."""
+
+    def __init__(self, path: pathlib.Path, unit: str):
+        self.path, self.unit = path, unit
+        self.count, self.reports = 0, []
+
+    def report(self, number: int, reason: str) -> None:
+        self.count += 1
+        if len(self.reports) < _REPORTED:
+            self.reports.append(f"{self.path}, {self.unit} {number}: {reason}")
+
+    def settle(self, rows: list[Row], on_bad_row: str) -> None:
+        """Raises ValueError or warns, as `on_bad_row` says, once the file is read."""
+        if self.count and on_bad_row == "refuse":
+            more = [f"and {self.count - len(self.reports)} more"] if self.count > len(self.reports) else []
+            lines = "\n  ".join([f"{self.path} has {_count(self.count)}:", *self.reports, *more])
+            raise ValueError(
+                f"{lines}\nCorrect the file, or set config.data.on_bad_row to 'skip' to leave such rows out."
+            )
+        if not rows:
+            why = f"{_count(self.count)} skipped, the first at {self.reports[0]}" if self.count else "the file is empty"
+            raise ValueError(f"{self.path} has no usable row: {why}.")
+        if self.count:
+            warnings.warn(
+                f"{self.path}: {_count(self.count)} skipped, {len(rows)} kept. The first: {self.reports[0]}.", stacklevel=4
+            )
 
 
 def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
     """The row under our names: `columns` maps them to the row's own; columns it does not mention keep their names.
 
+    A name that the row does not have can be a path into a structured column: "prompt.0.content".
+
     Raises:
       ValueError: `question`, `answer` or a column that `columns` mentions is missing.
     """
     wanted = {"question": "question", "answer": "answer", **columns}
+    row = dict(row)
     for ours, theirs in wanted.items():
+        if theirs not in row and "." in theirs:
+            row |= {theirs: value for value in _inside(row, theirs)}
         if theirs not in row:
             purpose = "" if ours == theirs else f" (to be used as {ours!r})"
             raise ValueError(
@@ -87,7 +146,7 @@ def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
     return rest | {ours: row[theirs] for ours, theirs in wanted.items()}
 
 
-def slice_rows(rows: list[Row], split: str, path: pathlib.Path) -> list[Row]:
+def slice_rows(rows: list[Row], split: str, path: pathlib.Path | str) -> list[Row]:
     """Part of a file by the slice notation of TFDS: "all", "[:90%]", "[90%:]", "[100:200]", "[-50:]".
 
     Percentages round to the nearest row, so that "[:90%]" and "[90%:]" share none and miss none.
@@ -130,6 +189,24 @@ def _parse(line: bytes, columns: Mapping[str, str]) -> Row:
         raise ValueError(f"not readable as JSON: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(f"a JSON {_kind(row)}, where an object with columns has to be")
+    return _checked(row, columns)
+
+
+def _inside(row: Row, path: str) -> Iterator[Any]:
+    """The value at a path such as "prompt.0.content", if there is one."""
+    at: Any = row
+    for part in path.split("."):
+        if isinstance(at, dict) and part in at:
+            at = at[part]
+        elif isinstance(at, list) and part.isascii() and part.isdigit() and int(part) < len(at):
+            at = at[int(part)]
+        else:
+            return
+    yield at
+
+
+def _checked(row: Row, columns: Mapping[str, str]) -> Row:
+    """The row under our names; raises ValueError with the reason where it is bad."""
     row = rename_columns(row, columns)
     for name in {"question": None, "answer": None, **columns}:
         value = row[name]

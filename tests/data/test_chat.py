@@ -1,0 +1,85 @@
+"""Chat templates: rendered as transformers renders them, in a sandbox, with one begin token."""
+
+import dataclasses
+
+import pytest
+
+from jaxrl_reason import data
+from jaxrl_reason.data import chat_template, get_template
+
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind<|im_end|>\n' }}"
+    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA = (
+    "{{- bos_token }}\n{%- for message in messages %}\n    {{- '<|' + message.role + '|>' + message.content | trim + eos_token }}\n"
+    "{%- endfor %}\n{%- if add_generation_prompt %}\n    {{- '<|assistant|>' }}\n{%- endif %}\n"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return data.train_tokenizer(["hello there 12"], 300)
+
+
+def with_template(tokenizer, text):
+    return dataclasses.replace(tokenizer, chat_template=text)
+
+
+def test_the_question_is_the_users_turn(tokenizer):
+    template = chat_template(get_template("qa"), with_template(tokenizer, CHATML))
+    assert template.render_prompt({"question": "1 + 1?"}) == (
+        "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\nQuestion: 1 + 1?\nAnswer:<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert template.render_solution({"solution": "2"}) == " 2"
+
+
+def test_a_system_prompt_and_options(tokenizer):
+    template = chat_template(get_template("{question}"), with_template(tokenizer, CHATML), "Think.")
+    assert template.render_prompt({"question": "{question} {{ 1 }}"}) == (
+        "<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\n{question} {{ 1 }}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    asks = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{{ messages | tojson }}"
+    template = chat_template(
+        get_template("{question}"), with_template(tokenizer, asks), options={"enable_thinking": False}
+    )
+    assert template.render_prompt({"question": "é<"}) == '<think></think>[{"role": "user", "content": "é<"}]'
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_one_begin_token(tokenizer, add_bos):
+    template = chat_template(get_template("{question}"), with_template(tokenizer, LLAMA))
+    text = template.render_prompt({"question": " hello "})
+    assert text == "<bos><|user|>hello<eos><|assistant|>"
+    ids = tokenizer.encode(text, add_bos)
+    assert ids[0] == 1 and ids.count(1) == 1
+
+
+def test_a_template_cannot_reach_out(tokenizer):
+    escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    template = chat_template(get_template("{question}"), with_template(tokenizer, escape))
+    with pytest.raises(ValueError, match="chat template cannot render a prompt: access to attribute '__class__'"):
+        template.render_prompt({"question": "x"})
+
+
+def test_what_cannot_be_rendered_is_a_sentence(tokenizer):
+    with pytest.raises(ValueError, match="has no chat template"):
+        chat_template(get_template("plain"), tokenizer)
+    with pytest.raises(ValueError, match="is not Jinja that can be read"):
+        chat_template(get_template("plain"), with_template(tokenizer, "{% if %}"))
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    template = chat_template(get_template("plain"), with_template(tokenizer, refuses), "Hello")
+    with pytest.raises(ValueError, match="cannot render a prompt: System role not supported"):
+        template.render_prompt({"question": "x"})
+    with pytest.raises(ValueError, match="names the column 'question'"):
+        template.render_prompt({"problem": "x"})
+
+
+def test_thinking_and_boxed_prompts():
+    row = {"question": "1 + 1?"}
+    assert get_template("boxed").render_prompt(row) == (
+        "1 + 1?\nPlease reason step by step, and put your final answer within \\boxed{}."
+    )
+    text = get_template("think").render_prompt(row)
+    assert text.endswith("User: 1 + 1?\nAssistant: <think>") and "\\boxed{}" in text

@@ -1,0 +1,180 @@
+"""Adapters: what they compute, what is trained, what they are merged into, and how PEFT gets them."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+
+import reference_decoder
+from jaxrl_reason import learner, models
+from jaxrl_reason.learner import TrainState, UpdateOptions
+from jaxrl_reason.methods import PolicyLoss
+from jaxrl_reason.models import ModelConfig, lora, pretrained
+from jaxrl_reason.rollout import Rollout
+
+CONFIG = ModelConfig(
+    vocab_size=20,
+    width=16,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    mlp_width=24,
+    lora_rank=3,
+    lora_alpha=5.0,
+    lora_projections=("q", "v", "down"),
+)
+TOKENS = np.arange(2 * 9).reshape(2, 9) % 20
+
+
+def params_with_adapters(config=CONFIG):
+    return reference_decoder.random_params(config, scale=0.3)
+
+
+def test_only_the_chosen_projections_have_adapters_in_float32():
+    shapes = models.abstract_params(dataclasses.replace(CONFIG, param_dtype="bfloat16"))["layers"]
+    adapters = {name: (x.shape, str(x.dtype)) for name, x in shapes.items() if name[-2:] in ("_a", "_b")}
+    assert adapters == {
+        "q_a": ((3, 16, 3), "float32"),
+        "q_b": ((3, 3, 16), "float32"),
+        "v_a": ((3, 16, 3), "float32"),
+        "v_b": ((3, 3, 8), "float32"),
+        "down_a": ((3, 24, 3), "float32"),
+        "down_b": ((3, 3, 16), "float32"),
+    }
+    assert str(shapes["q"].dtype) == "bfloat16"
+
+
+def test_fresh_adapters_add_nothing():
+    params = models.init_params(CONFIG, jax.random.key(0))
+    _, base = lora.split(CONFIG, params)
+    np.testing.assert_array_equal(
+        models.apply(CONFIG, params, TOKENS), models.apply(lora.base_of(CONFIG), base, TOKENS)
+    )
+    a = np.asarray(params["layers"]["down_a"])
+    assert 0.5 < a.std() * np.sqrt(3 * 24) < 2 and not np.any(params["layers"]["down_b"])
+
+
+def test_merged_by_hand():
+    params = params_with_adapters()
+    config, merged = lora.merge(CONFIG, params)
+    assert config == lora.base_of(CONFIG) and config.lora_rank == 0
+    layers = {name: np.asarray(x, np.float64) for name, x in params["layers"].items()}
+    for name in ("q", "v", "down"):
+        for layer in range(3):
+            expected = layers[name][layer] + 5 / 3 * layers[f"{name}_a"][layer] @ layers[f"{name}_b"][layer]
+            np.testing.assert_allclose(merged["layers"][name][layer], expected, atol=1e-6)
+    np.testing.assert_array_equal(merged["layers"]["k"], params["layers"]["k"])
+    assert merged.keys() == params.keys() and merged["layers"].keys() == layers.keys() - set(lora.names_of(CONFIG))
+    with_adapters = np.asarray(models.apply(CONFIG, params, TOKENS))
+    np.testing.assert_allclose(models.apply(config, merged, TOKENS), with_adapters, atol=1e-4)
+    without = models.apply(config, lora.split(CONFIG, params)[1], TOKENS)
+    assert np.abs(without - with_adapters).max() > 0.1
+
+
+def test_split_and_join_are_inverse_and_copy_nothing():
+    params = params_with_adapters()
+    trained, frozen = lora.split(CONFIG, params)
+    assert set(trained) == {"layers"} and set(trained["layers"]) == set(lora.names_of(CONFIG))
+    again = lora.join(trained, frozen)
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    assert all(a is b for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(params)))
+    base = lora.base_of(CONFIG)
+    assert base == ModelConfig(vocab_size=20, width=16, layers=3, heads=4, kv_heads=2, mlp_width=24)
+    assert lora.split(base, frozen) == (frozen, {}) and lora.merge(base, frozen) == (base, frozen)
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    P, G, S, T = 2, 2, 4, 5
+    mask = np.ones((P, G, T), bool)
+    rollout = Rollout(
+        rng.integers(0, 20, (P, S)),
+        np.ones((P, S), bool),
+        rng.integers(0, 20, (P, G, T)),
+        mask,
+        np.zeros((P, G, T), np.float32),
+        np.zeros((P, G), bool),
+    )
+    advantages = rng.normal(size=(P, G)).astype(np.float32)
+    return jax.tree.map(jnp.asarray, learner.Experience(rollout, mask, advantages))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_an_update_moves_the_adapters_as_their_gradient_says_and_nothing_else(accumulation):
+    params, rate = params_with_adapters(), 1e-2
+    optimizer = optax.sgd(rate)
+    trained, frozen = lora.split(CONFIG, params)
+    state = TrainState(jnp.int32(0), params, learner.init_opt_state(optimizer, trained), (), jnp.int32(0))
+    options = UpdateOptions(loss=PolicyLoss(), accumulation=accumulation)
+    experience = batch()
+    new, metrics = jax.jit(learner.make_update(CONFIG, options, optimizer))(
+        state, experience, jnp.float32(1), jax.random.key(0)
+    )
+    new_trained, new_frozen = lora.split(CONFIG, new.params)
+    jax.tree.map(np.testing.assert_array_equal, new_frozen, frozen)
+
+    def loss(trained):  # on policy: the gradient of minus the mean of advantage times log-probability
+        joined = lora.join(trained, frozen)
+        scored = learner.completion_logprobs(CONFIG, joined, experience.rollout, jnp.float32(1))
+        return -(experience.advantages[..., None] * scored.logprobs).mean()
+
+    gradient = jax.grad(loss)(trained)
+    jax.tree.map(
+        lambda a, b, g: np.testing.assert_allclose((a - b) / rate, g, atol=2e-4), trained, new_trained, gradient
+    )
+    assert metrics["grad_norm"] == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-3)
+
+
+def test_the_optimizer_keeps_moments_of_the_adapters_alone():
+    from jaxrl_reason import programs
+    from jaxrl_reason.config import Config
+    from jaxrl_reason.methods import create
+
+    _, optimizer = programs.make_optimizer(Config())
+    mesh = models.sharding.make_mesh()
+    shardings = programs.state_shardings(CONFIG, mesh, optimizer, create("grpo"))
+    trained, _ = lora.split(CONFIG, models.abstract_params(CONFIG))
+    state = jax.eval_shape(lambda: learner.init_opt_state(optimizer, jax.tree.map(lambda x: jnp.zeros(x.shape), trained)))
+    assert jax.tree.structure(shardings.opt_state) == jax.tree.structure(state)
+    moments = sum(x.size for x in jax.tree.leaves(state) if x.ndim)
+    assert moments == 2 * sum(x.size for x in jax.tree.leaves(trained))
+
+
+def test_adapters_as_peft_reads_them(tmp_path):
+    params = params_with_adapters()
+    pretrained.save_adapters(tmp_path / "out", models.Policy(CONFIG, params), "org/base")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    content = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert content["peft_type"] == "LORA" and content["base_model_name_or_path"] == "org/base"
+    assert (content["r"], content["lora_alpha"]) == (3, 5.0)
+    assert content["target_modules"] == ["q_proj", "v_proj", "down_proj"]
+    stored = safetensors.numpy.load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert len(stored) == 3 * 3 * 2
+    # As torch computes it: x A' B' alpha / r, both matrices [out, in].
+    name = "base_model.model.model.layers.1.mlp.down_proj"
+    a, b = stored[f"{name}.lora_A.weight"], stored[f"{name}.lora_B.weight"]
+    assert a.shape == (3, 24) and b.shape == (16, 3)
+    x = np.random.default_rng(0).normal(size=(4, 24)).astype(np.float32)
+    _, merged = lora.merge(CONFIG, params)
+    added = x @ np.asarray(merged["layers"]["down"] - params["layers"]["down"])[1]
+    np.testing.assert_allclose(x @ a.T @ b.T * 5 / 3, added, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(lora_rank=-1), "lora.rank is -1"),
+        (dict(lora_alpha=0.0), "alpha 0.0"),
+        (dict(lora_projections=("q", "query")), r"lora.projections is \['q', 'query'\]; it must name some of q, k, v, o"),
+        (dict(lora_projections=()), "must name some"),
+        (dict(lora_projections=("q", "q")), "each once"),
+    ],
+)
+def test_bad_adapters_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **changes)

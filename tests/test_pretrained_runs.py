@@ -1,0 +1,264 @@
+"""Runs that begin with a pretrained model: from a directory to checkpoints, adapters and an exported directory."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import reference_decoder
+from jaxrl_reason import data, evaluate, export, models, runs, train
+from jaxrl_reason.config import Lora, Model, Reward
+from jaxrl_reason.models import ModelConfig
+from tiny_runs import ROWS, tiny, write_rows
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A small model with random weights in the layout of the hub, with two end tokens and a chat template."""
+    texts = [f"{row['question']}\n{row['solution']}<user><assistant>" for row in ROWS]
+    tokenizer = dataclasses.replace(data.train_tokenizer(texts, 300), eos_ids=(2, 20), chat_template=CHAT)
+    config = ModelConfig(
+        vocab_size=310, width=16, layers=2, heads=2, kv_heads=1, mlp_width=24, qkv_bias=True, rope_theta=5000.0
+    )
+    policy = models.Policy(config, reference_decoder.random_params(config, scale=0.3), tokenizer)
+    directory = tmp_path_factory.mktemp("model") / "base"
+    models.save_pretrained(directory, policy)
+    (directory / "special_tokens_map.json").write_text('{"pad_token": "<pad>"}')
+    return directory
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
+
+
+def a_config(rows, path, **changes):
+    defaults = dict(
+        model=Model(path=str(path)),
+        max_prompt_length=40,
+        reward=Reward(functions=["tests_reward.py:length"]),
+        optimizer__learning_rate=1e-2,
+        checkpoint__every=1,
+        eval__every=2,
+    )
+    return tiny(rows, **defaults | changes)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_reward(tmp_path_factory):
+    """A reward that is never the same for a whole group."""
+    directory = tmp_path_factory.mktemp("reward")
+    file = directory / "tests_reward.py"
+    file.write_text("def length(completion_ids, **_):\n    return [float(sum(ids) % 7) for ids in completion_ids]\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        yield
+
+
+def lines_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights_of(workdir):
+    _, policy = export.load_policy(workdir)
+    return policy
+
+
+@pytest.fixture(scope="module")
+def trained(rows, model, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("full") / "run"
+    train.train(train.setup(a_config(rows, model), workdir))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def adapted(rows, model, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("adapters") / "run"
+    config = a_config(rows, model, lora=Lora(rank=2, projections=["q", "down"]), update__kl_coefficient=0.1, data__chat=True)
+    train.train(train.setup(config, workdir))
+    return workdir
+
+
+def test_a_run_begins_with_the_model_and_its_tokenizer(trained, rows, model, tmp_path):
+    run = train.setup(a_config(rows, model), tmp_path / "new")
+    assert run.model.qkv_bias and run.model.rope_theta == 5000 and run.model.vocab_size == 310
+    assert run.tokenizer.eos_ids == (2, 20)
+    start = train.first_state(run)
+    jax.tree.map(np.testing.assert_array_equal, start.params, models.load_pretrained(model).params)
+    # What belongs to the tokenizer is kept as it came, with the model's description.
+    for name in ("tokenizer.json", "special_tokens_map.json", "generation_config.json", "config.json"):
+        assert json.loads((trained / "tokenizer" / name).read_text()) == json.loads((model / name).read_text())
+    assert lines_of(trained)[-1]["sampling/logp_difference_max"] < 1e-4
+
+
+def test_a_run_goes_on_without_the_directory_it_began_with(rows, model, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    config = a_config(rows, base, steps=1)
+    train.train(train.setup(config, tmp_path / "run"))
+    shutil.rmtree(base)
+    config.steps = 2
+    train.train(train.setup(config, tmp_path / "run"))
+    whole = tmp_path / "whole"
+    shutil.copytree(model, base)
+    train.train(train.setup(config, whole))
+    jax.tree.map(np.testing.assert_array_equal, weights_of(tmp_path / "run").params, weights_of(whole).params)
+
+
+def test_the_exported_directory_is_the_policy_that_was_trained(trained, model, tmp_path, capsys):
+    assert export.main([f"--workdir={trained}", f"--out={tmp_path / 'out'}"]) == 0
+    assert f"Checkpoint 2 is in {tmp_path / 'out'}." in capsys.readouterr().out
+    found, base = models.load_pretrained(tmp_path / "out"), models.load_pretrained(model)
+    jax.tree.map(np.testing.assert_array_equal, found.params, weights_of(trained).params)
+    assert np.abs(found.params["layers"]["q"] - base.params["layers"]["q"]).max() > 1e-3
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {p.name for p in model.iterdir()}
+    for name in ("tokenizer.json", "special_tokens_map.json", "generation_config.json", "config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text()) == json.loads((model / name).read_text())
+    # An earlier checkpoint, in another dtype.
+    flags = [f"--workdir={trained}", f"--out={tmp_path / 'first'}", "--checkpoint=1", "--dtype=bfloat16"]
+    assert export.main(flags) == 0
+    first = models.load_pretrained(tmp_path / "first", dtype="bfloat16")
+    _, one = export.load_policy(trained, 1)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype("bfloat16")), first.params, one.params)
+
+
+def test_an_own_model_is_exported_and_trained_further(rows, tmp_path):
+    config = tiny(rows, model=Model(width=16, layers=1, heads=2, kv_heads=2, mlp_width=16, qk_norm=True), steps=1)
+    train.train(train.setup(config, tmp_path / "first"))
+    assert export.main([f"--workdir={tmp_path / 'first'}", f"--out={tmp_path / 'out'}"]) == 0
+    content = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert content["model_type"] == "qwen3" and content["max_position_embeddings"] == 22
+    run = train.setup(tiny(rows, model=Model(path=str(tmp_path / "out"))), tmp_path / "second")
+    jax.tree.map(np.testing.assert_array_equal, train.first_state(run).params, weights_of(tmp_path / "first").params)
+
+
+def test_adapters_alone_are_trained(adapted, model):
+    policy, base = weights_of(adapted), models.load_pretrained(model)
+    trained, frozen = models.lora.split(policy.config, policy.params)
+    jax.tree.map(np.testing.assert_array_equal, frozen, base.params)
+    assert set(trained["layers"]) == {"q_a", "q_b", "down_a", "down_b"}
+    assert all(np.abs(x).max() > 1e-3 for x in trained["layers"].values())
+    first, last = lines_of(adapted)[1], lines_of(adapted)[-1]
+    assert abs(first["kl"]) < 1e-6 < last["kl"]  # the reference is the base without adapters
+    start = sum(p.stat().st_size for p in (adapted / "start").rglob("*") if p.is_file())
+    whole = sum(p.stat().st_size for p in (adapted / "checkpoints" / "2").rglob("*") if p.is_file())
+    assert start < whole / 4  # of the reference only its adapters are kept
+
+
+def test_adapters_are_exported_merged_or_alone(adapted, model, tmp_path):
+    assert export.main([f"--workdir={adapted}", f"--out={tmp_path / 'merged'}"]) == 0
+    assert export.main([f"--workdir={adapted}", f"--out={tmp_path / 'alone'}", "--adapters"]) == 0
+    policy, merged = weights_of(adapted), models.load_pretrained(tmp_path / "merged")
+    tokens = np.arange(20).reshape(2, 10)
+    expected = np.asarray(models.apply(policy.config, policy.params, tokens))
+    np.testing.assert_allclose(merged.apply(merged.params, tokens), expected, atol=1e-5)
+    base = models.load_pretrained(model)
+    assert np.abs(base.apply(base.params, tokens) - expected).max() > 1e-3
+    content = json.loads((tmp_path / "alone" / "adapter_config.json").read_text())
+    assert content["base_model_name_or_path"] == str(model) and content["target_modules"] == ["q_proj", "down_proj"]
+    stored = safetensors.numpy.load_file(tmp_path / "alone" / "adapter_model.safetensors")
+    a = stored["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"]
+    np.testing.assert_array_equal(a.T, policy.params["layers"]["q_a"][1])
+    assert (tmp_path / "alone" / "tokenizer.json").exists()
+
+
+def test_a_run_with_adapters_resumes_bit_for_bit_and_is_evaluated(adapted, rows, model, tmp_path, capsys):
+    config = runs.load_config(adapted, {})
+    half = tmp_path / "half"
+    config.steps = 1
+    train.train(train.setup(config, half))
+    config.steps = 2
+    train.train(train.setup(config, half))
+    jax.tree.map(np.testing.assert_array_equal, weights_of(half).params, weights_of(adapted).params)
+    assert evaluate.main([f"--workdir={adapted}", f"--out={tmp_path / 'evaluation'}"]) == 0
+    accuracy = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["metrics"]["mean_length"]
+    assert accuracy == pytest.approx(lines_of(adapted)[-1]["eval/mean_length"])
+
+
+def test_prompts_stand_in_the_chat_template(rows, model, tmp_path):
+    config = a_config(rows, model, data__chat=True, data__system="Be short.")
+    batch = train.setup(config, tmp_path / "run").prompts.batch(0)
+    tokenizer = data.load_tokenizer(model)
+    text = tokenizer.decode(batch.tokens[0][batch.mask[0]], skip_special=False)
+    question = batch.rows[0]["question"]
+    assert text == f"<bos><system>Be short.<eos><user>{question}\n<eos><assistant>"
+    assert list(batch.tokens[0]).count(1) == 1  # one begin token
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(model=Model(path="nowhere")), "There is no nowhere: give a directory"),
+        (dict(model__width=64), "config.model.width is 64, and the model of config.model.path brings its own"),
+        (dict(model__qk_norm=True), "config.model.qk_norm is True"),
+        (dict(lora=Lora(rank=2, projections=["query"])), "config.lora.projections is ['query']; it must name some of"),
+        (dict(lora=Lora(alpha=3.0)), "config.lora is set and config.lora.rank is 0"),
+        (dict(data__system="Hello"), "config.data.system and config.data.chat_options belong to the model's chat template"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_written(changes, message, rows, model, tmp_path):
+    with pytest.raises(ValueError) as caught:
+        train.setup(a_config(rows, model, **changes), tmp_path / "run")
+    assert message in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_a_model_that_does_not_fit_is_refused_at_setup(rows, model, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    (base / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="has no tokenizer.json; name one in config.data.tokenizer"):
+        train.setup(a_config(rows, base), tmp_path / "run")
+    file = base / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        train.setup(a_config(rows, base), tmp_path / "run")
+    big = tmp_path / "big"
+    letters = np.random.default_rng(0).choice(list("abcdefgh"), (500, 4))
+    data.train_tokenizer(["".join(word) for word in letters for _ in range(3)], 400).save(big)
+    with pytest.raises(ValueError, match="The tokenizer has 400 tokens, and the model of config.model.path has 310"):
+        train.setup(a_config(rows, model, data__tokenizer=str(big)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--workdir=x"], "--out=DIR is missing"),
+        (["--out=x"], "--workdir=DIR is missing"),
+        (["--workdir=x", "--ot=y"], "There is no flag '--ot'. Did you mean '--out'"),
+        (["--workdir=x", "--out"], "--out needs a value"),
+        (["--workdir=x", "--out=y", "--checkpoint=last"], "--checkpoint=last: expected the number"),
+        (["--workdir=x", "--out=y", "--dtype=int8"], "--dtype is 'int8'"),
+        (["--workdir=x", "--out=y", "--adapters=yes"], "--adapters takes no value"),
+        (["--workdir=x", "--out=y"], "is not the work directory of a run"),
+    ],
+)
+def test_a_wrong_export_command_is_one_sentence(flags, message, capsys, tmp_path):
+    assert export.main(flags) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_what_cannot_be_exported_is_refused(trained, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("")
+    for flags, message in (
+        ([f"--out={tmp_path / 'full'}"], "is there already and not empty"),
+        ([f"--out={tmp_path / 'out'}", "--adapters"], "trained all weights (config.lora.rank is 0)"),
+        ([f"--out={tmp_path / 'out'}", "--checkpoint=7"], "has no checkpoint 7"),
+    ):
+        assert export.main([f"--workdir={trained}", *flags]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
