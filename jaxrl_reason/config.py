@@ -160,6 +160,12 @@ class Reward:
 @_section
 class Sampling:
     temperature: float = _field(1.0, "temperature of the rollout; training uses the same law", above=0)
+    quantize: str = _field(
+        "", "rollouts decode with rounded weights and KV cache (evaluations do not); empty: as trained", choices=("", "int8")
+    )
+    importance_cap: float = _field(
+        2.0, "with sampling.quantize: tokens are weighted by min(p_trained / p_sampled, this), which corrects the rounding", above=0
+    )
     mask_truncated_completions: bool = _field(False, "leave completions without an end token out of the loss")
     max_batches: int = _field(8, "dynamic sampling: prompt batches drawn for a step at most", low=1)
 
@@ -580,6 +586,11 @@ def validate(config: Config) -> methods.Method:
         raise ConfigError(
             f"config.eval.verdict is {c.eval.verdict!r}, which is not among config.reward.functions."
             f"{methods.nearest(c.eval.verdict, c.reward.functions)}"
+        )
+    if not c.sampling.quantize and c.sampling.importance_cap != Sampling().importance_cap:
+        raise ConfigError(
+            f"config.sampling.importance_cap is {c.sampling.importance_cap}, and rollouts are of the trained law; it is for "
+            "config.sampling.quantize."
         )
     if c.supervised.start_from and c.supervised.steps:
         raise ConfigError(

@@ -98,6 +98,8 @@ class UpdateOptions:
       accumulation: microbatches an update; changes memory, not numbers.
       logprob_chunk: completion positions whose logits are held at once; 0 picks.
       probe_token: the token whose log-probability behind the end is LaSeR's self-reward, where the loss has one.
+      importance_cap: where the law that sampled is not quite the policy's (int8 rollouts), each token's advantage is multiplied by
+        min(p / p_sampled, importance_cap), p before the update: truncated importance sampling. 0: they are one law.
     """
 
     loss: PolicyLoss
@@ -109,6 +111,7 @@ class UpdateOptions:
     accumulation: int = 1
     logprob_chunk: int = 0
     probe_token: int | None = None
+    importance_cap: float = 0.0
 
 
 def completion_logprobs(
@@ -228,14 +231,23 @@ def loss_and_metrics(
     )
     logprobs = scored.logprobs
     old = jax.lax.stop_gradient(logprobs) if batch.old_logprobs is None else batch.old_logprobs
+    advantages = batch.advantages
+    if options.importance_cap:
+        importance = jnp.exp(jnp.where(batch.mask, old - batch.rollout.logprobs, 0.0))
+        advantages = advantages[..., None] if advantages.ndim == 2 else advantages
+        advantages = advantages * jnp.minimum(importance, options.importance_cap)
     loss, metrics = losses.policy_loss(
-        logprobs, old, batch.advantages, batch.mask, total=total, **options.loss.policy_keywords()
+        logprobs, old, advantages, batch.mask, total=total, **options.loss.policy_keywords()
     )
     references = () if batch.ref_logprobs is None else (batch.ref_logprobs,)
     mask, _ = losses.drop_nonfinite(batch.mask, logprobs, old, *references)
     mean = lambda x: losses.masked_sum(x, mask) / total.tokens
     same_law = lambda x: losses.aggregate(x, mask, options.loss.aggregation, options.loss.constant, total)
     metrics["entropy"] = mean(scored.entropy)
+    if options.importance_cap:
+        metrics["sampling/logp_difference_mean"] = mean(jnp.abs(old - batch.rollout.logprobs))
+        metrics["sampling/importance_weight_mean"] = mean(importance)
+        metrics["sampling/importance_capped_ratio"] = mean((importance > options.importance_cap).astype(jnp.float32))
     if options.entropy_coefficient:
         loss -= options.entropy_coefficient * same_law(scored.entropy)
     if batch.ref_logprobs is not None:

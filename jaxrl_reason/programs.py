@@ -145,7 +145,12 @@ def build(
     abstract_state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(init), shardings
     )
-    generate = sampler(config.group_size + greedy, ROLLOUT, with_prompt_logprobs="prompt_confidence" in method.signals)
+    generate = sampler(
+        config.group_size + greedy,
+        ROLLOUT,
+        with_prompt_logprobs="prompt_confidence" in method.signals,
+        int8=config.sampling.quantize == "int8",
+    )
     generate_eval = sampler(config.eval.samples, EVAL)
     score = jax.jit(
         functools.partial(
@@ -195,7 +200,10 @@ def columns_of(method: Method) -> tuple[str, ...]:
 
 
 def update_options(config: Config, method: Method, probe_token: int | None = None) -> learner.UpdateOptions:
-    return learner.UpdateOptions(loss=method.loss, probe_token=probe_token, **dataclasses.asdict(config.update))
+    cap = config.sampling.importance_cap if config.sampling.quantize else 0.0
+    return learner.UpdateOptions(
+        loss=method.loss, probe_token=probe_token, importance_cap=cap, **dataclasses.asdict(config.update)
+    )
 
 
 def _schedule(peak: float, kind: str, warmup: int, steps: int, per_step: int):

@@ -129,6 +129,7 @@ def generate(
     with_prompt_logprobs: bool = False,
     probe_token: int | None = None,
     probe_temperature: float = 1.0,
+    int8: bool = False,
 ) -> Rollout:
     """Samples G completions for each prompt. Pure; to be jitted with the keyword sizes static.
 
@@ -150,6 +151,8 @@ def generate(
         any other, which costs at most one more iteration of the loop and no further forward pass.
       probe_temperature: of that log-probability. The one of training, whatever samples: what a self-reward is
         compared with was measured there.
+      int8: decode with rounded weights and KV, half or a quarter of the memory to read. Log-probabilities are those of this law,
+        which is not quite the policy's.
     """
     P, G, T = prompt_tokens.shape[0], group_size, max_length
     if probe_token is not None and not eos_ids:
@@ -162,7 +165,9 @@ def generate(
     prompt_logprobs = _prompt_logprobs(model, hidden, prompt_tokens, prompt_mask) if with_prompt_logprobs else None
     last = prompt_mask.shape[1] - 1 - jnp.argmax(prompt_mask[:, ::-1], axis=1)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)  # [P, 1, D]: a group starts alike
-    blocks, prompt = model.unstack(prompt)
+    blocks, prompt = model.unstack(prompt, int8)
+    head = model.head_matrix(int8)
+    logits_of = lambda hidden: models.project(hidden, head, config)
     steps = T + (probe_token is not None)  # one more to read what follows an end token in the last place
     noise = sampling_noise(key, prompt_ids, G, steps)
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (G,))
@@ -179,7 +184,7 @@ def generate(
         return put(tokens, jnp.where(live, new, pad_id)), put(logprobs, jnp.where(live, logp, 0.0)), live & ~ends
 
     tokens = jnp.full((P, G, steps), pad_id, jnp.int32)
-    new, logp = sample(model.logits(hidden), 0)
+    new, logp = sample(logits_of(hidden), 0)
     everyone = jnp.ones((P, G), bool)
     tokens, logprobs, live = write(tokens, jnp.zeros((P, G, steps)), new, logp, everyone, 0)
     mask = jnp.zeros((P, G, steps), bool).at[:, :, 0].set(True)
@@ -193,7 +198,7 @@ def generate(
     def body(carry):
         t, live, new, tokens, logprobs, mask, cache, probe = carry
         hidden, cache = model.step(new, t - 1, blocks, prompt, cache)
-        logits = model.logits(hidden)
+        logits = logits_of(hidden)
         new, logp = sample(logits, t)
         mask = jax.lax.dynamic_update_index_in_dim(mask, live, t, axis=2)
         tokens, logprobs, going_on = write(tokens, logprobs, new, logp, live, t)
@@ -205,7 +210,7 @@ def generate(
             probe = values, live & ~going_on
         return t + 1, going_on, new, tokens, logprobs, mask, cache, probe
 
-    carry = (jnp.int32(1), live, new, tokens, logprobs, mask, model.empty_cache(P, G, T), probe)
+    carry = (jnp.int32(1), live, new, tokens, logprobs, mask, model.empty_cache(P, G, T, int8), probe)
     _, live, _, tokens, logprobs, mask, _, probe = jax.lax.while_loop(going, body, carry)
     return Rollout(
         prompt_tokens,

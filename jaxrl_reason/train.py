@@ -201,16 +201,18 @@ def train_step(run: Run, state: TrainState, reference, clock: Clock, c_ref: jax.
     with clock("update"):
         rollout = _trained(groups.rollout, run.method)
         old_logprobs = ref_logprobs = kl = None
-        if u.epochs * u.minibatches > 1:
-            # The float32 sampler agrees with the trainer to 1e-5; a bfloat16 rollout is scored again by the trainer's forward.
-            exact = run.model.compute_dtype == run.model.param_dtype == "float32"
+        # The float32 sampler agrees with the trainer to 1e-5; other rollouts are scored again by the trainer's forward.
+        rounded = bool(run.config.sampling.quantize)
+        exact = run.model.compute_dtype == run.model.param_dtype == "float32" and not rounded
+        if u.epochs * u.minibatches > 1 or rounded and "kl" in run.method.signals:
             old_logprobs = rollout.logprobs if exact else programs.score(state.params, rollout).logprobs
         if reference is not None:
             _, frozen = models.lora.split(run.model, state.params)
             of_reference = programs.score(models.lora.join(reference, frozen), rollout)
             if needs_kl(run):
                 ref_logprobs = of_reference.logprobs
-                kl = experience.log_ratio(rollout, ref_logprobs)
+                law = rollout if old_logprobs is None else rollout._replace(logprobs=old_logprobs)
+                kl = experience.log_ratio(law, ref_logprobs)
             c_ref = of_reference.probe_logprobs if c_ref is None else c_ref
         batch, advantage_state, prepared = programs.prepare(groups, state.advantage_state, kl, c_ref)
         batch = batch._replace(old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)

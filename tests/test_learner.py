@@ -214,6 +214,28 @@ def test_a_coefficient_of_zero_reports_the_kl_and_leaves_the_loss():
     assert_same(with_ref.params, without.params)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_a_sampler_of_another_law_is_corrected_by_capped_weights(several):
+    """Truncated importance sampling: each advantage times min(p / p_sampled, cap), p the policy's before the update."""
+    sampled = np.where(MASK, NOW + np.where(np.arange(T) % 2, 0.4, -0.9), 5).astype(np.float32)  # as if rounded
+    batch = experience(old_logprobs=NOW.astype(np.float32) if several else None, ref_logprobs=None)
+    batch = batch._replace(rollout=batch.rollout._replace(logprobs=jnp.asarray(sampled)))
+    options = dataclasses.replace(PPO, importance_cap=2.0)
+    state, metrics = update(batch, options)
+    weights = np.where(MASK, np.minimum(np.exp(NOW - sampled), 2.0), 0.0)
+    expected, _ = update(
+        experience(advantages=jnp.asarray(per_token(ADVANTAGES) * weights, jnp.float32), old_logprobs=None, ref_logprobs=None), PPO
+    )
+    assert_same(state.params, expected.params)
+    even = (np.arange(T) % 2 == 0) & MASK
+    assert metrics["sampling/importance_capped_ratio"] == pytest.approx(even.sum() / MASK.sum(), rel=1e-5)
+    true = np.exp(np.where(even, 0.9, -0.4))[MASK].mean()  # before the cap
+    assert metrics["sampling/importance_weight_mean"] == pytest.approx(true, rel=1e-4)
+    difference = np.where(even, 0.9, 0.4)[MASK].mean()
+    assert metrics["sampling/logp_difference_mean"] == pytest.approx(difference, rel=1e-4)
+    assert metrics["sampling/logp_difference_max"] == pytest.approx(0.9, rel=1e-4)
+
+
 # -- what may not matter ---------------------------------------------------------------------------------------------
 
 

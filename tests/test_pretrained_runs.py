@@ -262,3 +262,32 @@ def test_what_cannot_be_exported_is_refused(trained, tmp_path, capsys):
         assert export.main([f"--workdir={trained}", *flags]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_rounded_rollouts_are_corrected_and_logged(rows, model, tmp_path):
+    train.train(train.setup(a_config(rows, model, sampling__quantize="int8"), tmp_path / "int8"))
+    train.train(train.setup(a_config(rows, model), tmp_path / "plain"))
+    rounded, plain = lines_of(tmp_path / "int8"), lines_of(tmp_path / "plain")
+    assert 1e-4 < rounded[1]["sampling/logp_difference_mean"] < 0.1 > rounded[1]["sampling/importance_capped_ratio"]
+    assert rounded[1]["sampling/importance_weight_mean"] == pytest.approx(1, abs=0.05)
+    assert plain[1]["sampling/logp_difference_max"] < 1e-4 and "sampling/importance_weight_mean" not in plain[1]
+    # Evaluations are of the policy itself.
+    evaluations = [{k: v for k, v in lines[0].items() if k.startswith("eval/")} for lines in (rounded, plain)]
+    assert evaluations[0] == evaluations[1]
+
+
+def test_a_kl_in_the_reward_is_of_the_policy_not_of_its_rounding(rows, model, tmp_path):
+    method = {"name": "reinforce_pp", "kl_coef": 0.1}
+    run = train.setup(a_config(rows, model, sampling__quantize="int8", method=method), tmp_path / "run")
+    seen = {}
+    prepare = run.programs.prepare
+
+    def spy(groups, state, kl, c_ref):
+        seen["kl"] = np.asarray(kl)
+        return prepare(groups, state, kl, c_ref)
+
+    programs = dataclasses.replace(run.programs, prepare=spy)
+    state = train.first_state(run)
+    reference = jax.tree.map(jax.numpy.copy, state.params)
+    train.train_step(dataclasses.replace(run, programs=programs), state, reference, train.Clock())
+    assert np.abs(seen["kl"]).max() < 1e-5  # the reference is the policy

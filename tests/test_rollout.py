@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference_decoder as reference
-from jaxrl_reason import learner
-from jaxrl_reason.models import ModelConfig
+from jaxrl_reason import learner, models
+from jaxrl_reason.models import ModelConfig, decoder, layers
 from jaxrl_reason.rollout import generate, sample_token, sampling_noise
 
 P, G, S, T, V = 3, 4, 5, 6, 37
@@ -447,3 +447,55 @@ def test_decoding_stops_when_every_sample_has_ended():
     short, long = min(seconds(ending) for _ in range(3)), seconds(endless)
     assert (short[1], long[1]) == (2, length)
     assert short[0] < long[0] / 4
+
+
+# -- rounded weights and caches --------------------------------------------------------------------------------------
+
+
+def test_rounding_by_hand():
+    x = np.array([[1.0, -2.0], [0.5, 0.0], [-0.25, 0.6]], np.float32)
+    rounded = layers.quantize(jnp.asarray(x), axis=0)
+    np.testing.assert_allclose(rounded.scale, [[1 / 127, 2 / 127]])
+    np.testing.assert_array_equal(rounded.values, [[127, -127], [64, 0], [-32, 38]])  # .6 * 127 / 2 = 38.1
+    assert rounded.values.dtype == jnp.int8
+    y = np.array([[1.0, 2.0, 4.0]], np.float32)
+    expected = [[(127 + 2 * 64 - 4 * 32) / 127, (-127 + 4 * 38) * 2 / 127]]
+    np.testing.assert_allclose(layers.dot(jnp.asarray(y), rounded, "float32"), expected, rtol=1e-6)
+    zeros = layers.quantize(jnp.zeros((2, 3)), axis=0)
+    assert not np.any(zeros.values) and np.all(np.isfinite(zeros.scale))
+
+
+def test_a_rounded_rollout_reports_the_law_that_sampled_it():
+    """It is the law of weights that were rounded before, up to the rounding of the caches and the prompt's own forward."""
+    rounded = lambda x, axis: (lambda r: r.values.astype(jnp.float32) * r.scale)(layers.quantize(x, axis))
+    matrices = {name: rounded(PARAMS["layers"][name], 1) for name in models.PROJECTIONS}
+    close = {**PARAMS, "head": rounded(PARAMS["head"], 0), "layers": {**PARAMS["layers"], **matrices}}
+    run = jax.jit(
+        functools.partial(generate, CONFIG, group_size=16, max_length=T, eos_ids=EOS, pad_id=PAD, int8=True),
+    )
+    rollout = run(PARAMS, PROMPTS, MASK, IDS, jax.random.key(0), temperature=jnp.float32(1.3))
+    score = lambda params: learner.completion_logprobs(CONFIG, params, rollout, jnp.float32(1.3)).logprobs
+    mask = np.asarray(rollout.mask)
+    far, near = (np.abs(score(params) - rollout.logprobs)[mask].mean() for params in (PARAMS, close))
+    assert mask.sum() > 100 and 1e-3 < far < 0.02 and near < far
+
+
+def test_attention_over_a_rounded_cache_is_attention_over_what_it_stands_for():
+    P, G, N, R, K, C, S, T = 2, 3, 2, 2, 8, 5, 4, 1
+    rng = np.random.default_rng(0)
+    shape = lambda *sizes: jnp.asarray(rng.normal(size=sizes), jnp.float32)
+    q = shape(P, G, T, N * R, K)
+    own, prompt = (shape(P, G, N, K, C), shape(P, G, N, C, K)), (shape(P, N, K, S), shape(P, N, S, K))
+    masks = jnp.asarray(rng.random((P, G, T, C)) < 0.7).at[..., 0].set(True), jnp.ones((P, G, T, S), bool)
+    rounded_own, rounded_prompt = decoder._rounded(*own), decoder._rounded(*prompt)
+
+    def meant(pair):
+        keys, values = (x.values.astype(jnp.float32) for x in pair)
+        return keys * pair[0].scale, values * pair[1].scale.swapaxes(-1, -2)
+
+    for pair, exact in ((rounded_own, own), (rounded_prompt, prompt)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.02), meant(pair), exact)
+    attend = lambda own, prompt: layers.group_attention(q, own, masks[0], prompt, masks[1], scale=0.35, dtype="float32")
+    expected = attend(meant(rounded_own), meant(rounded_prompt))
+    np.testing.assert_allclose(attend(rounded_own, rounded_prompt), expected, atol=1e-6)
+    assert np.abs(attend(own, prompt) - expected).max() > 1e-4

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_reason.models import layers as L
-from jaxrl_reason.models.config import ModelConfig
+from jaxrl_reason.models.config import PROJECTIONS, ModelConfig
 
 Params = dict  # a nested dict of arrays
 
@@ -25,7 +25,7 @@ Params = dict  # a nested dict of arrays
 class PromptCache(NamedTuple):
     """Keys and values of P prompts, each computed once and shared by its group.
 
-    In `step` (unrolled layers), `keys` and `values` are tuples with an entry a layer.
+    In `step` (unrolled layers), `keys` and `values` are tuples with an entry a layer, each an array or a `layers.Int8`.
     """
 
     keys: jax.Array  # [layers, P, kv_heads, head_dim, S], rotated
@@ -38,7 +38,8 @@ class PromptCache(NamedTuple):
 class SampleCache(NamedTuple):
     """Keys and values of the samples' own tokens, an entry a layer.
 
-    Keys lie as the product with a query wants them: a step of decoding reads all of them for a few rows of queries.
+    Keys lie as the product with a query wants them: a step of decoding reads all of them for a few rows of queries. Each may
+    be a `layers.Int8` with a scale a position.
     """
 
     keys: tuple[jax.Array, ...]  # [P, G, kv_heads, head_dim, T]
@@ -120,8 +121,7 @@ class DecoderLayer(nnx.Module):
         q, k = L.rotate(q, *rotary), L.rotate(k, *rotary)
         own = k.transpose(0, 1, 3, 4, 2).astype(c.compute_dtype), v.swapaxes(2, 3).astype(c.compute_dtype)
         if cache is not None:
-            write = jax.lax.dynamic_update_slice_in_dim
-            own = write(cache[0], own[0], index, axis=4), write(cache[1], own[1], index, axis=3)
+            own = _written(cache, own, index)
         y = L.group_attention(q, own, own_mask, prompt, prompt_mask, scale=c.query_scale, dtype=c.compute_dtype)
         y = dot(y, "o").astype(x.dtype)
         x = x + (norm(y, self.post_attention_norm) if c.post_norms else y)
@@ -134,12 +134,28 @@ class DecoderLayer(nnx.Module):
     def _dot(self, y, name):
         """y times the matrix of this name, its adapter included."""
         c = self.config
-        weight = lambda name: getattr(self, name)[...]
+        weight = lambda name: getattr(self, name).get_value()
         out = L.dot(y, weight(name), c.compute_dtype)
         if c.lora_rank and name in c.lora_projections:
             narrow = L.dot(y, weight(f"{name}_a"), c.compute_dtype)
             out += c.lora_scale * L.dot(narrow, weight(f"{name}_b"), c.compute_dtype)
         return out
+
+
+def _written(cache, own, index):
+    """The cache with this call's keys and values at `index`, rounded as it is."""
+    write = jax.lax.dynamic_update_slice_in_dim
+    if not isinstance(cache[0], L.Int8):
+        return write(cache[0], own[0], index, axis=4), write(cache[1], own[1], index, axis=3)
+    keys, values = _rounded(*own)
+    put = lambda old, new, axis: L.Int8(write(old.values, new.values, index, axis), write(old.scale, new.scale, index, 4))
+    return put(cache[0], keys, 4), put(cache[1], values, 3)
+
+
+def _rounded(keys, values):
+    """Keys [..., K, C] and values [..., C, K] with a scale [..., 1, C] each."""
+    values = L.quantize(values, axis=-1)
+    return L.quantize(keys, axis=-2), values._replace(scale=values.scale.swapaxes(-1, -2))
 
 
 class Decoder(nnx.Module):
@@ -238,28 +254,44 @@ class Decoder(nnx.Module):
             values.append(v)
         return self._final(x)[:, :, 0], SampleCache(tuple(keys), tuple(values))
 
-    def unstack(self, prompt: PromptCache) -> tuple[list[DecoderLayer], PromptCache]:
-        """Layers and prompt KV one by one, matrices cast once: what a decoding loop wants to close over."""
+    def unstack(self, prompt: PromptCache, int8: bool = False) -> tuple[list[DecoderLayer], PromptCache]:
+        """Layers and prompt KV one by one, matrices cast once: what a decoding loop wants to close over.
+
+        With int8 the layers' matrices are rounded, a scale a column, and the prompt KV, a scale a position.
+        """
         c = self.config
         graphdef, stacked = nnx.split(self.layers)
         cast = lambda x: x.astype(c.compute_dtype) if x.ndim == 2 else x
         blocks = [nnx.merge(graphdef, jax.tree.map(lambda x: cast(x[i]), stacked)) for i in range(c.layers)]
-        return blocks, prompt._replace(keys=tuple(prompt.keys), values=tuple(prompt.values))
+        cache = list(zip(prompt.keys, prompt.values))
+        if int8:
+            for block in blocks:
+                for name in PROJECTIONS:
+                    setattr(block, name, nnx.Param(L.quantize(getattr(block, name)[...], axis=0)))
+            cache = [_rounded(*kv) for kv in cache]
+        keys, values = zip(*cache)
+        return blocks, prompt._replace(keys=keys, values=values)
 
-    def empty_cache(self, prompts: int, group: int, length: int) -> SampleCache:
+    def empty_cache(self, prompts: int, group: int, length: int, int8: bool = False) -> SampleCache:
         c = self.config
-        zeros = lambda *shape: tuple(
-            jnp.zeros((prompts, group, c.kv_heads, *shape), c.compute_dtype) for _ in range(c.layers)
-        )
-        return SampleCache(zeros(c.head_dim, length), zeros(length, c.head_dim))
+        lead = prompts, group, c.kv_heads
+
+        def zeros(*shape):
+            if int8:
+                return L.Int8(jnp.zeros((*lead, *shape), jnp.int8), jnp.zeros((*lead, 1, length), jnp.float32))
+            return jnp.zeros((*lead, *shape), c.compute_dtype)
+
+        empty = lambda *shape: tuple(zeros(*shape) for _ in range(c.layers))
+        return SampleCache(empty(c.head_dim, length), empty(length, c.head_dim))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> f32[..., V]."""
         return project(hidden, self.head_matrix(), self.config)
 
-    def head_matrix(self) -> jax.Array:
-        """The output head [D, V]."""
-        return self.embedding[...].T if self.config.tied_embedding else self.head[...]
+    def head_matrix(self, int8: bool = False) -> jax.Array | L.Int8:
+        """The output head [D, V]; with int8 rounded, a scale a token."""
+        head = self.embedding[...].T if self.config.tied_embedding else self.head[...]
+        return L.quantize(head, axis=0) if int8 else head
 
     # -- parts -------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,28 @@ from jaxrl_reason.models.config import ModelConfig
 
 _FLOAT32 = jax.lax.Precision.HIGHEST  # accelerators would multiply float32 operands in bfloat16 or TF32
 _NEVER = -1e30  # finite: a row that may see nothing gets a uniform softmax, never NaN
+
+
+class Int8(NamedTuple):
+    """A rounded array: values * scale, for what decoding reads over and over. Never differentiated."""
+
+    values: jax.Array  # int8
+    scale: jax.Array  # float32, 1 along the axis that shares it
+
+    @property
+    def shape(self):
+        return self.values.shape
+
+    def astype(self, dtype):
+        """The values alone: products with them are multiplied by the scale."""
+        return self.values.astype(dtype)
+
+
+def quantize(x: jax.Array, axis: int) -> Int8:
+    """Rounds to 255 steps between plus and minus the largest magnitude along `axis`, which shares a scale."""
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=axis, keepdims=True) / 127
+    return Int8(jnp.round(x / jnp.where(scale > 0, scale, 1.0)).astype(jnp.int8), scale)
 
 
 @jax.custom_vjp
@@ -33,8 +56,10 @@ def _dot_bfloat16_bwd(residuals, g):
 _dot_bfloat16.defvjp(_dot_bfloat16_fwd, _dot_bfloat16_bwd)
 
 
-def dot(x: jax.Array, w: jax.Array, dtype: str) -> jax.Array:
-    """x[..., D] @ w[D, F] -> f32[..., F], operands in `dtype`, sums in float32."""
+def dot(x: jax.Array, w: jax.Array | Int8, dtype: str) -> jax.Array:
+    """x[..., D] @ w[D, F] -> f32[..., F], operands in `dtype`, sums in float32. An Int8 matrix has a scale a column."""
+    if isinstance(w, Int8):
+        return dot(x, w.astype(dtype), dtype) * w.scale[0]
     # Two dimensions only: XLA on CPU has no bfloat16 product with two contracted dimensions, which
     # the weight gradient would be.
     flat = x.reshape(-1, x.shape[-1]).astype(dtype)
@@ -92,9 +117,10 @@ def group_attention(q, own, own_mask, prompt=None, prompt_mask=None, *, scale: f
 
     Args:
       q: [P, G, T, H, K] queries.
-      own: keys [P, G, N, K, C] and values [P, G, N, C, K]: the samples' own positions, N key/value heads.
+      own: keys [P, G, N, K, C] and values [P, G, N, C, K]: the samples' own positions, N key/value heads. Each may be an Int8 whose
+        scale is [P, G, N, 1, C].
       own_mask: bool, broadcastable to [P, G, T, C]; True where a query may look.
-      prompt: keys [P, N, K, S] and values [P, N, S, K], or None.
+      prompt: keys [P, N, K, S] and values [P, N, S, K], or None; Int8 with a scale [P, N, 1, S].
       prompt_mask: bool, broadcastable to [P, G, T, S].
       scale: factor on the scores.
       dtype: dtype of the operands of the products; sums and the softmax are float32.
@@ -111,25 +137,31 @@ def group_attention(q, own, own_mask, prompt=None, prompt_mask=None, *, scale: f
 
     keys, values = (x.astype(dtype) for x in own)
     q_own = q.transpose(0, 1, 3, 2, 4, 5).reshape(P, G, N, T * R, K)
-    s_own = product("pgnmk,pgnkc->pgnmc", q_own, keys).reshape(P, G, N, T, R, -1)
+    s_own = _scaled(product("pgnmk,pgnkc->pgnmc", q_own, keys), own[0]).reshape(P, G, N, T, R, -1)
     s_own = jnp.where(own_mask[:, :, None, :, None, :], s_own, _NEVER)
     top = s_own.max(axis=-1)  # [P, G, N, T, R]
     if prompt is not None:
         prompt_keys, prompt_values = (x.astype(dtype) for x in prompt)
         q_prompt = q.transpose(0, 3, 1, 2, 4, 5).reshape(P, N, G * T * R, K)
-        s_prompt = product("pnmk,pnks->pnms", q_prompt, prompt_keys).reshape(P, N, G, T, R, -1)
+        s_prompt = _scaled(product("pnmk,pnks->pnms", q_prompt, prompt_keys), prompt[0]).reshape(P, N, G, T, R, -1)
         s_prompt = jnp.where(prompt_mask[:, None, :, :, None, :], s_prompt, _NEVER)
         top = jnp.maximum(top, s_prompt.max(axis=-1).swapaxes(1, 2))
     top = jax.lax.stop_gradient(top)
 
     e_own = jnp.exp(s_own - top[..., None])
     total = e_own.sum(axis=-1)
-    out = product("pgnmc,pgnck->pgnmk", e_own.reshape(P, G, N, T * R, -1).astype(dtype), values)
+    out = product("pgnmc,pgnck->pgnmk", _scaled(e_own.reshape(P, G, N, T * R, -1), own[1]).astype(dtype), values)
     out = out.reshape(P, G, N, T, R, K)
     if prompt is not None:
         e_prompt = jnp.exp(s_prompt - top.swapaxes(1, 2)[..., None])
         total += e_prompt.sum(axis=-1).swapaxes(1, 2)
-        seen = product("pnms,pnsk->pnmk", e_prompt.reshape(P, N, G * T * R, -1).astype(dtype), prompt_values)
+        e_prompt = _scaled(e_prompt.reshape(P, N, G * T * R, -1), prompt[1]).astype(dtype)
+        seen = product("pnms,pnsk->pnmk", e_prompt, prompt_values)
         out += seen.reshape(P, N, G, T, R, K).swapaxes(1, 2)
     out = out / total[..., None]
     return out.transpose(0, 1, 3, 2, 4, 5).reshape(P, G, T, H * K)
+
+
+def _scaled(x, of):
+    """x, times the scale of a rounded operand."""
+    return x * of.scale if isinstance(of, Int8) else x
