@@ -478,7 +478,10 @@ def rows(tmp_path_factory):
     )
     write_rows(directory / "long.jsonl", [*ROWS, {**ROWS[0], "question": "word " * 40}])
     write_rows(directory / "renamed.jsonl", [{**row, "problem": row["question"].upper()} for row in ROWS])
-    data.train_tokenizer(["abc"] * 9, 280).save(directory / "tokenizer")
+    tokenizer = data.train_tokenizer(["abc"] * 9, 280)
+    tokenizer.save(directory / "tokenizer")
+    template = "{{ shout }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    dataclasses.replace(tokenizer, chat_template=template).save(directory / "chat")
     (directory / "reward.py").write_text(
         "def often_fails(completions, row, **_):\n"
         "    if any(r % 4 == 0 for r in row):\n"
@@ -749,6 +752,8 @@ WORD_PROBLEMS = dict(
 WINDOW = dict(model__layers=2, model__sliding_window=2)
 NEVER_MIXED = dict(method={"name": "dapo"}, max_completion_length=1)
 SUPERVISED = dict(supervised__steps=40)
+CHAT = dict(data__tokenizer=f"{HERE}/chat", max_prompt_length=64)
+ADAPTERS = dict(lora__rank=2)
 TRAINED = dict(steps=3, checkpoint__keep=9, checkpoint__every=1)
 GRADED = dict(data__train=f"{HERE}/graded.jsonl")
 PAIRS = GRADED | dict(reward__functions=["accuracy", "reward_model"], reward_model__steps=2, reward_model__batch_size=4)
@@ -772,6 +777,10 @@ EFFECTS = {
     "max_prompt_length": (20, rollout_shape, {}),
     "max_completion_length": (9, rollout_shape, {}),
     "method": ({"name": "rloo"}, prepared, {}),
+    "model.path": (f"{HERE}/nowhere", prompts, {}),
+    "lora.rank": (2, model, {}),
+    "lora.alpha": (3.0, model, ADAPTERS),
+    "lora.projections": (["q"], model, ADAPTERS),
     "model.width": (20, model, {}),
     "model.layers": (2, model, {}),
     "model.heads": (4, model, {}),
@@ -802,6 +811,9 @@ EFFECTS = {
     "data.data_dir": (f"{HERE}/rows.jsonl/no_directory", prompts, WORD_PROBLEMS),
     "data.columns": ({"question": "problem"}, prompts, dict(data__train=f"{HERE}/renamed.jsonl")),
     "data.template": ("qa", prompts, dict(max_prompt_length=64)),
+    "data.chat": (True, prompts, CHAT),
+    "data.system": ("Be short.", prompts, CHAT | dict(data__chat=True)),
+    "data.chat_options": ({"shout": "HEY"}, prompts, CHAT | dict(data__chat=True)),
     "data.on_bad_row": ("skip", prompts, dict(data__train=f"{HERE}/bad.jsonl", data__eval=f"{HERE}/rows.jsonl")),
     "data.on_long_prompt": ("skip", prompts, LONG),
     "data.tokenizer": (f"{HERE}/tokenizer", prompts, {}),
@@ -833,6 +845,8 @@ EFFECTS = {
     "reward.verdict": ("format", scored, dict(reward__functions=["accuracy", "format"])),
     "reward.max_failure_share": (0.1, scored, dict(reward__functions=["accuracy", f"{HERE}/reward.py:often_fails"])),
     "sampling.temperature": (0.5, sampled, {}),
+    "sampling.quantize": ("int8", sampled, {}),
+    "sampling.importance_cap": (0.5, loss, dict(sampling__quantize="int8")),
     "sampling.mask_truncated_completions": (True, prepared, {}),
     "sampling.max_batches": (3, dynamic_sampling, NEVER_MIXED),
     "optimizer.learning_rate": (0.1, optimizer, {}),
