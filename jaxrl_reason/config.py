@@ -85,7 +85,10 @@ class Lora:
 
 @_section
 class Data:
-    train: str = _field("word_problems", "a TFDS name (word_problems, gsm8k, ...), a path ending in .jsonl or .parquet, or hf://datasets/OWNER/NAME/PATH")
+    train: str = _field(
+        "word_problems",
+        "a TFDS name (word_problems, gsm8k, ...), a path ending in .jsonl or .parquet, or hf://datasets/OWNER/NAME/PATH",
+    )
     train_split: str = _field("train", "TFDS split, or a slice such as [:90%] of a JSONL file")
     eval: str = _field("", "the same, for evaluation; empty: as data.train")
     eval_split: str = _field("test", "split or slice for evaluation")
@@ -137,7 +140,13 @@ class Regression:
 
 @_section
 class RewardModel:
-    path: str = _field("", "directory of a trained reward model; empty: train one in this work directory")
+    path: str = _field(
+        "",
+        "a reward model that was trained with this package, or a pretrained one: a directory in the Hugging Face layout or an id of "
+        "its hub; empty: train one in this work directory",
+    )
+    system: str = _field("", "system prompt of a pretrained reward model's chat")
+    max_length: int = _field(2048, "tokens that a pretrained reward model reads; a longer text has no score", low=1)
     data: str = _field("", "pairs to train it on: a source with question, chosen, rejected; empty: data.train")
     split: str = _field("", "split of these pairs; empty: data.train_split")
     eval_split: str = _field("", "split of the held-out pairs; empty: data.eval_split")
@@ -161,10 +170,14 @@ class Reward:
 class Sampling:
     temperature: float = _field(1.0, "temperature of the rollout; training uses the same law", above=0)
     quantize: str = _field(
-        "", "rollouts decode with rounded weights and KV cache (evaluations do not); empty: as trained", choices=("", "int8")
+        "",
+        "rollouts decode with rounded weights and KV cache (evaluations do not); empty: as trained",
+        choices=("", "int8"),
     )
     importance_cap: float = _field(
-        2.0, "with sampling.quantize: tokens are weighted by min(p_trained / p_sampled, this), which corrects the rounding", above=0
+        2.0,
+        "with sampling.quantize: tokens are weighted by min(p_trained / p_sampled, this), which corrects the rounding",
+        above=0,
     )
     mask_truncated_completions: bool = _field(False, "leave completions without an end token out of the loss")
     max_batches: int = _field(8, "dynamic sampling: prompt batches drawn for a step at most", low=1)
@@ -672,6 +685,12 @@ def _check_needs(c: Config, method: methods.Method) -> None:
             )
     if "self_rewards" in method.signals and not method.loss.self_reward:
         raise ConfigError(f"config.method.name {method.name!r} needs self-rewards, and its loss has no SelfReward.")
+    r = c.reward_model
+    if r.path and r != RewardModel(path=r.path, system=r.system, max_length=r.max_length):
+        raise ConfigError(
+            "config.reward_model.path names a trained reward model, and other fields of config.reward_model say how to train one; leave "
+            "out one of them."
+        )
     if not learned and c.reward_model != RewardModel():
         raise ConfigError(
             "config.reward_model is set, and no reward of config.reward.functions is learned; add 'reward_model' there."

@@ -339,14 +339,15 @@ def run(request: Request, command: str) -> dict[str, float]:
     return judged.figures
 
 
-def _learned_reward(
-    c: Config, workdir: pathlib.Path, tokenizer: data.Tokenizer, mesh: jax.sharding.Mesh
-) -> Callable[[Rollout], jax.Array]:
-    """Scores of the reward model that the run learnt from."""
+def _learned_reward(c: Config, workdir: pathlib.Path, tokenizer: data.Tokenizer, mesh: jax.sharding.Mesh) -> Callable:
+    """Scores of the reward model that the run learnt from, see `Scorer.with_reward_model`."""
     directory = pathlib.Path(c.reward_model.path).expanduser() if c.reward_model.path else workdir / "reward_model"
+    if c.reward_model.path and not (directory / "reward_model.json").is_file():
+        return reward_training.pretrained_scorer(c, reward_training.open_pretrained(c), tokenizer, mesh)
     digest = reward_training.tokenizer_digest(tokenizer)
     shape, params = reward_training.load_reward_model(directory, digest, mesh=mesh)
-    return functools.partial(jax.jit(functools.partial(reward_model.group_scores, shape)), params)
+    score = jax.jit(functools.partial(reward_model.group_scores, shape))
+    return lambda rollout, batch: (score(params, rollout), {})
 
 
 def _self_reward_constant(workdir: pathlib.Path) -> float | None:

@@ -35,7 +35,7 @@ from jaxrl_reason.models import reward_model
 from jaxrl_reason.models import sharding
 from jaxrl_reason.progress import Progress
 from jaxrl_reason.rewards import RewardError
-from jaxrl_reason.rollout import Rollout
+from jaxrl_reason.rewards.learned import TextScorer
 from jaxrl_reason.workdir import Workdir
 
 # Folded into the seed for the score vector and, without a policy to begin with, the decoder; beside the purposes in `programs`.
@@ -56,6 +56,7 @@ class Phase:
       tokenizer: of the run.
       work: the directory of the reward model to train, not yet written to; None where config.reward_model.path names a trained one.
       pairs, held_out: what it learns from and is measured on; None likewise.
+      pretrained: the model of config.reward_model.path in the Hugging Face layout, or None.
     """
 
     config: Config
@@ -65,6 +66,7 @@ class Phase:
     work: Workdir | None = None
     pairs: PreferenceStream | None = None
     held_out: PreferenceStream | None = None
+    pretrained: models.Opened | None = None
 
     @property
     def directory(self) -> pathlib.Path:
@@ -86,6 +88,13 @@ def setup(
     """
     c, r = config, config.reward_model
     phase = Phase(config, models.lora.base_of(model), mesh, tokenizer)
+    if r.path and not (phase.directory / _DESCRIPTION).is_file():
+        return dataclasses.replace(phase, pretrained=open_pretrained(config))
+    if r != dataclasses.replace(r, system="", max_length=config_lib.RewardModel().max_length):
+        raise ConfigError(
+            "config.reward_model.system and config.reward_model.max_length are for a pretrained reward model with a chat template and "
+            "texts of its own; leave them out."
+        )
     if r.path:
         _describe(phase.directory, tokenizer_digest(tokenizer))
         return phase
@@ -122,12 +131,51 @@ def setup(
     )
 
 
-def scorer(phase: Phase, decoder: models.Params, console: rich.console.Console) -> Callable[[Rollout], jax.Array]:
-    """Rollout -> scores f32[P, G] under the phase's reward model, compiled; see `get_reward_model`."""
+def open_pretrained(config: Config) -> models.Opened:
+    """The pretrained reward model of config.reward_model.path, looked at. Raises ConfigError where there is none."""
+    path = config.reward_model.path
+    try:
+        found = models.open_model(path)
+    except models.PretrainedError as e:
+        raise ConfigError(
+            f"config.reward_model.path is {path!r}, which has neither a {_DESCRIPTION} (the reward_model folder of a work directory in "
+            f"which python -m jaxrl_reason.reward_training has ended) nor a pretrained model: {e}"
+        ) from e
+    if found.tokenizer is None:
+        raise ConfigError(f"config.reward_model.path is {path!r}, and there is no tokenizer.json in it.")
+    models.check_weights(found, found.config, models.RewardModel)
+    return found
+
+
+def scorer(phase: Phase, decoder: models.Params, console: rich.console.Console) -> Callable:
+    """(Rollout, its batch) -> scores f32[P, G] under the phase's reward model, and metrics; see `Scorer.with_reward_model`."""
+    c = phase.config
+    parts = c.update.accumulation * c.update.minibatches  # as the policy's log-probabilities are computed
+    if phase.pretrained:
+        return pretrained_scorer(c, phase.pretrained, phase.tokenizer, phase.mesh)
     model, params = get_reward_model(phase, decoder, console)
-    u = phase.config.update  # as many parts as the policy's log-probabilities are computed in
-    score = jax.jit(functools.partial(reward_model.group_scores, model, parts=u.accumulation * u.minibatches))
-    return lambda rollout: score(params, rollout)
+    score = jax.jit(functools.partial(reward_model.group_scores, model, parts=parts))
+    return lambda rollout, batch: (score(params, rollout), {})
+
+
+def pretrained_scorer(
+    c: Config, opened: models.Opened, tokenizer: data.Tokenizer, mesh: jax.sharding.Mesh
+) -> TextScorer:
+    """The scorer of a pretrained reward model, its weights on the mesh in the dtypes of the policy."""
+    model = dataclasses.replace(
+        opened.config, param_dtype=c.model.param_dtype, compute_dtype=c.model.compute_dtype, remat="none"
+    )
+    return TextScorer(
+        model,
+        models.place_weights(opened, model, mesh, models.RewardModel),
+        opened.tokenizer,
+        policy_tokenizer=tokenizer,
+        template=config_lib.prompt_template(c, tokenizer),
+        system=c.reward_model.system,
+        max_length=c.reward_model.max_length,
+        parts=c.update.accumulation * c.update.minibatches,
+        sharding=sharding.batch_sharding(mesh),
+    )
 
 
 def get_reward_model(
@@ -356,6 +404,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         run = train.setup(*config_lib.parse_args(argv))
+        if run.reward_phase is not None and run.reward_phase.pretrained:
+            raise ConfigError("config.reward_model.path names a pretrained reward model, so there is none to train.")
         if run.reward_phase is None:
             raise ConfigError(
                 "config.reward.functions names no learned reward, so this run has no reward model to train; add 'reward_model' there."

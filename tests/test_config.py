@@ -834,6 +834,8 @@ EFFECTS = {
     "regression.prefix_length": (2, numbers, NUMBERS),
     "regression.encoder_width": (16, numbers, NUMBERS),
     "reward_model.path": (f"{HERE}/nowhere", pairs, PAIRS),
+    "reward_model.system": ("Be strict.", pairs, PAIRS),
+    "reward_model.max_length": (100, pairs, PAIRS),
     "reward_model.data": (f"{HERE}/pairs.jsonl", pairs, PAIRS),
     "reward_model.split": ("[:4]", pairs, PAIRS),
     "reward_model.eval_split": ("[4:]", pairs, PAIRS),

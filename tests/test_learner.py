@@ -224,7 +224,10 @@ def test_a_sampler_of_another_law_is_corrected_by_capped_weights(several):
     state, metrics = update(batch, options)
     weights = np.where(MASK, np.minimum(np.exp(NOW - sampled), 2.0), 0.0)
     expected, _ = update(
-        experience(advantages=jnp.asarray(per_token(ADVANTAGES) * weights, jnp.float32), old_logprobs=None, ref_logprobs=None), PPO
+        experience(
+            advantages=jnp.asarray(per_token(ADVANTAGES) * weights, jnp.float32), old_logprobs=None, ref_logprobs=None
+        ),
+        PPO,
     )
     assert_same(state.params, expected.params)
     even = (np.arange(T) % 2 == 0) & MASK

@@ -10,8 +10,9 @@ import pytest
 import safetensors.numpy
 
 import reference_decoder
-from jaxrl_reason import data, evaluate, export, models, runs, train
-from jaxrl_reason.config import Lora, Model, Reward
+from jaxrl_reason import config as config_lib
+from jaxrl_reason import data, evaluate, export, models, reward_training, runs, train
+from jaxrl_reason.config import Lora, Model, Reward, RewardModel
 from jaxrl_reason.models import ModelConfig
 from tiny_runs import ROWS, tiny, write_rows
 
@@ -85,7 +86,9 @@ def trained(rows, model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapted(rows, model, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("adapters") / "run"
-    config = a_config(rows, model, lora=Lora(rank=2, projections=["q", "down"]), update__kl_coefficient=0.1, data__chat=True)
+    config = a_config(
+        rows, model, lora=Lora(rank=2, projections=["q", "down"]), update__kl_coefficient=0.1, data__chat=True
+    )
     train.train(train.setup(config, workdir))
     return workdir
 
@@ -205,7 +208,10 @@ def test_prompts_stand_in_the_chat_template(rows, model, tmp_path):
         (dict(model__qk_norm=True), "config.model.qk_norm is True"),
         (dict(lora=Lora(rank=2, projections=["query"])), "config.lora.projections is ['query']; it must name some of"),
         (dict(lora=Lora(alpha=3.0)), "config.lora is set and config.lora.rank is 0"),
-        (dict(data__system="Hello"), "config.data.system and config.data.chat_options belong to the model's chat template"),
+        (
+            dict(data__system="Hello"),
+            "config.data.system and config.data.chat_options belong to the model's chat template",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_written(changes, message, rows, model, tmp_path):
@@ -291,3 +297,115 @@ def test_a_kl_in_the_reward_is_of_the_policy_not_of_its_rounding(rows, model, tm
     reference = jax.tree.map(jax.numpy.copy, state.params)
     train.train_step(dataclasses.replace(run, programs=programs), state, reference, train.Clock())
     assert np.abs(seen["kl"]).max() < 1e-5  # the reference is the policy
+
+
+# -- pretrained reward models ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def grader(tmp_path_factory):
+    """A sequence classifier in the layout of the hub, with a tokenizer that is not the policy's."""
+    tokenizer = dataclasses.replace(data.train_tokenizer(["Write it ####"], 280), chat_template=CHAT)
+    config = ModelConfig(vocab_size=290, width=16, layers=1, heads=2, kv_heads=2, mlp_width=16, qkv_bias=True)
+    params = {
+        "decoder": reference_decoder.random_params(config, scale=0.3),
+        "score": np.random.default_rng(0).normal(size=16).astype(np.float32),
+    }
+    directory = tmp_path_factory.mktemp("grader") / "model"
+    models.save_pretrained(directory, models.RewardModel(config, params, tokenizer))
+    return directory
+
+
+def hero(rows, model, grader, **changes):
+    defaults = dict(
+        reward=Reward(functions=["tests_reward.py:length", "reward_model"], weights=[1.0, 0.0]),
+        reward_model=RewardModel(path=str(grader), system="Grade."),
+        method={"name": "hero", "base": "grpo"},
+        data__chat=True,
+    )
+    return a_config(rows, model, **defaults | changes)
+
+
+def test_a_pretrained_reward_model_scores_the_text_in_its_own_words(rows, model, grader, tmp_path):
+    run = train.setup(hero(rows, model, grader), tmp_path / "run")
+    state, batch = train.first_state(run), run.prompts.batch(0)
+    rollout = run.programs.generate(state.params, batch, state.step)
+    score = reward_training.scorer(run.reward_phase, state.params, None)
+    found, metrics = score(rollout, batch)
+    assert metrics == {"rewards/reward_model/too_long_ratio": 0.0}
+    judge = models.load_reward_model(grader)
+    for p, row in enumerate(batch.rows):
+        for g in range(found.shape[1]):
+            completion = run.tokenizer.decode(rollout.tokens[p, g][rollout.mask[p, g]].tolist())
+            text = f"<bos><system>Grade.<eos><user>{row['question']}\n<eos><assistant>{completion}<eos>"
+            ids = np.array([judge.tokenizer.encode(text)])
+            assert found[p, g] == pytest.approx(float(judge.apply(judge.params, ids)[0]), abs=1e-4)
+    assert len(set(np.asarray(found).ravel().tolist())) > 4
+
+
+def test_a_run_graded_by_a_pretrained_model_and_its_evaluation(rows, model, grader, tmp_path, capsys):
+    train.train(train.setup(hero(rows, model, grader, update__accumulation=2), tmp_path / "run"))
+    last = lines_of(tmp_path / "run")[-1]
+    assert last["rewards/reward_model/std"] > 0 and last["hero/score_spread"] > 0
+    assert last["rewards/reward_model/too_long_ratio"] == 0
+    assert evaluate.main([f"--workdir={tmp_path / 'run'}"]) == 0
+    record = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
+    assert np.isfinite(record["metrics"]["rewards/reward_model"])
+
+
+def test_a_text_that_is_too_long_has_no_score_and_is_never_cut(rows, model, grader, tmp_path):
+    def scores(limit):
+        config = hero(rows, model, grader, reward_model__max_length=limit)
+        run = train.setup(config, tmp_path / str(limit))
+        state, batch = train.first_state(run), run.prompts.batch(0)
+        rollout = run.programs.generate(state.params, batch, state.step)
+        score = reward_training.scorer(run.reward_phase, state.params, None)
+        decode = lambda p, g: run.tokenizer.decode(rollout.tokens[p, g][rollout.mask[p, g]].tolist())
+        texts = [[score.text(row, decode(p, g)) for g in range(4)] for p, row in enumerate(batch.rows)]
+        lengths = np.array([[len(ids) for ids in tokenizer.encode_batch(group)] for group in texts])
+        return *score(rollout, batch), lengths
+
+    tokenizer = data.load_tokenizer(grader)
+    whole, _, lengths = scores(2048)
+    limit = int(np.median(lengths))
+    some, metrics, _ = scores(limit)
+    missing = np.isnan(some)
+    np.testing.assert_array_equal(missing, lengths > limit)
+    assert 0 < missing.mean() < 1 and metrics["rewards/reward_model/too_long_ratio"] == pytest.approx(missing.mean())
+    np.testing.assert_allclose(some[~missing], whole[~missing], atol=1e-5)
+    none, _, _ = scores(3)
+    assert np.isnan(none).all()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            dict(reward_model__path="no/where"),
+            "config.reward_model.path is 'no/where', which has neither a reward_model.json",
+        ),
+        (dict(reward_model__path="{model}"), "a language model, read by load_pretrained"),
+        (dict(reward_model__steps=7), "other fields of config.reward_model say how to train one"),
+    ],
+)
+def test_reward_models_that_cannot_be_used_are_refused(changes, message, rows, model, grader, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def offline(*_, **__):
+        raise OSError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    changes = {k: v.replace("{model}", str(model)) if isinstance(v, str) else v for k, v in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        train.setup(hero(rows, model, grader, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pretrained_reward_model_is_not_trained(rows, model, grader, tmp_path, capsys):
+    path = tmp_path / "recipe.py"
+    path.write_text(
+        "from jaxrl_reason import config\n"
+        f"def get_config():\n    return config.from_dict({config_lib.to_dict(hero(rows, model, grader))!r})\n"
+    )
+    assert reward_training.main([f"--config={path}", f"--workdir={tmp_path / 'run'}"]) == 2
+    assert "names a pretrained reward model, so there is none to train" in capsys.readouterr().err

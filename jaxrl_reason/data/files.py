@@ -78,7 +78,11 @@ def read_parquet(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             wanted = {"question": "question", "answer": "answer", **columns}
-            taken = [n for n in names if n in _OURS or n in wanted.values() or n in {w.split(".")[0] for w in wanted.values()}]
+            taken = [
+                n
+                for n in names
+                if n in _OURS or n in wanted.values() or n in {w.split(".")[0] for w in wanted.values()}
+            ]
             for batch in file.iter_batches(columns=taken):
                 for row in batch.to_pylist():
                     try:
@@ -120,7 +124,8 @@ class _BadRows:
             raise ValueError(f"{self.path} has no usable row: {why}.")
         if self.count:
             warnings.warn(
-                f"{self.path}: {_count(self.count)} skipped, {len(rows)} kept. The first: {self.reports[0]}.", stacklevel=4
+                f"{self.path}: {_count(self.count)} skipped, {len(rows)} kept. The first: {self.reports[0]}.",
+                stacklevel=4,
             )
 
 

@@ -97,9 +97,7 @@ def load_source(
     return _tfds_source(name, split, data_dir, columns)
 
 
-def _files_source(
-    name: str, paths: list[pathlib.Path], split: str, columns: dict[str, str], on_bad_row: str
-) -> Source:
+def _files_source(name: str, paths: list[pathlib.Path], split: str, columns: dict[str, str], on_bad_row: str) -> Source:
     rows, skipped, digests = [], 0, []
     for path in paths:
         read = files.read_parquet if path.suffix == ".parquet" else files.read_jsonl
@@ -128,7 +126,9 @@ def _download(name: str) -> list[pathlib.Path]:
         found = huggingface_hub.snapshot_download(f"{owner}/{dataset}", repo_type="dataset", allow_patterns=[pattern])
     except Exception as error:  # of the network, of the hub and of the disk: a dozen classes
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{name} could not be had from the Hugging Face hub: {type(error).__name__}: {reason}") from error
+        raise ValueError(
+            f"{name} could not be had from the Hugging Face hub: {type(error).__name__}: {reason}"
+        ) from error
     paths = sorted(path for path in pathlib.Path(found).rglob("*") if path.match(pattern))
     if not paths:
         raise ValueError(f"{name}: the data set has no file {pattern!r}.")

@@ -148,7 +148,9 @@ def _written(cache, own, index):
     if not isinstance(cache[0], L.Int8):
         return write(cache[0], own[0], index, axis=4), write(cache[1], own[1], index, axis=3)
     keys, values = _rounded(*own)
-    put = lambda old, new, axis: L.Int8(write(old.values, new.values, index, axis), write(old.scale, new.scale, index, 4))
+    put = lambda old, new, axis: L.Int8(
+        write(old.values, new.values, index, axis), write(old.scale, new.scale, index, 4)
+    )
     return put(cache[0], keys, 4), put(cache[1], values, 3)
 
 

@@ -89,7 +89,7 @@ class Scorer:
 
         Returns:
           name -> f32[P, G] on the device, in the order of `names`, NaN where missing; and metrics of host rewards
-          (`rewards/<name>/error_rate`, `rewards/<name>/none_rate`).
+          (`rewards/<name>/error_rate`, `rewards/<name>/none_rate`; `rewards/reward_model/too_long_ratio` of a pretrained one).
 
         Raises:
           RewardError: a host reward breaks its contract (see `host.score`), or match_answer meets a row whose answer
@@ -101,7 +101,7 @@ class Scorer:
             for name, function in self._device.items():
                 rewards[name] = function(rollout.tokens, rollout.mask, columns)
         if self._learned:
-            scores = self._reward_model(rollout)
+            scores, metrics = self._reward_model(rollout, batch)
             rewards |= {name: function(scores) for name, function in self._learned.items()}
         if self._host:
             tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
@@ -110,11 +110,13 @@ class Scorer:
             prompts = [self._template.render_prompt(row) for row in batch.rows]
             table = host.score(self._host, prompts, texts, ids, _columns(batch.rows), self._max_failure_share)
             rewards |= {name: jax.device_put(values, self._sharding) for name, values in table.per_reward.items()}
-            metrics = table.failures()
+            metrics = metrics | table.failures()
         return {name: rewards[name] for name in self.names}, metrics
 
-    def with_reward_model(self, score: Callable[[Rollout], jax.Array]) -> "Scorer":
-        """This scorer with a trained reward model: Rollout -> f32[P, G], on the device."""
+    def with_reward_model(
+        self, score: Callable[[Rollout, PromptBatch], tuple[jax.Array, dict[str, float]]]
+    ) -> "Scorer":
+        """This scorer with a reward model: (Rollout, its batch) -> f32[P, G] on the device, NaN where missing, and metrics."""
         other = copy.copy(self)
         other._reward_model = score
         return other

@@ -40,7 +40,9 @@ def test_a_system_prompt_and_options(tokenizer):
     assert template.render_prompt({"question": "{question} {{ 1 }}"}) == (
         "<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\n{question} {{ 1 }}<|im_end|>\n<|im_start|>assistant\n"
     )
-    asks = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{{ messages | tojson }}"
+    asks = (
+        "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{{ messages | tojson }}"
+    )
     template = chat_template(
         get_template("{question}"), with_template(tokenizer, asks), options={"enable_thinking": False}
     )

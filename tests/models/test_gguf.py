@@ -54,7 +54,11 @@ def write(path, config=CONFIG, params=None, kind=None, tokenizer=None, **fields)
         "tokenizer.ggml.eos_token_id": 2,
     }
     floats = {"llama.rope.freq_base": config.rope_theta, "llama.attention.layer_norm_rms_epsilon": config.norm_eps}
-    texts = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.chat_template": "{{ messages }}"}
+    texts = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.chat_template": "{{ messages }}",
+    }
     for values, add in ((numbers, writer.add_uint32), (floats, writer.add_float32), (texts, writer.add_string)):
         for name, value in values.items():
             value = fields.pop(name, value)

@@ -139,7 +139,9 @@ def test_the_optimizer_keeps_moments_of_the_adapters_alone():
     mesh = models.sharding.make_mesh()
     shardings = programs.state_shardings(CONFIG, mesh, optimizer, create("grpo"))
     trained, _ = lora.split(CONFIG, models.abstract_params(CONFIG))
-    state = jax.eval_shape(lambda: learner.init_opt_state(optimizer, jax.tree.map(lambda x: jnp.zeros(x.shape), trained)))
+    state = jax.eval_shape(
+        lambda: learner.init_opt_state(optimizer, jax.tree.map(lambda x: jnp.zeros(x.shape), trained))
+    )
     assert jax.tree.structure(shardings.opt_state) == jax.tree.structure(state)
     moments = sum(x.size for x in jax.tree.leaves(state) if x.ndim)
     assert moments == 2 * sum(x.size for x in jax.tree.leaves(trained))
@@ -170,7 +172,10 @@ def test_adapters_as_peft_reads_them(tmp_path):
     [
         (dict(lora_rank=-1), "lora.rank is -1"),
         (dict(lora_alpha=0.0), "alpha 0.0"),
-        (dict(lora_projections=("q", "query")), r"lora.projections is \['q', 'query'\]; it must name some of q, k, v, o"),
+        (
+            dict(lora_projections=("q", "query")),
+            r"lora.projections is \['q', 'query'\]; it must name some of q, k, v, o",
+        ),
         (dict(lora_projections=()), "must name some"),
         (dict(lora_projections=("q", "q")), "each once"),
     ],
