@@ -642,9 +642,9 @@ def _check_needs(c: Config, method: methods.Method) -> None:
             f"config.method.name {method.name!r} keeps groups with both right and wrong answers, and a regression run has neither; "
             "set config.method.dynamic_sampling=false."
         )
-    if numbers and c.model.path:
+    if numbers and c.model.path and c.regression.inputs != "text":
         raise ConfigError(
-            "config.model.path is set, and a regression run (config.regression.tokenizer) begins with random weights."
+            "config.model.path names a pretrained model, which reads text: set config.regression.inputs='text'."
         )
     if numbers:
         if "values" in method.signals and not c.regression.value:

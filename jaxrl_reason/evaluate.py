@@ -230,7 +230,9 @@ def _text_subject(c: Config, workdir: pathlib.Path, method: methods.Method, mesh
 def _numbers_subject(c: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Subject:
     if c.regression.inputs == "text":
         c.data.tokenizer = str(workdir / "tokenizer" / "text")
-    task = regression.open_task(c)  # scales are those of the training table, which is read again
+    origin = model_source(workdir)
+    text_size = models.read_config(origin).vocab_size if origin else 0
+    task = regression.open_task(c, text_size=text_size)  # scales are those of the training table, which is read again
     rows, digits = task.held_out, task.tokenizer
     if digits.description() != json.loads((workdir / "tokenizer" / "digits.json").read_bytes()):
         raise ConfigError(
@@ -247,7 +249,7 @@ def _numbers_subject(c: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh) 
         return Judged(numbers, _predictions(samples, targets, digits, rows), "predictions.jsonl", draw)
 
     return Subject(
-        tasks.numbers_model(c, task),
+        tasks.numbers_model(c, task, origin),
         digits,
         (c.data.eval or c.data.train, task.fingerprint),
         batches,

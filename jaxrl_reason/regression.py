@@ -35,11 +35,13 @@ class Digits:
       number: how numbers are spelt.
       target: scales targets; the number's alphabet writes z-scores, or the unit interval.
       text: tokenizer of rows that enter as text, or None.
+      text_size: ids of the pretrained model that goes with it, which may have more than its tokenizer; 0: as the tokenizer.
     """
 
     number: numbers.NumberTokenizer
     target: tables.TargetScaler
     text: Tokenizer | None = None
+    text_size: int = 0
 
     @property
     def pad_id(self) -> int:
@@ -51,7 +53,7 @@ class Digits:
 
     @property
     def vocab_size(self) -> int:
-        return self.pad_id + 1 + (self.text.vocab_size if self.text else 0)
+        return self.pad_id + 1 + (self.text_size or (self.text.vocab_size if self.text else 0))
 
     @property
     def legal(self) -> np.ndarray:
@@ -193,8 +195,13 @@ class Task:
     best_r2: float | None
 
 
-def open_task(config: Config) -> Task:
+def open_task(config: Config, text: Tokenizer | None = None, text_size: int = 0) -> Task:
     """Opens and encodes the tables of a configuration with `regression.tokenizer`.
+
+    Args:
+      config: of the run.
+      text: tokenizer of rows as text; None: config.data.tokenizer, or one that is trained on them.
+      text_size: see `Digits`.
 
     Raises:
       ConfigError, ValueError, OSError: a sentence that says what is wrong and where.
@@ -219,11 +226,10 @@ def open_task(config: Config) -> Task:
     train, values = take_values(opened(c.data.train, c.data.train_split), r.value)
     held_out, held_out_values = take_values(opened(c.data.eval or c.data.train, c.data.eval_split), r.value)
     as_text = r.inputs == "text"
-    text = None
-    if as_text:
+    if as_text and text is None:
         text = load_tokenizer(c.data.tokenizer) if c.data.tokenizer else None
         text = text or train_tokenizer(row_texts(train)[:2000], c.data.vocab_size)
-    digits = Digits(number, tables.TargetScaler.fit(train.targets), text)
+    digits = Digits(number, tables.TargetScaler.fit(train.targets), text if as_text else None, text_size)
     scaler = tables.fit_features(train)
 
     def encode(table: tables.Table, values: np.ndarray | None) -> Rows:

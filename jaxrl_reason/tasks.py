@@ -3,7 +3,7 @@
 A task brings the data streams, the tokenizer, the scorer and the evaluation; the loop in train.py is the same for both.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import json
@@ -11,6 +11,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_reason import config as config_lib
@@ -91,10 +92,7 @@ def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
         columns["values"] = altered(read_values(train_rows), c.data.values, seed=c.seed, **scale)
 
     work = Workdir(workdir, c, f"{train_rows.fingerprint}/{eval_rows.fingerprint}")
-    source, pretrained = model_source(work.path), None
-    if c.model.path and source is None:
-        pretrained = models.open_model(c.model.path)
-        source = pretrained.source
+    source, pretrained = _source(c, work.path)
 
     def make_tokenizer():
         if c.supervised.start_from:
@@ -102,11 +100,7 @@ def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
         if c.data.tokenizer:
             return data.load_tokenizer(c.data.tokenizer)
         if pretrained is not None:
-            if pretrained.tokenizer is None:
-                raise ConfigError(
-                    f"config.model.path is {c.model.path!r}, which has no tokenizer.json; name one in config.data.tokenizer."
-                )
-            return pretrained.tokenizer
+            return _tokenizer_of(c, pretrained)
         template = data.get_template(c.data.template)
         rows = train_rows.read(range(min(len(train_rows), 2000)))
         texts = [
@@ -118,7 +112,7 @@ def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
     template = config_lib.prompt_template(c, tokenizer)
     model = config_lib.model_config(c, tokenizer.vocab_size, source)
     if pretrained is not None:
-        models.check_weights(pretrained, models.lora.base_of(model))
+        models.check_weights(pretrained, _pretrained_shape(model))
     texts = dict(max_prompt_length=c.max_prompt_length, on_long=c.data.on_long_prompt, add_bos=c.data.add_bos)
     scorer = Scorer(
         c.reward.functions,
@@ -174,12 +168,49 @@ def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
     )
 
 
+def _source(c: Config, work: pathlib.Path) -> tuple[Mapping[str, Any] | None, models.Opened | None]:
+    """The config.json of the pretrained model that a run begins with, and, in a new work directory, the model, looked at."""
+    source = model_source(work)
+    if not c.model.path or source is not None:
+        return source, None
+    opened = models.open_model(c.model.path)
+    return opened.source, opened
+
+
+def _tokenizer_of(c: Config, opened: models.Opened) -> data.Tokenizer:
+    if opened.tokenizer is None:
+        raise ConfigError(
+            f"config.model.path is {c.model.path!r}, which has no tokenizer.json; name one in config.data.tokenizer."
+        )
+    return opened.tokenizer
+
+
+def _pretrained_shape(model: models.ModelConfig, digits: regression.Digits | None = None) -> models.ModelConfig:
+    """The decoder whose weights config.model.path holds: without adapters, and without a number's tokens."""
+    base = models.lora.base_of(model)
+    return base if digits is None else dataclasses.replace(base, vocab_size=digits.text_size)
+
+
 def _pretrained_weights(
-    c: Config, pretrained: models.Opened | None, model: models.ModelConfig, mesh: jax.sharding.Mesh
+    c: Config,
+    pretrained: models.Opened | None,
+    model: models.ModelConfig,
+    mesh: jax.sharding.Mesh,
+    digits: regression.Digits | None = None,
 ):
-    """The weights of config.model.path on the mesh, with fresh adapters where they are to be trained."""
+    """The weights of config.model.path on the mesh, with fresh adapters where they are to be trained.
+
+    Tokens of numbers are new to the model: each begins as the mean of its embedding (and of its output head).
+    """
     opened = pretrained or models.open_model(c.model.path)
-    base = models.place_weights(opened, models.lora.base_of(model), mesh)
+    base = models.place_weights(opened, _pretrained_shape(model, digits), mesh)
+    if digits is not None:
+        new = model.vocab_size - digits.text_size
+        placed = sharding.param_shardings(models.lora.base_of(model), mesh)
+        for name, axis in ({"embedding": 0} | ({} if model.tied_embedding else {"head": 1})).items():
+            mean = base[name].astype("float32").mean(axis=axis, keepdims=True).astype(base[name].dtype)
+            more = jnp.concatenate([jnp.repeat(mean, new, axis=axis), base[name]], axis=axis)
+            base[name] = jax.device_put(more, placed[name])
     if not model.lora_rank:
         return base
     shardings, _ = models.lora.split(model, sharding.param_shardings(model, mesh))
@@ -189,8 +220,15 @@ def _pretrained_weights(
 
 
 def _numbers(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
-    table = regression.open_task(c)
+    source, pretrained = _source(c, pathlib.Path(workdir).expanduser().resolve())
+    text = None if pretrained is None else _tokenizer_of(c, pretrained)
+    if source is not None and text is None:
+        text = data.load_tokenizer(pathlib.Path(workdir).expanduser() / "tokenizer" / "text")
+    table = regression.open_task(c, text, models.read_config(source).vocab_size if source else 0)
     digits, r = table.tokenizer, c.regression
+    model = numbers_model(c, table, source)
+    if pretrained is not None:
+        models.check_weights(pretrained, _pretrained_shape(model, digits))
     if c.supervised.start_from:
         file = pathlib.Path(c.supervised.start_from).expanduser() / "tokenizer" / "digits.json"
         if not file.is_file() or json.loads(file.read_bytes()) != digits.description():
@@ -226,7 +264,7 @@ def _numbers(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Tas
     return Task(
         work=Workdir(workdir, c, table.fingerprint),
         tokenizer=digits,
-        model=numbers_model(c, table),
+        model=model,
         prompts=stream(c.prompts_per_step, False),
         solutions=stream(c.supervised.batch_size, True) if c.supervised.steps else None,
         held_out=held_out,
@@ -235,12 +273,21 @@ def _numbers(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Tas
         legal=digits.legal,
         expert=expert,
         baselines=baselines,
+        pretrained=pretrained,
+        load_weights=functools.partial(_pretrained_weights, c, pretrained, model, mesh, digits) if source else None,
     )
 
 
-def numbers_model(c: Config, table: regression.Task) -> models.ModelConfig:
-    """The decoder of a regression run: features, where it has them, enter by its encoder."""
-    model, r = config_lib.model_config(c, table.tokenizer.vocab_size), c.regression
+def numbers_model(c: Config, table: regression.Task, source: Mapping[str, Any] | None) -> models.ModelConfig:
+    """The decoder of a regression run.
+
+    Features, where it has them, enter by its encoder. A pretrained one (`source`, its config.json) has the number's tokens in front of
+    its own.
+    """
+    digits, r = table.tokenizer, c.regression
+    model = config_lib.model_config(c, 1 if source else digits.vocab_size, source)
+    if source:
+        return dataclasses.replace(model, vocab_size=digits.vocab_size)
     if not table.features:
         return model
     return dataclasses.replace(

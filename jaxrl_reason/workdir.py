@@ -69,13 +69,10 @@ class Workdir:
         if not self._tokenizer.exists():
             scratch = self.path / "tokenizer.tmp"
             shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed here
-            if pretrained is not None and pretrained.files:
-                scratch.mkdir()
-                for name, content in pretrained.files.items():
-                    (scratch / name).write_bytes(content)
-            else:
-                tokenizer.save(scratch)
+            tokenizer.save(scratch)
             if pretrained is not None:
+                for name, content in pretrained.files.items():
+                    (scratch / name).write_bytes(content)  # as it came: it says more than is used here
                 (scratch / "config.json").write_text(json.dumps(dict(pretrained.source), indent=2) + "\n")
             scratch.rename(self._tokenizer)
 

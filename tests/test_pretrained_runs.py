@@ -12,7 +12,7 @@ import safetensors.numpy
 import reference_decoder
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import data, evaluate, export, models, reward_training, runs, train
-from jaxrl_reason.config import Lora, Model, Reward, RewardModel
+from jaxrl_reason.config import Lora, Model, Regression, Reward, RewardModel
 from jaxrl_reason.models import ModelConfig
 from tiny_runs import ROWS, tiny, write_rows
 
@@ -409,3 +409,42 @@ def test_a_pretrained_reward_model_is_not_trained(rows, model, grader, tmp_path,
     )
     assert reward_training.main([f"--config={path}", f"--workdir={tmp_path / 'run'}"]) == 2
     assert "names a pretrained reward model, so there is none to train" in capsys.readouterr().err
+
+
+# -- numbers, from a model that reads text ---------------------------------------------------------------------------
+
+
+def test_a_pretrained_model_learns_to_write_numbers(model, tmp_path):
+    file = tmp_path / "table.csv"
+    file.write_text("a,y\n" + "".join(f"{i},{2 * i}\n" for i in range(40)))
+    config = tiny(
+        file,
+        model=Model(path=str(model)),
+        data__train_split="[:30]",
+        data__eval_split="[30:]",
+        max_prompt_length=20,
+        max_completion_length=6,
+        regression=Regression(tokenizer="p10", target="y", inputs="text"),
+        reward=Reward(functions=["heavy_tailed"]),
+        method={"name": "genre2", "base": "grpo"},
+        supervised__steps=2,
+        eval__every=2,
+    )
+    run = train.setup(config, tmp_path / "run")
+    start, base = train.first_state(run).params, models.load_pretrained(model).params
+    new = run.model.vocab_size - 310
+    assert new == run.tokenizer.pad_id + 1 and start["embedding"].shape == (310 + new, 16)
+    np.testing.assert_array_equal(start["embedding"][new:], base["embedding"])
+    np.testing.assert_allclose(start["embedding"][:new], np.tile(base["embedding"].mean(axis=0), (new, 1)), atol=1e-6)
+    text = data.load_tokenizer(model)
+    batch = run.prompts.batch(0)
+    assert text.decode(batch.tokens[0][batch.mask[0]][1:] - new).startswith("a ")
+    train.train(run)
+    last = lines_of(tmp_path / "run")[-1]
+    assert last["completions/mean_length"] == 6 and np.isfinite(last["eval/rmse"])
+    again = train.setup(config, tmp_path / "run")
+    assert again.model == run.model and again.tokenizer.vocab_size == run.tokenizer.vocab_size
+    assert evaluate.main([f"--workdir={tmp_path / 'run'}", "--samples=2"]) == 0
+    config.regression.inputs = "features"
+    with pytest.raises(ValueError, match="config.regression.inputs='text'"):
+        train.setup(config, tmp_path / "other")
