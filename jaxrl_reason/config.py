@@ -193,6 +193,9 @@ class Optimizer:
     b2: float = _field(0.99, "AdamW's second-moment decay", low=0, below=1)
     eps: float = _field(1e-8, "AdamW's epsilon", above=0)
     max_grad_norm: float = _field(1.0, "clip gradients to this global norm", above=0)
+    float32_master: bool = _field(
+        False, "with bfloat16 weights: keep a float32 copy, so that steps smaller than bfloat16 can hold add up"
+    )
 
 
 @_section
@@ -599,6 +602,11 @@ def validate(config: Config) -> methods.Method:
         raise ConfigError(
             f"config.eval.verdict is {c.eval.verdict!r}, which is not among config.reward.functions."
             f"{methods.nearest(c.eval.verdict, c.reward.functions)}"
+        )
+    if c.optimizer.float32_master and (c.model.param_dtype == "float32" or c.lora.rank):
+        raise ConfigError(
+            "config.optimizer.float32_master keeps a float32 copy of bfloat16 weights, and what this run trains is float32 already; "
+            "leave it out."
         )
     if not c.sampling.quantize and c.sampling.importance_cap != Sampling().importance_cap:
         raise ConfigError(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -231,16 +232,42 @@ def make_optimizer(config: Config) -> tuple[Callable, optax.GradientTransformati
         config.steps,
         config.update.epochs * config.update.minibatches,
     )
-    adamw = optax.adamw(schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
-    return schedule, optax.chain(optax.clip_by_global_norm(o.max_grad_norm), adamw)
+    return schedule, _optimizer(config, schedule)
 
 
 def make_supervised_optimizer(config: Config) -> optax.GradientTransformation:
     """The same chain, so that both phases share one checkpoint format; cosine to 0 after 5 % warm-up."""
-    s, o = config.supervised, config.optimizer
-    schedule = _schedule(s.learning_rate, "cosine", s.steps // 20, s.steps, 1)
+    s = config.supervised
+    return _optimizer(config, _schedule(s.learning_rate, "cosine", s.steps // 20, s.steps, 1))
+
+
+def _optimizer(config: Config, schedule) -> optax.GradientTransformation:
+    o = config.optimizer
     adamw = optax.adamw(schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(o.max_grad_norm), adamw)
+    chain = optax.chain(optax.clip_by_global_norm(o.max_grad_norm), adamw)
+    return with_float32_master(chain) if o.float32_master else chain
+
+
+class MasterState(NamedTuple):
+    """State of `with_float32_master`: the weights in float32, and the wrapped optimizer's state."""
+
+    master: Any
+    inner: Any
+
+
+def with_float32_master(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` applied to a float32 copy of the weights, which the weights follow rounded.
+
+    bfloat16 has 8 bits: an update below 1/256 of a weight is lost there, and adds up in the copy. Its updates lead from the weights
+    (widened to float32) to the new copy.
+    """
+
+    def update(grads, state, params):
+        updates, inner_state = inner.update(grads, state.inner, state.master)
+        master = optax.apply_updates(state.master, updates)
+        return jax.tree.map(jnp.subtract, master, params), MasterState(master, inner_state)
+
+    return optax.GradientTransformation(lambda params: MasterState(params, inner.init(params)), update)
 
 
 def state_shardings(model: models.ModelConfig, mesh: jax.sharding.Mesh, optimizer, method: Method) -> TrainState:

@@ -559,6 +559,18 @@ def optimizer(config, tmp_path, make=lambda c: programs.make_optimizer(c)[1]):
     return x
 
 
+def small_steps(config, tmp_path):
+    """bfloat16 weights after many steps, each too small for bfloat16."""
+    transformation = programs.make_optimizer(
+        dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-4))
+    )[1]
+    params = {"w": jnp.ones(3, jnp.bfloat16)}
+    state = learner.init_opt_state(transformation, params)
+    for _ in range(100):
+        params, state, _ = learner.apply_gradients(transformation, params, state, {"w": jnp.ones(3)})
+    return params
+
+
 supervised_optimizer = functools.partial(optimizer, make=programs.make_supervised_optimizer)
 
 
@@ -859,6 +871,7 @@ EFFECTS = {
     "optimizer.b2": (0.1, optimizer, {}),
     "optimizer.eps": (1.0, optimizer, {}),
     "optimizer.max_grad_norm": (0.1, optimizer, {}),
+    "optimizer.float32_master": (True, small_steps, dict(model__param_dtype="bfloat16")),
     "update.epochs": (2, update_program, {}),
     "update.minibatches": (2, update_program, {}),
     "update.accumulation": (2, update_program, {}),

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import reference_decoder as reference
-from jaxrl_reason import learner, losses
+from jaxrl_reason import learner, losses, programs
 from jaxrl_reason.learner import Experience, TrainState, UpdateOptions
 from jaxrl_reason.methods import PolicyLoss
 from jaxrl_reason.models import ModelConfig
@@ -237,6 +237,34 @@ def test_a_sampler_of_another_law_is_corrected_by_capped_weights(several):
     difference = np.where(even, 0.9, 0.4)[MASK].mean()
     assert metrics["sampling/logp_difference_mean"] == pytest.approx(difference, rel=1e-4)
     assert metrics["sampling/logp_difference_max"] == pytest.approx(0.9, rel=1e-4)
+
+
+def test_a_float32_master_adds_up_what_bfloat16_cannot_hold():
+    adam = optax.adam(1e-4)
+    params = {"w": jnp.asarray([1.0, -2.0, 0.01], jnp.bfloat16)}
+    runs = {}
+    for name, optimizer in (("plain", adam), ("master", programs.with_float32_master(adam))):
+        weights, state = params, learner.init_opt_state(optimizer, params)
+        for i in range(50):
+            gradient = {"w": jnp.asarray([1.0, -1.0, (-1.0) ** i])}
+            weights, state, _ = learner.apply_gradients(optimizer, weights, state, gradient)
+        runs[name] = weights["w"], state
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    state = adam.init(wide)
+    for i in range(50):
+        updates, state = adam.update({"w": jnp.asarray([1.0, -1.0, (-1.0) ** i])}, state, wide)
+        wide = optax.apply_updates(wide, updates)
+    assert runs["plain"][0][0] == 1.0  # every step was rounded away
+    np.testing.assert_allclose(wide["w"][:2], [0.995, -1.995], atol=1e-4)
+    np.testing.assert_array_equal(runs["master"][0], wide["w"].astype(jnp.bfloat16))
+    np.testing.assert_allclose(runs["master"][1].master["w"], wide["w"], atol=1e-7)
+    assert runs["master"][0].dtype == jnp.bfloat16 and runs["master"][1].master["w"].dtype == jnp.float32
+    # A gradient that is not finite changes neither.
+    kept, state, _ = learner.apply_gradients(
+        programs.with_float32_master(adam), {"w": runs["master"][0]}, runs["master"][1], {"w": jnp.full(3, jnp.nan)}
+    )
+    np.testing.assert_array_equal(kept["w"], runs["master"][0])
+    np.testing.assert_array_equal(state.master["w"], runs["master"][1].master["w"])
 
 
 # -- what may not matter ---------------------------------------------------------------------------------------------
