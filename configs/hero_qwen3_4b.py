@@ -1,8 +1,9 @@
 """HERO (arXiv 2510.07242) in the paper's setting: Qwen3-4B-Base, OpenMathReasoning, AceMath-7B-RM and math-verify.
 
-From the paper: a cold start of 2 epochs on 2,000 worked solutions, 8 completions a prompt, 512 prompts a step in minibatches of 128,
-learning rate 1e-6, clip 0.2 / 0.28, no KL, alpha = beta = 0.05, temperature 1. Lengths are ours. For 32 chips and more; needs the extra
-`math`, and the internet once, for the models and one file of the data (--config.data.train names more of them).
+From the paper: 8 completions a prompt, 512 prompts a step in minibatches of 128, learning rate 1e-6, clip 0.2 / 0.28, no KL, alpha = beta =
+0.05, temperature 1, and a cold start: 4,000 worked solutions once, where the paper takes 2,000 twice. Lengths are ours; rows whose solution
+is longer than a completion may be are left out. For 32 chips and more; needs the extra `math`, and the internet once, for the models and one
+file of the data (--config.data.train names more of them).
 """
 
 from jaxrl_reason.config import (
@@ -29,9 +30,11 @@ def get_config() -> Config:
         model=Model(path="Qwen/Qwen3-4B-Base", param_dtype="bfloat16", compute_dtype="bfloat16"),
         data=Data(
             train="hf://datasets/nvidia/OpenMathReasoning/data/cot-00000-of-*.parquet",
-            train_split="[:-512]",
-            eval_split="[-512:]",
+            train_split="all",
             columns={"question": "problem", "answer": "expected_answer", "solution": "generated_solution"},
+            eval="hf://datasets/HuggingFaceH4/MATH-500/test.jsonl",
+            eval_split="all",
+            eval_columns={"question": "problem"},
             template="boxed",
             on_bad_row="skip",
             on_long_prompt="skip",
@@ -47,5 +50,5 @@ def get_config() -> Config:
         optimizer=Optimizer(learning_rate=1e-6, float32_master=True),
         update=Update(minibatches=4, accumulation=4),
         checkpoint=Checkpoint(every=20, keep=2),
-        eval=Eval(every=20, prompts=512, samples=1),
+        eval=Eval(every=20, prompts=500, samples=1),
     )

@@ -17,11 +17,12 @@ def get_config() -> Config:
         model=Model(path="Qwen/Qwen2.5-7B", param_dtype="bfloat16", compute_dtype="bfloat16"),
         data=Data(
             train="hf://datasets/open-r1/DAPO-Math-17k-Processed/en/train-*.parquet",
-            train_split="[:-512]",
-            eval_split="[-512:]",
+            train_split="all",
             columns={"question": "prompt", "answer": "solution"},
+            eval="hf://datasets/HuggingFaceH4/MATH-500/test.jsonl",
+            eval_split="all",
+            eval_columns={"question": "problem"},
             template="boxed",
-            chat=True,
             on_bad_row="skip",
             on_long_prompt="skip",
         ),
@@ -30,5 +31,5 @@ def get_config() -> Config:
         optimizer=Optimizer(learning_rate=1e-6, warmup_steps=10, float32_master=True),
         update=Update(accumulation=16),
         checkpoint=Checkpoint(every=50, keep=2),
-        eval=Eval(every=50, prompts=256, samples=16),
+        eval=Eval(every=50, prompts=500, samples=16),
     )

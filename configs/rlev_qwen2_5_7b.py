@@ -34,7 +34,6 @@ def get_config() -> Config:
             eval_split="all",
             columns={"points": "score"},
             template="boxed",
-            chat=True,
             on_bad_row="skip",
             on_long_prompt="skip",
         ),

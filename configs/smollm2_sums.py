@@ -25,7 +25,7 @@ def get_config() -> Config:
         max_prompt_length=48,
         max_completion_length=24,
         model=Model(path=model_file()),
-        data=Data(train="sums", chat=True),
+        data=Data(train="sums", template="{question}", chat=True),
         reward=Reward(functions=["last_number"]),
         method={"name": "grpo"},
         optimizer=Optimizer(learning_rate=1e-5, warmup_steps=3),

@@ -94,6 +94,7 @@ class Data:
     eval_split: str = _field("test", "split or slice for evaluation")
     data_dir: str = _field("", "where TFDS keeps prepared data; empty: TFDS's own default")
     columns: dict = _field({}, "our column names to the file's, e.g. {'question': 'problem'}")
+    eval_columns: dict = _field({}, "the same, for data.eval; empty: as data.columns")
     template: str = _field("plain", "prompt template: a name from data/prompts.py, or a text with a {column}")
     chat: bool = _field(False, "put the prompt into the chat template that comes with the model, as the user's turn")
     system: str = _field("", "system prompt of that chat; empty: none, or the template's own")
@@ -102,7 +103,9 @@ class Data:
     on_long_prompt: str = _field("refuse", "what to do with prompts over max_prompt_length", choices=("refuse", "skip"))
     tokenizer: str = _field("", "a tokenizer.json or its directory; empty: a small one trained on the data")
     vocab_size: int = _field(512, "size of the tokenizer that is trained where none is given", low=300)
-    add_bos: bool = _field(False, "start each prompt with the tokenizer's BOS token")
+    add_bos: bool = _field(
+        False, "start each prompt with the tokenizer's BOS token, also where the tokenizer does not do it by itself"
+    )
     values: str = _field(
         "own",
         "values of questions that RLEV trains with: their own, or its ablations",
@@ -299,6 +302,8 @@ def load(path: str | pathlib.Path) -> Config:
     module = load_module(path)
     try:
         config = module.get_config()
+    except ConfigError:
+        raise
     except Exception as e:
         raise _not_a_recipe(path, e) from e
     if not isinstance(config, Config):
@@ -498,6 +503,11 @@ def prompt_template(config: Config, tokenizer: data.Tokenizer) -> data.PromptTem
     return data.chat_template(template, tokenizer, d.system, d.chat_options) if d.chat else template
 
 
+def begins_with_bos(config: Config, tokenizer: data.Tokenizer) -> bool:
+    """Whether prompts begin with the begin token: where the tokenizer does it by itself, or it is asked for. A chat template says its own."""
+    return config.data.add_bos or (tokenizer.adds_bos and not config.data.chat)
+
+
 def model_config(config: Config, vocab_size: int, source: Mapping[str, Any] | None = None) -> models.ModelConfig:
     """The decoder of a run.
 
@@ -580,10 +590,12 @@ def validate(config: Config) -> methods.Method:
         raise ConfigError(
             "config.data.system and config.data.chat_options belong to the model's chat template; set config.data.chat=true."
         )
-    if any(not isinstance(name, str) for item in c.data.columns.items() for name in item):
-        raise ConfigError(
-            f"config.data.columns is {c.data.columns}; it must map column names to column names, all of them text."
-        )
+    for field in ("columns", "eval_columns"):
+        columns = getattr(c.data, field)
+        if any(not isinstance(name, str) for item in columns.items() for name in item):
+            raise ConfigError(
+                f"config.data.{field} is {columns}; it must map column names to column names, all of them text."
+            )
     if any(not isinstance(name, str) for name in c.reward.functions):
         raise ConfigError(f"config.reward.functions is {c.reward.functions}; each must be the name of a reward.")
     if not c.reward.functions:
@@ -650,6 +662,20 @@ def _check_needs(c: Config, method: methods.Method) -> None:
             f"config.method.name {method.name!r} keeps groups with both right and wrong answers, and a regression run has neither; "
             "set config.method.dynamic_sampling=false."
         )
+    if numbers and c.lora.rank:
+        raise ConfigError(
+            "config.lora.rank trains adapters alone, and in a regression run (config.regression.tokenizer) the tokens of numbers are new and "
+            "have to be learnt: set it to 0."
+        )
+    unread = [name for name in ("template", "chat", "add_bos") if getattr(c.data, name) != getattr(Data(), name)]
+    if numbers and unread:
+        raise ConfigError(
+            f"config.data.{unread[0]} is for text problems; a regression run (config.regression.tokenizer) does not read it."
+        )
+    if numbers and c.model.path and c.data.tokenizer:
+        raise ConfigError(
+            "config.data.tokenizer is set, and in a regression run the model of config.model.path brings its own."
+        )
     if numbers and c.model.path and c.regression.inputs != "text":
         raise ConfigError(
             "config.model.path names a pretrained model, which reads text: set config.regression.inputs='text'."
@@ -677,6 +703,12 @@ def _check_needs(c: Config, method: methods.Method) -> None:
         raise ConfigError(
             "config.regression is set and config.regression.tokenizer is empty, so nothing would read it."
         )
+    rounded = sorted(method.signals & {"self_rewards", "answer_confidence"})
+    if c.sampling.quantize and rounded:
+        raise ConfigError(
+            f"config.method.name {method.name!r} reads log-probabilities of the rollout as {rounded[0]}, and config.sampling.quantize rounds "
+            "them; leave it empty."
+        )
     if "model_scores" in method.signals:
         if "reward_model" not in c.reward.functions:
             raise ConfigError(
@@ -693,12 +725,6 @@ def _check_needs(c: Config, method: methods.Method) -> None:
             )
     if "self_rewards" in method.signals and not method.loss.self_reward:
         raise ConfigError(f"config.method.name {method.name!r} needs self-rewards, and its loss has no SelfReward.")
-    r = c.reward_model
-    if r.path and r != RewardModel(path=r.path, system=r.system, max_length=r.max_length):
-        raise ConfigError(
-            "config.reward_model.path names a trained reward model, and other fields of config.reward_model say how to train one; leave "
-            "out one of them."
-        )
     if not learned and c.reward_model != RewardModel():
         raise ConfigError(
             "config.reward_model is set, and no reward of config.reward.functions is learned; add 'reward_model' there."

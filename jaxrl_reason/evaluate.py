@@ -54,7 +54,7 @@ from jaxrl_reason.progress import Progress
 from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.rewards.scorer import LEARNED, Scorer
 from jaxrl_reason.rollout import Rollout
-from jaxrl_reason.workdir import model_source
+from jaxrl_reason.workdir import model_source, tokenizer_of
 
 # Flags that are fields of the configuration by a shorter name.
 FIELDS = {
@@ -168,11 +168,11 @@ def _text_subject(c: Config, workdir: pathlib.Path, method: methods.Method, mesh
         c.data.eval or c.data.train,
         c.data.eval_split,
         data_dir=c.data.data_dir or None,
-        columns=c.data.columns,
+        columns=c.data.eval_columns or c.data.columns,
         on_bad_row=c.data.on_bad_row,
     )
     values = held_out_values(source, "values" in method.signals)
-    tokenizer = data.load_tokenizer(workdir / "tokenizer")
+    tokenizer = tokenizer_of(workdir)
     template = config_lib.prompt_template(c, tokenizer)
     batches = data.eval_prompts(
         source,
@@ -182,7 +182,7 @@ def _text_subject(c: Config, workdir: pathlib.Path, method: methods.Method, mesh
         batch_size=_batch_size(c, mesh, len(source)),
         max_prompt_length=c.max_prompt_length,
         on_long=c.data.on_long_prompt,
-        add_bos=c.data.add_bos,
+        add_bos=config_lib.begins_with_bos(c, tokenizer),
     )
     r = c.reward
     scorer = Scorer(
@@ -345,7 +345,7 @@ def _learned_reward(c: Config, workdir: pathlib.Path, tokenizer: data.Tokenizer,
     """Scores of the reward model that the run learnt from, see `Scorer.with_reward_model`."""
     directory = pathlib.Path(c.reward_model.path).expanduser() if c.reward_model.path else workdir / "reward_model"
     if c.reward_model.path and not (directory / "reward_model.json").is_file():
-        return reward_training.pretrained_scorer(c, reward_training.open_pretrained(c), tokenizer, mesh)
+        return reward_training.pretrained_scorer(c, reward_training.open_pretrained(c, mesh), tokenizer, mesh)
     digest = reward_training.tokenizer_digest(tokenizer)
     shape, params = reward_training.load_reward_model(directory, digest, mesh=mesh)
     score = jax.jit(functools.partial(reward_model.group_scores, shape))

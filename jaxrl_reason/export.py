@@ -6,6 +6,7 @@ read them. Adapters (config.lora) are merged into the weights.
   --workdir=DIR       the work directory of a run
   --out=DIR           what to write; must not exist, or be empty
   --checkpoint=N      a number under checkpoints/ in the work directory; default the newest
+  --reward-model      write the reward model that the run trained instead, as a sequence classifier
   --adapters          write a PEFT adapter directory instead: the adapters alone, for the model of config.model.path
   --dtype=DTYPE       float32 or bfloat16; default as trained
   --config=FILE       the run's recipe, where it registers an estimator of its own
@@ -22,17 +23,20 @@ import rich.console
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import data
 from jaxrl_reason import models
+from jaxrl_reason import reward_training
 from jaxrl_reason import runs
 from jaxrl_reason.config import ConfigError
 from jaxrl_reason.methods import nearest
 from jaxrl_reason.models import pretrained
-from jaxrl_reason.workdir import model_source
+from jaxrl_reason.models import sharding
+from jaxrl_reason.workdir import model_source, tokenizer_of
 
-_FLAGS = ("--workdir", "--out", "--checkpoint", "--adapters", "--dtype", "--config")
+_FLAGS = ("--workdir", "--out", "--checkpoint", "--reward-model", "--adapters", "--dtype", "--config")
+_SWITCHES = ("--reward-model", "--adapters")
 
 
 def parse_args(argv: Sequence[str]) -> dict[str, str]:
-    """Flag -> text; "--adapters" stands alone.
+    """Flag -> text; switches stand alone.
 
     Raises:
       ConfigError: an unknown flag, a flag without a value, or one that is missing.
@@ -42,9 +46,9 @@ def parse_args(argv: Sequence[str]) -> dict[str, str]:
         flag, equals, text = argv.pop(0).partition("=")
         if flag not in _FLAGS:
             raise ConfigError(f"There is no flag {flag!r}.{nearest(flag, list(_FLAGS))}")
-        if flag == "--adapters":
+        if flag in _SWITCHES:
             if equals:
-                raise ConfigError("--adapters takes no value.")
+                raise ConfigError(f"{flag} takes no value.")
         elif not equals:
             if not argv or argv[0].startswith("--"):
                 raise ConfigError(f"{flag} needs a value: {flag}=...")
@@ -55,6 +59,10 @@ def parse_args(argv: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"{flag}=DIR is missing.")
     if "--checkpoint" in texts and not (texts["--checkpoint"].isascii() and texts["--checkpoint"].isdigit()):
         raise ConfigError(f"--checkpoint={texts['--checkpoint']}: expected the number of a checkpoint.")
+    if "--reward-model" in texts and {"--adapters", "--checkpoint"} & set(texts):
+        raise ConfigError(
+            "--reward-model writes the trained reward model, which has neither checkpoints to choose from nor adapters."
+        )
     if texts.get("--dtype", "float32") not in ("float32", "bfloat16"):
         raise ConfigError(f"--dtype is {texts['--dtype']!r}; it must be float32 or bfloat16.")
     return texts
@@ -79,7 +87,7 @@ def load_policy(workdir: pathlib.Path, checkpoint: int | None = None) -> tuple[i
             f"The run in {workdir} predicts numbers in a vocabulary of its own, which no tokenizer.json spells; only policies that "
             "write text can be exported."
         )
-    tokenizer = data.load_tokenizer(workdir / "tokenizer")
+    tokenizer = tokenizer_of(workdir)
     source = model_source(workdir)
     model = config_lib.model_config(config, tokenizer.vocab_size, source)
     # The host has room for models that one accelerator has not.
@@ -89,6 +97,23 @@ def load_policy(workdir: pathlib.Path, checkpoint: int | None = None) -> tuple[i
     if source is None:
         source = {"max_position_embeddings": config.max_prompt_length + config.max_completion_length}
     return number, models.Policy(model, params, tokenizer, source, pretrained.files_of(workdir / "tokenizer"))
+
+
+def load_reward_model(workdir: pathlib.Path) -> models.RewardModel:
+    """The reward model that a run trained, on the host.
+
+    Raises:
+      ConfigError, ValueError, OSError: a sentence that says what is wrong and where.
+    """
+    runs.load_config(workdir, {})
+    directory = workdir / "reward_model"
+    if not directory.is_dir():
+        raise ConfigError(f"The run in {workdir} has trained no reward model.")
+    tokenizer = data.load_tokenizer(directory / "tokenizer")
+    host = sharding.make_mesh(1, 1, 1, devices=jax.local_devices(backend="cpu")[:1])
+    digest = reward_training.tokenizer_digest(tokenizer)
+    model, params = reward_training.load_reward_model(directory, digest, mesh=host)
+    return models.RewardModel(model, params, tokenizer, {}, pretrained.files_of(directory / "tokenizer"))
 
 
 def export(
@@ -102,6 +127,12 @@ def export(
     number, policy = load_policy(workdir, checkpoint)
     if adapters:
         base = runs.load_config(workdir, {}).model.path
+        if dtype:
+            raise ConfigError("--dtype is for merged weights; adapters are written as they were trained, in float32.")
+        if base.endswith(".gguf"):
+            raise ConfigError(
+                f"The run in {workdir} began with {base}, which PEFT cannot put adapters on: leave out --adapters."
+            )
         if not policy.config.lora_rank:
             raise ConfigError(
                 f"The run in {workdir} trained all weights (config.lora.rank is 0): leave out --adapters."
@@ -113,11 +144,17 @@ def export(
         pretrained.save_adapters(out, policy, base)
         return number
     config, params = models.lora.merge(policy.config, policy.params)
-    if dtype:
-        config = dataclasses.replace(config, param_dtype=dtype)
-        params = jax.tree.map(lambda x: x.astype(dtype), params)
-    models.save_pretrained(out, dataclasses.replace(policy, config=config, params=params))
+    _save(out, dataclasses.replace(policy, config=config, params=params), dtype)
     return number
+
+
+def _save(out: pathlib.Path, policy: models.Policy, dtype: str | None) -> None:
+    if dtype:
+        params = jax.tree.map(lambda x: x.astype(dtype), policy.params)
+        policy = dataclasses.replace(
+            policy, config=dataclasses.replace(policy.config, param_dtype=dtype), params=params
+        )
+    models.save_pretrained(out, policy)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,18 +168,20 @@ def main(argv: list[str] | None = None) -> int:
         if "--config" in flags:
             config_lib.load_module(flags["--config"])
         out = pathlib.Path(flags["--out"]).expanduser()
-        number = flags.get("--checkpoint")
-        number = export(
-            pathlib.Path(flags["--workdir"]).expanduser().resolve(),
-            out,
-            checkpoint=None if number is None else int(number),
-            adapters="--adapters" in flags,
-            dtype=flags.get("--dtype"),
-        )
+        workdir = pathlib.Path(flags["--workdir"]).expanduser().resolve()
+        if "--reward-model" in flags:
+            _save(out, load_reward_model(workdir), flags.get("--dtype"))
+            written = "The reward model"
+        else:
+            number = flags.get("--checkpoint")
+            number = None if number is None else int(number)
+            dtype = flags.get("--dtype")
+            number = export(workdir, out, checkpoint=number, adapters="--adapters" in flags, dtype=dtype)
+            written = f"Checkpoint {number}"
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    rich.console.Console(highlight=False).print(f"Checkpoint {number} is in {out}.", soft_wrap=True)
+    rich.console.Console(highlight=False).print(f"{written} is in {out}.", soft_wrap=True)
     return 0
 
 

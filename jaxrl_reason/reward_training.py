@@ -35,7 +35,7 @@ from jaxrl_reason.models import reward_model
 from jaxrl_reason.models import sharding
 from jaxrl_reason.progress import Progress
 from jaxrl_reason.rewards import RewardError
-from jaxrl_reason.rewards.learned import TextScorer
+from jaxrl_reason.rewards.learned import TextScorer, chat_of
 from jaxrl_reason.workdir import Workdir
 
 # Folded into the seed for the score vector and, without a policy to begin with, the decoder; beside the purposes in `programs`.
@@ -89,7 +89,7 @@ def setup(
     c, r = config, config.reward_model
     phase = Phase(config, models.lora.base_of(model), mesh, tokenizer)
     if r.path and not (phase.directory / _DESCRIPTION).is_file():
-        return dataclasses.replace(phase, pretrained=open_pretrained(config))
+        return dataclasses.replace(phase, pretrained=open_pretrained(config, mesh))
     if r != dataclasses.replace(r, system="", max_length=config_lib.RewardModel().max_length):
         raise ConfigError(
             "config.reward_model.system and config.reward_model.max_length are for a pretrained reward model with a chat template and "
@@ -121,7 +121,7 @@ def setup(
         max_completion_length=c.max_completion_length,
         seed=c.seed,
         on_long=c.data.on_long_prompt,
-        add_bos=c.data.add_bos,
+        add_bos=config_lib.begins_with_bos(c, tokenizer),
     )
     return dataclasses.replace(
         phase,
@@ -131,8 +131,12 @@ def setup(
     )
 
 
-def open_pretrained(config: Config) -> models.Opened:
-    """The pretrained reward model of config.reward_model.path, looked at. Raises ConfigError where there is none."""
+def open_pretrained(config: Config, mesh: jax.sharding.Mesh) -> models.Opened:
+    """The pretrained reward model of config.reward_model.path, looked at.
+
+    Raises:
+      ConfigError: there is none, its tokenizer or its chat template cannot be used, or the mesh does not divide it.
+    """
     path = config.reward_model.path
     try:
         found = models.open_model(path)
@@ -143,7 +147,12 @@ def open_pretrained(config: Config) -> models.Opened:
         ) from e
     if found.tokenizer is None:
         raise ConfigError(f"config.reward_model.path is {path!r}, and there is no tokenizer.json in it.")
-    models.check_weights(found, found.config, models.RewardModel)
+    try:
+        models.check_weights(found, found.config, models.RewardModel)
+        reward_model.param_shardings(found.config, mesh)
+        chat_of(found.tokenizer, config.reward_model.system)
+    except ValueError as e:
+        raise ConfigError(f"The reward model of config.reward_model.path cannot be used: {e}") from e
     return found
 
 
@@ -170,7 +179,6 @@ def pretrained_scorer(
         models.place_weights(opened, model, mesh, models.RewardModel),
         opened.tokenizer,
         policy_tokenizer=tokenizer,
-        template=config_lib.prompt_template(c, tokenizer),
         system=c.reward_model.system,
         max_length=c.reward_model.max_length,
         parts=c.update.accumulation * c.update.minibatches,

@@ -76,15 +76,28 @@ def open_task(config: Config, method: Method, mesh: jax.sharding.Mesh, workdir: 
             f"config.supervised.start_from is {start!r}, and there is no start/ in it: name the work directory of a run that was "
             "made with config.checkpoint.keep_start."
         )
+    if start and config.lora.rank:
+        _same_base(config, pathlib.Path(start).expanduser())
     return (_numbers if config.regression.tokenizer else _text)(config, method, mesh, workdir)
 
 
+def _same_base(config: Config, start: pathlib.Path) -> None:
+    """Refuses adapters of another run that were trained on other weights than this run's."""
+    ours, theirs = config_lib.to_dict(config), json.loads((start / "config.json").read_bytes())["config"]
+    fields = ("model", "lora") if config.model.path else ("model", "lora", "seed")
+    other = [name for name in fields if ours[name] != theirs.get(name)]
+    if other:
+        raise ConfigError(
+            f"config.supervised.start_from is {str(start)!r}, a run with other config.{other[0]}: its adapters belong to other weights."
+        )
+
+
 def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
-    rows_of = lambda name, split: data.load_source(
-        name, split, data_dir=c.data.data_dir or None, columns=c.data.columns, on_bad_row=c.data.on_bad_row
+    rows_of = lambda name, split, columns=c.data.columns: data.load_source(
+        name, split, data_dir=c.data.data_dir or None, columns=columns, on_bad_row=c.data.on_bad_row
     )
     train_rows = rows_of(c.data.train, c.data.train_split)
-    eval_rows = rows_of(c.data.eval or c.data.train, c.data.eval_split)
+    eval_rows = rows_of(c.data.eval or c.data.train, c.data.eval_split, c.data.eval_columns or c.data.columns)
     columns = {}
     if "values" in method.signals:
         given = c.method.get("rlev", c.method)
@@ -113,7 +126,8 @@ def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
     model = config_lib.model_config(c, tokenizer.vocab_size, source)
     if pretrained is not None:
         models.check_weights(pretrained, _pretrained_shape(model))
-    texts = dict(max_prompt_length=c.max_prompt_length, on_long=c.data.on_long_prompt, add_bos=c.data.add_bos)
+    texts = dict(max_prompt_length=c.max_prompt_length, on_long=c.data.on_long_prompt)
+    texts["add_bos"] = config_lib.begins_with_bos(c, tokenizer)
     scorer = Scorer(
         c.reward.functions,
         c.reward.weights,

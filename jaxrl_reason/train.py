@@ -262,8 +262,7 @@ def train(run: Run) -> dict[str, dict[str, float]]:
     c_ref = self_reward_constant(run, state)
     exact = c_ref is not None and run.method.loss.self_reward.reference == "exact"
     if run.reward_phase:
-        _, params = models.lora.merge(run.model, state.params)
-        score = reward_training.scorer(run.reward_phase, params, console)
+        score = reward_training.scorer(run.reward_phase, models.lora.merge(run.model, state.params)[1], console)
         run = dataclasses.replace(run, task=dataclasses.replace(run.task, scorer=run.scorer.with_reward_model(score)))
     evaluation = lambda state: run.task.evaluate(
         functools.partial(programs.generate_eval, state.params), run.scorer, c_ref

@@ -9,7 +9,7 @@ import shutil
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import models
 from jaxrl_reason.config import Config, ConfigError
-from jaxrl_reason.data import Tokenizer, load_tokenizer
+from jaxrl_reason.data import Tokenizer, fitted, load_tokenizer
 
 # What may differ when a run goes on: how long it is, what it writes, where it runs. Not what an evaluation is: the last
 # one is compared with the first.
@@ -55,7 +55,7 @@ class Workdir:
 
     def tokenizer(self, make: Callable[[], Tokenizer]) -> Tokenizer:
         """The tokenizer this run began with, or a new one."""
-        return load_tokenizer(self._tokenizer) if self._tokenizer.exists() else make()
+        return tokenizer_of(self.path) if self._tokenizer.exists() else make()
 
     def begin(self, tokenizer: Tokenizer, pretrained: models.Opened | None = None) -> None:
         """Writes the configuration, and the tokenizer where there is none; each is complete or absent.
@@ -70,11 +70,25 @@ class Workdir:
             scratch = self.path / "tokenizer.tmp"
             shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed here
             tokenizer.save(scratch)
-            if pretrained is not None:
+            if pretrained is not None and tokenizer is pretrained.tokenizer:
                 for name, content in pretrained.files.items():
                     (scratch / name).write_bytes(content)  # as it came: it says more than is used here
-                (scratch / "config.json").write_text(json.dumps(dict(pretrained.source), indent=2) + "\n")
+            if pretrained is not None:
+                source = dict(pretrained.source)
+                if tokenizer is not pretrained.tokenizer:
+                    source = {name: x for name, x in source.items() if not name.endswith("_token_id")}
+                (scratch / "config.json").write_text(json.dumps(source, indent=2) + "\n")
             scratch.rename(self._tokenizer)
+
+
+def tokenizer_of(path: pathlib.Path) -> Tokenizer:
+    """The tokenizer that the run in this work directory began with.
+
+    Raises:
+      FileNotFoundError, ValueError: as `data.load_tokenizer`.
+    """
+    source, tokenizer = model_source(path), load_tokenizer(path / "tokenizer")
+    return tokenizer if source is None else fitted(tokenizer, models.read_config(source).vocab_size)
 
 
 def model_source(path: pathlib.Path) -> dict | None:

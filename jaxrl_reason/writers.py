@@ -215,7 +215,18 @@ def summary_table(before: Mapping[str, float], after: Mapping[str, float]) -> ri
     return table
 
 
-_FINE = ("r2", "rmse", "spearman", "spread", "density", "f1", "error", "loss", "margin")  # shown with three places
+_FINE = (
+    "entropy",
+    "r2",
+    "rmse",
+    "spearman",
+    "spread",
+    "density",
+    "f1",
+    "error",
+    "loss",
+    "margin",
+)  # shown with three places
 
 
 def cell(name: str, value: float, *, signed: bool = False) -> str:

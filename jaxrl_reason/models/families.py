@@ -35,6 +35,7 @@ class Family:
     sliding: str = "none"
 
 
+_LARGEST = 10_000_000  # of any size: what is beyond is no model, and would only use up memory
 _SILU = {"hidden_act": ("silu", "swish")}
 _GELU = ("gelu_pytorch_tanh",)
 
@@ -42,13 +43,26 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family("llama", "Llama", computes=_SILU | {"attention_bias": (False,), "mlp_bias": (False,)}),
-        Family("mistral", "Mistral", computes=_SILU, sliding="all"),
-        Family("qwen2", "Qwen2", fixed={"qkv_bias": True}, computes=_SILU, sliding="layers"),
+        Family(
+            "mistral",
+            "Mistral",
+            absent={"sliding_window": 4096, "num_key_value_heads": 8},
+            computes=_SILU,
+            sliding="all",
+        ),
+        Family(
+            "qwen2",
+            "Qwen2",
+            fixed={"qkv_bias": True},
+            absent={"num_key_value_heads": 32},
+            computes=_SILU,
+            sliding="layers",
+        ),
         Family(
             "qwen3",
             "Qwen3",
             fixed={"qk_norm": True},
-            absent={"head_dim": 128},
+            absent={"head_dim": 128, "num_key_value_heads": 32},
             computes=_SILU | {"attention_bias": (False,)},
             sliding="layers",
         ),
@@ -57,6 +71,7 @@ FAMILIES: dict[str, Family] = {
             "Gemma3",
             fixed={"qk_norm": True, "norm_offset": 1.0, "post_norms": True, "activation": "gelu"},
             absent={
+                "num_key_value_heads": 4,
                 "head_dim": 256,
                 "query_pre_attn_scalar": 256,
                 "tie_word_embeddings": True,
@@ -99,6 +114,15 @@ def read_config(source: Mapping[str, Any], where: str = "config.json") -> ModelC
     Raises:
       PretrainedError: an unknown architecture, a missing size, or something that the decoder does not compute.
     """
+    try:
+        return _read_config(source, where)
+    except PretrainedError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as e:  # a file can hold anything anywhere
+        raise PretrainedError(f"{where} describes a model that cannot be: {e}") from e
+
+
+def _read_config(source: Mapping[str, Any], where: str) -> ModelConfig:
     family = _family(source, where)
     get = lambda key, default=None: source.get(key, family.absent.get(key, default))
     for key, allowed in family.computes.items():
@@ -111,35 +135,34 @@ def read_config(source: Mapping[str, Any], where: str = "config.json") -> ModelC
     sizes = {}
     for ours, theirs in _SIZES.items():
         sizes[ours] = _number(source, theirs, where)
-    if source.get("num_key_value_heads") is not None:
-        sizes["kv_heads"] = _number(source, "num_key_value_heads", where)
-    else:
-        sizes["kv_heads"] = sizes["heads"]
+    sizes["kv_heads"] = sizes["heads"]
+    if get("num_key_value_heads") is not None:
+        sizes["kv_heads"] = _number({"num_key_value_heads": get("num_key_value_heads")}, "num_key_value_heads", where)
     head_dim = get("head_dim") or 0
+    tied = get("tie_word_embeddings", False)
+    if type(tied) is not bool:
+        raise PretrainedError(f"{where} has tie_word_embeddings {tied!r}; it must be true or false.")
     theta, scaling = _rope(source, family, where, "full_attention")
     window, period, local = _sliding(source, family, where)
     own = {}
     if family.model_type == "gemma3_text":
         own = {
             "embedding_scale": math.sqrt(sizes["width"]),
-            "query_scale": float(get("query_pre_attn_scalar")) ** -0.5,
+            "query_scale": _positive(get("query_pre_attn_scalar"), "query_pre_attn_scalar", where) ** -0.5,
         }
-    try:
-        return ModelConfig(
-            **sizes,
-            head_dim=head_dim,
-            rope_theta=theta,
-            rope_scaling=scaling,
-            sliding_window=window,
-            sliding_period=period,
-            local_rope_theta=local,
-            norm_eps=float(get("rms_norm_eps", 1e-6)),
-            tied_embedding=bool(get("tie_word_embeddings", False)),
-            **family.fixed,
-            **own,
-        )
-    except (ValueError, TypeError) as e:
-        raise PretrainedError(f"{where} describes a model that cannot be: {e}") from e
+    return ModelConfig(
+        **sizes,
+        head_dim=head_dim,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        sliding_window=window,
+        sliding_period=period,
+        local_rope_theta=local,
+        norm_eps=_positive(get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
+        tied_embedding=tied,
+        **family.fixed,
+        **own,
+    )
 
 
 def write_config(config: ModelConfig, classifier: bool = False) -> dict[str, Any]:
@@ -172,7 +195,7 @@ def write_config(config: ModelConfig, classifier: bool = False) -> dict[str, Any
 
 
 def _family(source: Mapping[str, Any], where: str) -> Family:
-    kind = source.get("model_type")
+    kind = str(source.get("model_type"))
     if kind == "gemma3":
         raise PretrainedError(
             f"{where} has model_type 'gemma3', the model with a vision tower: take its text decoder, model_type 'gemma3_text'."
@@ -184,22 +207,32 @@ def _family(source: Mapping[str, Any], where: str) -> Family:
 
 def _number(source: Mapping[str, Any], key: str, where: str) -> int:
     value = source.get(key)
-    if type(value) is not int or value < 1:
-        raise PretrainedError(f"{where} has {key} {value!r}; it must be a whole number of at least 1.")
+    if type(value) is not int or not 1 <= value <= _LARGEST:
+        raise PretrainedError(f"{where} has {key} {value!r}; it must be a whole number from 1 to {_LARGEST:,}.")
     return value
+
+
+def _positive(value: Any, key: str, where: str) -> float:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise PretrainedError(f"{where} has {key} {value!r}; it must be a finite number above 0.")
+    return float(value)
 
 
 def _rope(source, family: Family, where: str, kind: str) -> tuple[float, RopeScaling | None]:
     """Base and stretch of the rotary frequencies of layers of this kind."""
-    found = source.get("rope_parameters")  # transformers 5
-    if found is None:
-        found = {"rope_theta": source.get("rope_theta", family.absent.get("rope_theta", 10_000.0))}
-        found |= source.get("rope_scaling") or {}  # transformers 4
-        if kind == "sliding_attention":
-            found = {"rope_theta": source.get("rope_local_base_freq", family.absent.get("rope_local_base_freq"))}
-    found = found.get(kind, found)
+    get = lambda key, default=None: source.get(key, family.absent.get(key, default))
+    local = kind == "sliding_attention"
+    base = get("rope_local_base_freq") if local else get("rope_theta", 10_000.0)
+    found = source.get("rope_parameters") or {}  # transformers 5: for all layers, or for each kind
+    nested = any(isinstance(value, Mapping) for value in found.values())
+    if nested:
+        found = found.get(kind) or {}
+    elif local:
+        found = {}
+    elif not found:
+        found = source.get("rope_scaling") or {}  # transformers 4
     scaling = found.get("rope_type", found.get("type", "default"))
-    theta = float(found.get("rope_theta", source.get("rope_theta", 10_000.0)))
+    theta = _positive(found.get("rope_theta", base), "rope_theta", where)
     try:
         if scaling == "default":
             return theta, None
@@ -238,14 +271,19 @@ def _sliding(source, family: Family, where: str) -> tuple[int, int, float]:
             )
         slides = [kind == "sliding_attention" for kind in kinds]
     elif gemma:
-        slides = [(i + 1) % get("sliding_window_pattern") != 0 for i in range(layers)]
+        period = _number({"sliding_window_pattern": get("sliding_window_pattern")}, "sliding_window_pattern", where)
+        slides = [(i + 1) % period != 0 for i in range(layers)]
     else:
         first = source.get("max_window_layers", layers)
         slides = [bool(source.get("use_sliding_window")) and i >= first for i in range(layers)]
-    if not any(slides):
+    if not any(slides) or (not gemma and family.sliding == "layers" and not source.get("use_sliding_window")):
         return 0, 0, 0.0
     window = _number({"sliding_window": window}, "sliding_window", where)
-    local = _rope(source, family, where, "sliding_attention")[0] if gemma else 0.0
+    local, scaling = _rope(source, family, where, "sliding_attention") if gemma else (0.0, None)
+    if scaling is not None:
+        raise PretrainedError(
+            f"{where} scales the rotary positions of sliding layers ({scaling.kind}), which is not computed here."
+        )
     if all(slides):  # a period beyond the last layer, where two rotary bases must be kept apart
         return window, max(layers + 1, get("sliding_window_pattern", 0)) if gemma else 0, local
     period = slides.index(False) + 1

@@ -80,7 +80,9 @@ def _config(path: pathlib.Path, fields: dict[str, Any], tied: bool) -> dict[str,
             raise PretrainedError(f"{path} lacks the field llama.{name}.")
         return value
 
-    heads = get("attention.head_count")
+    heads, width = get("attention.head_count"), get("embedding_length")
+    if type(heads) is not int or heads < 1:
+        raise PretrainedError(f"{path} has llama.attention.head_count {heads}; one number for all layers is read.")
     ids = {
         f"{name}_token_id": fields[f"tokenizer.ggml.{key}_token_id"]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
@@ -94,12 +96,12 @@ def _config(path: pathlib.Path, fields: dict[str, Any], tied: bool) -> dict[str,
         "model_type": "llama",
         "hidden_act": "silu",
         "vocab_size": fields.get("llama.vocab_size", len(fields.get("tokenizer.ggml.tokens", ()))),
-        "hidden_size": get("embedding_length"),
+        "hidden_size": width,
         "intermediate_size": get("feed_forward_length"),
         "num_hidden_layers": get("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": get("attention.head_count_kv", heads),
-        "head_dim": get("rope.dimension_count", get("embedding_length") // heads),
+        "head_dim": get("rope.dimension_count", width // heads),
         # Stored in float32: 1e-5 is written 9.99e-6.
         "rms_norm_eps": float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),
         "rope_theta": float(get("rope.freq_base", 10_000.0)),
@@ -115,6 +117,8 @@ class _Weights:
     """See `weights.Weights`. A tensor is dequantised whole, whatever part of it is read."""
 
     def __init__(self, path: pathlib.Path, reader, fields):
+        import gguf
+
         self.where = str(path)
         self._heads = {
             "q_proj": fields.get("llama.attention.head_count"),
@@ -126,6 +130,11 @@ class _Weights:
                 raise PretrainedError(
                     f"{path} scales its rotary positions ({_FREQUENCIES}), which is not read from GGUF files."
                 )
+            try:  # one row, to know that the others can be read
+                gguf.dequantize(tensor.data[:1] if tensor.data.ndim > 1 else tensor.data, tensor.tensor_type)
+            except NotImplementedError as e:
+                kind = tensor.tensor_type.name
+                raise PretrainedError(f"{path}: {tensor.name} is quantised as {kind}, which is not read.") from e
             self._tensors[_name(tensor.name)] = tensor
         self.shapes = {name: tuple(int(n) for n in t.shape[::-1]) for name, t in self._tensors.items()}
 
@@ -133,13 +142,7 @@ class _Weights:
         import gguf
 
         tensor = self._tensors[name]
-        try:
-            found = gguf.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as e:
-            raise PretrainedError(
-                f"{self.where}: {name} is quantised as {tensor.tensor_type.name}, which is not read."
-            ) from e
-        found = found.reshape(self.shapes[name])
+        found = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(self.shapes[name])
         kind = name.split(".")[-2]
         if kind in self._heads:  # llama.cpp keeps the pairs of a rotation together, Hugging Face the halves of a head
             heads = self._heads[kind]
@@ -164,9 +167,12 @@ def _tokenizer(path: pathlib.Path, fields: dict[str, Any]) -> Tokenizer:
             f"{path} has a tokenizer of kind {kind!r}, splitting text as {pre!r}; byte-pair tokenizers (gpt2) are read that split as "
             f"{', '.join(_PRE_TOKENIZERS)}."
         )
-    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    backend = tokenizers.Tokenizer(tokenizer_models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    try:
+        tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+        merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+        backend = tokenizers.Tokenizer(tokenizer_models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    except Exception as e:  # the library raises bare Exception
+        raise PretrainedError(f"{path} has a tokenizer that cannot be rebuilt: {type(e).__name__}: {e}") from e
     backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     backend.decoder = decoders.ByteLevel()
     for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
@@ -183,4 +189,5 @@ def _tokenizer(path: pathlib.Path, fields: dict[str, Any]) -> Tokenizer:
         pad_id=fields.get("tokenizer.ggml.padding_token_id", eos),
         bos_id=fields.get("tokenizer.ggml.bos_token_id"),
         chat_template=fields.get("tokenizer.chat_template"),
+        adds_bos=bool(fields.get("tokenizer.ggml.add_bos_token", False)),
     )

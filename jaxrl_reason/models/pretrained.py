@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from jaxrl_reason.data.tokenizer import Tokenizer, load_tokenizer
+from jaxrl_reason.data.tokenizer import Tokenizer, fitted, load_tokenizer
 from jaxrl_reason.models import decoder
 from jaxrl_reason.models import families
 from jaxrl_reason.models import lora
@@ -112,6 +112,10 @@ def save_pretrained(directory: str | pathlib.Path, policy: Policy, *, max_shard_
     Raises:
       PretrainedError: the directory is not empty, or no family describes this decoder.
     """
+    if policy.config.lora_rank:
+        raise PretrainedError(
+            "This policy has adapters: merge them first (models.lora.merge), or write them by save_adapters."
+        )
     content = config_json(policy)
     with _complete_or_absent(pathlib.Path(directory).expanduser()) as scratch:
         _write_json(scratch / "config.json", content)
@@ -143,6 +147,7 @@ def _complete_or_absent(directory: pathlib.Path):
     """A directory beside `directory` to write into, which becomes it in the end."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise PretrainedError(f"{directory} is there already and not empty; choose another directory.")
+    directory = directory.resolve()
     scratch = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)  # of an export that was killed
     scratch.mkdir(parents=True)
@@ -172,18 +177,19 @@ def config_json(policy: Policy) -> dict[str, Any]:
         same = bool(found) and dataclasses.replace(families.read_config(found), **free) == policy.config
     except PretrainedError:
         same = False
+    t = policy.tokenizer
+    ids = {}
+    if t is not None:
+        eos = list(t.eos_ids) if len(t.eos_ids) > 1 else t.eos_ids[0]
+        ids = {"bos_token_id": t.bos_id, "eos_token_id": eos, "pad_token_id": t.pad_id}
     if same:
         found.pop("dtype", None)
-        return found | {"torch_dtype": dtype}
+        return ids | found | {"torch_dtype": dtype}
     out = families.write_config(policy.config, classifier)
     out["max_position_embeddings"] = found.get("max_position_embeddings", 4096)
     if classifier:
         out |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    t = policy.tokenizer
-    if t is not None:
-        out |= {"bos_token_id": t.bos_id, "eos_token_id": list(t.eos_ids) if len(t.eos_ids) > 1 else t.eos_ids[0]}
-        out["pad_token_id"] = t.pad_id
-    return out
+    return out | ids
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -222,9 +228,9 @@ def open_model(path_or_hub_id: str | pathlib.Path) -> Opened:
     tokenizer = None
     if (path / "tokenizer.json").exists():
         try:
-            tokenizer = load_tokenizer(path)
+            tokenizer = fitted(load_tokenizer(path), config.vocab_size)
         except ValueError as e:
-            raise PretrainedError(str(e)) from e
+            raise PretrainedError(f"{path}: {e}") from e
     return Opened(config, weights_lib.SafetensorsDirectory(path), tokenizer, source, files_of(path))
 
 
@@ -249,7 +255,9 @@ def find(path_or_hub_id: str | pathlib.Path) -> pathlib.Path:
 
     try:
         wanted = ["config.json", "*.safetensors", "model.safetensors.index.json", *_FILES]
-        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+        # Some have their weights twice, in their maker's own format too.
+        found = huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=["consolidated*"])
+        return pathlib.Path(found)
     except Exception as e:  # of the network, of the hub and of the disk: a dozen classes
         reason = str(e).strip().partition("\n")[0]
         raise PretrainedError(
@@ -264,7 +272,8 @@ def check_weights(opened: Opened, config: ModelConfig, kind: type[Policy] = Poli
       PretrainedError: with the names.
     """
     classifier = issubclass(kind, RewardModel)
-    architecture = str((opened.source.get("architectures") or [""])[0])
+    found = opened.source.get("architectures")
+    architecture = str(found[0]) if isinstance(found, list) and found else ""
     if not classifier and architecture.endswith("ForSequenceClassification"):
         raise PretrainedError(f"{opened.weights.where} is a {architecture}: a reward model, read by load_reward_model.")
     if classifier and architecture.endswith("ForCausalLM"):
@@ -299,10 +308,6 @@ def _load(path_or_hub_id, dtype: str, mesh, kind: type[Policy]):
         config = dataclasses.replace(opened.config, param_dtype=dtype, compute_dtype=dtype)
     except ValueError as e:
         raise PretrainedError(str(e)) from e
-    if opened.tokenizer is not None and opened.tokenizer.vocab_size > config.vocab_size:
-        raise PretrainedError(
-            f"{opened.weights.where}: the tokenizer has {opened.tokenizer.vocab_size} tokens, and the model {config.vocab_size}."
-        )
     params = place_weights(opened, config, mesh, kind)
     return kind(config, params, opened.tokenizer, opened.source, opened.files)
 

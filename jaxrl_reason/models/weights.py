@@ -53,10 +53,15 @@ class SafetensorsDirectory:
         self.shapes = {}
         for path in dict.fromkeys(self._file_of.values()):
             with _open(path) as file:
-                inside = set(file.keys())
-                for name in (n for n, p in self._file_of.items() if p == path):
-                    if name not in inside:
-                        raise PretrainedError(f"{directory / _INDEX} says that {path.name} holds {name}; it does not.")
+                inside, indexed = set(file.keys()), {n for n, p in self._file_of.items() if p == path}
+                for name in sorted(inside ^ indexed):
+                    fault = (
+                        "holds a tensor that the index does not put there"
+                        if name in inside
+                        else "lacks a tensor of the index"
+                    )
+                    raise PretrainedError(f"{path} {fault}: {name}.")
+                for name in indexed:
                     part = file.get_slice(name)
                     if part.get_dtype() not in _DTYPES:
                         raise PretrainedError(

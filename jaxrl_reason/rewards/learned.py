@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_reason.data import ChatTemplate, PromptBatch, PromptTemplate, Tokenizer, chat_template
+from jaxrl_reason.data import ChatTemplate, PromptBatch, Tokenizer, chat_template, get_template
 from jaxrl_reason.models import ModelConfig, reward_model
 from jaxrl_reason.rollout import Rollout
 
+_QUESTION = get_template("{question}")
 _BUCKET = 64  # texts are padded to a multiple: few lengths are compiled
 
 
@@ -22,7 +23,7 @@ class TextScorer:
     Args:
       config, params, tokenizer: of the reward model. With a chat template the question is the user's turn and the completion the
         assistant's; without one they are joined.
-      policy_tokenizer, template: of the run; decode completions and render questions (inside the policy's chat, what the user says).
+      policy_tokenizer: of the run; decodes completions.
       system: system prompt of the reward model's chat.
       max_length: tokens of a text. A longer one has no score: a missing reward, never a cut text.
       parts: the groups of a batch are scored in so many parts, one after another, as far as these divide it.
@@ -36,19 +37,13 @@ class TextScorer:
         tokenizer: Tokenizer,
         *,
         policy_tokenizer: Tokenizer,
-        template: PromptTemplate | ChatTemplate,
         system: str,
         max_length: int,
         parts: int,
         sharding: jax.sharding.NamedSharding,
     ):
         self._params, self._tokenizer, self._policy_tokenizer = params, tokenizer, policy_tokenizer
-        self._template = template.inner if isinstance(template, ChatTemplate) else template
-        self._chat = chat_template(self._template, tokenizer, system) if tokenizer.chat_template else None
-        if system and self._chat is None:
-            raise ValueError(
-                "config.reward_model.system is set, and the reward model's tokenizer has no chat template; leave it empty."
-            )
+        self._chat = chat_of(tokenizer, system)
         self._max_length, self._parts, self._sharding = max_length, parts, sharding
         self._score = jax.jit(functools.partial(_in_parts, config), static_argnums=3, out_shardings=sharding)
 
@@ -62,7 +57,8 @@ class TextScorer:
             for row, group in zip(batch.rows, ids)
             for completion in self._policy_tokenizer.decode_batch(group)
         ]
-        encoded = self._tokenizer.encode_batch(texts)
+        # A chat template writes the begin token itself, where there is to be one.
+        encoded = self._tokenizer.encode_batch(texts, add_bos=self._chat is None and self._tokenizer.adds_bos)
         fits = np.array([0 < len(ids) <= self._max_length for ids in encoded])
         longest = max((len(ids) for ids, ok in zip(encoded, fits) if ok), default=1)
         padded = np.full((len(encoded), -(-longest // _BUCKET) * _BUCKET), self._tokenizer.pad_id, np.int32)
@@ -75,12 +71,29 @@ class TextScorer:
         return scores, {"rewards/reward_model/too_long_ratio": float(1 - fits.mean())}
 
     def text(self, row: Mapping[str, Any], completion: str) -> str:
-        """What the reward model reads."""
-        question = self._template.render_prompt(row)
+        """What the reward model reads: the question as the data have it, without what the policy's template puts around it."""
+        question = _QUESTION.render_prompt(row)
         if self._chat is None:
-            return question + completion
+            return f"{question}\n{completion}"
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": completion}]
         return self._chat.render(turns, add_generation_prompt=False)
+
+
+def chat_of(tokenizer: Tokenizer, system: str) -> ChatTemplate | None:
+    """The chat of a reward model, tried out on one conversation; None where its tokenizer has no chat template.
+
+    Raises:
+      ValueError: a system prompt without a chat, or a template that cannot render.
+    """
+    if not tokenizer.chat_template:
+        if system:
+            raise ValueError(
+                "config.reward_model.system is set, and the reward model's tokenizer has no chat template; leave it empty."
+            )
+        return None
+    chat = chat_template(_QUESTION, tokenizer, system)
+    chat.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], add_generation_prompt=False)
+    return chat
 
 
 def _in_parts(config: ModelConfig, params, tokens, lengths, parts: int) -> jax.Array:

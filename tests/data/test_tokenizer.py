@@ -1,5 +1,6 @@
 """Tokenizers: round trips, special tokens, files in the Hugging Face layout, and what is said about wrong ones."""
 
+import dataclasses
 import json
 
 from hypothesis import given, settings, strategies as st
@@ -96,6 +97,8 @@ def test_saving_keeps_the_rest_of_a_generation_config(tmp_path):
             {"bos_id": None},
         ),
         ({"generation_config.json": {"eos_token_id": 2}}, {"eos_ids": (2,)}),
+        ({"config.json": {"eos_token_id": [2, 5]}}, {"eos_ids": (2, 5)}),
+        ({"config.json": {"eos_token_id": 5}, "generation_config.json": {"eos_token_id": 2}}, {"eos_ids": (2,)}),
         (
             {"generation_config.json": {"eos_token_id": [0, 2, 5]}, "tokenizer_config.json": {"eos_token": "<eos>"}},
             {"eos_ids": (2, 0, 5)},
@@ -191,3 +194,20 @@ def test_impossible_requests_are_refused():
         data.Tokenizer(TOKENIZER.backend, eos_ids=(), pad_id=0)
     with pytest.raises(ValueError, match="set add_bos to False"):
         data.Tokenizer(TOKENIZER.backend, eos_ids=(2,), pad_id=0).encode("a", add_bos=True)
+
+
+def test_added_tokens_beyond_the_model_are_left_out():
+    """As Gemma 3's image token, which its text models have no embedding for."""
+    backend = tokenizers.Tokenizer.from_str(TOKENIZER.backend.to_str())
+    size = TOKENIZER.vocab_size
+    backend.add_special_tokens(["<image>"])
+    bigger = dataclasses.replace(TOKENIZER, backend=backend)
+    assert bigger.vocab_size == size + 1 and bigger.encode("<image>") == [size]
+    found = data.fitted(bigger, size)
+    assert found.vocab_size == size and max(found.encode("a <image> b")) < size
+    assert found.decode(found.encode("a <image> b")) == "a <image> b" and found.encode("ab") == TOKENIZER.encode("ab")
+    assert data.fitted(bigger, size + 1) is bigger
+    with pytest.raises(ValueError, match=f"The tokenizer has {size + 1} tokens, and the model {size - 1}"):
+        data.fitted(bigger, size - 1)
+    with pytest.raises(ValueError, match="eos_ids holds"):
+        data.fitted(dataclasses.replace(bigger, eos_ids=(size,)), size)

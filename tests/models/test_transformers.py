@@ -81,7 +81,9 @@ def test_there_and_back(name, dtype, tmp_path):
     tokenizer = data.train_tokenizer(["abc 12"] * 9, 300)
     for label, source in (("as it came", policy.source), ("described anew", {})):
         out = tmp_path / label
-        models.save_pretrained(out, dataclasses.replace(policy, source=source, tokenizer=tokenizer), max_shard_bytes=100_000)
+        models.save_pretrained(
+            out, dataclasses.replace(policy, source=source, tokenizer=tokenizer), max_shard_bytes=100_000
+        )
         again = t.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval().float()
         assert type(again) is type(model)
         np.testing.assert_array_equal(theirs(again), expected)
@@ -120,7 +122,8 @@ def test_adapters_in_peft(tmp_path):
     base = models.load_pretrained(tmp_path / "base")
     config = dataclasses.replace(base.config, lora_rank=3, lora_alpha=7.0, lora_projections=("q", "v", "o", "down"))
     adapters = jax.tree.map(
-        lambda x: 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), lora.init_adapters(config, jax.random.key(0))
+        lambda x: 0.1 * jax.random.normal(jax.random.key(x.size), x.shape),
+        lora.init_adapters(config, jax.random.key(0)),
     )
     policy = models.Policy(config, lora.join(adapters, base.params))
     pretrained.save_adapters(tmp_path / "adapters", policy, str(tmp_path / "base"))

@@ -238,7 +238,10 @@ def test_load_built_in_module_and_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("acuracy", "no built-in reward 'acuracy'; did you mean 'accuracy'.*Built in are accuracy, format"),
+        (
+            "acuracy",
+            "no built-in reward 'acuracy'; did you mean 'accuracy'.*Built in are accuracy, last_number, format",
+        ),
         ("", "no built-in reward ''"),
         ("zzz", "no built-in reward 'zzz'. Built in"),
         ("jaxrl_reason.rewards.functions:format_rewards", "has no 'format_rewards'; did you mean 'format_reward'"),
