@@ -1,7 +1,11 @@
 """Samples and one update on the mesh sizes given as data,fsdp,tensor: run by test_sharding in a process with 8 devices.
 
 python sharded_learning.py OUT.npz 1,1,1 8,1,1
+
+A fourth word changes what is done: 2,2,2,adapters trains adapters, 2,2,2,int8 decodes with rounded weights and caches.
 """
+
+import dataclasses
 
 import functools
 import pathlib
@@ -17,7 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import reference_decoder as reference
 from jaxrl_reason import learner
 from jaxrl_reason.methods import PolicyLoss
-from jaxrl_reason.models import ModelConfig, sharding
+from jaxrl_reason.models import ModelConfig, lora, sharding
 from jaxrl_reason.rollout import generate
 
 P, G, S, T, V = 8, 3, 4, 5, 24
@@ -36,12 +40,13 @@ CONFIG = ModelConfig(
 OPTIONS = learner.UpdateOptions(loss=PolicyLoss(), kl_coefficient=0.3, entropy_coefficient=0.1, accumulation=1)
 
 
-def learn(sizes):
+def learn(sizes, kind):
+    config = dataclasses.replace(CONFIG, lora_rank=2) if kind == "adapters" else CONFIG
     devices = jax.devices()[: int(np.prod(sizes))]
     mesh = sharding.make_mesh(*sizes, devices=devices)
-    weights, batch = sharding.param_shardings(CONFIG, mesh), sharding.batch_sharding(mesh)
+    weights, batch = sharding.param_shardings(config, mesh), sharding.batch_sharding(mesh)
     whole = sharding.replicated(mesh)
-    params = jax.device_put(reference.random_params(CONFIG, scale=0.3), weights)
+    params = jax.device_put(reference.random_params(config, scale=0.3), weights)
     rng = np.random.default_rng(0)
     prompts, mask = rng.integers(0, V, (P, S)), np.arange(S) >= rng.integers(0, S, (P, 1))
     advantages, old = rng.normal(size=(P, G)), -2 + 0.5 * rng.normal(size=(P, G, T))
@@ -49,7 +54,8 @@ def learn(sizes):
     put = lambda *xs: tuple(jax.device_put(narrow(x), batch) for x in xs)
 
     run = jax.jit(
-        functools.partial(generate, CONFIG, group_size=G, max_length=T, eos_ids=(3, 7), pad_id=0), out_shardings=batch
+        functools.partial(generate, config, group_size=G, max_length=T, eos_ids=(3, 7), pad_id=0, int8=kind == "int8"),
+        out_shardings=batch,
     )
     rollout = run(
         params,
@@ -63,11 +69,11 @@ def learn(sizes):
     state = learner.TrainState(
         *jax.device_put((jnp.int32(0),), whole),
         params,
-        learner.init_opt_state(optimizer, params),
+        learner.init_opt_state(optimizer, lora.split(config, params)[0]),
         (),
         *jax.device_put((jnp.int32(0),), whole),
     )
-    step = jax.jit(learner.make_update(CONFIG, OPTIONS, optimizer))
+    step = jax.jit(learner.make_update(config, OPTIONS, optimizer))
     state, metrics = step(state, experience, jnp.float32(1.2), jax.random.key(1))
     shards = lambda x: len({str(s.index) for s in x.addressable_shards})
     return {
@@ -90,6 +96,6 @@ if __name__ == "__main__":
         **{
             f"{text}/{name}": np.asarray(value)
             for text in meshes
-            for name, value in learn([int(x) for x in text.split(",")]).items()
+            for name, value in learn([int(x) for x in text.split(",")[:3]], *text.split(",")[3:] or [""]).items()
         },
     )

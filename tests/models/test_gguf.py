@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import reference_decoder
-from jaxrl_reason import data, models
+from jaxrl_reason import config as config_lib
+from jaxrl_reason import data, models, train
 from jaxrl_reason.models import ModelConfig, PretrainedError
 
 gguf = pytest.importorskip("gguf")
@@ -176,3 +177,16 @@ def test_smollm2_computes_what_transformers_computes():
     logits = np.asarray(policy.apply(policy.params, np.array([ids])))[0]
     np.testing.assert_allclose(logits[:, ::512], golden["every_512th_logit"], atol=5e-4)
     np.testing.assert_array_equal(logits.argmax(axis=-1), golden["best"])
+
+
+@pytest.mark.slow
+def test_a_few_steps_of_the_recipe_with_smollm2(tmp_path):
+    smollm2()
+    config = config_lib.load(pathlib.Path(__file__).parents[2] / "configs" / "smollm2_sums.py")
+    config.steps, config.eval.prompts, config.eval.samples = 2, 4, 2
+    train.train(train.setup(config, tmp_path / "run"))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert all(0 <= line["reward"] <= 1 and line["sampling/logp_difference_max"] < 1e-3 for line in lines[1:])
+    sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])
+    assert sample["prompt"].count("What is") == 1

@@ -126,12 +126,14 @@ def learnt(tmp_path_factory):
     "mesh, shards",
     [
         ("2,2,2", (4, 4, 4)),
+        ("2,2,2,adapters", (4, 4, 4)),
+        ("2,2,2,int8", (4, 4, 4)),
         pytest.param("8,1,1", (8, 1, 1), marks=pytest.mark.slow),
         pytest.param("1,8,1", (8, 8, 8), marks=pytest.mark.slow),
     ],
 )
 def test_eight_devices_give_the_samples_the_loss_and_the_weights_of_one(learnt, mesh, shards):
-    one, eight = learnt("1,1,1", mesh)
+    one, eight = learnt(",".join(["1,1,1", *mesh.split(",")[3:]]), mesh)
     assert (one["devices"], eight["devices"]) == (1, 8) and tuple(eight["shards"]) == shards
     assert 0 < one["truncated"].sum() < one["truncated"].size  # some end
     np.testing.assert_array_equal(eight["tokens"], one["tokens"])

@@ -75,7 +75,10 @@ def test_there_and_back(name, dtype, tmp_path):
     model = randomised(FAMILIES[name]()).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "in", max_shard_size="200KB")
     policy = models.load_pretrained(tmp_path / "in")
-    expected = theirs(model.float())
+    read = lambda path: t.AutoModelForCausalLM.from_pretrained(
+        path, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    expected = theirs(read(tmp_path / "in"))  # a cast model would keep its rotary frequencies rounded
     found = np.asarray(policy.apply(policy.params, TOKENS, MASK))
     np.testing.assert_allclose(found[MASK], expected[MASK], atol=2e-4)
     tokenizer = data.train_tokenizer(["abc 12"] * 9, 300)
@@ -84,9 +87,9 @@ def test_there_and_back(name, dtype, tmp_path):
         models.save_pretrained(
             out, dataclasses.replace(policy, source=source, tokenizer=tokenizer), max_shard_bytes=100_000
         )
-        again = t.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval().float()
-        assert type(again) is type(model)
-        np.testing.assert_array_equal(theirs(again), expected)
+        again = read(out)
+        assert type(again) is type(model) or not source  # without a window a Mistral is a Llama
+        np.testing.assert_allclose(theirs(again), expected, atol=1e-5)
         found = t.AutoTokenizer.from_pretrained(out)
         assert found("abc 12").input_ids == tokenizer.encode("abc 12")
         assert found.eos_token_id == 2 and again.generation_config.eos_token_id == 2
