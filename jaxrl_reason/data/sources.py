@@ -76,7 +76,8 @@ def load_source(
         such files on the Hugging Face hub: "hf://datasets/zwhe99/DeepMath-103K/data/train-*.parquet".
       split: for TFDS, "train", "test[:100]" and so on; for a file, "all" or a slice such as "[:90%]".
       data_dir: where TFDS keeps prepared data; None means its default, ~/tensorflow_datasets. Files do not use it.
-      columns: our names to those of the data, such as {"question": "problem"}. Columns not mentioned keep their names.
+      columns: our names to those of the data, such as {"question": "problem"}. Columns not mentioned keep their names;
+        of a Parquet file only columns that are mentioned, or have names of ours, are read (see `files.read_parquet`).
       on_bad_row: what a bad line of a file does: "refuse" raises, "skip" leaves it out, counts and warns. TFDS data were checked
         by their builder.
 

@@ -1,8 +1,11 @@
-"""Sources: TFDS data sets prepared for real, JSONL files with every kind of bad row."""
+"""Sources: TFDS data sets prepared for real, JSONL and Parquet files with every kind of bad row, addresses of the hub."""
 
 import json
 
+import huggingface_hub
 from hypothesis import given, strategies as st
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
 
@@ -271,3 +274,97 @@ def test_the_fingerprint_follows_the_data_and_not_the_directory(write, tmp_path)
     assert fingerprint(path, "[:3]") != original
     assert fingerprint(path, columns={"gold": "answer"}) != original
     assert fingerprint(write(numbered(4).replace(b"q3", b"q4"))) != original
+
+
+# -- Parquet, and the hub --------------------------------------------------------------------------------------------
+
+MATHS = [
+    {
+        "prompt": [{"role": "user", "content": f"{i} + 1?"}],
+        "reward_model": {"ground_truth": str(i + 1), "style": "rule"},
+        "long_solution": "x" * 1000,
+        "points": i,
+    }
+    for i in range(5)
+]
+NESTED = {"question": "prompt.0.content", "answer": "reward_model.ground_truth"}
+
+
+def parquet(path, rows=MATHS):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def test_a_parquet_file_gives_the_columns_that_are_named(tmp_path):
+    file = parquet(tmp_path / "maths.parquet")
+    source = data.load_source(str(file), "[1:3]", columns=NESTED)
+    rows = [{name: row[name] for name in ("question", "answer", "points")} for row in source]
+    assert rows == [{"question": f"{i} + 1?", "answer": str(i + 1), "points": i} for i in (1, 2)]
+    assert "long_solution" not in source[0]  # nothing reads it
+    assert (
+        data.load_source(str(file), "all", columns=NESTED | {"solution": "long_solution"})[0]["solution"] == "x" * 1000
+    )
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    assert data.load_source(str(parquet(moved / file.name)), "[1:3]", columns=NESTED).fingerprint == source.fingerprint
+    other = parquet(moved / file.name, MATHS[::-1])
+    assert data.load_source(str(other), "[1:3]", columns=NESTED).fingerprint != source.fingerprint
+
+
+def test_paths_into_columns_serve_jsonl_too(tmp_path):
+    file = tmp_path / "maths.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in MATHS))
+    assert data.load_source(str(file), "all", columns=NESTED)[4]["question"] == "4 + 1?"
+    with pytest.raises(ValueError, match=r"there is no column 'prompt.1.content' \(to be used as 'question'\)"):
+        data.load_source(str(file), "all", columns=NESTED | {"question": "prompt.1.content"})
+
+
+def test_bad_rows_of_a_parquet_file_are_named_or_counted(tmp_path):
+    rows = [{"question": "a", "answer": "1"}, {"question": "", "answer": "1"}, {"question": "b", "answer": None}]
+    file = parquet(tmp_path / "rows.parquet", rows)
+    with pytest.raises(
+        ValueError,
+        match=r"has 2 bad rows:\n.*row 1: column 'question' is empty\n.*row 2: column 'answer' is a JSON null",
+    ):
+        data.load_source(str(file), "all")
+    with pytest.warns(UserWarning, match="2 bad rows skipped, 1 kept"):
+        source = data.load_source(str(file), "all", on_bad_row="skip")
+    assert len(source) == 1 and source.skipped == 2
+
+
+def test_what_is_no_parquet_file_is_a_sentence(tmp_path):
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(ValueError, match="bad.parquet is not a Parquet file that can be read"):
+        data.load_source(str(tmp_path / "bad.parquet"), "all")
+    with pytest.raises(FileNotFoundError, match="There is no data file"):
+        data.load_source(str(tmp_path / "absent.parquet"), "all")
+    with pytest.raises(ValueError, match="there is no column 'question'"):
+        data.load_source(str(parquet(tmp_path / "m.parquet")), "all")
+
+
+def test_files_of_the_hub_are_downloaded_and_joined_in_order(tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, repo_type, allow_patterns):
+        asked.append((name, repo_type, allow_patterns))
+        if name == "nobody/nothing":
+            raise OSError("404 Client Error\nmore")
+        folder = tmp_path / "snapshot" / "data"
+        folder.mkdir(parents=True, exist_ok=True)
+        parquet(folder / "train-00001.parquet", MATHS[3:])
+        parquet(folder / "train-00000.parquet", MATHS[:3])
+        parquet(folder / "test-00000.parquet", MATHS[:1])
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    address = "hf://datasets/owner/maths/data/train-*.parquet"
+    source = data.load_source(address, "all", columns=NESTED)
+    assert [row["points"] for row in source] == [0, 1, 2, 3, 4]
+    assert asked == [("owner/maths", "dataset", ["data/train-*.parquet"])]
+    with pytest.raises(ValueError, match="has no file 'data/dev-\\*.parquet'"):
+        data.load_source("hf://datasets/owner/maths/data/dev-*.parquet", "all")
+    with pytest.raises(ValueError, match="could not be had from the Hugging Face hub: OSError: 404 Client Error$"):
+        data.load_source("hf://datasets/nobody/nothing/x.jsonl", "all")
+    for wrong in ("hf://datasets/owner/maths", "hf://datasets/owner/maths/data.csv"):
+        with pytest.raises(ValueError, match="is not understood: write hf://datasets/OWNER/NAME/PATH"):
+            data.load_source(wrong, "all")
