@@ -313,6 +313,63 @@ def test_families_that_look_alike_are_told_apart(tmp_path):
 # -- config.json, as the hub has it --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_both_spellings_of_a_configuration_are_one_decoder(name):
+    """The directories are written by transformers 5; as transformers 4 would have written them they say the same."""
+    new = json.loads((GOLDEN / name / "config.json").read_text())
+    old = {key: value for key, value in new.items() if key not in ("rope_parameters", "layer_types", "dtype")}
+    rope = new["rope_parameters"]
+    if name == "gemma3":
+        old |= {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"], "sliding_window_pattern": 2}
+        rope = rope["full_attention"]
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    old |= {"rope_theta": rope["rope_theta"], "torch_dtype": "float32"}
+    old["rope_scaling"] = None if scaling == {"rope_type": "default"} else scaling
+    assert families.read_config(old) == families.read_config(new)
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("qwen3", dict(rope_parameters={"rope_type": "default", "rope_theta": None}), "rope_theta None"),
+        ("qwen3", dict(rope_parameters="linear"), "config.json describes a model that cannot be"),
+        ("qwen3", dict(rope_parameters={"rope_type": "linear", "factor": 0}), "model that cannot be: .*factor is 0"),
+        ("qwen3", dict(tie_word_embeddings="false"), "tie_word_embeddings 'false'; it must be true or false"),
+        ("qwen3", dict(rms_norm_eps=0), "rms_norm_eps 0; it must be a finite number above 0"),
+        ("qwen3", dict(layer_types=5), "model that cannot be|layer_types"),
+        ("qwen3", dict(model_type=["qwen3"]), "has model_type"),
+        ("qwen3", dict(hidden_size=10**9), "hidden_size 1000000000; it must be a whole number from 1 to"),
+        ("gemma3", dict(query_pre_attn_scalar=0), "query_pre_attn_scalar 0"),
+        ("gemma3", dict(layer_types=None, sliding_window_pattern=0), "sliding_window_pattern 0"),
+        (
+            "gemma3",
+            dict(rope_parameters={"sliding_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+            "scales the rotary positions of sliding layers",
+        ),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_one_sentence(name, changes, message):
+    source = json.loads((GOLDEN / name / "config.json").read_text()) | changes
+    with pytest.raises(PretrainedError, match=message):
+        families.read_config(source)
+
+
+def test_what_an_absent_key_means_is_the_familys_own():
+    source = json.loads((GOLDEN / "gemma3" / "config.json").read_text())
+    found = families.read_config(source | {"rope_parameters": {"full_attention": {"rope_type": "default"}}})
+    assert (found.rope_theta, found.local_rope_theta) == (1e6, 1e4)
+    found = families.read_config(source | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}})
+    assert (found.rope_theta, found.local_rope_theta) == (7.0, 1e4)
+    mistral = json.loads((GOLDEN / "mistral" / "config.json").read_text())
+    del mistral["sliding_window"]
+    assert families.read_config(mistral).sliding_window == 4096
+    assert families.read_config(mistral | {"sliding_window": None}).sliding_window == 0
+    qwen = json.loads((GOLDEN / "qwen2" / "config.json").read_text())
+    sliding = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9, "use_sliding_window": False}
+    assert families.read_config(qwen | sliding).sliding_window == 0
+    assert families.read_config(qwen | sliding | {"use_sliding_window": True}).sliding_window == 9
+
+
 def test_configurations_in_the_spelling_of_transformers_4():
     llama = families.read_config(
         {
