@@ -20,6 +20,7 @@ from jaxrl_reason import evaluation
 from jaxrl_reason import methods
 from jaxrl_reason import models
 from jaxrl_reason import regression
+from jaxrl_reason import runs
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data import numbers
 from jaxrl_reason.data.values import altered, held_out_values, read_values
@@ -83,9 +84,9 @@ def open_task(config: Config, method: Method, mesh: jax.sharding.Mesh, workdir: 
 
 def _same_base(config: Config, start: pathlib.Path) -> None:
     """Refuses adapters of another run that were trained on other weights than this run's."""
-    ours, theirs = config_lib.to_dict(config), json.loads((start / "config.json").read_bytes())["config"]
+    theirs = runs.load_config(start, {})
     fields = ("model", "lora") if config.model.path else ("model", "lora", "seed")
-    other = [name for name in fields if ours[name] != theirs.get(name)]
+    other = [name for name in fields if getattr(config, name) != getattr(theirs, name)]
     if other:
         raise ConfigError(
             f"config.supervised.start_from is {str(start)!r}, a run with other config.{other[0]}: its adapters belong to other weights."

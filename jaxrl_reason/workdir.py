@@ -10,6 +10,7 @@ from jaxrl_reason import config as config_lib
 from jaxrl_reason import models
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data import Tokenizer, fitted, load_tokenizer
+from jaxrl_reason.models.weights import read_json
 
 # What may differ when a run goes on: how long it is, what it writes, where it runs. Not what an evaluation is: the last
 # one is compared with the first.
@@ -94,7 +95,7 @@ def tokenizer_of(path: pathlib.Path) -> Tokenizer:
 def model_source(path: pathlib.Path) -> dict | None:
     """The config.json of the pretrained model that the run in this work directory began with; None without one."""
     file = path / "tokenizer" / "config.json"
-    return json.loads(file.read_bytes()) if file.is_file() else None
+    return read_json(file) if file.is_file() else None
 
 
 def _may_change(name: str) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxrl_reason.data import ChatTemplate, PromptBatch, Tokenizer, chat_template, get_template
 from jaxrl_reason.models import ModelConfig, reward_model
+from jaxrl_reason.rewards.host import RewardError
 from jaxrl_reason.rollout import Rollout
 
 _QUESTION = get_template("{question}")
@@ -76,7 +77,10 @@ class TextScorer:
         if self._chat is None:
             return f"{question}\n{completion}"
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": completion}]
-        return self._chat.render(turns, add_generation_prompt=False)
+        try:
+            return self._chat.render(turns, add_generation_prompt=False)
+        except ValueError as e:  # some templates look into what was said
+            raise RewardError(f"The reward model's chat cannot be rendered around a completion: {e}") from e
 
 
 def chat_of(tokenizer: Tokenizer, system: str) -> ChatTemplate | None:
