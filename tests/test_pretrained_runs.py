@@ -486,6 +486,35 @@ def test_reward_models_that_cannot_be_used_are_refused(changes, message, rows, m
     assert not (tmp_path / "run").exists()
 
 
+def test_a_reward_chat_that_refuses_a_completion_is_one_sentence(rows, model, grader, tmp_path, capsys):
+    """Setup tries the template out; what it makes of a completion shows in the run only."""
+    other = tmp_path / "grader"
+    shutil.copytree(grader, other)
+    content = json.loads((other / "tokenizer_config.json").read_text())
+    content["chat_template"] = CHAT + "{% if messages[-1].content != '!' %}{{ raise_exception('too odd') }}{% endif %}"
+    (other / "tokenizer_config.json").write_text(json.dumps(content))
+    path = tmp_path / "recipe.py"
+    config = hero(rows, model, other)
+    path.write_text(
+        f"from jaxrl_reason import config\ndef get_config():\n    return config.from_dict({config_lib.to_dict(config)!r})\n"
+    )
+    assert train.main([f"--config={path}", f"--workdir={tmp_path / 'run'}"]) == 1
+    err = capsys.readouterr().err
+    assert "error: The reward model's chat cannot be rendered around a completion: " in err and "too odd" in err
+
+
+def test_a_damaged_description_of_the_model_is_one_sentence(rows, model, adapted, tmp_path):
+    shutil.copytree(adapted, tmp_path / "run")
+    config = runs.load_config(tmp_path / "run", {})
+    (tmp_path / "run" / "tokenizer" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer/config.json is not JSON"):
+        train.setup(config, tmp_path / "run")
+    config.supervised.start_from = str(tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="config.json is not what a run writes"):
+        train.setup(config, tmp_path / "other")
+
+
 def test_a_pretrained_reward_model_is_not_trained(rows, model, grader, tmp_path, capsys):
     path = tmp_path / "recipe.py"
     path.write_text(

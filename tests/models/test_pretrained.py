@@ -297,6 +297,22 @@ def test_a_stored_copy_of_a_tied_head_is_taken(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, models.load_pretrained(directory).params, load("qwen3").params)
 
 
+def test_files_and_their_index_hold_the_same_tensors(tmp_path):
+    """Seen from both sides: a tensor that the index does not know, and one that its file does not have."""
+    for change, message in (
+        (lambda t: t.update(extra=np.zeros(2, "f4")), "holds a tensor that the index does not put there: extra"),
+        (lambda t: t.pop(sorted(t)[0]), "lacks a tensor of the index: "),
+    ):
+        directory = tmp_path / message[:5]
+        shutil.copytree(GOLDEN / "llama", directory)
+        file = sorted(directory.glob("*.safetensors"))[0]
+        tensors = safetensors.numpy.load_file(file)
+        change(tensors)
+        safetensors.numpy.save_file(tensors, file)
+        with pytest.raises(PretrainedError, match=f"{file.name} {message}"):
+            models.load_pretrained(directory)
+
+
 def test_families_that_look_alike_are_told_apart(tmp_path):
     directory = tmp_path / "model"
     shutil.copytree(GOLDEN / "gemma3", directory)
