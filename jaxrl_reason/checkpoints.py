@@ -12,6 +12,7 @@ import textwrap
 import jax
 import orbax.checkpoint as ocp
 
+from jaxrl_reason import hosts
 from jaxrl_reason.learner import TrainState
 
 _log = logging.getLogger(__name__)
@@ -80,7 +81,9 @@ class Checkpoints:
         path = self.directory / str(number)
         names = itertools.chain([f"damaged-{number}"], (f"damaged-{number}-{i}" for i in itertools.count(2)))
         aside = next(p for p in map(self.directory.joinpath, names) if not p.exists())
-        path.rename(aside)
+        if hosts.first():
+            path.rename(aside)
+        hosts.barrier("checkpoint put aside")
         self._manager.reload()
         _log.warning("Checkpoint %s cannot be read and is skipped; it is now %s: %s", path, aside.name, fault)
 

@@ -72,6 +72,11 @@ class Model:
         "float32", "operands of matrix products (sums are float32)", choices=("float32", "bfloat16")
     )
     remat: str = _field("layer", "what the backward pass recomputes", choices=("none", "dots", "layer"))
+    attention: str = _field(
+        "auto",
+        "of prompts and updates: splash (kernels for TPUs, interpreted elsewhere) or plain; auto: splash on TPUs",
+        choices=("auto", "plain", "splash"),
+    )
 
 
 @_section
@@ -216,9 +221,16 @@ class Update:
 
 @_section
 class Mesh:
+    slice: int = _field(1, "TPU slices joined by a data-centre network; -1: the rest", low=-1)
     data: int = _field(1, "devices that hold copies of the weights; -1: the rest", low=-1)
     fsdp: int = _field(-1, "devices over which weights and prompts are split; -1: the rest", low=-1)
     tensor: int = _field(1, "devices over which heads and vocabulary are split; -1: the rest", low=-1)
+    rollout_tensor: int = _field(
+        0, "devices over which they are split while sampling, where weights are not split by fsdp; 0: as mesh.tensor", low=0
+    )
+    host_timeout: int = _field(
+        100, "seconds without a sign of life from one of several processes after which the others end", low=1
+    )
 
 
 @_section
@@ -493,7 +505,7 @@ def make_method(config: Config) -> methods.Method:
         raise ConfigError(f"config.method: {e}") from e
 
 
-_OF_PRETRAINED = ("path", "param_dtype", "compute_dtype", "remat")  # what config.model can still say about one
+_OF_PRETRAINED = ("path", "attention", "param_dtype", "compute_dtype", "remat")  # what config.model can still say about one
 
 
 def prompt_template(config: Config, tokenizer: data.Tokenizer) -> data.PromptTemplate | data.ChatTemplate:
@@ -509,7 +521,7 @@ def begins_with_bos(config: Config, tokenizer: data.Tokenizer) -> bool:
 
 
 def model_config(config: Config, vocab_size: int, source: Mapping[str, Any] | None = None) -> models.ModelConfig:
-    """The decoder of a run.
+    """The decoder of a run; what computes its attention is chosen with the devices, see `programs.with_attention`.
 
     Args:
       config: of the run.
@@ -531,9 +543,10 @@ def model_config(config: Config, vocab_size: int, source: Mapping[str, Any] | No
                 f"The tokenizer has {vocab_size} tokens, and the model of config.model.path has {found.vocab_size}; leave "
                 "config.data.tokenizer empty to take the model's own."
             )
-        return dataclasses.replace(found, **{name: sizes[name] for name in _OF_PRETRAINED[1:]}, **adapters)
+        return dataclasses.replace(found, **{name: sizes[name] for name in _OF_PRETRAINED[2:]}, **adapters)
     scaling = sizes.pop("rope_scaling")
-    sizes.pop("path")
+    for name in _OF_PRETRAINED[:2]:
+        sizes.pop(name)
     try:
         scaling = models.RopeScaling(**scaling) if scaling else None
         return models.ModelConfig(vocab_size=vocab_size, rope_scaling=scaling, **sizes, **adapters)

@@ -277,7 +277,7 @@ def run(request: Request, command: str) -> dict[str, float]:
         config_lib.load_module(request.recipe)
     c, workdir = runs.load_config(request.workdir, request.fields), request.workdir
     method = config_lib.make_method(c)
-    mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+    mesh = programs_lib.mesh_of(c)
     subject = _numbers_subject(c, workdir, mesh) if c.regression.tokenizer else _text_subject(c, workdir, method, mesh)
     programs = programs_lib.build(
         c,
@@ -297,6 +297,7 @@ def run(request: Request, command: str) -> dict[str, float]:
         sharding.param_shardings(subject.model, mesh),
     )
     number, params = runs.load_weights(workdir, request.checkpoint, like)
+    params = programs.for_rollouts(params) if programs.for_rollouts else params
     if request.out.exists() and not request.out.is_dir():
         raise ConfigError(f"--out={request.out} is a file; name a directory.")
     request.out.mkdir(parents=True, exist_ok=True)  # before the work that it is for

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxrl_reason import data
 from jaxrl_reason import experience
+from jaxrl_reason import hosts
 from jaxrl_reason import metrics
 from jaxrl_reason.data import PromptBatch
 from jaxrl_reason.rewards.numeric import extract_answer, parse_number
@@ -76,18 +77,20 @@ def gather(
         policies are compared on the same noise.
       batches: from `data.eval_prompts`; rows of weight 0 count for nothing.
       scorer: its rewards.
-      tokenizer: decodes the completions; without one there are no texts and no answers.
+      tokenizer: decodes the completions; without one there are no texts and no answers, nor on other processes than the first, which
+        alone is asked what they say.
       answer_of: (completion, row) -> the final answer, equal and hashed alike where two answers are the same, or None.
       verdict: the reward whose value > 0.5 means right; empty: the scorer's verdict.
       self_reward: LaSeR's self-rewards f32[P, K] of a rollout, or None.
       values: of all rows of the data, from `data.values.held_out_values`, or None.
     """
+    tokenizer = tokenizer if hosts.first() else None
     parts, rows, texts = [], [], []
     for batch in batches:
         rollout = generate(batch)
-        rewards, _ = scorer(rollout, batch)
-        mask, truncated, logprobs, rewards = jax.device_get(
-            (rollout.mask, rollout.truncated, rollout.logprobs, rewards)
+        rewards, _ = scorer(rollout, batch.take(hosts.places_of(rollout.tokens)))
+        tokens, mask, truncated, logprobs, rewards = jax.tree.map(
+            hosts.whole, (rollout.tokens, rollout.mask, rollout.truncated, rollout.logprobs, rewards)
         )
         part = dict(
             numbers=batch.prompt_ids,
@@ -102,8 +105,7 @@ def gather(
         parts.append(jax.tree.map(lambda x: x[real], part))
         rows += [row for row, counts in zip(batch.rows, real) if counts]
         if tokenizer is not None:
-            tokens = jax.device_get(rollout.tokens)[real]
-            ids = [[t[live].tolist() for t, live in zip(*group)] for group in zip(tokens, mask[real])]
+            ids = [[t[live].tolist() for t, live in zip(*group)] for group in zip(tokens[real], mask[real])]
             texts += [tokenizer.decode_batch(group) for group in ids]
     together = jax.tree.map(lambda *x: np.concatenate(x), *parts)
     answers = [[answer_of(text, row) for text in group] for group, row in zip(texts, rows)]

@@ -9,6 +9,7 @@ with denominators counted over the whole minibatch.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import chex
@@ -19,6 +20,7 @@ import optax
 from jaxrl_reason import losses
 from jaxrl_reason import models
 from jaxrl_reason.methods import PolicyLoss
+from jaxrl_reason.models import sharding
 from jaxrl_reason.rollout import Rollout, scale_logits
 
 _CHUNK_ENTRIES = 2**24  # logits held at once where logprob_chunk is 0: 64 MiB of float32
@@ -157,15 +159,30 @@ def completion_logprobs(
         probe = losses.token_logprobs(logits, jnp.full((P, G), probe_token))[0]
         hidden = hidden[:, :, :T]
 
+    # On several devices each takes its own prompts' logits: the head is gathered, and its gradient summed, once and not once a chunk.
+    of_prompts = sharding.by_prompt(functools.partial(_in_chunks, config, chunk))
+    return Scored(*of_prompts((head, temperature), hidden, rollout.tokens, targets, legal), probe)
+
+
+def chunk_length(P: int, G: int, T: int, vocabulary: int, chunk: int = 0) -> int:
+    """Positions of T whose logits a device holds at once, of its P prompts and its part of the vocabulary; `chunk` where it is given."""
+    return min(chunk or max(1, min(_CHUNK_ENTRIES // (P * G * vocabulary), -(-T // 2))), T)
+
+
+def _in_chunks(config: models.ModelConfig, chunk: int, law, hidden, tokens, targets, legal):
+    """(log-probabilities, entropy, those of targets or None), each f32[P, G, T], of hidden [P, G, T, D] under law, (head, temperature)."""
+    (head, temperature), (P, G, T) = law, tokens.shape
+    head = head.astype(jnp.float32)  # its gradient adds up over the chunks
+
     def of_chunk(head, hidden, tokens, targets, legal):
         logits = models.project(hidden, head, config)
         logits = scale_logits(logits, temperature, None if legal is None else legal[:, None])
         scored = losses.token_logprobs(logits, tokens)
         return *scored, None if targets is None else losses.token_logprobs(logits, targets)[0]
 
-    chunk = min(chunk or max(1, min(_CHUNK_ENTRIES // (P * G * config.vocab_size), -(-T // 2))), T)
+    chunk = chunk_length(P, G, T, -(-config.vocab_size // sharding.tensor_ways()), chunk)
     if chunk == T:
-        return Scored(*of_chunk(head, hidden, rollout.tokens, targets, legal), probe)
+        return of_chunk(head, hidden, tokens, targets, legal)
     count = -(-T // chunk)
 
     def cut(x, axis):  # [.., T, ..] -> [count, .., chunk, ..]
@@ -174,11 +191,11 @@ def completion_logprobs(
         x = jnp.pad(x, [(0, count * chunk - T if i == axis else 0) for i in range(x.ndim)], mode="edge")
         return jnp.moveaxis(x.reshape(*x.shape[:axis], count, chunk, *x.shape[axis + 1 :]), axis, 0)
 
-    xs = cut(hidden, 2), cut(rollout.tokens, 2), cut(targets, 2), cut(legal, 1)
+    xs = cut(hidden, 2), cut(tokens, 2), cut(targets, 2), cut(legal, 1)
     of_chunk = jax.checkpoint(of_chunk, prevent_cse=False)  # logits are computed again, not kept
     _, ys = jax.lax.scan(lambda _, x: ((), of_chunk(head, *x)), (), xs)
     join = lambda y: jnp.moveaxis(y, 0, 2).reshape(P, G, count * chunk)[:, :, :T]
-    return Scored(*jax.tree.map(join, ys), probe)
+    return jax.tree.map(join, ys)
 
 
 def split(tree, parts: int):

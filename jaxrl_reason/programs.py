@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from jaxrl_reason import experience
+from jaxrl_reason import hosts
 from jaxrl_reason import learner
 from jaxrl_reason import models
 from jaxrl_reason import rollout
@@ -29,11 +30,13 @@ class Programs:
 
     Attributes:
       sharding: of arrays with a leading prompt axis.
+      jitted: the functions below before their constants are bound, by name: for compiling ahead of time.
       abstract_state: the TrainState's shapes, dtypes and shardings; nothing is allocated.
       init: () -> TrainState with random weights.
       restart: (params) -> TrainState at step 0 with these weights, which are donated.
-      generate: (params, batch, step int32 array) -> Rollout for training.
-      generate_eval: (params, batch) -> Rollout for evaluation; its keys never change.
+      for_rollouts: (params) -> the weights as rollouts read them, see `sharding.rollout_mesh`; None where they lie so already.
+      generate: (these, batch, step int32 array) -> Rollout for training.
+      generate_eval: (these, whole batch) -> Rollout for evaluation; its keys never change.
       prepare: (Groups, advantage_state, kl or None, LaSeR's c_ref or None) -> (Experience, advantage_state, metrics).
       mean_reward: (Groups) -> f32 scalar, whatever the update will learn from.
       fill: (buffer, filled, Groups) -> (buffer, filled, share kept), for dynamic sampling.
@@ -44,9 +47,11 @@ class Programs:
     """
 
     sharding: jax.sharding.NamedSharding
+    jitted: Mapping[str, Callable]
     abstract_state: TrainState
     init: Callable
     restart: Callable
+    for_rollouts: Callable | None
     generate: Callable
     generate_eval: Callable
     prepare: Callable
@@ -56,6 +61,20 @@ class Programs:
     update: Callable
     supervised_update: Callable
     learning_rate: Callable[[int], float]
+
+
+def mesh_of(config: Config, devices=None) -> jax.sharding.Mesh:
+    """The mesh of a configuration over these devices; None: all."""
+    m = config.mesh
+    return sharding.make_mesh(m.data, m.fsdp, m.tensor, m.slice, devices=devices)
+
+
+def with_attention(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> models.ModelConfig:
+    """The decoder with the attention that config.model.attention means on these devices."""
+    chosen = config.model.attention
+    if chosen == "auto":
+        chosen = "splash" if mesh.devices.flat[0].platform == "tpu" else "plain"
+    return dataclasses.replace(model, attention=chosen)
 
 
 def build(
@@ -72,7 +91,7 @@ def build(
     legal: np.ndarray | None = None,
     expert: Callable | None = None,
 ) -> Programs:
-    """The programs of a configuration; nothing is compiled before it is called.
+    """The programs of a configuration; nothing is compiled, and nothing put on a device, before it is called.
 
     Args:
       config, method, model: what to run.
@@ -86,23 +105,22 @@ def build(
     Raises:
       ConfigError: the mesh does not divide the prompts of a step or the model.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    for name, size in (
-        ("prompts_per_step", config.prompts_per_step),
-        ("supervised.batch_size", config.supervised.batch_size),
-    ):
-        if size % ways:
-            raise ConfigError(
-                f"config.{name} is {size}, which mesh.data x mesh.fsdp = {ways} devices cannot share evenly."
-            )
+    try:
+        decoding = sharding.rollout_mesh(mesh, config.mesh.rollout_tensor or mesh.shape["tensor"])
+        for on in (mesh, decoding):
+            sharding.check_batch(on, "prompts_per_step", config.prompts_per_step)
+        rollout_shardings = sharding.param_shardings(model, decoding)
+    except ValueError as e:
+        raise ConfigError(f"config.{e}") from e
+    model = with_attention(model, config, mesh)
     batch_sharding = sharding.batch_sharding(mesh)
-    place = functools.partial(jax.device_put, device=batch_sharding)
     whole = sharding.replicated(mesh)
+    place = lambda tree, size: jax.tree.map(lambda x: hosts.put_share(x, batch_sharding, size), tree)
+    constant = functools.cache(lambda value, dtype=np.float32: hosts.put(np.asarray(value, dtype), whole))
     root = jax.random.key(config.seed)
     greedy = int("greedy_rewards" in method.signals)  # the greedy completion rides along with its group
-    temperature = jax.device_put(np.float32(config.sampling.temperature), whole)
-    temperatures = jax.device_put(np.float32([config.sampling.temperature] * config.group_size + [0.0] * greedy), whole)
-    eval_temperature = jax.device_put(np.float32(config.eval.temperature), whole)
+    temperature = lambda: constant(config.sampling.temperature)
+    temperatures = lambda: constant((config.sampling.temperature,) * config.group_size + (0.0,) * greedy)
 
     schedule, optimizer = make_optimizer(config)
     supervised_optimizer = make_supervised_optimizer(config)
@@ -135,7 +153,7 @@ def build(
                 **extra,
             )
 
-        return jax.jit(generate)
+        return jax.jit(sharding.on_mesh(decoding, generate), out_shardings=batch_sharding)
 
     update = learner.make_update(model, options, optimizer, legal)
 
@@ -146,38 +164,55 @@ def build(
     abstract_state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(init), shardings
     )
-    generate = sampler(
-        config.group_size + greedy,
-        ROLLOUT,
-        with_prompt_logprobs="prompt_confidence" in method.signals,
-        int8=config.sampling.quantize == "int8",
+    score = functools.partial(
+        learner.score,
+        model,
+        legal=legal,
+        parts=options.accumulation * options.minibatches,
+        chunk=options.logprob_chunk,
+        probe_token=probe_token,
     )
-    generate_eval = sampler(config.eval.samples, EVAL)
-    score = jax.jit(
-        functools.partial(
-            learner.score,
-            model,
-            legal=legal,
-            parts=options.accumulation * options.minibatches,
-            chunk=options.logprob_chunk,
-            probe_token=probe_token,
-        )
-    )
-    update_step = jax.jit(update_step, donate_argnums=0, out_shardings=(shardings, None))
-    supervised_update = jax.jit(
-        learner.make_supervised_update(model, supervised_optimizer, legal),
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-    )
-    zero = jax.device_put(np.int32(0), whole)
-    of_prompts = lambda batch: map(place, (batch.tokens, batch.mask, batch.prompt_ids, batch.features))
+    jitted = {
+        "reshard": jax.jit(functools.partial(_matrices_for_products, model), out_shardings=rollout_shardings),
+        "rollout": sampler(
+            config.group_size + greedy,
+            ROLLOUT,
+            with_prompt_logprobs="prompt_confidence" in method.signals,
+            int8=config.sampling.quantize == "int8",
+        ),
+        "evaluation": sampler(config.eval.samples, EVAL),
+        "score": jax.jit(sharding.on_mesh(mesh, score), out_shardings=batch_sharding),
+        "update": jax.jit(sharding.on_mesh(mesh, update_step), donate_argnums=0, out_shardings=(shardings, whole)),
+        "supervised": jax.jit(
+            sharding.on_mesh(mesh, learner.make_supervised_update(model, supervised_optimizer, legal)),
+            donate_argnums=0,
+            out_shardings=(shardings, whole),
+        ),
+    }
+    # What a rollout reads has to lie on its mesh.
+    on_decoding = sharding.batch_sharding(decoding), sharding.replicated(decoding), sharding.replicated(decoding)
+    move = (lambda *args: args) if decoding is mesh else jax.jit(lambda *args: args, out_shardings=on_decoding)
+
+    def sampled(name, params, batch, step, temperature):
+        prompts = batch.tokens, batch.mask, batch.prompt_ids, batch.features
+        prompts, *rest = move(place(prompts, config.prompts_per_step), step, temperature)
+        return jitted[name](params, *prompts, *rest)
+
     return Programs(
         sharding=batch_sharding,
+        jitted=jitted,
         abstract_state=abstract_state,
         init=init,
         restart=jax.jit(fresh, donate_argnums=0, out_shardings=shardings),
-        generate=lambda params, batch, step: generate(params, *of_prompts(batch), step, temperatures),
-        generate_eval=lambda params, batch: generate_eval(params, *of_prompts(batch), zero, eval_temperature),
+        for_rollouts=None if decoding is mesh else jitted["reshard"],
+        generate=lambda params, batch, step: sampled("rollout", params, batch, step, temperatures()),
+        generate_eval=lambda params, batch: sampled(
+            "evaluation",
+            params,
+            batch.take(hosts.places(batch_sharding, config.prompts_per_step)),
+            constant(0, np.int32),
+            constant(config.eval.temperature),
+        ),
         prepare=jax.jit(
             experience.make_prepare(
                 method, weights, verdict, mask_truncated=config.sampling.mask_truncated_completions, expert=expert
@@ -187,11 +222,20 @@ def build(
         fill=jax.jit(
             functools.partial(experience.fill, verdict=verdict, group_size=config.group_size), donate_argnums=0
         ),
-        score=lambda params, rollout: score(params, rollout, temperature),
-        update=lambda state, batch: update_step(state, batch, temperature),
-        supervised_update=lambda state, batch: supervised_update(state, *map(place, batch)),
+        score=lambda params, rollout: jitted["score"](params, rollout, temperature()),
+        update=lambda state, batch: jitted["update"](state, batch, temperature()),
+        supervised_update=lambda state, batch: jitted["supervised"](
+            state, *place(tuple(batch), config.supervised.batch_size)
+        ),
         learning_rate=lambda step: float(schedule(step * options.epochs * options.minibatches)),
     )
+
+
+def _matrices_for_products(model: models.ModelConfig, params):
+    """The weights with the layers' matrices and the head in the dtype in which products read them, which is what a rollout does."""
+    cast = lambda x: x.astype(model.compute_dtype) if x.ndim == 3 else x
+    params = params | {"layers": jax.tree.map(cast, params["layers"])}
+    return params | {name: params[name].astype(model.compute_dtype) for name in params.keys() & {"head"}}
 
 
 def columns_of(method: Method) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxrl_reason import hosts
 from jaxrl_reason import metrics
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data import PromptBatch, SolutionBatch, Tokenizer, load_tokenizer, train_tokenizer
@@ -119,19 +120,22 @@ class Stream:
       batch_size: rows a batch.
       seed: of the shuffle.
       solutions: whether batches are SolutionBatches (the digits to learn) or PromptBatches.
+      places: see `data.PromptStream`.
     """
 
-    def __init__(self, rows: "Rows", *, batch_size: int, seed: int, solutions: bool):
+    def __init__(
+        self, rows: "Rows", *, batch_size: int, seed: int, solutions: bool, places: np.ndarray | None = None
+    ):
         self._rows, self._batch_size, self._solutions = rows, batch_size, solutions
         self._order = pipeline.endless(len(rows.targets), batch_size, seed, shuffle=True)
+        self._places = np.arange(batch_size) if places is None else places
         self.skipped = 0
 
     def batch(self, i: int) -> PromptBatch | SolutionBatch:
-        chosen = pipeline.batch_at(self._order, i)
+        chosen = pipeline.batch_at(self._order, i)[self._places]
         if self._solutions:
             return self._rows.solutions(chosen)
-        start = i * self._batch_size
-        return self._rows.prompts(chosen, np.arange(start, start + self._batch_size, dtype=np.int32))
+        return self._rows.prompts(chosen, np.int32(i * self._batch_size + self._places))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,7 +318,7 @@ class NumberScorer:
         self.weights = {name: float(weights[0]) if weights else 1.0}
         if not self.weights[name] > 0:
             raise ConfigError(f"config.reward.weights is {list(weights)}; the only reward needs a weight above 0.")
-        self._place = functools.partial(jax.device_put, device=sharding)
+        self._sharding = sharding
 
         def reward(tokens, z):
             # A number of the wide alphabets can be so far off that its square is no float32.
@@ -327,7 +331,8 @@ class NumberScorer:
 
     def __call__(self, rollout: Rollout, batch: PromptBatch) -> tuple[dict[str, jax.Array], dict[str, float]]:
         """(name -> f32[P, G], no metrics of the host)."""
-        return {self.verdict: self._reward(rollout.tokens, self._place(batch.columns["z"]))}, {}
+        z = hosts.put_share(batch.columns["z"], self._sharding, len(rollout.tokens))
+        return {self.verdict: self._reward(rollout.tokens, z)}, {}
 
     def check(self, *rows) -> None:
         """There is nothing that a row could lack: tables are checked when they are read."""
@@ -341,7 +346,7 @@ def predictions(
     samples, targets = [], []
     for batch in batches:
         real = batch.weight > 0
-        samples.append(jax.device_get(decode(generate(batch).tokens))[real])
+        samples.append(hosts.whole(decode(generate(batch).tokens))[real])
         targets.append(batch.columns["z"][real])
     return np.concatenate(samples), np.concatenate(targets)
 

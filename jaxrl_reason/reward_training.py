@@ -24,6 +24,7 @@ import rich.console
 from jaxrl_reason import checkpoints
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import data
+from jaxrl_reason import hosts
 from jaxrl_reason import learner
 from jaxrl_reason import models
 from jaxrl_reason import programs as programs_lib
@@ -98,11 +99,7 @@ def setup(
     if r.path:
         _describe(phase.directory, tokenizer_digest(tokenizer))
         return phase
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if r.batch_size % ways:
-        raise ConfigError(
-            f"config.reward_model.batch_size is {r.batch_size}, which mesh.data x mesh.fsdp = {ways} devices cannot share evenly."
-        )
+    sharding.check_batch(mesh, "config.reward_model.batch_size", r.batch_size)
     source = lambda name, split: data.load_source(
         r.data or name,
         split,
@@ -117,6 +114,7 @@ def setup(
         tokenizer=tokenizer,
         template=config_lib.prompt_template(c, tokenizer),
         batch_size=r.batch_size,
+        places=hosts.places(sharding.batch_sharding(mesh), r.batch_size),
         max_prompt_length=c.max_prompt_length,
         max_completion_length=c.max_completion_length,
         seed=c.seed,
@@ -163,8 +161,14 @@ def scorer(phase: Phase, decoder: models.Params, console: rich.console.Console) 
     if phase.pretrained:
         return pretrained_scorer(c, phase.pretrained, phase.tokenizer, phase.mesh)
     model, params = get_reward_model(phase, decoder, console)
-    score = jax.jit(functools.partial(reward_model.group_scores, model, parts=parts))
+    score = group_scoring_program(programs_lib.with_attention(model, c, phase.mesh), phase.mesh, parts)
     return lambda rollout, batch: (score(params, rollout), {})
+
+
+def group_scoring_program(model: models.ModelConfig, mesh: jax.sharding.Mesh, parts: int):
+    """The jitted (params, rollout) -> scores f32[P, G]."""
+    score = functools.partial(reward_model.group_scores, model, parts=parts)
+    return jax.jit(sharding.on_mesh(mesh, score), out_shardings=sharding.batch_sharding(mesh))
 
 
 def pretrained_scorer(
@@ -172,7 +176,7 @@ def pretrained_scorer(
 ) -> TextScorer:
     """The scorer of a pretrained reward model, its weights on the mesh in the dtypes of the policy."""
     model = dataclasses.replace(
-        opened.config, param_dtype=c.model.param_dtype, compute_dtype=c.model.compute_dtype, remat="none"
+        programs_lib.with_attention(opened.config, c, mesh), param_dtype=c.model.param_dtype, compute_dtype=c.model.compute_dtype, remat="none"
     )
     return TextScorer(
         model,
@@ -213,7 +217,8 @@ def train_reward_model(phase: Phase, decoder: models.Params, console: rich.conso
         dataclasses.replace(c, supervised=config_lib.Supervised(steps=r.steps, learning_rate=r.learning_rate))
     )
     shardings = state_shardings(phase.model, phase.mesh, optimizer)
-    place = functools.partial(jax.device_put, device=sharding.batch_sharding(phase.mesh))
+    by_prompt = sharding.batch_sharding(phase.mesh)
+    place = lambda pairs: jax.tree.map(lambda x: hosts.put_share(x, by_prompt, r.batch_size), pairs)
 
     def fresh(decoder):
         params = reward_model.init_params(phase.model, key, decoder)
@@ -231,7 +236,7 @@ def train_reward_model(phase: Phase, decoder: models.Params, console: rich.conso
         console.print(f"Going on from {saver.directory / str(number)}.", soft_wrap=True)
     with contextlib.ExitStack() as stack:
         metrics_file = stack.enter_context(
-            writers.MetricsWriter(directory, c.log.tensorboard, resume_step=number or -1)
+            writers.MetricsWriter(directory, c.log.tensorboard, resume_step=number or -1, enabled=hosts.first())
         )
         if number == 0:
             metrics_file.write(0, evaluation(state.params))
@@ -248,9 +253,11 @@ def train_reward_model(phase: Phase, decoder: models.Params, console: rich.conso
             bar.advance(f"loss {metrics['reward_model/loss']:.3f}")
     saver.close()
     checkpoints.save_params(directory / "params", state.params)
-    before, after = held_out_of(directory)
-    _write_description(phase, after)
-    console.print(writers.summary_table(before, after))
+    if hosts.first():
+        before, after = held_out_of(directory)
+        _write_description(phase, after)
+        console.print(writers.summary_table(before, after))
+    hosts.barrier("reward model")
     console.print(f"Reward model: {directory}", soft_wrap=True)
     return state.params
 
@@ -295,7 +302,7 @@ def evaluate(score: Callable, pairs: PreferenceStream) -> dict[str, float]:
     """
     scores, count = [], 0
     while count < pairs.size:
-        scores.append(jax.device_get(score(pairs.batch(len(scores)))))
+        scores.append(hosts.whole(score(pairs.batch(len(scores)))))
         count += len(scores[-1])
     scores = np.concatenate(scores)[: pairs.size]
     margin = scores[:, 0] - scores[:, 1]

@@ -17,6 +17,7 @@ import numpy as np
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import data
 from jaxrl_reason import evaluation
+from jaxrl_reason import hosts
 from jaxrl_reason import methods
 from jaxrl_reason import models
 from jaxrl_reason import regression
@@ -71,6 +72,9 @@ def open_task(config: Config, method: Method, mesh: jax.sharding.Mesh, workdir: 
     Raises:
       ConfigError, RewardError, ValueError, OSError: a sentence that says what is wrong and where.
     """
+    sharding.check_batch(mesh, "config.prompts_per_step", config.prompts_per_step)
+    if config.supervised.steps:
+        sharding.check_batch(mesh, "config.supervised.batch_size", config.supervised.batch_size)
     start = config.supervised.start_from
     if start and not (pathlib.Path(start).expanduser() / "start").is_dir():
         raise ConfigError(
@@ -94,6 +98,7 @@ def _same_base(config: Config, start: pathlib.Path) -> None:
 
 
 def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
+    by_prompt = sharding.batch_sharding(mesh)
     rows_of = lambda name, split, columns=c.data.columns: data.load_source(
         name, split, data_dir=c.data.data_dir or None, columns=columns, on_bad_row=c.data.on_bad_row
     )
@@ -136,7 +141,7 @@ def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
         c.reward.max_failure_share,
         tokenizer=tokenizer,
         template=template,
-        sharding=sharding.batch_sharding(mesh),
+        sharding=by_prompt,
     )
     judge = scorer.by_function[c.eval.verdict] if c.eval.verdict else scorer.verdict
     solutions = None
@@ -148,10 +153,18 @@ def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
             batch_size=c.supervised.batch_size,
             seed=c.seed,
             max_completion_length=c.max_completion_length,
+            places=hosts.places(by_prompt, c.supervised.batch_size),
             **texts,
         )
     prompts = data.PromptStream(
-        train_rows, tokenizer, template, batch_size=c.prompts_per_step, seed=c.seed, columns=columns, **texts
+        train_rows,
+        tokenizer,
+        template,
+        batch_size=c.prompts_per_step,
+        seed=c.seed,
+        columns=columns,
+        places=hosts.places(by_prompt, c.prompts_per_step),
+        **texts,
     )
     values = held_out_values(eval_rows, "values" in method.signals) if c.eval.every else None
     held_out = data.eval_prompts(eval_rows, tokenizer, template, c.eval.prompts, batch_size=c.prompts_per_step, **texts)
@@ -235,6 +248,7 @@ def _pretrained_weights(
 
 
 def _numbers(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
+    by_prompt = sharding.batch_sharding(mesh)
     source, pretrained = _source(c, pathlib.Path(workdir).expanduser().resolve())
     text = None if pretrained is None else _tokenizer_of(c, pretrained)
     if source is not None and text is None:
@@ -259,7 +273,9 @@ def _numbers(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Tas
                 "config.regression.tokenizer 'normalized' only; set it to 0."
             )
         expert = functools.partial(numbers.expert_targets, base=digits.number.base)
-    stream = lambda size, solutions: regression.Stream(table.train, batch_size=size, seed=c.seed, solutions=solutions)
+    stream = lambda size, solutions: regression.Stream(
+        table.train, batch_size=size, seed=c.seed, solutions=solutions, places=hosts.places(by_prompt, size)
+    )
     held_out = regression.eval_batches(table.held_out, c.eval.prompts, c.prompts_per_step)
 
     def baselines():
@@ -283,7 +299,7 @@ def _numbers(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Tas
         prompts=stream(c.prompts_per_step, False),
         solutions=stream(c.supervised.batch_size, True) if c.supervised.steps else None,
         held_out=held_out,
-        scorer=regression.NumberScorer(c.reward.functions, c.reward.weights, digits, sharding.batch_sharding(mesh)),
+        scorer=regression.NumberScorer(c.reward.functions, c.reward.weights, digits, by_prompt),
         evaluate=lambda generate, scorer, c_ref: regression.evaluate(generate, held_out, digits),
         legal=digits.legal,
         expert=expert,
@@ -341,7 +357,7 @@ def self_reward_of(method: Method, c_ref) -> Callable | None:
         return None
     beta = method.loss.self_reward.beta
     return lambda rollout: np.where(
-        jax.device_get(rollout.truncated), np.nan, beta * (jax.device_get(rollout.probe_logprobs) - float(c_ref))
+        hosts.whole(rollout.truncated), np.nan, beta * (hosts.whole(rollout.probe_logprobs) - float(c_ref))
     )
 
 

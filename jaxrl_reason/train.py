@@ -22,6 +22,7 @@ import rich.console
 from jaxrl_reason import checkpoints
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import experience
+from jaxrl_reason import hosts
 from jaxrl_reason import models
 from jaxrl_reason import programs as programs_lib
 from jaxrl_reason import reward_training
@@ -66,11 +67,22 @@ class Run:
 def setup(config: Config, workdir: str | pathlib.Path) -> Run:
     """Checks the configuration, the data, the rewards and the work directory, and only then writes there; compiles nothing.
 
+    Of several processes the first goes first: the others find what it has prepared.
+
     Raises:
       ConfigError, RewardError, ValueError, OSError: a sentence that says what is wrong and where.
     """
+    turns = [hosts.agree(lambda: _setup(config, workdir) if hosts.first() else None, ConfigError, *_REFUSALS)]
+    turns += [hosts.agree(lambda: None if hosts.first() else _setup(config, workdir), ConfigError, *_REFUSALS)]
+    return next(run for run in turns if run)
+
+
+_REFUSALS = (RewardError, ValueError, OSError)
+
+
+def _setup(config: Config, workdir: str | pathlib.Path) -> Run:
     method = config_lib.validate(config)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = programs_lib.mesh_of(config)
     task = tasks.open_task(config, method, mesh, workdir)
     programs = programs_lib.build(
         config,
@@ -90,7 +102,8 @@ def setup(config: Config, workdir: str | pathlib.Path) -> Run:
         reward_phase = reward_training.setup(
             config, model=task.model, work=task.work, tokenizer=task.tokenizer, mesh=mesh
         )
-    task.work.begin(task.tokenizer, task.pretrained)
+    if hosts.first():
+        task.work.begin(task.tokenizer, task.pretrained)
     return Run(config, method, task, programs, reward_phase)
 
 
@@ -116,7 +129,9 @@ def supervised(
     c, begin = run.config, int(state.step)
     with contextlib.ExitStack() as stack:
         metrics_file = stack.enter_context(
-            writers.MetricsWriter(run.work.path / "supervised", c.log.tensorboard, resume_step=begin or -1)
+            writers.MetricsWriter(
+                run.work.path / "supervised", c.log.tensorboard, resume_step=begin or -1, enabled=hosts.first()
+            )
         )
         bar = stack.enter_context(Progress(console, "supervised", c.supervised.steps, begin, enabled=c.log.progress))
         for step in range(begin, c.supervised.steps):
@@ -129,8 +144,12 @@ def supervised(
     return state
 
 
-def collect(run: Run, state: TrainState, clock: Clock) -> tuple[experience.Groups, dict[str, float], int]:
+def collect(run: Run, state: TrainState, weights, clock: Clock) -> tuple[experience.Groups, dict[str, float], int]:
     """One batch of scored groups; with dynamic sampling, of groups that inform, drawn from several prompt batches.
+
+    Args:
+      run, state, clock: see `train_step`.
+      weights: the policy's, from `Programs.for_rollouts`.
 
     Returns:
       The groups, metrics of the host over all that was drawn, and the number of prompt batches drawn since the run began.
@@ -139,19 +158,20 @@ def collect(run: Run, state: TrainState, clock: Clock) -> tuple[experience.Group
     def draw(i):
         batch = run.prompts.batch(i)
         with clock("rollout"):
-            rollout = jax.block_until_ready(run.programs.generate(state.params, batch, state.step))
+            rollout = jax.block_until_ready(run.programs.generate(weights, batch, state.step))
         clock.count("rollout", int(jax.device_get(_count(rollout.mask))))
         with clock("reward"):
             rewards, metrics = jax.block_until_ready(run.scorer(rollout, batch))
-        columns = {name: batch.columns[name] for name in programs_lib.columns_of(run.method)}
-        return experience.Groups(rollout, rewards, jax.device_put(columns, run.programs.sharding)), metrics
+        names, size = programs_lib.columns_of(run.method), run.config.prompts_per_step
+        columns = {name: hosts.put_share(batch.columns[name], run.programs.sharding, size) for name in names}
+        return experience.Groups(rollout, rewards, columns), metrics
 
     first = int(jax.device_get(state.batches))
     groups, metrics = draw(first)
     if not run.method.dynamic_sampling:
         return groups, metrics, first + 1
     buffer = _empty_like(run.programs.sharding)(groups)
-    filled = jax.device_put(np.int32(0), state.batches.sharding)
+    filled = hosts.put(np.int32(0), state.batches.sharding)
     shares, means, drawn = [], [], [metrics]
     while True:
         means.append(run.programs.mean_reward(groups))
@@ -197,7 +217,9 @@ def train_step(run: Run, state: TrainState, reference, clock: Clock, c_ref: jax.
       (state, groups, experience, metrics).
     """
     programs, u = run.programs, run.config.update
-    groups, metrics, batches = collect(run, state, clock)
+    weights = rollout_weights(run, state.params, clock)
+    groups, metrics, batches = collect(run, state, weights, clock)
+    del weights  # where they are a copy, the update needs the room
     with clock("update"):
         rollout = _trained(groups.rollout, run.method)
         old_logprobs = ref_logprobs = kl = None
@@ -217,11 +239,19 @@ def train_step(run: Run, state: TrainState, reference, clock: Clock, c_ref: jax.
         batch, advantage_state, prepared = programs.prepare(groups, state.advantage_state, kl, c_ref)
         batch = batch._replace(old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
         state = state._replace(
-            advantage_state=advantage_state, batches=jax.device_put(np.int32(batches), state.batches.sharding)
+            advantage_state=advantage_state, batches=hosts.put(np.int32(batches), state.batches.sharding)
         )
         state, updated = jax.block_until_ready(programs.update(state, batch))
     metrics |= {k: float(v) for k, v in jax.device_get(prepared | updated).items()}
     return state, groups, batch, metrics
+
+
+def rollout_weights(run: Run, params: models.Params, clock: Clock) -> models.Params:
+    """The policy's weights as rollouts read them; the seconds are counted where they have to be moved."""
+    if run.programs.for_rollouts is None:
+        return params
+    with clock("reshard"):
+        return jax.block_until_ready(run.programs.for_rollouts(params))
 
 
 def train(run: Run) -> dict[str, dict[str, float]]:
@@ -234,7 +264,7 @@ def train(run: Run) -> dict[str, dict[str, float]]:
       RewardError, CheckpointError, MetricsError, OSError: a sentence that says what is wrong and where.
     """
     c, programs, work = run.config, run.programs, run.work
-    console = rich.console.Console(highlight=False)
+    console = rich.console.Console(highlight=False, quiet=not hosts.first())
     saver = checkpoints.Checkpoints(work.path / "checkpoints", c.checkpoint.keep)
     number, state = saver.restore(programs.abstract_state) or (None, None)
     if number is not None:
@@ -245,7 +275,8 @@ def train(run: Run) -> dict[str, dict[str, float]]:
             )
             return {} if picture_of(run).exists() else report(run, console)
         console.print(f"Going on from {saver.directory / str(number)}.", soft_wrap=True)
-    picture_of(run).unlink(missing_ok=True)  # that of a shorter run: it would pass for this one's
+    if hosts.first():
+        picture_of(run).unlink(missing_ok=True)  # that of a shorter run: it would pass for this one's
     if number is None or number < c.supervised.steps:
         state = first_state(run) if state is None else state
         if run.solutions:
@@ -265,10 +296,10 @@ def train(run: Run) -> dict[str, dict[str, float]]:
         score = reward_training.scorer(run.reward_phase, models.lora.merge(run.model, state.params)[1], console)
         run = dataclasses.replace(run, task=dataclasses.replace(run.task, scorer=run.scorer.with_reward_model(score)))
     evaluation = lambda state: run.task.evaluate(
-        functools.partial(programs.generate_eval, state.params), run.scorer, c_ref
+        functools.partial(programs.generate_eval, rollout_weights(run, state.params, Clock())), run.scorer, c_ref
     )
     with contextlib.ExitStack() as stack:
-        resume = dict(resume_step=begin or -1)
+        resume = dict(resume_step=begin or -1, enabled=hosts.first())
         metrics_file = stack.enter_context(writers.MetricsWriter(work.path, c.log.tensorboard, **resume))
         samples_file = stack.enter_context(writers.SampleTable(work.path, **resume))
         if begin == 0 and c.eval.every:
@@ -279,12 +310,12 @@ def train(run: Run) -> dict[str, dict[str, float]]:
             with jax.transfer_guard("disallow"):  # an unintended crossing is an error
                 state, groups, batch, metrics = train_step(run, state, reference, clock, None if exact else c_ref)
             metrics["learning_rate"] = programs.learning_rate(step)
-            clock.count("update", int(batch.mask.sum()))
+            clock.count("update", int(_count(batch.mask)))
             metrics |= clock.metrics()
             if c.eval.every and (done % c.eval.every == 0 or last):
                 metrics |= evaluation(state)
             metrics_file.write(done, metrics)
-            if c.log.samples_every and (done % c.log.samples_every == 0 or last):
+            if hosts.first() and c.log.samples_every and (done % c.log.samples_every == 0 or last):
                 write_samples(run, samples_file, done, groups, batch)
             if done % c.checkpoint.every == 0 or last:
                 saver.save(c.supervised.steps + done, state)
@@ -319,10 +350,10 @@ def self_reward_constant(run: Run, state: TrainState) -> jax.Array | None:
         return None
     file = run.work.path / "self_reward.json"
     if int(state.step) == 0:
-        found = []
+        found, weights = [], rollout_weights(run, state.params, Clock())
         for i in range(4):
-            rollout = run.programs.generate(state.params, run.prompts.batch(i), state.step)
-            values, truncated = jax.device_get((rollout.probe_logprobs, rollout.truncated))
+            rollout = run.programs.generate(weights, run.prompts.batch(i), state.step)
+            values, truncated = hosts.whole(rollout.probe_logprobs), hosts.whole(rollout.truncated)
             found.append(values[~truncated & np.isfinite(values)])
         found = np.concatenate(found)
         if not found.size:
@@ -330,17 +361,17 @@ def self_reward_constant(run: Run, state: TrainState) -> jax.Array | None:
                 "No completion of the policy that RL begins with has ended, so LaSeR's constant cannot be measured: raise "
                 "config.max_completion_length, or begin with config.supervised.steps."
             )
-        writers.write_json(file, {"c_ref": float(np.float32(found.mean())), "completions": int(found.size)})
-    return jax.device_put(
-        np.float32(json.loads(file.read_text())["c_ref"]), sharding.replicated(run.programs.sharding.mesh)
-    )
+        if hosts.first():
+            writers.write_json(file, {"c_ref": float(np.float32(found.mean())), "completions": int(found.size)})
+        hosts.barrier("self-reward constant")
+    return hosts.put(np.float32(json.loads(file.read_text())["c_ref"]), sharding.replicated(run.programs.sharding.mesh))
 
 
 def write_samples(run: Run, table: writers.SampleTable, step: int, groups: experience.Groups, batch) -> None:
-    """A few completions with their rewards and advantages, for people to read."""
+    """A few completions of this process's share with their rewards and advantages, for people to read."""
     count = -(-run.config.log.samples // run.config.group_size)  # whole groups
-    rollout, groups, advantages, mask = jax.device_get(
-        jax.tree.map(lambda x: x[:count], (batch.rollout, groups, batch.advantages, batch.mask))
+    rollout, groups, advantages, mask = jax.tree.map(
+        lambda x: hosts.share(x, run.programs.sharding)[:count], (batch.rollout, groups, batch.advantages, batch.mask)
     )
     if advantages.ndim == 3:  # per token: their mean over the completion
         advantages = (advantages * mask).sum(-1) / np.maximum(mask.sum(-1), 1)
@@ -373,8 +404,11 @@ def report(run: Run, console: rich.console.Console) -> dict[str, dict[str, float
     """Prints the table of before and after, draws the learning curve.
 
     Returns:
-      {"before": the evaluation of step 0, "after": the last of a later step}; without those that were not made.
+      {"before": the evaluation of step 0, "after": the last of a later step}; without those that were not made. Nothing on other
+      processes than the first.
     """
+    if not hosts.first():
+        return {}
     metrics_path, picture = run.work.path / "metrics.jsonl", picture_of(run)
     evaluations, beside = {}, {}
     for line in writers.read_metrics(metrics_path):
@@ -406,12 +440,15 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 0
     try:
-        run = setup(*config_lib.parse_args(argv))
-    except (ConfigError, RewardError, ValueError, OSError) as e:
+        config, workdir = config_lib.parse_args(argv)
+        hosts.initialize(config.mesh.host_timeout)
+        run = setup(config, workdir)
+    except (ConfigError, *_REFUSALS) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     try:
         train(run)
+        hosts.barrier("end")
     except (
         ConfigError,
         RewardError,
@@ -421,7 +458,12 @@ def main(argv: list[str] | None = None) -> int:
         OSError,
     ) as e:
         print(f"error: {e}", file=sys.stderr)
-        return 1
+        return hosts.leave(1)
+    except jax.errors.JaxRuntimeError as e:
+        if jax.process_count() == 1:
+            raise
+        print(f"error: {hosts.why_it_stopped(e)}", file=sys.stderr)
+        return hosts.leave(1)
     return 0
 
 

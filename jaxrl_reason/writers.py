@@ -30,15 +30,23 @@ class MetricsWriter:
       workdir: made where it does not exist.
       tensorboard: whether to write events.
       resume_step: the last step to keep (-1: none, a run that starts over); None keeps every complete line.
+      enabled: False writes nothing: for all processes of a run but the first.
 
     Raises:
       MetricsError: the existing file is damaged elsewhere than in its last line.
     """
 
-    def __init__(self, workdir: str | os.PathLike, tensorboard: bool = True, resume_step: int | None = None):
-        self._lines = _Lines(Path(workdir) / "metrics.jsonl", resume_step)
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        tensorboard: bool = True,
+        resume_step: int | None = None,
+        *,
+        enabled: bool = True,
+    ):
+        self._lines = _Lines(Path(workdir) / "metrics.jsonl", resume_step) if enabled else None
         self._events = None
-        if tensorboard:
+        if tensorboard and enabled:
             # purge_step tells TensorBoard to forget what an interrupted run wrote at or after that step.
             purge_step = None if resume_step is None else resume_step + 1
             self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=purge_step, flush_secs=10)
@@ -52,14 +60,16 @@ class MetricsWriter:
         if "step" in metrics:
             raise ValueError('A metric is named "step", which every line already has; rename it.')
         numbers = {name: _number(name, value) for name, value in metrics.items()}
-        self._lines.append([{"step": int(step), **numbers}])
+        if self._lines is not None:
+            self._lines.append([{"step": int(step), **numbers}])
         if self._events is not None:
             for name, value in numbers.items():
                 if value is not None:
                     self._events.add_scalar(name, value, global_step=int(step))
 
     def close(self) -> None:
-        self._lines.close()
+        if self._lines is not None:
+            self._lines.close()
         if self._events is not None:
             self._events.close()
 
@@ -77,8 +87,8 @@ class SampleTable:
     reward is null. A context manager. Arguments and errors of the constructor as in `MetricsWriter`.
     """
 
-    def __init__(self, workdir: str | os.PathLike, resume_step: int | None = None):
-        self._lines = _Lines(Path(workdir) / "samples.jsonl", resume_step)
+    def __init__(self, workdir: str | os.PathLike, resume_step: int | None = None, *, enabled: bool = True):
+        self._lines = _Lines(Path(workdir) / "samples.jsonl", resume_step) if enabled else None
 
     def write(
         self,
@@ -128,10 +138,12 @@ class SampleTable:
                     "truncated": bool(truncated[p][g]),
                 }
             )
-        self._lines.append(records)
+        if self._lines is not None:
+            self._lines.append(records)
 
     def close(self) -> None:
-        self._lines.close()
+        if self._lines is not None:
+            self._lines.close()
 
     def __enter__(self):
         return self

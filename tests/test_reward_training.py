@@ -412,7 +412,7 @@ def test_weights_that_cannot_be_read_are_refused_by_their_path(damage, copied):
 def test_pairs_that_devices_cannot_share_are_refused(rows, tmp_path):
     run = train.setup(tiny_pairs(rows), tmp_path)
     run.config.reward_model.batch_size = 6
-    mesh = jax.sharding.AbstractMesh((2, 2, 1), sharding.AXES)
+    mesh = jax.sharding.AbstractMesh((1, 2, 2, 1), sharding.AXES)
     message = "^config.reward_model.batch_size is 6, which mesh.data x mesh.fsdp = 4 devices cannot share evenly.$"
     with pytest.raises(ConfigError, match=message):
         reward_training.setup(run.config, model=run.model, work=run.work, tokenizer=run.tokenizer, mesh=mesh)

@@ -38,6 +38,15 @@ class PromptBatch(NamedTuple):
     features: np.ndarray | None = None
     columns: Mapping[str, np.ndarray] = {}
 
+    def take(self, places: np.ndarray) -> "PromptBatch":
+        """The prompts at these places, int[n]."""
+        if len(places) == len(self.rows):
+            return self
+        cut = lambda x: None if x is None else x[places]
+        rows = [self.rows[i] for i in places]
+        columns = {name: cut(column) for name, column in self.columns.items()}
+        return PromptBatch(*map(cut, self[:4]), rows, cut(self.features), columns)
+
 
 class SolutionBatch(NamedTuple):
     """B prompts with the completions to learn, each right padded: prompts to S tokens, completions, end token included, to T.
@@ -71,6 +80,7 @@ class PromptStream:
       on_long: what a prompt of more than S tokens, or of none, does: "refuse" raises, "skip" leaves the row out, counts and warns.
       add_bos: whether prompts begin with the tokenizer's begin token.
       columns: name -> [rows of the source, ...], arrays that batches carry along.
+      places: int[n], the places of a batch that are read and returned, one process's share; None: all.
 
     Attributes:
       skipped: the number of rows left out.
@@ -92,6 +102,7 @@ class PromptStream:
         on_long: str = "refuse",
         add_bos: bool = False,
         columns: Mapping[str, np.ndarray] = {},
+        places: np.ndarray | None = None,
     ):
         prompts = tokenizer.encode_batch([template.render_prompt(row) for row in source], add_bos)
         self._columns = dict(columns)
@@ -101,18 +112,18 @@ class PromptStream:
         self._prompts = Padded([prompts[i] for i in self._kept], max_prompt_length, tokenizer.pad_id)
         self._order = endless(len(self._kept), batch_size, seed, shuffle)
         self._batch_size = batch_size
+        self._places = np.arange(batch_size) if places is None else places
 
     def batch(self, i: int) -> PromptBatch:
         """Batch `i` of the stream, for any i >= 0; the same whenever and in whatever order it is asked for."""
-        chosen = batch_at(self._order, i)
+        chosen = batch_at(self._order, i)[self._places]
         tokens, mask = self._prompts.take(chosen)
-        start = i * self._batch_size
         rows = [self._kept[k] for k in chosen]
         return PromptBatch(
             tokens=tokens,
             mask=mask,
-            prompt_ids=np.arange(start, start + self._batch_size, dtype=np.int32),
-            weight=np.ones(self._batch_size, np.float32),
+            prompt_ids=np.int32(i * self._batch_size + self._places),
+            weight=np.ones(len(chosen), np.float32),
             rows=_read(self._source, rows),
             columns={name: column[rows] for name, column in self._columns.items()},
         )
@@ -137,6 +148,7 @@ class SolutionStream:
         shuffle: bool = True,
         on_long: str = "refuse",
         add_bos: bool = False,
+        places: np.ndarray | None = None,
     ):
         rendered = [(template.render_prompt(row), template.render_solution(row)) for row in source]
         prompts = tokenizer.encode_batch([prompt for prompt, _ in rendered], add_bos)
@@ -150,10 +162,11 @@ class SolutionStream:
         self._prompts = Padded([prompts[i] for i in kept], max_prompt_length, tokenizer.pad_id)
         self._completions = Padded([completions[i] for i in kept], max_completion_length, tokenizer.pad_id)
         self._order = endless(len(kept), batch_size, seed, shuffle)
+        self._places = np.arange(batch_size) if places is None else places
 
     def batch(self, i: int) -> SolutionBatch:
         """Batch `i` of the stream, for any i >= 0; the same whenever and in whatever order it is asked for."""
-        chosen = batch_at(self._order, i)
+        chosen = batch_at(self._order, i)[self._places]
         return SolutionBatch(*self._prompts.take(chosen), *self._completions.take(chosen))
 
 

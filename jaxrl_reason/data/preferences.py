@@ -54,6 +54,7 @@ class PreferenceStream:
         shuffle: bool = True,
         on_long: str = "refuse",
         add_bos: bool = False,
+        places: np.ndarray | None = None,
     ):
         texts = [_render(template, number, row) for number, row in enumerate(source)]
         prompts = tokenizer.encode_batch([prompt for prompt, _ in texts], add_bos)
@@ -75,10 +76,11 @@ class PreferenceStream:
         self._prompts = Padded([prompts[i] for i in kept], max_prompt_length, tokenizer.pad_id)
         self._completions = Padded([ids for i in kept for ids in pairs[i]], max_completion_length, tokenizer.pad_id)
         self._order = endless(len(kept), batch_size, seed, shuffle)
+        self._places = np.arange(batch_size) if places is None else places
 
     def batch(self, i: int) -> PreferenceBatch:
         """Batch `i` of the stream, for any i >= 0; the same whenever and in whatever order it is asked for."""
-        rows = batch_at(self._order, i)
+        rows = batch_at(self._order, i)[self._places]
         completions = self._completions.take((2 * rows[:, None] + np.arange(2)).ravel())
         return PreferenceBatch(*self._prompts.take(rows), *(x.reshape(len(rows), 2, -1) for x in completions))
 

@@ -25,5 +25,6 @@ from jaxrl_reason.models.pretrained import (
     load_reward_model,
     open_model,
     place_weights,
+    read_source,
     save_pretrained,
 )

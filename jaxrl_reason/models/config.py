@@ -67,6 +67,8 @@ class ModelConfig:
       param_dtype: dtype of stored weights and of the residual stream.
       compute_dtype: dtype of the operands of matrix products; sums are always float32.
       remat: what the backward pass recomputes: "none", "dots" (all but matrix products) or "layer".
+      attention: of whole prompts and completions: "plain", which holds all scores of a layer, or "splash", kernels for TPUs that hold
+        none and skip what nothing sees; elsewhere they are interpreted, slow, for tests. Decoding is plain.
       lora_rank: rank of the adapters that are trained in place of the weights; 0: none, see `models.lora`.
       lora_alpha: the adapters' product is multiplied by lora_alpha / lora_rank.
       lora_projections: the layers' matrices that have adapters.
@@ -100,6 +102,7 @@ class ModelConfig:
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
     remat: str = "layer"
+    attention: str = "plain"
     lora_rank: int = 0
     lora_alpha: float = 16.0
     lora_projections: tuple[str, ...] = PROJECTIONS
@@ -139,6 +142,8 @@ class ModelConfig:
             raise ValueError(f"model.activation is {self.activation!r}; it must be 'silu' or 'gelu'.")
         if self.remat not in ("none", "dots", "layer"):
             raise ValueError(f"model.remat is {self.remat!r}; it must be 'none', 'dots' or 'layer'.")
+        if self.attention not in ("plain", "splash"):
+            raise ValueError(f"model.attention is {self.attention!r}; it must be 'plain' or 'splash'.")
         object.__setattr__(self, "lora_projections", tuple(self.lora_projections))
         unknown = [name for name in self.lora_projections if name not in PROJECTIONS]
         if self.lora_rank < 0 or self.lora_alpha <= 0:

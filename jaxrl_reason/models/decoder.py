@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_reason.models import layers as L
+from jaxrl_reason.models import sharding
+from jaxrl_reason.models import splash
 from jaxrl_reason.models.config import PROJECTIONS, ModelConfig
 
 Params = dict  # a nested dict of arrays
@@ -25,6 +27,7 @@ Params = dict  # a nested dict of arrays
 class PromptCache(NamedTuple):
     """Keys and values of P prompts, each computed once and shared by its group.
 
+    With config.attention "splash" each prompt's tokens lie at the end, padding in front of them, wherever the caller had it.
     In `step` (unrolled layers), `keys` and `values` are tuples with an entry a layer, each an array or a `layers.Int8`.
     """
 
@@ -90,13 +93,13 @@ class DecoderLayer(nnx.Module):
             setattr(self, f"{name}_a", a)
             setattr(self, f"{name}_b", _constant(wide, (n, c.lora_rank, o), ("layers", "rank", of_out), 0.0))
 
-    def __call__(self, x, rotary, own_mask, prompt=None, prompt_mask=None, cache=None, index=None):
+    def __call__(self, x, rotary, attend, cache=None, index=None):
         """One layer on x [P, G, T, D].
 
         Args:
           x: residual stream.
           rotary: (cos, sin), each broadcastable to f32[P, G, T, head_dim / 2].
-          own_mask, prompt, prompt_mask: see `layers.group_attention`.
+          attend: queries [P, G, T, H, K] and own keys and values, as returned -> [P, G, T, H * K].
           cache: keys [P, G, N, K, C] and values [P, G, N, C, K] to write this call's into, at `index`
             along C, and to read own positions from; None: own positions are this call's.
           index: int scalar, with cache.
@@ -122,8 +125,7 @@ class DecoderLayer(nnx.Module):
         own = k.transpose(0, 1, 3, 4, 2).astype(c.compute_dtype), v.swapaxes(2, 3).astype(c.compute_dtype)
         if cache is not None:
             own = _written(cache, own, index)
-        y = L.group_attention(q, own, own_mask, prompt, prompt_mask, scale=c.query_scale, dtype=c.compute_dtype)
-        y = dot(y, "o").astype(x.dtype)
+        y = dot(attend(q, own), "o").astype(x.dtype)
         x = x + (norm(y, self.post_attention_norm) if c.post_norms else y)
 
         y = norm(x, self.mlp_norm)
@@ -194,20 +196,24 @@ class Decoder(nnx.Module):
             prefix = self._encode(features).astype(x.dtype)
             x = jnp.concatenate([prefix[:, None], x], axis=2)
             mask = jnp.concatenate([jnp.ones(prefix.shape[:2], bool), mask], axis=1)
+        order = None
+        if self.config.attention == "splash":
+            order = jnp.argsort(mask, axis=1, stable=True)  # padding first
+            x = jnp.take_along_axis(x, order[:, None, :, None], axis=2)
+            mask = jnp.take_along_axis(mask, order, axis=1)
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         at = positions[:, None]  # one sample a prompt
-        # By place, not by position: padding shares its neighbour's position.
-        causal = jnp.tril(jnp.ones((mask.shape[1],) * 2, bool))
-        visible = causal & mask[:, None, None, :]
 
         def layer(block, x, flags, _):
-            own_mask = visible & self._window(at, at, flags)
-            return block(x, self._rotary(at, flags), own_mask)
+            return block(x, self._rotary(at, flags), self._attend(at, flags, mask))
 
         x, (keys, values) = self._scan(layer, x)
         # One sample a prompt: its axis goes.
-        cache = PromptCache(keys[:, :, 0], values[:, :, 0], mask, positions, mask.sum(axis=1))
-        return self._final(x[:, 0, -tokens.shape[1] :]), cache
+        keys, values = (sharding.constrain(kv[:, :, 0], "layers", "prompts", "kv_heads") for kv in (keys, values))
+        x, cache = x[:, 0], PromptCache(keys, values, mask, positions, mask.sum(axis=1))
+        if order is not None:
+            x = jnp.take_along_axis(x, jnp.argsort(order, axis=1)[..., None], axis=1)
+        return self._final(x[:, -tokens.shape[1] :]), cache
 
     def extend(self, tokens: jax.Array, prompt: PromptCache) -> jax.Array:
         """Completions int[P, G, T], each after its prompt -> hidden [P, G, T, D].
@@ -217,12 +223,10 @@ class Decoder(nnx.Module):
         """
         T = tokens.shape[-1]
         at = (prompt.lengths[:, None] + jnp.arange(T))[:, None]  # [P, 1, T]
-        causal = jnp.tril(jnp.ones((T, T), bool))[None, None]
 
         def layer(block, x, flags, kv):
-            own_mask = causal & self._window(at, at, flags)
-            prompt_mask = self._prompt_mask(prompt, at, flags)
-            x, _ = block(x, self._rotary(at, flags), own_mask, kv, prompt_mask)
+            one = prompt._replace(keys=kv[0], values=kv[1])  # this layer's
+            x, _ = block(x, self._rotary(at, flags), self._attend(at, flags, prompt=one))
             return x, ()
 
         x, _ = self._scan(layer, self._embed(tokens), (prompt.keys, prompt.values))
@@ -243,15 +247,8 @@ class Decoder(nnx.Module):
         for i, block in enumerate(blocks):
             flags = self.config.sliding_layers[i]
             own_mask = (places <= index)[None, None, None] & self._window(at, own_at, flags)
-            x, (k, v) = block(
-                x,
-                self._rotary(at, flags),
-                own_mask,
-                (prompt.keys[i], prompt.values[i]),
-                self._prompt_mask(prompt, at, flags),
-                (cache.keys[i], cache.values[i]),
-                index,
-            )
+            attend = self._plainly(own_mask, at, flags, prompt._replace(keys=prompt.keys[i], values=prompt.values[i]))
+            x, (k, v) = block(x, self._rotary(at, flags), attend, (cache.keys[i], cache.values[i]), index)
             keys.append(k)
             values.append(v)
         return self._final(x)[:, :, 0], SampleCache(tuple(keys), tuple(values))
@@ -278,10 +275,13 @@ class Decoder(nnx.Module):
         c = self.config
         lead = prompts, group, c.kv_heads
 
+        def split(shape, dtype):
+            return sharding.constrain(jnp.zeros(shape, dtype), "prompts", None, "kv_heads")
+
         def zeros(*shape):
             if int8:
-                return L.Int8(jnp.zeros((*lead, *shape), jnp.int8), jnp.zeros((*lead, 1, length), jnp.float32))
-            return jnp.zeros((*lead, *shape), c.compute_dtype)
+                return L.Int8(split((*lead, *shape), jnp.int8), split((*lead, 1, length), jnp.float32))
+            return split((*lead, *shape), c.compute_dtype)
 
         empty = lambda *shape: tuple(zeros(*shape) for _ in range(c.layers))
         return SampleCache(empty(c.head_dim, length), empty(length, c.head_dim))
@@ -299,6 +299,8 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens):
         x = self.embedding[...][tokens]
+        # Else the partitioner may split the width, as the weights', and exchange all activations for it.
+        x = sharding.constrain(x, "prompts")
         scale = self.config.embedding_scale
         # Families that scale do it with a factor rounded to the weights' dtype.
         return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
@@ -347,8 +349,32 @@ class Decoder(nnx.Module):
         near = queries_at[..., :, None] - keys_at[..., None, :] < c.sliding_window
         return near | jnp.logical_not(sliding)
 
-    def _prompt_mask(self, prompt, at, sliding):
-        return prompt.mask[:, None, None, :] & self._window(at, prompt.positions[:, None], sliding)
+    def _attend(self, at, sliding, real=None, prompt=None):
+        """What a layer calls to attend from positions `at` [P, 1, T], one behind the other, each seen from itself on.
+
+        Args:
+          at: positions of the queries and own keys.
+          sliding: whether the layer slides, a Python or a traced bool.
+          real: bool[P, T], which of them are tokens; None: all.
+          prompt: the layer's part of a cache, seen by all of them, or None.
+        """
+        c = self.config
+        if c.attention == "splash":
+            kv = () if prompt is None else ((prompt.keys, prompt.values), prompt.mask)
+            return lambda q, own: splash.group_attention(q, own, real, *kv, config=c, sliding=sliding)
+        # By place, not by position: padding shares its neighbour's position.
+        own_mask = jnp.tril(jnp.ones((at.shape[-1],) * 2, bool)) & self._window(at, at, sliding)
+        own_mask = own_mask if real is None else own_mask & real[:, None, None, :]
+        return self._plainly(own_mask, at, sliding, prompt)
+
+    def _plainly(self, own_mask, at, sliding, prompt=None):
+        """`layers.group_attention` under these masks, of queries at positions `at` that see the prompt's tokens."""
+        c = self.config
+        kv = ()
+        if prompt is not None:
+            seen = prompt.mask[:, None, None, :] & self._window(at, prompt.positions[:, None], sliding)
+            kv = (prompt.keys, prompt.values), seen
+        return lambda q, own: L.group_attention(q, own, own_mask, *kv, scale=c.query_scale, dtype=c.compute_dtype)
 
 
 # -- functions around the module -------------------------------------------------------------------

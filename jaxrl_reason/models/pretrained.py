@@ -234,6 +234,25 @@ def open_model(path_or_hub_id: str | pathlib.Path) -> Opened:
     return Opened(config, weights_lib.SafetensorsDirectory(path), tokenizer, source, files_of(path))
 
 
+def read_source(path_or_hub_id: str | pathlib.Path) -> dict[str, Any]:
+    """The config.json of a model, whose weights need not be there; of the hub's models nothing else is downloaded.
+
+    Raises:
+      PretrainedError: there is none.
+    """
+    directory = pathlib.Path(path_or_hub_id).expanduser()
+    if directory.is_dir():
+        return weights_lib.read_json(directory / "config.json")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_hub_id)):
+        raise PretrainedError(f"There is no directory {directory} with a config.json, and it is no id of the hub.")
+    import huggingface_hub  # only where something is downloaded
+
+    try:
+        return weights_lib.read_json(pathlib.Path(huggingface_hub.hf_hub_download(str(path_or_hub_id), "config.json")))
+    except Exception as e:  # of the network, of the hub and of the disk: a dozen classes
+        raise PretrainedError(f"config.json of {path_or_hub_id} cannot be had from the hub: {e}") from e
+
+
 def files_of(directory: pathlib.Path) -> dict[str, bytes]:
     """The tokenizer's files in a directory, see `Policy`."""
     return {name: (directory / name).read_bytes() for name in _FILES if (directory / name).is_file()}

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_reason import hosts
 from jaxrl_reason.data import ChatTemplate, PromptBatch, Tokenizer, chat_template, get_template
 from jaxrl_reason.models import ModelConfig, reward_model
+from jaxrl_reason.models.sharding import on_mesh
 from jaxrl_reason.rewards.host import RewardError
 from jaxrl_reason.rollout import Rollout
 
@@ -46,12 +48,26 @@ class TextScorer:
         self._params, self._tokenizer, self._policy_tokenizer = params, tokenizer, policy_tokenizer
         self._chat = chat_of(tokenizer, system)
         self._max_length, self._parts, self._sharding = max_length, parts, sharding
-        self._score = jax.jit(functools.partial(_in_parts, config), static_argnums=3, out_shardings=sharding)
+        self._score = scoring_program(config, sharding)
 
     def __call__(self, rollout: Rollout, batch: PromptBatch) -> tuple[jax.Array, dict[str, float]]:
         """Scores f32[P, G], NaN where a text is too long; and the share of these."""
         P, G, _ = rollout.tokens.shape
-        tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
+        encoded = hosts.agree(lambda: self._encode(rollout, batch), RewardError)
+        fits = np.array([0 < len(ids) <= self._max_length for ids in encoded])
+        longest = hosts.largest(max((len(ids) for ids, ok in zip(encoded, fits) if ok), default=1))
+        padded = np.full((len(encoded), -(-longest // _BUCKET) * _BUCKET), self._tokenizer.pad_id, np.int32)
+        lengths = np.zeros(len(encoded), np.int32)
+        for i in np.flatnonzero(fits):
+            lengths[i] = len(encoded[i])
+            padded[i, : lengths[i]] = encoded[i]
+        split = lambda x: hosts.put_share(x.reshape(-1, G, *x.shape[1:]), self._sharding, P)
+        scores = self._score(self._params, split(padded), split(lengths), math.gcd(P, self._parts))
+        return scores, hosts.mean({"rewards/reward_model/too_long_ratio": float(1 - fits.mean())})
+
+    def _encode(self, rollout: Rollout, batch: PromptBatch) -> list[list[int]]:
+        """The reward model's tokens of each text of this process's share."""
+        tokens, mask = (hosts.share(x, self._sharding) for x in (rollout.tokens, rollout.mask))
         ids = [[row[live].tolist() for row, live in zip(*group)] for group in zip(tokens, mask)]
         texts = [
             self.text(row, completion)
@@ -59,17 +75,7 @@ class TextScorer:
             for completion in self._policy_tokenizer.decode_batch(group)
         ]
         # A chat template writes the begin token itself, where there is to be one.
-        encoded = self._tokenizer.encode_batch(texts, add_bos=self._chat is None and self._tokenizer.adds_bos)
-        fits = np.array([0 < len(ids) <= self._max_length for ids in encoded])
-        longest = max((len(ids) for ids, ok in zip(encoded, fits) if ok), default=1)
-        padded = np.full((len(encoded), -(-longest // _BUCKET) * _BUCKET), self._tokenizer.pad_id, np.int32)
-        lengths = np.zeros(len(encoded), np.int32)
-        for i in np.flatnonzero(fits):
-            lengths[i] = len(encoded[i])
-            padded[i, : lengths[i]] = encoded[i]
-        split = lambda x: jax.device_put(x.reshape(P, G, *x.shape[1:]), self._sharding)
-        scores = self._score(self._params, split(padded), split(lengths), math.gcd(P, self._parts))
-        return scores, {"rewards/reward_model/too_long_ratio": float(1 - fits.mean())}
+        return self._tokenizer.encode_batch(texts, add_bos=self._chat is None and self._tokenizer.adds_bos)
 
     def text(self, row: Mapping[str, Any], completion: str) -> str:
         """What the reward model reads: the question as the data have it, without what the policy's template puts around it."""
@@ -98,6 +104,12 @@ def chat_of(tokenizer: Tokenizer, system: str) -> ChatTemplate | None:
     chat = chat_template(_QUESTION, tokenizer, system)
     chat.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], add_generation_prompt=False)
     return chat
+
+
+def scoring_program(config: ModelConfig, sharding: jax.sharding.NamedSharding):
+    """The jitted (params, texts int[P, G, L], lengths int[P, G], parts, static) -> scores f32[P, G], NaN where a length is 0."""
+    score = on_mesh(sharding.mesh, functools.partial(_in_parts, config))
+    return jax.jit(score, static_argnums=3, out_shardings=sharding)
 
 
 def _in_parts(config: ModelConfig, params, tokens, lengths, parts: int) -> jax.Array:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxrl_reason import hosts
 from jaxrl_reason.data import PromptBatch, PromptTemplate, Tokenizer
 from jaxrl_reason.rewards import host
 from jaxrl_reason.rewards.device import match_answer_tokens
@@ -85,7 +86,7 @@ class Scorer:
         self.on_host = bool(self._host)
 
     def __call__(self, rollout: Rollout, batch: PromptBatch) -> tuple[dict[str, jax.Array], dict[str, float]]:
-        """Scores the completions of a batch.
+        """Scores the completions of a batch, of which each process brings its share of the rows.
 
         Returns:
           name -> f32[P, G] on the device, in the order of `names`, NaN where missing; and metrics of host rewards
@@ -95,23 +96,31 @@ class Scorer:
           RewardError: a host reward breaks its contract (see `host.score`), or match_answer meets a row whose answer
             it cannot compare.
         """
-        rewards, metrics = {}, {}
+        rewards, metrics, size = {}, {}, len(rollout.tokens)
+        put = lambda x: hosts.put_share(x, self._sharding, size)
         if self._device:
-            columns = {"answer_tokens": jax.device_put(self._answers.encode(batch.rows), self._sharding)}
+            answers = hosts.agree(lambda: self._answers.encode(batch.rows), host.RewardError)
+            columns = {"answer_tokens": put(_padded(answers))}
             for name, function in self._device.items():
                 rewards[name] = function(rollout.tokens, rollout.mask, columns)
         if self._learned:
             scores, metrics = self._reward_model(rollout, batch)
             rewards |= {name: function(scores) for name, function in self._learned.items()}
         if self._host:
-            tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
-            ids = [[row[live].tolist() for row, live in zip(*group)] for group in zip(tokens, mask)]
-            texts = [self._tokenizer.decode_batch(group) for group in ids]
-            prompts = [self._template.render_prompt(row) for row in batch.rows]
-            table = host.score(self._host, prompts, texts, ids, _columns(batch.rows), self._max_failure_share)
-            rewards |= {name: jax.device_put(values, self._sharding) for name, values in table.per_reward.items()}
-            metrics = metrics | table.failures()
+            table = hosts.agree(lambda: self._ask(rollout, batch), host.RewardError)
+            for name, values in table.per_reward.items():
+                everyone = hosts.together(values, self._sharding, size)
+                rewards[name] = hosts.put(everyone, self._sharding)
+            metrics = metrics | hosts.mean(table.failures())
         return {name: rewards[name] for name in self.names}, metrics
+
+    def _ask(self, rollout: Rollout, batch: PromptBatch) -> host.RewardTable:
+        """What the host rewards say about this process's share."""
+        tokens, mask = (hosts.share(x, self._sharding) for x in (rollout.tokens, rollout.mask))
+        ids = [[row[live].tolist() for row, live in zip(*group)] for group in zip(tokens, mask)]
+        texts = [self._tokenizer.decode_batch(group) for group in ids]
+        prompts = [self._template.render_prompt(row) for row in batch.rows]
+        return host.score(self._host, prompts, texts, ids, _columns(batch.rows), self._max_failure_share)
 
     def with_reward_model(
         self, score: Callable[[Rollout, PromptBatch], tuple[jax.Array, dict[str, float]]]
@@ -169,8 +178,8 @@ class _AnswerTokens:
                 "break before it; use the reward 'accuracy', which compares numbers."
             )
 
-    def encode(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        """int32[P, A], padded with -1 to a multiple of 8 so that few shapes are compiled."""
+    def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        """The tokens of each row's answer."""
         answers = [_answer(row) for row in rows]
         encoded = self._tokenizer.encode_batch([f"\n{ANSWER_MARKER} {answer}" for answer in answers])
         for answer, ids in zip(answers, encoded):
@@ -179,12 +188,16 @@ class _AnswerTokens:
                     f"The reward 'match_answer' compares tokens, and this tokenizer joins the answer {answer!r} with "
                     f"the {ANSWER_MARKER!r} before it; use the reward 'accuracy', which compares numbers."
                 )
-        encoded = [ids[len(self._begin) :] for ids in encoded]
-        width = -(-max(map(len, encoded)) // 8) * 8
-        padded = np.full((len(encoded), width), -1, np.int32)
-        for row, ids in zip(padded, encoded):
-            row[: len(ids)] = ids
-        return padded
+        return [ids[len(self._begin) :] for ids in encoded]
+
+
+def _padded(answers: list[list[int]]) -> np.ndarray:
+    """int32[P, A], padded with -1 to a multiple of 8 so that few shapes are compiled; one A for all processes."""
+    width = -(-hosts.largest(max(map(len, answers))) // 8) * 8
+    padded = np.full((len(answers), width), -1, np.int32)
+    for row, ids in zip(padded, answers):
+        row[: len(ids)] = ids
+    return padded
 
 
 def _answer(row: Mapping[str, Any]) -> str:

@@ -54,7 +54,12 @@ def learn(sizes, kind):
     put = lambda *xs: tuple(jax.device_put(narrow(x), batch) for x in xs)
 
     run = jax.jit(
-        functools.partial(generate, config, group_size=G, max_length=T, eos_ids=(3, 7), pad_id=0, int8=kind == "int8"),
+        sharding.on_mesh(
+            mesh,
+            functools.partial(
+                generate, config, group_size=G, max_length=T, eos_ids=(3, 7), pad_id=0, int8=kind == "int8"
+            ),
+        ),
         out_shardings=batch,
     )
     rollout = run(
@@ -73,7 +78,7 @@ def learn(sizes, kind):
         (),
         *jax.device_put((jnp.int32(0),), whole),
     )
-    step = jax.jit(learner.make_update(config, OPTIONS, optimizer))
+    step = jax.jit(sharding.on_mesh(mesh, learner.make_update(config, OPTIONS, optimizer)))
     state, metrics = step(state, experience, jnp.float32(1.2), jax.random.key(1))
     shards = lambda x: len({str(s.index) for s in x.addressable_shards})
     return {

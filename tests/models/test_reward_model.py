@@ -264,7 +264,7 @@ def test_one_structure_serves_shapes_axes_shardings_and_weights(name):
     axes = reward_model.logical_axes(config)
     lengths = jax.tree.map(len, axes, is_leaf=lambda x: isinstance(x, tuple))
     assert lengths == jax.tree.map(lambda x: len(x.shape), abstract)
-    mesh = jax.sharding.AbstractMesh((1, 2, 2), sharding.AXES)
+    mesh = jax.sharding.AbstractMesh((1, 1, 2, 2), sharding.AXES)
     shardings = reward_model.param_shardings(config, mesh)
     assert jax.tree.structure(shardings) == jax.tree.structure(abstract)
     assert axes["score"] == ("embed",) and shardings["score"].shard_shape((16,)) == (8,)

@@ -27,7 +27,7 @@ CONFIG = ModelConfig(
 
 
 def abstract_mesh(data, fsdp, tensor):
-    return AbstractMesh((data, fsdp, tensor), sharding.AXES)
+    return AbstractMesh((1, data, fsdp, tensor), sharding.AXES)
 
 
 @pytest.mark.parametrize(

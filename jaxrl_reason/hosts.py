@@ -1,0 +1,212 @@
+"""Several processes, one a host, that run one program: which prompts each of them reads and scores, and how they stay in step.
+
+Every process runs the same command. Arrays are global; what stands on a host is either whole and the same everywhere (scalars,
+held-out prompts) or this process's share of a batch: the rows that its devices hold. With one process a share is everything, and
+nothing here communicates.
+"""
+
+from collections.abc import Callable
+import functools
+import glob
+import os
+import sys
+import textwrap
+from typing import TypeVar
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+T = TypeVar("T")
+
+
+def initialize(timeout: int) -> None:
+    """Connects this process with the others, where there are any; before anything else of jax is used.
+
+    On Cloud TPUs, GKE and Slurm jax finds them. Elsewhere three variables of the environment name them: JAX_COORDINATOR_ADDRESS
+    (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+    Args:
+      timeout: seconds without a sign of life after which a process counts as dead, and the others end.
+
+    Raises:
+      ValueError: only some of the three are set, or they are no numbers.
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = [os.environ.get(name, "") for name in names]
+    connect = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=timeout)
+    if any(given[1:]):
+        if not all(given) or not all(text.isdigit() for text in given[1:]):
+            listed = ", ".join(f"{name}={text!r}" for name, text in zip(names, given))
+            raise ValueError(
+                f"A run on several processes needs an address and two numbers, and there are {listed}: set all three, or none."
+            )
+        connect(given[0], num_processes=int(given[1]), process_id=int(given[2]))
+    elif given[0] or _on_a_tpu_vm():
+        try:
+            connect()
+        except ValueError as e:  # what jax raises where it knows of no cluster
+            if given[0]:
+                raise ValueError(
+                    f"{names[0]} is {given[0]!r}, and jax finds no number of processes here ({e}): set {names[1]} and {names[2]}."
+                ) from e
+
+
+def _on_a_tpu_vm() -> bool:
+    """Whether this machine has TPUs and may be one of several; notebooks' machines are alone, and have nobody to ask."""
+    alone = "COLAB_RELEASE_TAG" in os.environ or os.environ.get("JAX_PLATFORMS") == "cpu"
+    return not alone and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
+
+
+def first() -> bool:
+    """Whether this is the process that writes files and speaks."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def leave(code: int) -> int:
+    """Ends a process of several that has failed, at once: the usual way out would wait for the others, who wait for this one.
+
+    Returns:
+      `code`, where there is only one.
+    """
+    if jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def why_it_stopped(error: Exception) -> str:
+    """A sentence about a failure of the devices in a run on several processes."""
+    return (
+        f"Process {jax.process_index()} of {jax.process_count()} cannot go on: a computation that all of them share has failed, most "
+        f"likely because another one has ended ({textwrap.shorten(str(error), 200, placeholder=' ...')}). Give the same command on "
+        "every host again: the run goes on from its newest checkpoint."
+    )
+
+
+# -- shares of a batch -----------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=64)
+def _rows_of(sharding: jax.sharding.Sharding, size: int) -> tuple[tuple[int, ...], ...]:
+    """For each process, the rows of [size, ...] that its devices hold, ascending."""
+    rows = [set() for _ in range(jax.process_count())]
+    for device, index in sharding.devices_indices_map((size,)).items():
+        rows[device.process_index].update(range(*index[0].indices(size)))
+    return tuple(tuple(sorted(found)) for found in rows)
+
+
+def places(sharding: jax.sharding.Sharding, size: int) -> np.ndarray:
+    """The rows of a batch of `size` that this process holds, int[n], ascending; a group is never split."""
+    if jax.process_count() == 1:
+        return np.arange(size)
+    return np.array(_rows_of(sharding, size)[jax.process_index()])
+
+
+def places_of(x: jax.Array) -> np.ndarray:
+    """The rows of a batch that this process holds of an array of it."""
+    return np.arange(len(x)) if jax.process_count() == 1 else places(x.sharding, len(x))
+
+
+def put(x, sharding: jax.sharding.Sharding) -> jax.Array:
+    """A global array out of a value that every process has whole."""
+    if jax.process_count() == 1:
+        return jax.device_put(x, sharding)
+    x = np.asarray(x)
+    shards = sharding.addressable_devices_indices_map(x.shape).items()
+    return jax.make_array_from_single_device_arrays(
+        x.shape, sharding, [jax.device_put(x[index], device) for device, index in shards]
+    )
+
+
+def put_share(x, sharding: jax.sharding.Sharding, size: int) -> jax.Array:
+    """A global array [size, ...] out of this process's rows [n, ...]."""
+    if jax.process_count() == 1:
+        return jax.device_put(x, sharding)
+    x = np.asarray(x)
+    mine, shards = places(sharding, size), []
+    for device, index in sharding.addressable_devices_indices_map((size, *x.shape[1:])).items():
+        rows = np.searchsorted(mine, np.arange(*index[0].indices(size)))
+        shards.append(jax.device_put(x[rows][(slice(None), *index[1:])], device))
+    return jax.make_array_from_single_device_arrays((size, *x.shape[1:]), sharding, shards)
+
+
+def share(x: jax.Array, sharding: jax.sharding.Sharding) -> np.ndarray:
+    """This process's rows [n, ...] of a global array [size, ...], wherever its own sharding has put them."""
+    if jax.process_count() == 1:
+        return jax.device_get(x)
+    mine = places(sharding, x.shape[0])
+    out, filled = np.zeros((len(mine), *x.shape[1:]), x.dtype), np.zeros((len(mine), *x.shape[1:]), bool)
+    for shard in x.addressable_shards:
+        held = np.arange(*shard.index[0].indices(x.shape[0]))
+        known = np.isin(held, mine)
+        at = (np.searchsorted(mine, held[known]), *shard.index[1:])
+        out[at], filled[at] = np.asarray(shard.data)[known], True
+    if not filled.all():
+        raise ValueError(f"An array of shape {x.shape} is not sharded by its prompts: {x.sharding}.")
+    return out
+
+
+def whole(x: jax.Array) -> np.ndarray:
+    """All of a global array, on every process."""
+    if jax.process_count() == 1 or x.is_fully_replicated:
+        return jax.device_get(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+def together(x: np.ndarray, sharding: jax.sharding.Sharding, size: int) -> np.ndarray:
+    """Every process's rows [n, ...] put together to [size, ...], on every process.
+
+    Of a row that several hold, what the first of them says counts: they may have asked something that answers differently each time.
+    """
+    if jax.process_count() == 1:
+        return x
+    rows = _rows_of(sharding, size)
+    padded = np.zeros((max(map(len, rows)), *x.shape[1:]), x.dtype)
+    padded[: len(x)] = x
+    out = np.zeros((size, *x.shape[1:]), x.dtype)
+    for mine, theirs in list(zip(rows, multihost_utils.process_allgather(padded)))[::-1]:
+        out[list(mine)] = theirs[: len(mine)]
+    return out
+
+
+def largest(x: int) -> int:
+    """The largest of the processes' numbers."""
+    return x if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(x)).max())
+
+
+def mean(figures: dict[str, float]) -> dict[str, float]:
+    """The mean of every figure over the processes, each of which has all of them."""
+    if jax.process_count() == 1 or not figures:
+        return figures
+    values = multihost_utils.process_allgather(np.float32(list(figures.values()))).mean(axis=0)
+    return dict(zip(figures, map(float, values)))
+
+
+def agree(work: Callable[[], T], *errors: type[Exception]) -> T:
+    """`work()` on every process; where it raises one of `errors` on one of them, every process raises."""
+    if jax.process_count() == 1:
+        return work()
+    result = fault = None
+    try:
+        result = work()
+    except errors as e:
+        fault = e
+    text = b"" if fault is None else (str(fault) or type(fault).__name__).encode()
+    padded = np.zeros(largest(len(text)), np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    texts = multihost_utils.process_allgather(padded) if padded.size else []
+    if fault is not None:
+        raise fault
+    for process, text in enumerate(texts):
+        if text.any():
+            said = bytes(text[text > 0]).decode(errors="replace")
+            raise errors[0](f"Process {process} has stopped, and this one with it: {said}")
+    return result

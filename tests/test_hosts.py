@@ -1,0 +1,263 @@
+"""Several processes behind the real command line: the same samples, losses and weights; one that dies ends the others; checkpoints move."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import jax.flatten_util
+import numpy as np
+import pytest
+from tiny_runs import ROWS, tiny, write_rows
+
+from jaxrl_reason import checkpoints, hosts, train
+from jaxrl_reason.config import to_dict
+from jaxrl_reason.models import sharding
+from jaxrl_reason.writers import read_metrics
+
+REWARDS = '''
+import os
+
+def even(completions, answer, **_):
+    with open(os.environ["SEEN"] + os.environ.get("JAX_PROCESS_ID", "0"), "a") as f:
+        f.writelines(f"{a} {len(c)}\\n" for a, c in zip(answer, completions))
+    return [float(len(c) % 2) for c in completions]
+
+def fails_on_one(completions, **_):
+    if os.environ.get("JAX_PROCESS_ID") == "1":
+        raise ValueError("no reward here")
+    return [0.5] * len(completions)
+'''
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hosts")
+    write_rows(folder / "rows.jsonl", [{**row, "question": f"Write {row['answer']} down, in figures."} for row in ROWS])
+    (folder / "rewards.py").write_text(REWARDS)
+    return folder
+
+
+def recipe(folder, name, **changes):
+    """A run of five steps on 8 prompts; what `changes` say besides."""
+    config = tiny(
+        folder / "rows.jsonl",
+        **dict(
+            steps=5,
+            prompts_per_step=8,
+            max_prompt_length=32,
+            group_size=4,
+            model__layers=2,
+            model__heads=4,
+            optimizer__eps=1e-5,  # Adam divides what are rounding errors by each other below it
+            supervised__steps=2,
+            supervised__batch_size=8,
+            reward__functions=[f"{folder / 'rewards.py'}:even", "match_answer"],
+            eval__every=5,
+            eval__prompts=10,
+            log__samples_every=1,
+            log__samples=8,
+            checkpoint__every=2,
+            mesh__host_timeout=10,
+        )
+        | changes,
+    )
+    path = folder / f"{name}.py"
+    path.write_text(
+        "from jaxrl_reason.config import Config, from_dict\n"
+        f"def get_config():\n    return from_dict({to_dict(config)!r})\n"
+    )
+    return config, path
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(recipe, workdir, shared_programs, processes=1, devices=1):
+    """The command line of the training in so many processes with so many simulated devices each."""
+    common = os.environ | {k.upper(): str(v) for k, v in shared_programs.items()}
+    common |= {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "SEEN": f"{workdir}.seen",
+    }
+    if processes > 1:
+        common |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(processes)}
+    command = [sys.executable, "-m", "jaxrl_reason.train", f"--config={recipe}", f"--workdir={workdir}"]
+    return [
+        subprocess.Popen(
+            command,
+            env=common | ({"JAX_PROCESS_ID": str(i)} if processes > 1 else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(processes)
+    ]
+
+
+def finish(started, limit=240):
+    """Waits for all; [(exit code, stdout, stderr)]."""
+    try:
+        return [(p.returncode, *out) for p in started for out in [p.communicate(timeout=limit)]]
+    finally:
+        for p in started:
+            p.kill()
+
+
+def run(recipe, workdir, shared_programs, processes=1, devices=1):
+    ended = finish(start(recipe, workdir, shared_programs, processes, devices))
+    assert [code for code, _, _ in ended] == [0] * processes, "\n".join(err[-2000:] for *_, err in ended)
+    return ended
+
+
+def weights(config, workdir):
+    """All parameters of the newest checkpoint, read by this one process."""
+    config.mesh.data = config.mesh.fsdp = config.mesh.tensor = config.mesh.slice = 1
+    config.mesh.rollout_tensor = 0
+    ready = train.setup(config, workdir)
+    saver = checkpoints.Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+    number, state = saver.restore(ready.programs.abstract_state)
+    saver.close()
+    return number, np.asarray(jax.flatten_util.ravel_pytree(state.params)[0])
+
+
+def compare(folder, one, other):
+    """Samples identical, figures and weights equal to 1e-5."""
+    samples = lambda name: [
+        (s["step"], s["prompt"], s["completion"], s["total"])
+        for s in map(json.loads, (folder / name / "samples.jsonl").read_text().splitlines())
+    ]
+    assert samples(one) == samples(other)
+    for file in ("metrics.jsonl", "supervised/metrics.jsonl"):
+        lines, others = read_metrics(folder / one / file), read_metrics(folder / other / file)
+        assert len(lines) == len(others) > 0
+        for a, b in zip(lines, others):
+            names = [name for name in a if not name.startswith(("perf/", "sampling/logp_difference"))]
+            assert set(names) <= set(b)
+            for name in names:
+                if a[name] is None or b[name] is None:
+                    assert a[name] == b[name]
+                else:
+                    np.testing.assert_allclose(b[name], a[name], rtol=1e-5, atol=1e-6, err_msg=f"{name} {a['step']}")
+
+
+@pytest.fixture(scope="module")
+def alone(folder, shared_programs):
+    """The run that all others are compared with: one process, one device."""
+    config, path = recipe(folder, "alone", mesh__fsdp=1)
+    run(path, folder / "alone", shared_programs)
+    return weights(config, folder / "alone")
+
+
+@pytest.mark.parametrize(
+    "processes, devices, mesh",
+    [
+        (2, 1, dict(mesh__fsdp=2)),
+        (2, 2, dict(mesh__data=2, mesh__fsdp=1, mesh__tensor=2)),
+        pytest.param(4, 1, dict(mesh__data=2, mesh__fsdp=2), marks=pytest.mark.slow),
+        pytest.param(2, 2, dict(mesh__data=1, mesh__fsdp=1, mesh__tensor=2, mesh__slice=2), marks=pytest.mark.slow),
+        pytest.param(2, 1, dict(mesh__data=1, mesh__fsdp=1, mesh__tensor=2), marks=pytest.mark.slow),
+        pytest.param(1, 8, dict(mesh__data=8, mesh__fsdp=1), marks=pytest.mark.slow),
+        pytest.param(1, 8, dict(mesh__data=1, mesh__fsdp=8), marks=pytest.mark.slow),
+        pytest.param(1, 8, dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2), marks=pytest.mark.slow),
+        (1, 8, dict(mesh__data=2, mesh__fsdp=4, mesh__tensor=1, mesh__rollout_tensor=2)),
+    ],
+    ids=["2", "2x2", "4", "2slices", "2tensor", "8data", "8fsdp", "8cube", "8resharded"],
+)
+def test_processes_and_devices_change_neither_samples_nor_losses_nor_weights(
+    processes, devices, mesh, folder, alone, shared_programs
+):
+    name = f"run{processes}x{devices}" + "".join(map(str, mesh.values()))
+    config, path = recipe(folder, name, **mesh)
+    ended = run(path, folder / name, shared_programs, processes, devices)
+    compare(folder, "alone", name)
+    number, params = weights(config, folder / name)
+    assert number == alone[0] == 7
+    np.testing.assert_allclose(params, alone[1], rtol=1e-5, atol=1e-6)
+    # Only the first speaks.
+    assert "Learning curve" in ended[0][1] and all("Gloo" in line for _, out, _ in ended[1:] for line in out.splitlines())
+    if "mesh__rollout_tensor" in mesh or mesh["mesh__fsdp"] > 1:
+        assert read_metrics(folder / name / "metrics.jsonl")[1]["perf/step_seconds/reshard"] > 0
+    # Each scores its share of the training's completions, and no other's.
+    seen = [(folder / f"{name}.seen{i}").read_text().splitlines() for i in range(processes)]
+    everything = (folder / "alone.seen0").read_text().splitlines()
+    copies = config.prompts_per_step * 0 + (processes if mesh == dict(mesh__data=1, mesh__fsdp=1, mesh__tensor=2) else 1)
+    assert sorted(sum(seen, [])) == sorted(everything * copies)
+    assert len({len(lines) for lines in seen}) == 1
+
+
+def test_a_checkpoint_of_two_processes_goes_on_with_another_mesh_in_one(folder, alone, shared_programs):
+    config, path = recipe(folder, "moved", mesh__fsdp=2, steps=2)
+    run(path, folder / "moved", shared_programs, processes=2)
+    config, path = recipe(folder, "moved", mesh__fsdp=1, mesh__tensor=2)
+    (_, out, _), = run(path, folder / "moved", shared_programs, devices=2)
+    assert "Going on from" in out
+    compare(folder, "alone", "moved")
+    number, params = weights(config, folder / "moved")
+    assert number == alone[0]
+    np.testing.assert_allclose(params, alone[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("who, how", [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)], ids=["1", "0", "stopped"])
+def test_a_process_that_dies_ends_the_other_within_the_limit(who, how, folder, shared_programs, tmp_path):
+    _, path = recipe(folder, f"killed{who}", mesh__fsdp=2, steps=100_000, eval__every=0)
+    started = start(path, tmp_path / "run", shared_programs, processes=2)
+    try:
+        deadline = time.monotonic() + 120
+        file = tmp_path / "run" / "metrics.jsonl"
+        while not (file.exists() and file.read_bytes().count(b"\n") > 2):
+            assert time.monotonic() < deadline and started[who].poll() is None
+            time.sleep(0.05)
+        started[who].send_signal(how)
+        killed = time.monotonic()
+        _, err = started[1 - who].communicate(timeout=40)
+        assert time.monotonic() - killed < 30 and started[1 - who].returncode != 0
+        assert "cannot go on" in err or "another task died" in err, err[-2000:]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def test_a_reward_that_fails_on_one_process_stops_both_in_a_sentence(folder, shared_programs, tmp_path):
+    _, path = recipe(
+        folder, "failing", mesh__fsdp=2, reward__functions=[f"{folder / 'rewards.py'}:fails_on_one"], eval__every=0
+    )
+    ended = finish(start(path, tmp_path / "run", shared_programs, processes=2), limit=60)
+    assert [code for code, _, _ in ended] == [1, 1]
+    assert "error: Process 1 has stopped, and this one with it: " in ended[0][2]
+    for *_, err in ended:
+        assert "no reward here" in err and "Traceback" not in err
+
+
+def test_what_cannot_run_is_refused_by_all(folder, shared_programs, tmp_path):
+    _, path = recipe(folder, "odd", mesh__fsdp=2, prompts_per_step=5)
+    ended = finish(start(path, tmp_path / "run", shared_programs, processes=2), limit=60)
+    assert [code for code, _, _ in ended] == [2, 2]
+    assert "config.prompts_per_step is 5" in ended[0][2] and "4 and 6 can be shared" in ended[1][2]
+    assert not (tmp_path / "run").exists()
+
+
+def test_half_an_address_is_refused(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    with pytest.raises(ValueError, match="JAX_COORDINATOR_ADDRESS=''"):
+        hosts.initialize(10)
+
+
+def test_alone_there_is_nothing_to_connect_and_a_share_is_everything(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    hosts.initialize(10)
+    assert jax.process_count() == 1 and hosts.first()
+    split = sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:1]))
+    np.testing.assert_array_equal(hosts.places(split, 5), np.arange(5))
+    x = np.arange(10.0).reshape(5, 2)
+    np.testing.assert_array_equal(hosts.share(hosts.put_share(x, split, 5), split), x)
