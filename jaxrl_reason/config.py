@@ -187,6 +187,12 @@ class Sampling:
         "with sampling.quantize: tokens are weighted by min(p_trained / p_sampled, this), which corrects the rounding",
         above=0,
     )
+    parts: int = _field(
+        1,
+        "a step's prompts are sampled in so many parts, one behind the other: smaller KV caches, and the host scores one while the "
+        "next is sampled",
+        low=1,
+    )
     mask_truncated_completions: bool = _field(False, "leave completions without an end token out of the loss")
     max_batches: int = _field(8, "dynamic sampling: prompt batches drawn for a step at most", low=1)
 
@@ -226,7 +232,9 @@ class Mesh:
     fsdp: int = _field(-1, "devices over which weights and prompts are split; -1: the rest", low=-1)
     tensor: int = _field(1, "devices over which heads and vocabulary are split; -1: the rest", low=-1)
     rollout_tensor: int = _field(
-        0, "devices over which they are split while sampling, where weights are not split by fsdp; 0: as mesh.tensor", low=0
+        0,
+        "devices over which they are split while sampling, where weights are not split by fsdp; 0: as mesh.tensor",
+        low=0,
     )
     host_timeout: int = _field(
         100, "seconds without a sign of life from one of several processes after which the others end", low=1
@@ -505,7 +513,13 @@ def make_method(config: Config) -> methods.Method:
         raise ConfigError(f"config.method: {e}") from e
 
 
-_OF_PRETRAINED = ("path", "attention", "param_dtype", "compute_dtype", "remat")  # what config.model can still say about one
+_OF_PRETRAINED = (
+    "path",
+    "attention",
+    "param_dtype",
+    "compute_dtype",
+    "remat",
+)  # what config.model can still say about one
 
 
 def prompt_template(config: Config, tokenizer: data.Tokenizer) -> data.PromptTemplate | data.ChatTemplate:
@@ -598,6 +612,10 @@ def validate(config: Config) -> methods.Method:
         raise ConfigError(
             f"config.update.accumulation is {c.update.accumulation}, which does not divide the {per_update} prompts of "
             "an update (config.prompts_per_step / config.update.minibatches)."
+        )
+    if c.prompts_per_step % c.sampling.parts:
+        raise ConfigError(
+            f"config.sampling.parts is {c.sampling.parts}, which does not divide config.prompts_per_step ({c.prompts_per_step})."
         )
     if not c.data.chat and (c.data.system or c.data.chat_options):
         raise ConfigError(

@@ -137,8 +137,8 @@ def score(
 def reward_model(
     model: ModelConfig, P: int, G: int, S: int, T: int, *, attention: str = "plain", replicas: int = 1, parts: int = 1
 ) -> Cost:
-    """`models.reward_model.group_scores`: as `score`, over P * (S + G * T) tokens and without a head."""
-    _check(model, attention, P=P, G=G, S=S, T=T, replicas=replicas, parts=parts)
+    """`models.reward_model.group_scores`: as `score`, over P * (S + G * T) tokens and without a head; T = 0: P whole texts of S tokens."""
+    _check(model, attention, P=P, G=G, S=S, T=max(T, 1), replicas=replicas, parts=parts)
     return _forward(model, P / parts, G, S, T, attention, replicas) * parts
 
 

@@ -190,6 +190,20 @@ def mean(figures: dict[str, float]) -> dict[str, float]:
     return dict(zip(figures, map(float, values)))
 
 
+def attempt(work: Callable[[], T], *errors: type[Exception]) -> Callable[[], T]:
+    """Does `work` now; what it returns or raises (one of `errors`) comes when the result is called: for `agree`."""
+    try:
+        result = work()
+    except errors as e:
+        fault = e
+
+        def failed():
+            raise fault
+
+        return failed
+    return lambda: result
+
+
 def agree(work: Callable[[], T], *errors: type[Exception]) -> T:
     """`work()` on every process; where it raises one of `errors` on one of them, every process raises."""
     if jax.process_count() == 1:

@@ -204,6 +204,11 @@ def split(tree, parts: int):
     return jax.tree.map(cut, tree)
 
 
+def join(parts):
+    """What `split` undoes: a tree with [P / parts, ...] for each part -> [P, ...]."""
+    return jax.tree.map(lambda *xs: jnp.stack(xs, axis=1).reshape(-1, *xs[0].shape[1:]), *parts)
+
+
 def score(
     config: models.ModelConfig,
     params,

@@ -229,7 +229,7 @@ def parts_of(config: Config, devices) -> list[Part]:
     rollout, learnt = step_shapes(config, method, programs, model)
     state, u = programs.abstract_state, config.update
     P, S, T = config.prompts_per_step, config.max_prompt_length, config.max_completion_length
-    G, K = config.group_size, rollout.tokens.shape[1]
+    G, K, part = config.group_size, rollout.tokens.shape[1], P // config.sampling.parts
     decoding = sharding.rollout_mesh(mesh, config.mesh.rollout_tensor or mesh.shape["tensor"])
     replicas, copies = sharding.ways(mesh), mesh.shape["slice"] * mesh.shape["data"]
     splash = model.attention == "splash"
@@ -260,14 +260,14 @@ def parts_of(config: Config, devices) -> list[Part]:
     # A cache holds keys and values of every layer, in compute_dtype.
     number = jnp.dtype(model.compute_dtype).itemsize
     token = 2 * model.layers * model.kv_heads * model.head_dim * number / decoding.shape["tensor"]
-    prompts_kv, samples_kv = (x * token / sharding.ways(decoding) for x in (P * S, P * K * T))
+    prompts_kv, samples_kv = (x * token / sharding.ways(decoding) for x in (part * S, part * K * T))
     if config.sampling.quantize:
         prompts_kv, samples_kv = prompts_kv * (1 + 1 / number), samples_kv / number
 
     probe = method.loss.self_reward is not None
     decode = costs.rollout(
         model,
-        P,
+        part,
         K,
         S,
         T,
@@ -277,12 +277,14 @@ def parts_of(config: Config, devices) -> list[Part]:
         probe=probe,
         int8=bool(config.sampling.quantize),
     )
-    prefill = costs.rollout(model, P, K, S, 1, attention=model.attention).attention_flops
+    prefill = costs.rollout(model, part, K, S, 1, attention=model.attention).attention_flops
     prompts = [
-        jax.ShapeDtypeStruct((P, *rest), dtype, sharding=by_decoding)
+        jax.ShapeDtypeStruct((part, *rest), dtype, sharding=by_decoding)
         for rest, dtype in (((S,), jnp.int32), ((S,), bool), ((), jnp.int32))
     ]
-    features = jax.ShapeDtypeStruct((P, model.features), jnp.float32, sharding=by_decoding) if model.features else None
+    features = (
+        jax.ShapeDtypeStruct((part, model.features), jnp.float32, sharding=by_decoding) if model.features else None
+    )
     parts = []
     if programs.for_rollouts:
         moved = lambda: programs.jitted["reshard"].lower(state.params)
@@ -301,25 +303,34 @@ def parts_of(config: Config, devices) -> list[Part]:
             (weights if copy else 0.0) + opt_state + reference + judging,
             {"weights": a_chip(params), "prompts' KV": prompts_kv, "samples' KV": samples_kv},
             loop_trips=T - 1 + probe,
+            times=config.sampling.parts,
         )
     )
     pieces = u.accumulation * u.minibatches
     if judge:
+        split = sharding.microbatches(mesh, part, pieces)
         if config.reward_model.path:
-            L, split = config.reward_model.max_length, math.gcd(P, pieces)
-            texts = jax.ShapeDtypeStruct((P, K, L), jnp.int32, sharding=programs.sharding)
-            lengths = jax.ShapeDtypeStruct((P, K), jnp.int32, sharding=programs.sharding)
+            L = config.reward_model.max_length
+            texts = jax.ShapeDtypeStruct((part, K, L), jnp.int32, sharding=programs.sharding)
+            lengths = jax.ShapeDtypeStruct((part, K), jnp.int32, sharding=programs.sharding)
             scoring = learned.scoring_program(judge, programs.sharding)
             lower = lambda: scoring.lower(judge_params, texts, lengths, split)
             # Texts in the reward model's own tokens share no prompt: each is a whole prompt.
-            cost = costs.reward_model(judge, P * K, 1, L, 0, attention=judge.attention, replicas=replicas, parts=split)
+            cost = costs.reward_model(
+                judge, part * K, 1, L, 0, attention=judge.attention, replicas=replicas, parts=split
+            )
         else:
-            scoring = reward_training.group_scoring_program(judge, mesh, pieces)
-            lower = lambda: scoring.lower(judge_params, rollout)
-            cost = costs.reward_model(judge, P, K, S, T, attention=judge.attention, replicas=replicas, parts=pieces)
+            scoring = reward_training.group_scoring_program(judge, mesh, split)
+            some = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct((part, *x.shape[1:]), x.dtype, sharding=x.sharding), rollout
+            )
+            lower = lambda: scoring.lower(judge_params, some)
+            cost = costs.reward_model(judge, part, K, S, T, attention=judge.attention, replicas=replicas, parts=split)
         beside = weights + copy + opt_state + reference
         in_kernels = cost.attention_flops if splash else 0.0
-        parts.append(Part("reward model", lower, cost, in_kernels, beside, {"weights": judging}))
+        parts.append(
+            Part("reward model", lower, cost, in_kernels, beside, {"weights": judging}, times=config.sampling.parts)
+        )
     scorings = int(_needs_reference(config, method)) + (u.epochs * u.minibatches > 1 and not _exact(model, config))
     if scorings:
         lower = lambda: programs.jitted["score"].lower(state.params, learnt.rollout, scalar(jnp.float32))

@@ -35,7 +35,8 @@ class Programs:
       init: () -> TrainState with random weights.
       restart: (params) -> TrainState at step 0 with these weights, which are donated.
       for_rollouts: (params) -> the weights as rollouts read them, see `sharding.rollout_mesh`; None where they lie so already.
-      generate: (these, batch, step int32 array) -> Rollout for training.
+      generate: (these, batch or one of its config.sampling.parts, step int32 array) -> Rollout for training.
+      join: (*parts) -> one tree out of those of a batch's parts.
       generate_eval: (these, whole batch) -> Rollout for evaluation; its keys never change.
       prepare: (Groups, advantage_state, kl or None, LaSeR's c_ref or None) -> (Experience, advantage_state, metrics).
       mean_reward: (Groups) -> f32 scalar, whatever the update will learn from.
@@ -53,6 +54,7 @@ class Programs:
     restart: Callable
     for_rollouts: Callable | None
     generate: Callable
+    join: Callable
     generate_eval: Callable
     prepare: Callable
     mean_reward: Callable
@@ -109,6 +111,14 @@ def build(
         decoding = sharding.rollout_mesh(mesh, config.mesh.rollout_tensor or mesh.shape["tensor"])
         for on in (mesh, decoding):
             sharding.check_batch(on, "prompts_per_step", config.prompts_per_step)
+            sharding.check_batch(
+                on, "prompts_per_step / sampling.parts", config.prompts_per_step // config.sampling.parts
+            )
+        sharding.check_batch(
+            mesh,
+            "prompts_per_step / (update.minibatches x update.accumulation), the prompts of a microbatch,",
+            config.prompts_per_step // (config.update.minibatches * config.update.accumulation),
+        )
         rollout_shardings = sharding.param_shardings(model, decoding)
     except ValueError as e:
         raise ConfigError(f"config.{e}") from e
@@ -193,9 +203,9 @@ def build(
     on_decoding = sharding.batch_sharding(decoding), sharding.replicated(decoding), sharding.replicated(decoding)
     move = (lambda *args: args) if decoding is mesh else jax.jit(lambda *args: args, out_shardings=on_decoding)
 
-    def sampled(name, params, batch, step, temperature):
+    def sampled(name, size, params, batch, step, temperature):
         prompts = batch.tokens, batch.mask, batch.prompt_ids, batch.features
-        prompts, *rest = move(place(prompts, config.prompts_per_step), step, temperature)
+        prompts, *rest = move(place(prompts, size), step, temperature)
         return jitted[name](params, *prompts, *rest)
 
     return Programs(
@@ -205,9 +215,13 @@ def build(
         init=init,
         restart=jax.jit(fresh, donate_argnums=0, out_shardings=shardings),
         for_rollouts=None if decoding is mesh else jitted["reshard"],
-        generate=lambda params, batch, step: sampled("rollout", params, batch, step, temperatures()),
+        generate=lambda params, part, step: sampled(
+            "rollout", config.prompts_per_step // config.sampling.parts, params, part, step, temperatures()
+        ),
+        join=jax.jit(lambda *parts: learner.join(parts), out_shardings=batch_sharding),
         generate_eval=lambda params, batch: sampled(
             "evaluation",
+            config.prompts_per_step,
             params,
             batch.take(hosts.places(batch_sharding, config.prompts_per_step)),
             constant(0, np.int32),

@@ -123,9 +123,7 @@ class Stream:
       places: see `data.PromptStream`.
     """
 
-    def __init__(
-        self, rows: "Rows", *, batch_size: int, seed: int, solutions: bool, places: np.ndarray | None = None
-    ):
+    def __init__(self, rows: "Rows", *, batch_size: int, seed: int, solutions: bool, places: np.ndarray | None = None):
         self._rows, self._batch_size, self._solutions = rows, batch_size, solutions
         self._order = pipeline.endless(len(rows.targets), batch_size, seed, shuffle=True)
         self._places = np.arange(batch_size) if places is None else places
@@ -333,6 +331,10 @@ class NumberScorer:
         """(name -> f32[P, G], no metrics of the host)."""
         z = hosts.put_share(batch.columns["z"], self._sharding, len(rollout.tokens))
         return {self.verdict: self._reward(rollout.tokens, z)}, {}
+
+    def begin(self, rollout: Rollout, batch: PromptBatch) -> Callable:
+        """() -> as `__call__`: nothing is to be asked of the host."""
+        return functools.partial(self, rollout, batch)
 
     def check(self, *rows) -> None:
         """There is nothing that a row could lack: tables are checked when they are read."""

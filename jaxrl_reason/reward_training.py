@@ -161,6 +161,7 @@ def scorer(phase: Phase, decoder: models.Params, console: rich.console.Console) 
     if phase.pretrained:
         return pretrained_scorer(c, phase.pretrained, phase.tokenizer, phase.mesh)
     model, params = get_reward_model(phase, decoder, console)
+    parts = sharding.microbatches(phase.mesh, c.prompts_per_step // c.sampling.parts, parts)
     score = group_scoring_program(programs_lib.with_attention(model, c, phase.mesh), phase.mesh, parts)
     return lambda rollout, batch: (score(params, rollout), {})
 
@@ -176,7 +177,10 @@ def pretrained_scorer(
 ) -> TextScorer:
     """The scorer of a pretrained reward model, its weights on the mesh in the dtypes of the policy."""
     model = dataclasses.replace(
-        programs_lib.with_attention(opened.config, c, mesh), param_dtype=c.model.param_dtype, compute_dtype=c.model.compute_dtype, remat="none"
+        programs_lib.with_attention(opened.config, c, mesh),
+        param_dtype=c.model.param_dtype,
+        compute_dtype=c.model.compute_dtype,
+        remat="none",
     )
     return TextScorer(
         model,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_reason import models
+from jaxrl_reason.models import sharding
 
 _BLOCK = 128  # vocabulary entries whose probabilities are summed before a token is looked for
 
@@ -176,6 +177,10 @@ def generate(
     def sample(logits, t):
         legal_now = None if legal is None else legal[..., t, :].reshape(-1, 1, legal.shape[-1])
         law = scale_logits(logits, temperature, legal_now)  # f32[P, G, V]
+        if G % sharding.tensor_ways() == 0 and law.shape[1] == G:
+            law = sharding.constrain(
+                law, "prompts", "samples"
+            )  # whole rows of fewer samples, not all samples' on every device
         return sample_token(law, jax.lax.dynamic_index_in_dim(noise, t, 2, keepdims=False), temperature == 0)
 
     def write(tokens, logprobs, new, logp, live, t):

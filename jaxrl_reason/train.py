@@ -157,11 +157,21 @@ def collect(run: Run, state: TrainState, weights, clock: Clock) -> tuple[experie
 
     def draw(i):
         batch = run.prompts.batch(i)
-        with clock("rollout"):
-            rollout = jax.block_until_ready(run.programs.generate(weights, batch, state.step))
-        clock.count("rollout", int(jax.device_get(_count(rollout.mask))))
+        parts = batch.split(run.config.sampling.parts)
+        with clock(
+            "rollout"
+        ):  # all parts are dispatched; the host scores each while the devices sample those behind it
+            rollouts = [run.programs.generate(weights, part, state.step) for part in parts]
+            scorings = [run.scorer.begin(*part) for part in zip(rollouts[:-1], parts)]
+            jax.block_until_ready(rollouts)
         with clock("reward"):
-            rewards, metrics = jax.block_until_ready(run.scorer(rollout, batch))
+            scorings.append(run.scorer.begin(rollouts[-1], parts[-1]))
+            scored = jax.block_until_ready([finish() for finish in scorings])
+        rewards, metrics = scored[0][0], _means([metrics for _, metrics in scored])
+        rollout = rollouts[0]
+        if len(parts) > 1:
+            rollout, rewards = run.programs.join(*((r, rewards) for r, (rewards, _) in zip(rollouts, scored)))
+        clock.count("rollout", int(jax.device_get(_count(rollout.mask))))
         names, size = programs_lib.columns_of(run.method), run.config.prompts_per_step
         columns = {name: hosts.put_share(batch.columns[name], run.programs.sharding, size) for name in names}
         return experience.Groups(rollout, rewards, columns), metrics
@@ -182,8 +192,7 @@ def collect(run: Run, state: TrainState, weights, clock: Clock) -> tuple[experie
             break
         groups, metrics = draw(first + len(shares))
         drawn.append(metrics)
-    names = dict.fromkeys(itertools.chain(*drawn))
-    metrics = {name: sum(m.get(name, 0.0) for m in drawn) / len(drawn) for name in names} | {
+    metrics = _means(drawn) | {
         "dynamic_sampling/batches": len(shares),
         "dynamic_sampling/groups": int(count),
         "dynamic_sampling/kept_ratio": sum(shares) / len(shares),
@@ -191,6 +200,12 @@ def collect(run: Run, state: TrainState, weights, clock: Clock) -> tuple[experie
         "dynamic_sampling/reward": float(np.mean(jax.device_get(means))),
     }
     return buffer, metrics, first + len(shares)
+
+
+def _means(several: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of every figure; one that is missing counts as 0."""
+    names = dict.fromkeys(itertools.chain(*several))
+    return {name: sum(m.get(name, 0.0) for m in several) / len(several) for name in names}
 
 
 @functools.cache
@@ -352,9 +367,10 @@ def self_reward_constant(run: Run, state: TrainState) -> jax.Array | None:
     if int(state.step) == 0:
         found, weights = [], rollout_weights(run, state.params, Clock())
         for i in range(4):
-            rollout = run.programs.generate(weights, run.prompts.batch(i), state.step)
-            values, truncated = hosts.whole(rollout.probe_logprobs), hosts.whole(rollout.truncated)
-            found.append(values[~truncated & np.isfinite(values)])
+            for part in run.prompts.batch(i).split(run.config.sampling.parts):
+                rollout = run.programs.generate(weights, part, state.step)
+                values, truncated = hosts.whole(rollout.probe_logprobs), hosts.whole(rollout.truncated)
+                found.append(values[~truncated & np.isfinite(values)])
         found = np.concatenate(found)
         if not found.size:
             raise ConfigError(

@@ -19,7 +19,7 @@ from jaxrl_reason.config import to_dict
 from jaxrl_reason.models import sharding
 from jaxrl_reason.writers import read_metrics
 
-REWARDS = '''
+REWARDS = """
 import os
 
 def even(completions, answer, **_):
@@ -31,7 +31,7 @@ def fails_on_one(completions, **_):
     if os.environ.get("JAX_PROCESS_ID") == "1":
         raise ValueError("no reward here")
     return [0.5] * len(completions)
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -183,13 +183,17 @@ def test_processes_and_devices_change_neither_samples_nor_losses_nor_weights(
     assert number == alone[0] == 7
     np.testing.assert_allclose(params, alone[1], rtol=1e-5, atol=1e-6)
     # Only the first speaks.
-    assert "Learning curve" in ended[0][1] and all("Gloo" in line for _, out, _ in ended[1:] for line in out.splitlines())
+    assert "Learning curve" in ended[0][1] and all(
+        "Gloo" in line for _, out, _ in ended[1:] for line in out.splitlines()
+    )
     if "mesh__rollout_tensor" in mesh or mesh["mesh__fsdp"] > 1:
         assert read_metrics(folder / name / "metrics.jsonl")[1]["perf/step_seconds/reshard"] > 0
     # Each scores its share of the training's completions, and no other's.
     seen = [(folder / f"{name}.seen{i}").read_text().splitlines() for i in range(processes)]
     everything = (folder / "alone.seen0").read_text().splitlines()
-    copies = config.prompts_per_step * 0 + (processes if mesh == dict(mesh__data=1, mesh__fsdp=1, mesh__tensor=2) else 1)
+    copies = config.prompts_per_step * 0 + (
+        processes if mesh == dict(mesh__data=1, mesh__fsdp=1, mesh__tensor=2) else 1
+    )
     assert sorted(sum(seen, [])) == sorted(everything * copies)
     assert len({len(lines) for lines in seen}) == 1
 
@@ -198,7 +202,7 @@ def test_a_checkpoint_of_two_processes_goes_on_with_another_mesh_in_one(folder, 
     config, path = recipe(folder, "moved", mesh__fsdp=2, steps=2)
     run(path, folder / "moved", shared_programs, processes=2)
     config, path = recipe(folder, "moved", mesh__fsdp=1, mesh__tensor=2)
-    (_, out, _), = run(path, folder / "moved", shared_programs, devices=2)
+    ((_, out, _),) = run(path, folder / "moved", shared_programs, devices=2)
     assert "Going on from" in out
     compare(folder, "alone", "moved")
     number, params = weights(config, folder / "moved")
@@ -206,7 +210,9 @@ def test_a_checkpoint_of_two_processes_goes_on_with_another_mesh_in_one(folder, 
     np.testing.assert_allclose(params, alone[1], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("who, how", [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)], ids=["1", "0", "stopped"])
+@pytest.mark.parametrize(
+    "who, how", [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)], ids=["1", "0", "stopped"]
+)
 def test_a_process_that_dies_ends_the_other_within_the_limit(who, how, folder, shared_programs, tmp_path):
     _, path = recipe(folder, f"killed{who}", mesh__fsdp=2, steps=100_000, eval__every=0)
     started = start(path, tmp_path / "run", shared_programs, processes=2)

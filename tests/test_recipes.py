@@ -242,14 +242,17 @@ def test_a_recipe_compiles_with_the_real_dimensions(recipe, hub, tmp_path):
 
 @pytest.fixture
 def v5e8(monkeypatch):
-    """The chips of one, for compiling; nothing runs on them."""
+    """The chips of one, for compiling with few optimizations, five times as fast; nothing runs on them."""
     pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install jaxrl_reason[tpu]")
     from jax.experimental import topologies
 
     quiet = {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_LOG_DIR": "disabled"}
     for name, value in {**quiet, "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}.items():
         monkeypatch.setenv(name, value)
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    level = jax.config.jax_optimization_level
+    jax.config.update("jax_optimization_level", "O0")
+    yield topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    jax.config.update("jax_optimization_level", level)
 
 
 @pytest.mark.slow
@@ -286,5 +289,6 @@ def test_the_programs_of_a_recipe_fit_on_the_chips(recipe, v5e8, hub, tmp_path):
         lengths = jax.ShapeDtypeStruct(learnt.advantages.shape, "int32")
         compiled["reward model"] = score.lower(judge, *on(mesh, (texts, lengths)), parts).compile()
         beside["reward model"] = bytes_on_a_chip((state, read))
-    peaks = {name: c.memory_analysis().peak_memory_in_bytes + beside[name] for name, c in compiled.items()}
+    # 15 % more is the most that was seen with all optimizations.
+    peaks = {name: 1.15 * c.memory_analysis().peak_memory_in_bytes + beside[name] for name, c in compiled.items()}
     assert max(peaks.values()) < V5E_BYTES, peaks

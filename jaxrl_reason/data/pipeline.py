@@ -40,12 +40,16 @@ class PromptBatch(NamedTuple):
 
     def take(self, places: np.ndarray) -> "PromptBatch":
         """The prompts at these places, int[n]."""
-        if len(places) == len(self.rows):
+        if np.array_equal(places, np.arange(len(self.rows))):
             return self
         cut = lambda x: None if x is None else x[places]
         rows = [self.rows[i] for i in places]
         columns = {name: cut(column) for name, column in self.columns.items()}
         return PromptBatch(*map(cut, self[:4]), rows, cut(self.features), columns)
+
+    def split(self, parts: int) -> "list[PromptBatch]":
+        """The batch in so many parts, by stride: as `learner.split` splits arrays on the device."""
+        return [self.take(np.arange(part, len(self.rows), parts)) for part in range(parts)]
 
 
 class SolutionBatch(NamedTuple):

@@ -298,8 +298,9 @@ class Decoder(nnx.Module):
     # -- parts -------------------------------------------------------------------------------------
 
     def _embed(self, tokens):
-        x = self.embedding[...][tokens]
-        # Else the partitioner may split the width, as the weights', and exchange all activations for it.
+        x = sharding.constrain(self.embedding[...], "vocab", None)[
+            tokens
+        ]  # rows whole: else activations are, and exchanged
         x = sharding.constrain(x, "prompts")
         scale = self.config.embedding_scale
         # Families that scale do it with a factor rounded to the weights' dtype.

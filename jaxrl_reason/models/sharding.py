@@ -31,6 +31,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "rank": None,
     # everything with a prompt axis: rollouts, rewards, KV caches; groups stay whole
     "prompts": ("slice", "data", "fsdp"),
+    # a group's samples, for a moment: where tokens are drawn from logits whose vocabulary was split
+    "samples": "tensor",
 }
 
 
@@ -65,8 +67,11 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, slices: int = 1, *
     if found != shape[0]:
         raise ValueError(f"mesh.slice is {shape[0]}, and these devices lie on {found} TPU slices; set it to {found}.")
     if found == 1:
-        return Mesh(mesh_utils.create_device_mesh(shape, devices), AXES)
-    return Mesh(mesh_utils.create_hybrid_device_mesh([1, *shape[1:]], [found, 1, 1, 1], devices), AXES)
+        return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
+    hybrid = mesh_utils.create_hybrid_device_mesh(
+        [1, *shape[1:]], [found, 1, 1, 1], devices, allow_split_physical_axes=True
+    )
+    return Mesh(hybrid, AXES)
 
 
 def rollout_mesh(mesh: Mesh, tensor: int) -> Mesh:
@@ -102,6 +107,11 @@ def check_batch(mesh: Mesh, name: str, size: int) -> None:
             f"{name} is {size}, which mesh.slice x mesh.data x mesh.fsdp = {n} devices cannot share evenly; near it, "
             f"{' and '.join(map(str, near))} can be shared."
         )
+
+
+def microbatches(mesh: Mesh, size: int, parts: int) -> int:
+    """The most microbatches of `size` prompts, a divisor of `parts`, that the devices can share evenly each."""
+    return next(n for n in range(parts, 0, -1) if parts % n == 0 and size % (n * ways(mesh)) == 0 or n == 1)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 import functools
-import math
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 from jaxrl_reason import hosts
 from jaxrl_reason.data import ChatTemplate, PromptBatch, Tokenizer, chat_template, get_template
 from jaxrl_reason.models import ModelConfig, reward_model
-from jaxrl_reason.models.sharding import on_mesh
+from jaxrl_reason.models.sharding import microbatches, on_mesh
 from jaxrl_reason.rewards.host import RewardError
 from jaxrl_reason.rollout import Rollout
 
@@ -62,7 +61,8 @@ class TextScorer:
             lengths[i] = len(encoded[i])
             padded[i, : lengths[i]] = encoded[i]
         split = lambda x: hosts.put_share(x.reshape(-1, G, *x.shape[1:]), self._sharding, P)
-        scores = self._score(self._params, split(padded), split(lengths), math.gcd(P, self._parts))
+        parts = microbatches(self._sharding.mesh, P, self._parts)
+        scores = self._score(self._params, split(padded), split(lengths), parts)
         return scores, hosts.mean({"rewards/reward_model/too_long_ratio": float(1 - fits.mean())})
 
     def _encode(self, rollout: Rollout, batch: PromptBatch) -> list[list[int]]:

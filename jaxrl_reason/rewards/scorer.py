@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import copy
+import functools
 import math
 from typing import Any
 
@@ -96,6 +97,20 @@ class Scorer:
           RewardError: a host reward breaks its contract (see `host.score`), or match_answer meets a row whose answer
             it cannot compare.
         """
+        return self.begin(rollout, batch)()
+
+    def begin(
+        self, rollout: Rollout, batch: PromptBatch
+    ) -> Callable[[], tuple[dict[str, jax.Array], dict[str, float]]]:
+        """Asks the host rewards, for which these completions have to be there; called, the result does the rest, and returns or raises as
+        `__call__`.
+
+        Between the two devices can go on with what was dispatched before: nothing here waits for other processes.
+        """
+        asked = hosts.attempt(lambda: self._ask(rollout, batch), host.RewardError) if self._host else None
+        return functools.partial(self._finish, rollout, batch, asked)
+
+    def _finish(self, rollout: Rollout, batch: PromptBatch, asked: Callable[[], host.RewardTable] | None):
         rewards, metrics, size = {}, {}, len(rollout.tokens)
         put = lambda x: hosts.put_share(x, self._sharding, size)
         if self._device:
@@ -106,8 +121,8 @@ class Scorer:
         if self._learned:
             scores, metrics = self._reward_model(rollout, batch)
             rewards |= {name: function(scores) for name, function in self._learned.items()}
-        if self._host:
-            table = hosts.agree(lambda: self._ask(rollout, batch), host.RewardError)
+        if asked:
+            table = hosts.agree(asked, host.RewardError)
             for name, values in table.per_reward.items():
                 everyone = hosts.together(values, self._sharding, size)
                 rewards[name] = hosts.put(everyone, self._sharding)
