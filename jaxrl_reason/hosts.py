@@ -6,9 +6,11 @@ nothing here communicates.
 """
 
 from collections.abc import Callable
+import contextlib
 import functools
 import glob
 import os
+import signal
 import sys
 import textwrap
 from typing import TypeVar
@@ -89,6 +91,31 @@ def why_it_stopped(error: Exception) -> str:
         f"likely because another one has ended ({textwrap.shorten(str(error), 200, placeholder=' ...')}). Give the same command on "
         "every host again: the run goes on from its newest checkpoint."
     )
+
+
+class Preempted(Exception):
+    """The run was asked to end (SIGTERM) and has saved where it stands; the message is a sentence."""
+
+
+@contextlib.contextmanager
+def preemption():
+    """While this lasts SIGTERM ends nothing, but is told by what the `with` statement gives: (step) -> whether to save and end now.
+
+    Of several processes all say so at the same step, whichever was told; each has to ask after every step.
+    """
+    if jax.process_count() > 1:  # jax catches the signal, and agrees on a step
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    told = []
+    try:
+        before = signal.signal(signal.SIGTERM, lambda *_: told.append(True))
+    except ValueError:  # only the main thread may
+        yield lambda step: False
+        return
+    try:
+        yield lambda step: bool(told)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # -- shares of a batch -----------------------------------------------------------------------------

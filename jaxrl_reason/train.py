@@ -12,6 +12,7 @@ import functools
 import itertools
 import json
 import pathlib
+import signal
 import sys
 
 import jax
@@ -128,6 +129,7 @@ def supervised(
     """The supervised phase: cross-entropy on worked solutions, with checkpoints and metrics of its own."""
     c, begin = run.config, int(state.step)
     with contextlib.ExitStack() as stack:
+        asked = stack.enter_context(hosts.preemption())
         metrics_file = stack.enter_context(
             writers.MetricsWriter(
                 run.work.path / "supervised", c.log.tensorboard, resume_step=begin or -1, enabled=hosts.first()
@@ -139,8 +141,11 @@ def supervised(
             metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
             metrics_file.write(step + 1, metrics)
             bar.advance(f"loss {metrics['sft/loss']:.3f}")
-            if (step + 1) % c.checkpoint.every == 0 and step + 1 < c.supervised.steps:
+            ending = asked(step + 1)
+            if (ending or (step + 1) % c.checkpoint.every == 0) and step + 1 < c.supervised.steps:
                 saver.save(step + 1, state)
+                if ending:
+                    raise hosts.Preempted(f"supervised step {step + 1}")
     return state
 
 
@@ -276,6 +281,7 @@ def train(run: Run) -> dict[str, dict[str, float]]:
       As `report`; empty where the run was finished and reported already.
 
     Raises:
+      Preempted: SIGTERM came; the last step is saved.
       RewardError, CheckpointError, MetricsError, OSError: a sentence that says what is wrong and where.
     """
     c, programs, work = run.config, run.programs, run.work
@@ -315,6 +321,7 @@ def train(run: Run) -> dict[str, dict[str, float]]:
     )
     with contextlib.ExitStack() as stack:
         resume = dict(resume_step=begin or -1, enabled=hosts.first())
+        asked = stack.enter_context(hosts.preemption())
         metrics_file = stack.enter_context(writers.MetricsWriter(work.path, c.log.tensorboard, **resume))
         samples_file = stack.enter_context(writers.SampleTable(work.path, **resume))
         if begin == 0 and c.eval.every:
@@ -332,8 +339,11 @@ def train(run: Run) -> dict[str, dict[str, float]]:
             metrics_file.write(done, metrics)
             if hosts.first() and c.log.samples_every and (done % c.log.samples_every == 0 or last):
                 write_samples(run, samples_file, done, groups, batch)
-            if done % c.checkpoint.every == 0 or last:
+            ending = asked(done) and not last
+            if done % c.checkpoint.every == 0 or last or ending:
                 saver.save(c.supervised.steps + done, state)
+            if ending:
+                raise hosts.Preempted(f"step {done}")
             bar.advance(f"reward {metrics['reward']:.3f}")
     saver.close()
     return report(run, console)
@@ -475,6 +485,9 @@ def main(argv: list[str] | None = None) -> int:
     ) as e:
         print(f"error: {e}", file=sys.stderr)
         return hosts.leave(1)
+    except hosts.Preempted as e:
+        print(f"Asked to end, and saved after {e}: the same command goes on from there.", file=sys.stderr)
+        return hosts.leave(128 + signal.SIGTERM)
     except jax.errors.JaxRuntimeError as e:
         if jax.process_count() == 1:
             raise

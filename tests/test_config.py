@@ -612,6 +612,42 @@ def eval_shape(config, tmp_path):
     )
 
 
+def evaluation_program(config, tmp_path):
+    run = setup(config, tmp_path)
+    program = jax.make_jaxpr(lambda p: run.programs.generate_eval(p, run.held_out[0]))
+    return "pallas_call" in str(program(models.abstract_params(run.model)))
+
+
+def drawn(config, tmp_path):
+    """How many prompts are sampled at a time."""
+    run = setup(config, tmp_path)
+    calls, state = [], run.programs.init()
+
+    def generate(weights, part, step):
+        calls.append(len(part.rows))
+        return run.programs.generate(weights, part, step)
+
+    told = dataclasses.replace(run, programs=dataclasses.replace(run.programs, generate=generate))
+    train.collect(told, state, state.params, Clock())
+    return calls
+
+
+def connected(config, tmp_path):
+    """What the command line asks jax to connect with; then it meets data that are not there."""
+    config.data.train = str(tmp_path / "nothing.jsonl")
+    recipe, said = tmp_path / "recipe.py", []
+    recipe.parent.mkdir(exist_ok=True, parents=True)
+    recipe.write_text(
+        f"from jaxrl_reason.config import from_dict\ndef get_config():\n    return from_dict({config_lib.to_dict(config)!r})\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.distributed, "initialize", lambda *_, **keywords: said.append(keywords))
+        for name, value in (("COORDINATOR_ADDRESS", "127.0.0.1:1"), ("NUM_PROCESSES", "2"), ("PROCESS_ID", "0")):
+            patch.setenv(f"JAX_{name}", value)
+        assert train.main([f"--config={recipe}", f"--workdir={tmp_path / 'run'}"]) == 2
+    return str(said)
+
+
 def made_up_experience(config):
     P, G, S, T = config.prompts_per_step, config.group_size, 3, 5
     rng = np.random.default_rng(0)
@@ -718,10 +754,7 @@ def judged(config, tmp_path):
 
 def mesh(config, tmp_path):
     return outcome(
-        lambda: (
-            dict(sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor).shape)
-            and setup(config, tmp_path).programs.sharding.mesh.shape
-        )
+        lambda: dict(programs.mesh_of(config).shape) and setup(config, tmp_path).programs.sharding.mesh.shape
     )
 
 
@@ -828,6 +861,7 @@ EFFECTS = {
     "model.param_dtype": ("bfloat16", model, {}),
     "model.compute_dtype": ("bfloat16", model, {}),
     "model.remat": ("none", backward_pass, {}),
+    "model.attention": ("splash", evaluation_program, {}),
     "data.train": (f"{HERE}/other.jsonl", prompts, {}),
     "data.train_split": ("[:4]", prompts, {}),
     "data.eval": (f"{HERE}/other.jsonl", held_out, {}),
@@ -879,6 +913,7 @@ EFFECTS = {
     "sampling.quantize": ("int8", sampled, {}),
     "sampling.importance_cap": (0.5, loss, dict(sampling__quantize="int8")),
     "sampling.mask_truncated_completions": (True, prepared, {}),
+    "sampling.parts": (2, drawn, {}),
     "sampling.max_batches": (3, dynamic_sampling, NEVER_MIXED),
     "optimizer.learning_rate": (0.1, optimizer, {}),
     "optimizer.schedule": ("linear", optimizer, {}),
@@ -899,6 +934,9 @@ EFFECTS = {
     "mesh.data": (-1, mesh, dict(mesh__fsdp=-1)),
     "mesh.fsdp": (3, mesh, {}),
     "mesh.tensor": (2, mesh, {}),
+    "mesh.slice": (2, mesh, {}),
+    "mesh.rollout_tensor": (2, mesh, {}),
+    "mesh.host_timeout": (7, connected, {}),
     "checkpoint.every": (2, functools.partial(trained, checkpoint_numbers), TRAINED),
     "checkpoint.keep": (2, functools.partial(trained, checkpoint_numbers), TRAINED),
     "eval.every": (2, functools.partial(trained, evaluated_steps), TRAINED | dict(eval__every=3)),

@@ -326,6 +326,42 @@ def test_dynamic_sampling_reports_failures_over_all_that_was_drawn(rows, rewards
         assert line["rewards/raises_on_row_three/none_rate"] == 0
 
 
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(method={"name": "remax"}), dict(method={"name": "dapo"}, sampling__max_batches=3)],
+    ids=["grpo", "remax", "dapo"],
+)
+def test_sampling_in_parts_changes_no_number(options, rows, rewards, tmp_path):
+    options = dict(reward__functions=[f"{rewards}:even", "match_answer"], log__samples_every=1, **options)
+    whole = run(tiny(rows, **options), tmp_path / "whole")
+    parts = run(tiny(rows, sampling__parts=2, **options), tmp_path / "parts")
+    assert_close(whole, parts, 1e-6)
+    assert samples_of(tmp_path / "whole") == samples_of(tmp_path / "parts")
+
+
+def test_a_part_is_scored_while_the_next_is_sampled(rows, rewards, tmp_path):
+    config = tiny(rows, reward__functions=[f"{rewards}:even"], sampling__parts=2, steps=1)
+    ready = train.setup(config, tmp_path / "run")
+    events = []
+
+    def told(name, function):
+        def call(*args):
+            events.append(name)
+            return function(*args)
+
+        return call
+
+    ready.scorer.begin = told("score", ready.scorer.begin)
+    programs = dataclasses.replace(ready.programs, generate=told("sample", ready.programs.generate))
+    train.train(dataclasses.replace(ready, programs=programs))
+    assert events == ["sample", "sample", "score", "score"]
+
+
+def test_parts_that_do_not_divide_the_prompts_are_refused(rows, tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.sampling\.parts is 3.*\(4\)"):
+        train.setup(tiny(rows, sampling__parts=3), tmp_path / "run")
+
+
 @pytest.mark.parametrize("method, sampled, learnt", [("grpo", 16, 16), ("remax", 20, 16), ("dapo", 48, 0)])
 def test_speeds_count_the_tokens_that_were_sampled_and_those_that_were_learnt(
     method, sampled, learnt, rows, rewards, tmp_path

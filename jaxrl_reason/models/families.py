@@ -176,7 +176,7 @@ def write_config(config: ModelConfig, classifier: bool = False) -> dict[str, Any
       PretrainedError: no family has all of its switches.
     """
     plain = ModelConfig(vocab_size=1, width=2, layers=1, heads=1, kv_heads=1, mlp_width=1)
-    free = {name: getattr(plain, name) for name in ("param_dtype", "compute_dtype", "remat")}
+    free = {name: getattr(plain, name) for name in ("param_dtype", "compute_dtype", "remat", "attention")}
     wanted = dataclasses.replace(config, **free)
     for family in FAMILIES.values():
         found = _describe(family, wanted)

@@ -172,7 +172,7 @@ def config_json(policy: Policy) -> dict[str, Any]:
     classifier = isinstance(policy, RewardModel)
     found = dict(policy.source)
     dtype = policy.config.param_dtype
-    free = {name: getattr(policy.config, name) for name in ("param_dtype", "compute_dtype", "remat")}
+    free = {name: getattr(policy.config, name) for name in ("param_dtype", "compute_dtype", "remat", "attention")}
     try:
         same = bool(found) and dataclasses.replace(families.read_config(found), **free) == policy.config
     except PretrainedError:

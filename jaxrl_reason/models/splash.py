@@ -17,13 +17,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 
+from jaxrl_reason.models import sharding
 from jaxrl_reason.models.config import ModelConfig
 
 _BLOCKS = (512, 384, 256, 128)  # places along a block's side; 128 is what the kernels can at least
 _FLOAT32_SIDE = 128  # of float32 operands: larger blocks of these take minutes to compile
 _PADDING = 1.125  # a larger block may make the sequence longer by this factor
-_PROMPT_AXES = ("slice", "data", "fsdp")  # of the mesh, where it has them
-_HEAD_AXIS = "tensor"
 
 
 def group_attention(q, own, own_real=None, prompt=None, prompt_real=None, *, config: ModelConfig, sliding):
@@ -89,11 +88,12 @@ def _on_mesh(run, P: int, N: int):
     if mesh.empty or mesh.size == 1:
         return run
     prompts, ways = [], 1
-    for axis in _PROMPT_AXES:
+    for axis in sharding.RULES["prompts"]:
         if P % (ways * mesh.shape.get(axis, 1)) == 0 and axis in mesh.shape:
             prompts.append(axis)
             ways *= mesh.shape[axis]
-    heads = _HEAD_AXIS if N % mesh.shape.get(_HEAD_AXIS, N + 1) == 0 else None
+    heads = sharding.RULES["kv_heads"]
+    heads = heads if N % mesh.shape.get(heads, N + 1) == 0 else None
     split, rows = PartitionSpec(tuple(prompts), heads), PartitionSpec(tuple(prompts))
     # check_vma off: kernels do not say along which axes their results differ.
     specs = (split, split, split, rows, rows, PartitionSpec())
@@ -121,19 +121,8 @@ def _attend(config, mask, block, q, keys, values, q_ids, k_ids, sliding):
 
 def _kernel(mask: "_GroupMask", heads: int, block: int, interpret: bool):
     """The kernel of `heads` query heads and one key head: (q [R, Q, K], keys [C, K], values [C, K], ids) -> [R, Q, K]."""
-    # The gradient of keys steps through all query blocks for each key block, as the prompt's need, and an empty step costs time as well: with
-    # sides twice as long it has a quarter of the steps.
-    twice = block == _BLOCKS[0] and mask.S % (2 * block) == mask.T % (2 * block) == 0
-    wide, part = (2 * block, block // 2) if twice else (block, block)
-    sizes = kernels.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-        block_q_dkv=wide,
-        block_kv_dkv=wide,
-        block_kv_dkv_compute=part,
-    )
+    sides = ("block_q", "block_kv", "block_q_dq", "block_kv_dq", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+    sizes = kernels.BlockSizes(**dict.fromkeys(sides, block))
     masks = kernels.MultiHeadMask([mask] * heads)
     # jax keeps what it learns about a mask, so that this is done once a shape and not once a trace.
     return kernels.make_splash_mqa(masks, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
