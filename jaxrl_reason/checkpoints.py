@@ -12,7 +12,6 @@ import textwrap
 import jax
 import orbax.checkpoint as ocp
 
-from jaxrl_reason import hosts
 from jaxrl_reason.learner import TrainState
 
 _log = logging.getLogger(__name__)
@@ -54,10 +53,10 @@ class Checkpoints:
         """The newest readable checkpoint in the shapes, dtypes and shardings of `like` (arrays or ShapeDtypeStructs), or None.
 
         Newer ones that cannot be read are renamed to damaged-<number>, with a warning: they no longer count among those
-        that are kept, and the run writes their steps again.
+        that are kept, and the run writes their steps again. Several processes do not do this on their own.
 
         Raises:
-          CheckpointError: there are checkpoints, and none can be read; all stay as they are.
+          CheckpointError: there are checkpoints, and none can be read; all stay as they are. Of several processes: the newest cannot be read.
         """
         abstract = _abstract(like._asdict())
         faults = {}
@@ -66,6 +65,11 @@ class Checkpoints:
                 restored = self._manager.restore(number, args=ocp.args.StandardRestore(abstract))
             except _UNREADABLE as e:
                 faults[number] = _in_short(e)
+                if jax.process_count() > 1:  # the others may have read theirs, and wait for this one
+                    raise CheckpointError(
+                        f"Checkpoint {self.directory / str(number)} cannot be read by process {jax.process_index()}: {faults[number]} Rename "
+                        "its directory to fall back to the one before."
+                    ) from e
                 continue
             for bad, fault in faults.items():
                 self._put_aside(bad, fault)
@@ -81,9 +85,7 @@ class Checkpoints:
         path = self.directory / str(number)
         names = itertools.chain([f"damaged-{number}"], (f"damaged-{number}-{i}" for i in itertools.count(2)))
         aside = next(p for p in map(self.directory.joinpath, names) if not p.exists())
-        if hosts.first():
-            path.rename(aside)
-        hosts.barrier("checkpoint put aside")
+        path.rename(aside)
         self._manager.reload()
         _log.warning("Checkpoint %s cannot be read and is skipped; it is now %s: %s", path, aside.name, fault)
 

@@ -104,6 +104,7 @@ def score(
     parts: int = 1,
     logprob_chunk: int = 0,
     probe: bool = False,
+    tensor: int = 1,
 ) -> Cost:
     """`learner.score`: one forward over P * (S + G * (T - 1)) tokens (G * T with a probe), and P * G * T logits.
 
@@ -124,9 +125,10 @@ def score(
       parts: microbatches.
       logprob_chunk: positions whose logits are held at once; 0: what the program picks.
       probe: whether a token behind the end is scored too.
+      tensor: over how many devices the vocabulary is split.
     """
     _check(model, attention, P=P, G=G, S=S, T=T, replicas=replicas, parts=parts)
-    p, positions = P / parts, _positions(model, P // parts, G, T, logprob_chunk, replicas)
+    p, positions = P / parts, _positions(model, P // parts, G, T, logprob_chunk, replicas, tensor)
     one = _forward(model, p, G, S + model.prefix_length, T - 1 + probe, attention, replicas) + _encoder(model, p)
     one += _logits(model, p * G * positions.computed, replicas * positions.chunks)
     if probe:
@@ -157,6 +159,7 @@ def update(
     accumulation: int = 1,
     logprob_chunk: int = 0,
     probe: bool = False,
+    tensor: int = 1,
     optimizer_slots: int = 2,
 ) -> Cost:
     """`learner.make_update`: for each pass over the rollout the forward of `score`, its backward, and the optimizer.
@@ -172,7 +175,7 @@ def update(
     copy: gradient, weights and the optimizer's numbers read, the last two written.
 
     Args:
-      model, P, G, S, T, attention, replicas, logprob_chunk, probe: see `score`. model.remat says what is recomputed, model.lora_rank what is
+      model, P, G, S, T, attention, replicas, logprob_chunk, probe, tensor: see `score`. model.remat says what is recomputed, model.lora_rank what is
         trained.
       copies: of `replicas`, how many hold all weights and optimizer state of their own (all axes of the mesh but "fsdp" and "tensor").
       epochs, minibatches, accumulation: see `learner.UpdateOptions`.
@@ -180,7 +183,7 @@ def update(
     """
     parts = minibatches * accumulation
     _check(model, attention, P=P, G=G, S=S, T=T, replicas=replicas, copies=copies, epochs=epochs, parts=parts)
-    p, positions = P / parts, _positions(model, P // parts, G, T, logprob_chunk, replicas)
+    p, positions = P / parts, _positions(model, P // parts, G, T, logprob_chunk, replicas, tensor)
     prefixed, after = S + model.prefix_length, T - 1 + probe
     tokens, trained = p * (prefixed + G * after), not model.lora_rank
     matrices, adapters = _matrices(model), _adapters(model)
@@ -340,7 +343,7 @@ class _Positions:
     computed: int
 
 
-def _positions(model: ModelConfig, P: int, G: int, T: int, chunk: int, replicas: int) -> _Positions:
-    chunk = learner.chunk_length(math.ceil(P / replicas), G, T, model.vocab_size, chunk)
+def _positions(model: ModelConfig, P: int, G: int, T: int, chunk: int, replicas: int, tensor: int) -> _Positions:
+    chunk = learner.chunk_length(math.ceil(P / replicas), G, T, math.ceil(model.vocab_size / tensor), chunk)
     chunks = math.ceil(T / chunk)
     return _Positions(chunks, chunks * chunk)

@@ -158,7 +158,8 @@ class Subject:
 
 def _batch_size(c: Config, mesh: jax.sharding.Mesh, rows: int) -> int:
     """Prompts at once: about as many completions as in training, which is known to fit."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    decoding = sharding.rollout_mesh(mesh, c.mesh.rollout_tensor or mesh.shape["tensor"])
+    ways = math.lcm(sharding.ways(mesh), sharding.ways(decoding))
     at_once = min(c.prompts_per_step * c.group_size // c.eval.samples, c.eval.prompts, rows)
     return max(-(-at_once // ways), 1) * ways
 

@@ -9,10 +9,12 @@ from collections.abc import Callable
 import contextlib
 import functools
 import glob
+import itertools
 import os
 import signal
 import sys
 import textwrap
+import traceback
 from typing import TypeVar
 
 import jax
@@ -25,33 +27,35 @@ T = TypeVar("T")
 def initialize(timeout: int) -> None:
     """Connects this process with the others, where there are any; before anything else of jax is used.
 
-    On Cloud TPUs, GKE and Slurm jax finds them. Elsewhere three variables of the environment name them: JAX_COORDINATOR_ADDRESS
-    (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    On Cloud TPUs jax finds them. Elsewhere three variables of the environment name them: JAX_COORDINATOR_ADDRESS (host:port of process
+    0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
     Args:
       timeout: seconds without a sign of life after which a process counts as dead, and the others end.
 
     Raises:
-      ValueError: only some of the three are set, or they are no numbers.
+      ValueError: only some of the three are set, or are no numbers; the others do not come; or it cannot be known whether there are any.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = [os.environ.get(name, "") for name in names]
-    connect = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=timeout)
-    if any(given[1:]):
-        if not all(given) or not all(text.isdigit() for text in given[1:]):
-            listed = ", ".join(f"{name}={text!r}" for name, text in zip(names, given))
-            raise ValueError(
-                f"A run on several processes needs an address and two numbers, and there are {listed}: set all three, or none."
-            )
-        connect(given[0], num_processes=int(given[1]), process_id=int(given[2]))
-    elif given[0] or _on_a_tpu_vm():
-        try:
-            connect()
-        except ValueError as e:  # what jax raises where it knows of no cluster
-            if given[0]:
-                raise ValueError(
-                    f"{names[0]} is {given[0]!r}, and jax finds no number of processes here ({e}): set {names[1]} and {names[2]}."
-                ) from e
+    listed = ", ".join(f"{name}={text!r}" for name, text in zip(names, given))
+    if any(given) and not (all(given) and all(text.isdigit() for text in given[1:])):
+        raise ValueError(
+            f"A run on several processes needs an address and two numbers, and there are {listed}: set all three, or none."
+        )
+    limits = dict(heartbeat_timeout_seconds=timeout, shutdown_timeout_seconds=timeout)
+    try:
+        if all(given):
+            jax.distributed.initialize(given[0], num_processes=int(given[1]), process_id=int(given[2]), **limits)
+        elif _on_a_tpu_vm():
+            jax.distributed.initialize(**limits)
+    except Exception as e:  # of the network, of the cloud's metadata, of jax: many classes
+        if isinstance(e, ValueError) and not any(given):
+            return  # jax knows of no cluster: this machine is alone
+        raise ValueError(
+            f"This process cannot be connected with the others ({listed}): {textwrap.shorten(str(e), 300, placeholder=' ...')} If there are "
+            "none, set JAX_NUM_PROCESSES=1, JAX_PROCESS_ID=0 and JAX_COORDINATOR_ADDRESS=127.0.0.1:1234."
+        ) from e
 
 
 def _on_a_tpu_vm() -> bool:
@@ -84,6 +88,18 @@ def leave(code: int) -> int:
     return code
 
 
+@contextlib.contextmanager
+def leaving_together():
+    """Around all that several processes do: what nobody foresaw ends this one with its traceback, and at once."""
+    try:
+        yield
+    except BaseException:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        leave(1)
+
+
 def why_it_stopped(error: Exception) -> str:
     """A sentence about a failure of the devices in a run on several processes."""
     return (
@@ -99,21 +115,28 @@ class Preempted(Exception):
 
 @contextlib.contextmanager
 def preemption():
-    """While this lasts SIGTERM ends nothing, but is told by what the `with` statement gives: (step) -> whether to save and end now.
+    """While this lasts SIGTERM ends nothing, but is told by what the `with` statement gives: () -> whether to save and end.
 
-    Of several processes all say so at the same step, whichever was told; each has to ask after every step.
+    Of several processes all begin to say so at the same call, whichever was told; each has to ask after every step. Once said it stays.
     """
-    if jax.process_count() > 1:  # jax catches the signal, and agrees on a step
-        yield multihost_utils.reached_preemption_sync_point
+    told, calls = [], itertools.count(1)
+
+    def agreed():
+        # jax catches the signal, and agrees on a number that nobody has reached.
+        if not told and multihost_utils.reached_preemption_sync_point(next(calls)):
+            told.append(True)
+        return bool(told)
+
+    if jax.process_count() > 1:
+        yield agreed
         return
-    told = []
     try:
         before = signal.signal(signal.SIGTERM, lambda *_: told.append(True))
     except ValueError:  # only the main thread may
-        yield lambda step: False
+        yield lambda: False
         return
     try:
-        yield lambda step: bool(told)
+        yield lambda: bool(told)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -175,17 +198,23 @@ def share(x: jax.Array, sharding: jax.sharding.Sharding) -> np.ndarray:
         held = np.arange(*shard.index[0].indices(x.shape[0]))
         known = np.isin(held, mine)
         at = (np.searchsorted(mine, held[known]), *shard.index[1:])
-        out[at], filled[at] = np.asarray(shard.data)[known], True
+        out[at], filled[at] = jax.device_get(shard.data)[known], True
     if not filled.all():
         raise ValueError(f"An array of shape {x.shape} is not sharded by its prompts: {x.sharding}.")
     return out
+
+
+def _gather(x, tiled: bool = False) -> np.ndarray:
+    """Every process's x, stacked, or (tiled) all of a global array; a crossing that is meant."""
+    with jax.transfer_guard("allow"):
+        return multihost_utils.process_allgather(x, tiled=tiled)
 
 
 def whole(x: jax.Array) -> np.ndarray:
     """All of a global array, on every process."""
     if jax.process_count() == 1 or x.is_fully_replicated:
         return jax.device_get(x)
-    return multihost_utils.process_allgather(x, tiled=True)
+    return _gather(x, tiled=True)
 
 
 def together(x: np.ndarray, sharding: jax.sharding.Sharding, size: int) -> np.ndarray:
@@ -199,21 +228,21 @@ def together(x: np.ndarray, sharding: jax.sharding.Sharding, size: int) -> np.nd
     padded = np.zeros((max(map(len, rows)), *x.shape[1:]), x.dtype)
     padded[: len(x)] = x
     out = np.zeros((size, *x.shape[1:]), x.dtype)
-    for mine, theirs in list(zip(rows, multihost_utils.process_allgather(padded)))[::-1]:
+    for mine, theirs in list(zip(rows, _gather(padded)))[::-1]:
         out[list(mine)] = theirs[: len(mine)]
     return out
 
 
 def largest(x: int) -> int:
     """The largest of the processes' numbers."""
-    return x if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(x)).max())
+    return x if jax.process_count() == 1 else int(_gather(np.int32(x)).max())
 
 
 def mean(figures: dict[str, float]) -> dict[str, float]:
     """The mean of every figure over the processes, each of which has all of them."""
     if jax.process_count() == 1 or not figures:
         return figures
-    values = multihost_utils.process_allgather(np.float32(list(figures.values()))).mean(axis=0)
+    values = _gather(np.float32(list(figures.values()))).mean(axis=0)
     return dict(zip(figures, map(float, values)))
 
 
@@ -243,7 +272,7 @@ def agree(work: Callable[[], T], *errors: type[Exception]) -> T:
     text = b"" if fault is None else (str(fault) or type(fault).__name__).encode()
     padded = np.zeros(largest(len(text)), np.uint8)
     padded[: len(text)] = np.frombuffer(text, np.uint8)
-    texts = multihost_utils.process_allgather(padded) if padded.size else []
+    texts = _gather(padded) if padded.size else []
     if fault is not None:
         raise fault
     for process, text in enumerate(texts):

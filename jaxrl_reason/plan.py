@@ -169,7 +169,7 @@ def step_shapes(
       columns: name -> ShapeDtypeStruct of the data's columns that the method needs; None: f32[P] values.
     """
     P, S = config.prompts_per_step, config.max_prompt_length
-    shape = functools.partial(jax.ShapeDtypeStruct)
+    shape = jax.ShapeDtypeStruct
     prompts = [shape((P, S), jnp.int32), shape((P, S), bool), shape((P,), jnp.int32)]
     features = shape((P, model.features), jnp.float32) if model.features else None
     G = config.group_size + ("greedy_rewards" in method.signals)
@@ -188,7 +188,7 @@ def step_shapes(
     c_ref = shape((), jnp.float32) if self_reward else None
     learnt, _, _ = jax.eval_shape(programs.prepare, groups, bare(state.advantage_state), kl, c_ref)
     per_token = shape(learnt.mask.shape, jnp.float32)
-    if config.update.epochs * config.update.minibatches > 1:
+    if programs_lib.needs_old_logprobs(config, method):
         learnt = learnt._replace(old_logprobs=per_token)
     if config.update.kl_coefficient:
         learnt = learnt._replace(ref_logprobs=per_token)
@@ -205,6 +205,10 @@ def parts_of(config: Config, devices) -> list[Part]:
       ConfigError: the configuration cannot run there.
     """
     method = config_lib.validate(config)
+    if config.regression.tokenizer:
+        raise ConfigError(
+            "A plan is made for runs on text: a regression run's sizes (config.regression) depend on its table, which is not read here."
+        )
     policy, judge = sizes_of(config)
     try:
         mesh = programs_lib.mesh_of(config, devices)
@@ -240,7 +244,8 @@ def parts_of(config: Config, devices) -> list[Part]:
     # What lies in a chip's memory, in bytes.
     weights, opt_state = a_chip(state.params), a_chip(state.opt_state)
     trained, _ = models.lora.split(model, state.params)
-    reference = a_chip(trained) if _needs_reference(config, method) else 0.0
+    needs_reference = programs_lib.needs_reference(config, method)
+    reference = a_chip(trained) if needs_reference else 0.0
     params = state.params
     if programs.for_rollouts:
         bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.params)
@@ -261,8 +266,11 @@ def parts_of(config: Config, devices) -> list[Part]:
     number = jnp.dtype(model.compute_dtype).itemsize
     token = 2 * model.layers * model.kv_heads * model.head_dim * number / decoding.shape["tensor"]
     prompts_kv, samples_kv = (x * token / sharding.ways(decoding) for x in (part * S, part * K * T))
-    if config.sampling.quantize:
-        prompts_kv, samples_kv = prompts_kv * (1 + 1 / number), samples_kv / number
+    if (
+        config.sampling.quantize
+    ):  # a byte a number and a float32 scale a head and place; the prompts' beside what they are rounded from
+        rounded = (model.head_dim + 4) / (model.head_dim * number)
+        prompts_kv, samples_kv = prompts_kv * (1 + rounded), samples_kv * rounded
 
     probe = method.loss.self_reward is not None
     decode = costs.rollout(
@@ -331,10 +339,12 @@ def parts_of(config: Config, devices) -> list[Part]:
         parts.append(
             Part("reward model", lower, cost, in_kernels, beside, {"weights": judging}, times=config.sampling.parts)
         )
-    scorings = int(_needs_reference(config, method)) + (u.epochs * u.minibatches > 1 and not _exact(model, config))
+    again = programs_lib.needs_old_logprobs(config, method) and not programs_lib.sampler_is_exact(config)
+    scorings = int(needs_reference) + again
     if scorings:
         lower = lambda: programs.jitted["score"].lower(state.params, learnt.rollout, scalar(jnp.float32))
         keywords = dict(attention=model.attention, replicas=replicas, parts=pieces, logprob_chunk=u.logprob_chunk)
+        keywords["tensor"] = mesh.shape["tensor"]
         cost = costs.score(model, P, G, S, T, probe=probe, **keywords)
         in_kernels = cost.attention_flops if splash else 0.0
         beside = opt_state + reference + judging
@@ -353,6 +363,7 @@ def parts_of(config: Config, devices) -> list[Part]:
         accumulation=u.accumulation,
         logprob_chunk=u.logprob_chunk,
         probe=probe,
+        tensor=mesh.shape["tensor"],
         optimizer_slots=3 if config.optimizer.float32_master else 2,
     )
     parts.append(
@@ -369,16 +380,6 @@ def parts_of(config: Config, devices) -> list[Part]:
         )
     )
     return parts
-
-
-def _needs_reference(config: Config, method: Method) -> bool:
-    self_reward = method.loss.self_reward
-    exact = bool(self_reward and self_reward.reference == "exact")
-    return bool(config.update.kl_coefficient) or "kl" in method.signals or exact
-
-
-def _exact(model: models.ModelConfig, config: Config) -> bool:
-    return model.compute_dtype == model.param_dtype == "float32" and not config.sampling.quantize
 
 
 def a_chip(tree) -> float:
@@ -493,6 +494,8 @@ def make_plan(config: Config, topology: str, devices, say: Callable[[str], None]
                 "every prompt and every completion is as long as it may be",
                 "links carry all collectives of a program at the rate of all a chip's links in one direction; networks between slices are not "
                 "counted",
+                "the supervised phase, evaluations (prompts_per_step x eval.samples completions at once) and a reward model's training are not "
+                "compiled: whether they fit is not said here",
                 "rewards on the host, reading data and checkpoints take no time; no group is drawn again",
             ],
         },
@@ -503,9 +506,10 @@ def search(config: Config, topology: str, devices, say: Callable[[str], None] = 
     """The most that fits of prompts_per_step, group_size and max_completion_length, each with the others as configured; 0: nothing does."""
     mesh = programs_lib.mesh_of(config, devices)
     decoding = sharding.rollout_mesh(mesh, config.mesh.rollout_tensor or mesh.shape["tensor"])
-    pieces = config.update.minibatches * config.update.accumulation
+    pieces, parts = config.update.minibatches * config.update.accumulation, config.sampling.parts
+    ways = sharding.ways(mesh)
     grains = {
-        "prompts_per_step": math.lcm(sharding.ways(mesh) * pieces, sharding.ways(decoding)),
+        "prompts_per_step": math.lcm(ways * pieces, ways * parts, sharding.ways(decoding) * parts),
         "group_size": 1,
         "max_completion_length": 128,
     }
@@ -599,11 +603,12 @@ def main(argv: list[str] | None = None) -> int:
         config, _ = config_lib.parse_args(rest)
         if int(own["slices"]) > 1:
             config.mesh.slice = int(own["slices"])
+        out = pathlib.Path(own["out"]).expanduser()
         plan = make_plan(config, own["topology"], devices, say)
+        out.write_text(json.dumps(plan, indent=2) + "\n")
         if "--search" in argv:
             plan["largest"] = search(config, own["topology"], devices, say)
-        out = pathlib.Path(own["out"]).expanduser()
-        out.write_text(json.dumps(plan, indent=2) + "\n")
+            out.write_text(json.dumps(plan, indent=2) + "\n")
     except (ConfigError, models.PretrainedError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -221,20 +221,23 @@ def build(
         join=jax.jit(lambda *parts: learner.join(parts), out_shardings=batch_sharding),
         generate_eval=lambda params, batch: sampled(
             "evaluation",
-            config.prompts_per_step,
+            len(batch.rows),
             params,
-            batch.take(hosts.places(batch_sharding, config.prompts_per_step)),
+            batch.take(hosts.places(batch_sharding, len(batch.rows))),
             constant(0, np.int32),
             constant(config.eval.temperature),
         ),
         prepare=jax.jit(
             experience.make_prepare(
                 method, weights, verdict, mask_truncated=config.sampling.mask_truncated_completions, expert=expert
-            )
+            ),
+            out_shardings=(batch_sharding, whole, whole),
         ),
         mean_reward=jax.jit(functools.partial(experience.mean_reward, weights=weights, group_size=config.group_size)),
         fill=jax.jit(
-            functools.partial(experience.fill, verdict=verdict, group_size=config.group_size), donate_argnums=0
+            functools.partial(experience.fill, verdict=verdict, group_size=config.group_size),
+            donate_argnums=0,
+            out_shardings=(batch_sharding, whole, whole),
         ),
         score=lambda params, rollout: jitted["score"](params, rollout, temperature()),
         update=lambda state, batch: jitted["update"](state, batch, temperature()),
@@ -250,6 +253,28 @@ def _matrices_for_products(model: models.ModelConfig, params):
     cast = lambda x: x.astype(model.compute_dtype) if x.ndim == 3 else x
     params = params | {"layers": jax.tree.map(cast, params["layers"])}
     return params | {name: params[name].astype(model.compute_dtype) for name in params.keys() & {"head"}}
+
+
+def needs_kl(config: Config, method: Method) -> bool:
+    """Whether a step measures the KL divergence from the reference policy."""
+    return config.update.kl_coefficient > 0 or "kl" in method.signals
+
+
+def needs_reference(config: Config, method: Method) -> bool:
+    """Whether a step scores its completions under the reference policy."""
+    self_reward = method.loss.self_reward
+    return needs_kl(config, method) or bool(self_reward and self_reward.reference == "exact")
+
+
+def needs_old_logprobs(config: Config, method: Method) -> bool:
+    """Whether a step's updates need the log-probabilities of the policy before the first of them."""
+    rounded = bool(config.sampling.quantize)
+    return config.update.epochs * config.update.minibatches > 1 or (rounded and "kl" in method.signals)
+
+
+def sampler_is_exact(config: Config) -> bool:
+    """Whether these are the sampler's own: the float32 one agrees with the trainer to 1e-5, others are scored again."""
+    return config.model.compute_dtype == config.model.param_dtype == "float32" and not config.sampling.quantize
 
 
 def columns_of(method: Method) -> tuple[str, ...]:

@@ -232,7 +232,9 @@ def train_reward_model(phase: Phase, decoder: models.Params, console: rich.conso
     score = jax.jit(functools.partial(reward_model.group_scores, phase.model))
     evaluation = lambda params: evaluate(lambda batch: score(params, place(batch)), phase.held_out)
 
-    phase.work.begin(phase.tokenizer)
+    if hosts.first():
+        phase.work.begin(phase.tokenizer)
+    hosts.barrier("reward model's directory")
     state = jax.jit(fresh, out_shardings=shardings)(decoder)
     saver = checkpoints.Checkpoints(directory / "checkpoints", c.checkpoint.keep)
     number, state = saver.restore(state) or (0, state)

@@ -178,9 +178,8 @@ def generate(
         legal_now = None if legal is None else legal[..., t, :].reshape(-1, 1, legal.shape[-1])
         law = scale_logits(logits, temperature, legal_now)  # f32[P, G, V]
         if G % sharding.tensor_ways() == 0 and law.shape[1] == G:
-            law = sharding.constrain(
-                law, "prompts", "samples"
-            )  # whole rows of fewer samples, not all samples' on every device
+            # Whole rows of some samples to each device that has a part of the vocabulary, not all samples' to all.
+            law = sharding.constrain(law, "prompts", "samples")
         return sample_token(law, jax.lax.dynamic_index_in_dim(noise, t, 2, keepdims=False), temperature == 0)
 
     def write(tokens, logprobs, new, logp, live, t):

@@ -6,6 +6,7 @@ What stands in brackets is compiled; arrays stay on the device between its parts
 token ids out, rewards in. The same command goes on from the newest checkpoint.
 """
 
+from collections.abc import Callable
 import contextlib
 import dataclasses
 import functools
@@ -124,12 +125,11 @@ def first_state(run: Run) -> TrainState:
 
 
 def supervised(
-    run: Run, state: TrainState, saver: checkpoints.Checkpoints, console: rich.console.Console
+    run: Run, state: TrainState, saver: checkpoints.Checkpoints, console: rich.console.Console, asked: Callable
 ) -> TrainState:
     """The supervised phase: cross-entropy on worked solutions, with checkpoints and metrics of its own."""
     c, begin = run.config, int(state.step)
     with contextlib.ExitStack() as stack:
-        asked = stack.enter_context(hosts.preemption())
         metrics_file = stack.enter_context(
             writers.MetricsWriter(
                 run.work.path / "supervised", c.log.tensorboard, resume_step=begin or -1, enabled=hosts.first()
@@ -141,7 +141,7 @@ def supervised(
             metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
             metrics_file.write(step + 1, metrics)
             bar.advance(f"loss {metrics['sft/loss']:.3f}")
-            ending = asked(step + 1)
+            ending = asked()
             if (ending or (step + 1) % c.checkpoint.every == 0) and step + 1 < c.supervised.steps:
                 saver.save(step + 1, state)
                 if ending:
@@ -163,9 +163,8 @@ def collect(run: Run, state: TrainState, weights, clock: Clock) -> tuple[experie
     def draw(i):
         batch = run.prompts.batch(i)
         parts = batch.split(run.config.sampling.parts)
-        with clock(
-            "rollout"
-        ):  # all parts are dispatched; the host scores each while the devices sample those behind it
+        with clock("rollout"):
+            # All parts are dispatched; the host scores each while the devices sample those behind it.
             rollouts = [run.programs.generate(weights, part, state.step) for part in parts]
             scorings = [run.scorer.begin(*part) for part in zip(rollouts[:-1], parts)]
             jax.block_until_ready(rollouts)
@@ -236,22 +235,20 @@ def train_step(run: Run, state: TrainState, reference, clock: Clock, c_ref: jax.
     Returns:
       (state, groups, experience, metrics).
     """
-    programs, u = run.programs, run.config.update
+    programs = run.programs
     weights = rollout_weights(run, state.params, clock)
     groups, metrics, batches = collect(run, state, weights, clock)
     del weights  # where they are a copy, the update needs the room
     with clock("update"):
         rollout = _trained(groups.rollout, run.method)
         old_logprobs = ref_logprobs = kl = None
-        # The float32 sampler agrees with the trainer to 1e-5; other rollouts are scored again by the trainer's forward.
-        rounded = bool(run.config.sampling.quantize)
-        exact = run.model.compute_dtype == run.model.param_dtype == "float32" and not rounded
-        if u.epochs * u.minibatches > 1 or rounded and "kl" in run.method.signals:
+        if programs_lib.needs_old_logprobs(run.config, run.method):
+            exact = programs_lib.sampler_is_exact(run.config)
             old_logprobs = rollout.logprobs if exact else programs.score(state.params, rollout).logprobs
         if reference is not None:
             _, frozen = models.lora.split(run.model, state.params)
             of_reference = programs.score(models.lora.join(reference, frozen), rollout)
-            if needs_kl(run):
+            if programs_lib.needs_kl(run.config, run.method):
                 ref_logprobs = of_reference.logprobs
                 law = rollout if old_logprobs is None else rollout._replace(logprobs=old_logprobs)
                 kl = experience.log_ratio(law, ref_logprobs)
@@ -284,6 +281,11 @@ def train(run: Run) -> dict[str, dict[str, float]]:
       Preempted: SIGTERM came; the last step is saved.
       RewardError, CheckpointError, MetricsError, OSError: a sentence that says what is wrong and where.
     """
+    with hosts.preemption() as asked:
+        return _train(run, asked)
+
+
+def _train(run: Run, asked: Callable[[], bool]) -> dict[str, dict[str, float]]:
     c, programs, work = run.config, run.programs, run.work
     console = rich.console.Console(highlight=False, quiet=not hosts.first())
     saver = checkpoints.Checkpoints(work.path / "checkpoints", c.checkpoint.keep)
@@ -301,15 +303,15 @@ def train(run: Run) -> dict[str, dict[str, float]]:
     if number is None or number < c.supervised.steps:
         state = first_state(run) if state is None else state
         if run.solutions:
-            state = supervised(run, state, saver, console)
+            state = supervised(run, state, saver, console, asked)
         state = programs.restart(state.params)
         saver.save(c.supervised.steps, state)
 
     begin = int(state.step)
-    if begin == 0 and (needs_reference(run) or c.checkpoint.keep_start):
+    if begin == 0 and (programs_lib.needs_reference(run.config, run.method) or c.checkpoint.keep_start):
         checkpoints.save_params(work.path / "start", trained_of(run, state.params))
     reference = None
-    if needs_reference(run):
+    if programs_lib.needs_reference(run.config, run.method):
         reference = checkpoints.load_params(work.path / "start", trained_of(run, state.params))
     c_ref = self_reward_constant(run, state)
     exact = c_ref is not None and run.method.loss.self_reward.reference == "exact"
@@ -321,7 +323,6 @@ def train(run: Run) -> dict[str, dict[str, float]]:
     )
     with contextlib.ExitStack() as stack:
         resume = dict(resume_step=begin or -1, enabled=hosts.first())
-        asked = stack.enter_context(hosts.preemption())
         metrics_file = stack.enter_context(writers.MetricsWriter(work.path, c.log.tensorboard, **resume))
         samples_file = stack.enter_context(writers.SampleTable(work.path, **resume))
         if begin == 0 and c.eval.every:
@@ -339,7 +340,7 @@ def train(run: Run) -> dict[str, dict[str, float]]:
             metrics_file.write(done, metrics)
             if hosts.first() and c.log.samples_every and (done % c.log.samples_every == 0 or last):
                 write_samples(run, samples_file, done, groups, batch)
-            ending = asked(done) and not last
+            ending = asked() and not last
             if done % c.checkpoint.every == 0 or last or ending:
                 saver.save(c.supervised.steps + done, state)
             if ending:
@@ -352,15 +353,6 @@ def train(run: Run) -> dict[str, dict[str, float]]:
 def trained_of(run: Run, params: models.Params) -> models.Params:
     """The weights that the run trains: all, or the adapters."""
     return models.lora.split(run.model, params)[0]
-
-
-def needs_kl(run: Run) -> bool:
-    return run.config.update.kl_coefficient > 0 or "kl" in run.method.signals
-
-
-def needs_reference(run: Run) -> bool:
-    self_reward = run.method.loss.self_reward
-    return needs_kl(run) or bool(self_reward and self_reward.reference == "exact")
 
 
 def self_reward_constant(run: Run, state: TrainState) -> jax.Array | None:
@@ -387,10 +379,12 @@ def self_reward_constant(run: Run, state: TrainState) -> jax.Array | None:
                 "No completion of the policy that RL begins with has ended, so LaSeR's constant cannot be measured: raise "
                 "config.max_completion_length, or begin with config.supervised.steps."
             )
+        c_ref = float(np.float32(found.mean()))
         if hosts.first():
-            writers.write_json(file, {"c_ref": float(np.float32(found.mean())), "completions": int(found.size)})
-        hosts.barrier("self-reward constant")
-    return hosts.put(np.float32(json.loads(file.read_text())["c_ref"]), sharding.replicated(run.programs.sharding.mesh))
+            writers.write_json(file, {"c_ref": c_ref, "completions": int(found.size)})
+    else:
+        c_ref = json.loads(file.read_text())["c_ref"]
+    return hosts.put(np.float32(c_ref), sharding.replicated(run.programs.sharding.mesh))
 
 
 def write_samples(run: Run, table: writers.SampleTable, step: int, groups: experience.Groups, batch) -> None:
@@ -468,6 +462,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config, workdir = config_lib.parse_args(argv)
         hosts.initialize(config.mesh.host_timeout)
+    except ValueError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    with hosts.leaving_together():
+        return _main(config, workdir)
+
+
+def _main(config: Config, workdir: str) -> int:
+    try:
         run = setup(config, workdir)
     except (ConfigError, *_REFUSALS) as e:
         print(f"error: {e}", file=sys.stderr)
@@ -486,6 +489,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {e}", file=sys.stderr)
         return hosts.leave(1)
     except hosts.Preempted as e:
+        hosts.barrier("preempted")
         print(f"Asked to end, and saved after {e}: the same command goes on from there.", file=sys.stderr)
         return hosts.leave(128 + signal.SIGTERM)
     except jax.errors.JaxRuntimeError as e:

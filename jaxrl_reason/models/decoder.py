@@ -298,10 +298,9 @@ class Decoder(nnx.Module):
     # -- parts -------------------------------------------------------------------------------------
 
     def _embed(self, tokens):
-        x = sharding.constrain(self.embedding[...], "vocab", None)[
-            tokens
-        ]  # rows whole: else activations are, and exchanged
-        x = sharding.constrain(x, "prompts")
+        # Whole rows of the embedding: else the partitioner makes the activations whole, and exchanges those.
+        rows = sharding.constrain(self.embedding[...], "vocab", None)
+        x = sharding.constrain(rows[tokens], "prompts")
         scale = self.config.embedding_scale
         # Families that scale do it with a factor rounded to the weights' dtype.
         return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)

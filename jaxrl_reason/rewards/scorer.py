@@ -126,7 +126,11 @@ class Scorer:
             for name, values in table.per_reward.items():
                 everyone = hosts.together(values, self._sharding, size)
                 rewards[name] = hosts.put(everyone, self._sharding)
-            metrics = metrics | hosts.mean(table.failures())
+            figures = table.failures()
+            for key in [f"rewards/{name}/timeout_rate" for name in table.per_reward]:
+                if hosts.largest(int(key in figures)):  # elsewhere, if not here, where every row has raised
+                    figures.setdefault(key, 0.0)
+            metrics = metrics | hosts.mean(dict(sorted(figures.items())))
         return {name: rewards[name] for name in self.names}, metrics
 
     def _ask(self, rollout: Rollout, batch: PromptBatch) -> host.RewardTable:
