@@ -121,7 +121,7 @@ class Part:
       cost: on all devices, see `costs`.
       in_kernels: of its FLOPs those in Pallas kernels, which the compiled text does not show.
       beside: bytes a chip of what lies in its memory meanwhile and is not the program's.
-      filled: what the program's own memory holds, name -> bytes a chip; the rest are activations and the compiler's own.
+      filled: what the program's own memory holds, name -> bytes a chip; the rest are activations, with the compiler's own copies.
       donated: bytes a chip that the program should write over.
       loop_trips: how often its loop of unknown length runs.
       times: runs a step.
@@ -415,7 +415,7 @@ def measure(part: Part, chip: Chip, devices: int) -> dict[str, Any]:
         "beside_gib": part.beside / GIB,
         "total_gib": (own + part.beside) / GIB,
         "filled_gib": {name: x / GIB for name, x in part.filled.items()}
-        | {"activations and the compiler's": max(rest, 0.0) / GIB},
+        | {"activations": max(rest, 0.0) / GIB},
         "flops": part.cost.flops,
         "attention_flops": part.cost.attention_flops,
         "bytes": part.cost.bytes,
@@ -555,9 +555,9 @@ def table(plan: Mapping[str, Any]) -> rich.table.Table:
     """A column a program."""
     parts = plan["parts"]
     out = rich.table.Table(title=f"{plan['devices']} x {plan['topology'].partition(':')[0]} ({plan['topology']})")
-    out.add_column("")
+    out.add_column("", no_wrap=True)
     for part in parts:
-        out.add_column(part["name"], justify="right")
+        out.add_column(part["name"], justify="right", no_wrap=True)
     row = lambda name, cell: out.add_row(name, *map(cell, parts))
     row("fits", lambda p: "yes" if p["fits"] else "NO")
     row("memory of a chip", lambda p: f"{p['total_gib']:.2f} of {p['limit_gib']} GiB")
@@ -587,6 +587,8 @@ def main(argv: list[str] | None = None) -> int:
         print(__doc__)
         return 0
     console = rich.console.Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 140  # a file has no edge
     say = lambda text: console.print(text, style="dim")
     try:
         own, rest = {"topology": "", "slices": "1", "out": "plan.json"}, []

@@ -714,7 +714,8 @@ def scored(config, tmp_path):
 def dynamic_sampling(config, tmp_path):
     """Prompt batches drawn where no group ever informs."""
     run = setup(config, tmp_path)
-    return train.collect(run, run.programs.init(), Clock())[1]["dynamic_sampling/batches"]
+    state = run.programs.init()
+    return train.collect(run, state, state.params, Clock())[1]["dynamic_sampling/batches"]
 
 
 def values(config, tmp_path):

@@ -146,7 +146,7 @@ def compare(folder, one, other):
                 if a[name] is None or b[name] is None:
                     assert a[name] == b[name]
                 else:
-                    np.testing.assert_allclose(b[name], a[name], rtol=1e-5, atol=1e-6, err_msg=f"{name} {a['step']}")
+                    np.testing.assert_allclose(b[name], a[name], rtol=1e-5, atol=3e-6, err_msg=f"{name} {a['step']}")
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +194,37 @@ def test_processes_and_devices_change_neither_samples_nor_losses_nor_weights(
     copies = processes if mesh == dict(mesh__data=1, mesh__fsdp=1, mesh__tensor=2) else 1  # they hold the same prompts
     assert sorted(sum(seen, [])) == sorted(everything * copies)
     assert len({len(lines) for lines in seen}) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(method={"name": "dapo"}, sampling__max_batches=3, sampling__parts=2),
+        dict(update__kl_coefficient=0.1, update__minibatches=2, sampling__parts=2),
+        dict(method={"name": "remax"}, lora__rank=2),
+        dict(method={"name": "laser", "reasoning_warmup": 1, "self_reward_warmup": 1}),
+        dict(
+            method={"name": "hero"},
+            reward__functions=["match_answer", "reward_model"],
+            reward__weights=[1.0, 0.0],
+            reward_model__steps=2,
+            reward_model__batch_size=8,
+        ),
+    ],
+    ids=["dapo", "kl", "remax", "laser", "hero"],
+)
+def test_two_processes_do_what_one_does_with_every_part_of_a_step(options, folder, shared_programs, tmp_path):
+    pairs = [
+        {**row, "question": f"Write {row['answer']}.", "chosen": f"#### {row['answer']}", "rejected": f"#### {i + 1}"}
+        for i, row in enumerate(ROWS)
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", pairs)
+    options = dict(data__train=str(data), **options)
+    for processes, name in ((1, "one"), (2, "two")):
+        _, path = recipe(folder, f"part_{name}", mesh__fsdp=processes, **options)
+        run(path, tmp_path / name, shared_programs, processes)
+    compare(tmp_path, "one", "two")
 
 
 def test_a_checkpoint_of_two_processes_goes_on_with_another_mesh_in_one(folder, alone, shared_programs):
