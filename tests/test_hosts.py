@@ -161,14 +161,16 @@ def alone(folder, shared_programs):
     "processes, devices, mesh",
     [
         (2, 1, dict(mesh__fsdp=2)),
-        (2, 2, dict(mesh__data=2, mesh__fsdp=1, mesh__tensor=2)),
+        pytest.param(2, 2, dict(mesh__data=2, mesh__fsdp=1, mesh__tensor=2), marks=pytest.mark.slow),
         pytest.param(4, 1, dict(mesh__data=2, mesh__fsdp=2), marks=pytest.mark.slow),
         pytest.param(2, 2, dict(mesh__data=1, mesh__fsdp=1, mesh__tensor=2, mesh__slice=2), marks=pytest.mark.slow),
         pytest.param(2, 1, dict(mesh__data=1, mesh__fsdp=1, mesh__tensor=2), marks=pytest.mark.slow),
         pytest.param(1, 8, dict(mesh__data=8, mesh__fsdp=1), marks=pytest.mark.slow),
         pytest.param(1, 8, dict(mesh__data=1, mesh__fsdp=8), marks=pytest.mark.slow),
         pytest.param(1, 8, dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2), marks=pytest.mark.slow),
-        (1, 8, dict(mesh__data=2, mesh__fsdp=4, mesh__tensor=1, mesh__rollout_tensor=2)),
+        pytest.param(
+            1, 8, dict(mesh__data=2, mesh__fsdp=4, mesh__tensor=1, mesh__rollout_tensor=2), marks=pytest.mark.slow
+        ),
     ],
     ids=["2", "2x2", "4", "2slices", "2tensor", "8data", "8fsdp", "8cube", "8resharded"],
 )
@@ -227,6 +229,7 @@ def test_two_processes_do_what_one_does_with_every_part_of_a_step(options, folde
     compare(tmp_path, "one", "two")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_goes_on_with_another_mesh_in_one(folder, alone, shared_programs):
     config, path = recipe(folder, "moved", mesh__fsdp=2, steps=2)
     run(path, folder / "moved", shared_programs, processes=2)
@@ -240,7 +243,13 @@ def test_a_checkpoint_of_two_processes_goes_on_with_another_mesh_in_one(folder, 
 
 
 @pytest.mark.parametrize(
-    "who, how", [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)], ids=["1", "0", "stopped"]
+    "who, how",
+    [
+        (1, signal.SIGKILL),
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
+    ],
+    ids=["1", "0", "stopped"],
 )
 def test_a_process_that_dies_ends_the_other_within_the_limit(who, how, folder, shared_programs, tmp_path):
     _, path = recipe(folder, f"killed{who}", mesh__fsdp=2, steps=100_000, eval__every=0)
@@ -262,6 +271,7 @@ def test_a_process_that_dies_ends_the_other_within_the_limit(who, how, folder, s
             process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_saves_and_the_same_command_goes_on(processes, folder, shared_programs, tmp_path):
     _, path = recipe(folder, f"stopped{processes}", mesh__fsdp=processes, steps=100_000, checkpoint__every=100_000)
