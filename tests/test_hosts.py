@@ -129,8 +129,8 @@ def weights(config, workdir):
     return number, np.asarray(jax.flatten_util.ravel_pytree(state.params)[0])
 
 
-def compare(folder, one, other):
-    """Samples identical, figures and weights equal to 1e-5."""
+def compare(folder, one, other, tolerance=1e-5):
+    """Samples identical, figures equal."""
     samples = lambda name: [
         (s["step"], s["prompt"], s["completion"], s["total"])
         for s in map(json.loads, (folder / name / "samples.jsonl").read_text().splitlines())
@@ -146,7 +146,9 @@ def compare(folder, one, other):
                 if a[name] is None or b[name] is None:
                     assert a[name] == b[name]
                 else:
-                    np.testing.assert_allclose(b[name], a[name], rtol=1e-5, atol=3e-6, err_msg=f"{name} {a['step']}")
+                    np.testing.assert_allclose(
+                        b[name], a[name], rtol=tolerance, atol=0.3 * tolerance, err_msg=f"{name} {a['step']}"
+                    )
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +228,8 @@ def test_two_processes_do_what_one_does_with_every_part_of_a_step(options, folde
     for processes, name in ((1, "one"), (2, "two")):
         _, path = recipe(folder, f"part_{name}", mesh__fsdp=processes, **options)
         run(path, tmp_path / name, shared_programs, processes)
-    compare(tmp_path, "one", "two")
+    # Scores of a reward model that has hardly learnt lie within 1e-3 of each other, and HERO divides by their spread.
+    compare(tmp_path, "one", "two", tolerance=3e-4 if "reward_model__steps" in options else 1e-5)
 
 
 @pytest.mark.slow
