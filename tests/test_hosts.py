@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -329,3 +330,23 @@ def test_alone_there_is_nothing_to_connect_and_a_share_is_everything(monkeypatch
     np.testing.assert_array_equal(hosts.places(split, 5), np.arange(5))
     x = np.arange(10.0).reshape(5, 2)
     np.testing.assert_array_equal(hosts.share(hosts.put_share(x, split, 5), split), x)
+
+
+def test_sigterm_is_told_stays_told_and_ends_nothing_meanwhile():
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("Only the main thread hears signals.")
+    before = signal.getsignal(signal.SIGTERM)
+    with hosts.preemption() as asked:
+        assert not asked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked() and asked()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_was_attempted_raises_when_it_is_asked_for():
+    assert hosts.attempt(lambda: 3, ValueError)() == 3
+    failed = hosts.attempt(lambda: int("x"), ValueError)
+    with pytest.raises(ValueError, match="invalid literal"):
+        hosts.agree(failed, ValueError)
+    with pytest.raises(KeyError):  # not foreseen: at once
+        hosts.attempt(lambda: {}["x"], ValueError)
