@@ -11,6 +11,7 @@ import functools
 import glob
 import itertools
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -98,6 +99,15 @@ def leaving_together():
             raise
         traceback.print_exc()
         leave(1)
+
+
+def came_from_devices(error: Exception) -> bool:
+    """Whether the runtime raised this: jax gives its errors several classes, and their messages begin with a status."""
+    return bool(
+        re.match(
+            r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ", str(error)
+        )
+    )
 
 
 def why_it_stopped(error: Exception) -> str:

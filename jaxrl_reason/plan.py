@@ -414,8 +414,7 @@ def measure(part: Part, chip: Chip, devices: int) -> dict[str, Any]:
         "peak_gib": own / GIB,
         "beside_gib": part.beside / GIB,
         "total_gib": (own + part.beside) / GIB,
-        "filled_gib": {name: x / GIB for name, x in part.filled.items()}
-        | {"activations": max(rest, 0.0) / GIB},
+        "filled_gib": {name: x / GIB for name, x in part.filled.items()} | {"activations": max(rest, 0.0) / GIB},
         "flops": part.cost.flops,
         "attention_flops": part.cost.attention_flops,
         "bytes": part.cost.bytes,

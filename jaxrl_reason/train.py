@@ -492,8 +492,8 @@ def _main(config: Config, workdir: str) -> int:
         hosts.barrier("preempted")
         print(f"Asked to end, and saved after {e}: the same command goes on from there.", file=sys.stderr)
         return hosts.leave(128 + signal.SIGTERM)
-    except jax.errors.JaxRuntimeError as e:
-        if jax.process_count() == 1:
+    except (jax.errors.JaxRuntimeError, ValueError) as e:
+        if jax.process_count() == 1 or not hosts.came_from_devices(e):
             raise
         print(f"error: {hosts.why_it_stopped(e)}", file=sys.stderr)
         return hosts.leave(1)
