@@ -328,8 +328,12 @@ def test_dynamic_sampling_reports_failures_over_all_that_was_drawn(rows, rewards
 
 @pytest.mark.parametrize(
     "options",
-    [dict(), dict(method={"name": "remax"}), dict(method={"name": "dapo"}, sampling__max_batches=3)],
-    ids=["grpo", "remax", "dapo"],
+    [
+        dict(method={"name": "dapo"}, sampling__max_batches=3),
+        pytest.param(dict(), marks=pytest.mark.slow),
+        pytest.param(dict(method={"name": "remax"}), marks=pytest.mark.slow),
+    ],
+    ids=["dapo", "grpo", "remax"],
 )
 def test_sampling_in_parts_changes_no_number(options, rows, rewards, tmp_path):
     options = dict(reward__functions=[f"{rewards}:even", "match_answer"], log__samples_every=1, **options)
