@@ -8,6 +8,8 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from jaxrl_reason import plan
+
 # Times are for people with quiet machines.
 hypothesis.settings.register_profile("ours", deadline=None)
 hypothesis.settings.load_profile("ours")
@@ -27,6 +29,13 @@ def shared_programs(tmp_path_factory):
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
+
+
+@pytest.fixture
+def tpu():
+    """The devices of a slice by its name; nothing runs on them."""
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install jaxrl_reason[tpu]")
+    return plan.devices_of
 
 
 @pytest.fixture(scope="module")

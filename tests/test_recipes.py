@@ -241,17 +241,11 @@ def test_a_recipe_compiles_with_the_real_dimensions(recipe, hub, tmp_path):
 
 
 @pytest.fixture
-def v5e8(monkeypatch):
-    """The chips of one, for compiling with few optimizations, five times as fast; nothing runs on them."""
-    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install jaxrl_reason[tpu]")
-    from jax.experimental import topologies
-
-    quiet = {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_LOG_DIR": "disabled"}
-    for name, value in {**quiet, "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}.items():
-        monkeypatch.setenv(name, value)
+def v5e8(tpu):
+    """The chips of one, for compiling with few optimizations, five times as fast."""
     level = jax.config.jax_optimization_level
     jax.config.update("jax_optimization_level", "O0")
-    yield topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    yield tpu("v5e:2x4")
     jax.config.update("jax_optimization_level", level)
 
 

@@ -285,18 +285,6 @@ def test_a_mesh_gives_what_one_device_gives(tmp_path):
 # -- for TPUs --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def tpu(monkeypatch):
-    """Devices of a topology by name; nothing runs on them."""
-    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install jaxrl_reason[tpu]")
-    from jax.experimental import topologies
-
-    quiet = {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_LOG_DIR": "disabled"}
-    for name, value in {**quiet, "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}.items():
-        monkeypatch.setenv(name, value)
-    return lambda name: topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-
-
 def compiled_gradient(config, devices, sizes, prompt, completion):
     """The text of the program of `hidden_and_gradients`' kind for a mesh of these devices."""
     mesh = models.sharding.make_mesh(*sizes, devices=devices[: int(np.prod(sizes))])
