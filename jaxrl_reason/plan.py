@@ -417,6 +417,7 @@ def measure(part: Part, chip: Chip, devices: int) -> dict[str, Any]:
         "filled_gib": {name: x / GIB for name, x in part.filled.items()} | {"activations": max(rest, 0.0) / GIB},
         "flops": part.cost.flops,
         "attention_flops": part.cost.attention_flops,
+        "recomputed_flops": part.cost.recomputed_flops,
         "bytes": part.cost.bytes,
     }
     seconds = {
@@ -590,21 +591,23 @@ def main(argv: list[str] | None = None) -> int:
         console.width = 140  # a file has no edge
     say = lambda text: console.print(text, style="dim")
     try:
-        own, rest = {"topology": "", "slices": "1", "out": "plan.json"}, []
-        for flag in argv:
-            name, _, value = flag.removeprefix("--").partition("=")
+        own, rest, flags = {"topology": "", "slices": "1", "out": "plan.json"}, [], iter(argv)
+        for flag in flags:
+            name, equals, value = flag.removeprefix("--").partition("=")
             if name in own:
-                own[name] = value
+                own[name] = value if equals else next(flags, "")  # --flag value
             elif flag != "--search":
                 rest.append(flag)
         if not own["slices"].isdigit() or not int(own["slices"]):
             raise ConfigError(f"--slices is {own['slices']!r}; give a number of slices.")
         jax.config.update("jax_platforms", "cpu")  # here nothing runs
+        out = pathlib.Path(own["out"]).expanduser()
+        if not out.parent.is_dir() or out.is_dir():  # before the minutes that the compiler takes
+            raise ConfigError(f"--out is {own['out']!r}; name a file in a directory that exists.")
         devices = devices_of(own["topology"], int(own["slices"]))
         config, _ = config_lib.parse_args(rest)
         if int(own["slices"]) > 1:
             config.mesh.slice = int(own["slices"])
-        out = pathlib.Path(own["out"]).expanduser()
         plan = make_plan(config, own["topology"], devices, say)
         out.write_text(json.dumps(plan, indent=2) + "\n")
         if "--search" in argv:

@@ -106,12 +106,21 @@ def recipe(tmp_path, **changes):
         (["--topology=v9:4x4"], "Generations are v4, v5e, v5p, v6e, tpu7x"),
         ([], "give a generation"),
         (["--topology=v5e:2x2", "--slices=none"], "--slices is 'none'"),
+        (["--topology", "v9:4x4"], "--topology is 'v9:4x4'"),
+        (["--topology"], "--topology is ''"),
     ],
 )
 def test_what_cannot_be_planned_is_a_sentence(flags, said, tmp_path, capsys):
     assert plan.main([f"--config={recipe(tmp_path)}", f"--out={tmp_path / 'plan.json'}", *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and not (tmp_path / "plan.json").exists()
+
+
+def test_where_figures_cannot_go_nothing_is_compiled(tmp_path, capsys):
+    flags = [f"--config={recipe(tmp_path)}", "--topology=v5e:2x2"]
+    for out in (tmp_path / "nowhere" / "plan.json", tmp_path):
+        assert plan.main([*flags, f"--out={out}"]) == 2
+        assert f"--out is '{out}'" in capsys.readouterr().err
 
 
 def test_without_the_compiler_it_says_what_to_install(tmp_path, capsys, monkeypatch):
@@ -171,6 +180,9 @@ def test_a_step_is_planned_for_a_slice(tmp_path):
         assert abs(part["flops_over_hlo"] - 1) < 0.03 and part["flops_in_kernels"] > 0, name
         assert 0 < part["peak_gib"] < part["total_gib"] < 15.75 and part["bound_by"] in part["roofline_seconds"]
     assert parts["update"]["donation"] > 0.99
+    # Where logits are split by the vocabulary, they are exchanged for whole rows; the head stays where it is.
+    head, trips = 256 * 4096 * 2, 255
+    assert parts["rollout"]["collectives"]["all-gather"]["gib"] * plan.GIB < 0.05 * head * trips
     assert found["step"]["seconds_at_least"] == pytest.approx(sum(p["seconds"] * p["times"] for p in found["parts"]))
 
 
