@@ -17,6 +17,7 @@ import rich.table
 
 from jaxrl_reason import checkpoints
 from jaxrl_reason import config as config_lib
+from jaxrl_reason import hosts
 from jaxrl_reason import tasks
 from jaxrl_reason import train
 from jaxrl_reason import writers
@@ -126,6 +127,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, RewardError, checkpoints.CheckpointError, writers.MetricsError, ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except hosts.Preempted as e:
+        print(e, file=sys.stderr)
+        return e.exit_code
     console = rich.console.Console(highlight=False)
     console.print(table(rows, tasks.headlines(config_lib.make_method(config))))
     console.print(f"Written: {pathlib.Path(workdir) / 'comparison.json'}", soft_wrap=True)

@@ -120,7 +120,12 @@ def why_it_stopped(error: Exception) -> str:
 
 
 class Preempted(Exception):
-    """The run was asked to end (SIGTERM) and has saved where it stands; the message is a sentence."""
+    """The run was asked to end (SIGTERM) and has saved where it stands, after `step`; the message is a sentence."""
+
+    exit_code = 128 + signal.SIGTERM
+
+    def __init__(self, step: str):
+        super().__init__(f"Asked to end, and saved after {step}: the same command goes on from there.")
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ import functools
 import itertools
 import json
 import pathlib
-import signal
 import sys
 
 import jax
@@ -490,8 +489,8 @@ def _main(config: Config, workdir: str) -> int:
         return hosts.leave(1)
     except hosts.Preempted as e:
         hosts.barrier("preempted")
-        print(f"Asked to end, and saved after {e}: the same command goes on from there.", file=sys.stderr)
-        return hosts.leave(128 + signal.SIGTERM)
+        print(e, file=sys.stderr)
+        return hosts.leave(e.exit_code)
     except (jax.errors.JaxRuntimeError, ValueError) as e:
         if jax.process_count() == 1 or not hosts.came_from_devices(e):
             raise

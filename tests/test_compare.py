@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_reason import checkpoints, compare, train
+from jaxrl_reason import checkpoints, compare, hosts, train
 from jaxrl_reason.config import Config, ConfigError
 from tiny_runs import tiny, write_rows
 
@@ -62,6 +62,22 @@ def test_a_recipe_without_baselines_is_a_sentence(tmp_path, capsys):
     for flags in ([f"--config={recipe}"], ["--config", str(recipe)]):
         assert compare.main([*flags, f"--workdir={tmp_path / 'runs'}"]) == 2
         assert "has no get_baselines()" in capsys.readouterr().err
+
+
+def test_a_comparison_that_is_asked_to_end_says_that_it_goes_on(tmp_path, capsys, monkeypatch):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "from jaxrl_reason.config import Config\n"
+        "def get_config():\n    return Config()\n"
+        "def get_baselines():\n    return {}\n"
+    )
+
+    def stopped(*_):
+        raise hosts.Preempted("step 3")
+
+    monkeypatch.setattr(compare, "compare", stopped)
+    assert compare.main([f"--config={recipe}", f"--workdir={tmp_path / 'run'}"]) == 143
+    assert capsys.readouterr().err == "Asked to end, and saved after step 3: the same command goes on from there.\n"
 
 
 def test_the_table_has_a_dash_where_a_row_lacks_a_figure():

@@ -276,6 +276,50 @@ def test_a_process_that_dies_ends_the_other_within_the_limit(who, how, folder, s
 
 
 @pytest.mark.slow
+def test_sigterm_in_the_supervised_phase_saves_too(folder, shared_programs, tmp_path):
+    _, path = recipe(folder, "taught", mesh__fsdp=1, supervised__steps=100_000, checkpoint__every=100_000)
+    started = start(path, tmp_path / "run", shared_programs)
+    file = tmp_path / "run" / "supervised" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (file.exists() and file.read_bytes().count(b"\n") > 2):
+        assert time.monotonic() < deadline and started[0].poll() is None
+        time.sleep(0.05)
+    started[0].terminate()
+    ((code, _, err),) = finish(started, limit=60)
+    done = read_metrics(file)[-1]["step"]
+    assert code == 143 and f"saved after supervised step {done}" in err
+    assert (tmp_path / "run" / "checkpoints" / str(done)).is_dir()
+
+
+@pytest.mark.slow
+def test_processes_that_hold_the_same_prompts_learn_from_one_answer(folder, shared_programs, tmp_path):
+    """Each says its own number; the first counts, for both."""
+    (folder / "who.py").write_text(
+        "import os\ndef who(completions, **_):\n    return [float(os.environ['JAX_PROCESS_ID'])] * len(completions)\n"
+    )
+    _, path = recipe(
+        folder, "who_says", mesh__fsdp=1, mesh__tensor=2, steps=2, reward__functions=[f"{folder / 'who.py'}:who"]
+    )
+    run(path, tmp_path / "run", shared_programs, processes=2)
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["step"]]
+    assert [line["rewards/who/mean"] for line in lines] == [0.0, 0.0]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_process_cannot_read_ends_both_in_a_sentence(folder, shared_programs, tmp_path):
+    _, path = recipe(folder, "damaged", mesh__fsdp=2, steps=2)
+    run(path, tmp_path / "run", shared_programs, processes=2)
+    newest = tmp_path / "run" / "checkpoints" / "4"
+    for file in (newest / "default").glob("ocdbt.process_1/d/*"):
+        file.write_bytes(b"")
+    _, path = recipe(folder, "damaged", mesh__fsdp=2, steps=3)
+    begin = time.monotonic()
+    ended = finish(start(path, tmp_path / "run", shared_programs, processes=2), limit=120)
+    assert time.monotonic() - begin < 90 and all(code for code, _, _ in ended)
+    assert any(f"Checkpoint {newest} cannot be read by process" in err for _, _, err in ended), ended
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_saves_and_the_same_command_goes_on(processes, folder, shared_programs, tmp_path):
     _, path = recipe(folder, f"stopped{processes}", mesh__fsdp=processes, steps=100_000, checkpoint__every=100_000)
@@ -318,6 +362,24 @@ def test_what_cannot_run_is_refused_by_all(folder, shared_programs, tmp_path):
 def test_half_an_address_is_refused(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     with pytest.raises(ValueError, match="JAX_COORDINATOR_ADDRESS=''"):
+        hosts.initialize(10)
+
+
+def test_a_tpu_machine_that_jax_knows_no_cluster_of_is_alone_and_one_that_nobody_answers_is_refused(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hosts, "_on_a_tpu_vm", lambda: True)
+
+    def fails(error):
+        def initialize(**_):
+            raise error
+
+        monkeypatch.setattr(jax.distributed, "initialize", initialize)
+
+    fails(ValueError("coordinator_address should be defined."))
+    hosts.initialize(10)
+    fails(OSError("no metadata"))
+    with pytest.raises(ValueError, match="cannot be connected with the others .*no metadata.*JAX_NUM_PROCESSES=1"):
         hosts.initialize(10)
 
 
