@@ -174,6 +174,9 @@ class Reward:
     max_failure_share: float = _field(
         0.5, "stop when more than this share of the rewards failed that one process asked for at once", low=0, high=1
     )
+    workers: int = _field(0, "processes that call module:function and file.py:function; 0: one a core, at most 8", low=0)
+    timeout_s: float = _field(10.0, "seconds that one such call may take, which is for all completions of a prompt", above=0)
+    memory_mb: int = _field(2048, "memory that one such call may take beyond what its process began with", low=1)
 
 
 @_section

@@ -186,15 +186,7 @@ def _text_subject(c: Config, workdir: pathlib.Path, method: methods.Method, mesh
         add_bos=config_lib.begins_with_bos(c, tokenizer),
     )
     r = c.reward
-    scorer = Scorer(
-        r.functions,
-        r.weights,
-        r.verdict,
-        r.max_failure_share,
-        tokenizer=tokenizer,
-        template=template,
-        sharding=sharding.batch_sharding(mesh),
-    )
+    scorer = Scorer(r, tokenizer=tokenizer, template=template, sharding=sharding.batch_sharding(mesh))
     verdict = dict(zip(r.functions, scorer.names)).get(c.eval.verdict, scorer.verdict)
     for batch in batches:
         scorer.check(batch.rows)

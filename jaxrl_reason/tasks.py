@@ -134,15 +134,7 @@ def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
         models.check_weights(pretrained, _pretrained_shape(model))
     texts = dict(max_prompt_length=c.max_prompt_length, on_long=c.data.on_long_prompt)
     texts["add_bos"] = config_lib.begins_with_bos(c, tokenizer)
-    scorer = Scorer(
-        c.reward.functions,
-        c.reward.weights,
-        c.reward.verdict,
-        c.reward.max_failure_share,
-        tokenizer=tokenizer,
-        template=template,
-        sharding=by_prompt,
-    )
+    scorer = Scorer(c.reward, tokenizer=tokenizer, template=template, sharding=by_prompt)
     judge = scorer.by_function[c.eval.verdict] if c.eval.verdict else scorer.verdict
     solutions = None
     if c.supervised.steps:

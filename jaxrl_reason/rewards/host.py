@@ -1,9 +1,9 @@
-"""Rewards that run on the host: user functions by TRL's signature, called once a step for the whole batch.
+"""Rewards that run on the host: functions by TRL's signature, called for a batch, or (`isolated`) for a prompt at a time.
 
     f(prompts, completions, completion_ids, **columns) -> list[float | None]
 
-All arguments are flat lists of length P*G and given by keyword; sample g of prompt p is row p*G + g. `None` means "no reward for this
-sample": it is kept as NaN and left out of every statistic, and is never 0. A list may say why a reward is missing: `pool.Results`.
+All arguments are flat lists of one length and given by keyword; the completions of a prompt stand together. `None` means "no reward for
+this sample": it is kept as NaN and left out of every statistic, and is never 0. A list may say why a reward is missing: `pool.Results`.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ class HostReward:
             kind = type(self.function).__name__
             raise RewardError(f"Reward {self.name!r} is a {kind}, which cannot be called; give a function.")
         if self.name is None:
-            object.__setattr__(self, "name", _name_of(self.function))
+            object.__setattr__(self, "name", name_of(self.function))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class RewardTable:
       per_reward: name -> float32[P,G], unweighted; NaN where the function gave None or failed.
       error_rate: name -> share of the rows on which the function raised, or that it reports as errors.
       none_rate: name -> share of the rows to which it gave None.
-      timeout_rate: name -> share of the rows that it reports as timeouts; only functions that return `Results` are here.
+      timeout_rate: name -> share of the rows that it reports as timeouts.
     """
 
     per_reward: dict[str, np.ndarray]
@@ -162,21 +162,20 @@ def score(
 
     per_reward, error_rate, none_rate, timeout_rate = {}, {}, {}, {}
     for reward in rewards:
-        results, reports = _rewards_of_rows(reward, rows, max_failure_share)
+        results = _rewards_of_rows(reward, rows, max_failure_share)
         per_reward[reward.name] = np.array(results, np.float32).reshape(shape)
         error_rate[reward.name] = results.outcomes.count("error") / len(results)
         none_rate[reward.name] = results.outcomes.count("none") / len(results)
-        if reports:
-            timeout_rate[reward.name] = results.outcomes.count("timeout") / len(results)
+        timeout_rate[reward.name] = results.outcomes.count("timeout") / len(results)
     return RewardTable(per_reward=per_reward, error_rate=error_rate, none_rate=none_rate, timeout_rate=timeout_rate)
 
 
-def _rewards_of_rows(reward: HostReward, rows: dict[str, list], max_failure_share: float) -> tuple[Results, bool]:
-    """(one float a row, NaN for missing, and their outcomes; whether the function reports outcomes itself)."""
+def _rewards_of_rows(reward: HostReward, rows: dict[str, list], max_failure_share: float) -> Results:
+    """One float a row, NaN for missing, and their outcomes."""
     count = len(rows["completions"])
     check_signature(reward, rows)
     try:
-        results, reports = _call(reward, rows, first_row=0)
+        results = call(reward, rows, first_row=0)
     except (RewardError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # not Exception: time-outs of verifiers (math-verify's) derive from BaseException
@@ -188,13 +187,13 @@ def _rewards_of_rows(reward: HostReward, rows: dict[str, list], max_failure_shar
                 "Reward %r failed on %d of %d rows, which get no reward; the last error is %s",
                 reward.name, failures, count, results.error,
             )  # fmt: skip
-        return results, reports
+        return results
 
-    results, reports = Results([], []), False
+    results = Results([], [])
     for row in range(count):
         cause = None
         try:
-            one, reports = _call(reward, {name: column[row : row + 1] for name, column in rows.items()}, first_row=row)
+            one = call(reward, {name: column[row : row + 1] for name, column in rows.items()}, first_row=row)
         except (RewardError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
@@ -208,7 +207,7 @@ def _rewards_of_rows(reward: HostReward, rows: dict[str, list], max_failure_shar
         "Reward %r raised %s: %s; called row by row, it failed on %d of %d rows, which get no reward.",
         reward.name, type(first_error).__name__, first_error, failures, count,
     )  # fmt: skip
-    return results, reports
+    return results
 
 
 def _check_failures(
@@ -224,8 +223,17 @@ def _check_failures(
     return failures
 
 
-def _call(reward: HostReward, rows: dict[str, list], first_row: int) -> tuple[Results, bool]:
-    """One call: (the rewards as floats, NaN for None; whether the outcomes are the function's own). Raises what it raises."""
+def call(reward: HostReward, rows: Mapping[str, Sequence], first_row: int) -> Results:
+    """One call: the rewards as floats, NaN for None, and their outcomes.
+
+    Args:
+      reward: whose function to call.
+      rows: its arguments, of one length.
+      first_row: the number of the first of these rows, for messages.
+
+    Raises:
+      RewardError: what comes back breaks the contract. And whatever the function raises.
+    """
     count = len(rows["completions"])
     # Lists of its own: a function that sorts or pops its arguments disturbs no other.
     result = reward.function(**{name: list(column) for name, column in rows.items()})
@@ -243,14 +251,14 @@ def _call(reward: HostReward, rows: dict[str, list], first_row: int) -> tuple[Re
     values = [_checked_value(reward, first_row + row, value) for row, value in enumerate(values)]
     given = ["none" if math.isnan(value) else "ok" for value in values]
     if not isinstance(result, Results):
-        return Results(values, given), False
+        return Results(values, given)
     for row, (outcome, present) in enumerate(itertools.zip_longest(result.outcomes, given)):
         if outcome != present and (present != "none" or outcome not in ("error", "timeout")):
             raise RewardError(
                 f"Reward {reward.name!r} reports the outcome {outcome!r} for row {first_row + row}, which has "
                 f"{'a' if present == 'ok' else 'no'} reward; an outcome is 'ok' with a reward, and without one 'none', 'error' or 'timeout'."
             )
-    return Results(values, result.outcomes, result.error), True
+    return Results(values, result.outcomes, result.error)
 
 
 def _checked_value(reward: HostReward, row: int, value) -> float:
@@ -320,7 +328,8 @@ def _flatten(groups: Sequence[Sequence]) -> list:
     return [value for group in groups for value in group]
 
 
-def _name_of(function: Callable) -> str:
+def name_of(function: Callable) -> str:
+    """What a reward is called that nobody has named."""
     while isinstance(function, functools.partial):
         function = function.func
     return getattr(function, "__name__", type(function).__name__)

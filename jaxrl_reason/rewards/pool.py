@@ -1,7 +1,7 @@
 """A function in worker processes that can be killed: every item has its limit of time and memory, whatever it does.
 
     with Pool(judge, workers=4, timeout_s=2.0) as pool:
-        results = pool.map(items)  # a float or None for each, in order; results.outcomes says why one is missing
+        results = pool.map(items)  # a value for each, in order; None where there is none: results.outcomes says why
 
 A worker is this file, run as a script. `multiprocessing.Process` would import the main module of the run, and with it
 JAX and all else, into every worker and again after every kill; a worker imports only the module of its function.
@@ -29,26 +29,26 @@ from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-START_LIMIT_S = 60.0  # for a worker to import its function's module, which may be slow the first time
-MAX_REPORT_BYTES = 4096
+START_LIMIT_S = 120.0  # for a worker to import its function's module, which may be slow the first time
+MAX_REPORT_BYTES = 2**24  # a worker that a hostile item took over cannot fill the parent's memory
 
 
 class Results(list):
-    """What became of N items: a list of floats, None where there is no value.
+    """What became of N items: a list of values, None where there is none.
 
     Attributes:
-      outcomes: of each item "ok", "none" (the function returned None), "error" (it raised, returned something else than a
-        finite number, or its process died) or "timeout". The value is None in all cases but "ok".
+      outcomes: of each item "ok", "none" (the function returned None), "error" (it raised, returned what cannot be
+        reported, or its process died) or "timeout". The value is None in all cases but "ok".
       error: the last error or timeout in words; empty without one.
     """
 
-    def __init__(self, values: Iterable[float | None], outcomes: Iterable[str], error: str = ""):
+    def __init__(self, values: Iterable[Any], outcomes: Iterable[str], error: str = ""):
         super().__init__(values)
         self.outcomes, self.error = list(outcomes), error
 
 
 class Pool:
-    """Calls `function(item) -> float | None` in worker processes.
+    """Calls `function(item)` in worker processes, which returns a finite number, a text, a list of such, or None.
 
     Workers start with the first `map`, and no more of them than it has items. They see JAX_PLATFORMS=cpu, ignore
     Ctrl-C, print to nowhere (errors to stderr), and end with the pool and with the process that made it, even if that is
@@ -69,7 +69,7 @@ class Pool:
 
     def __init__(
         self,
-        function: Callable[[Any], float | None],
+        function: Callable[[Any], Any],
         *,
         workers: int = 2,
         timeout_s: float = 2.0,
@@ -92,7 +92,7 @@ class Pool:
         self._finalizer = weakref.finalize(self, _stop_all, self._workers)  # also at the interpreter's exit
 
     def map(self, items: Iterable[Any]) -> Results:
-        """The function's values, in the order of the items. Nothing an item does raises here.
+        """The function's values, in the order of the items; numbers are floats. Nothing an item does raises here.
 
         Raises:
           TypeError: an item cannot be sent to another process.
@@ -161,7 +161,7 @@ class Pool:
                 continue
             self._take(worker, kind, value, words, results)
 
-    def _take(self, worker: "_Worker", kind: str, value: float | None, words: str, results: Results) -> None:
+    def _take(self, worker: "_Worker", kind: str, value: Any, words: str, results: Results) -> None:
         if worker.item is None:  # it was starting
             if kind != "ready":
                 self._failure = f"A worker process of the pool could not start: {words}."
@@ -214,7 +214,7 @@ class _Worker:
         with contextlib.suppress(OSError):
             self.connection.send_bytes(payload)
 
-    def receive(self) -> tuple[str, float | None, str]:
+    def receive(self) -> tuple[str, Any, str]:
         """(kind, value, words); the kind is "died" where the process did."""
         try:
             kind, value, words = json.loads(self.connection.recv_bytes(MAX_REPORT_BYTES))
@@ -272,25 +272,29 @@ def _serve(connection: multiprocessing.connection.Connection) -> None:
             initializer()
         _limit_memory(memory_mb)
     except BaseException as error:
-        _report(connection, "failed", words=_words(error))
+        connection.send_bytes(_packed_report("failed", words=_words(error)))
         return
-    _report(connection, "ready")
+    connection.send_bytes(_packed_report("ready"))
     while True:
         payload = connection.recv_bytes()
         try:
             value = function(ForkingPickler.loads(payload))
-            number = None if value is None else float(value)
-            if number is not None and not math.isfinite(number):
-                raise ValueError(f"the function returned {number}, which is not a finite number")
+            if not (value is None or isinstance(value, (str, list))):
+                value = float(value)
+                if not math.isfinite(value):
+                    raise ValueError(f"the function returned {value}, which is not a finite number")
+            report = _packed_report("none" if value is None else "ok", value)
         except BaseException as error:  # not Exception: what verifiers raise (math-verify) may derive from that only
-            _report(connection, "error", words=_words(error))
-        else:
-            _report(connection, "none" if number is None else "ok", number)
+            report = _packed_report("error", words=_words(error))
+        connection.send_bytes(report)
 
 
-def _report(connection, kind: str, value: float | None = None, words: str = "") -> None:
+def _packed_report(kind: str, value: Any = None, words: str = "") -> bytes:
     # JSON: a worker that a hostile item took over must not choose what the parent unpickles.
-    connection.send_bytes(json.dumps([kind, value, words]).encode())
+    report = json.dumps([kind, value, words], allow_nan=False).encode()
+    if len(report) > MAX_REPORT_BYTES:
+        raise ValueError(f"the function returned {len(report)} bytes; at most {MAX_REPORT_BYTES} are read")
+    return report
 
 
 def _words(error: BaseException) -> str:

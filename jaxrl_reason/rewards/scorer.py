@@ -10,8 +10,10 @@ import jax
 import numpy as np
 
 from jaxrl_reason import hosts
+from jaxrl_reason.config import Reward
 from jaxrl_reason.data import PromptBatch, PromptTemplate, Tokenizer
 from jaxrl_reason.rewards import host
+from jaxrl_reason.rewards import isolated
 from jaxrl_reason.rewards.device import match_answer_tokens
 from jaxrl_reason.rewards.numeric import extract_answer
 from jaxrl_reason.rollout import Rollout
@@ -25,10 +27,8 @@ class Scorer:
     """Scores rollouts. Only token ids leave the device, and only for host rewards; only rewards come back.
 
     Args:
-      functions: names as in `config.reward.functions`: "match_answer" runs on the device, others on the host.
-      weights: one a function; empty means 1 each.
-      verdict: the function whose value > 0.5 means right; empty: the first.
-      max_failure_share: see `host.score`.
+      settings: `config.reward`: of its functions "match_answer" runs on the device, the learned ones do too, those built in are
+        called here, and those of the user's own in worker processes (`isolated`).
       tokenizer, template: turn ids and rows into the text that host rewards read.
       sharding: where rewards [P, G] live.
 
@@ -44,20 +44,20 @@ class Scorer:
 
     def __init__(
         self,
-        functions: Sequence[str],
-        weights: Sequence[float],
-        verdict: str,
-        max_failure_share: float,
+        settings: Reward,
         *,
         tokenizer: Tokenizer,
         template: PromptTemplate,
         sharding: jax.sharding.Sharding,
     ):
-        weights = [float(w) for w in weights] or [1.0] * len(functions)
+        functions = settings.functions
+        weights = [float(w) for w in settings.weights] or [1.0] * len(functions)
         self._tokenizer, self._template, self._sharding = tokenizer, template, sharding
-        self._max_failure_share = max_failure_share
+        self._max_failure_share = settings.max_failure_share
         self._host, self._device, self._learned, names = [], {}, {}, {}
         self._reward_model = None
+        limits = dict(workers=settings.workers, timeout_s=settings.timeout_s, memory_mb=settings.memory_mb)
+        pool = isolated.make_pool([spec for spec in functions if ":" in spec], **limits)
         for spec, weight in zip(functions, weights, strict=True):
             if spec == "match_answer":
                 name, self._answers = spec, _AnswerTokens(tokenizer)
@@ -68,6 +68,8 @@ class Scorer:
                 self._learned[name] = jax.jit(LEARNED[spec], out_shardings=sharding)
             else:
                 function = host.load_reward(spec, besides=["match_answer", *LEARNED])
+                if spec not in host.BUILT_IN:
+                    function = isolated.Isolated(spec, function, pool, settings.max_failure_share)
                 reward = host.HostReward(spec if spec in host.BUILT_IN else None, function)
                 self._host.append(reward)
                 name = reward.name
@@ -83,7 +85,7 @@ class Scorer:
                 "No reward has a weight other than 0, so there is nothing to learn from; give at least one."
             )
         self.names, self.weights = tuple(names.values()), dict(zip(names.values(), weights))
-        self.by_function, self.verdict = names, names[verdict or functions[0]]
+        self.by_function, self.verdict = names, names[settings.verdict or functions[0]]
         self.on_host = bool(self._host)
 
     def __call__(self, rollout: Rollout, batch: PromptBatch) -> tuple[dict[str, jax.Array], dict[str, float]]:
@@ -91,7 +93,7 @@ class Scorer:
 
         Returns:
           name -> f32[P, G] on the device, in the order of `names`, NaN where missing; and metrics of host rewards
-          (`rewards/<name>/error_rate`, `rewards/<name>/none_rate`; `rewards/reward_model/too_long_ratio` of a pretrained one).
+          (`rewards/<name>/{error_rate,none_rate,timeout_rate}`; `rewards/reward_model/too_long_ratio` of a pretrained one).
 
         Raises:
           RewardError: a host reward breaks its contract (see `host.score`), or match_answer meets a row whose answer
@@ -126,11 +128,7 @@ class Scorer:
             for name, values in table.per_reward.items():
                 everyone = hosts.together(values, self._sharding, size)
                 rewards[name] = hosts.put(everyone, self._sharding)
-            figures = table.failures()
-            for key in [f"rewards/{name}/timeout_rate" for name in table.per_reward]:
-                if hosts.largest(int(key in figures)):  # elsewhere, if not here, where every row has raised
-                    figures.setdefault(key, 0.0)
-            metrics = metrics | hosts.mean(dict(sorted(figures.items())))
+            metrics = metrics | hosts.mean(table.failures())
         return {name: rewards[name] for name in self.names}, metrics
 
     def _ask(self, rollout: Rollout, batch: PromptBatch) -> host.RewardTable:

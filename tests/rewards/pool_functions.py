@@ -49,7 +49,15 @@ def act(item):
         case "interrupt":
             raise KeyboardInterrupt
         case "text":
-            return "not a number"
+            return "\ud800 no number"
+        case "list":
+            return [1.0, None, ["ok"]]
+        case "object":
+            return {}
+        case "inside":
+            return [math.nan]
+        case "endless":
+            return "x" * 2**24
         case "nan":
             return math.nan
         case "print":

@@ -32,8 +32,10 @@ def test_accuracy_and_format():
     assert table.failures() == {
         "rewards/accuracy/error_rate": 0,
         "rewards/accuracy/none_rate": 0,
+        "rewards/accuracy/timeout_rate": 0,
         "rewards/format/error_rate": 0,
         "rewards/format/none_rate": 0,
+        "rewards/format/timeout_rate": 0,
     }
 
 
@@ -89,7 +91,8 @@ def test_only_the_rows_that_raise_go_missing(exception, caplog):
         table = run(HostReward("picky", picky))
     np.testing.assert_array_equal(table.per_reward["picky"], [[1, 2, np.nan], [1, 2, 3]])
     assert table.error_rate == {"picky": pytest.approx(1 / 6)}
-    assert table.failures() == {"rewards/picky/error_rate": pytest.approx(1 / 6), "rewards/picky/none_rate": 0}
+    rates = {"error_rate": pytest.approx(1 / 6), "none_rate": 0, "timeout_rate": 0}
+    assert table.failures() == {f"rewards/picky/{kind}": rate for kind, rate in rates.items()}
     assert "three is too many" in caplog.text and "1 of 6" in caplog.text
 
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl_reason import data
+from jaxrl_reason.config import Reward
 from jaxrl_reason.experience import total_reward
 from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.rewards.scorer import Scorer
@@ -49,7 +50,7 @@ def short(completions, **_):
     return [1.0]
 
 def spy(**arguments):
-    pathlib.Path("seen.json").write_text(json.dumps(arguments))
+    pathlib.Path(f"{arguments['prompts'][0].strip()}.json").write_text(json.dumps(arguments))
     return [1.0] * len(arguments["completions"])
 """
 
@@ -61,8 +62,10 @@ def mine(tmp_path, monkeypatch):
 
 
 def make_scorer(*functions, weights=(), verdict="", max_failure_share=0.5, tokenizer=MERGING):
-    template = data.get_template("plain")
-    return Scorer(functions, weights, verdict, max_failure_share, tokenizer=tokenizer, template=template, sharding=HERE)
+    settings = Reward(
+        functions=list(functions), weights=list(weights), verdict=verdict, max_failure_share=max_failure_share
+    )
+    return Scorer(settings, tokenizer=tokenizer, template=data.get_template("plain"), sharding=HERE)
 
 
 def batch_of(rows):
@@ -105,12 +108,8 @@ def test_device_and_host_rewards_mix():
     np.testing.assert_array_equal(rewards["length"], rollout.mask.sum(axis=-1))
     for values in rewards.values():
         assert isinstance(values, jax.Array) and values.dtype == jnp.float32 and values.sharding == HERE
-    assert metrics == {
-        "rewards/accuracy/error_rate": 0,
-        "rewards/accuracy/none_rate": 0,
-        "rewards/length/error_rate": 0,
-        "rewards/length/none_rate": 0,
-    }
+    kinds = ("error_rate", "none_rate", "timeout_rate")
+    assert metrics == {f"rewards/{name}/{kind}": 0 for name in ("accuracy", "length") for kind in kinds}
     np.testing.assert_array_equal(total_reward(rewards, scorer.weights), [[1.5, 0, 0], [1.5, 1, 0]])
 
 
@@ -148,7 +147,8 @@ def test_rewards_stay_with_their_prompt_and_sample():
 def test_host_rewards_read_the_text_of_sampled_tokens_only(filler):
     scorer = make_scorer("mine.py:spy")
     scorer(rollout_of(TEXTS, cut=[(0, 1)], filler=filler), batch_of(ROWS))
-    seen = json.loads(pathlib.Path("seen.json").read_text())
+    calls = [json.loads(pathlib.Path(f"question {p}.json").read_text()) for p in range(2)]  # one a prompt
+    seen = {name: calls[0][name] + calls[1][name] for name in calls[0]}
     assert seen["prompts"] == ["question 0\n"] * 3 + ["question 1\n"] * 3
     assert seen["completions"] == TEXTS[0] + TEXTS[1]
     end = list(MERGING.eos_ids)
@@ -163,7 +163,7 @@ def test_missing_rewards_are_nan_and_counted():
     np.testing.assert_array_equal(rewards["picky"], [[1, np.nan, np.nan], [1, 1, np.nan]])
     assert metrics["rewards/picky/error_rate"] == pytest.approx(1 / 6)
     assert metrics["rewards/picky/none_rate"] == pytest.approx(2 / 6)
-    with pytest.raises(RewardError, match="'picky' failed on 1 of the 3 rows tried.*share of 0 "):
+    with pytest.raises(RewardError, match="'picky' failed on 1 of the 6 rows tried.*share of 0 "):
         make_scorer("mine.py:picky", max_failure_share=0)(rollout_of(texts), batch_of(ROWS))
 
 
@@ -181,7 +181,7 @@ def test_a_column_may_not_take_a_name_that_the_run_uses(column):
 
 
 def test_a_broken_contract_names_the_function():
-    with pytest.raises(RewardError, match="'short' returned 1 rewards for 6 completions"):
+    with pytest.raises(RewardError, match="'short' returned 1 rewards for 3 completions"):
         make_scorer("mine.py:short")(rollout_of(TEXTS), batch_of(ROWS))
 
 

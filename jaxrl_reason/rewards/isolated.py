@@ -1,0 +1,142 @@
+"""Reward functions of the user's own, called in worker processes: whatever one does to its process, the run goes on.
+
+A worker loads the function as the configuration names it (so that a lambda in a file will do), and gets one call for all
+completions of a prompt. What a function keeps from call to call, each worker keeps for itself.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import functools
+import itertools
+import math
+import os
+import pathlib
+from typing import Any
+
+from jaxrl_reason.rewards import host
+from jaxrl_reason.rewards.pool import Pool, Results
+
+MAX_WORKERS = 8
+_SAMPLE = 16  # rows that are called singly at once, before the failures among them are counted
+
+
+def make_pool(specs: Sequence[str], *, workers: int, timeout_s: float, memory_mb: int) -> Pool:
+    """Workers that load these functions when they start, which is with the first call.
+
+    Args:
+      specs: "package.module:function" or "path/to/file.py:function".
+      workers: how many at most; 0: one a core, `MAX_WORKERS` at most.
+      timeout_s, memory_mb: what one call may take, see `Pool`.
+    """
+    load = functools.partial(_load_all, [_absolute(spec) for spec in specs])
+    workers = workers or min(os.cpu_count() or 1, MAX_WORKERS)
+    return Pool(_answer, workers=workers, timeout_s=timeout_s, memory_mb=memory_mb, initializer=load)
+
+
+class Isolated:
+    """A host reward, by TRL's signature and with `Results`, that calls a function in the workers of a pool.
+
+    Rows of one prompt that stand together are one call. A call that raises, dies or takes too much is made again row by row, so that
+    only the rows at fault go missing. Where more than `max_failure_share` of the rows tried so fail, and of all rows would if the
+    others did, these are not tried: they keep what became of their prompt's call.
+
+    Args:
+      spec: what the workers load the function by; one of the pool's.
+      function: the same, loaded here: for its name, its arguments, and whether it tells answers apart (`answer_of`).
+      pool: from `make_pool`.
+      max_failure_share: in [0, 1].
+
+    Raises (when called):
+      RewardError: the function breaks its contract, or cannot be called: no worker starts, or the data cannot be sent to one.
+    """
+
+    def __init__(self, spec: str, function: Callable, pool: Pool, max_failure_share: float):
+        self.__wrapped__, self.__name__ = (
+            function,
+            host.name_of(function),
+        )  # as `inspect` and `HostReward` look for them
+        self._spec, self._pool, self._max_failure_share = _absolute(spec), pool, max_failure_share
+        if hasattr(function, "answer_of"):
+            self.answer_of = self._answer_of
+
+    def __call__(self, **columns: Sequence) -> Results:
+        count = len(columns["completions"])
+        results = Results([None] * count, ["error"] * count)
+        by_prompt = itertools.groupby(range(count), lambda row: columns["prompts"][row])
+        failed = [rows for rows in self._call([list(rows) for _, rows in by_prompt], columns, results) if len(rows) > 1]
+        # The first row of every such prompt, then the second: soon a fair sample.
+        waiting = [row for rows in itertools.zip_longest(*failed) for row in rows if row is not None]
+        tried = bad = 0
+        while waiting:
+            now, waiting = waiting[:_SAMPLE], waiting[_SAMPLE:]
+            tried += len(now)
+            bad += len(self._call([[row] for row in now], columns, results))
+            if bad > self._max_failure_share * tried and bad + len(waiting) > self._max_failure_share * count:
+                break
+        return results
+
+    def _call(
+        self, calls: Sequence[Sequence[int]], columns: Mapping[str, Sequence], results: Results
+    ) -> list[Sequence[int]]:
+        """Calls the function once for each of these lists of rows and enters what becomes of them; returns those that failed."""
+        items = [
+            (
+                "reward",
+                self._spec,
+                (self.__name__, rows[0], {name: [x[row] for row in rows] for name, x in columns.items()}),
+            )
+            for rows in calls
+        ]
+        answers = self._ask(items)
+        failed = []
+        for rows, answer, outcome in zip(calls, answers, answers.outcomes):
+            if isinstance(answer, str):
+                raise host.RewardError(answer)
+            if answer is None:
+                failed.append(rows)
+                values, outcomes, words = [None] * len(rows), [outcome] * len(rows), answers.error
+            else:
+                values, outcomes, words = answer
+            for row, value, outcome in zip(rows, values, outcomes):
+                results[row], results.outcomes[row] = value, outcome
+            results.error = words or results.error
+        return failed
+
+    def _answer_of(self, completion: str, row: Mapping[str, Any]) -> str | float | None:
+        """The function's own `answer_of`; None also where that fails."""
+        return self._ask([("answer_of", self._spec, (completion, dict(row)))])[0]
+
+    def _ask(self, items: list) -> Results:
+        try:
+            return self._pool.map(items)
+        except (RuntimeError, TypeError) as error:
+            raise host.RewardError(f"Reward {self.__name__!r} cannot be called: {error}") from error
+
+
+def _absolute(spec: str) -> str:
+    place, colon, attribute = spec.rpartition(":")
+    return f"{pathlib.Path(place).absolute()}{colon}{attribute}" if place.endswith(".py") else spec
+
+
+# -- in the workers ----------------------------------------------------------------------------------------------------
+
+_loaded = functools.cache(host.load_reward)
+
+
+def _load_all(specs: Sequence[str]) -> None:
+    for spec in specs:
+        _loaded(spec)
+
+
+def _answer(item: tuple[str, str, tuple]):
+    """(values, outcomes, the last error) of a call of a reward, or the sentence of a broken contract; or an answer of `answer_of`."""
+    kind, spec, arguments = item
+    function = _loaded(spec)
+    if kind == "answer_of":
+        answer = function.answer_of(*arguments)
+        return answer if answer is None or isinstance(answer, (str, int, float)) else repr(answer)
+    name, first_row, rows = arguments
+    try:
+        results = host.call(host.HostReward(name, function), rows, first_row)
+    except host.RewardError as error:
+        return str(error)
+    return [[None if math.isnan(value) else value for value in results], results.outcomes, results.error]

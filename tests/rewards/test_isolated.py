@@ -1,0 +1,176 @@
+"""Reward functions that do their worst to the process that calls them, which is never the run's."""
+
+import functools
+import os
+import pathlib
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from jaxrl_reason.rewards import HostReward, RewardError, load_reward, score
+from jaxrl_reason.rewards.isolated import Isolated, make_pool
+
+LIMIT_S = 1.0
+MINE = '''
+import os, pathlib, signal, sys, threading, time
+
+def act(completions, **_):
+    """Of each completion the number it is, or else something is done to the process."""
+    return [ACTS[text]() if text in ACTS else float(text) for text in completions]
+
+def stay():
+    while True:
+        try:
+            time.sleep(1000)
+        except BaseException:
+            pass
+
+def take():
+    return len(bytearray(2**40))
+
+ACTS = {
+    "none": lambda: None,
+    "raise": lambda: 1 / 0,
+    "exit": lambda: os._exit(7),
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "leave": lambda: sys.exit(0),
+    "memory": take,
+    "compute": lambda: len(str(9**9**9**9)),  # in C, holding the interpreter's lock
+    "stay": stay,
+}
+
+shortened = lambda completions, **_: [float(len(text)) for text in completions]
+
+def calls(completions, completion_ids, prompts, row, **_):
+    with open("calls.txt", "a") as file:
+        file.write(f"{prompts[0]} {len(prompts)} {len(set(prompts))}\\n")
+    return [float(ids[0] * 100 + r) for ids, r in zip(completion_ids, row)]
+
+def pid(completions, **_):
+    return [float(os.getpid())] * len(completions)
+
+def short(completions, **_):
+    return [1.0] * (len(completions) - 1)
+
+def infinite(completions, **_):
+    return [float("inf") if text == "x" else 1.0 for text in completions]
+
+def counted(completions, **_):
+    with open("counted.txt", "a") as file:
+        file.write("x\\n")
+    raise ValueError("always")
+
+def voted(completions, **_):
+    return [1.0] * len(completions)
+
+voted.answer_of = lambda completion, row: ACTS.get(completion, lambda: (completion, row["id"]))()
+'''
+
+
+@pytest.fixture(autouse=True)
+def mine(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+
+
+def reward_of(name, share=1.0, workers=2, **limits):
+    pool = make_pool([f"mine.py:{name}"], workers=workers, **dict(timeout_s=LIMIT_S, memory_mb=256) | limits)
+    return HostReward(None, Isolated(f"mine.py:{name}", load_reward(f"mine.py:{name}"), pool, share))
+
+
+def table_of(reward, groups, share=1.0, **columns):
+    """The table of [P][G] texts; ids are each text's place."""
+    ids = [[[p * len(group) + g] for g in range(len(group))] for p, group in enumerate(groups)]
+    prompts = [f"p{p}" for p in range(len(groups))]
+    return score([reward], prompts, groups, ids, columns, share)
+
+
+@pytest.mark.parametrize("act", ["raise", "exit", "kill", "leave", "memory", "compute", "stay"])
+def test_only_the_row_that_does_it_goes_missing(act):
+    begin = time.monotonic()
+    table = table_of(reward_of("act"), [["1", "2", "3"], ["4", act, "none"], ["5", "6", "7"]])
+    values = table.per_reward["act"]
+    np.testing.assert_array_equal(values, [[1, 2, 3], [4, np.nan, np.nan], [5, 6, 7]])
+    late = act in ("compute", "stay")
+    rates = {"error_rate": 0 if late else 1 / 9, "none_rate": 1 / 9, "timeout_rate": 1 / 9 if late else 0}
+    assert table.failures() == {f"rewards/act/{kind}": pytest.approx(rate) for kind, rate in rates.items()}
+    assert time.monotonic() - begin < 2 * LIMIT_S + 10  # the prompt's call, and the row's own
+
+
+def test_a_call_is_all_completions_of_a_prompt_and_every_value_keeps_its_row():
+    groups = [["x"] * 3] * 20
+    table = table_of(reward_of("calls"), groups, row=list(range(20)))
+    expected = np.arange(60).reshape(20, 3) * 100 + np.arange(20)[:, None]
+    np.testing.assert_array_equal(table.per_reward["calls"], expected)
+    calls = sorted(pathlib.Path("calls.txt").read_text().split("\n")[:-1])
+    assert calls == sorted(f"p{p} 3 1" for p in range(20))
+
+
+def test_it_is_not_this_process():
+    reward = reward_of("pid")
+    first = set(table_of(reward, [["x"]] * 8).per_reward["pid"].flat)
+    assert first and os.getpid() not in first
+    assert set(table_of(reward, [["x"]] * 8).per_reward["pid"].flat) <= first  # which stay
+
+
+def test_a_lambda_in_a_file_will_do():
+    np.testing.assert_array_equal(table_of(reward_of("shortened"), [["a", "bbb"]]).per_reward["<lambda>"], [[1, 3]])
+
+
+def test_a_broken_contract_names_function_and_row():
+    with pytest.raises(RewardError, match="'short' returned 1 rewards for 2 completions"):
+        table_of(reward_of("short"), [["a", "b"]] * 3)
+    with pytest.raises(RewardError, match="'infinite' returned inf for row 5; a reward is a finite float32"):
+        table_of(reward_of("infinite"), [["a", "b"], ["a", "b"], ["a", "x"]])
+    with pytest.raises(RewardError, match="'calls' cannot be called: missing a required argument: 'row'"):
+        table_of(reward_of("calls"), [["a", "b"]])
+
+
+def test_a_function_that_is_simply_broken_is_not_tried_on_every_row():
+    """64 prompts of 4: their calls, then a sample of single rows, not all 256."""
+    with pytest.raises(RewardError, match="'counted' failed on 256 of the 256 rows.*error is ValueError: always"):
+        table_of(reward_of("counted", 0.5), [["x"] * 4] * 64, 0.5)
+    assert pathlib.Path("counted.txt").read_text().count("x") == 64 + 16
+
+
+def test_many_rows_at_fault_are_tried_one_by_one_where_the_share_allows_it():
+    groups = [["1", "raise"]] * 20  # every prompt's call fails, and every second row
+    table = table_of(reward_of("act", 0.5), groups, 0.5)
+    np.testing.assert_array_equal(table.per_reward["act"], [[1, np.nan]] * 20)
+
+
+def test_a_file_that_a_worker_cannot_load_is_a_sentence():
+    reward = reward_of("act")
+    pathlib.Path("mine.py").write_text("import nothing_like_this")
+    with pytest.raises(
+        RewardError, match="'act' cannot be called: A worker process .* could not start: .*nothing_like_this"
+    ):
+        table_of(reward, [["1"]])
+
+
+def test_data_that_cannot_be_sent_is_a_sentence():
+    with pytest.raises(RewardError, match="'act' cannot be called: Item 0 cannot be sent to a worker process"):
+        table_of(reward_of("act"), [["1"]], strange=[lambda: 0])
+
+
+def test_answers_are_told_apart_in_the_workers_too():
+    answer_of = reward_of("voted").function.answer_of
+    assert answer_of("a", {"id": 1}) == answer_of("a", {"id": 1}) == "('a', 1)" != answer_of("a", {"id": 2})
+    for act in ("none", "raise", "exit", "stay"):
+        assert answer_of(act, {"id": 1}) is None
+    assert not hasattr(reward_of("act").function, "answer_of")
+
+
+def test_threads_get_their_own_values():
+    reward = reward_of("act")
+    tables = {}
+    work = lambda i: tables.update({i: table_of(reward, [[str(i * 10 + g) for g in range(3)]] * 4).per_reward["act"]})
+    threads = [threading.Thread(target=functools.partial(work, i)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(6):
+        np.testing.assert_array_equal(tables[i], [[i * 10 + g for g in range(3)]] * 4)
