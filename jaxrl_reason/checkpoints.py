@@ -4,15 +4,19 @@ Checkpoints are numbered through the whole run: supervised steps first, RL steps
 phase begins with a checkpoint of its own (its step 0), which is never older than the supervised end.
 """
 
+from collections.abc import Mapping
 import itertools
 import logging
 import pathlib
 import textwrap
+import zipfile
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxrl_reason.learner import TrainState
+from jaxrl_reason.learner import Experience, TrainState
+from jaxrl_reason.rollout import Rollout
 
 _log = logging.getLogger(__name__)
 _UNREADABLE = (ValueError, KeyError, OSError, TypeError)  # what orbax raises on damaged files
@@ -117,6 +121,45 @@ def load_params(directory: pathlib.Path, like):
             return checkpointer.restore(directory.resolve(), _abstract(like))
         except _UNREADABLE as e:
             raise CheckpointError(f"The weights {directory} cannot be read: {_in_short(e)}") from e
+
+
+def save_batch(file: pathlib.Path, batch: Experience, rewards: Mapping[str, np.ndarray]) -> None:
+    """Writes what an update learnt from, and the rewards by name, to a .npz file that is complete or absent.
+
+    Raises:
+      CheckpointError: it cannot be written.
+    """
+    parts = {
+        "rollout": batch.rollout._asdict(),
+        "experience": batch._replace(rollout=None)._asdict(),
+        "rewards": rewards,
+    }
+    arrays = {f"{part}.{name}": x for part, of in parts.items() for name, x in of.items() if x is not None}
+    scratch = file.with_name(f"{file.name}.tmp")
+    try:
+        with scratch.open("wb") as out:
+            np.savez(out, **arrays)
+        scratch.replace(file)
+    except OSError as e:
+        raise CheckpointError(f"{file} cannot be written: {e}") from e
+
+
+def load_batch(file: pathlib.Path) -> tuple[Experience, dict[str, np.ndarray]]:
+    """What `save_batch` has written.
+
+    Raises:
+      CheckpointError: it cannot be read.
+    """
+    parts = {"rollout": {}, "experience": {}, "rewards": {}}
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            for key, x in arrays.items():
+                part, _, name = key.partition(".")
+                parts[part][name] = x
+        rollout = Rollout(**parts["rollout"])
+        return Experience(**parts["experience"] | {"rollout": rollout}), parts["rewards"]
+    except (ValueError, KeyError, OSError, TypeError, zipfile.BadZipFile) as e:
+        raise CheckpointError(f"The batch {file} cannot be read: {_in_short(e)}") from e
 
 
 def _abstract(tree):

@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     except hosts.Preempted as e:
         print(e, file=sys.stderr)
         return e.exit_code
-    console = rich.console.Console(highlight=False)
+    console = rich.console.Console(highlight=False, markup=False)
     console.print(table(rows, tasks.headlines(config_lib.make_method(config))))
     console.print(f"Written: {pathlib.Path(workdir) / 'comparison.json'}", soft_wrap=True)
     return 0

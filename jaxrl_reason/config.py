@@ -174,8 +174,12 @@ class Reward:
     max_failure_share: float = _field(
         0.5, "stop when more than this share of the rewards failed that one process asked for at once", low=0, high=1
     )
-    workers: int = _field(0, "processes that call module:function and file.py:function; 0: one a core, at most 8", low=0)
-    timeout_s: float = _field(10.0, "seconds that one such call may take, which is for all completions of a prompt", above=0)
+    workers: int = _field(
+        0, "processes that call module:function and file.py:function; 0: one a core, at most 8", low=0
+    )
+    timeout_s: float = _field(
+        10.0, "seconds that one such call may take, which is for all completions of a prompt", above=0
+    )
     memory_mb: int = _field(2048, "memory that one such call may take beyond what its process began with", low=1)
 
 
@@ -198,6 +202,11 @@ class Sampling:
         "next is sampled",
         low=1,
     )
+    mismatch_limit: float = _field(
+        0.0,
+        "warn where sampler and trainer give a token log-probabilities that differ by more, in nats; 0: 0.01 in float32, else 1",
+        low=0,
+    )
     mask_truncated_completions: bool = _field(False, "leave completions without an end token out of the loss")
     max_batches: int = _field(8, "dynamic sampling: prompt batches drawn for a step at most", low=1)
 
@@ -214,6 +223,11 @@ class Optimizer:
     max_grad_norm: float = _field(1.0, "clip gradients to this global norm", above=0)
     float32_master: bool = _field(
         False, "with bfloat16 weights: keep a float32 copy, so that steps smaller than bfloat16 can hold add up"
+    )
+    max_skipped: int = _field(
+        5,
+        "updates whose loss or gradient is not finite are skipped; stop after so many steps in a row of nothing else",
+        low=1,
     )
 
 
@@ -272,6 +286,9 @@ class Log:
     samples: int = _field(8, "completions in such a table", low=1)
     tensorboard: bool = _field(True, "write TensorBoard events")
     progress: bool = _field(True, "show a progress bar")
+    heartbeat: float = _field(
+        60.0, "say so when a step takes longer than these seconds, and five times as long as usual; 0: never", low=0
+    )
 
 
 @_section

@@ -295,7 +295,7 @@ def run(request: Request, command: str) -> dict[str, float]:
         raise ConfigError(f"--out={request.out} is a file; name a directory.")
     request.out.mkdir(parents=True, exist_ok=True)  # before the work that it is for
 
-    console = rich.console.Console(highlight=False)
+    console = rich.console.Console(highlight=False, markup=False)
     with Progress(console, "evaluation", len(subject.batches), enabled=c.log.progress) as bar:
 
         def generate(batch):

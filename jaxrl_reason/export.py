@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    rich.console.Console(highlight=False).print(f"{written} is in {out}.", soft_wrap=True)
+    rich.console.Console(highlight=False, markup=False).print(f"{written} is in {out}.", soft_wrap=True)
     return 0
 
 

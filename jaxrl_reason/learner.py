@@ -88,6 +88,20 @@ class Scored(NamedTuple):
     probe_logprobs: jax.Array | None = None
 
 
+class Mismatch(NamedTuple):
+    """The live token on whose log-probability the sampler and the trainer agree least. Scalars, or arrays of one a completion.
+
+    Attributes:
+      difference: f32, the trainer's less the sampler's, in nats.
+      prompt, sample, position: int32, its place in [P, G, T].
+    """
+
+    difference: jax.Array
+    prompt: jax.Array
+    sample: jax.Array
+    position: jax.Array
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UpdateOptions:
     """Static choices of an update.
@@ -240,7 +254,11 @@ def loss_and_metrics(
     legal=None,
     classes: losses.ClassTotals | None = None,
 ):
-    """The loss of a part of a batch whose counts are `total` and `classes`; losses and metrics of parts add up."""
+    """The loss of a part of a batch whose counts are `total` and `classes`; losses and metrics of parts add up.
+
+    Returns:
+      loss, (metrics, (difference f32[P, G], position int32[P, G])): of each completion's `Mismatch`.
+    """
     scored = completion_logprobs(
         config,
         params,
@@ -286,9 +304,62 @@ def loss_and_metrics(
     if batch.expert_tokens is not None:
         metrics["expert/loss"] = -mean(scored.target_logprobs)
         loss += options.loss.expert_coefficient * metrics["expert/loss"]
-    difference = jnp.where(mask, jnp.abs(logprobs - batch.rollout.logprobs), 0.0)
+    difference = jax.lax.stop_gradient(jnp.where(mask, logprobs - batch.rollout.logprobs, 0.0))
+    position = jnp.argmax(jnp.abs(difference), axis=-1)
+    difference = jnp.take_along_axis(difference, position[..., None], axis=-1)[..., 0]
     metrics["loss"] = loss
-    return loss, (metrics, jax.lax.stop_gradient(difference.max()))
+    return loss, (metrics, (difference, position))
+
+
+def make_gradient(config: models.ModelConfig, options: UpdateOptions, legal=None) -> Callable:
+    """The gradient of one minibatch.
+
+    Args:
+      config, options: what to run.
+      legal: bool[T, V], the legal-token mask that sampled, or None.
+
+    Returns:
+      gradient(params, experience, temperature) -> (gradients of the weights that are trained, metrics, (difference, position)), the
+      last two as in `loss_and_metrics`. What is not finite in the experience's own log-probabilities is left out.
+    """
+    join_weights = models.lora.join
+    loss = lambda trained, frozen, *args: loss_and_metrics(config, options, join_weights(trained, frozen), *args)
+
+    def whole_or_parts(params, batch: Experience, temperature):
+        trained, frozen = models.lora.split(config, params)
+        grad = jax.grad(lambda trained, *args: loss(trained, frozen, *args), has_aux=True)
+        total, classes = losses.totals(batch.mask), None
+        if options.loss.self_reward:
+            classes = losses.class_totals(batch.verdicts, batch.judged)
+        whole = total, temperature, legal, classes
+        if options.accumulation == 1:
+            grads, (metrics, worst) = grad(trained, batch, *whole)
+            return grads, metrics, worst
+
+        def add(sums, part):
+            grads, (metrics, worst) = grad(trained, part, *whole)
+            return jax.tree.map(jnp.add, sums, (grads, metrics)), worst
+
+        parts = split(batch, options.accumulation)
+        grads, (metrics, _) = jax.eval_shape(grad, trained, jax.tree.map(lambda x: x[0], parts), *whole)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (grads, metrics))
+        (grads, metrics), worst = jax.lax.scan(add, zeros, parts)
+        back = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])  # what `split` undoes
+        return grads, metrics, jax.tree.map(back, worst)
+
+    def gradient(params, batch: Experience, temperature):
+        # Before anything is counted: a completion left out is in no numerator and in no denominator.
+        mask, dropped = losses.drop_nonfinite(
+            batch.mask, *(x for x in (batch.old_logprobs, batch.ref_logprobs) if x is not None)
+        )
+        batch = batch._replace(mask=mask)
+        if options.loss.self_reward:
+            batch = batch._replace(judged=batch.judged & mask.any(axis=-1))
+        grads, metrics, worst = whole_or_parts(params, batch, temperature)
+        metrics["nonfinite_completions"] += dropped
+        return grads, metrics, worst
+
+    return gradient
 
 
 def make_update(
@@ -297,53 +368,23 @@ def make_update(
     """The update step, a pure function to be jitted with its first argument donated.
 
     Args:
-      config, options, optimizer: what to run.
-      legal: bool[T, V], the legal-token mask that sampled, or None.
+      config, options, legal: see `make_gradient`.
+      optimizer: what turns gradients into updates.
 
     Returns:
-      update(state, experience, temperature, key) -> (state, metrics), where metrics are f32 scalars,
-      means over the updates. `sampling/logp_difference_max` compares the sampler's log-probabilities
-      with the trainer's before anything changed.
+      update(state, experience, temperature, key) -> (state, metrics, Mismatch): f32 scalars, means over the updates, and the worst token
+      before anything changed, whose absolute difference is the metric `sampling/logp_difference_max`.
     """
-    join = models.lora.join
-    loss = lambda trained, frozen, *args: loss_and_metrics(config, options, join(trained, frozen), *args)
-
-    def gradient(params, batch: Experience, temperature):
-        trained, frozen = models.lora.split(config, params)
-        grad = jax.grad(lambda trained, *args: loss(trained, frozen, *args), has_aux=True)
-        total, classes = losses.totals(batch.mask), None
-        if options.loss.self_reward:
-            classes = losses.class_totals(batch.verdicts, batch.judged)
-        whole = total, temperature, legal, classes
-        if options.accumulation == 1:
-            return grad(trained, batch, *whole)
-
-        def add(sums, part):
-            new, (metrics, difference) = grad(trained, part, *whole)
-            grads, (old_metrics, old_difference) = sums
-            plus = lambda tree, other: jax.tree.map(jnp.add, tree, other)
-            return (plus(grads, new), (plus(old_metrics, metrics), jnp.maximum(old_difference, difference))), ()
-
-        parts = split(batch, options.accumulation)
-        shapes = jax.eval_shape(grad, trained, jax.tree.map(lambda x: x[0], parts), *whole)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-        return jax.lax.scan(add, zeros, parts)[0]
+    gradient = make_gradient(config, options, legal)
 
     def apply(params, opt_state, batch: Experience, temperature):
-        # Before anything is counted: a completion left out is in no numerator and in no denominator.
-        mask, dropped = losses.drop_nonfinite(
-            batch.mask, *(x for x in (batch.old_logprobs, batch.ref_logprobs) if x is not None)
-        )
-        batch = batch._replace(mask=mask)
-        if options.loss.self_reward:
-            batch = batch._replace(judged=batch.judged & mask.any(axis=-1))
-        grads, (metrics, difference) = gradient(params, batch, temperature)
-        metrics["nonfinite_completions"] += dropped
+        grads, metrics, worst = gradient(params, batch, temperature)
         trained, frozen = models.lora.split(config, params)
-        trained, opt_state, metrics["grad_norm"] = apply_gradients(optimizer, trained, opt_state, grads)
-        params = join(trained, frozen)
-        metrics["skipped_update_ratio"] = 1.0 - jnp.isfinite(metrics["grad_norm"])
-        return params, opt_state, metrics, difference
+        trained, opt_state, metrics["grad_norm"], applied = apply_gradients(
+            optimizer, trained, opt_state, grads, metrics["loss"]
+        )
+        metrics["skipped_update_ratio"] = 1.0 - applied
+        return models.lora.join(trained, frozen), opt_state, metrics, worst
 
     def update(state: TrainState, batch: Experience, temperature, key):
         params, opt_state = state.params, state.opt_state
@@ -356,39 +397,48 @@ def make_update(
             )
         if options.epochs * options.minibatches > 1 and batch.old_logprobs is None:
             raise ValueError("Several updates on one rollout need old_logprobs: without them every ratio would be 1.")
+        P = batch.mask.shape[0]
         if options.epochs * options.minibatches == 1:
-            params, opt_state, metrics, difference = apply(params, opt_state, batch, temperature)
+            params, opt_state, metrics, worst = apply(params, opt_state, batch, temperature)
+            rows = jnp.arange(P)
         else:
-            P = batch.mask.shape[0]
             size = P // options.minibatches
             order = jnp.concatenate([jax.random.permutation(k, P) for k in jax.random.split(key, options.epochs)])
 
             def one(carry, rows):
-                params, opt_state, metrics, difference = apply(
-                    *carry, jax.tree.map(lambda x: x[rows], batch), temperature
-                )
-                return (params, opt_state), (metrics, difference)
+                params, opt_state, *rest = apply(*carry, jax.tree.map(lambda x: x[rows], batch), temperature)
+                return (params, opt_state), rest
 
-            (params, opt_state), (metrics, difference) = jax.lax.scan(one, (params, opt_state), order.reshape(-1, size))
-            metrics, difference = jax.tree.map(jnp.mean, metrics), difference[0]
-        metrics["sampling/logp_difference_max"] = difference
-        return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+            (params, opt_state), (metrics, worst) = jax.lax.scan(one, (params, opt_state), order.reshape(-1, size))
+            metrics, worst = jax.tree.map(jnp.mean, metrics), jax.tree.map(lambda x: x[0], worst)
+            rows = order[:size]
+        mismatch = _largest(*worst, rows)
+        metrics["sampling/logp_difference_max"] = jnp.abs(mismatch.difference)
+        return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics, mismatch
 
     return update
 
 
-def apply_gradients(optimizer, params, opt_state, grads):
-    """One optax update in float32, whatever the weights are; returns (params, opt_state, gradient norm).
+def _largest(difference: jax.Array, position: jax.Array, rows: jax.Array) -> Mismatch:
+    """The largest of [P, G] mismatches, whose prompts stand in these rows of the batch, int32[P]."""
+    at = jnp.argmax(jnp.abs(difference))
+    row, sample = jnp.unravel_index(at, difference.shape)
+    return Mismatch(difference[row, sample], rows[row], sample, position[row, sample])
 
-    A gradient that is not finite changes nothing.
+
+def apply_gradients(optimizer, params, opt_state, grads, loss):
+    """One optax update in float32, whatever the weights are; returns (params, opt_state, gradient norm, bool scalar: applied).
+
+    Where the loss or its gradient is not finite, nothing changes.
     """
     to32 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
     grads, wide = to32(grads), to32(params)
     norm = optax.tree.norm(grads)
     updates, new_opt_state = optimizer.update(grads, opt_state, wide)
     new = jax.tree.map(lambda old, x: x.astype(old.dtype), params, optax.apply_updates(wide, updates))
-    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(jnp.isfinite(norm), a, b), new, old)
-    return keep(new, params), keep(new_opt_state, opt_state), norm
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    return keep(new, params), keep(new_opt_state, opt_state), norm, finite
 
 
 def init_opt_state(optimizer, params):
@@ -413,9 +463,9 @@ def make_supervised_update(config: models.ModelConfig, optimizer: optax.Gradient
         rollout = Rollout(prompt_tokens, prompt_mask, tokens[:, None], mask, zeros, no, features)
         trained, frozen = models.lora.split(config, state.params)
         loss, grads = jax.value_and_grad(loss_fn)(trained, frozen, rollout)
-        trained, opt_state, norm = apply_gradients(optimizer, trained, state.opt_state, grads)
+        trained, opt_state, norm, applied = apply_gradients(optimizer, trained, state.opt_state, grads, loss)
         params = models.lora.join(trained, frozen)
         state = state._replace(step=state.step + 1, params=params, opt_state=opt_state, batches=state.batches + 1)
-        return state, {"sft/loss": loss, "sft/grad_norm": norm}
+        return state, {"sft/loss": loss, "sft/grad_norm": norm, "skipped_update_ratio": 1.0 - applied}
 
     return update

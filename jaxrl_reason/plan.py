@@ -586,7 +586,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or "--help" in argv or "-h" in argv:
         print(__doc__)
         return 0
-    console = rich.console.Console(highlight=False)
+    console = rich.console.Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 140  # a file has no edge
     say = lambda text: console.print(text, style="dim")

@@ -42,7 +42,8 @@ class Programs:
       mean_reward: (Groups) -> f32 scalar, whatever the update will learn from.
       fill: (buffer, filled, Groups) -> (buffer, filled, share kept), for dynamic sampling.
       score: (params, Rollout) -> Scored, under any weights.
-      update: (TrainState, Experience) -> (TrainState, metrics); the state is donated.
+      update: (TrainState, Experience) -> (TrainState, metrics, Mismatch); the state is donated.
+      gradient: (params, Experience) -> (gradients, metrics, mismatches), of the whole batch as one minibatch.
       supervised_update: (TrainState, SolutionBatch) -> (TrainState, metrics); the state is donated.
       learning_rate: (training step) -> float.
     """
@@ -61,6 +62,7 @@ class Programs:
     fill: Callable
     score: Callable
     update: Callable
+    gradient: Callable
     supervised_update: Callable
     learning_rate: Callable[[int], float]
 
@@ -166,6 +168,7 @@ def build(
         return jax.jit(sharding.on_mesh(decoding, generate), out_shardings=batch_sharding)
 
     update = learner.make_update(model, options, optimizer, legal)
+    gradient = learner.make_gradient(model, options, legal)
 
     def update_step(state, batch, temperature):
         return update(state, batch, temperature, jax.random.fold_in(jax.random.fold_in(root, UPDATE), state.step))
@@ -192,7 +195,10 @@ def build(
         ),
         "evaluation": sampler(config.eval.samples, EVAL),
         "score": jax.jit(sharding.on_mesh(mesh, score), out_shardings=batch_sharding),
-        "update": jax.jit(sharding.on_mesh(mesh, update_step), donate_argnums=0, out_shardings=(shardings, whole)),
+        "update": jax.jit(
+            sharding.on_mesh(mesh, update_step), donate_argnums=0, out_shardings=(shardings, whole, whole)
+        ),
+        "gradient": jax.jit(sharding.on_mesh(mesh, gradient)),
         "supervised": jax.jit(
             sharding.on_mesh(mesh, learner.make_supervised_update(model, supervised_optimizer, legal)),
             donate_argnums=0,
@@ -241,6 +247,7 @@ def build(
         ),
         score=lambda params, rollout: jitted["score"](params, rollout, temperature()),
         update=lambda state, batch: jitted["update"](state, batch, temperature()),
+        gradient=lambda params, batch: jitted["gradient"](params, batch, temperature()),
         supervised_update=lambda state, batch: jitted["supervised"](
             state, *place(tuple(batch), config.supervised.batch_size)
         ),

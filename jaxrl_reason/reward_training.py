@@ -34,9 +34,10 @@ from jaxrl_reason.data.preferences import PreferenceStream
 from jaxrl_reason.learner import TrainState
 from jaxrl_reason.models import reward_model
 from jaxrl_reason.models import sharding
-from jaxrl_reason.progress import Progress
+from jaxrl_reason.progress import Clock, Heartbeat, Progress
 from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.rewards.learned import TextScorer, chat_of
+from jaxrl_reason.watch import NonFiniteError, SkippedUpdates
 from jaxrl_reason.workdir import Workdir
 
 # Folded into the seed for the score vector and, without a policy to begin with, the decoder; beside the purposes in `programs`.
@@ -246,14 +247,19 @@ def train_reward_model(phase: Phase, decoder: models.Params, console: rich.conso
         )
         if number == 0:
             metrics_file.write(0, evaluation(state.params))
+        skipped = SkippedUpdates(c.optimizer.max_skipped)
+        heart = stack.enter_context(Heartbeat(functools.partial(console.print, soft_wrap=True), c.log.heartbeat))
         bar = stack.enter_context(Progress(console, "reward model", r.steps, number, enabled=c.log.progress))
         for step in range(number, r.steps):
             done, last = step + 1, step + 1 == r.steps
+            heart.step(f"Step {done} of the reward model", Clock())
             state, metrics = update(state, place(phase.pairs.batch(step)))
             metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
             if last:
                 metrics |= evaluation(state.params)
             metrics_file.write(done, metrics)
+            if skipped.look(metrics):
+                raise skipped.error(f"step {done} of the reward model", "Lower config.reward_model.learning_rate.")
             if done % c.checkpoint.every == 0 or last:
                 saver.save(done, state)
             bar.advance(f"loss {metrics['reward_model/loss']:.3f}")
@@ -274,9 +280,12 @@ def make_update(config: models.ModelConfig, optimizer: optax.GradientTransformat
 
     def update(state: TrainState, pairs):
         (loss, metrics), grads = grad(state.params, pairs)
-        params, opt_state, norm = learner.apply_gradients(optimizer, state.params, state.opt_state, grads)
+        params, opt_state, norm, applied = learner.apply_gradients(
+            optimizer, state.params, state.opt_state, grads, loss
+        )
         state = state._replace(step=state.step + 1, params=params, opt_state=opt_state, batches=state.batches + 1)
-        return state, metrics | {"reward_model/loss": loss, "reward_model/grad_norm": norm}
+        metrics |= {"reward_model/loss": loss, "reward_model/grad_norm": norm, "skipped_update_ratio": 1.0 - applied}
+        return state, metrics
 
     return update
 
@@ -434,10 +443,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, RewardError, ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    console = rich.console.Console(highlight=False)
+    console = rich.console.Console(highlight=False, markup=False)
     try:
         get_reward_model(run.reward_phase, start_decoder(run, console), console)
-    except (ConfigError, checkpoints.CheckpointError, writers.MetricsError, OSError) as e:
+    except (ConfigError, checkpoints.CheckpointError, writers.MetricsError, NonFiniteError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     return 0

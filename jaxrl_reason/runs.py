@@ -43,7 +43,11 @@ def load_config(workdir: pathlib.Path, fields: Mapping[str, str]) -> Config:
 
 def checkpoint_numbers(workdir: pathlib.Path) -> list[int]:
     """The numbers of the complete checkpoints of a run, newest first."""
-    directory = workdir / "checkpoints"
+    return numbers_in(workdir / "checkpoints")
+
+
+def numbers_in(directory: pathlib.Path) -> list[int]:
+    """The names in a directory that are numbers, largest first; none where it does not exist."""
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     return sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True)
 

@@ -24,6 +24,7 @@ from jaxrl_reason import checkpoints
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import experience
 from jaxrl_reason import hosts
+from jaxrl_reason import learner
 from jaxrl_reason import models
 from jaxrl_reason import programs as programs_lib
 from jaxrl_reason import reward_training
@@ -33,10 +34,11 @@ from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.learner import TrainState
 from jaxrl_reason.methods import Method
 from jaxrl_reason.models import sharding
-from jaxrl_reason.progress import Clock, Progress
+from jaxrl_reason.progress import Clock, Heartbeat, Progress
 from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.rewards.scorer import LEARNED
 from jaxrl_reason.tasks import Task
+from jaxrl_reason.watch import NonFiniteError, SkippedUpdates, Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,17 +130,22 @@ def supervised(
 ) -> TrainState:
     """The supervised phase: cross-entropy on worked solutions, with checkpoints and metrics of its own."""
     c, begin = run.config, int(state.step)
+    skipped = SkippedUpdates(c.optimizer.max_skipped)
     with contextlib.ExitStack() as stack:
         metrics_file = stack.enter_context(
             writers.MetricsWriter(
                 run.work.path / "supervised", c.log.tensorboard, resume_step=begin or -1, enabled=hosts.first()
             )
         )
+        heart = stack.enter_context(Heartbeat(functools.partial(console.print, soft_wrap=True), c.log.heartbeat))
         bar = stack.enter_context(Progress(console, "supervised", c.supervised.steps, begin, enabled=c.log.progress))
         for step in range(begin, c.supervised.steps):
+            heart.step(f"Supervised step {step + 1}", Clock())
             state, metrics = run.programs.supervised_update(state, run.solutions.batch(step))
             metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
             metrics_file.write(step + 1, metrics)
+            if skipped.look(metrics):
+                raise skipped.error(f"supervised step {step + 1}", "Lower config.supervised.learning_rate.")
             bar.advance(f"loss {metrics['sft/loss']:.3f}")
             ending = asked()
             if (ending or (step + 1) % c.checkpoint.every == 0) and step + 1 < c.supervised.steps:
@@ -232,7 +239,7 @@ def train_step(run: Run, state: TrainState, reference, clock: Clock, c_ref: jax.
       c_ref: f32 scalar of LaSeR's self-reward, or None.
 
     Returns:
-      (state, groups, experience, metrics).
+      (state, groups, experience, learner.Mismatch, metrics).
     """
     programs = run.programs
     weights = rollout_weights(run, state.params, clock)
@@ -257,9 +264,9 @@ def train_step(run: Run, state: TrainState, reference, clock: Clock, c_ref: jax.
         state = state._replace(
             advantage_state=advantage_state, batches=hosts.put(np.int32(batches), state.batches.sharding)
         )
-        state, updated = jax.block_until_ready(programs.update(state, batch))
+        state, updated, mismatch = jax.block_until_ready(programs.update(state, batch))
     metrics |= {k: float(v) for k, v in jax.device_get(prepared | updated).items()}
-    return state, groups, batch, metrics
+    return state, groups, batch, mismatch, metrics
 
 
 def rollout_weights(run: Run, params: models.Params, clock: Clock) -> models.Params:
@@ -286,17 +293,15 @@ def train(run: Run) -> dict[str, dict[str, float]]:
 
 def _train(run: Run, asked: Callable[[], bool]) -> dict[str, dict[str, float]]:
     c, programs, work = run.config, run.programs, run.work
-    console = rich.console.Console(highlight=False, quiet=not hosts.first())
+    console = rich.console.Console(highlight=False, markup=False, quiet=not hosts.first())
+    say = functools.partial(console.print, soft_wrap=True)
     saver = checkpoints.Checkpoints(work.path / "checkpoints", c.checkpoint.keep)
     number, state = saver.restore(programs.abstract_state) or (None, None)
     if number is not None:
         if number >= c.supervised.steps + c.steps:
-            console.print(
-                f"This run is finished: all {c.steps} steps are done. Raise config.steps, or choose another --workdir.",
-                soft_wrap=True,
-            )
+            say(f"This run is finished: all {c.steps} steps are done. Raise config.steps, or choose another --workdir.")
             return {} if picture_of(run).exists() else report(run, console)
-        console.print(f"Going on from {saver.directory / str(number)}.", soft_wrap=True)
+        say(f"Going on from {saver.directory / str(number)}.")
     if hosts.first():
         picture_of(run).unlink(missing_ok=True)  # that of a shorter run: it would pass for this one's
     if number is None or number < c.supervised.steps:
@@ -326,27 +331,76 @@ def _train(run: Run, asked: Callable[[], bool]) -> dict[str, dict[str, float]]:
         samples_file = stack.enter_context(writers.SampleTable(work.path, **resume))
         if begin == 0 and c.eval.every:
             metrics_file.write(0, evaluation(state) | run.task.baselines())
+        history = writers.read_metrics(work.path / "metrics.jsonl") if begin and hosts.first() else []
+        history = [line for line in history if line["step"] > 0]
+        watch, skipped = Watch(say, mismatch_limit(c), history), SkippedUpdates(c.optimizer.max_skipped, history)
+        heart = stack.enter_context(Heartbeat(say, c.log.heartbeat))
         bar = stack.enter_context(Progress(console, "RL", c.steps, begin, enabled=c.log.progress))
         for step in range(begin, c.steps):
             clock, done, last = Clock(), step + 1, step + 1 == c.steps
+            heart.step(f"Step {done}", clock)
             with jax.transfer_guard("disallow"):  # an unintended crossing is an error
-                state, groups, batch, metrics = train_step(run, state, reference, clock, None if exact else c_ref)
+                state, groups, batch, mismatch, metrics = train_step(
+                    run, state, reference, clock, None if exact else c_ref
+                )
             metrics["learning_rate"] = programs.learning_rate(step)
             clock.count("update", int(_count(batch.mask)))
             metrics |= clock.metrics()
             if c.eval.every and (done % c.eval.every == 0 or last):
-                metrics |= evaluation(state)
+                with clock("evaluation"):
+                    metrics |= evaluation(state)
             metrics_file.write(done, metrics)
+            watch.look(metrics, lambda: describe(run, batch, mismatch))
             if hosts.first() and c.log.samples_every and (done % c.log.samples_every == 0 or last):
                 write_samples(run, samples_file, done, groups, batch)
+            if skipped.look(metrics):
+                saved = save_for_replay(run, done, state, groups, batch)
+                raise skipped.error(
+                    f"step {done}",
+                    f"Its weights and batch are in {saved}: python -m jaxrl_reason.replay --workdir={work.path} names what is at fault. A lower "
+                    "config.optimizer.learning_rate, rewards of a smaller scale or float32 help most often; what the run learnt before is in its "
+                    "newest checkpoint.",
+                )
             ending = asked() and not last
             if done % c.checkpoint.every == 0 or last or ending:
-                saver.save(c.supervised.steps + done, state)
+                with clock("checkpoint"):
+                    saver.save(c.supervised.steps + done, state)
             if ending:
                 raise hosts.Preempted(f"step {done}")
             bar.advance(f"reward {metrics['reward']:.3f}")
     saver.close()
     return report(run, console)
+
+
+def mismatch_limit(config: Config) -> float:
+    """Nats by which the sampler's and the trainer's log-probability of a token may differ before the run says so."""
+    return config.sampling.mismatch_limit or (0.01 if programs_lib.sampler_is_exact(config) else 1.0)
+
+
+def describe(run: Run, batch: learner.Experience, mismatch: learner.Mismatch) -> str:
+    """A sentence about the token of a batch on which sampler and trainer agree least, with its text where this process has it."""
+    difference, p, g, t = (x.item() for x in jax.device_get(mismatch))
+    place = f"token {t} of completion {g} of prompt {p}"
+    mine = hosts.places_of(batch.mask)
+    if p not in mine:
+        return f"{place}, which another process holds."
+    rollout = jax.tree.map(lambda x: hosts.share(x, run.programs.sharding)[np.searchsorted(mine, p)], batch.rollout)
+    completion, token = run.tokenizer.decode_batch(
+        [rollout.tokens[g][rollout.mask[g]].tolist(), [int(rollout.tokens[g, t])]]
+    )
+    sampled = float(rollout.logprobs[g, t])
+    # repr: what a terminal would obey is escaped
+    return f"{place}, {token!r} in {completion!r:.300}, has {sampled:.3g} and {sampled + difference:.3g}."
+
+
+def save_for_replay(run: Run, step: int, state: TrainState, groups: experience.Groups, batch) -> pathlib.Path:
+    """Writes the weights and the batch of a step to the folder that is returned."""
+    directory = run.work.path / "replay" / str(step)
+    checkpoints.save_params(directory / "params", state.params)
+    batch, rewards = jax.tree.map(hosts.whole, (batch, groups.rewards))
+    if hosts.first():
+        checkpoints.save_batch(directory / "batch.npz", batch, rewards)
+    return directory
 
 
 def trained_of(run: Run, params: models.Params) -> models.Params:
@@ -483,6 +537,7 @@ def _main(config: Config, workdir: str) -> int:
         checkpoints.CheckpointError,
         writers.MetricsError,
         models.PretrainedError,
+        NonFiniteError,
         OSError,
     ) as e:
         print(f"error: {e}", file=sys.stderr)

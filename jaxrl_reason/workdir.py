@@ -12,9 +12,13 @@ from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data import Tokenizer, fitted, load_tokenizer
 from jaxrl_reason.models.weights import read_json
 
-# What may differ when a run goes on: how long it is, what it writes, where it runs. Not what an evaluation is: the last
-# one is compared with the first.
-MAY_CHANGE = ("steps", "mesh", "checkpoint", "eval.every", "log")
+# What may differ when a run goes on: how long it is, what it writes, where it runs, what it bears. Not what an evaluation is: the
+# last one is compared with the first.
+MAY_CHANGE = (
+    *("steps", "mesh", "checkpoint", "eval.every", "log"),
+    *("reward.workers", "reward.timeout_s", "reward.memory_mb", "reward.max_failure_share"),
+    *("sampling.mismatch_limit", "optimizer.max_skipped"),
+)
 
 
 class Workdir:

@@ -579,7 +579,7 @@ def small_steps(config, tmp_path):
     params = {"w": jnp.ones(3, jnp.bfloat16)}
     state = learner.init_opt_state(transformation, params)
     for _ in range(100):
-        params, state, _ = learner.apply_gradients(transformation, params, state, {"w": jnp.ones(3)})
+        params, state, _, _ = learner.apply_gradients(transformation, params, state, {"w": jnp.ones(3)}, 0.0)
     return params
 
 

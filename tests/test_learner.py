@@ -99,7 +99,7 @@ def update(
         opt_state.hyperparams["learning_rate"] = jnp.float32(rate)
     state = TrainState(jnp.int32(3), params, opt_state, (), jnp.int32(9))
     run = program(options, optimizer, config)
-    state, metrics = run(legal, state, batch, jnp.float32(temperature), jax.random.key(key))
+    state, metrics, _ = run(legal, state, batch, jnp.float32(temperature), jax.random.key(key))
     assert (int(state.step), int(state.batches)) == (4, 9)
     return state, {name: float(value) for name, value in metrics.items()}
 
@@ -247,7 +247,7 @@ def test_a_float32_master_adds_up_what_bfloat16_cannot_hold():
         weights, state = params, learner.init_opt_state(optimizer, params)
         for i in range(50):
             gradient = {"w": jnp.asarray([1.0, -1.0, (-1.0) ** i])}
-            weights, state, _ = learner.apply_gradients(optimizer, weights, state, gradient)
+            weights, state, _, _ = learner.apply_gradients(optimizer, weights, state, gradient, 0.0)
         runs[name] = weights["w"], state
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     state = adam.init(wide)
@@ -259,12 +259,22 @@ def test_a_float32_master_adds_up_what_bfloat16_cannot_hold():
     np.testing.assert_array_equal(runs["master"][0], wide["w"].astype(jnp.bfloat16))
     np.testing.assert_allclose(runs["master"][1].master["w"], wide["w"], atol=1e-7)
     assert runs["master"][0].dtype == jnp.bfloat16 and runs["master"][1].master["w"].dtype == jnp.float32
-    # A gradient that is not finite changes neither.
-    kept, state, _ = learner.apply_gradients(
-        programs.with_float32_master(adam), {"w": runs["master"][0]}, runs["master"][1], {"w": jnp.full(3, jnp.nan)}
-    )
-    np.testing.assert_array_equal(kept["w"], runs["master"][0])
-    np.testing.assert_array_equal(state.master["w"], runs["master"][1].master["w"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("loss, gradient", [(0.0, np.nan), (0.0, np.inf), (0.0, 3e38), (np.nan, 1.0), (-np.inf, 1.0)])
+def test_what_is_not_finite_reaches_neither_weights_nor_moments(loss, gradient, dtype):
+    adam = optax.adam(0.1)
+    for optimizer in (adam, programs.with_float32_master(adam)):
+        params = {"v": jnp.ones(2, dtype), "w": jnp.asarray([1.0, -2.0, 0.01], dtype)}
+        good = {"v": jnp.ones(2), "w": jnp.ones(3)}
+        state = learner.init_opt_state(optimizer, params)
+        params, state, _, applied = learner.apply_gradients(optimizer, params, state, good, 1.0)
+        assert applied and params["v"][0] != 1
+        bad = good | {"w": jnp.asarray([1.0, gradient, 1.0])}
+        new, new_state, norm, applied = learner.apply_gradients(optimizer, params, state, bad, loss)
+        assert not applied and np.isfinite(norm) == (gradient == 1.0)
+        jax.tree.map(np.testing.assert_array_equal, (new, new_state), (params, state))
 
 
 # -- what may not matter ---------------------------------------------------------------------------------------------
@@ -542,6 +552,28 @@ def test_the_sampling_difference_is_that_of_live_tokens():
     for options in (FULL, dataclasses.replace(FULL, accumulation=4)):
         _, metrics = update(batch, options)
         assert metrics["sampling/logp_difference_max"] == pytest.approx(0.25, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [FULL, dataclasses.replace(FULL, accumulation=4), dataclasses.replace(FULL, minibatches=2)]
+)
+def test_the_worst_token_is_named_whatever_part_of_the_batch_it_is_in(options):
+    """With minibatches, of the first: the weights have changed before the others."""
+    state = TrainState(jnp.int32(3), PARAMS, learner.init_opt_state(SGD, PARAMS), (), jnp.int32(9))
+    run, found = program(options, SGD), set()
+    for p, g, t in [(0, 1, 4), (3, 2, 0), (2, 0, 1), (1, 1, 2)]:
+        assert MASK[p, g, t]
+        batch = experience()
+        logprobs = np.array(batch.rollout.logprobs)
+        logprobs[p, g, t] += 0.25
+        logprobs[~MASK] = 9.0  # of no one
+        batch = batch._replace(rollout=batch.rollout._replace(logprobs=jnp.asarray(logprobs)))
+        *_, worst = run(LEGAL, state, batch, jnp.float32(HOT), jax.random.key(0))
+        if abs(worst.difference) > 0.1:
+            assert worst.difference == pytest.approx(-0.25, abs=1e-4)
+            assert (int(worst.prompt), int(worst.sample), int(worst.position)) == (p, g, t)
+            found.add(p)
+    assert len(found) == (2 if options.minibatches == 2 else 4)
 
 
 # -- the optimizer ---------------------------------------------------------------------------------------------------

@@ -344,7 +344,7 @@ def updater(options, config=CONFIG):
 
 def update(batch, options, params=PARAMS, step=0, legal=None, config=CONFIG, temperature=1.0):
     state = TrainState(jnp.int32(step), params, learner.init_opt_state(SGD, params), (), jnp.int32(0))
-    state, metrics = updater(options, config)(legal, state, batch, jnp.float32(temperature), jax.random.key(0))
+    state, metrics, _ = updater(options, config)(legal, state, batch, jnp.float32(temperature), jax.random.key(0))
     return state.params, {k: float(v) for k, v in metrics.items()}
 
 

@@ -79,7 +79,7 @@ def learn(sizes, kind):
         *jax.device_put((jnp.int32(0),), whole),
     )
     step = jax.jit(sharding.on_mesh(mesh, learner.make_update(config, OPTIONS, optimizer)))
-    state, metrics = step(state, experience, jnp.float32(1.2), jax.random.key(1))
+    state, metrics, _ = step(state, experience, jnp.float32(1.2), jax.random.key(1))
     shards = lambda x: len({str(s.index) for s in x.addressable_shards})
     return {
         "tokens": rollout.tokens,

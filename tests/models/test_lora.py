@@ -112,7 +112,7 @@ def test_an_update_moves_the_adapters_as_their_gradient_says_and_nothing_else(ac
     state = TrainState(jnp.int32(0), params, learner.init_opt_state(optimizer, trained), (), jnp.int32(0))
     options = UpdateOptions(loss=PolicyLoss(), accumulation=accumulation)
     experience = batch()
-    new, metrics = jax.jit(learner.make_update(CONFIG, options, optimizer))(
+    new, metrics, _ = jax.jit(learner.make_update(CONFIG, options, optimizer))(
         state, experience, jnp.float32(1), jax.random.key(0)
     )
     new_trained, new_frozen = lora.split(CONFIG, new.params)

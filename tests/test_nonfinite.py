@@ -1,0 +1,157 @@
+"""What is not finite never reaches the weights, is counted, and ends the run when nothing else comes; then it can be looked at again."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from tiny_runs import change, tiny, write_rows
+
+from jaxrl_reason import replay, train
+from jaxrl_reason.checkpoints import Checkpoints
+from jaxrl_reason.watch import NonFiniteError
+from jaxrl_reason.writers import read_metrics
+
+REWARDS = """
+def wild(row, completion_ids, **_):
+    '''Rewards that no float32 gradient can bear, on some rows.'''
+    return [3e38 * (i % 2) if r in (3, 7) else float(i % 2) for i, r in enumerate(row)]
+
+def wilder(row, completion_ids, **_):
+    return [3e38 * (i % 2) if r % 2 else float(i % 2) for i, r in enumerate(row)]
+"""
+
+
+@pytest.fixture(autouse=True)
+def here(shared_programs, tmp_path):
+    write_rows(tmp_path / "rows.jsonl")
+    (tmp_path / "rewards.py").write_text(REWARDS)
+
+
+def config_of(tmp_path, reward, **changes):
+    defaults = dict(method={"name": "dr_grpo"}, steps=5, reward__functions=[f"{tmp_path / 'rewards.py'}:{reward}"])
+    return tiny(tmp_path / "rows.jsonl", **defaults | changes)
+
+
+def params_of(config, workdir):
+    run = train.setup(config, workdir)
+    saver = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+    _, state = saver.restore(run.programs.abstract_state)
+    saver.close()
+    return jax.tree.map(np.asarray, state.params)
+
+
+@pytest.mark.parametrize("updates", [{}, dict(update__minibatches=2)])
+def test_steps_that_are_not_finite_are_skipped_and_counted(updates, tmp_path):
+    config = config_of(tmp_path, "wild", log__samples_every=1, log__samples=16, **updates)
+    train.train(train.setup(config, tmp_path / "run"))
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    wild = {step: set() for step in range(1, 6)}
+    for line in open(tmp_path / "run" / "samples.jsonl"):
+        sample = json.loads(line)
+        if sample["prompt"] in ("Write 3.\n", "Write 7.\n"):
+            wild[sample["step"]].add(sample["prompt"])
+    assert 0 < sum(map(bool, wild.values())) < 5  # the 20 rows come once each
+    for line in lines:
+        ratio, prompts = line["skipped_update_ratio"], wild[line["step"]]
+        assert ratio == (0 if not prompts else 1) if not updates else (ratio > 0) == bool(prompts)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params_of(config, tmp_path / "run")))
+
+
+def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(tmp_path):
+    config = config_of(tmp_path, "wilder", steps=1)
+    run = train.setup(config, tmp_path / "run")
+    before = jax.tree.map(np.asarray, train.first_state(run).params)
+    train.train(run)
+    (line,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert line["skipped_update_ratio"] == 1 and line["grad_norm"] is None
+    jax.tree.map(np.testing.assert_array_equal, params_of(config, tmp_path / "run"), before)
+
+
+def test_nothing_but_skipped_steps_end_the_run_and_the_last_can_be_replayed(tmp_path, capsys):
+    config = config_of(tmp_path, "wilder", optimizer__max_skipped=3, checkpoint__every=2)
+    workdir = tmp_path / "run"
+    with pytest.raises(NonFiniteError) as caught:
+        train.train(train.setup(config, workdir))
+    saved = workdir / "replay" / "3"
+    assert str(caught.value).startswith("At step 3 the loss or its gradient was not finite, for the 3rd step in a row")
+    assert f"in {saved}: python -m jaxrl_reason.replay --workdir={workdir} names" in str(caught.value)
+    assert [line["step"] for line in read_metrics(workdir / "metrics.jsonl")] == [1, 2, 3]
+
+    # The same command goes on from step 2, and has not forgotten the first two.
+    with pytest.raises(NonFiniteError, match="At step 3 .*3rd step"):
+        train.train(train.setup(config, workdir))
+    assert [line["step"] for line in read_metrics(workdir / "metrics.jsonl")] == [1, 2, 3]
+
+    capsys.readouterr()
+    assert replay.main([f"--workdir={workdir}"]) == 0
+    printed = capsys.readouterr().out
+    run = train.setup(config, workdir)
+    params, batch, rewards = replay.load(run, 3)
+    rows = [int(re.search(r"\d+", run.tokenizer.decode(t[m].tolist()))[0]) for t, m in zip(*batch.rollout[:2])]
+    whole, *prompts = replay.examine(run, params, batch)
+    assert not whole.finite and "layers.q" in whole.weights
+    assert [not found.finite for found in prompts] == [row % 2 == 1 for row in rows]
+    for p, row in enumerate(rows):
+        assert (f"Prompt {p}: 'Write {row}.\\n'" in printed) == (row % 2 == 1)
+    np.testing.assert_array_equal(
+        rewards["wilder"][rows.index(next(r for r in rows if r % 2))], np.float32([0, 3e38, 0, 3e38])
+    )
+    jax.tree.map(np.testing.assert_array_equal, params, train.first_state(run).params)  # nothing has moved
+
+
+def test_a_prompt_alone_has_the_gradient_that_replay_says(tmp_path):
+    """Of sound batches too: the norms are those of updates with one prompt."""
+    config = config_of(tmp_path, "wild", steps=1, optimizer__max_skipped=1, seed=1)
+    run = train.setup(config, tmp_path / "run")
+    state = train.first_state(run)
+    _, groups, batch, _, metrics = train.train_step(run, jax.tree.map(jax.numpy.copy, state), None, train.Clock())
+    train.save_for_replay(run, 1, state, groups, batch)
+    params, loaded, rewards = replay.load(run, 1)
+    jax.tree.map(np.testing.assert_array_equal, (params, loaded, rewards), (state.params, batch, groups.rewards))
+    whole, *prompts = replay.examine(run, params, loaded)
+    if metrics["skipped_update_ratio"] == 0:
+        assert whole.grad_norm == pytest.approx(metrics["grad_norm"], rel=1e-4)
+        assert whole.loss == pytest.approx(metrics["loss"], abs=1e-5) and all(found.finite for found in prompts)
+
+
+def test_replay_of_what_is_not_there_is_a_sentence(tmp_path, capsys):
+    config = config_of(tmp_path, "wild", steps=1, reward__functions=["format"])
+    for arguments, sentence in [
+        ([f"--workdir={tmp_path}"], "is not the work directory of a run"),
+        (["--step=1"], "Give --workdir=DIR"),
+        ([f"--workdir={tmp_path}", "--other=1"], "Give --workdir=DIR"),
+    ]:
+        assert replay.main(arguments) == 2 and sentence in capsys.readouterr().err
+    train.train(train.setup(config, tmp_path / "run"))
+    assert replay.main([f"--workdir={tmp_path / 'run'}"]) == 2
+    assert "holds no step to replay" in capsys.readouterr().err
+    (tmp_path / "run" / "replay" / "1").mkdir(parents=True)
+    assert replay.main([f"--workdir={tmp_path / 'run'}", "--step=2"]) == 2
+    assert "--step=2: " in capsys.readouterr().err
+    assert replay.main([f"--workdir={tmp_path / 'run'}"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_supervised_phase_that_has_lost_itself_ends_in_a_sentence(tmp_path, capsys):
+    changes = dict(supervised__steps=20, supervised__learning_rate=1e30, optimizer__max_grad_norm=1e30)
+    config = config_of(tmp_path, "wild", optimizer__max_skipped=4, **changes)
+    with pytest.raises(
+        NonFiniteError, match="At supervised step .* for the 4th step in a row.*supervised.learning_rate"
+    ):
+        train.train(train.setup(config, tmp_path / "run"))
+
+
+def test_a_token_on_which_sampler_and_trainer_differ_is_named_once(tmp_path, capsys):
+    config = config_of(tmp_path, "wild", steps=3, reward__functions=["format"], sampling__mismatch_limit=1e-12)
+    train.train(train.setup(config, tmp_path / "run"))
+    printed = capsys.readouterr().out
+    assert printed.count("warning: The sampler's and the trainer's log-probability of a token differ by") == 1
+    assert re.search(
+        r"mismatch_limit allows \(1e-12\): token \d of completion [0-3] of prompt [0-3], '.*' in '.*', has -", printed
+    )
+    train.train(train.setup(change(config, steps=4), tmp_path / "run"))  # a run that goes on has said so
+    assert "warning" not in capsys.readouterr().out
+    train.train(train.setup(change(config, sampling__mismatch_limit=0.0), tmp_path / "sound"))
+    assert "warning" not in capsys.readouterr().out
