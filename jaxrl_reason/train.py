@@ -34,6 +34,7 @@ from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.learner import TrainState
 from jaxrl_reason.methods import Method
 from jaxrl_reason.models import sharding
+from jaxrl_reason.models.weights import read_json
 from jaxrl_reason.progress import Clock, Heartbeat, Progress
 from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.rewards.scorer import LEARNED
@@ -330,6 +331,8 @@ def _train(run: Run, asked: Callable[[], bool]) -> dict[str, dict[str, float]]:
         metrics_file = stack.enter_context(writers.MetricsWriter(work.path, c.log.tensorboard, **resume))
         samples_file = stack.enter_context(writers.SampleTable(work.path, **resume))
         if begin == 0 and c.eval.every:
+            if hosts.first():
+                writers.write_json(work.path / "evaluation.json", judged_by(c))
             metrics_file.write(0, evaluation(state) | run.task.baselines())
         history = writers.read_metrics(work.path / "metrics.jsonl") if begin and hosts.first() else []
         history = [line for line in history if line["step"] > 0]
@@ -473,12 +476,17 @@ def picture_of(run: Run) -> pathlib.Path:
     return run.work.path / "learning_curve.png"
 
 
+def judged_by(config: Config) -> dict:
+    """What an evaluation is: two that differ in this are not compared."""
+    return dataclasses.asdict(config.eval) | {"every": None}
+
+
 def report(run: Run, console: rich.console.Console) -> dict[str, dict[str, float]]:
     """Prints the table of before and after, draws the learning curve.
 
     Returns:
-      {"before": the evaluation of step 0, "after": the last of a later step}; without those that were not made. Nothing on other
-      processes than the first.
+      {"before": the evaluation of step 0, "after": the last of a later step}; without those that were not made, and without the first
+      where config.eval has changed since. Nothing on other processes than the first.
     """
     if not hosts.first():
         return {}
@@ -489,6 +497,12 @@ def report(run: Run, console: rich.console.Console) -> dict[str, dict[str, float
             figures = {k: v for k, v in line.items() if k.startswith("eval/") and k != "eval/prompts"}
             evaluations["after" if line["step"] else "before"] = figures
         beside |= {k: v for k, v in line.items() if k.startswith(tasks.BASELINES)}
+    if "before" in evaluations and read_json(run.work.path / "evaluation.json") != judged_by(run.config):
+        console.print(
+            "The evaluation before training was another one (config.eval has changed) and is not compared.",
+            soft_wrap=True,
+        )
+        del evaluations["before"]
     if evaluations:
         shown = tuple(f"eval/{name}" for name in tasks.headlines(run.method))
         before, after = (

@@ -12,10 +12,9 @@ from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data import Tokenizer, fitted, load_tokenizer
 from jaxrl_reason.models.weights import read_json
 
-# What may differ when a run goes on: how long it is, what it writes, where it runs, what it bears. Not what an evaluation is: the
-# last one is compared with the first.
+# What may differ when a run goes on: how long it is, how it is judged, what it writes, where it runs, what it bears.
 MAY_CHANGE = (
-    *("steps", "mesh", "checkpoint", "eval.every", "log"),
+    *("steps", "mesh", "checkpoint", "eval", "log"),
     *("reward.workers", "reward.timeout_s", "reward.memory_mb", "reward.max_failure_share"),
     *("sampling.mismatch_limit", "optimizer.max_skipped"),
 )

@@ -638,12 +638,19 @@ def test_before_is_the_evaluation_of_step_0_or_none(rows, tmp_path, capsys):
     assert re.search(r"┃ +┃ +after ┃\n", out) and "accuracy" in out, out  # no other column
 
 
+def test_an_evaluation_that_has_changed_is_not_compared_with_the_first(rows, tmp_path, capsys):
+    both = train.train(train.setup(tiny(rows, steps=1, eval__every=1), tmp_path))
+    assert sorted(both) == ["after", "before"]
+    capsys.readouterr()
+    result = train.train(train.setup(tiny(rows, steps=2, eval__every=1, eval__prompts=2), tmp_path))
+    assert list(result) == ["after"] and "was another one (config.eval has changed)" in capsys.readouterr().out
+    again = train.train(train.setup(tiny(rows, steps=3, eval__every=2), tmp_path))
+    assert again["before"] == both["before"]
+
+
 @pytest.mark.parametrize(
     "changes, field",
     [
-        (dict(eval__prompts=3), "config.eval.prompts was 4 and is 3"),
-        (dict(eval__samples=4), "config.eval.samples was 2 and is 4"),
-        (dict(eval__temperature=0.0), "config.eval.temperature was 1.0 and is 0.0"),
         (dict(model__width=20), "config.model.width was 16 and is 20"),
         (dict(method={"name": "rloo"}), "config.method.name was 'grpo' and is 'rloo'"),
         (dict(seed=1), "config.seed was 0 and is 1"),

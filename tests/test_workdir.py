@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jaxrl_reason import data
-from jaxrl_reason.config import Config, ConfigError, Data, Eval
+from jaxrl_reason.config import Config, ConfigError, Data, Model
 from jaxrl_reason.workdir import Workdir
 from tiny_runs import change
 
@@ -56,7 +56,15 @@ def test_a_kill_while_the_tokenizer_is_written_leaves_none(file, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(steps=7), dict(mesh__fsdp=1), dict(checkpoint__keep=9), dict(eval__every=3), dict(log__samples=1)]
+    "changes",
+    [
+        dict(steps=7),
+        dict(mesh__fsdp=1),
+        dict(checkpoint__keep=9),
+        dict(eval__every=3),
+        dict(eval__samples=1),
+        dict(log__samples=1),
+    ],
 )
 def test_what_may_change_is_taken_over(changes, tmp_path):
     Workdir(tmp_path, Config(), "f").begin(TOKENIZER)
@@ -73,10 +81,9 @@ def test_what_may_change_is_taken_over(changes, tmp_path):
 @pytest.mark.parametrize(
     "other, difference",
     [
-        (Config(eval=Eval(prompts=3)), "config.eval.prompts was 128 and is 3"),
-        (Config(eval=Eval(samples=1)), "config.eval.samples was 4 and is 1"),
-        (Config(eval=Eval(temperature=0.5)), "config.eval.temperature was 1.0 and is 0.5"),
         (Config(data=Data(template="qa")), "config.data.template was 'plain' and is 'qa'"),
+        (Config(model=Model(width=32)), f"config.model.width was {Model().width} and is 32"),
+        (Config(method={"name": "rloo"}), "config.method.name was 'grpo' and is 'rloo'"),
     ],
 )
 def test_what_may_not_change_is_refused_and_nothing_is_written(other, difference, tmp_path):

@@ -1,6 +1,7 @@
 """Reward functions that do their worst to the process that calls them, which is never the run's."""
 
 import functools
+import multiprocessing
 import os
 import pathlib
 import threading
@@ -161,6 +162,20 @@ def test_answers_are_told_apart_in_the_workers_too():
     for act in ("none", "raise", "exit", "stay"):
         assert answer_of(act, {"id": 1}) is None
     assert not hasattr(reward_of("act").function, "answer_of")
+
+
+def in_a_spawned_process(queue):
+    queue.put(table_of(reward_of("act"), [["1", "exit"]]).per_reward["act"].tolist())
+
+
+def test_it_works_in_a_spawned_process():
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=in_a_spawned_process, args=[queue])
+    process.start()
+    ((one, missing),) = queue.get(timeout=60)
+    process.join(60)
+    assert one == 1 and np.isnan(missing) and process.exitcode == 0
 
 
 def test_threads_get_their_own_values():
