@@ -440,9 +440,10 @@ def measure(part: Part, chip: Chip, devices: int) -> dict[str, Any]:
 
 
 def _asked_for(error: Exception) -> float | None:
-    """Bytes a chip of a program that the compiler could not fit; None where it failed for another reason."""
+    """Bytes a chip of a program that the compiler could not fit, or of its temporaries alone, where these are too much and it says no
+    more; None where it failed for another reason."""
     text = str(error)
-    used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", text)
+    used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])(?: of [\d.]+[KMGT] hbm|\) exceeds)", text)
     if "RESOURCE_EXHAUSTED" not in text:
         return None
     if used is None:

@@ -83,6 +83,8 @@ def test_what_the_compiler_asked_for_is_read_from_its_refusal():
         "Exceeded hbm capacity by 4.75G."
     )
     assert plan._asked_for(RuntimeError(text)) == 20.5 * 2**30
+    text = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (33.96G) exceeds available HBM (15.75G)."
+    assert plan._asked_for(RuntimeError(text)) == 33.96 * 2**30
     assert plan._asked_for(RuntimeError("INTERNAL: something else")) is None
 
 
