@@ -5,9 +5,11 @@ phase begins with a checkpoint of its own (its step 0), which is never older tha
 """
 
 from collections.abc import Mapping
+import contextlib
 import itertools
 import logging
 import pathlib
+import sys
 import textwrap
 import zipfile
 
@@ -15,6 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxrl_reason import hub
 from jaxrl_reason.learner import Experience, TrainState
 from jaxrl_reason.rollout import Rollout
 
@@ -28,14 +31,19 @@ class CheckpointError(ValueError):
 
 
 class Checkpoints:
-    """Saves and restores TrainStates under `directory`, keeping the newest `keep`."""
+    """Saves and restores TrainStates under `directory`, keeping the newest `keep`.
+
+    Raises:
+      CheckpointError: the directory cannot be made or read.
+    """
 
     def __init__(self, directory: pathlib.Path, keep: int):
         self.directory = directory.resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
         # Without a handler orbax infers one from the newest checkpoint, and a damaged one misleads it about all.
         handler = ocp.StandardCheckpointHandler()
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
+        with _failing(_UNWRITABLE, f"Checkpoints cannot be kept in {self.directory}"):
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
@@ -48,10 +56,8 @@ class Checkpoints:
         """
         if number == self.latest():
             return
-        try:
+        with _failing(_UNWRITABLE, f"Checkpoint {self.directory / str(number)} cannot be written"):
             self._manager.save(number, args=ocp.args.StandardSave(state._asdict()))
-        except _UNWRITABLE as e:
-            raise CheckpointError(f"Checkpoint {self.directory / str(number)} cannot be written: {_in_short(e)}") from e
 
     def restore(self, like: TrainState) -> tuple[int, TrainState] | None:
         """The newest readable checkpoint in the shapes, dtypes and shardings of `like` (arrays or ShapeDtypeStructs), or None.
@@ -66,9 +72,11 @@ class Checkpoints:
         faults = {}
         for number in sorted(self._manager.all_steps(), reverse=True):
             try:
-                restored = self._manager.restore(number, args=ocp.args.StandardRestore(abstract))
-            except _UNREADABLE as e:
-                faults[number] = _in_short(e)
+                with _failing(_UNREADABLE):
+                    hub.inside(self.directory, str(number))
+                    restored = self._manager.restore(number, args=ocp.args.StandardRestore(abstract))
+            except CheckpointError as e:
+                faults[number] = str(e)
                 if jax.process_count() > 1:  # the others may have read theirs, and wait for this one
                     raise CheckpointError(
                         f"Checkpoint {self.directory / str(number)} cannot be read by process {jax.process_index()}: {faults[number]} Rename "
@@ -103,11 +111,9 @@ def save_params(directory: pathlib.Path, params) -> None:
     Raises:
       CheckpointError: they cannot be written.
     """
-    try:
+    with _failing(_UNWRITABLE, f"The weights {directory} cannot be written"):
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(directory.resolve(), params, force=True)
-    except _UNWRITABLE as e:
-        raise CheckpointError(f"The weights {directory} cannot be written: {_in_short(e)}") from e
 
 
 def load_params(directory: pathlib.Path, like):
@@ -136,12 +142,10 @@ def save_batch(file: pathlib.Path, batch: Experience, rewards: Mapping[str, np.n
     }
     arrays = {f"{part}.{name}": x for part, of in parts.items() for name, x in of.items() if x is not None}
     scratch = file.with_name(f"{file.name}.tmp")
-    try:
+    with _failing(_UNWRITABLE, f"{file} cannot be written"):
         with scratch.open("wb") as out:
             np.savez(out, **arrays)
         scratch.replace(file)
-    except OSError as e:
-        raise CheckpointError(f"{file} cannot be written: {e}") from e
 
 
 def load_batch(file: pathlib.Path) -> tuple[Experience, dict[str, np.ndarray]]:
@@ -164,6 +168,47 @@ def load_batch(file: pathlib.Path) -> tuple[Experience, dict[str, np.ndarray]]:
 
 def _abstract(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+@contextlib.contextmanager
+def _failing(errors: tuple[type[Exception], ...], what: str = ""):
+    """Around what orbax does: where it raises one of `errors`, a CheckpointError says so.
+
+    Raises:
+      CheckpointError: `what`, and why.
+    """
+    _silence_echoes()
+    try:
+        yield
+    except errors as e:
+        raise CheckpointError(f"{what}: {_in_short(e)}" if what else _in_short(e)) from e
+
+
+# What orbax raises here its threads also log, and asyncio once it collects them: by logger, how these lines are known.
+_ECHOES = {"absl": "_SignalingThread.run() raised an exception", "asyncio": "exception was never retrieved"}
+_CLOSED = "Event loop is closed"  # what those raise that finish later
+
+
+def _silence_echoes() -> None:
+    """From now on a checkpoint that cannot be read or written is one sentence, not a page of tracebacks around it."""
+    for name in _ECHOES:
+        logging.getLogger(name).addFilter(_no_echo)  # which adds the same filter once
+    hook = sys.unraisablehook
+    if getattr(hook, "__name__", "") != _but_of_closed_loops.__name__:
+        sys.unraisablehook = _but_of_closed_loops(hook)
+
+
+def _no_echo(record: logging.LogRecord) -> bool:
+    return _ECHOES[record.name] not in record.getMessage()
+
+
+def _but_of_closed_loops(hook):
+    def told(unraisable):
+        if not (isinstance(unraisable.exc_value, RuntimeError) and _CLOSED in str(unraisable.exc_value)):
+            hook(unraisable)
+
+    told.__name__ = _but_of_closed_loops.__name__
+    return told
 
 
 def _in_short(error: Exception) -> str:

@@ -9,6 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxrl_reason import config as config_lib
+from jaxrl_reason import hub
 from jaxrl_reason import models
 from jaxrl_reason.config import Config, ConfigError
 
@@ -80,6 +81,7 @@ def load_weights(workdir: pathlib.Path, number: int | None, like) -> tuple[int, 
     for candidate in numbers if number is None else [number]:
         directory = workdir / "checkpoints" / str(candidate)
         try:
+            hub.inside(directory.parent, directory.name)
             saved = ocp.PyTreeCheckpointHandler().metadata(directory / "default").tree["params"]
             if shapes(saved) != shapes(like):
                 raise ValueError("its weights have other shapes than the configuration and the tokenizer ask for")

@@ -104,6 +104,7 @@ def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
     )
     train_rows = rows_of(c.data.train, c.data.train_split)
     eval_rows = rows_of(c.data.eval or c.data.train, c.data.eval_split, c.data.eval_columns or c.data.columns)
+    data.warn_of_repeats(train_rows, eval_rows, data.get_template(c.data.template).render_prompt)
     columns = {}
     if "values" in method.signals:
         given = c.method.get("rlev", c.method)
@@ -123,7 +124,8 @@ def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
         template = data.get_template(c.data.template)
         rows = train_rows.read(range(min(len(train_rows), 2000)))
         texts = [
-            template.render_prompt(row) + (template.render_solution(row) if "solution" in row else "") for row in rows
+            template.render_prompt(row) + ("" if row.get("solution") is None else template.render_solution(row))
+            for row in rows
         ]
         return data.train_tokenizer(texts, c.data.vocab_size)
 
@@ -184,7 +186,9 @@ def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
             c.eval.temperature,
         ),
         pretrained=pretrained,
-        load_weights=functools.partial(_pretrained_weights, c, pretrained, model, mesh) if c.model.path else None,
+        load_weights=functools.partial(_pretrained_weights, c, pretrained, source, model, mesh)
+        if c.model.path
+        else None,
     )
 
 
@@ -214,15 +218,18 @@ def _pretrained_shape(model: models.ModelConfig, digits: regression.Digits | Non
 def _pretrained_weights(
     c: Config,
     pretrained: models.Opened | None,
+    source: Mapping[str, Any] | None,
     model: models.ModelConfig,
     mesh: jax.sharding.Mesh,
     digits: regression.Digits | None = None,
 ):
     """The weights of config.model.path on the mesh, with fresh adapters where they are to be trained.
 
+    Where the model is not `pretrained` any more, a run that goes on reads it again, at the commit of `source`.
+
     Tokens of numbers are new to the model: each begins as the mean of its embedding (and of its output head).
     """
-    opened = pretrained or models.open_model(c.model.path)
+    opened = pretrained or models.open_model(models.pinned(c.model.path, source))
     base = models.place_weights(opened, _pretrained_shape(model, digits), mesh)
     if digits is not None:
         new = model.vocab_size - digits.text_size
@@ -297,7 +304,9 @@ def _numbers(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Tas
         expert=expert,
         baselines=baselines,
         pretrained=pretrained,
-        load_weights=functools.partial(_pretrained_weights, c, pretrained, model, mesh, digits) if source else None,
+        load_weights=functools.partial(_pretrained_weights, c, pretrained, source, model, mesh, digits)
+        if source
+        else None,
     )
 
 

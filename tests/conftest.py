@@ -3,6 +3,10 @@
 Its place puts tests/ on the import path: helpers here (reference_decoder, tiny_runs) can be imported from every folder.
 """
 
+import hashlib
+import os
+
+from huggingface_hub import constants
 import hypothesis
 import jax
 import pytest
@@ -49,3 +53,33 @@ def quick_compilation(shared_programs):
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """Writes repositories into a cache of the hub, as its client lays it out; there is no network.
+
+    `hub_cache(kind, name, files)` writes one revision, to which "main" points then, and returns its commit; a file of more than 4 KiB
+    counts as large.
+    """
+    directory = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(directory))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def write(kind: str, name: str, files: dict[str, bytes]) -> str:
+        repository = directory / f"{kind}s--{name.replace('/', '--')}"
+        commit = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
+        for file, content in files.items():
+            git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            blob = repository / "blobs" / (hashlib.sha256(content).hexdigest() if len(content) > 4096 else git)
+            blob.parent.mkdir(parents=True, exist_ok=True)
+            blob.write_bytes(content)
+            link = repository / "snapshots" / commit / file
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / "main").write_text(commit)
+        return commit
+
+    write.directory = directory
+    return write

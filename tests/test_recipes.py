@@ -168,7 +168,7 @@ def test_a_recipe_is_set_up_and_traced_with_the_real_dimensions(recipe, hub, tmp
     assert learnt.mask.shape == (P, G, T)
     if config.data.chat:  # what ends a turn ends a completion
         assert task.tokenizer.backend.token_to_id("<|im_end|>") in task.tokenizer.eos_ids
-    new_state, metrics = jax.eval_shape(built.update, state, learnt)
+    new_state, metrics, _ = jax.eval_shape(built.update, state, learnt)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert metrics["loss"].shape == ()
     trained, _ = models.lora.split(task.model, state.params)

@@ -3,7 +3,7 @@
 from jaxrl_reason.data.chat import ChatTemplate, chat_template
 from jaxrl_reason.data.pipeline import PromptBatch, PromptStream, SolutionBatch, SolutionStream, eval_prompts
 from jaxrl_reason.data.prompts import TEMPLATES, PromptTemplate, get_template
-from jaxrl_reason.data.sources import Source, load_source
+from jaxrl_reason.data.sources import Source, load_source, warn_of_repeats
 from jaxrl_reason.data.tokenizer import Tokenizer, fitted, load_tokenizer, train_tokenizer
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "load_source",
     "load_tokenizer",
     "train_tokenizer",
+    "warn_of_repeats",
 ]

@@ -1,6 +1,7 @@
 """JSONL and Parquet files as rows: every row is checked when the file is read, and every bad one reported with its number and the reason."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
 import hashlib
 import json
 import math
@@ -13,10 +14,31 @@ Row = dict[str, Any]
 
 # Columns that something in this package reads by name.
 _OURS = {"question", "answer", "solution", "chosen", "rejected", "value", "points", "exam", "exam_total"}
-_REPORTED = 10  # bad rows spelled out in a message; the rest are counted
+REPORTED = 10  # rows spelled out in a message; the rest are counted
 
 
-def read_jsonl(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) -> tuple[list[Row], int, str]:
+@dataclasses.dataclass(frozen=True)
+class FileRows:
+    """The rows of a file.
+
+    Attributes:
+      path: the file.
+      unit: what its rows are counted in, "line" (from 1) or "row" (from 0).
+      rows: under our column names; other columns are kept.
+      numbers: the line or row of the file that each of them is.
+      skipped: bad rows left out.
+      digest: the SHA-256 of the file.
+    """
+
+    path: pathlib.Path
+    unit: str
+    rows: list[Row]
+    numbers: list[int]
+    skipped: int
+    digest: str
+
+
+def read_jsonl(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) -> FileRows:
     """Reads and checks a whole file: UTF-8, one JSON object a line, blank lines at the end only.
 
     Args:
@@ -24,16 +46,14 @@ def read_jsonl(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) 
       columns: our names to the file's. `question`, `answer` and every column named here must be non-empty text or a finite number.
       on_bad_row: "refuse" raises after the last line; "skip" leaves bad rows out, counts them and warns.
 
-    Returns:
-      The rows under our column names (other columns kept), the number skipped, and the SHA-256 of the file.
-
     Raises:
       FileNotFoundError: no such file.
-      ValueError: bad rows under "refuse", or no usable row at all.
+      ValueError: bad rows under "refuse", no usable row at all, or a file in UTF-16 or UTF-32.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no data file {path}.")
     rows: list[Row] = []
+    numbers: list[int] = []
     bad = _BadRows(path, "line")
     report = bad.report
     blank: list[int] = []  # lines that are bad only if something follows them
@@ -41,6 +61,8 @@ def read_jsonl(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) 
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             digest.update(line)
+            if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):
+                raise ValueError(f"{path} is UTF-16 or UTF-32 by its first bytes; save it as UTF-8.")
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if not line.strip():
                 blank.append(number)
@@ -50,14 +72,15 @@ def read_jsonl(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) 
             blank.clear()
             try:
                 rows.append(_parse(line, columns))
+                numbers.append(number)
             except ValueError as error:
                 report(number, str(error))
 
     bad.settle(rows, on_bad_row)
-    return rows, bad.count, digest.hexdigest()
+    return FileRows(path, "line", rows, numbers, bad.count, digest.hexdigest())
 
 
-def read_parquet(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) -> tuple[list[Row], int, str]:
+def read_parquet(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) -> FileRows:
     """Reads and checks a Parquet file; as `read_jsonl`, but only columns that something here reads are taken into memory.
 
     These are those named in `columns` and those with names of ours (`question`, `answer`, `solution`, `value`, ...). Behind a dot stands a
@@ -73,6 +96,7 @@ def read_parquet(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str
     if not path.is_file():
         raise FileNotFoundError(f"There is no data file {path}.")
     rows: list[Row] = []
+    numbers: list[int] = []
     bad = _BadRows(path, "row")
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -85,10 +109,12 @@ def read_parquet(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str
             ]
             for batch in file.iter_batches(columns=taken):
                 for row in batch.to_pylist():
+                    number = len(rows) + bad.count
                     try:
                         rows.append(_checked(row, columns))
+                        numbers.append(number)
                     except ValueError as error:
-                        bad.report(len(rows) + bad.count, str(error))
+                        bad.report(number, str(error))
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is not a Parquet file that can be read: {error}.") from error
     bad.settle(rows, on_bad_row)
@@ -96,7 +122,7 @@ def read_parquet(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return rows, bad.count, digest.hexdigest()
+    return FileRows(path, "row", rows, numbers, bad.count, digest.hexdigest())
 
 
 class _BadRows:
@@ -108,25 +134,29 @@ class _BadRows:
 
     def report(self, number: int, reason: str) -> None:
         self.count += 1
-        if len(self.reports) < _REPORTED:
+        if len(self.reports) < REPORTED:
             self.reports.append(f"{self.path}, {self.unit} {number}: {reason}")
 
     def settle(self, rows: list[Row], on_bad_row: str) -> None:
         """Raises ValueError or warns, as `on_bad_row` says, once the file is read."""
         if self.count and on_bad_row == "refuse":
-            more = [f"and {self.count - len(self.reports)} more"] if self.count > len(self.reports) else []
-            lines = "\n  ".join([f"{self.path} has {_count(self.count)}:", *self.reports, *more])
             raise ValueError(
-                f"{lines}\nCorrect the file, or set config.data.on_bad_row to 'skip' to leave such rows out."
+                listed(f"{self.path} has {_count(self.count)}", self.reports, self.count)
+                + "\nCorrect the file, or set config.data.on_bad_row to 'skip' to leave such rows out."
             )
         if not rows:
             why = f"{_count(self.count)} skipped, the first at {self.reports[0]}" if self.count else "the file is empty"
             raise ValueError(f"{self.path} has no usable row: {why}.")
         if self.count:
-            warnings.warn(
-                f"{self.path}: {_count(self.count)} skipped, {len(rows)} kept. The first: {self.reports[0]}.",
-                stacklevel=4,
-            )
+            summary = f"{self.path}: {_count(self.count)} skipped, {len(rows)} kept"
+            warnings.warn(listed(summary, self.reports, self.count), stacklevel=4)
+
+
+def listed(summary: str, reports: Sequence[str], count: int) -> str:
+    """The summary, and under it the first reports and how many of all `count` are not spelled out."""
+    shown = reports[:REPORTED]
+    more = [f"and {count - len(shown)} more"] if count > len(shown) else []
+    return "\n  ".join([f"{summary}:", *shown, *more])
 
 
 def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
@@ -186,15 +216,32 @@ def _parse(line: bytes, columns: Mapping[str, str]) -> Row:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start + 1} is not UTF-8") from error
+    if "\0" in text:  # never of JSON, where it is written \u0000
+        raise ValueError(f"byte {line.index(0) + 1} is NUL, as in a damaged file or one in UTF-16")
     try:
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from error
+        cut = "" if line.endswith(b"\n") else "; the file ends in this line, which may be cut off"
+        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}{cut}") from error
+    except _TwiceError:
+        raise
     except (ValueError, RecursionError) as error:  # integers of thousands of digits, thousands of brackets
         raise ValueError(f"not readable as JSON: {error}") from error
     if not isinstance(row, dict):
-        raise ValueError(f"a JSON {_kind(row)}, where an object with columns has to be")
+        raise ValueError(f"{_kind(row)}, where an object with columns has to be")
     return _checked(row, columns)
+
+
+class _TwiceError(ValueError):
+    """An object with two values under one name, of which `json` would take the last."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(f"{next(n for n in names if names.count(n) > 1)!r} stands twice in one object")
+    return row
 
 
 def _inside(row: Row, path: str) -> Iterator[Any]:
@@ -216,7 +263,7 @@ def _checked(row: Row, columns: Mapping[str, str]) -> Row:
     for name in {"question": None, "answer": None, **columns}:
         value = row[name]
         if not isinstance(value, str | int | float) or isinstance(value, bool):
-            raise ValueError(f"column {name!r} is a JSON {_kind(value)}; it has to be text or a number")
+            raise ValueError(f"column {name!r} is {_kind(value)}; it has to be text or a number")
         if isinstance(value, str) and not value.strip():
             raise ValueError(f"column {name!r} is empty")
         if isinstance(value, float) and not math.isfinite(value):
@@ -228,7 +275,17 @@ def _checked(row: Row, columns: Mapping[str, str]) -> Row:
 
 
 def _kind(value: Any) -> str:
-    return {type(None): "null", bool: "boolean", list: "list", dict: "object", str: "string"}.get(type(value), "number")
+    json_kinds = {
+        type(None): "null",
+        bool: "boolean",
+        list: "list",
+        dict: "object",
+        str: "string",
+        int: "number",
+        float: "number",
+    }
+    kind = json_kinds.get(type(value))
+    return f"a JSON {kind}" if kind else f"of type {type(value).__name__}"  # Parquet has bytes, dates and decimals too
 
 
 def _count(bad: int) -> str:

@@ -3,18 +3,20 @@
 Prompts and completions are tokenised separately and joined as ids, so that RL meets exactly the prompt ids of the supervised phase.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 import warnings
 
 import grain
 import numpy as np
 
+from jaxrl_reason.data import files
 from jaxrl_reason.data.prompts import PromptTemplate
 from jaxrl_reason.data.sources import Source
 from jaxrl_reason.data.tokenizer import Tokenizer
 
 Rows = Sequence[Mapping[str, Any]]  # a Source, or a list of dicts
+T = TypeVar("T")
 
 
 class PromptBatch(NamedTuple):
@@ -108,9 +110,9 @@ class PromptStream:
         columns: Mapping[str, np.ndarray] = {},
         places: np.ndarray | None = None,
     ):
-        prompts = tokenizer.encode_batch([template.render_prompt(row) for row in source], add_bos)
+        prompts = tokenizer.encode_batch(rendered(source, template.render_prompt), add_bos)
         self._columns = dict(columns)
-        self._kept = fitting(on_long, len(source), prompt=(prompts, max_prompt_length))
+        self._kept = fitting(source, on_long, prompt=(prompts, max_prompt_length))
         self.skipped = len(source) - len(self._kept)
         self._source = source
         self._prompts = Padded([prompts[i] for i in self._kept], max_prompt_length, tokenizer.pad_id)
@@ -154,13 +156,13 @@ class SolutionStream:
         add_bos: bool = False,
         places: np.ndarray | None = None,
     ):
-        rendered = [(template.render_prompt(row), template.render_solution(row)) for row in source]
-        prompts = tokenizer.encode_batch([prompt for prompt, _ in rendered], add_bos)
+        texts = rendered(source, lambda row: (template.render_prompt(row), template.render_solution(row)))
+        prompts = tokenizer.encode_batch([prompt for prompt, _ in texts], add_bos)
         completions = [
-            ids + [tokenizer.eos_ids[0]] for ids in tokenizer.encode_batch([solution for _, solution in rendered])
+            ids + [tokenizer.eos_ids[0]] for ids in tokenizer.encode_batch([solution for _, solution in texts])
         ]
         kept = fitting(
-            on_long, len(source), prompt=(prompts, max_prompt_length), completion=(completions, max_completion_length)
+            source, on_long, prompt=(prompts, max_prompt_length), completion=(completions, max_completion_length)
         )
         self.skipped = len(source) - len(kept)
         self._prompts = Padded([prompts[i] for i in kept], max_prompt_length, tokenizer.pad_id)
@@ -195,8 +197,8 @@ def eval_prompts(
     """
     _positive(count=count, batch_size=batch_size)
     count = min(count, len(source))
-    prompts = tokenizer.encode_batch([template.render_prompt(row) for row in _read(source, range(count))], add_bos)
-    kept = fitting(on_long, count, prompt=(prompts, max_prompt_length))
+    prompts = tokenizer.encode_batch(rendered(source, template.render_prompt, _read(source, range(count))), add_bos)
+    kept = fitting(source, on_long, prompt=(prompts, max_prompt_length))
     padded = Padded(prompts, max_prompt_length, tokenizer.pad_id)
     batches = []
     for start in range(0, len(kept), batch_size):
@@ -250,10 +252,33 @@ def _read(source: Rows, indices: Sequence[int]) -> list[dict[str, Any]]:
     return source.read(indices) if isinstance(source, Source) else [dict(source[i]) for i in indices]
 
 
-def fitting(on_long: str, rows: int, **sequences: tuple[list[list[int]], int]) -> list[int]:
-    """The rows whose every sequence has between 1 and its limit of tokens; the others are refused or counted in a warning."""
+def place_of(source: Rows, i: int) -> str:
+    """What messages call row `i`: its file and line, where it has one."""
+    return source.place(i) if isinstance(source, Source) else f"row {i}"
+
+
+def rendered(source: Rows, render: Callable[[Mapping[str, Any]], T], first: Rows | None = None) -> list[T]:
+    """`render` of the source's first rows, where they are read already, else of all; a ValueError names the row."""
+    out = []
+    try:
+        for row in source if first is None else first:
+            out.append(render(row))
+    except ValueError as error:
+        raise ValueError(f"{place_of(source, len(out))}: {error}") from error
+    return out
+
+
+def fitting(source: Rows, on_long: str, **sequences: tuple[list[list[int]], int]) -> list[int]:
+    """The rows whose every sequence has between 1 and its limit of tokens; the others are refused or counted in a warning.
+
+    Args:
+      source: the rows, for their places in messages.
+      on_long: "refuse" or "skip".
+      **sequences: the ids of the first rows, or of all, and the most that fit.
+    """
     if on_long not in ("refuse", "skip"):
         raise ValueError(f"on_long is {on_long!r}; it has to be 'refuse' or 'skip'.")
+    rows = len(next(iter(sequences.values()))[0])
     if not rows:
         raise ValueError("The data set has no rows.")
     reasons = {}
@@ -261,21 +286,19 @@ def fitting(on_long: str, rows: int, **sequences: tuple[list[list[int]], int]) -
         _positive(**{f"max_{kind}_length": limit})
         for row, tokens in enumerate(ids):
             if not 0 < len(tokens) <= limit:
-                reasons.setdefault(
-                    row, f"row {row} has a {kind} of {len(tokens)} tokens, where 1 to {limit} fit (max_{kind}_length)"
-                )
+                reasons.setdefault(row, f"a {kind} of {len(tokens)} tokens, where 1 to {limit} fit (max_{kind}_length)")
     if not reasons:
         return list(range(rows))
-    listed = "; ".join([reasons[row] for row in sorted(reasons)[:3]])
-    summary = f"{len(reasons)} of {rows} rows do not fit: {listed}{f'; and {len(reasons) - 3} more' if len(reasons) > 3 else ''}."
+    first = [f"{place_of(source, row)} has {reasons[row]}" for row in sorted(reasons)[: files.REPORTED]]
     if on_long == "refuse" or len(reasons) == rows:
         advice = (
-            "Raise the limit"
+            "Raise the limit."
             if len(reasons) == rows
-            else "Raise the limit, or set config.data.on_long_prompt to 'skip' to leave such rows out"
+            else "Raise the limit, or set config.data.on_long_prompt to 'skip' to leave such rows out."
         )
-        raise ValueError(f"{summary} {advice}.")
-    warnings.warn(f"Skipped: {summary}", stacklevel=3)
+        raise ValueError(files.listed(f"{len(reasons)} of {rows} rows do not fit", first, len(reasons)) + f"\n{advice}")
+    summary = f"Skipped: {len(reasons)} of {rows} rows do not fit"
+    warnings.warn(files.listed(summary, first, len(reasons)), stacklevel=3)
     return [row for row in range(rows) if row not in reasons]
 
 

@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+import warnings
 
 import numpy as np
 
-from jaxrl_reason.data.pipeline import Padded, Rows, batch_at, endless, fitting
+from jaxrl_reason.data import files
+from jaxrl_reason.data.pipeline import Padded, Rows, batch_at, endless, fitting, place_of, rendered
 from jaxrl_reason.data.prompts import PromptTemplate
+from jaxrl_reason.data.sources import Source
 from jaxrl_reason.data.tokenizer import Tokenizer
 
 
@@ -56,21 +59,19 @@ class PreferenceStream:
         add_bos: bool = False,
         places: np.ndarray | None = None,
     ):
-        texts = [_render(template, number, row) for number, row in enumerate(source)]
+        texts = rendered(source, lambda row: _render(template, row))
         prompts = tokenizer.encode_batch([prompt for prompt, _ in texts], add_bos)
         completions = tokenizer.encode_batch([text for _, pair in texts for text in pair])
         completions = [ids + [tokenizer.eos_ids[0]] for ids in completions]
         pairs = list(zip(completions[::2], completions[1::2], strict=True))
         same = [number for number, (chosen, rejected) in enumerate(pairs) if chosen == rejected]
         if same:
-            more = f" (and {len(same) - 1} more rows)" if len(same) > 1 else ""
-            raise ValueError(
-                f"Row {same[0]}{more} has the same tokens as 'chosen' and as 'rejected', which prefers nothing; remove it."
-            )
+            summary = "Rows with the same tokens as 'chosen' and as 'rejected' prefer nothing; remove them"
+            raise ValueError(files.listed(summary, [place_of(source, i) for i in same[: files.REPORTED]], len(same)))
+        if isinstance(source, Source) and source.where is not None:
+            _warn_of_repeats(source, texts)
         longer = [max(pair, key=len) for pair in pairs]
-        kept = fitting(
-            on_long, len(source), prompt=(prompts, max_prompt_length), completion=(longer, max_completion_length)
-        )
+        kept = fitting(source, on_long, prompt=(prompts, max_prompt_length), completion=(longer, max_completion_length))
         self.size = len(kept)
         self.skipped = len(source) - len(kept)
         self._prompts = Padded([prompts[i] for i in kept], max_prompt_length, tokenizer.pad_id)
@@ -85,17 +86,34 @@ class PreferenceStream:
         return PreferenceBatch(*self._prompts.take(rows), *(x.reshape(len(rows), 2, -1) for x in completions))
 
 
-def _render(template: PromptTemplate, number: int, row: Mapping[str, Any]) -> tuple[str, tuple[str, str]]:
-    """(prompt, (chosen, rejected)) of a row, whose number errors name."""
+def _warn_of_repeats(source: Source, texts: list[tuple[str, tuple[str, str]]]) -> None:
+    """Warns of pairs that stand in a file twice, or a second time the other way round; all are kept."""
+    first: dict[tuple[str, tuple[str, str]], int] = {}
+    repeats, reversals = [], []
+    for i, (prompt, (chosen, rejected)) in enumerate(texts):
+        if (prompt, (rejected, chosen)) in first:
+            reversals.append((first[prompt, (rejected, chosen)], i))
+        earlier = first.setdefault((prompt, (chosen, rejected)), i)
+        if earlier != i:
+            repeats.append((earlier, i))
+    for pairs, how, what in (
+        (repeats, "again", "these are kept and weigh more"),
+        (reversals, "the other way round", "one of the two is wrong"),
+    ):
+        if pairs:
+            reports = [f"{source.place(j)} and {source.place(i)}" for i, j in pairs[: files.REPORTED]]
+            summary = f"{source.name}: earlier pairs stand {how} in {len(pairs)} of {len(source)} rows; {what}"
+            warnings.warn(files.listed(summary, reports, len(pairs)), stacklevel=3)
+
+
+def _render(template: PromptTemplate, row: Mapping[str, Any]) -> tuple[str, tuple[str, str]]:
+    """(prompt, (chosen, rejected)) of a row."""
     for column in ("chosen", "rejected"):
         if column not in row:
             raise ValueError(
-                f"Row {number} has no column {column!r}, which preference pairs need; its columns are {', '.join(sorted(row))}."
+                f"there is no column {column!r}, which preference pairs need; its columns are {', '.join(sorted(row))}."
             )
         if not isinstance(row[column], str):
-            raise ValueError(f"Row {number} has {row[column]!r:.80} as {column!r}; it has to be text.")
+            raise ValueError(f"column {column!r} is {row[column]!r:.80}; it has to be text.")
     write = lambda text: template.render_solution({**row, "solution": text})
-    try:
-        return template.render_prompt(row), (write(row["chosen"]), write(row["rejected"]))
-    except ValueError as error:
-        raise ValueError(f"Row {number}: {error}") from error
+    return template.render_prompt(row), (write(row["chosen"]), write(row["rejected"]))

@@ -24,11 +24,11 @@ class PromptTemplate:
     solution: str = "{solution}"
 
     def render_prompt(self, row: Mapping[str, Any]) -> str:
-        """The prompt for one row. Raises ValueError where the row lacks a column the template names."""
+        """The prompt for one row. Raises ValueError where the row lacks a column the template names, or it holds no text."""
         return self._render(self.prompt, row)
 
     def render_solution(self, row: Mapping[str, Any]) -> str:
-        """The worked solution for one row. Raises ValueError where the row lacks a column the template names."""
+        """The worked solution for one row. Raises ValueError where the row lacks a column the template names, or it holds no text."""
         return self._render(self.solution, row)
 
     def _render(self, text: str, row: Mapping[str, Any]) -> str:
@@ -37,6 +37,12 @@ class PromptTemplate:
                 raise ValueError(
                     f"Prompt template {self.name!r} names the column {match[1]!r}, which the data does not have; "
                     f"its columns are {', '.join(sorted(row))}."
+                )
+            if row[match[1]] is None or isinstance(
+                row[match[1]], list | dict
+            ):  # `str` would write "None" for the policy to learn
+                raise ValueError(
+                    f"column {match[1]!r} is {row[match[1]]!r:.80}, and prompt template {self.name!r} writes it; it has to be text or a number."
                 )
             return str(row[match[1]])
 

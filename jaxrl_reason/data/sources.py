@@ -9,10 +9,12 @@ import json
 import pathlib
 import re
 from typing import Any
+import warnings
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from jaxrl_reason import hub
 from jaxrl_reason.data import files
 from jaxrl_reason.data.files import Row
 
@@ -39,6 +41,7 @@ class Source:
       skipped: bad rows left out; 0 unless a file was loaded with on_bad_row="skip".
       read: the rows at a list of positions.
       length: the number of rows.
+      where: what messages call the row at a position: its file and line, where it comes from a file; None: its position.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Source:
     skipped: int
     read: Callable[[Sequence[int]], list[Row]]
     length: int
+    where: Callable[[int], str] | None = None
 
     def __len__(self) -> int:
         return self.length
@@ -55,6 +59,10 @@ class Source:
         if not 0 <= i < self.length:
             raise IndexError(f"Row {i} was asked of {self.name}, which has rows 0 to {self.length - 1}.")
         return self.read([i])[0]
+
+    def place(self, i: int) -> str:
+        """What messages call row `i`, such as "problems.jsonl, line 7"."""
+        return f"row {i} of {self.name}" if self.where is None else self.where(i)
 
     def __iter__(self) -> Iterator[Row]:
         for start in range(0, self.length, _CHUNK):
@@ -73,7 +81,8 @@ def load_source(
 
     Args:
       name: "word_problems", "word_problems/chains", "gsm8k", any other name that TFDS knows; a path that ends in .jsonl or .parquet; or
-        such files on the Hugging Face hub: "hf://datasets/zwhe99/DeepMath-103K/data/train-*.parquet".
+        such files on the Hugging Face hub: "hf://datasets/zwhe99/DeepMath-103K/data/train-*.parquet",
+        with "@REVISION" behind the data set's name, if need be.
       split: for TFDS, "train", "test[:100]" and so on; for a file, "all" or a slice such as "[:90%]".
       data_dir: where TFDS keeps prepared data; None means its default, ~/tensorflow_datasets. Files do not use it.
       columns: our names to those of the data, such as {"question": "problem"}. Columns not mentioned keep their names;
@@ -99,38 +108,88 @@ def load_source(
 
 
 def _files_source(name: str, paths: list[pathlib.Path], split: str, columns: dict[str, str], on_bad_row: str) -> Source:
-    rows, skipped, digests = [], 0, []
-    for path in paths:
-        read = files.read_parquet if path.suffix == ".parquet" else files.read_jsonl
-        more, bad, digest = read(path, columns, on_bad_row)
-        rows, skipped, digests = rows + more, skipped + bad, [*digests, digest]
-    rows = files.slice_rows(rows, split, name)
+    read = [(files.read_parquet if p.suffix == ".parquet" else files.read_jsonl)(p, columns, on_bad_row) for p in paths]
+    found = [(file, row, number) for file in read for row, number in zip(file.rows, file.numbers, strict=True)]
+    found = files.slice_rows(found, split, name)
     # Names without their directory: data that were moved are still the same data.
     one = len(paths) == 1
+    digests = [file.digest for file in read]
     names, contents = (paths[0].name, digests[0]) if one else ([path.name for path in paths], digests)
-    fingerprint = _fingerprint(names, split, columns, len(rows), contents)
-    return Source(name, fingerprint, skipped, lambda indices: [dict(rows[i]) for i in indices], len(rows))
+
+    def where(i: int) -> str:
+        file, _, number = found[i]
+        return f"{file.path}, {file.unit} {number}"
+
+    return Source(
+        name=name,
+        fingerprint=_fingerprint(names, split, columns, len(found), contents),
+        skipped=sum(file.skipped for file in read),
+        read=lambda indices: [dict(found[i][1]) for i in indices],
+        length=len(found),
+        where=where,
+    )
+
+
+def warn_of_repeats(train: Source, held_out: Source, prompt: Callable[[Mapping[str, Any]], str]) -> None:
+    """Warns of training rows with the prompt of an earlier one, and of held-out rows with the prompt of a training row; all are kept.
+
+    Rows are the same where their prompts are, white space at both ends aside. Prepared data sets are not gone through: their builders
+    say what their splits share, and one prompt may stand there many times on purpose.
+
+    Args:
+      train: the training rows.
+      held_out: the rows that figures are taken on.
+      prompt: what the policy reads of a row.
+    """
+    if train.where is None and held_out.where is None:
+        return
+
+    def texts(source: Source) -> Iterator[tuple[int, Row, str]]:
+        for i, row in enumerate(source):
+            try:
+                yield i, row, prompt(row).strip()
+            except ValueError as error:
+                raise ValueError(f"{source.place(i)}: {error}") from error
+
+    first: dict[str, int] = {}
+    repeats, others = [], []
+    for i, row, text in texts(train):
+        earlier = first.setdefault(text, i)
+        if earlier != i and train.where is not None:
+            repeats.append((earlier, i))
+            if str(train[earlier].get("answer")) != str(row.get("answer")):
+                others.append((earlier, i))
+    if repeats:
+        report = lambda pairs: [f"{train.place(j)} repeats {train.place(i)}" for i, j in pairs[: files.REPORTED]]
+        summary = f"{train.name}: prompts of earlier rows stand again in {len(repeats)} of {len(train)} rows; these are kept and weigh more"
+        warnings.warn(files.listed(summary, report(repeats), len(repeats)), stacklevel=2)
+        if others:
+            summary = f"{train.name}: another answer than the earlier row's stands in {len(others)} of these; see which is right"
+            warnings.warn(files.listed(summary, report(others), len(others)), stacklevel=2)
+    leaks = [(first[text], i) for i, _, text in texts(held_out) if text in first]
+    if leaks:
+        summary = (
+            f"{held_out.name}: training prompts of {train.name} stand in {len(leaks)} of {len(held_out)} held-out rows, so that held-out "
+            "figures flatter"
+        )
+        reports = [f"{held_out.place(j)} is {train.place(i)}" for i, j in leaks[: files.REPORTED]]
+        warnings.warn(files.listed(summary, reports, len(leaks)), stacklevel=2)
 
 
 def _download(name: str) -> list[pathlib.Path]:
     """The files of a data set on the Hugging Face hub that an address names, downloaded or found in its cache."""
-    import huggingface_hub  # only where something is downloaded
-
     parts = name.removeprefix(_HUB).split("/", 2)
-    if len(parts) < 3 or not name.endswith((".jsonl", ".parquet")):
+    address = "/".join(parts[:2])
+    if len(parts) < 3 or not hub.is_address(address) or not name.endswith((".jsonl", ".parquet")):
         raise ValueError(
-            f"The address {name!r} is not understood: write {_HUB}OWNER/NAME/PATH, PATH ending in .jsonl or .parquet, where * stands "
+            f"The address {name!r} is not understood: write {_HUB}OWNER/NAME/PATH or {_HUB}OWNER/NAME@REVISION/PATH, PATH ending in .jsonl or .parquet, where * stands "
             "for anything, such as hf://datasets/zwhe99/DeepMath-103K/data/train-*.parquet."
         )
-    owner, dataset, pattern = parts
+    pattern = parts[2]
     try:
-        found = huggingface_hub.snapshot_download(f"{owner}/{dataset}", repo_type="dataset", allow_patterns=[pattern])
-    except Exception as error:  # of the network, of the hub and of the disk: a dozen classes
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"{name} could not be had from the Hugging Face hub: {type(error).__name__}: {reason}"
-        ) from error
-    paths = sorted(path for path in pathlib.Path(found).rglob("*") if path.match(pattern))
+        paths = hub.fetch(address, [pattern], kind="dataset").files
+    except hub.HubError as error:
+        raise ValueError(f"{name}: {error}") from error
     if not paths:
         raise ValueError(f"{name}: the data set has no file {pattern!r}.")
     return paths

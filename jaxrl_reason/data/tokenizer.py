@@ -9,6 +9,17 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from jaxrl_reason import hub
+
+# What is read beside a tokenizer.json.
+_BESIDE = (
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "config.json",
+    "chat_template.jinja",
+)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
@@ -102,7 +113,7 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
 
     Raises:
       FileNotFoundError: there is no tokenizer.json.
-      ValueError: a file is not what its name promises, or no end token can be determined.
+      ValueError: a file is not what its name promises, or a link that leads out of the directory; or no end token can be determined.
     """
     path = pathlib.Path(path).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -110,6 +121,9 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
         raise FileNotFoundError(
             f"No tokenizer at {file}: give a directory that holds a tokenizer.json, or the path of such a file."
         )
+    if path.is_dir():
+        for name in (file.name, *_BESIDE):
+            hub.inside(path, name)
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception

@@ -35,7 +35,7 @@ def read_values(source: Source) -> np.ndarray:
         totals: dict = {}
         for i, (exam, worth) in enumerate(zip(exams, points)):
             if exam is None:
-                raise ValueError(f"Row {i} of {source.name} has points and no exam; name the exam it belongs to.")
+                raise ValueError(f"{source.place(i)} has points and no exam; name the exam it belongs to.")
             totals[exam] = totals.get(exam, 0.0) + worth
         values = [_share(source, i, worth, totals[exam]) for i, (exam, worth) in enumerate(zip(exams, points))]
     else:
@@ -46,7 +46,7 @@ def read_values(source: Source) -> np.ndarray:
     for i, value in enumerate(values):
         if value > 1:
             raise ValueError(
-                f"Row {i} of {source.name} has the value {value:g}; a value is a share of an exam and lies in [0, 1]."
+                f"{source.place(i)} has the value {value:g}; a value is a share of an exam and lies in [0, 1]."
             )
     return np.array(values, np.float32)
 
@@ -92,7 +92,7 @@ def _number(source: Source, i: int, row: dict, column: str) -> float:
         number = math.nan
     if not math.isfinite(number) or number < 0:
         raise ValueError(
-            f"Row {i} of {source.name} has {value!r} in the column {column!r}; it must be a number and not negative."
+            f"{source.place(i)} has {value!r} in the column {column!r}; it must be a number and not negative."
         )
     return number
 
@@ -100,6 +100,6 @@ def _number(source: Source, i: int, row: dict, column: str) -> float:
 def _share(source: Source, i: int, points: float, total: float) -> float:
     if not total:
         raise ValueError(
-            f"Row {i} of {source.name} belongs to an exam of 0 points in total; an exam is worth something."
+            f"{source.place(i)} belongs to an exam of 0 points in total; an exam is worth something."
         )
     return points / total

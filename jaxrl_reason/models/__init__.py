@@ -24,6 +24,7 @@ from jaxrl_reason.models.pretrained import (
     load_pretrained,
     load_reward_model,
     open_model,
+    pinned,
     place_weights,
     read_source,
     save_pretrained,

@@ -69,13 +69,16 @@ def merge(config: ModelConfig, params: decoder.Params) -> tuple[ModelConfig, dec
     return base_of(config), {**base, "layers": {name: add(name) for name in base["layers"]}}
 
 
-def save_peft(directory: pathlib.Path, config: ModelConfig, params: decoder.Params, base_model: str) -> None:
+def save_peft(
+    directory: pathlib.Path, config: ModelConfig, params: decoder.Params, base_model: str, revision: str | None = None
+) -> None:
     """Writes the adapters as PEFT reads them: adapter_config.json and adapter_model.safetensors.
 
     Args:
       directory: is there.
       config, params: with adapters.
       base_model: what PEFT loads them on, a directory or an id of the hub.
+      revision: the commit of the hub that this is taken at.
     """
     table = families.tensors_of(base_of(config), decoder.abstract_params(base_of(config)))["layers"]
     tensors = {}
@@ -90,6 +93,7 @@ def save_peft(directory: pathlib.Path, config: ModelConfig, params: decoder.Para
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
+        "revision": revision,
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,
         "target_modules": [table[name].names[0].split(".")[-2] for name in config.lora_projections],

@@ -10,12 +10,13 @@ import dataclasses
 import functools
 import json
 import pathlib
-import re
 import shutil
 from typing import Any
+import warnings
 
 import jax
 
+from jaxrl_reason import hub
 from jaxrl_reason.data.tokenizer import Tokenizer, fitted, load_tokenizer
 from jaxrl_reason.models import decoder
 from jaxrl_reason.models import families
@@ -39,6 +40,9 @@ _FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+_REVISION = (
+    "_commit_hash"  # of a model of the hub, in the config.json that is kept of it; `transformers` calls it so too
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,7 +53,7 @@ class Policy:
       config: what it computes.
       params: its weights, a nested dict of arrays.
       tokenizer: between ids and text, or None where the directory has none.
-      source: the config.json it came with; empty for a model of our own.
+      source: the config.json it came with, and the commit of the hub that it is of; empty for a model of our own.
       files: name -> content of the tokenizer's files it came with.
     """
 
@@ -84,7 +88,7 @@ def load_pretrained(
 
     Args:
       path_or_hub_id: a directory with config.json, safetensors and tokenizer.json; the id of such a model on the Hugging Face hub
-        ("Qwen/Qwen3-0.6B"); or a .gguf file.
+        ("Qwen/Qwen3-0.6B", or with a branch, a tag or a commit "Qwen/Qwen3-0.6B@c1899de"); or a .gguf file.
       dtype: of the weights and of the operands of products, "float32" or "bfloat16".
       mesh: where the weights go, see `models.sharding`; None: the first device.
 
@@ -132,13 +136,15 @@ def save_adapters(directory: str | pathlib.Path, policy: Policy, base_model: str
     Args:
       directory: is made; may exist if it is empty.
       policy: with adapters.
-      base_model: what PEFT puts them on, a directory or an id of the hub.
+      base_model: what PEFT puts them on, a directory or an id of the hub; this at the commit that the policy began with.
 
     Raises:
       PretrainedError: the directory is not empty.
     """
     with _complete_or_absent(pathlib.Path(directory).expanduser()) as scratch:
-        lora.save_peft(scratch, policy.config, policy.params, base_model)
+        revision = policy.source.get(_REVISION)
+        base_model = hub.name_of(base_model) if revision else base_model
+        lora.save_peft(scratch, policy.config, policy.params, base_model, revision)
         _write_tokenizer(scratch, policy)
 
 
@@ -170,7 +176,8 @@ def _write_tokenizer(directory: pathlib.Path, policy: Policy) -> None:
 def config_json(policy: Policy) -> dict[str, Any]:
     """What config.json says about a model: as it came, where it still describes it, with the dtype of its weights."""
     classifier = isinstance(policy, RewardModel)
-    found = dict(policy.source)
+    # Code that a model came with stays behind: nothing that is written here names any.
+    found = {name: x for name, x in policy.source.items() if name not in (_REVISION, "auto_map")}
     dtype = policy.config.param_dtype
     free = {name: getattr(policy.config, name) for name in ("param_dtype", "compute_dtype", "remat", "attention")}
     try:
@@ -218,20 +225,41 @@ def open_model(path_or_hub_id: str | pathlib.Path) -> Opened:
     Raises:
       PretrainedError: a sentence that names the file or the field.
     """
-    path = find(path_or_hub_id)
+    path, revision = find(path_or_hub_id)
     if path.suffix == ".gguf":
         from jaxrl_reason.models import gguf  # its package is an extra
 
         return Opened(**gguf.open_file(path))
-    source = weights_lib.read_json(path / "config.json")
+    files = files_of(path)
+    source = _read_config(path)
     config = families.read_config(source, str(path / "config.json"))
+    if revision:
+        source[_REVISION] = revision
     tokenizer = None
     if (path / "tokenizer.json").exists():
         try:
             tokenizer = fitted(load_tokenizer(path), config.vocab_size)
         except ValueError as e:
             raise PretrainedError(f"{path}: {e}") from e
-    return Opened(config, weights_lib.SafetensorsDirectory(path), tokenizer, source, files_of(path))
+    return Opened(config, weights_lib.SafetensorsDirectory(path), tokenizer, source, files)
+
+
+def pinned(path_or_hub_id: str, source: Mapping[str, Any]) -> str:
+    """The same model at the commit that `source`, a config.json kept of it, is of: its branch may have moved on since."""
+    local = pathlib.Path(path_or_hub_id).expanduser().exists() or not hub.is_address(path_or_hub_id)
+    return path_or_hub_id if local or _REVISION not in source else hub.at_revision(path_or_hub_id, source[_REVISION])
+
+
+def _read_config(directory: pathlib.Path) -> dict[str, Any]:
+    """The config.json of a directory; code that it names is not run, with a warning."""
+    file = weights_lib.inside(directory, "config.json")
+    source = weights_lib.read_json(file)
+    if "auto_map" in source:
+        warnings.warn(
+            f"{file} names code of the model's own (auto_map), which is never run: the model is read as its model_type says, or refused.",
+            stacklevel=3,
+        )
+    return source
 
 
 def read_source(path_or_hub_id: str | pathlib.Path) -> dict[str, Any]:
@@ -241,47 +269,50 @@ def read_source(path_or_hub_id: str | pathlib.Path) -> dict[str, Any]:
       PretrainedError: there is none.
     """
     directory = pathlib.Path(path_or_hub_id).expanduser()
-    if directory.is_dir():
-        return weights_lib.read_json(directory / "config.json")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_hub_id)):
-        raise PretrainedError(f"There is no directory {directory} with a config.json, and it is no id of the hub.")
-    import huggingface_hub  # only where something is downloaded
-
-    try:
-        return weights_lib.read_json(pathlib.Path(huggingface_hub.hf_hub_download(str(path_or_hub_id), "config.json")))
-    except Exception as e:  # of the network, of the hub and of the disk: a dozen classes
-        raise PretrainedError(f"config.json of {path_or_hub_id} cannot be had from the hub: {e}") from e
+    if not directory.is_dir():
+        if not hub.is_address(str(path_or_hub_id)):
+            raise PretrainedError(f"There is no directory {directory} with a config.json, and it is no id of the hub.")
+        try:
+            directory = hub.fetch(str(path_or_hub_id), ["config.json"]).directory
+        except hub.HubError as e:
+            raise PretrainedError(str(e)) from e
+    return _read_config(directory)
 
 
 def files_of(directory: pathlib.Path) -> dict[str, bytes]:
-    """The tokenizer's files in a directory, see `Policy`."""
-    return {name: (directory / name).read_bytes() for name in _FILES if (directory / name).is_file()}
+    """The tokenizer's files in a directory, see `Policy`; code that tokenizer_config.json names is left out.
+
+    Raises:
+      PretrainedError: one of them is a link that leads out of the directory.
+    """
+    paths = {name: weights_lib.inside(directory, name) for name in _FILES}
+    files = {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
+    if b'"auto_map"' in files.get("tokenizer_config.json", b""):
+        content = weights_lib.read_json(paths["tokenizer_config.json"])
+        content.pop("auto_map", None)
+        files["tokenizer_config.json"] = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    return files
 
 
-def find(path_or_hub_id: str | pathlib.Path) -> pathlib.Path:
-    """The directory or .gguf file; an id of the hub is downloaded (or found in its cache)."""
+def find(path_or_hub_id: str | pathlib.Path) -> tuple[pathlib.Path, str]:
+    """The directory or .gguf file, and the commit that it is of where it was downloaded from the hub (or found in its cache), else ""."""
     path = pathlib.Path(path_or_hub_id).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
-        return path
+        return path, ""
     if path.exists():
         raise PretrainedError(f"{path} is neither a directory nor a .gguf file.")
     name = str(path_or_hub_id)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or path.is_absolute():
+    if not hub.is_address(name):
         raise PretrainedError(
-            f"There is no {name}: give a directory, a .gguf file, or an id of the hub such as Qwen/Qwen3-0.6B."
+            f"There is no {name}: give a directory, a .gguf file, or an id of the hub such as Qwen/Qwen3-0.6B or Qwen/Qwen3-0.6B@REVISION."
         )
-    import huggingface_hub  # only where something is downloaded
-
+    wanted = ["config.json", "*.safetensors", "model.safetensors.index.json", *_FILES]
     try:
-        wanted = ["config.json", "*.safetensors", "model.safetensors.index.json", *_FILES]
         # Some have their weights twice, in their maker's own format too.
-        found = huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=["consolidated*"])
-        return pathlib.Path(found)
-    except Exception as e:  # of the network, of the hub and of the disk: a dozen classes
-        reason = str(e).strip().partition("\n")[0]
-        raise PretrainedError(
-            f"There is no directory {name}, and from the Hugging Face hub it could not be had: {type(e).__name__}: {reason}"
-        ) from e
+        fetched = hub.fetch(name, wanted, ignored=["consolidated*"])
+    except hub.HubError as e:
+        raise PretrainedError(f"There is no directory {name}, and {e}") from e
+    return fetched.directory, fetched.revision
 
 
 def check_weights(opened: Opened, config: ModelConfig, kind: type[Policy] = Policy) -> None:

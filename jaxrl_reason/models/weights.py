@@ -11,6 +11,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from jaxrl_reason import hub
 from jaxrl_reason.models.families import PretrainedError, Tensor
 
 _DTYPES = ("F32", "BF16", "F16")
@@ -42,10 +43,11 @@ class SafetensorsDirectory:
 
     def __init__(self, directory: pathlib.Path):
         self.where = str(directory)
-        if (directory / _INDEX).is_file():
+        alone = inside(directory, "model.safetensors")
+        if inside(directory, _INDEX).is_file():
             self._file_of = _read_index(directory)
-        elif (directory / "model.safetensors").is_file():
-            self._file_of = dict.fromkeys(_names(directory / "model.safetensors"), directory / "model.safetensors")
+        elif alone.is_file():
+            self._file_of = dict.fromkeys(_names(alone), alone)
         else:
             pickles = [p.name for p in directory.glob("*.bin")] + [p.name for p in directory.glob("*.pt*")]
             hint = f" It has {pickles[0]}, a pickle, which can run code when it is read: convert it." if pickles else ""
@@ -53,11 +55,11 @@ class SafetensorsDirectory:
         self.shapes = {}
         for path in dict.fromkeys(self._file_of.values()):
             with _open(path) as file:
-                inside, indexed = set(file.keys()), {n for n, p in self._file_of.items() if p == path}
-                for name in sorted(inside ^ indexed):
+                held, indexed = set(file.keys()), {n for n, p in self._file_of.items() if p == path}
+                for name in sorted(held ^ indexed):
                     fault = (
                         "holds a tensor that the index does not put there"
-                        if name in inside
+                        if name in held
                         else "lacks a tensor of the index"
                     )
                     raise PretrainedError(f"{path} {fault}: {name}.")
@@ -95,9 +97,17 @@ def _read_index(directory: pathlib.Path) -> dict[str, pathlib.Path]:
             raise PretrainedError(
                 f"{directory / _INDEX} puts {name} into {file!r}; it must be the name of a .safetensors file beside it."
             )
-        if not (directory / file).is_file():
+        if not inside(directory, file).is_file():
             raise PretrainedError(f"{directory / _INDEX} names {file}, and there is no such file.")
     return {name: directory / file for name, file in index.items()}
+
+
+def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
+    """The path of a file in a model's directory; raises PretrainedError where it leads out of it, see `hub.inside`."""
+    try:
+        return hub.inside(directory, name)
+    except hub.HubError as e:
+        raise PretrainedError(str(e)) from e
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

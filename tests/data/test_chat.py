@@ -58,10 +58,21 @@ def test_one_begin_token(tokenizer, add_bos):
     assert ids[0] == 1 and ids.count(1) == 1
 
 
-def test_a_template_cannot_reach_out(tokenizer):
-    escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
-    template = chat_template(get_template("{question}"), with_template(tokenizer, escape))
-    with pytest.raises(ValueError, match="chat template cannot render a prompt: access to attribute '__class__'"):
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "access to attribute '__class__'"),
+        ("{{ '{0.__class__.__mro__}'.format(messages) }}", "access to attribute '__class__'"),
+        ("{{ messages.append(1) }}", "'list' object .*is not safely callable|access to attribute 'append'"),
+        ("{{ raise_exception.__globals__['json'] }}", "access to attribute '__globals__'"),
+        ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
+        ("{% include '/etc/passwd' %}", "no loader for this environment"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "recursion"),
+    ],
+)
+def test_a_template_cannot_reach_out_or_go_on_for_ever(tokenizer, text, message):
+    template = chat_template(get_template("{question}"), with_template(tokenizer, text))
+    with pytest.raises(ValueError, match=f"chat template cannot render a prompt: .*({message})"):
         template.render_prompt({"question": "x"})
 
 

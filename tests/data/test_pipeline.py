@@ -105,7 +105,7 @@ def test_long_prompts_are_refused_or_skipped_and_counted():
     rows = numbered(3) + [{"question": "9" * 20, "answer": 99}, {"question": "8" * 30, "answer": 88}] + numbered(2)
     with pytest.raises(
         ValueError,
-        match="2 of 7 rows do not fit: row 3 has a prompt of 21 tokens, where 1 to 8 fit \\(max_prompt_length\\); row 4",
+        match="2 of 7 rows do not fit:\n  row 3 has a prompt of 21 tokens, where 1 to 8 fit \\(max_prompt_length\\)\n  row 4",
     ):
         prompt_stream(rows)
     with pytest.warns(UserWarning, match="Skipped: 2 of 7 rows"):
@@ -119,9 +119,9 @@ def test_long_prompts_are_refused_or_skipped_and_counted():
     [
         ([], {}, "The data set has no rows"),
         (
-            [{"question": "9" * 20, "solution": "1"}] * 5,
+            [{"question": "9" * 20, "solution": "1"}] * 12,
             {"on_long": "skip"},
-            "5 of 5 rows do not fit: row 0 .*; row 2 .*; and 2 more\\. Raise the limit\\.",
+            "12 of 12 rows do not fit:\n  row 0 .*\n(  row [1-9] .*\n){9}  and 2 more\nRaise the limit\\.$",
         ),
         (numbered(3), {"on_long": "truncate"}, "on_long is 'truncate'; it has to be 'refuse' or 'skip'"),
         (numbered(3), {"batch_size": 0}, "batch_size is 0; it has to be at least 1"),
@@ -209,7 +209,7 @@ def test_evaluation_is_in_order_and_pads_with_weight_zero(count, batches):
 
 def test_evaluation_refuses_or_skips_long_prompts():
     rows = numbered(3) + [{"question": "9" * 20, "answer": 3}] + numbered(3)
-    with pytest.raises(ValueError, match="1 of 4 rows do not fit: row 3"):
+    with pytest.raises(ValueError, match="1 of 4 rows do not fit:\n  row 3"):
         evaluation(rows, 4)
     with pytest.warns(UserWarning, match="1 of 5 rows"):
         (batch,) = evaluation(rows, 5, on_long="skip")

@@ -81,7 +81,7 @@ def test_the_longer_completion_must_fit_with_its_end_token():
     ]
     with pytest.raises(
         ValueError,
-        match="2 of 5 rows do not fit: row 3 has a completion of 31 tokens, where 1 to 12 fit .max_completion_length.; row 4 .* of 13",
+        match="2 of 5 rows do not fit:\n  row 3 has a completion of 31 tokens, where 1 to 12 fit .max_completion_length.\n  row 4 .* of 13",
     ):
         stream(rows)
     with pytest.warns(UserWarning, match="Skipped: 2 of 5 rows"):
@@ -100,12 +100,9 @@ def test_add_bos_begins_prompts_and_not_completions():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"chosen": None}, "^Row 1 has None as 'chosen'; it has to be text\\.$"),
-        ({"rejected": 7}, "^Row 1 has 7 as 'rejected'; it has to be text\\.$"),
-        (
-            {"rejected": "1 = 1"},
-            "^Row 1 has the same tokens as 'chosen' and as 'rejected', which prefers nothing; remove it\\.$",
-        ),
+        ({"chosen": None}, "^row 1: column 'chosen' is None; it has to be text\\.$"),
+        ({"rejected": 7}, "^row 1: column 'rejected' is 7; it has to be text\\.$"),
+        ({"rejected": "1 = 1"}, "^Rows with the same tokens as 'chosen' and as 'rejected' .* remove them:\n  row 1$"),
     ],
 )
 def test_a_row_that_prefers_nothing_is_refused_by_its_number(changes, message):
@@ -120,13 +117,13 @@ def test_a_row_that_prefers_nothing_is_refused_by_its_number(changes, message):
 def test_a_missing_column_is_refused_by_row_and_name(column):
     rows = numbered(3)
     del rows[2][column]
-    with pytest.raises(ValueError, match=f"^Row 2.* column '{column}'.*its columns are .*other.*\\.$"):
+    with pytest.raises(ValueError, match=f"^row 2.* column '{column}'.*its columns are .*other.*\\.$"):
         stream(rows)
 
 
 def test_several_rows_that_prefer_nothing_are_counted():
     rows = [{**row, "rejected": row["chosen"]} for row in numbered(4)]
-    with pytest.raises(ValueError, match="^Row 0 \\(and 3 more rows\\) has the same tokens"):
+    with pytest.raises(ValueError, match="^Rows with the same tokens .*:\n  row 0\n  row 1\n  row 2\n  row 3$"):
         stream(rows)
 
 

@@ -2,7 +2,6 @@
 
 import json
 
-import huggingface_hub
 from hypothesis import given, strategies as st
 import pyarrow
 import pyarrow.parquet
@@ -172,7 +171,7 @@ def test_a_bad_row_is_refused_or_skipped_and_counted(write, line, reason):
     assert "set config.data.on_bad_row to 'skip'" in str(refused.value)
     with pytest.warns(UserWarning) as warned:
         source = data.load_source(path, "all", on_bad_row="skip")
-    assert f"1 bad row skipped, 2 kept. The first: {path}, line 2: {reason}" in str(warned[0].message)
+    assert f"1 bad row skipped, 2 kept:\n  {path}, line 2: {reason}" in str(warned[0].message)
     assert (len(source), source.skipped) == (2, 1)
 
 
@@ -342,29 +341,27 @@ def test_what_is_no_parquet_file_is_a_sentence(tmp_path):
         data.load_source(str(parquet(tmp_path / "m.parquet")), "all")
 
 
-def test_files_of_the_hub_are_downloaded_and_joined_in_order(tmp_path, monkeypatch):
-    asked = []
-
-    def download(name, repo_type, allow_patterns):
-        asked.append((name, repo_type, allow_patterns))
-        if name == "nobody/nothing":
-            raise OSError("404 Client Error\nmore")
-        folder = tmp_path / "snapshot" / "data"
-        folder.mkdir(parents=True, exist_ok=True)
-        parquet(folder / "train-00001.parquet", MATHS[3:])
-        parquet(folder / "train-00000.parquet", MATHS[:3])
-        parquet(folder / "test-00000.parquet", MATHS[:1])
-        return str(tmp_path / "snapshot")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    address = "hf://datasets/owner/maths/data/train-*.parquet"
-    source = data.load_source(address, "all", columns=NESTED)
-    assert [row["points"] for row in source] == [0, 1, 2, 3, 4]
-    assert asked == [("owner/maths", "dataset", ["data/train-*.parquet"])]
+def test_files_of_the_hub_are_taken_at_a_named_revision_and_joined_in_order(hub_cache, tmp_path, capsys):
+    """From the cache of the hub's own client, without a network."""
+    content = lambda rows: parquet(tmp_path / "part.parquet", rows).read_bytes()
+    files = {
+        "data/train-00001.parquet": content(MATHS[3:]),
+        "data/train-00000.parquet": content(MATHS[:3]),
+        "data/test-00000.parquet": content(MATHS[:1]),
+    }
+    old = hub_cache("dataset", "owner/maths", files)
+    new = hub_cache("dataset", "owner/maths", files | {"data/train-00001.parquet": content(MATHS[3:4])})
+    points = lambda revision: [
+        row["points"]
+        for row in data.load_source(f"hf://datasets/owner/maths{revision}/data/train-*.parquet", "all", columns=NESTED)
+    ]
+    assert points("") == [0, 1, 2, 3]
+    assert capsys.readouterr().err.startswith(f"owner/maths: revision {new} of the Hugging Face hub")
+    assert points(f"@{old}") == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="has no file 'data/dev-\\*.parquet'"):
         data.load_source("hf://datasets/owner/maths/data/dev-*.parquet", "all")
-    with pytest.raises(ValueError, match="could not be had from the Hugging Face hub: OSError: 404 Client Error$"):
+    with pytest.raises(ValueError, match="nobody/nothing could not be had from the Hugging Face hub: Local"):
         data.load_source("hf://datasets/nobody/nothing/x.jsonl", "all")
-    for wrong in ("hf://datasets/owner/maths", "hf://datasets/owner/maths/data.csv"):
+    for wrong in ("owner/maths", "owner/maths/data.csv", "../maths/data.jsonl", "owner/maths@../x/data.jsonl"):
         with pytest.raises(ValueError, match="is not understood: write hf://datasets/OWNER/NAME/PATH"):
-            data.load_source(wrong, "all")
+            data.load_source(f"hf://datasets/{wrong}", "all")

@@ -31,7 +31,7 @@ def test_held_out_values_are_asked_for_or_optional():
     assert held_out_values(source([{"question": "q"}]), needed=False) is None
     house = source([{"value": 300_000}])  # worth something, but no share of an exam
     assert held_out_values(house, needed=False) is None
-    with pytest.raises(ValueError, match="Row 0"):
+    with pytest.raises(ValueError, match="row 0"):
         held_out_values(house, needed=True)
 
 
@@ -42,19 +42,19 @@ def test_a_column_of_values_goes_first():
 @pytest.mark.parametrize(
     "rows, message",
     [
-        ([{"value": 0.1}, {"value": -0.1}], "Row 1 of exam.jsonl has -0.1 in the column 'value'"),
-        ([{"value": 0.1}, {"value": None}], "Row 1 .* has None"),
+        ([{"value": 0.1}, {"value": -0.1}], "row 1 of exam.jsonl has -0.1 in the column 'value'"),
+        ([{"value": 0.1}, {"value": None}], "row 1 .* has None"),
         (
             [{"points": 1, "exam": "a"}, {"points": 1, "exam": "a", "value": 0.1}],
-            "Row 0 .* has None in the column 'value'",
+            "row 0 .* has None in the column 'value'",
         ),
-        ([{"value": float("nan")}], "Row 0 .* has nan"),
-        ([{"value": "much"}], "Row 0 .* has 'much'"),
-        ([{"value": True}], "Row 0 .* has True"),
-        ([{"value": 1.5}], r"Row 0 .* has the value 1.5; a value is a share of an exam and lies in \[0, 1\]"),
-        ([{"points": 1, "exam": "a"}, {"points": 1}], "Row 1 .* no exam"),
-        ([{"points": 0, "exam": "a"}], "Row 0 .* an exam of 0 points"),
-        ([{"points": 5, "exam_total": 4}], "Row 0 .* has the value 1.25"),
+        ([{"value": float("nan")}], "row 0 .* has nan"),
+        ([{"value": "much"}], "row 0 .* has 'much'"),
+        ([{"value": True}], "row 0 .* has True"),
+        ([{"value": 1.5}], r"row 0 .* has the value 1.5; a value is a share of an exam and lies in \[0, 1\]"),
+        ([{"points": 1, "exam": "a"}, {"points": 1}], "row 1 .* no exam"),
+        ([{"points": 0, "exam": "a"}], "row 0 .* an exam of 0 points"),
+        ([{"points": 5, "exam_total": 4}], "row 0 .* has the value 1.25"),
         ([{"question": "q", "points": 1}], "neither a column 'value' nor 'points' .*points, question"),
     ],
 )

@@ -129,27 +129,50 @@ def test_what_is_no_model_is_a_sentence(tmp_path):
         models.load_reward_model(GOLDEN / "qwen2")
 
 
-def test_an_id_of_the_hub_is_downloaded_without_pickles(monkeypatch, tmp_path):
-    import huggingface_hub
-
-    asked = {}
-
-    def download(name, allow_patterns, ignore_patterns):
-        asked[name] = allow_patterns
-        assert ignore_patterns == ["consolidated*"]
-        if name == "nobody/nothing":
-            raise OSError("404 Client Error\nmore")
-        return str(GOLDEN / "qwen3")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+def test_an_id_of_the_hub_is_taken_at_a_named_revision_and_without_pickles(hub_cache, tmp_path, capsys, monkeypatch):
+    """From the cache of the hub's own client, without a network."""
     monkeypatch.chdir(tmp_path)
-    policy = models.load_pretrained("Qwen/Qwen3-0.6B")
-    assert policy.config.qk_norm and {"config.json", "*.safetensors", "tokenizer.json"} <= set(asked["Qwen/Qwen3-0.6B"])
-    taken = lambda file: any(pathlib.PurePath(file).match(p) for p in asked["Qwen/Qwen3-0.6B"])
-    assert taken("model-00001-of-00002.safetensors")
-    assert not any(taken(file) for file in ("pytorch_model.bin", "model.pt", "modeling.py", "optimizer.pkl"))
-    with pytest.raises(PretrainedError, match="no directory nobody/nothing, .* OSError: 404 Client Error$"):
-        models.load_pretrained("nobody/nothing")
+    files = {path.name: path.read_bytes() for path in (GOLDEN / "qwen3").iterdir() if path.suffix != ".npz"}
+    old, new = (
+        hub_cache("model", "Qwen/Qwen3-0.6B", files | {"README.md": text, "pytorch_model.bin": pickle.dumps(Bomb())})
+        for text in (b"old", b"new")
+    )
+    opened = models.open_model("Qwen/Qwen3-0.6B")
+    assert opened.source["_commit_hash"] == new
+    assert capsys.readouterr().err.strip() == (
+        f"Qwen/Qwen3-0.6B: revision {new} of the Hugging Face hub (write Qwen/Qwen3-0.6B@{new} to stay with it)."
+    )
+    # A run keeps what was found, and stays there when it goes on.
+    assert models.pinned("Qwen/Qwen3-0.6B@main", opened.source) == f"Qwen/Qwen3-0.6B@{new}"
+    assert models.pinned(str(tmp_path), opened.source) == str(tmp_path)
+    policy = models.load_pretrained(f"Qwen/Qwen3-0.6B@{old}")
+    assert policy.config.qk_norm and policy.source["_commit_hash"] == old
+    assert capsys.readouterr().err.strip().endswith(f"revision {old} of the Hugging Face hub.")
+    assert "_commit_hash" not in models.pretrained.config_json(policy)
+    assert models.read_source("Qwen/Qwen3-0.6B@main")["model_type"] == "qwen3"
+    assert not (tmp_path / "exploded").exists()
+    for name, message in (
+        ("nobody/nothing", "no directory nobody/nothing, and nobody/nothing could not be had from the .* hub: Local"),
+        ("Qwen/Qwen3-0.6B@other", "Qwen/Qwen3-0.6B@other could not be had from the Hugging Face hub: Local"),
+        ("Qwen/Qwen3-0.6B@../../x", "There is no Qwen/Qwen3-0.6B@../../x: give a directory"),
+        ("../Qwen3", "There is no ../Qwen3: give a directory"),
+    ):
+        with pytest.raises(PretrainedError, match=message):
+            models.load_pretrained(name)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_what_changed_in_the_cache_of_the_hub_is_refused(hub_cache, large):
+    files = {path.name: path.read_bytes() for path in (GOLDEN / "qwen3").iterdir() if path.suffix != ".npz"}
+    commit = hub_cache("model", "some/model", files)
+    name = "model.safetensors" if large else "config.json"
+    blob = (hub_cache.directory / "models--some--model" / "snapshots" / commit / name).resolve()
+    assert len(blob.name) == (64 if large else 40)
+    content = bytearray(blob.read_bytes())
+    content[-5] ^= 1
+    blob.write_bytes(content)
+    with pytest.raises(PretrainedError, match=f"{name} is not what the hub has under this name: its hash is"):
+        models.open_model("some/model")
 
 
 # -- hostile directories ---------------------------------------------------------------------------------------------
@@ -210,6 +233,25 @@ def other_file(name, content):
     return lambda directory: (directory / name).write_bytes(content)
 
 
+def a_link(name, target):
+    """The file moved out of the directory, and a link in its place; where there is none, a link to `target`."""
+
+    def spoil(directory):
+        file, outside = directory / name, directory.parent / "outside" / name
+        outside.parent.mkdir()
+        if file.exists():
+            file.rename(outside)
+        file.symlink_to(outside if outside.exists() else target)
+
+    return spoil
+
+
+def an_index_to_a_link(directory):
+    an_index("weights.safetensors")(directory)
+    a_link("model.safetensors", "")(directory)
+    (directory / "model.safetensors").rename(directory / "weights.safetensors")
+
+
 FIRST = "model.layers.0.self_attn.q_proj.weight"
 HOSTILE = {
     "truncated": (truncated, "model.safetensors is not a whole safetensors file"),
@@ -221,6 +263,23 @@ HOSTILE = {
         "into '../model.safetensors'; it must be the name of a .safetensors file beside",
     ),
     "absolute": (an_index("/etc/passwd"), "into '/etc/passwd'; it must be the name"),
+    "a NUL": (an_index("a\0.safetensors"), "safetensors cannot be followed"),
+    "linked weights": (
+        a_link("model.safetensors", ""),
+        "model.safetensors leads to .*, outside of .*; put the file itself",
+    ),
+    "indexed link": (an_index_to_a_link, "weights.safetensors leads to .*, outside of"),
+    "linked index": (
+        a_link("model.safetensors.index.json", "/etc/passwd"),
+        "index.json leads to /etc/passwd, outside of",
+    ),
+    "linked config": (a_link("config.json", ""), "config.json leads to .*, outside of"),
+    "linked merges": (a_link("merges.txt", "/etc/passwd"), "merges.txt leads to /etc/passwd, outside of"),
+    "linked chat": (
+        a_link("chat_template.jinja", "../../../../etc/passwd"),
+        "chat_template.jinja leads to .*, outside",
+    ),
+    "circle": (a_link("tokenizer.json", "tokenizer.json"), "tokenizer.json (cannot be followed|leads to)"),
     "not there": (an_index("other.safetensors"), "names other.safetensors, and there is no such file"),
     "no map": (other_file("model.safetensors.index.json", b"{}"), "has no weight_map"),
     "bad index": (other_file("model.safetensors.index.json", b"{"), "index.json is not JSON"),
@@ -288,6 +347,41 @@ def test_a_hostile_directory_is_one_sentence_and_places_nothing(fault, tmp_path,
         models.load_pretrained(directory)
     assert "\n" not in str(caught.value) and str(directory) in str(caught.value)
     assert not (tmp_path / "exploded").exists()
+
+
+def test_code_that_a_model_brings_is_never_run_and_goes_no_further(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    directory = tmp_path / "model"
+    shutil.copytree(GOLDEN / "qwen3", directory)
+    data.train_tokenizer(["a"]).save(directory)
+    touch = "import pathlib\npathlib.Path('exploded').touch()\n"
+    for name in ("modeling_own", "configuration_own", "tokenization_own"):
+        (directory / f"{name}.py").write_text(touch)
+    auto_map = {"AutoConfig": "configuration_own.C", "AutoModelForCausalLM": "modeling_own.M"}
+    change_json(directory / "config.json", auto_map=auto_map, trust_remote_code=True, vocab_size=259)
+    change_json(directory / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_own.T", None]})
+    rows = np.zeros((259, json.loads((directory / "config.json").read_text())["hidden_size"]), "f4")
+    change_tensors(directory, lambda t: t.update({"model.embed_tokens.weight": rows}))
+    with pytest.warns(UserWarning, match="config.json names code of the model's own .auto_map., which is never run"):
+        policy = models.load_pretrained(directory)
+    models.save_pretrained(tmp_path / "out", policy)
+    for name in ("config.json", "tokenizer_config.json"):
+        assert "auto_map" not in (tmp_path / "out" / name).read_text()
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["eos_token"] == "<eos>"
+    change_json(directory / "config.json", model_type="own")
+    with pytest.warns(UserWarning, match="never run"), pytest.raises(PretrainedError, match="has model_type 'own'"):
+        models.load_pretrained(directory)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_links_inside_of_a_directory_are_taken(tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(GOLDEN / "qwen3", directory)
+    (directory / "kept").mkdir()
+    (directory / "model.safetensors").rename(directory / "kept" / "weights")
+    (directory / "model.safetensors").symlink_to("kept/weights")
+    (tmp_path / "by another name").symlink_to(directory)
+    assert models.open_model(tmp_path / "by another name").weights.shapes
 
 
 def test_a_stored_copy_of_a_tied_head_is_taken(tmp_path):

@@ -1,0 +1,141 @@
+"""What no module of the package does, read off its source; and names under checkpoints/ that lead elsewhere.
+
+Hostile models are in models/test_pretrained.py, hostile chat templates in data/test_chat.py, hostile answers in rewards/.
+"""
+
+import ast
+import pathlib
+
+import pytest
+
+import jaxrl_reason
+from jaxrl_reason import export, runs
+from jaxrl_reason.config import ConfigError
+
+PACKAGE = pathlib.Path(jaxrl_reason.__file__).parent
+
+# Modules that run code out of what they read, or unpack archives.
+MODULES = {
+    "_pickle",
+    "cloudpickle",
+    "code",
+    "dill",
+    "joblib",
+    "marshal",
+    "pickle",
+    "runpy",
+    "shelve",
+    "tarfile",
+    "torch",
+    "yaml",
+}
+CALLS = {"__import__", "compile", "eval", "exec"}  # of texts; methods called `compile` are others
+METHODS = {
+    "exec_module",
+    "extract",
+    "extractall",
+    "getoutput",
+    "import_module",
+    "popen",
+    "system",
+    "unpack_archive",
+    "unsafe_load",
+}
+UNPICKLES = {"recv", "loads"}  # of multiprocessing's connections and of its ForkingPickler; json's is meant for texts
+
+# What is done on purpose: (file, function, what).
+ALLOWED = {
+    ("config.py", "load_module", "exec_module"),  # a recipe is a Python file that the user names
+    ("rewards/host.py", "_import_file", "exec_module"),  # a reward function is in a Python file that the user names,
+    ("rewards/host.py", "_import_module", "import_module"),  # or in a module
+    ("data/sources.py", "_tfds_source", "import_module"),  # a builder of ours, out of a table
+    # A worker unpickles what the process that started it sends; that process never unpickles what a worker reports.
+    ("rewards/pool.py", "", "multiprocessing.reduction"),
+    ("rewards/pool.py", "_serve", "recv"),
+    ("rewards/pool.py", "_serve", "loads"),
+}
+
+
+def findings(source: str):
+    """(function, what) of everything that is forbidden in a module."""
+
+    def visit(node, function):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            function = node.name
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            for name in names:
+                if name.partition(".")[0] in MODULES or name == "multiprocessing.reduction":
+                    yield function, name
+        if isinstance(node, ast.Call):
+            called = node.func
+            keywords = {k.arg: k.value for k in node.keywords}
+            if isinstance(called, ast.Name) and called.id in CALLS:
+                yield function, called.id
+            if isinstance(called, ast.Attribute):
+                owner = called.value.id if isinstance(called.value, ast.Name) else ""
+                if called.attr in METHODS:
+                    yield function, called.attr
+                if called.attr in UNPICKLES and owner != "json":
+                    yield function, called.attr
+                if called.attr == "load" and owner in ("np", "numpy"):
+                    if not (
+                        isinstance(keywords.get("allow_pickle"), ast.Constant)
+                        and keywords["allow_pickle"].value is False
+                    ):
+                        yield function, "np.load"
+            if "shell" in keywords or "trust_remote_code" in keywords:
+                yield function, "shell" if "shell" in keywords else "trust_remote_code"
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, function)
+
+    yield from visit(ast.parse(source), "")
+
+
+def test_no_module_runs_what_it_reads():
+    found = {
+        (path.relative_to(PACKAGE).as_posix(), *finding)
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for finding in findings(path.read_text())
+    }
+    assert found == ALLOWED
+
+
+@pytest.mark.parametrize(
+    "source, what",
+    [
+        ("import pickle", "pickle"),
+        ("from torch.nn import x", "torch.nn"),
+        ("def f():\n    from marshal import loads", "marshal"),
+        ("eval(text)", "eval"),
+        ("np.load(file)", "np.load"),
+        ("np.load(file, allow_pickle=True)", "np.load"),
+        ("subprocess.run(text, shell=True)", "shell"),
+        ("os.system(text)", "system"),
+        ("archive.extractall(there)", "extractall"),
+        ("value = connection.recv()", "recv"),
+        ("Auto.from_pretrained(x, trust_remote_code=flag)", "trust_remote_code"),
+    ],
+)
+def test_the_search_finds_what_it_looks_for(source, what):
+    assert [found for _, found in findings(source)] == [what]
+    harmless = "re.compile(x)\nlowered.compile()\njson.loads(x)\nnp.load(x, allow_pickle=False)\nast.literal_eval(x)"
+    assert not list(findings(harmless))
+
+
+def test_names_under_checkpoints_are_plain_numbers(tmp_path):
+    for name in ("7", "12", "-1", "3.5", "٣", "²", "7 ", "damaged-9", "..."):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert runs.checkpoint_numbers(tmp_path) == [12, 7]
+    for text in ("../../x", "/etc", "-1", "٣", "²", "1.0", ""):
+        with pytest.raises(ConfigError, match="expected the number of a checkpoint"):
+            export.parse_args(["--workdir=a", "--out=b", f"--checkpoint={text}"])
+
+
+def test_a_checkpoint_that_is_a_link_to_elsewhere_is_not_read(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "7").symlink_to(tmp_path / "elsewhere")
+    for number in (None, 7):
+        with pytest.raises(ConfigError, match="7 cannot be read: .*7 leads to .*elsewhere, outside of .*checkpoints"):
+            runs.load_weights(tmp_path / "run", number, {})
