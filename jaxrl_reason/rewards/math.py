@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from jaxrl_reason.rewards.numeric import extract_answer, numeric_verdict, parse_number
+from jaxrl_reason.rewards.numeric import extract_answer, is_unit, numeric_verdict, parse_number
 from jaxrl_reason.rewards.pool import Pool, Results
 
 TIMEOUT_S = 2.0  # for one answer: a number takes 1 ms, LaTeX 5 ms
@@ -23,6 +23,13 @@ MAX_WORKERS = 8
 # What LaTeX would misread: "1e-7" as Euler's number minus 7, and "1 1/2" as 1.
 _EXPONENT = re.compile(r"(?<=[0-9.])[eE]([-+]?[0-9]+)")
 _MIXED_NUMBER = re.compile(r"([-+]?[0-9]+) +([0-9]+) ?/ ?([0-9]+)")
+_FLOAT = re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]{1,3}")
+# Nor is 5_000 the number 5 with an index, or 1e9999 a product with e.
+_NOT_LATEX = re.compile(r"[0-9]_[0-9]{2}|[0-9.][eE][-+]?[0-9]{4}")
+# What math-verify leaves out as a unit is all from the first text to the end.
+_TEXT = re.compile(r"\\(?:mbox|text(?:normal|bf|it|rm)?|math(?:rm|it|bf))\{")
+_UNIT = re.compile(rf"{_TEXT.pattern}([^{{}}]*)\}}(?:\^[0-9]|\^?\{{\^?[0-9]\}})?[ .$]*")
+_EQUALS = re.compile(r"(?<![\\<>!])=")
 
 
 def math_verify_reward(completions: Sequence[str], answer: Sequence[str | int | float], **_) -> Results:
@@ -84,8 +91,13 @@ def _pool() -> Pool:
 
 def _read_reference(answer: str | int | float, row: int) -> tuple[str, bool]:
     """(the reference as text, whether it is a plain number)."""
-    if isinstance(answer, numbers.Real) and math.isfinite(answer):
-        return str(answer), True
+    if isinstance(answer, numbers.Rational) or isinstance(answer, numbers.Real) and math.isfinite(answer):
+        try:
+            return str(answer), True
+        except ValueError as error:  # Python writes whole numbers of at most 4300 digits
+            raise ValueError(
+                f"Row {row}: the reference answer is too long a number: {error}; correct that row's answer."
+            ) from None
     text = answer.strip() if isinstance(answer, str) else ""
     if "####" in text or r"\boxed{" in text:
         text = extract_answer(text) or ""
@@ -119,34 +131,61 @@ def _judge(question: tuple[str, str | None]) -> float | None:
     predicted = _read(prediction)
     # Gold first, the order matters. Without time limits of its own: what the pool's would do, they may fail to.
     right = verify(gold, predicted, timeout_seconds=None) and not _differ_exactly(gold[0], predicted[0])
-    return float(right)
+    return float(right and (prediction == reference or not _contradicts_itself(prediction)))
 
 
 def _differ_exactly(a, b) -> bool:
-    """Whether two expressions are rational numbers and not the same.
+    """Whether two expressions, or the right sides of equations, are rational numbers and not the same.
 
     math-verify looks at the first 15 decimals of a difference, to which 1/2004! is 1/2006!. Percentages are left to it:
     they are compared with and without the sign.
     """
-    from sympy import Basic, UnevaluatedExpr
+    from sympy import Equality, Expr, UnevaluatedExpr
 
-    if a == b or not all(isinstance(x, Basic) and not x.has(UnevaluatedExpr) for x in (a, b)):
+    a, b = (x.rhs if isinstance(x, Equality) else x for x in (a, b))  # "x = 1/2006!"
+    if a == b or not all(isinstance(x, Expr) and not x.has(UnevaluatedExpr) for x in (a, b)):
         return False
     a, b = a.doit(), b.doit()
     return bool(a.is_Rational and b.is_Rational and a != b)
 
 
+def _contradicts_itself(answer: str) -> bool:
+    """Whether it equates numbers that differ, as "2 = x = 5" does, of which math-verify takes the last."""
+    from math_verify import verify
+
+    members = [_read(member.strip()) for member in _EQUALS.split(answer)]
+    if len(members) < 2:
+        return False
+    stated = [read[0] for read in members if read and getattr(read[0], "is_number", False)]
+    return any(not verify(stated[0], other, timeout_seconds=None) for other in stated[1:])
+
+
 def _read(answer: str) -> list:
     """The answer as sympy expressions, and as text where it is none; empty where it cannot be read."""
+    from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
-    if parse_number(answer) is not None:
+    answer = answer.replace(r"\fbox", "").replace(r"\boxed", "")  # a box in the box would be taken for the answer
+    holds_all = extract_answer(rf"\boxed{{{answer}}}") == answer  # unless a brace in the answer closes the box
+    if not holds_all or _NOT_LATEX.search(answer):
+        return []
+    if _FLOAT.fullmatch(answer) or parse_number(answer) is not None:
         answer = _EXPONENT.sub(r"\\cdot 10^{\1}", answer)
     elif mixed := _MIXED_NUMBER.fullmatch(answer):
         answer = r"{}\frac{{{}}}{{{}}}".format(*mixed.groups())
     # The whole box or nothing: by default a number or formula anywhere in it would be taken for the answer.
-    whole = LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)
-    return parse(rf"\boxed{{{answer}}}", [whole], parsing_timeout=None)
+    text = _TEXT.search(answer)
+    unit = text and _UNIT.fullmatch(answer, text.start())
+    normalization = NormalizationConfig(
+        basic_latex=True,
+        units=text is None or unit is not None and is_unit(unit[1]),
+        malformed_operators=True,
+        nits=True,
+    )
+    whole = LatexExtractionConfig(
+        try_extract_without_anchor=False, boxed_match_priority=0, normalization_config=normalization
+    )
+    return parse(rf"\boxed{{{answer}}}", [whole], parsing_timeout=None, extraction_mode="first_match")
 
 
 @functools.lru_cache(maxsize=1024)

@@ -8,6 +8,7 @@ What counts as a number, and what does not:
 
     18   -3   +3   1,234   0.50   .5   3/4   1e3   $18   -$18   \$18   18.   \frac{1}{2}   -\dfrac{1}{2}   5\text{ cm}   50%
     1,2,3   1,23   --5   3/0   1e101   1 1/2   2+3   nan   inf   5 apples   x = 5   digits that are not ASCII
+    5\text{00}   5\text{ million}   5\mathrm{i}
 
 A percent sign is "divided by 100" to `parse_number`. To `numeric_verdict`, "50%" equals "50%" and "0.5", and it also equals "50", since
 the reference to "what percentage ...?" is usually written without the sign (and the same with the roles exchanged).
@@ -30,11 +31,27 @@ _NUMBER = re.compile(
     rf"|(?P<above>{_INTEGER}) ?/ ?(?P<below>{_INTEGER})"
     rf"|\\[dt]?frac\{{(?P<above_tex>[-+]?{_INTEGER})\}}\{{(?P<below_tex>[-+]?{_INTEGER})\}})"
 )
-_TRAILING_UNIT = re.compile(r"\\(?:text|mathrm)\{[^{}]*\}$")
+_TRAILING_UNIT = re.compile(r"\\(?:text|mathrm)\{([^{}]*)\}$")
+# Words that say how much, or that go on: "5\text{ million}" is not 5, nor is "5\text{ or six}", nor 5i.
+_NOT_UNITS = frozenset(
+    "and or not to plus minus times over half halves quarter quarters third thirds percent percentage pct factorial squared cubed "
+    "dozen hundred thousand million billion trillion k e i j".split()
+)
 # A lump that starts like a number. A sign glued to what precedes it ("10-4") is a subtraction, not a sign.
-# \d on purpose: a lump that mixes in foreign digits must stay whole, so that it is refused rather than cut short.
+# All that is glued to a number belongs to its lump, so that it is refused rather than cut short: digits of other scripts (\d on purpose),
+# a second sign, signs and fractions that only look alike, powers ("5²"), 0x10, marks that strike digits out, and, where a digit
+# follows, separators that the grammar does not know and characters that are not seen. Possessive (*+), so nothing is tried twice.
+_SIGNS = "-+\u2212\u02d7\u2010-\u2015\u207a\u207b\ufe62\ufe63\uff0b\uff0d"
+_PARTS = (
+    r"[\d.,/\u00b2\u00b3\u00b9\u00bc-\u00be\u066a\u066b\u2030\u2031\u2044\u2070-\u2089\u20d0-\u20ff\u2150-\u2189\u2215"
+    r"\u0300-\u036f\ufe00-\ufe0f\uff05]*+"
+)
+_BETWEEN_DIGITS = r"[_'\u00a0\u00ad\u00b7\u061c\u066c\u2007\u2009\u200b-\u200f\u2018\u2019\u202a-\u202f\u2060-\u2069\ufeff\uff0c\uff0e]++(?=\d)"
+_RUN = rf"{_PARTS}(?:{_BETWEEN_DIGITS}{_PARTS})*+"
+_FRACTION = r"\\[dt]?frac\{[^{}]{1,50}\}\{[^{}]{1,50}\}"
 _LUMP = re.compile(
-    r"(?:(?<![\w)}])[-+−])?\$?(?:\\[dt]?frac\{[^{}]{1,50}\}\{[^{}]{1,50}\}|\.?\d[\d.,/]*(?:[eE][-+]?\d+)?)(?:\\?%)?"
+    rf"(?:(?<![{_SIGNS}\w)}}])[{_SIGNS}]+)?\$?(?:0[xXoObB]\w++|{_FRACTION}{_RUN}"
+    rf"|\.?[\d\u00bc-\u00be\u2150-\u215f]{_RUN}(?:[eE][-+\u2212]?\d{_RUN})*+(?:{_FRACTION}{_RUN})?)(?:\\?%)?"
 )
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
@@ -108,10 +125,20 @@ def numeric_verdict(completion: str, answer: str | int | float, *, fallback: str
     return without_sign in (with_sign, with_sign / 100)
 
 
+def is_unit(words: str) -> bool:
+    r"""Whether what stands in \text{} behind a number leaves its value alone, as " cm" does and "00", "!" or " million" do not."""
+    letters = all(c.isalpha() and not c.isnumeric() or c in " ./-'°" for c in words)
+    return letters and _NOT_UNITS.isdisjoint(words.lower().replace("-", " ").split())
+
+
 def _to_matching_brace(text: str, start: int) -> str | None:
     depth = 1
     for token in _BRACE.finditer(text, start):  # \{ and \} are characters of the answer, and match as the escape
-        depth += {"{": 1, "}": -1}.get(token.group(), 0)
+        found = token.group()
+        if found == "{":
+            depth += 1
+        elif found == "}":
+            depth -= 1
         if depth == 0:
             return text[start : token.start()].strip() or None
     return None
@@ -128,7 +155,9 @@ def _read(text: str) -> tuple[Fraction, bool] | None:
         text = text[1:].removesuffix("$")
     elif text[:2] in ("-$", "+$"):
         text = text[0] + text[2:]
-    text = _TRAILING_UNIT.sub("", text).strip()
+    unit = _TRAILING_UNIT.search(text)
+    if unit is not None and is_unit(unit[1]):
+        text = text[: unit.start()].strip()
     percent = text.endswith("%")
     match = _NUMBER.fullmatch(text.removesuffix("%").strip())
     if match is None:
@@ -147,8 +176,8 @@ def _read(text: str) -> tuple[Fraction, bool] | None:
 
 
 def _read_reference(answer: str | int | float) -> tuple[Fraction, bool]:
-    if isinstance(answer, numbers.Integral):
-        return Fraction(int(answer)), False
+    if isinstance(answer, numbers.Rational):  # not through a float, which 10**400 overflows
+        return Fraction(int(answer.numerator), int(answer.denominator)), False
     if isinstance(answer, numbers.Real) and math.isfinite(answer):
         return Fraction(str(answer)), False  # through the decimal it prints as: Fraction(0.1) is not 1/10
     reading = None

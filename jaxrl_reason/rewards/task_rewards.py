@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from fractions import Fraction
+from numbers import Integral
 import re
 
 from jaxrl_reason.rewards.numeric import MAX_NUMBER_LENGTH, extract_answer, parse_number
@@ -32,12 +33,17 @@ def canonical_answer(completion: str, *, kind: str, target: int, low: int, high:
       The numbers ascending, as "5, 7"; None where the answer breaks the constraint or cannot be read.
 
     Raises:
-      ValueError: an unknown `kind`.
+      ValueError: an unknown `kind`, or one of the others is not a whole number (for a multiple, of 0 at that).
     """
-    if kind not in _CONSTRAINTS:
+    if kind not in tuple(_CONSTRAINTS):  # a tuple: also of what has no hash
         raise ValueError(
             f"The column 'kind' holds {kind!r:.80}; many_answers can judge {', '.join(_CONSTRAINTS)}: correct that row."
         )
+    for name, value in dict(target=target, low=low, high=high).items():
+        if not isinstance(value, Integral) or (name, kind, value) == ("target", "multiple", 0):
+            raise ValueError(
+                f"The column {name!r} holds {value!r:.80}, by which no answer of the kind {kind!r} can be judged; correct that row."
+            )
     numbers = _named_numbers(completion)
     if not numbers or not low <= numbers[0] <= numbers[-1] <= high or not _CONSTRAINTS[kind](numbers, target):
         return None
@@ -59,7 +65,7 @@ def many_answers_reward(
       kind, target, low, high: N values each, see `canonical_answer`.
 
     Raises:
-      ValueError: an unknown `kind`.
+      ValueError: as `canonical_answer`.
     """
     rows = zip(completions, kind, target, low, high, strict=True)
     return [float(canonical_answer(text, kind=k, target=t, low=lo, high=hi) is not None) for text, k, t, lo, hi in rows]
@@ -73,7 +79,12 @@ def strict_reward(completions: Sequence[str], answer: Sequence[str], **_) -> lis
     Args:
       completions: N texts.
       answer: N references.
+
+    Raises:
+      ValueError: a reference that is missing.
     """
+    if any(reference is None for reference in answer):
+        raise ValueError("A row has no reference in its column 'answer', and \"None\" is no answer; correct that row.")
     return [
         float(extract_answer(completion) == str(reference))
         for completion, reference in zip(completions, answer, strict=True)
