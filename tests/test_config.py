@@ -1,5 +1,6 @@
 """The configuration: what is refused and how, what survives a round trip, and that every field changes something."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -24,6 +25,7 @@ from jaxrl_reason.models import sharding
 from jaxrl_reason.progress import Clock
 from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.rollout import Rollout
+from jaxrl_reason.watch import NonFiniteError
 from tiny_runs import ROWS, change, tiny, write_rows
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -495,10 +497,17 @@ def rows(tmp_path_factory):
     template = "{{ shout }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     dataclasses.replace(tokenizer, chat_template=template).save(directory / "chat")
     (directory / "reward.py").write_text(
+        "import os, time\n"
         "def often_fails(completions, row, **_):\n"
         "    if any(r % 4 == 0 for r in row):\n"
         "        raise ValueError('no')\n"
         "    return [1.0] * len(row)\n"
+        "def heavy(completions, row, **_):\n"
+        "    time.sleep(1.0 * (row[0] == 1))\n"
+        "    return [float(len(bytes(2**29 * (row[0] == 2))) > 0)] * len(row)\n"
+        "def pid(completions, **_):\n"
+        "    time.sleep(0.5)\n"
+        "    return [float(os.getpid())] * len(completions)\n"
         "def always(completions, **_):\n"
         "    return [1.0] * len(completions)\n"
     )
@@ -711,6 +720,14 @@ def scored(config, tmp_path):
     return outcome(score)
 
 
+def workers(config, tmp_path):
+    """How many processes score four prompts."""
+    run = setup(config, tmp_path)
+    batch = run.prompts.batch(0)._replace(rows=ROWS[:4])
+    rewards, _ = run.scorer(made_up_experience(config).rollout, batch)
+    return len(np.unique(rewards["pid"]))
+
+
 def dynamic_sampling(config, tmp_path):
     """Prompt batches drawn where no group ever informs."""
     run = setup(config, tmp_path)
@@ -771,13 +788,19 @@ def finished():
     return {}
 
 
-def trained(look, config, tmp_path, compiled_run, capsys, finished):
-    """What `look` finds in the work directory of a whole run."""
-    key = json.dumps(config_lib.to_dict(config))
+def trained(look, config, tmp_path, compiled_run, capsys, finished, spoilt=False):
+    """What `look` finds in the work directory of a whole run; `spoilt`: of one whose advantages are not finite."""
+    key = json.dumps(config_lib.to_dict(config)), spoilt
     if key not in finished:
-        run = dataclasses.replace(setup(config, tmp_path), programs=compiled_run.programs)
+        programs = compiled_run.programs
+        if spoilt:
+            prepare = programs.prepare
+            spoil = lambda batch, *rest: (batch._replace(advantages=batch.advantages * jnp.nan), *rest)
+            programs = dataclasses.replace(programs, prepare=lambda *args: spoil(*prepare(*args)))
+        run = dataclasses.replace(setup(config, tmp_path), programs=programs)
         capsys.readouterr()
-        train.train(run)
+        with contextlib.suppress(NonFiniteError):
+            train.train(run)
         finished[key] = run.work.path, capsys.readouterr().out
     return look(*finished[key])
 
@@ -910,6 +933,10 @@ EFFECTS = {
     "reward.weights": ([1.0, 0.25], prepared, dict(reward__functions=["accuracy", "format"])),
     "reward.verdict": ("format", scored, dict(reward__functions=["accuracy", "format"])),
     "reward.max_failure_share": (0.1, scored, dict(reward__functions=["accuracy", f"{HERE}/reward.py:often_fails"])),
+    "reward.workers": (3, workers, dict(reward__functions=[f"{HERE}/reward.py:pid"], reward__workers=1)),
+    "reward.timeout_s": (0.3, scored, dict(reward__functions=[f"{HERE}/reward.py:heavy"])),
+    "reward.memory_mb": (64, scored, dict(reward__functions=[f"{HERE}/reward.py:heavy"])),
+    "sampling.mismatch_limit": (1e-12, functools.partial(trained, lambda _, out: "mismatch_limit" in out), TRAINED),
     "sampling.temperature": (0.5, sampled, {}),
     "sampling.quantize": ("int8", sampled, {}),
     "sampling.importance_cap": (0.5, loss, dict(sampling__quantize="int8")),
@@ -925,6 +952,7 @@ EFFECTS = {
     "optimizer.eps": (1.0, optimizer, {}),
     "optimizer.max_grad_norm": (0.1, optimizer, {}),
     "optimizer.float32_master": (True, small_steps, dict(model__param_dtype="bfloat16")),
+    "optimizer.max_skipped": (2, functools.partial(trained, metric_steps, spoilt=True), TRAINED),
     "update.epochs": (2, update_program, {}),
     "update.minibatches": (2, update_program, {}),
     "update.accumulation": (2, update_program, {}),
@@ -954,6 +982,7 @@ EFFECTS = {
     "log.samples": (4, functools.partial(trained, lines("samples.jsonl")), TRAINED | dict(log__samples_every=1)),
     "log.tensorboard": (True, functools.partial(trained, lambda path, _: (path / "tensorboard").exists()), TRAINED),
     "log.progress": (True, functools.partial(trained, lambda _, out: "RL 1/3" in out), TRAINED),
+    "log.heartbeat": (1e-3, functools.partial(trained, lambda _, out: "has been going on for" in out), TRAINED),
 }
 
 
