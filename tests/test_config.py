@@ -795,7 +795,8 @@ def trained(look, config, tmp_path, compiled_run, capsys, finished, spoilt=False
         programs = compiled_run.programs
         if spoilt:
             prepare = programs.prepare
-            spoil = lambda batch, *rest: (batch._replace(advantages=batch.advantages * jnp.nan), *rest)
+            lost = jax.jit(lambda x: x * jnp.nan)
+            spoil = lambda batch, *rest: (batch._replace(advantages=lost(batch.advantages)), *rest)
             programs = dataclasses.replace(programs, prepare=lambda *args: spoil(*prepare(*args)))
         run = dataclasses.replace(setup(config, tmp_path), programs=programs)
         capsys.readouterr()
