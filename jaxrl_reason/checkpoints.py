@@ -22,7 +22,14 @@ from jaxrl_reason.learner import Experience, TrainState
 from jaxrl_reason.rollout import Rollout
 
 _log = logging.getLogger(__name__)
-_UNREADABLE = (ValueError, KeyError, OSError, TypeError)  # what orbax raises on damaged files
+UNREADABLE = (
+    ValueError,
+    KeyError,
+    OSError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)  # what orbax raises on damaged files
 _UNWRITABLE = (ValueError, OSError)  # and on full disks
 
 
@@ -72,7 +79,7 @@ class Checkpoints:
         faults = {}
         for number in sorted(self._manager.all_steps(), reverse=True):
             try:
-                with _failing(_UNREADABLE):
+                with _failing(UNREADABLE):
                     hub.inside(self.directory, str(number))
                     restored = self._manager.restore(number, args=ocp.args.StandardRestore(abstract))
             except CheckpointError as e:
@@ -125,7 +132,7 @@ def load_params(directory: pathlib.Path, like):
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             return checkpointer.restore(directory.resolve(), _abstract(like))
-        except _UNREADABLE as e:
+        except UNREADABLE as e:
             raise CheckpointError(f"The weights {directory} cannot be read: {_in_short(e)}") from e
 
 
@@ -162,7 +169,7 @@ def load_batch(file: pathlib.Path) -> tuple[Experience, dict[str, np.ndarray]]:
                 parts[part][name] = x
         rollout = Rollout(**parts["rollout"])
         return Experience(**parts["experience"] | {"rollout": rollout}), parts["rewards"]
-    except (ValueError, KeyError, OSError, TypeError, zipfile.BadZipFile) as e:
+    except (*UNREADABLE, zipfile.BadZipFile) as e:
         raise CheckpointError(f"The batch {file} cannot be read: {_in_short(e)}") from e
 
 

@@ -23,6 +23,7 @@ from jaxrl_reason import train
 from jaxrl_reason import writers
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.rewards import RewardError
+from jaxrl_reason.watch import NonFiniteError
 
 METHOD = "method"  # the directory and the row of the recipe itself
 
@@ -124,7 +125,15 @@ def main(argv: list[str] | None = None) -> int:
         if not hasattr(module, "get_baselines"):
             raise ConfigError(f"{path} has no get_baselines(); it names what the method is compared with.")
         rows = compare(config, module.get_baselines(), workdir)
-    except (ConfigError, RewardError, checkpoints.CheckpointError, writers.MetricsError, ValueError, OSError) as e:
+    except (
+        ConfigError,
+        RewardError,
+        checkpoints.CheckpointError,
+        writers.MetricsError,
+        NonFiniteError,
+        ValueError,
+        OSError,
+    ) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except hosts.Preempted as e:

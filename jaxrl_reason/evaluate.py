@@ -199,7 +199,7 @@ def _text_subject(c: Config, workdir: pathlib.Path, method: methods.Method, mesh
             batches,
             scorer,
             tokenizer,
-            answer_of=scorer.answer_of(verdict) or evaluation.final_answer,
+            answers_of=scorer.answers_of(verdict),
             verdict=verdict,
             self_reward=tasks.self_reward_of(method, _self_reward_constant(workdir)),
             values=values,

@@ -12,11 +12,12 @@ from jaxrl_reason import experience
 from jaxrl_reason import hosts
 from jaxrl_reason import metrics
 from jaxrl_reason.data import PromptBatch
+from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.rewards.numeric import extract_answer, parse_number
-from jaxrl_reason.rewards.scorer import Scorer
+from jaxrl_reason.rewards.scorer import Scorer, each
 from jaxrl_reason.rollout import Rollout
 
-AnswerOf = Callable[[str, Mapping[str, Any]], Hashable | None]
+AnswersOf = Callable[[list[list[str]], Sequence[Mapping[str, Any]]], list[list[Hashable | None]]]
 
 
 class Evaluated(NamedTuple):
@@ -65,7 +66,7 @@ def gather(
     scorer: Scorer,
     tokenizer: data.Tokenizer | None = None,
     *,
-    answer_of: AnswerOf = final_answer,
+    answers_of: AnswersOf | None = None,
     verdict: str = "",
     self_reward: Callable[[Rollout], np.ndarray] | None = None,
     values: np.ndarray | None = None,
@@ -79,7 +80,8 @@ def gather(
       scorer: its rewards.
       tokenizer: decodes the completions; without one there are no texts and no answers, nor on other processes than the first, which
         alone is asked what they say.
-      answer_of: (completion, row) -> the final answer, equal and hashed alike where two answers are the same, or None.
+      answers_of: (completions [P][K], rows) -> their final answers, equal and hashed alike where two are the same, or None; without
+        it what `final_answer` finds.
       verdict: the reward whose value > 0.5 means right; empty: the scorer's verdict.
       self_reward: LaSeR's self-rewards f32[P, K] of a rollout, or None.
       values: of all rows of the data, from `data.values.held_out_values`, or None.
@@ -108,7 +110,8 @@ def gather(
             ids = [[t[live].tolist() for t, live in zip(*group)] for group in zip(tokens[real], mask[real])]
             texts += [tokenizer.decode_batch(group) for group in ids]
     together = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-    answers = [[answer_of(text, row) for text in group] for group, row in zip(texts, rows)]
+    find = answers_of or each(final_answer)
+    answers = hosts.agree(lambda: find(texts, rows) if texts else None, RewardError)
     return Evaluated(
         rows=rows,
         right=together["rewards"][verdict or scorer.verdict] > 0.5,

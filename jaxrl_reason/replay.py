@@ -24,6 +24,7 @@ from jaxrl_reason import runs
 from jaxrl_reason import train
 from jaxrl_reason.config import ConfigError
 from jaxrl_reason.learner import Experience
+from jaxrl_reason.rewards import RewardError
 
 SHOWN = 3  # prompts at fault whose completions are printed
 
@@ -83,7 +84,11 @@ def load(run: train.Run, step: int) -> tuple[models.Params, Experience, dict[str
     params = checkpoints.load_params(directory / "params", run.programs.abstract_state.params)
     batch, rewards = checkpoints.load_batch(directory / "batch.npz")
     put = lambda x: hosts.put(x, run.programs.sharding)
-    return params, jax.tree.map(put, batch), rewards
+    batch = jax.tree.map(put, batch)
+    judging = run.method.loss.self_reward
+    if judging and step <= judging.warmup_steps:  # as the update left it out
+        batch = batch._replace(judged=jnp.zeros_like(batch.judged))
+    return params, batch, rewards
 
 
 def report(run: train.Run, step: int, console: rich.console.Console) -> list[Found]:
@@ -147,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         if step not in map(str, saved):
             raise ConfigError(f"--step={step}: {workdir / 'replay'} holds {', '.join(map(str, saved))}.")
         report(train.setup(config, workdir), int(step), rich.console.Console(highlight=False, markup=False))
-    except (ValueError, OSError) as e:
+    except (RewardError, ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     return 0

@@ -37,7 +37,7 @@ from jaxrl_reason.models import sharding
 from jaxrl_reason.progress import Clock, Heartbeat, Progress
 from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.rewards.learned import TextScorer, chat_of
-from jaxrl_reason.watch import NonFiniteError, SkippedUpdates
+from jaxrl_reason.watch import NonFiniteError, SkippedUpdates, history
 from jaxrl_reason.workdir import Workdir
 
 # Folded into the seed for the score vector and, without a policy to begin with, the decoder; beside the purposes in `programs`.
@@ -155,13 +155,21 @@ def open_pretrained(config: Config, mesh: jax.sharding.Mesh) -> models.Opened:
     return found
 
 
-def scorer(phase: Phase, decoder: models.Params, console: rich.console.Console) -> Callable:
-    """(Rollout, its batch) -> scores f32[P, G] under the phase's reward model, and metrics; see `Scorer.with_reward_model`."""
+def scorer(
+    phase: Phase,
+    decoder: models.Params,
+    console: rich.console.Console,
+    asked: Callable[[], bool] = lambda: False,
+) -> Callable:
+    """(Rollout, its batch) -> scores f32[P, G] under the phase's reward model, and metrics; see `Scorer.with_reward_model`.
+
+    Arguments and errors as `train_reward_model`.
+    """
     c = phase.config
     parts = c.update.accumulation * c.update.minibatches  # as the policy's log-probabilities are computed
     if phase.pretrained:
         return pretrained_scorer(c, phase.pretrained, phase.tokenizer, phase.mesh)
-    model, params = get_reward_model(phase, decoder, console)
+    model, params = get_reward_model(phase, decoder, console, asked)
     parts = sharding.microbatches(phase.mesh, c.prompts_per_step // c.sampling.parts, parts)
     score = group_scoring_program(programs_lib.with_attention(model, c, phase.mesh), phase.mesh, parts)
     return lambda rollout, batch: (score(params, rollout), {})
@@ -196,25 +204,37 @@ def pretrained_scorer(
 
 
 def get_reward_model(
-    phase: Phase, decoder: models.Params, console: rich.console.Console
+    phase: Phase,
+    decoder: models.Params,
+    console: rich.console.Console,
+    asked: Callable[[], bool] = lambda: False,
 ) -> tuple[models.ModelConfig, models.Params]:
     """The phase's reward model: loaded where it is trained already, else trained now from the weights of `decoder`."""
     if (phase.directory / _DESCRIPTION).exists():
         console.print(f"The reward model in {phase.directory} is trained.", soft_wrap=True)
         return load_reward_model(phase.directory, tokenizer_digest(phase.tokenizer), mesh=phase.mesh)
-    return phase.model, train_reward_model(phase, decoder, console)
+    return phase.model, train_reward_model(phase, decoder, console, asked)
 
 
-def train_reward_model(phase: Phase, decoder: models.Params, console: rich.console.Console) -> models.Params:
+def train_reward_model(
+    phase: Phase,
+    decoder: models.Params,
+    console: rich.console.Console,
+    asked: Callable[[], bool] = lambda: False,
+) -> models.Params:
     """The Bradley-Terry loop, from wherever the phase's directory stands; prints the table of held-out pairs before and after.
 
     Args:
       phase: from `setup`.
       decoder: weights to begin with, see `reward_model.init_params`; they stay the caller's.
       console: for the bar and the table.
+      asked: whether to save and end, asked after every step; from `hosts.preemption`.
 
     Returns:
       The trained parameters, which also lie under the directory's params/, with metrics.jsonl and reward_model.json beside them.
+
+    Raises:
+      Preempted: it was asked to end; the last step is saved.
     """
     c, r, directory = phase.config, phase.config.reward_model, phase.directory
     key = jax.random.fold_in(jax.random.key(c.seed), _INIT)
@@ -247,7 +267,7 @@ def train_reward_model(phase: Phase, decoder: models.Params, console: rich.conso
         )
         if number == 0:
             metrics_file.write(0, evaluation(state.params))
-        skipped = SkippedUpdates(c.optimizer.max_skipped)
+        skipped = SkippedUpdates(c.optimizer.max_skipped, history(directory, number))
         heart = stack.enter_context(Heartbeat(functools.partial(console.print, soft_wrap=True), c.log.heartbeat))
         bar = stack.enter_context(Progress(console, "reward model", r.steps, number, enabled=c.log.progress))
         for step in range(number, r.steps):
@@ -260,8 +280,11 @@ def train_reward_model(phase: Phase, decoder: models.Params, console: rich.conso
             metrics_file.write(done, metrics)
             if skipped.look(metrics):
                 raise skipped.error(f"step {done} of the reward model", "Lower config.reward_model.learning_rate.")
-            if done % c.checkpoint.every == 0 or last:
+            ending = asked() and not last
+            if done % c.checkpoint.every == 0 or last or ending:
                 saver.save(done, state)
+            if ending:
+                raise hosts.Preempted(f"step {done} of the reward model")
             bar.advance(f"loss {metrics['reward_model/loss']:.3f}")
     saver.close()
     checkpoints.save_params(directory / "params", state.params)
@@ -445,10 +468,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     console = rich.console.Console(highlight=False, markup=False)
     try:
-        get_reward_model(run.reward_phase, start_decoder(run, console), console)
+        with hosts.preemption() as asked:
+            get_reward_model(run.reward_phase, start_decoder(run, console), console, asked)
     except (ConfigError, checkpoints.CheckpointError, writers.MetricsError, NonFiniteError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
+    except hosts.Preempted as e:
+        print(e, file=sys.stderr)
+        return e.exit_code
     return 0
 
 

@@ -8,6 +8,7 @@ import pathlib
 import jax
 import orbax.checkpoint as ocp
 
+from jaxrl_reason import checkpoints
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import hub
 from jaxrl_reason import models
@@ -87,7 +88,7 @@ def load_weights(workdir: pathlib.Path, number: int | None, like) -> tuple[int, 
                 raise ValueError("its weights have other shapes than the configuration and the tokenizer ask for")
             with ocp.PyTreeCheckpointer() as checkpointer:
                 params = checkpointer.restore(directory / "default", args=restore)["params"]
-        except (ValueError, KeyError, OSError, TypeError) as e:
+        except checkpoints.UNREADABLE as e:
             faults.append(f"{directory} cannot be read: {str(e).partition(chr(10))[0]}")
             continue
         for fault in faults:

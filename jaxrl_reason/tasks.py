@@ -178,7 +178,7 @@ def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
                 held_out,
                 scorer,
                 tokenizer,
-                answer_of=scorer.answer_of(judge) or evaluation.final_answer,
+                answers_of=scorer.answers_of(judge),
                 verdict=judge,
                 self_reward=self_reward_of(method, c_ref),
                 values=values,

@@ -14,6 +14,7 @@ import itertools
 import json
 import pathlib
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ from jaxrl_reason.progress import Clock, Heartbeat, Progress
 from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.rewards.scorer import LEARNED
 from jaxrl_reason.tasks import Task
-from jaxrl_reason.watch import NonFiniteError, SkippedUpdates, Watch
+from jaxrl_reason.watch import NonFiniteError, SkippedUpdates, Watch, history
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,10 @@ def setup(config: Config, workdir: str | pathlib.Path) -> Run:
       ConfigError, RewardError, ValueError, OSError: a sentence that says what is wrong and where.
     """
     turns = [hosts.agree(lambda: _setup(config, workdir) if hosts.first() else None, ConfigError, *_REFUSALS)]
-    turns += [hosts.agree(lambda: None if hosts.first() else _setup(config, workdir), ConfigError, *_REFUSALS)]
+    with warnings.catch_warnings():
+        if not hosts.first():
+            warnings.simplefilter("ignore")  # the first has said them
+        turns += [hosts.agree(lambda: None if hosts.first() else _setup(config, workdir), ConfigError, *_REFUSALS)]
     return next(run for run in turns if run)
 
 
@@ -131,13 +135,13 @@ def supervised(
 ) -> TrainState:
     """The supervised phase: cross-entropy on worked solutions, with checkpoints and metrics of its own."""
     c, begin = run.config, int(state.step)
-    skipped = SkippedUpdates(c.optimizer.max_skipped)
     with contextlib.ExitStack() as stack:
         metrics_file = stack.enter_context(
             writers.MetricsWriter(
                 run.work.path / "supervised", c.log.tensorboard, resume_step=begin or -1, enabled=hosts.first()
             )
         )
+        skipped = SkippedUpdates(c.optimizer.max_skipped, history(run.work.path / "supervised", begin))
         heart = stack.enter_context(Heartbeat(functools.partial(console.print, soft_wrap=True), c.log.heartbeat))
         bar = stack.enter_context(Progress(console, "supervised", c.supervised.steps, begin, enabled=c.log.progress))
         for step in range(begin, c.supervised.steps):
@@ -321,7 +325,7 @@ def _train(run: Run, asked: Callable[[], bool]) -> dict[str, dict[str, float]]:
     c_ref = self_reward_constant(run, state)
     exact = c_ref is not None and run.method.loss.self_reward.reference == "exact"
     if run.reward_phase:
-        score = reward_training.scorer(run.reward_phase, models.lora.merge(run.model, state.params)[1], console)
+        score = reward_training.scorer(run.reward_phase, models.lora.merge(run.model, state.params)[1], console, asked)
         run = dataclasses.replace(run, task=dataclasses.replace(run.task, scorer=run.scorer.with_reward_model(score)))
     evaluation = lambda state: run.task.evaluate(
         functools.partial(programs.generate_eval, rollout_weights(run, state.params, Clock())), run.scorer, c_ref
@@ -330,14 +334,14 @@ def _train(run: Run, asked: Callable[[], bool]) -> dict[str, dict[str, float]]:
         resume = dict(resume_step=begin or -1, enabled=hosts.first())
         metrics_file = stack.enter_context(writers.MetricsWriter(work.path, c.log.tensorboard, **resume))
         samples_file = stack.enter_context(writers.SampleTable(work.path, **resume))
+        heart = stack.enter_context(Heartbeat(say, c.log.heartbeat))
         if begin == 0 and c.eval.every:
+            heart.step("The evaluation before training", Clock())
             if hosts.first():
                 writers.write_json(work.path / "evaluation.json", judged_by(c))
             metrics_file.write(0, evaluation(state) | run.task.baselines())
-        history = writers.read_metrics(work.path / "metrics.jsonl") if begin and hosts.first() else []
-        history = [line for line in history if line["step"] > 0]
-        watch, skipped = Watch(say, mismatch_limit(c), history), SkippedUpdates(c.optimizer.max_skipped, history)
-        heart = stack.enter_context(Heartbeat(say, c.log.heartbeat))
+        before = history(work.path, begin)
+        watch, skipped = Watch(say, mismatch_limit(c), before), SkippedUpdates(c.optimizer.max_skipped, before)
         bar = stack.enter_context(Progress(console, "RL", c.steps, begin, enabled=c.log.progress))
         for step in range(begin, c.steps):
             clock, done, last = Clock(), step + 1, step + 1 == c.steps
@@ -360,7 +364,7 @@ def _train(run: Run, asked: Callable[[], bool]) -> dict[str, dict[str, float]]:
                 saved = save_for_replay(run, done, state, groups, batch)
                 raise skipped.error(
                     f"step {done}",
-                    f"Its weights and batch are in {saved}: python -m jaxrl_reason.replay --workdir={work.path} names what is at fault. A lower "
+                    f"{saved} A lower "
                     "config.optimizer.learning_rate, rewards of a smaller scale or float32 help most often; what the run learnt before is in its "
                     "newest checkpoint.",
                 )
@@ -393,17 +397,22 @@ def describe(run: Run, batch: learner.Experience, mismatch: learner.Mismatch) ->
     )
     sampled = float(rollout.logprobs[g, t])
     # repr: what a terminal would obey is escaped
-    return f"{place}, {token!r} in {completion!r:.300}, has {sampled:.3g} and {sampled + difference:.3g}."
+    return f"{place}, {token!r} in {completion!r:.300}, was sampled at {sampled:.3g} and is {sampled + difference:.3g} to the trainer."
 
 
-def save_for_replay(run: Run, step: int, state: TrainState, groups: experience.Groups, batch) -> pathlib.Path:
-    """Writes the weights and the batch of a step to the folder that is returned."""
+def save_for_replay(run: Run, step: int, state: TrainState, groups: experience.Groups, batch) -> str:
+    """Writes the weights and the batch of a step to a folder, and says so, or why not, in a sentence."""
     directory = run.work.path / "replay" / str(step)
-    checkpoints.save_params(directory / "params", state.params)
-    batch, rewards = jax.tree.map(hosts.whole, (batch, groups.rewards))
-    if hosts.first():
-        checkpoints.save_batch(directory / "batch.npz", batch, rewards)
-    return directory
+    said = f"Its weights and batch are in {directory}: python -m jaxrl_reason.replay --workdir={run.work.path} names what is at fault."
+    try:
+        checkpoints.save_params(directory / "params", state.params)
+        batch, rewards = jax.tree.map(hosts.whole, (batch, groups.rewards))
+        if hosts.first():
+            checkpoints.save_batch(directory / "batch.npz", batch, rewards)
+    except (checkpoints.CheckpointError, OSError) as e:
+        said = f"It could not be saved for replay: {e}"
+    hosts.barrier("saved for replay")  # nobody ends while another writes
+    return said
 
 
 def trained_of(run: Run, params: models.Params) -> models.Params:

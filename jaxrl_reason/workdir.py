@@ -8,6 +8,7 @@ import shutil
 
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import models
+from jaxrl_reason import writers
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data import Tokenizer, fitted, load_tokenizer
 from jaxrl_reason.models.weights import read_json
@@ -65,24 +66,35 @@ class Workdir:
         """Writes the configuration, and the tokenizer where there is none; each is complete or absent.
 
         Beside the tokenizer goes the config.json of the pretrained model that the run begins with, if any.
+
+        Raises:
+          OSError: one of them cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        replacement = self._file.with_suffix(".tmp")
-        replacement.write_text(json.dumps(self._identity, indent=2) + "\n")
-        replacement.replace(self._file)
+        with writers.writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        writers.write_json(self._file, self._identity)
         if not self._tokenizer.exists():
-            scratch = self.path / "tokenizer.tmp"
-            shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed here
+            with writers.writing(self._tokenizer):
+                self._write_tokenizer(tokenizer, pretrained)
+
+    def _write_tokenizer(self, tokenizer: Tokenizer, pretrained: models.Opened | None) -> None:
+        scratch = self.path / "tokenizer.tmp"
+        shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed here
+        try:
             tokenizer.save(scratch)
-            if pretrained is not None and tokenizer is pretrained.tokenizer:
-                for name, content in pretrained.files.items():
-                    (scratch / name).write_bytes(content)  # as it came: it says more than is used here
-            if pretrained is not None:
-                source = dict(pretrained.source)
-                if tokenizer is not pretrained.tokenizer:
-                    source = {name: x for name, x in source.items() if not name.endswith("_token_id")}
-                (scratch / "config.json").write_text(json.dumps(source, indent=2) + "\n")
-            scratch.rename(self._tokenizer)
+        except Exception as e:
+            if type(e) is Exception:  # as the tokenizers library says that a disk is full
+                raise OSError(str(e)) from e
+            raise
+        if pretrained is not None and tokenizer is pretrained.tokenizer:
+            for name, content in pretrained.files.items():
+                (scratch / name).write_bytes(content)  # as it came: it says more than is used here
+        if pretrained is not None:
+            source = dict(pretrained.source)
+            if tokenizer is not pretrained.tokenizer:
+                source = {name: x for name, x in source.items() if not name.endswith("_token_id")}
+            (scratch / "config.json").write_text(json.dumps(source, indent=2) + "\n")
+        scratch.rename(self._tokenizer)
 
 
 def tokenizer_of(path: pathlib.Path) -> Tokenizer:

@@ -3,18 +3,27 @@
 The `.jsonl` files hold one JSON object a line, each with its `step`. A line is handed to the system in one write, so a killed run
 leaves at most its last line torn; opening the file again removes that line. A run that goes on from a checkpoint of step k passes
 `resume_step=k`, and the lines of later steps, which it is about to write again, are dropped.
+
+Whatever cannot be written (a full or a read-only disk) is an OSError whose message is a sentence that names the file.
 """
 
+import contextlib
+import io
 import json
 import math
 import os
+import socket
+import struct
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import rich.table
 from matplotlib.figure import Figure
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 
 
 class MetricsError(ValueError):
@@ -24,7 +33,7 @@ class MetricsError(ValueError):
 class MetricsWriter:
     """Appends the metrics of a step to `metrics.jsonl` and, as scalars, to the TensorBoard events under `tensorboard/`.
 
-    A context manager; `close()` flushes the events.
+    A context manager. Both are with the system when `write` returns: a kill costs nothing of them.
 
     Args:
       workdir: made where it does not exist.
@@ -34,6 +43,7 @@ class MetricsWriter:
 
     Raises:
       MetricsError: the existing file is damaged elsewhere than in its last line.
+      OSError: a file cannot be written.
     """
 
     def __init__(
@@ -49,13 +59,14 @@ class MetricsWriter:
         if tensorboard and enabled:
             # purge_step tells TensorBoard to forget what an interrupted run wrote at or after that step.
             purge_step = None if resume_step is None else resume_step + 1
-            self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=purge_step, flush_secs=10)
+            self._events = _Events(Path(workdir) / "tensorboard", purge_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line: {"step": step, **metrics}. Values that are not finite become null, and no event.
 
         Raises:
           ValueError: a value is not a scalar number, or a metric is named "step".
+          OSError: a file cannot be written.
         """
         if "step" in metrics:
             raise ValueError('A metric is named "step", which every line already has; rename it.')
@@ -63,9 +74,7 @@ class MetricsWriter:
         if self._lines is not None:
             self._lines.append([{"step": int(step), **numbers}])
         if self._events is not None:
-            for name, value in numbers.items():
-                if value is not None:
-                    self._events.add_scalar(name, value, global_step=int(step))
+            self._events.append(int(step), numbers)
 
     def close(self) -> None:
         if self._lines is not None:
@@ -116,6 +125,7 @@ class SampleTable:
 
         Raises:
           ValueError: an array is not [P,G].
+          OSError: the file cannot be written.
         """
         shape = (len(prompts), len(completions[0]) if completions else 0)
         arrays = {"total": total, "advantages": advantages, "lengths": lengths, "truncated": truncated, **rewards}
@@ -174,6 +184,7 @@ def plot_learning_curve(metrics_path: str | os.PathLike, out_png: str | os.PathL
 
     Raises:
       FileNotFoundError, MetricsError: as `read_metrics`.
+      OSError: the picture cannot be written.
     """
     records = read_metrics(metrics_path)
     figure = Figure(figsize=(8, 6), layout="constrained")  # not pyplot: no global state, no display
@@ -200,7 +211,10 @@ def plot_learning_curve(metrics_path: str | os.PathLike, out_png: str | os.PathL
     bottom.set_xlabel("step")
     for axis in (top, bottom):
         axis.grid(alpha=0.3)
-    figure.savefig(out_png, dpi=120, format="png")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120, format="png")
+    with writing(out_png):
+        Path(out_png).write_bytes(drawn.getvalue())
 
 
 def summary_table(before: Mapping[str, float], after: Mapping[str, float]) -> rich.table.Table:
@@ -253,33 +267,99 @@ def cell(name: str, value: float, *, signed: bool = False) -> str:
 
 
 def write_json(path: str | os.PathLike, content: Mapping) -> None:
-    """Writes a JSON file that is complete or absent."""
+    """Writes a JSON file that is complete or absent.
+
+    Raises:
+      OSError: it cannot be written.
+    """
     scratch = Path(path).with_suffix(".tmp")
-    scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    with writing(path):
+        scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(scratch, path)
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike):
+    """Around what writes `path`: an OSError becomes one with a sentence that names it, which that of a full disk does not.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as e:
+        raise OSError(
+            f"{path} cannot be written: {e.strerror or e}. Once it can, the same command goes on from the newest checkpoint."
+        ) from e
+
+
+class _Appended:
+    """A file open for appending; every `append` is one write, and with the system when it returns."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "ab", buffering=0)  # unbuffered: one write() is one system call
+
+    def append(self, content: bytes) -> None:
+        with writing(self._path):
+            while content:  # a disk with room for a part takes that part without an error, which comes with the rest
+                content = content[self._file.write(content) :]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Events:
+    """Scalars for TensorBoard, a file of them; without tensorboardX's own writer, which writes in a thread.
+
+    What that thread has not written yet a kill would lose; and where it fails, on a full disk, the run would wait for it for ever.
+    """
+
+    def __init__(self, directory: Path, purge_step: int | None):
+        # TensorBoard reads the files of a directory in the order of their names.
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._file = _Appended(directory / name)
+        self._append(Event(file_version="brain.Event:2"))
+        if purge_step is not None:
+            self._append(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def append(self, step: int, numbers: Mapping[str, float | None]) -> None:
+        known = {name: value for name, value in numbers.items() if value is not None}
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in known.items()]
+        self._append(Event(step=step, summary=Summary(value=values)))
+
+    def _append(self, event: Event) -> None:
+        event.wall_time = time.time()
+        content = event.SerializeToString()
+        length = struct.pack("<Q", len(content))
+        crc = [struct.pack("<I", masked_crc32c(part)) for part in (length, content)]
+        self._file.append(length + crc[0] + content + crc[1])  # a record as TensorFlow has it
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class _Lines:
     """A `.jsonl` file open for appending, cut to what a resumed run keeps."""
 
     def __init__(self, path: Path, resume_step: int | None):
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             self._cut(path, resume_step)
-        self._file = open(path, "ab", buffering=0)  # unbuffered: one write() is one system call
+        self._file = _Appended(path)
 
     @staticmethod
     def _cut(path: Path, resume_step: int | None) -> None:
         """Rewrites the file beside itself and moves it into place, so that being killed here loses nothing."""
+        kept = (r for r in _records(path) if resume_step is None or r["step"] <= resume_step)
         scratch = path.with_name(path.name + ".tmp")
-        with open(scratch, "wb") as out:
-            for record in _records(path):
-                if resume_step is None or record["step"] <= resume_step:
-                    out.write(_line(record))
-        os.replace(scratch, path)
+        with writing(path):
+            scratch.write_bytes(b"".join(map(_line, kept)))  # joined first: what cannot be read leaves nothing behind
+            os.replace(scratch, path)
 
     def append(self, records: Sequence[Mapping]) -> None:
-        self._file.write(b"".join(map(_line, records)))
+        self._file.append(b"".join(map(_line, records)))
 
     def close(self) -> None:
         self._file.close()

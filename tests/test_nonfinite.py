@@ -18,6 +18,9 @@ def wild(row, completion_ids, **_):
     '''Rewards that no float32 gradient can bear, on some rows.'''
     return [3e38 * (i % 2) if r in (3, 7) else float(i % 2) for i, r in enumerate(row)]
 
+def sound(completion_ids, **_):
+    return [float(i % 2) for i, _ in enumerate(completion_ids)]
+
 def wilder(row, completion_ids, **_):
     return [3e38 * (i % 2) if r % 2 else float(i % 2) for i, r in enumerate(row)]
 """
@@ -91,9 +94,19 @@ def test_nothing_but_skipped_steps_end_the_run_and_the_last_can_be_replayed(tmp_
     jax.tree.map(np.testing.assert_array_equal, params, train.first_state(run).params)  # nothing has moved
 
 
+def test_a_step_that_cannot_be_saved_still_says_what_is_wrong(tmp_path):
+    config = config_of(tmp_path, "wilder", optimizer__max_skipped=1)
+    run = train.setup(config, tmp_path / "run")
+    (tmp_path / "run" / "replay").write_text("in the way")
+    with pytest.raises(
+        NonFiniteError, match="At step 1 the loss .* It could not be saved for replay: The weights .* cannot be written"
+    ):
+        train.train(run)
+
+
 def test_a_prompt_alone_has_the_gradient_that_replay_says(tmp_path):
     """Of sound batches too: the norms are those of updates with one prompt."""
-    config = config_of(tmp_path, "wild", steps=1, optimizer__max_skipped=1, seed=1)
+    config = config_of(tmp_path, "wild", steps=1, reward__functions=[f"{tmp_path / 'rewards.py'}:sound"])
     run = train.setup(config, tmp_path / "run")
     state = train.first_state(run)
     _, groups, batch, _, metrics = train.train_step(run, jax.tree.map(jax.numpy.copy, state), None, train.Clock())
@@ -101,9 +114,9 @@ def test_a_prompt_alone_has_the_gradient_that_replay_says(tmp_path):
     params, loaded, rewards = replay.load(run, 1)
     jax.tree.map(np.testing.assert_array_equal, (params, loaded, rewards), (state.params, batch, groups.rewards))
     whole, *prompts = replay.examine(run, params, loaded)
-    if metrics["skipped_update_ratio"] == 0:
-        assert whole.grad_norm == pytest.approx(metrics["grad_norm"], rel=1e-4)
-        assert whole.loss == pytest.approx(metrics["loss"], abs=1e-5) and all(found.finite for found in prompts)
+    assert metrics["skipped_update_ratio"] == 0 < metrics["grad_norm"]
+    assert whole.grad_norm == pytest.approx(metrics["grad_norm"], rel=1e-4)
+    assert whole.loss == pytest.approx(metrics["loss"], abs=1e-5) and all(found.finite for found in prompts)
 
 
 def test_replay_of_what_is_not_there_is_a_sentence(tmp_path, capsys):

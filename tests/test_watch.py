@@ -5,6 +5,7 @@ import math
 import re
 import time
 
+import numpy as np
 import pytest
 import rich.console
 
@@ -14,6 +15,14 @@ from jaxrl_reason.watch import PATIENCE, SkippedUpdates, Watch
 GOOD = {"frac_reward_zero_std": 0.5, "entropy": 1.0, "reward": 0.5, "sampling/logp_difference_max": 1e-6}
 TIED, CERTAIN = GOOD | {"frac_reward_zero_std": 1.0}, GOOD | {"entropy": 0.009}
 UNKNOWN = GOOD | {"frac_reward_zero_std": None, "entropy": math.nan, "reward": None}
+MISSING = TIED | {"completions/missing_reward_ratio": 1.0, "entropy": 0.0, "reward": None}
+UNMIXED = GOOD | {  # dynamic sampling that has kept nothing, of which means are 0 or unknown
+    "frac_reward_zero_std": math.nan,
+    "entropy": 0.0,
+    "dynamic_sampling/kept_ratio": 0.0,
+    "dynamic_sampling/groups": 0,
+    "dynamic_sampling/reward": 0.25,
+}
 
 
 def said_of(steps, history=()):
@@ -27,9 +36,28 @@ def said_of(steps, history=()):
 def test_groups_that_never_differ_are_told_once_and_again_after_it_was_over():
     assert said_of([TIED] * (PATIENCE - 1)) == []
     (sentence,) = said_of([GOOD, *[TIED] * 3 * PATIENCE])
-    assert f"For {PATIENCE} steps no group's completions have differed in their reward (0.5 in the mean)" in sentence
+    assert (
+        f"For {PATIENCE} steps no group's completions have differed in their reward (0.5 in the mean, now)" in sentence
+    )
     assert len(said_of([*[TIED] * PATIENCE, GOOD, *[TIED] * PATIENCE])) == 2
     assert said_of([*[TIED] * (PATIENCE - 1), UNKNOWN, *[TIED] * (PATIENCE - 1)]) == []
+
+
+def test_rewards_that_are_all_missing_are_told_and_nothing_else():
+    (sentence,) = said_of([MISSING] * 2 * PATIENCE)
+    assert f"For {PATIENCE} steps no completion has had a reward" in sentence and "none_rate" in sentence
+    assert said_of([MISSING] * 3, history=[MISSING] * PATIENCE) == []
+
+
+def test_dynamic_sampling_that_finds_nothing_is_told_and_nothing_else():
+    (sentence,) = said_of([UNMIXED] * 2 * PATIENCE)
+    assert (
+        "dynamic sampling has found no group with right and wrong completions (the mean reward is 0.25, now)"
+        in sentence
+    )
+    assert said_of([UNMIXED | {"dynamic_sampling/kept_ratio": 0.1, "dynamic_sampling/groups": 1}] * PATIENCE)[0].count(
+        "entropy"
+    )
 
 
 def test_an_entropy_that_has_collapsed_is_told():
@@ -62,7 +90,8 @@ def test_skipped_steps_count_in_a_row():
     assert "At step 9 the loss or its gradient was not finite, for the 3rd step in a row" in str(
         counter.error("step 9", "")
     )
-    assert SkippedUpdates(3, [applied, skipped, skipped]).look(skipped)
+    almost = {"skipped_update_ratio": float(np.float32(1) - np.float32(6e-8))}  # a mean of 41 ones
+    assert SkippedUpdates(3, [applied, skipped, almost]).look(skipped)
     assert not SkippedUpdates(3, [skipped, skipped, applied]).look(skipped)
 
 

@@ -108,14 +108,18 @@ def read_parquet(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str
                 if n in _OURS or n in wanted.values() or n in {w.split(".")[0] for w in wanted.values()}
             ]
             for batch in file.iter_batches(columns=taken):
-                for row in batch.to_pylist():
+                for i in range(len(batch)):
                     number = len(rows) + bad.count
                     try:
+                        (row,) = batch.slice(i, 1).to_pylist()
                         rows.append(_checked(row, columns))
                         numbers.append(number)
-                    except ValueError as error:
+                    except (
+                        ValueError,
+                        OverflowError,
+                    ) as error:  # text that is not UTF-8, a date that Python cannot hold
                         bad.report(number, str(error))
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a Parquet file that can be read: {error}.") from error
     bad.settle(rows, on_bad_row)
     digest = hashlib.sha256()
@@ -269,9 +273,23 @@ def _checked(row: Row, columns: Mapping[str, str]) -> Row:
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"column {name!r} is {value}, not a finite number")
     for name, value in row.items():
-        if isinstance(value, str) and not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-            raise ValueError(f"column {name!r} holds half of a surrogate pair, which is not a character")
+        for text in _texts(value):
+            if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+                raise ValueError(f"column {name!r} holds half of a surrogate pair, which is not a character")
     return row
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a column's value, which may be structured."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list):
+            waiting += value
 
 
 def _kind(value: Any) -> str:

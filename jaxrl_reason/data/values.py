@@ -99,7 +99,5 @@ def _number(source: Source, i: int, row: dict, column: str) -> float:
 
 def _share(source: Source, i: int, points: float, total: float) -> float:
     if not total:
-        raise ValueError(
-            f"{source.place(i)} belongs to an exam of 0 points in total; an exam is worth something."
-        )
+        raise ValueError(f"{source.place(i)} belongs to an exam of 0 points in total; an exam is worth something.")
     return points / total

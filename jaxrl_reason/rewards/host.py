@@ -162,6 +162,8 @@ def score(
 
     per_reward, error_rate, none_rate, timeout_rate = {}, {}, {}, {}
     for reward in rewards:
+        if hasattr(reward.function, "in_groups_of"):
+            reward = dataclasses.replace(reward, function=reward.function.in_groups_of(groups))
         results = _rewards_of_rows(reward, rows, max_failure_share)
         per_reward[reward.name] = np.array(results, np.float32).reshape(shape)
         error_rate[reward.name] = results.outcomes.count("error") / len(results)

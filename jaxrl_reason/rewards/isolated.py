@@ -5,6 +5,7 @@ completions of a prompt. What a function keeps from call to call, each worker ke
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import copy
 import functools
 import itertools
 import math
@@ -35,7 +36,7 @@ def make_pool(specs: Sequence[str], *, workers: int, timeout_s: float, memory_mb
 class Isolated:
     """A host reward, by TRL's signature and with `Results`, that calls a function in the workers of a pool.
 
-    Rows of one prompt that stand together are one call. A call that raises, dies or takes too much is made again row by row, so that
+    The rows of a prompt are one call (`in_groups_of`; all rows are until then). A call that raises, dies or takes too much is made again row by row, so that
     only the rows at fault go missing. Where more than `max_failure_share` of the rows tried so fail, and of all rows would if the
     others did, these are not tried: they keep what became of their prompt's call.
 
@@ -55,14 +56,22 @@ class Isolated:
             host.name_of(function),
         )  # as `inspect` and `HostReward` look for them
         self._spec, self._pool, self._max_failure_share = _absolute(spec), pool, max_failure_share
+        self._group = None
         if hasattr(function, "answer_of"):
-            self.answer_of = self._answer_of
+            self.answers_of = self._answers_of
+
+    def in_groups_of(self, rows: int) -> "Isolated":
+        """The same for so many rows a prompt."""
+        other = copy.copy(self)
+        other._group = rows
+        return other
 
     def __call__(self, **columns: Sequence) -> Results:
         count = len(columns["completions"])
         results = Results([None] * count, ["error"] * count)
-        by_prompt = itertools.groupby(range(count), lambda row: columns["prompts"][row])
-        failed = [rows for rows in self._call([list(rows) for _, rows in by_prompt], columns, results) if len(rows) > 1]
+        size = self._group or count
+        groups = [range(first, first + size) for first in range(0, count, size)]
+        failed = [rows for rows in self._call(groups, columns, results) if len(rows) > 1]
         # The first row of every such prompt, then the second: soon a fair sample.
         waiting = [row for rows in itertools.zip_longest(*failed) for row in rows if row is not None]
         tried = bad = 0
@@ -101,9 +110,15 @@ class Isolated:
             results.error = words or results.error
         return failed
 
-    def _answer_of(self, completion: str, row: Mapping[str, Any]) -> str | float | None:
-        """The function's own `answer_of`; None also where that fails."""
-        return self._ask([("answer_of", self._spec, (completion, dict(row)))])[0]
+    def _answers_of(self, texts: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]]) -> list[list]:
+        """The function's own `answer_of` of each row's texts: a text or a number; None also where that fails."""
+        items = [
+            ("answer_of", self._spec, (text, dict(row)))
+            for group, row in zip(texts, rows, strict=True)
+            for text in group
+        ]
+        answers = iter(self._ask(items))
+        return [[next(answers) for _ in group] for group in texts]
 
     def _ask(self, items: list) -> Results:
         try:

@@ -13,6 +13,7 @@ import collections
 import contextlib
 import fcntl
 import functools
+import io
 import json
 import math
 import multiprocessing.connection
@@ -20,6 +21,8 @@ import os
 import pathlib
 import resource
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -30,6 +33,8 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 START_LIMIT_S = 120.0  # for a worker to import its function's module, which may be slow the first time
+STARTS = 3  # of workers that die or take too long before they are ready, in a row, and then no more
+MAX_STDERR = 10_000  # characters of a worker
 MAX_REPORT_BYTES = 2**24  # a worker that a hostile item took over cannot fill the parent's memory
 
 
@@ -51,7 +56,7 @@ class Pool:
     """Calls `function(item)` in worker processes, which returns a finite number, a text, a list of such, or None.
 
     Workers start with the first `map`, and no more of them than it has items. They see JAX_PLATFORMS=cpu, ignore
-    Ctrl-C, print to nowhere (errors to stderr), and end with the pool and with the process that made it, even if that is
+    Ctrl-C, print to nowhere (the first of what goes to stderr is kept), and end with the pool and with the process that made it, even if that is
     killed. All methods may be called from any thread; one `map` runs at a time.
 
     Args:
@@ -88,6 +93,7 @@ class Pool:
         self._count, self._timeout_s, self._max_tasks = workers, timeout_s, max_tasks
         self._workers: list[_Worker] = []
         self._failure = ""  # why no worker can start: that is not tried again for every item of a batch
+        self._lost_starts = 0  # in a row: those that died or took too long, which may be the machine's fault
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _stop_all, self._workers)  # also at the interpreter's exit
 
@@ -139,7 +145,7 @@ class Pool:
             if not unfinished:
                 return
             while len(self._workers) < min(self._count, unfinished):
-                self._workers.append(_Worker(self._setup))
+                self._workers.append(_Worker(self._setup, self._timeout_s))
             self._listen(results)
 
     def _listen(self, results: Results) -> None:
@@ -150,7 +156,10 @@ class Pool:
         now = time.monotonic()
         for connection, worker in awaited.items():
             if connection in reported:
-                kind, value, words = worker.receive()
+                report = worker.receive()
+                if report is None:  # a part of one: the limit goes on
+                    continue
+                kind, value, words = report
                 if kind == "died":
                     kind, words = "error", self._drop(worker)
             elif worker.deadline <= now:
@@ -163,7 +172,8 @@ class Pool:
 
     def _take(self, worker: "_Worker", kind: str, value: Any, words: str, results: Results) -> None:
         if worker.item is None:  # it was starting
-            if kind != "ready":
+            self._lost_starts = 0 if kind == "ready" else self._lost_starts + 1
+            if kind == "failed" or self._lost_starts == STARTS:
                 self._failure = f"A worker process of the pool could not start: {words}."
                 raise RuntimeError(self._failure)
             worker.deadline = None
@@ -189,8 +199,12 @@ class _Worker:
       tasks: how many items it has finished.
     """
 
-    def __init__(self, setup: Sequence[bytes]):
+    def __init__(self, setup: Sequence[bytes], send_limit_s: float):
         self.connection, theirs = multiprocessing.Pipe()
+        # One that stopped reading must not hold up those who write to it.
+        with socket.socket(fileno=os.dup(self.connection.fileno())) as end:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", math.ceil(send_limit_s), 0))
+        self._held = b""  # of a report that has not come to its end
         with theirs:
             self.process = subprocess.Popen(
                 # -P: this folder stays off the path, where math.py would be taken for the standard library's.
@@ -210,15 +224,28 @@ class _Worker:
         return self.deadline is None
 
     def send(self, payload: bytes) -> None:
-        """Where the process is no more, `receive` will say so."""
+        """Where the process is no more, `receive` will say so; where it does not read, its deadline."""
         with contextlib.suppress(OSError):
             self.connection.send_bytes(payload)
 
-    def receive(self) -> tuple[str, Any, str]:
-        """(kind, value, words); the kind is "died" where the process did."""
+    def receive(self) -> tuple[str, Any, str] | None:
+        """(kind, value, words) once a whole report is there, else None; the kind is "died" where the process did, or says what it must not.
+
+        To be called when there is something to read: it takes that and waits for nothing, however little it is.
+        """
         try:
-            kind, value, words = json.loads(self.connection.recv_bytes(MAX_REPORT_BYTES))
-        except (EOFError, OSError, ValueError):
+            read = os.read(self.connection.fileno(), 2**16)
+        except OSError:
+            read = b""
+        self._held += read
+        if not read or len(self._held) > MAX_REPORT_BYTES + 1:
+            return "died", None, ""
+        if not self._held.endswith(b"\n"):
+            return None
+        held, self._held = self._held, b""
+        try:
+            kind, value, words = json.loads(held)
+        except ValueError:
             return "died", None, ""
         return kind, value, words
 
@@ -262,9 +289,12 @@ def _check_importable(function: Callable) -> None:
 
 # -- in the worker -----------------------------------------------------------------------------------------------------
 
+_F_SETSIG = 10  # of Linux; Python's fcntl has no name for it
+
 
 def _serve(connection: multiprocessing.connection.Connection) -> None:
     _end_with_parent()
+    sys.stderr = _Few(sys.stderr, MAX_STDERR)
     try:
         sys.path[:] = connection.recv()
         function, initializer, memory_mb = connection.recv()
@@ -272,9 +302,9 @@ def _serve(connection: multiprocessing.connection.Connection) -> None:
             initializer()
         _limit_memory(memory_mb)
     except BaseException as error:
-        connection.send_bytes(_packed_report("failed", words=_words(error)))
+        _write(connection, _packed_report("failed", words=_words(error)))
         return
-    connection.send_bytes(_packed_report("ready"))
+    _write(connection, _packed_report("ready"))
     while True:
         payload = connection.recv_bytes()
         try:
@@ -286,7 +316,12 @@ def _serve(connection: multiprocessing.connection.Connection) -> None:
             report = _packed_report("none" if value is None else "ok", value)
         except BaseException as error:  # not Exception: what verifiers raise (math-verify) may derive from that only
             report = _packed_report("error", words=_words(error))
-        connection.send_bytes(report)
+        _write(connection, report)
+
+
+def _write(connection, report: bytes) -> None:
+    while report:
+        report = report[os.write(connection.fileno(), report) :]
 
 
 def _packed_report(kind: str, value: Any = None, words: str = "") -> bytes:
@@ -294,7 +329,7 @@ def _packed_report(kind: str, value: Any = None, words: str = "") -> bytes:
     report = json.dumps([kind, value, words], allow_nan=False).encode()
     if len(report) > MAX_REPORT_BYTES:
         raise ValueError(f"the function returned {len(report)} bytes; at most {MAX_REPORT_BYTES} are read")
-    return report
+    return report + b"\n"  # which JSON of one line does not hold
 
 
 def _words(error: BaseException) -> str:
@@ -306,15 +341,39 @@ def _words(error: BaseException) -> str:
 
 
 def _end_with_parent() -> None:
-    """The kernel ends this process when the parent's end of stdin closes, whatever the process is at.
+    """The kernel ends this process and what it started when the parent's end of stdin closes, whatever they are at.
 
     An idle worker would see its connection close; one in a long computation in C, which no thread or handler of Python's
-    interrupts, would go on for hours. SIGIO, sent when the state of stdin changes, ends a process by default (on Linux).
+    interrupts, would go on for hours. SIGIO, sent when the state of stdin changes, ends a process by default; on Linux the whole group
+    gets SIGKILL instead, which also ends one that is stopped.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run decides when it ends
     signal.signal(signal.SIGIO, signal.SIG_DFL)
-    fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
+    if sys.platform == "linux":
+        fcntl.fcntl(0, _F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(0, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
+
+
+class _Few(io.TextIOBase):
+    """A text stream that takes so many characters and forgets the rest: what an item prints must not fill the run's log."""
+
+    def __init__(self, stream, characters: int):
+        self._stream, self._left = stream, characters
+
+    def write(self, text: str) -> int:
+        if self._left > 0:
+            self._stream.write(text[: self._left])
+            self._left -= len(text)
+            if self._left <= 0:
+                self._stream.write("\n[a worker process has said enough]\n")
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
 
 
 def _limit_memory(memory_mb: int) -> None:

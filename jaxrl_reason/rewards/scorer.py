@@ -57,7 +57,7 @@ class Scorer:
         self._host, self._device, self._learned, names = [], {}, {}, {}
         self._reward_model = None
         limits = dict(workers=settings.workers, timeout_s=settings.timeout_s, memory_mb=settings.memory_mb)
-        pool = isolated.make_pool([spec for spec in functions if ":" in spec], **limits)
+        pool = functools.cache(lambda: isolated.make_pool([spec for spec in functions if ":" in spec], **limits))
         for spec, weight in zip(functions, weights, strict=True):
             if spec == "match_answer":
                 name, self._answers = spec, _AnswerTokens(tokenizer)
@@ -69,7 +69,7 @@ class Scorer:
             else:
                 function = host.load_reward(spec, besides=["match_answer", *LEARNED])
                 if spec not in host.BUILT_IN:
-                    function = isolated.Isolated(spec, function, pool, settings.max_failure_share)
+                    function = isolated.Isolated(spec, function, pool(), settings.max_failure_share)
                 reward = host.HostReward(spec if spec in host.BUILT_IN else None, function)
                 self._host.append(reward)
                 name = reward.name
@@ -147,10 +147,15 @@ class Scorer:
         other._reward_model = score
         return other
 
-    def answer_of(self, name: str) -> Callable[[str, Mapping[str, Any]], Any] | None:
-        """How a host reward tells answers apart, if it says so: its attribute `answer_of(completion, row)`."""
-        found = [reward.function for reward in self._host if reward.name == name]
-        return getattr(found[0], "answer_of", None) if found else None
+    def answers_of(self, name: str) -> Callable[[list[list[str]], Sequence[Mapping[str, Any]]], list[list]] | None:
+        """How a host reward tells answers apart, if it says so by an attribute `answer_of(completion, row)`: of each row's completions, the
+        answers, equal where they are the same; None where there is none."""
+        for reward in self._host:
+            if reward.name == name and hasattr(reward.function, "answers_of"):
+                return reward.function.answers_of
+            if reward.name == name and hasattr(reward.function, "answer_of"):
+                return each(reward.function.answer_of)
+        return None
 
     def check(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Refuses, before there are completions, the rows of a batch that `__call__` would refuse; calls no reward.
@@ -168,6 +173,13 @@ class Scorer:
                 host.check_signature(
                     reward, dict(prompts=one_each, completions=one_each, completion_ids=one_each) | columns
                 )
+
+
+def each(answer_of: Callable[[str, Mapping[str, Any]], Any]):
+    """(texts [P][K], rows) -> the answer of every text."""
+    return lambda texts, rows: [
+        [answer_of(text, row) for text in group] for group, row in zip(texts, rows, strict=True)
+    ]
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list]:

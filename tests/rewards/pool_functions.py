@@ -7,6 +7,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 
@@ -30,6 +31,19 @@ def act(item):
             child = subprocess.Popen(["sleep", "1000"])
             pathlib.Path(item.split()[1]).write_text(str(child.pid))
             child.wait()
+        case "stopped":  # as soon as it has answered
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGSTOP)).start()
+            return 1.0
+        case "half":  # of a report, in its name
+            os.write(int(sys.argv[1]), b'["ok", 1.0')
+            time.sleep(1000)
+        case "twice":
+            os.write(int(sys.argv[1]), b'["ok", 1.0, ""]\n["ok", 2.0, ""]\n')
+            time.sleep(1000)
+        case "chatter":
+            for _ in range(100_000):
+                print("noise", file=sys.stderr)
+            return 1.0
         case "exit":
             os._exit(7)
         case "segfault":

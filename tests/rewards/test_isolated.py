@@ -109,6 +109,13 @@ def test_a_call_is_all_completions_of_a_prompt_and_every_value_keeps_its_row():
     assert calls == sorted(f"p{p} 3 1" for p in range(20))
 
 
+def test_groups_of_equal_prompts_stay_calls_of_their_own():
+    reward, ids = reward_of("calls"), [[[1], [2]]] * 3
+    table = score([reward], ["p", "p", "q"], [["x", "y"]] * 3, ids, {"row": [0, 1, 2]})
+    np.testing.assert_array_equal(table.per_reward["calls"], [[100, 200], [101, 201], [102, 202]])
+    assert sorted(pathlib.Path("calls.txt").read_text().split("\n")[:-1]) == ["p 2 1", "p 2 1", "q 2 1"]
+
+
 def test_it_is_not_this_process():
     reward = reward_of("pid")
     first = set(table_of(reward, [["x"]] * 8).per_reward["pid"].flat)
@@ -157,11 +164,11 @@ def test_data_that_cannot_be_sent_is_a_sentence():
 
 
 def test_answers_are_told_apart_in_the_workers_too():
-    answer_of = reward_of("voted").function.answer_of
-    assert answer_of("a", {"id": 1}) == answer_of("a", {"id": 1}) == "('a', 1)" != answer_of("a", {"id": 2})
-    for act in ("none", "raise", "exit", "stay"):
-        assert answer_of(act, {"id": 1}) is None
-    assert not hasattr(reward_of("act").function, "answer_of")
+    answers_of = reward_of("voted").function.answers_of
+    texts = [["a", "none", "raise"], ["exit", "stay", "b"], ["a", "a", "c"]]
+    answers = answers_of(texts, [{"id": 1}, {"id": 2}, {"id": 1}])
+    assert answers == [["('a', 1)", None, None], [None, None, "('b', 2)"], ["('a', 1)", "('a', 1)", "('c', 1)"]]
+    assert not hasattr(reward_of("act").function, "answers_of")
 
 
 def in_a_spawned_process(queue):

@@ -95,6 +95,31 @@ def test_an_item_that_does_not_return_is_killed_at_its_limit(pool, item):
     assert LIMIT_S <= took < LIMIT_S + 10  # the answer to the first would take longer than anyone can wait
 
 
+def test_a_worker_that_stops_reading_holds_up_nobody():
+    with Pool(act, workers=1, timeout_s=LIMIT_S) as pool:
+        assert pool.map(["stopped"]) == [1.0]
+        time.sleep(0.5)
+        begin = time.monotonic()
+        results = pool.map([1.0, "2" * 2_000_000, 3.0])  # more than the connection takes unread
+        assert results[2] == 3.0 and "timeout" in results.outcomes and time.monotonic() - begin < 10 * LIMIT_S
+
+
+@pytest.mark.parametrize("item, outcome", [("half", "timeout"), ("twice", "error")])
+def test_what_an_item_writes_into_the_reports_is_its_own_loss(item, outcome):
+    with Pool(act, workers=1, timeout_s=LIMIT_S) as pool:
+        begin = time.monotonic()
+        results = pool.map([1.0, item, 3.0])
+        assert results == [1.0, None, 3.0] and results.outcomes[1] == outcome
+        assert time.monotonic() - begin < LIMIT_S + 5
+
+
+def test_what_items_print_to_stderr_has_an_end(capfd):
+    with Pool(act, workers=1) as pool:
+        assert pool.map(["chatter"] * 3) == [1.0] * 3
+    printed = capfd.readouterr().err
+    assert 10_000 <= len(printed) < 11_000 and printed.endswith("[a worker process has said enough]\n")
+
+
 def test_all_kinds_at_once(pool):
     items = ["hang", 1.0, "exit", 2.0, "segfault", None, "raise", 3.0, "kill", "loop", 4.0, "nan", 5.0]
     results = pool.map(items)
