@@ -49,7 +49,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
         # Without a handler orbax infers one from the newest checkpoint, and a damaged one misleads it about all.
         handler = ocp.StandardCheckpointHandler()
-        with _failing(_UNWRITABLE, f"Checkpoints cannot be kept in {self.directory}"):
+        with _failing(UNREADABLE, f"Checkpoints cannot be kept in {self.directory}"):
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
 
     def latest(self) -> int | None:

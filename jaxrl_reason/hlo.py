@@ -128,6 +128,7 @@ class _Computation(NamedTuple):
 
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_END = re.compile(r"^\}(, execution_thread=.*)?$")  # what other cores than the tensor core run says so
 _START = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<= ]*)\]")
 
@@ -149,7 +150,7 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
             if header:
                 name, instructions, root = header[2], {}, None
                 entry = name if header[1] else entry
-        elif line == "}":
+        elif _END.match(line):
             finish()
             if root is None:
                 raise ValueError(f"Computation {name!r} of the program's text has no ROOT instruction.")

@@ -343,6 +343,12 @@ def test_a_product_compiled_to_multiplication_and_sum_is_counted_apart():
     assert (program.flops, program.reduced_flops) == (0, 2 * 8 * 32 * 64)
 
 
+def test_computations_of_other_cores_end_where_they_say_who_runs_them():
+    text = compiled(lambda x, w: jnp.tanh(x @ w), (32, 48), (48, 64))
+    assert text.count("\n}\n") > 1
+    assert hlo.read(text.replace("\n}\n", '\n}, execution_thread="sparsecore"\n')) == hlo.read(text)
+
+
 def test_a_text_that_is_no_executable_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation; give what jax.stages.Compiled.as_text"):
         hlo.read("module @jit_f { }")

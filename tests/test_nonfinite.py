@@ -152,7 +152,8 @@ def test_a_token_on_which_sampler_and_trainer_differ_is_named_once(tmp_path, cap
     printed = capsys.readouterr().out
     assert printed.count("warning: The sampler's and the trainer's log-probability of a token differ by") == 1
     assert re.search(
-        r"mismatch_limit allows \(1e-12\): token \d of completion [0-3] of prompt [0-3], '.*' in '.*', has -", printed
+        r"mismatch_limit allows \(1e-12\): token \d of completion [0-3] of prompt [0-3], '.*' in '.*', was sampled at -",
+        printed,
     )
     train.train(train.setup(change(config, steps=4), tmp_path / "run"))  # a run that goes on has said so
     assert "warning" not in capsys.readouterr().out

@@ -760,6 +760,21 @@ def test_a_full_disk_is_a_sentence_and_costs_no_checkpoint(tmp_path):
     gc.collect()
 
 
+@pytest.mark.parametrize("content", [b"null", b"[" * 100_000])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_nonsense_about_a_checkpoint_does_not_hide_the_others(content, tmp_path):
+    state = TrainState(jnp.int32(1), {"weights": jnp.ones(3)}, (), (), jnp.int32(1))
+    saver = checkpoints.Checkpoints(tmp_path / "checkpoints", keep=2)
+    for number in (1, 2):
+        saver.save(number, state)
+    saver.close()
+    for file in (tmp_path / "checkpoints" / "2").rglob("_METADATA"):
+        file.write_bytes(content)
+    saver = checkpoints.Checkpoints(tmp_path / "checkpoints", keep=2)
+    assert saver.restore(state)[0] == 1
+    assert checkpoint_names(tmp_path) == ["1", "damaged-2"]
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_empty_checkpoint_does_not_hide_the_others(tmp_path):
     state = TrainState(jnp.int32(1), {"weights": jnp.ones(3)}, (), (), jnp.int32(1))

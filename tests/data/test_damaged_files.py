@@ -1,10 +1,12 @@
 """Damaged data files, one for each kind of damage: the file, the line and the reason are said, and nothing goes missing in silence."""
 
+import contextlib
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import warnings
 
 import pyarrow
 import pyarrow.parquet
@@ -41,6 +43,10 @@ DAMAGED = {
     "nested": (
         GOOD + b'{"question": {"text": "a"}, "answer": 1}\n{"question": "b", "answer": [[1]]}\n' + NEXT,
         {2: "column 'question' is a JSON object", 3: "column 'answer' is a JSON list"},
+    ),
+    "half a character inside": (
+        GOOD + b'{"question": "a", "answer": 1, "messages": [{"content": "\\ud800"}]}\n' + NEXT,
+        {2: "column 'messages' holds half of a surrogate pair"},
     ),
     "a value twice": (
         GOOD + b'{"question": "a", "answer": 1, "answer": 2}\n' + NEXT,
@@ -100,6 +106,24 @@ def test_a_cut_parquet_file_and_columns_of_other_types(tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=f"^{path} is not a Parquet file that can be read"):
         data.load_source(str(path), "all", on_bad_row="skip")
+    rows = [{"question": f"question {i} " * 50, "answer": i} for i in range(50)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, compression="gzip")
+    content = path.read_bytes()
+    for start in range(100, 400, 20):  # in the data: found by what unpacks it, or not at all
+        path.write_bytes(content[:start] + b"\x5a" * 20 + content[start + 20 :])
+        with contextlib.suppress(ValueError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data.load_source(str(path), "all", on_bad_row="skip")
+    texts = pyarrow.Array.from_buffers(
+        pyarrow.string(), 2, [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"a\xff")]
+    )
+    days = pyarrow.array([1, 2**40], pyarrow.timestamp("s"))
+    pyarrow.parquet.write_table(pyarrow.table({"question": texts, "answer": [1, 2]}), path)
+    with pytest.raises(ValueError, match=f"{path}, row 1: .*utf-8"):
+        data.load_source(str(path), "all")
+    pyarrow.parquet.write_table(pyarrow.table({"question": ["a", "b"], "answer": [1, 2], "value": days}), path)
+    with pytest.raises(ValueError, match=f"{path}, row 1: "):
+        data.load_source(str(path), "all")
     rows = [{"question": b"\xff", "answer": 1}, {"question": b"b", "answer": 2}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     with pytest.raises(ValueError, match=f"{path}, row 0: column 'question' is of type bytes; it has to be text or a"):
