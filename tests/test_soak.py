@@ -1,0 +1,154 @@
+"""A long run: memory, time a step, compilations, file handles and threads stay what they were, and files grow as documented."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jaxrl_reason.config import to_dict
+from jaxrl_reason.writers import read_metrics
+from tiny_runs import ROWS, tiny, write_rows
+
+# The command line, which writes down when something was compiled.
+WATCHED = """
+import sys, time
+import jax
+from jaxrl_reason import train
+out = open(sys.argv[1], "a", buffering=1)
+def listen(event, _, **details):
+    if event == "/jax/core/compile/backend_compile_duration":
+        out.write(f"{time.time()} {details.get('fun_name')}\\n")
+jax.monitoring.register_event_duration_secs_listener(listen)
+sys.exit(train.main(sys.argv[2:]))
+"""
+REWARD = """
+def spread(completion_ids, **_):
+    return [sum((i + 1) * token for i, token in enumerate(ids)) % 1009 / 1009 for ids in completion_ids]
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What a run's process held after some step: resident memory in bytes, its workers' with it, open files, threads."""
+
+    time: float
+    step: int
+    memory: int
+    workers: int
+    files: int
+    threads: int
+
+
+def resident(pid: int | str) -> int:
+    """Bytes of memory that the process does not share with files: libraries are read in as they are used."""
+    fields = dict(line.split(":", 1) for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines())
+    return 1024 * int(fields["RssAnon"].split()[0])
+
+
+def look(pid: int, step: int) -> Sample:
+    process = pathlib.Path(f"/proc/{pid}")
+    children = [c for task in (process / "task").iterdir() for c in (task / "children").read_text().split()]
+    return Sample(
+        time.time(),
+        step,
+        resident(pid),
+        sum(map(resident, children)),
+        len(os.listdir(process / "fd")),
+        len(os.listdir(process / "task")),
+    )
+
+
+def soak(folder: pathlib.Path, steps: int, shared_programs) -> tuple[list[Sample], list[tuple[float, str]]]:
+    """A run of so many steps in folder/run with everything on; what was seen of it, and when what was compiled."""
+    (folder / "rewards.py").write_text(REWARD)
+    config = tiny(
+        write_rows(folder / "rows.jsonl", ROWS),
+        steps=steps,
+        reward__functions=["match_answer", f"{folder / 'rewards.py'}:spread"],
+        update__minibatches=2,
+        checkpoint__every=steps // 20,
+        eval__every=steps // 10,
+        log__samples_every=steps // 40,
+        log__tensorboard=True,
+    )
+    recipe, compiled = folder / "recipe.py", folder / "compiled.txt"
+    recipe.write_text(
+        f"from jaxrl_reason.config import from_dict\ndef get_config():\n    return from_dict({to_dict(config)!r})\n"
+    )
+    command = [sys.executable, "-c", WATCHED, compiled, f"--config={recipe}", f"--workdir={folder / 'run'}"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | {k.upper(): str(v) for k, v in shared_programs.items()}
+    samples, metrics, done = [], folder / "run" / "metrics.jsonl", 0
+    with open(folder / "said.txt", "wb") as out:
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+    try:
+        position = 0
+        while process.poll() is None:
+            time.sleep(0.1)
+            if not metrics.exists():
+                continue
+            with open(metrics, "rb") as lines:
+                lines.seek(position)
+                new = lines.read()
+            position, done = position + len(new), done + new.count(b"\n")
+            try:
+                if new:
+                    samples.append(look(process.pid, done - 1))  # the first line is that of step 0
+            except (OSError, KeyError):  # it, or one of its workers, has just ended
+                continue
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, (folder / "said.txt").read_text()[-3000:]
+    return samples, [(float(when), name) for when, name in map(str.split, compiled.read_text().splitlines())]
+
+
+def slope(points: list[tuple[float, float]]) -> float:
+    """Of the line through the points with the least squares."""
+    mean = [statistics.fmean(x) for x in zip(*points)]
+    return sum((x - mean[0]) * (y - mean[1]) for x, y in points) / sum((x - mean[0]) ** 2 for x, _ in points)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [160, 2000])
+def test_a_long_run_takes_no_more_memory_time_or_handles_as_it_goes_on(steps, tmp_path, shared_programs):
+    samples, compiled = soak(tmp_path, steps, shared_programs)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(steps + 1))
+    quarter = [[s for s in samples if i * steps <= 4 * s.step < (i + 1) * steps] for i in range(4)]
+    late = quarter[2] + quarter[3]
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    sizes = {name: sum(p.stat().st_size for p in files if name in str(p)) for name in ("metrics", "samples", "events")}
+    seconds = [line["perf/step_seconds"] for line in lines[1:]]
+    quarters = [statistics.median(seconds[i * steps // 4 : (i + 1) * steps // 4]) for i in range(4)]
+    grows = {name: slope([(s.step, getattr(s, name)) for s in late]) * 1000 / 2**20 for name in ("memory", "workers")}
+    found = {
+        "MiB at the end": [late[-1].memory / 2**20, late[-1].workers / 2**20],
+        "MiB in 1,000 steps": grows,
+        "median seconds of a step, by quarters": quarters,
+        "bytes a step": {name: size / steps for name, size in sizes.items()},
+        # The least of a quarter: a save in hand holds some more.
+        "open files, by quarters": [min(s.files for s in q) for q in quarter],
+        "open files at most": max(s.files for s in samples),
+        "threads, by quarters": [min(s.threads for s in q) for q in quarter],
+        "threads at most": max(s.threads for s in samples),
+        "compiled": len(compiled),
+    }
+    print(json.dumps(found, indent=1))
+    warm = next(s.time for s in samples if s.step > steps // 10)  # behind an evaluation, a checkpoint, samples
+    assert [name for when, name in compiled if when > warm] == [] and compiled
+    assert quarters[3] < 1.5 * quarters[1], found
+    for held in ("open files", "threads"):
+        assert found[f"{held}, by quarters"][3] <= found[f"{held}, by quarters"][1] + 2, found
+        assert found[f"{held} at most"] < 64, found
+    # A save leaves some 0.1 MB with the allocator, fewer as it goes on; with few steps that weighs more in 1,000.
+    assert grows["memory"] < (5 if steps >= 2000 else 100) and grows["workers"] < 1, found
+    # Short texts: what stands in a line of samples beside prompt and completion is about 200 bytes.
+    assert found["bytes a step"]["metrics"] < 2000 and found["bytes a step"]["events"] < 2000, found
+    completions = (tmp_path / "run" / "samples.jsonl").read_bytes().count(b"\n")
+    assert completions == 40 * 8 and sizes["samples"] < 300 * completions, found  # 40 tables of 8
