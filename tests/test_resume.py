@@ -254,7 +254,7 @@ def test_a_read_only_disk_is_a_sentence_and_the_run_goes_on_when_it_is_writable(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["metrics.jsonl", "samples.jsonl", "tensorboard", "self_reward.json", "learning_curve", "start"]
+    "name", ["metrics.jsonl", "samples.jsonl", "tensorboard", "self_reward.json", "learning_curve"]
 )
 def test_whatever_cannot_be_written_is_named(name, straight):
     """In its place lies a link to a device that is always full, a folder where a file belongs, or a file where a folder does."""

@@ -56,7 +56,7 @@ class Pool:
     """Calls `function(item)` in worker processes, which returns a finite number, a text, a list of such, or None.
 
     Workers start with the first `map`, and no more of them than it has items. They see JAX_PLATFORMS=cpu, ignore
-    Ctrl-C, print to nowhere (the first of what goes to stderr is kept), and end with the pool and with the process that made it, even if that is
+    Ctrl-C and SIGTERM, print to nowhere (the first of what goes to stderr is kept), and end with the pool and with the process that made it, even if that is
     killed. All methods may be called from any thread; one `map` runs at a time.
 
     Args:
@@ -347,7 +347,8 @@ def _end_with_parent() -> None:
     interrupts, would go on for hours. SIGIO, sent when the state of stdin changes, ends a process by default; on Linux the whole group
     gets SIGKILL instead, which also ends one that is stopped.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run decides when it ends
+    for asked_to_end in (signal.SIGINT, signal.SIGTERM):  # sent to all processes at once; the run decides when it ends
+        signal.signal(asked_to_end, signal.SIG_IGN)
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     if sys.platform == "linux":
         fcntl.fcntl(0, _F_SETSIG, signal.SIGKILL)

@@ -203,6 +203,13 @@ def test_an_idle_worker_that_died_costs_no_item(victims):
         assert results.outcomes == ["ok"] * 3 and not set(pids) & set(results)
 
 
+def test_workers_ignore_sigterm():
+    with Pool(act, workers=1) as pool:
+        (pid,) = pool.map(["pid"])
+        os.kill(int(pid), signal.SIGTERM)
+        assert pool.map(["pid", 1.0]) == [pid, 1.0]
+
+
 def test_workers_ignore_ctrl_c():
     with Pool(act, workers=1) as pool:
         (pid,) = pool.map(["pid"])
