@@ -190,7 +190,7 @@ def test_values_that_are_missing_are_refused_naming_the_row(tmp_path):
     bad = [dict(row) for row in GRADED]
     del bad[7]["value"]
     path = write_rows(tmp_path / "rows.jsonl", bad)
-    with pytest.raises(ValueError, match=r"Row 7 of .*rows.jsonl has None in the column 'value'"):
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 8 has None in the column 'value'"):
         train.setup(tiny(path, **RLEV), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
