@@ -105,7 +105,7 @@ def test_a_tiny_decoder_learns_what_is_preferred_and_is_found_again(rows, tmp_pa
 
     lines = read_metrics(directory / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(81))
-    names = {"step", *(f"reward_model/{name}" for name in ("loss", "accuracy", "margin", "grad_norm"))}
+    names = {"step", "skipped_update_ratio", *(f"reward_model/{name}" for name in ("loss", "accuracy", "margin", "grad_norm"))}
     assert all(set(line) == names for line in lines[1:-1]) and set(lines[-1]) == names | set(after)
     losses = [line["reward_model/loss"] for line in lines[1:]]
     assert abs(losses[0] - np.log(2)) < 0.05 and np.mean(losses[-20:]) < 0.3
