@@ -425,7 +425,9 @@ def one_update(parts, base):
     opt_state = learner.init_opt_state(OPTIMIZER, PARAMS)
     state = learner.TrainState(jnp.int32(0), PARAMS, opt_state, advantage_state, jnp.int32(0))
     batch = batch._replace(old_logprobs=batch.rollout.logprobs)
-    state, learnt = update_program(method.loss, expert is not None)(state, batch, jnp.float32(1.0), jax.random.key(0))
+    state, learnt, _ = update_program(method.loss, expert is not None)(
+        state, batch, jnp.float32(1.0), jax.random.key(0)
+    )
     return state, {k: float(v) for k, v in (metrics | learnt).items()}, batch
 
 
