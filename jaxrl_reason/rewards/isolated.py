@@ -36,9 +36,9 @@ def make_pool(specs: Sequence[str], *, workers: int, timeout_s: float, memory_mb
 class Isolated:
     """A host reward, by TRL's signature and with `Results`, that calls a function in the workers of a pool.
 
-    The rows of a prompt are one call (`in_groups_of`; all rows are until then). A call that raises, dies or takes too much is made again row by row, so that
-    only the rows at fault go missing. Where more than `max_failure_share` of the rows tried so fail, and of all rows would if the
-    others did, these are not tried: they keep what became of their prompt's call.
+    The rows of a prompt are one call (`in_groups_of`; all rows are until then). A call that raises, dies or takes too much is made
+    again row by row, so that only the rows at fault go missing. Where more than `max_failure_share` of the rows tried so fail, and of
+    all rows would if the others did, these are not tried: they keep what became of their prompt's call.
 
     Args:
       spec: what the workers load the function by; one of the pool's.
@@ -51,10 +51,8 @@ class Isolated:
     """
 
     def __init__(self, spec: str, function: Callable, pool: Pool, max_failure_share: float):
-        self.__wrapped__, self.__name__ = (
-            function,
-            host.name_of(function),
-        )  # as `inspect` and `HostReward` look for them
+        self.__wrapped__ = function  # where `inspect` looks for the signature,
+        self.__name__ = host.name_of(function)  # and `HostReward` for the name
         self._spec, self._pool, self._max_failure_share = _absolute(spec), pool, max_failure_share
         self._group = None
         if hasattr(function, "answer_of"):
@@ -100,11 +98,14 @@ class Isolated:
         for rows, answer, outcome in zip(calls, answers, answers.outcomes):
             if isinstance(answer, str):
                 raise host.RewardError(answer)
-            if answer is None:
-                failed.append(rows)
-                values, outcomes, words = [None] * len(rows), [outcome] * len(rows), answers.error
-            else:
+            try:
                 values, outcomes, words = answer
+                if not len(values) == len(outcomes) == len(rows):
+                    raise ValueError
+            except (TypeError, ValueError):  # none, or what no call of ours would say: it took the process over
+                failed.append(rows)
+                outcome = "error" if outcome == "ok" else outcome
+                values, outcomes, words = [None] * len(rows), [outcome] * len(rows), answers.error
             for row, value, outcome in zip(rows, values, outcomes):
                 results[row], results.outcomes[row] = value, outcome
             results.error = words or results.error

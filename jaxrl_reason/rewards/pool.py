@@ -155,14 +155,12 @@ class Pool:
         reported = multiprocessing.connection.wait(list(awaited), max(patience, 0))
         now = time.monotonic()
         for connection, worker in awaited.items():
-            if connection in reported:
-                report = worker.receive()
-                if report is None:  # a part of one: the limit goes on
-                    continue
+            report = worker.receive() if connection in reported else None
+            if report is not None:
                 kind, value, words = report
                 if kind == "died":
                     kind, words = "error", self._drop(worker)
-            elif worker.deadline <= now:
+            elif worker.deadline <= now:  # also of one that sends its report in bits
                 limit = START_LIMIT_S if worker.item is None else self._timeout_s
                 kind, value, words = "timeout", None, f"no result within {limit:g} s"
                 self._drop(worker)
@@ -244,10 +242,11 @@ class _Worker:
             return None
         held, self._held = self._held, b""
         try:
-            kind, value, words = json.loads(held)
-        except ValueError:
+            kind, value, words = json.loads(held, parse_constant=_no_number)
+        except (ValueError, TypeError, RecursionError):
             return "died", None, ""
-        return kind, value, words
+        expected = ("ready", "failed") if self.item is None else ("ok", "none", "error")
+        return (kind, value, words) if kind in expected and isinstance(words, str) else ("died", None, "")
 
     def stop(self) -> str:
         """Kills the process and all it started; says how it ended, which may have been before."""
@@ -259,6 +258,10 @@ class _Worker:
         return (
             f"its process was ended by {signal.Signals(-code).name}" if code < 0 else f"its process exited with {code}"
         )
+
+
+def _no_number(name: str):
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _stop_all(workers: list[_Worker]) -> None:

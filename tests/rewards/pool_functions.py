@@ -40,6 +40,13 @@ def act(item):
         case "twice":
             os.write(int(sys.argv[1]), b'["ok", 1.0, ""]\n["ok", 2.0, ""]\n')
             time.sleep(1000)
+        case "trickle":
+            while True:
+                os.write(int(sys.argv[1]), b" ")
+                time.sleep(0.001)
+        case "forged":
+            os.write(int(sys.argv[1]), item.partition(" ")[2].encode() + b"\n")
+            time.sleep(1000)
         case "chatter":
             for _ in range(100_000):
                 print("noise", file=sys.stderr)

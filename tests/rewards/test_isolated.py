@@ -52,6 +52,13 @@ def calls(completions, completion_ids, prompts, row, **_):
 def pid(completions, **_):
     return [float(os.getpid())] * len(completions)
 
+def forger(completions, **_):
+    for text in completions:
+        if not text.isdigit() or text == "7":
+            os.write(int(sys.argv[1]), f'["ok", {text}, ""]\\n'.encode())
+            time.sleep(1000)
+    return [float(text) for text in completions]
+
 def short(completions, **_):
     return [1.0] * (len(completions) - 1)
 
@@ -196,3 +203,10 @@ def test_threads_get_their_own_values():
         thread.join()
     for i in range(6):
         np.testing.assert_array_equal(tables[i], [[i * 10 + g for g in range(3)]] * 4)
+
+
+@pytest.mark.parametrize("forged", ["[]", "[1]", '[[1.0], ["ok"], ""]', '[[1.0, 1.0], 7, ""]', "7"])
+def test_a_report_that_no_call_of_ours_would_make_is_a_failure(forged):
+    table = table_of(reward_of("forger"), [["1", "2"], [forged, "2"]])
+    np.testing.assert_array_equal(table.per_reward["forger"], [[1, 2], [np.nan, 2]])
+    assert table.error_rate["forger"] + table.timeout_rate["forger"] == 0.25  # its process does not answer again

@@ -104,7 +104,29 @@ def test_a_worker_that_stops_reading_holds_up_nobody():
         assert results[2] == 3.0 and "timeout" in results.outcomes and time.monotonic() - begin < 10 * LIMIT_S
 
 
-@pytest.mark.parametrize("item, outcome", [("half", "timeout"), ("twice", "error")])
+FORGED = [
+    "5",
+    "null",
+    "[]",
+    '["ready", 1, ""]',
+    '["ok", 1]',
+    '["ok", NaN, ""]',
+    '["ok", 1, 2]',
+    "[" * 50_000,
+    '[["ok"], 1, ""]',
+]
+
+
+@pytest.mark.parametrize(
+    "item, outcome",
+    [
+        ("half", "timeout"),
+        ("trickle", "timeout"),
+        ("twice", "error"),
+        *((f"forged {text}", "error") for text in FORGED),
+    ],
+    ids=lambda x: x[:24],
+)
 def test_what_an_item_writes_into_the_reports_is_its_own_loss(item, outcome):
     with Pool(act, workers=1, timeout_s=LIMIT_S) as pool:
         begin = time.monotonic()
