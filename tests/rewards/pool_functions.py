@@ -47,6 +47,8 @@ def act(item):
         case "forged":
             os.write(int(sys.argv[1]), item.partition(" ")[2].encode() + b"\n")
             time.sleep(1000)
+        case "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
         case "chatter":
             for _ in range(100_000):
                 print("noise", file=sys.stderr)
@@ -93,6 +95,14 @@ def act(item):
 
 def size(item):
     return len(item)
+
+
+def die(countdown):
+    """As often as the file says."""
+    left = int(pathlib.Path(countdown).read_text())
+    pathlib.Path(countdown).write_text(str(left - 1))
+    if left > 0:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def refuse():

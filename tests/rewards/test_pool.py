@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 import pytest
-from pool_functions import act, refuse, size
+from pool_functions import act, die, refuse, size
 
 from jaxrl_reason.rewards import HostReward, RewardError, score
 from jaxrl_reason.rewards.pool import Pool, Results
@@ -272,22 +272,24 @@ import os, sys, threading, time
 sys.path.insert(0, {tests!r})
 import pool_functions
 from jaxrl_reason.rewards.pool import Pool
-pools = [Pool(pool_functions.act, workers=1, timeout_s=1000) for _ in range(3)]
+pools = [Pool(pool_functions.act, workers=1, timeout_s=1000) for _ in range(5)]
 pids = [int(pool.map(["pid"])[0]) for pool in pools]
-for pool, item in zip(pools, ["hang", "loop"]):  # the third one stays idle
+for pool, item in zip(pools, ["hang", "loop", "grandchild " + {child!r}, "stop"]):  # the last one stays idle
     threading.Thread(target=pool.map, args=[[item]], daemon=True).start()
+while not os.path.exists({child!r}) or not open({child!r}).read():
+    time.sleep(0.01)
 time.sleep(0.3)
-print(*pids, flush=True)
+print(*pids, open({child!r}).read(), flush=True)
 {ending}
 """
 
 
 @pytest.mark.parametrize("ending", ["time.sleep(1000)", "sys.exit(0)"])
-def test_no_worker_outlives_its_parent(ending):
-    script = PARENT.format(tests=os.path.dirname(__file__), ending=ending)
+def test_neither_workers_nor_what_they_started_outlive_their_parent(ending, tmp_path):
+    script = PARENT.format(tests=os.path.dirname(__file__), ending=ending, child=str(tmp_path / "pid"))
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     pids = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(pids) == 3
+    assert len(pids) == 6
     if "sleep" in ending:
         assert all(map(alive, pids))
         parent.kill()
@@ -313,6 +315,18 @@ def test_a_closed_pool_stays_closed():
     pool.close()
     with pytest.raises(ValueError, match="This pool is closed; make a new one"):
         pool.map([1.0])
+
+
+def test_a_start_that_is_lost_is_tried_again_and_not_for_ever(tmp_path):
+    for lost in (2, 3):
+        countdown = tmp_path / str(lost)
+        countdown.write_text(str(lost))
+        with Pool(act, workers=1, initializer=functools.partial(die, str(countdown))) as pool:
+            if lost == 2:
+                assert pool.map([1.0]) == [1.0]
+            else:
+                with pytest.raises(RuntimeError, match="could not start: its process was ended by SIGKILL"):
+                    pool.map([1.0])
 
 
 def test_workers_that_cannot_start_are_a_sentence_and_not_tried_again(tmp_path, monkeypatch):
