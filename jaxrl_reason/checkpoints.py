@@ -22,14 +22,8 @@ from jaxrl_reason.learner import Experience, TrainState
 from jaxrl_reason.rollout import Rollout
 
 _log = logging.getLogger(__name__)
-UNREADABLE = (
-    ValueError,
-    KeyError,
-    OSError,
-    TypeError,
-    AttributeError,
-    RecursionError,
-)  # what orbax raises on damaged files
+# What orbax raises on damaged files.
+UNREADABLE = (ValueError, KeyError, OSError, TypeError, AttributeError, RecursionError)
 _UNWRITABLE = (ValueError, OSError)  # and on full disks
 
 

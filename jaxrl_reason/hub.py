@@ -105,9 +105,8 @@ def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
 
 def _verify(path: pathlib.Path) -> None:
     """Refuses a file of the cache that does not have the hash it is kept under."""
-    kept = (
-        pathlib.PurePath(os.readlink(path)).name if path.is_symlink() else ""
-    )  # else a file system without links: no hash is known
+    # On a file system without links no hash is known.
+    kept = pathlib.PurePath(os.readlink(path)).name if path.is_symlink() else ""
     if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", kept):
         return
     digest = hashlib.sha256() if len(kept) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)  # as git does

@@ -89,11 +89,11 @@ class Scored(NamedTuple):
 
 
 class Mismatch(NamedTuple):
-    """The live token on whose log-probability the sampler and the trainer agree least. Scalars, or arrays of one a completion.
+    """The live token on whose log-probability the sampler and the trainer agree least.
 
     Attributes:
-      difference: f32, the trainer's less the sampler's, in nats.
-      prompt, sample, position: int32, its place in [P, G, T].
+      difference: f32 scalar, the trainer's less the sampler's, in nats.
+      prompt, sample, position: int32 scalars, its place in [P, G, T].
     """
 
     difference: jax.Array
@@ -218,9 +218,14 @@ def split(tree, parts: int):
     return jax.tree.map(cut, tree)
 
 
+def unsplit(tree):
+    """[parts, P / parts, ...] -> [P, ...]: what `split` undoes."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
 def join(parts):
-    """What `split` undoes: a tree with [P / parts, ...] for each part -> [P, ...]."""
-    return jax.tree.map(lambda *xs: jnp.stack(xs, axis=1).reshape(-1, *xs[0].shape[1:]), *parts)
+    """A tree with [P / parts, ...] for each part of `split` -> [P, ...]."""
+    return unsplit(jax.tree.map(lambda *xs: jnp.stack(xs), *parts))
 
 
 def score(
@@ -240,8 +245,7 @@ def score(
         scored = completion_logprobs(config, params, part, temperature, legal, chunk, probe_token=probe_token)
         return scored._replace(entropy=jnp.zeros_like(scored.entropy))
 
-    ys = jax.lax.map(one, split(rollout, parts))
-    return jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(-1, *y.shape[2:]), ys)
+    return unsplit(jax.lax.map(one, split(rollout, parts)))
 
 
 def loss_and_metrics(
@@ -257,7 +261,7 @@ def loss_and_metrics(
     """The loss of a part of a batch whose counts are `total` and `classes`; losses and metrics of parts add up.
 
     Returns:
-      loss, (metrics, (difference f32[P, G], position int32[P, G])): of each completion's `Mismatch`.
+      loss, (metrics, (difference f32[P, G], position int32[P, G])), the last two of each completion's worst token, see `Mismatch`.
     """
     scored = completion_logprobs(
         config,
@@ -322,8 +326,8 @@ def make_gradient(config: models.ModelConfig, options: UpdateOptions, legal=None
       gradient(params, experience, temperature) -> (gradients of the weights that are trained, metrics, (difference, position)), the
       last two as in `loss_and_metrics`. What is not finite in the experience's own log-probabilities is left out.
     """
-    join_weights = models.lora.join
-    loss = lambda trained, frozen, *args: loss_and_metrics(config, options, join_weights(trained, frozen), *args)
+    whole_weights = models.lora.join
+    loss = lambda trained, frozen, *args: loss_and_metrics(config, options, whole_weights(trained, frozen), *args)
 
     def whole_or_parts(params, batch: Experience, temperature):
         trained, frozen = models.lora.split(config, params)
@@ -344,8 +348,7 @@ def make_gradient(config: models.ModelConfig, options: UpdateOptions, legal=None
         grads, (metrics, _) = jax.eval_shape(grad, trained, jax.tree.map(lambda x: x[0], parts), *whole)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (grads, metrics))
         (grads, metrics), worst = jax.lax.scan(add, zeros, parts)
-        back = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])  # what `split` undoes
-        return grads, metrics, jax.tree.map(back, worst)
+        return grads, metrics, unsplit(worst)
 
     def gradient(params, batch: Experience, temperature):
         # Before anything is counted: a completion left out is in no numerator and in no denominator.

@@ -506,7 +506,8 @@ def report(run: Run, console: rich.console.Console) -> dict[str, dict[str, float
             figures = {k: v for k, v in line.items() if k.startswith("eval/") and k != "eval/prompts"}
             evaluations["after" if line["step"] else "before"] = figures
         beside |= {k: v for k, v in line.items() if k.startswith(tasks.BASELINES)}
-    if "before" in evaluations and read_json(run.work.path / "evaluation.json") != judged_by(run.config):
+    judged = run.work.path / "evaluation.json"
+    if "before" in evaluations and not (judged.exists() and read_json(judged) == judged_by(run.config)):
         console.print(
             "The evaluation before training was another one (config.eval has changed) and is not compared.",
             soft_wrap=True,

@@ -105,15 +105,26 @@ def test_a_step_that_cannot_be_saved_still_says_what_is_wrong(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_prompt_alone_has_the_gradient_that_replay_says(tmp_path):
-    """Of sound batches too: the norms are those of updates with one prompt."""
-    config = config_of(tmp_path, "wild", steps=1, reward__functions=[f"{tmp_path / 'rewards.py'}:sound"])
+@pytest.mark.parametrize("method", [{"name": "dr_grpo"}, {"name": "laser", "self_reward_warmup": 3}])
+def test_the_whole_batch_has_the_gradient_that_replay_says(method, tmp_path):
+    """Of sound batches too; of LaSeR's inside its warm-up, where the update judges no completion."""
+    answering = dict(supervised__steps=30, supervised__learning_rate=1e-2, supervised__batch_size=4)
+    config = config_of(tmp_path, "sound", steps=1, method=method, **answering)
     run = train.setup(config, tmp_path / "run")
     state = train.first_state(run)
-    _, groups, batch, _, metrics = train.train_step(run, jax.tree.map(jax.numpy.copy, state), None, train.Clock())
+    for i in range(30):  # until completions end: others are not judged anyway
+        state, _ = run.programs.supervised_update(state, run.solutions.batch(i))
+    state = run.programs.restart(state.params)
+    c_ref = np.float32(-1) if method["name"] == "laser" else None
+    _, groups, batch, _, metrics = train.train_step(
+        run, jax.tree.map(jax.numpy.copy, state), None, train.Clock(), c_ref
+    )
+    assert batch.judged is None or batch.judged.any()
     train.save_for_replay(run, 1, state, groups, batch)
     params, loaded, rewards = replay.load(run, 1)
-    jax.tree.map(np.testing.assert_array_equal, (params, loaded, rewards), (state.params, batch, groups.rewards))
+    assert loaded.judged is None or not loaded.judged.any()
+    saved = batch._replace(judged=loaded.judged)
+    jax.tree.map(np.testing.assert_array_equal, (params, loaded, rewards), (state.params, saved, groups.rewards))
     whole, *prompts = replay.examine(run, params, loaded)
     assert metrics["skipped_update_ratio"] == 0 < metrics["grad_norm"]
     assert whole.grad_norm == pytest.approx(metrics["grad_norm"], rel=1e-4)

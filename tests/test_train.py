@@ -646,6 +646,8 @@ def test_an_evaluation_that_has_changed_is_not_compared_with_the_first(rows, tmp
     assert list(result) == ["after"] and "was another one (config.eval has changed)" in capsys.readouterr().out
     again = train.train(train.setup(tiny(rows, steps=3, eval__every=2), tmp_path))
     assert again["before"] == both["before"]
+    (tmp_path / "evaluation.json").unlink()
+    assert list(train.train(train.setup(tiny(rows, steps=4, eval__every=2), tmp_path))) == ["after"]
 
 
 @pytest.mark.parametrize(

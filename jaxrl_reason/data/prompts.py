@@ -32,22 +32,21 @@ class PromptTemplate:
         return self._render(self.solution, row)
 
     def _render(self, text: str, row: Mapping[str, Any]) -> str:
-        def value(match: re.Match) -> str:
+        def written(match: re.Match) -> str:
             if match[1] not in row:
                 raise ValueError(
                     f"Prompt template {self.name!r} names the column {match[1]!r}, which the data does not have; "
                     f"its columns are {', '.join(sorted(row))}."
                 )
-            if row[match[1]] is None or isinstance(
-                row[match[1]], list | dict
-            ):  # `str` would write "None" for the policy to learn
+            value = row[match[1]]
+            if value is None or isinstance(value, list | dict):  # `str` would write "None" for the policy to learn
                 raise ValueError(
-                    f"column {match[1]!r} is {row[match[1]]!r:.80}, and prompt template {self.name!r} writes it; it has to be text or a number."
+                    f"column {match[1]!r} is {value!r:.80}, and prompt template {self.name!r} writes it; it has to be text or a number."
                 )
-            return str(row[match[1]])
+            return str(value)
 
         # One pass over the template: braces inside the values are never looked at.
-        return _FIELD.sub(value, text)
+        return _FIELD.sub(written, text)
 
 
 TEMPLATES: dict[str, PromptTemplate] = {
