@@ -172,7 +172,10 @@ class Reward:
     weights: list = _field([], "a weight a function; empty: 1 each")
     verdict: str = _field("", "the function whose value > 0.5 means right; empty: the first")
     max_failure_share: float = _field(
-        0.5, "stop when more than this share of the rewards failed that one process asked for at once", low=0, high=1
+        0.5,
+        "stop when more than this share of a step's rewards (of a part's, see sampling.parts) failed",
+        low=0,
+        high=1,
     )
     workers: int = _field(
         0, "processes that call module:function and file.py:function; 0: one a core, at most 8", low=0

@@ -338,7 +338,7 @@ def run(request: Request, command: str) -> dict[str, float]:
 def _learned_reward(c: Config, workdir: pathlib.Path, tokenizer: data.Tokenizer, mesh: jax.sharding.Mesh) -> Callable:
     """Scores of the reward model that the run learnt from, see `Scorer.with_reward_model`."""
     directory = pathlib.Path(c.reward_model.path).expanduser() if c.reward_model.path else workdir / "reward_model"
-    if c.reward_model.path and not (directory / "reward_model.json").is_file():
+    if c.reward_model.path and not reward_training.is_ours(directory):
         return reward_training.pretrained_scorer(c, reward_training.open_pretrained(c, mesh), tokenizer, mesh)
     digest = reward_training.tokenizer_digest(tokenizer)
     shape, params = reward_training.load_reward_model(directory, digest, mesh=mesh)

@@ -97,7 +97,7 @@ def read(text: str, *, loop_trips: Mapping[str, int] | int | None = None) -> Pro
     """
     computations, entry = _parse(text)
     walk = _Walk(computations, loop_trips)
-    total = walk.computation(entry, (), 1.0)
+    total = walk.computation(entry, ())
     if isinstance(loop_trips, Mapping):
         strange = [name for name in loop_trips if name.removeprefix("%") not in walk.unknown]
         if strange:
@@ -308,28 +308,28 @@ class _Walk:
         self.unknown: dict[str, int | None] = {}
         self._fused = {}
 
-    def computation(self, name: str, arguments: tuple, times: float) -> _Tally:
+    def computation(self, name: str, arguments: tuple) -> _Tally:
         """What one run of a computation does. `arguments` are what is known of its parameters."""
         tally = _Tally()
         for instruction in self.computations[name].instructions.values():
-            self._instruction(tally, name, instruction, arguments, times)
+            self._instruction(tally, name, instruction, arguments)
         tally.close()
         return tally
 
-    def _instruction(self, tally, where, i: _Instruction, arguments, times):
+    def _instruction(self, tally, where, i: _Instruction, arguments):
         later = lambda: tuple(_Later(where, operand, arguments) for operand in i.operands)
         kind = i.opcode.removesuffix("-start")
         if i.opcode == "while":
             condition, body = _attribute(i.attributes, "condition"), _attribute(i.attributes, "body")
             loop = _Loop(later()[0], body.removeprefix("%"))
             trips = self._trips(i, loop, condition.removeprefix("%"))
-            tally.add(self.computation(loop.body, (loop,), times * trips), trips)
+            tally.add(self.computation(loop.body, (loop,)), trips)
         elif i.opcode == "conditional":
-            branches = [self.computation(name, (), times) for name in _called(i.attributes)]
+            branches = [self.computation(name, ()) for name in _called(i.attributes)]
             tally.add(max(branches, key=lambda branch: branch.flops))
         elif i.opcode in ("call", "async-start"):
             for name in _called(i.attributes):
-                tally.add(self.computation(name, later(), times))
+                tally.add(self.computation(name, later()))
         elif i.opcode == "fusion":
             for name in _called(i.attributes):
                 tally.add(self._fusion(name))
@@ -352,7 +352,7 @@ class _Walk:
         if name not in self._fused:
             tally = _Tally()
             for instruction in self.computations[name].instructions.values():
-                self._instruction(tally, name, instruction, (), 1.0)
+                self._instruction(tally, name, instruction, ())
             self._fused[name] = tally
         return self._fused[name]
 

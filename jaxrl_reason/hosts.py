@@ -50,8 +50,11 @@ def initialize(timeout: int) -> None:
             jax.distributed.initialize(given[0], num_processes=int(given[1]), process_id=int(given[2]), **limits)
         elif _on_a_tpu_vm():
             jax.distributed.initialize(**limits)
+        barrier(
+            "connected"
+        )  # CPUs connect at the first thing done together, in 30 seconds; what comes first may take longer
     except Exception as e:  # of the network, of the cloud's metadata, of jax: many classes
-        if isinstance(e, ValueError) and not any(given):
+        if isinstance(e, ValueError) and not any(given) and not came_from_devices(e):
             return  # jax knows of no cluster: this machine is alone
         raise ValueError(
             f"This process cannot be connected with the others ({listed}): {textwrap.shorten(str(e), 300, placeholder=' ...')} If there are "

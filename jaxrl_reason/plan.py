@@ -65,10 +65,12 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip(30.75, 275e12, 1228e9, 150e9),
-    "v5e": Chip(15.75, 197e12, 819e9, 100e9),
-    "v5p": Chip(95.73, 459e12, 2765e9, 300e9),
-    "v6e": Chip(31.24, 918e12, 1640e9, 224e9),
+    "v2": Chip(7.48, 46e12 / 2, 700e9 / 2, 248e9 / 2),  # two devices a chip
+    "v3": Chip(15.48, 123e12 / 2, 900e9 / 2, 328e9 / 2),
+    "v4": Chip(30.75, 275e12, 1228e9, 300e9),
+    "v5e": Chip(15.75, 197e12, 819e9, 200e9),
+    "v5p": Chip(95.73, 459e12, 2765e9, 600e9),
+    "v6e": Chip(31.24, 918e12, 1640e9, 400e9),
     "tpu7x": Chip(94.74, 2307e12 / 2, 7370e9 / 2, 600e9 / 2),  # two devices a chip
 }
 
@@ -139,10 +141,10 @@ class Part:
 
 
 def sizes_of(config: Config) -> tuple[models.ModelConfig, models.ModelConfig | None]:
-    """The policy's decoder, and the reward model's where there is one, from config.json or from the configuration.
+    """The policy's decoder, and the reward model's where there is one, from what describes the models or from the configuration.
 
     Raises:
-      ConfigError: config.json cannot be had, or says what cannot be.
+      ConfigError: their description cannot be had, or says what cannot be.
     """
     try:
         source = models.read_source(config.model.path) if config.model.path else None
@@ -152,8 +154,12 @@ def sizes_of(config: Config) -> tuple[models.ModelConfig, models.ModelConfig | N
             return policy, None
         if not config.reward_model.path:
             return policy, models.lora.base_of(policy)
+        if reward_training.is_ours(config.reward_model.path):
+            return policy, reward_training.described(config.reward_model.path)
         judge = models.read_config(models.read_source(config.reward_model.path))
-    except models.PretrainedError as e:
+    except ConfigError:
+        raise
+    except ValueError as e:
         raise ConfigError(f"A plan needs the sizes of the models: {e}") from e
     of_policy = dict(param_dtype=config.model.param_dtype, compute_dtype=config.model.compute_dtype, remat="none")
     return policy, dataclasses.replace(judge, **of_policy)
@@ -224,11 +230,14 @@ def parts_of(config: Config, devices) -> list[Part]:
             verdict=verdict.rpartition(":")[2],
             probe_token=2 if method.loss.self_reward else None,
         )
-        judges = reward_model.param_shardings(judge, mesh) if judge else None
     except ConfigError:
         raise
     except ValueError as e:
         raise ConfigError(f"config.{e}" if str(e).startswith("mesh.") else str(e)) from e
+    try:
+        judges = reward_model.param_shardings(judge, mesh) if judge else None
+    except ValueError as e:
+        raise ConfigError(f"The reward model cannot be split over the mesh: config.{e}") from e
     model = programs_lib.with_attention(policy, config, mesh)
     rollout, learnt = step_shapes(config, method, programs, model)
     state, u = programs.abstract_state, config.update
@@ -317,7 +326,7 @@ def parts_of(config: Config, devices) -> list[Part]:
     pieces = u.accumulation * u.minibatches
     if judge:
         split = sharding.microbatches(mesh, part, pieces)
-        if config.reward_model.path:
+        if config.reward_model.path and not reward_training.is_ours(config.reward_model.path):
             L = config.reward_model.max_length
             texts = jax.ShapeDtypeStruct((part, K, L), jnp.int32, sharding=programs.sharding)
             lengths = jax.ShapeDtypeStruct((part, K), jnp.int32, sharding=programs.sharding)

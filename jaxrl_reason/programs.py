@@ -74,10 +74,19 @@ def mesh_of(config: Config, devices=None) -> jax.sharding.Mesh:
 
 
 def with_attention(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> models.ModelConfig:
-    """The decoder with the attention that config.model.attention means on these devices."""
-    chosen = config.model.attention
+    """The decoder with the attention that config.model.attention means on these devices.
+
+    Raises:
+      ConfigError: the devices cannot run it.
+    """
+    chosen, device = config.model.attention, mesh.devices.flat[0]
+    unable = device.device_kind in ("TPU v2", "TPU v3")  # they multiply no bfloat16 inside kernels
     if chosen == "auto":
-        chosen = "splash" if mesh.devices.flat[0].platform == "tpu" else "plain"
+        chosen = "splash" if device.platform == "tpu" and not unable else "plain"
+    if chosen == "splash" and unable:
+        raise ConfigError(
+            f"config.model.attention is 'splash', whose kernels a {device.device_kind} cannot run; 'auto' is 'plain' there."
+        )
     return dataclasses.replace(model, attention=chosen)
 
 
@@ -109,21 +118,28 @@ def build(
     Raises:
       ConfigError: the mesh does not divide the prompts of a step or the model.
     """
+    schedule, optimizer = make_optimizer(config)
     try:
         decoding = sharding.rollout_mesh(mesh, config.mesh.rollout_tensor or mesh.shape["tensor"])
-        for on in (mesh, decoding):
-            sharding.check_batch(on, "prompts_per_step", config.prompts_per_step)
-            sharding.check_batch(
-                on, "prompts_per_step / sampling.parts", config.prompts_per_step // config.sampling.parts
-            )
+        part = config.prompts_per_step // config.sampling.parts
+        sharding.check_batch(mesh, "prompts_per_step", config.prompts_per_step)
+        sharding.check_batch(mesh, "prompts_per_step / sampling.parts", part)
         sharding.check_batch(
             mesh,
             "prompts_per_step / (update.minibatches x update.accumulation), the prompts of a microbatch,",
             config.prompts_per_step // (config.update.minibatches * config.update.accumulation),
         )
-        rollout_shardings = sharding.param_shardings(model, decoding)
+        shardings = state_shardings(model, mesh, optimizer, method)
     except ValueError as e:
         raise ConfigError(f"config.{e}") from e
+    try:
+        sharding.check_batch(decoding, "prompts_per_step / sampling.parts", part)
+        rollout_shardings = sharding.param_shardings(model, decoding)
+    except ValueError as e:
+        raise ConfigError(
+            f"While sampling the mesh is data={decoding.shape['data']}, tensor={decoding.shape['tensor']}, as "
+            f"config.mesh.rollout_tensor={config.mesh.rollout_tensor} asks for, and there {e}"
+        ) from e
     model = with_attention(model, config, mesh)
     batch_sharding = sharding.batch_sharding(mesh)
     whole = sharding.replicated(mesh)
@@ -134,10 +150,8 @@ def build(
     temperature = lambda: constant(config.sampling.temperature)
     temperatures = lambda: constant((config.sampling.temperature,) * config.group_size + (0.0,) * greedy)
 
-    schedule, optimizer = make_optimizer(config)
     supervised_optimizer = make_supervised_optimizer(config)
     options = update_options(config, method, probe_token)
-    shardings = state_shardings(model, mesh, optimizer, method)
 
     def fresh(params):
         opt_state = learner.init_opt_state(optimizer, models.lora.split(model, params)[0])
@@ -361,12 +375,12 @@ def with_float32_master(inner: optax.GradientTransformation) -> optax.GradientTr
 
 
 def state_shardings(model: models.ModelConfig, mesh: jax.sharding.Mesh, optimizer, method: Method) -> TrainState:
-    """A sharding for every leaf of a TrainState: optimizer moments lie where their weights lie."""
-    whole = sharding.replicated(mesh)
-    try:
-        params = sharding.param_shardings(model, mesh)
-    except ValueError as e:
-        raise ConfigError(f"config.{e}") from e
+    """A sharding for every leaf of a TrainState: optimizer moments lie where their weights lie.
+
+    Raises:
+      ValueError: a mesh axis does not divide the dimension it splits.
+    """
+    whole, params = sharding.replicated(mesh), sharding.param_shardings(model, mesh)
     trained, _ = models.lora.split(model, models.abstract_params(model))
     abstract = jax.eval_shape(functools.partial(learner.init_opt_state, optimizer), trained)
     opt_state = optax.tree_utils.tree_map_params(

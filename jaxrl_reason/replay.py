@@ -1,7 +1,8 @@
 """Looks again at a step whose loss or gradient was not finite: python -m jaxrl_reason.replay --workdir=DIR [--step=N]
 
 A run that stops over such steps saves the last one's weights and batch under DIR/replay/N. This computes the loss and its gradient again,
-of the whole batch and of each prompt alone, and names the weights, prompts and completions at fault.
+of the whole batch and of each prompt alone, and names the weights, prompts and completions at fault. It takes the devices of one machine:
+--config.mesh.fsdp=-1 and the like, where these are others than the run's.
 """
 
 from collections.abc import Iterable
@@ -139,10 +140,14 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         texts = dict(argument.removeprefix("--").partition("=")[::2] for argument in argv)
-        if not texts.get("workdir") or texts.keys() - {"workdir", "step"}:
-            raise ConfigError(f"Give --workdir=DIR, and --step=N for another step than the last; not {' '.join(argv)}.")
+        mesh = {name for name in texts if name.startswith("config.mesh.")}
+        if not texts.get("workdir") or texts.keys() - {"workdir", "step"} - mesh:
+            raise ConfigError(
+                "Give --workdir=DIR, --step=N for another step than the last, and --config.mesh.NAME=SIZE for another mesh; not "
+                f"{' '.join(argv)}."
+            )
         workdir = pathlib.Path(texts["workdir"]).expanduser().resolve()
-        config = runs.load_config(workdir, {})
+        config = runs.load_config(workdir, {name.removeprefix("config."): texts[name] for name in mesh})
         saved = runs.numbers_in(workdir / "replay")
         if not saved:
             raise ConfigError(

@@ -90,7 +90,7 @@ def setup(
     """
     c, r = config, config.reward_model
     phase = Phase(config, models.lora.base_of(model), mesh, tokenizer)
-    if r.path and not (phase.directory / _DESCRIPTION).is_file():
+    if r.path and not is_ours(r.path):
         return dataclasses.replace(phase, pretrained=open_pretrained(config, mesh))
     if r != dataclasses.replace(r, system="", max_length=config_lib.RewardModel().max_length):
         raise ConfigError(
@@ -98,7 +98,7 @@ def setup(
             "texts of its own; leave them out."
         )
     if r.path:
-        _describe(phase.directory, tokenizer_digest(tokenizer))
+        described(phase.directory, tokenizer_digest(tokenizer))
         return phase
     sharding.check_batch(mesh, "config.reward_model.batch_size", r.batch_size)
     source = lambda name, split: data.load_source(
@@ -210,7 +210,7 @@ def get_reward_model(
     asked: Callable[[], bool] = lambda: False,
 ) -> tuple[models.ModelConfig, models.Params]:
     """The phase's reward model: loaded where it is trained already, else trained now from the weights of `decoder`."""
-    if (phase.directory / _DESCRIPTION).exists():
+    if is_ours(phase.directory):
         console.print(f"The reward model in {phase.directory} is trained.", soft_wrap=True)
         return load_reward_model(phase.directory, tokenizer_digest(phase.tokenizer), mesh=phase.mesh)
     return phase.model, train_reward_model(phase, decoder, console, asked)
@@ -382,7 +382,7 @@ def load_reward_model(
       ValueError: it was trained with another tokenizer, or its files cannot be read.
     """
     directory = pathlib.Path(directory).expanduser()
-    config = _describe(directory, tokenizer_digest)
+    config = described(directory, tokenizer_digest)
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]) if mesh is None else mesh
     place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     like = jax.tree.map(place, reward_model.abstract_params(config), reward_model.param_shardings(config, mesh))
@@ -401,8 +401,18 @@ def _write_description(phase: Phase, held_out: dict[str, float]) -> None:
     writers.write_json(phase.directory / _DESCRIPTION, content)
 
 
-def _describe(directory: pathlib.Path, tokenizer_digest: str) -> models.ModelConfig:
-    """The decoder of the trained reward model in `directory`; refuses another tokenizer."""
+def is_ours(directory: str | pathlib.Path) -> bool:
+    """Whether `train_reward_model` has left a reward model there."""
+    return (pathlib.Path(directory).expanduser() / _DESCRIPTION).is_file()
+
+
+def described(directory: str | pathlib.Path, tokenizer_digest: str | None = None) -> models.ModelConfig:
+    """The decoder of the trained reward model in a directory; refuses another tokenizer than this one, where one is given.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_reward_model`.
+    """
+    directory = pathlib.Path(directory).expanduser()
     file = directory / _DESCRIPTION
     if not file.is_file():
         raise FileNotFoundError(
@@ -416,7 +426,7 @@ def _describe(directory: pathlib.Path, tokenizer_digest: str) -> models.ModelCon
         config = models.ModelConfig(**{**sizes, "rope_scaling": scaling})
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{file} does not describe a reward model: {type(e).__name__}: {e}.") from e
-    if trained_with != tokenizer_digest:
+    if tokenizer_digest not in (None, trained_with):
         raise ValueError(
             f"The reward model in {directory} was trained with another tokenizer (digest {trained_with[:12]}, this one's is "
             f"{tokenizer_digest[:12]}), whose ids mean other texts: set config.data.tokenizer to {directory / 'tokenizer'}, or train a "

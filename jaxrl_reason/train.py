@@ -313,7 +313,8 @@ def _train(run: Run, asked: Callable[[], bool]) -> dict[str, dict[str, float]]:
         state = first_state(run) if state is None else state
         if run.solutions:
             state = supervised(run, state, saver, console, asked)
-        state = programs.restart(state.params)
+        params, state = state.params, None  # the optimizer's state goes before another is made
+        state = programs.restart(params)
         saver.save(c.supervised.steps, state)
 
     begin = int(state.step)
@@ -404,9 +405,9 @@ def save_for_replay(run: Run, step: int, state: TrainState, groups: experience.G
     """Writes the weights and the batch of a step to a folder, and says so, or why not, in a sentence."""
     directory = run.work.path / "replay" / str(step)
     said = f"Its weights and batch are in {directory}: python -m jaxrl_reason.replay --workdir={run.work.path} names what is at fault."
+    batch, rewards = jax.tree.map(hosts.whole, (batch, groups.rewards))
     try:
         checkpoints.save_params(directory / "params", state.params)
-        batch, rewards = jax.tree.map(hosts.whole, (batch, groups.rewards))
         if hosts.first():
             checkpoints.save_batch(directory / "batch.npz", batch, rewards)
     except (checkpoints.CheckpointError, OSError) as e:
@@ -548,11 +549,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(config: Config, workdir: str) -> int:
     try:
-        run = setup(config, workdir)
-    except (ConfigError, *_REFUSALS) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    try:
+        try:
+            run = setup(config, workdir)
+        except (ConfigError, *_REFUSALS) as e:
+            if hosts.came_from_devices(e):
+                raise
+            print(f"error: {e}", file=sys.stderr)
+            return 2
         train(run)
         hosts.barrier("end")
     except (

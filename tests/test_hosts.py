@@ -341,14 +341,35 @@ def test_sigterm_saves_and_the_same_command_goes_on(processes, folder, shared_pr
 
 
 def test_a_reward_that_fails_on_one_process_stops_both_in_a_sentence(folder, shared_programs, tmp_path):
-    _, path = recipe(
-        folder, "failing", mesh__fsdp=2, reward__functions=[f"{folder / 'rewards.py'}:fails_on_one"], eval__every=0
-    )
+    function = f"{folder / 'rewards.py'}:fails_on_one"
+    changes = dict(reward__functions=[function], reward__max_failure_share=0.4, eval__every=0)
+    _, path = recipe(folder, "failing", mesh__fsdp=2, **changes)
     ended = finish(start(path, tmp_path / "run", shared_programs, processes=2), limit=60)
     assert [code for code, _, _ in ended] == [1, 1]
     assert "error: Process 1 has stopped, and this one with it: " in ended[0][2]
     for *_, err in ended:
-        assert "no reward here" in err and "Traceback" not in err
+        assert "failed on 50.0%" in err and "no reward here" in err and "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_set_up_may_take_longer_than_cpus_wait_for_each_other(folder, shared_programs, tmp_path):
+    """The first process reads for 35 seconds before the others may."""
+    _, path = recipe(folder, "late", mesh__fsdp=2, steps=1, eval__every=0)
+    late = "import os, time\nif os.environ.get('JAX_PROCESS_ID') == '0': time.sleep(35)\n"
+    rewards = folder / "late.py"
+    rewards.write_text(late + REWARDS)
+    path.write_text(path.read_text().replace(str(folder / "rewards.py"), str(rewards)))
+    run(path, tmp_path / "run", shared_programs, processes=2)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_in_set_up_ends_the_others_in_a_sentence(folder, shared_programs, tmp_path):
+    _, path = recipe(folder, "dies", mesh__fsdp=2, steps=1, eval__every=0)
+    rewards = folder / "dies.py"
+    rewards.write_text("import os\nif os.environ.get('JAX_PROCESS_ID') == '1': os._exit(9)\n" + REWARDS)
+    path.write_text(path.read_text().replace(str(folder / "rewards.py"), str(rewards)))
+    (other, _, err), (code, *_) = finish(start(path, tmp_path / "run", shared_programs, processes=2), limit=60)
+    assert code == 9 and other == 1 and "error: " in err and "Traceback" not in err
 
 
 def test_what_cannot_run_is_refused_by_all(folder, shared_programs, tmp_path):

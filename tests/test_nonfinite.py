@@ -137,6 +137,7 @@ def test_replay_of_what_is_not_there_is_a_sentence(tmp_path, capsys):
         ([f"--workdir={tmp_path}"], "is not the work directory of a run"),
         (["--step=1"], "Give --workdir=DIR"),
         ([f"--workdir={tmp_path}", "--other=1"], "Give --workdir=DIR"),
+        ([f"--workdir={tmp_path}", "--config.seed=1"], "Give --workdir=DIR"),
     ]:
         assert replay.main(arguments) == 2 and sentence in capsys.readouterr().err
     train.setup(config, tmp_path / "run")
@@ -147,6 +148,8 @@ def test_replay_of_what_is_not_there_is_a_sentence(tmp_path, capsys):
     assert "--step=2: " in capsys.readouterr().err
     assert replay.main([f"--workdir={tmp_path / 'run'}"]) == 2
     assert "cannot be read" in capsys.readouterr().err
+    assert replay.main([f"--workdir={tmp_path / 'run'}", "--config.mesh.fsdp=3"]) == 2
+    assert "mesh.fsdp=3" in capsys.readouterr().err
 
 
 def test_a_supervised_phase_that_has_lost_itself_ends_in_a_sentence(tmp_path, capsys):

@@ -1,19 +1,24 @@
 """The planner: what the compiler says of a step, for TPUs where libtpu is installed and for 8 simulated devices; what is wrong is seen."""
 
+import dataclasses
 import importlib.util
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import types
 
+import jax
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import tiny
 
-from jaxrl_reason import plan
-from jaxrl_reason.config import to_dict
+from jaxrl_reason import models, plan, programs
+from jaxrl_reason.config import ConfigError, to_dict
+from jaxrl_reason.models import reward_model
 
 WITH_LIBTPU = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'"
@@ -105,7 +110,7 @@ def recipe(tmp_path, **changes):
     "flags, said",
     [
         (["--topology=v5e"], "such as v5e:4x4"),
-        (["--topology=v9:4x4"], "Generations are v4, v5e, v5p, v6e, tpu7x"),
+        (["--topology=v9:4x4"], "Generations are v2, v3, v4, v5e, v5p, v6e, tpu7x"),
         ([], "give a generation"),
         (["--topology=v5e:2x2", "--slices=none"], "--slices is 'none'"),
         (["--topology", "v9:4x4"], "--topology is 'v9:4x4'"),
@@ -116,6 +121,62 @@ def test_what_cannot_be_planned_is_a_sentence(flags, said, tmp_path, capsys):
     assert plan.main([f"--config={recipe(tmp_path)}", f"--out={tmp_path / 'plan.json'}", *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and not (tmp_path / "plan.json").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(mesh__fsdp=2, mesh__tensor=4, prompts_per_step=3), "^config.prompts_per_step is 3, .* = 2 devices"),
+        (
+            dict(mesh__fsdp=2, mesh__tensor=4, mesh__rollout_tensor=1, prompts_per_step=2),
+            "^While sampling the mesh is data=8, tensor=1, as config.mesh.rollout_tensor=1 asks for, and there prompts_per_step .* is 2",
+        ),
+        (
+            dict(mesh__fsdp=8, mesh__rollout_tensor=8),
+            "^While sampling the mesh is data=1, tensor=8, .* mesh.tensor is 8, which does not divide the model's 'vocab' dimension .300.",
+        ),
+        (
+            dict(mesh__tensor=8, mesh__fsdp=1),
+            "^config.mesh.tensor is 8, which does not divide the model's 'vocab' dimension .300.",
+        ),
+    ],
+)
+def test_what_a_mesh_does_not_divide_is_named_by_its_field(changes, said):
+    config = tiny("rows.jsonl", **dict(prompts_per_step=8, model__heads=4, model__kv_heads=4) | changes)
+    with pytest.raises(ConfigError, match=said):
+        plan.parts_of(config, jax.devices()[:1] * 8)
+
+
+def test_a_reward_model_of_ours_tells_its_sizes(tmp_path):
+    small = models.ModelConfig(vocab_size=300, width=8, layers=3, heads=2, kv_heads=1, mlp_width=24, head_dim=4)
+    digest = {"tokenizer_digest": "of a tokenizer that a plan does not read"}
+    (tmp_path / "reward_model.json").write_text(json.dumps({"model": dataclasses.asdict(small)} | digest))
+    learnt = dict(reward__functions=["accuracy", "reward_model"], reward_model__path=str(tmp_path))
+    config = tiny("rows.jsonl", model__width=32, **learnt)
+    policy, judge = plan.sizes_of(config)
+    assert (policy.width, judge) == (32, small)
+    (part,) = (part for part in plan.parts_of(config, jax.devices()[:1]) if part.name == "reward model")
+    assert part.filled["weights"] == 4 * sum(x.size for x in jax.tree.leaves(reward_model.abstract_params(small)))
+    (tmp_path / "reward_model.json").write_text("{}")
+    with pytest.raises(
+        ConfigError, match="A plan needs the sizes .*reward_model.json does not describe a reward model"
+    ):
+        plan.sizes_of(config)
+
+
+@pytest.mark.parametrize("kind, chosen", [("TPU v2", "plain"), ("TPU v3", "plain"), ("TPU v5 lite", "splash")])
+def test_old_chips_attend_without_kernels(kind, chosen):
+    config = tiny("rows.jsonl")
+    device = types.SimpleNamespace(platform="tpu", device_kind=kind)
+    mesh = types.SimpleNamespace(devices=np.array([device], object))
+    small = models.ModelConfig(vocab_size=300, width=8, layers=1, heads=1, kv_heads=1, mlp_width=8, head_dim=8)
+    assert programs.with_attention(small, config, mesh).attention == chosen
+    config.model.attention = "splash"
+    if chosen == "splash":
+        assert programs.with_attention(small, config, mesh).attention == "splash"
+    else:
+        with pytest.raises(ConfigError, match=f"config.model.attention is 'splash', .* a {kind} cannot run"):
+            programs.with_attention(small, config, mesh)
 
 
 def test_where_figures_cannot_go_nothing_is_compiled(tmp_path, capsys):
@@ -186,6 +247,16 @@ def test_a_step_is_planned_for_a_slice(tmp_path):
     head, trips = 256 * 4096 * 2, 255
     assert parts["rollout"]["collectives"]["all-gather"]["gib"] * plan.GIB < 0.05 * head * trips
     assert found["step"]["seconds_at_least"] == pytest.approx(sum(p["seconds"] * p["times"] for p in found["parts"]))
+
+
+@WITH_LIBTPU
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v2:2x2", "v3:2x2"])
+def test_a_step_is_planned_for_old_chips(topology, tmp_path):
+    _, found = command(tmp_path, SMALL, f"--topology={topology}")
+    assert found["fits"] and found["devices"] == 8
+    for part in found["parts"]:
+        assert part["name"] == "reshard" or abs(part["flops_over_hlo"] - 1) < 0.03 and not part["flops_in_kernels"]
 
 
 @WITH_LIBTPU

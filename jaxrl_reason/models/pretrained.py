@@ -263,12 +263,14 @@ def _read_config(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def read_source(path_or_hub_id: str | pathlib.Path) -> dict[str, Any]:
-    """The config.json of a model, whose weights need not be there; of the hub's models nothing else is downloaded.
+    """The config.json of a model, whose weights need not be there, or what a .gguf file says; of the hub's models nothing else is downloaded.
 
     Raises:
       PretrainedError: there is none.
     """
     directory = pathlib.Path(path_or_hub_id).expanduser()
+    if directory.suffix == ".gguf" and directory.is_file():
+        return open_model(directory).source
     if not directory.is_dir():
         if not hub.is_address(str(path_or_hub_id)):
             raise PretrainedError(f"There is no directory {directory} with a config.json, and it is no id of the hub.")

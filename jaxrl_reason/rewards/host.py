@@ -77,12 +77,14 @@ class RewardTable:
       error_rate: name -> share of the rows on which the function raised, or that it reports as errors.
       none_rate: name -> share of the rows to which it gave None.
       timeout_rate: name -> share of the rows that it reports as timeouts.
+      error: name -> the last error in words, "" without one.
     """
 
     per_reward: dict[str, np.ndarray]
     error_rate: dict[str, float]
     none_rate: dict[str, float]
     timeout_rate: dict[str, float]
+    error: dict[str, str]
 
     def failures(self) -> dict[str, float]:
         """`rewards/<name>/{error_rate,none_rate,timeout_rate}`: the shares of the rows without a reward, by reason."""
@@ -160,16 +162,17 @@ def score(
     }
     rows |= {name: _repeat(values, groups) for name, values in columns.items()}
 
-    per_reward, error_rate, none_rate, timeout_rate = {}, {}, {}, {}
+    table = RewardTable({}, {}, {}, {}, {})
     for reward in rewards:
         if hasattr(reward.function, "in_groups_of"):
             reward = dataclasses.replace(reward, function=reward.function.in_groups_of(groups))
         results = _rewards_of_rows(reward, rows, max_failure_share)
-        per_reward[reward.name] = np.array(results, np.float32).reshape(shape)
-        error_rate[reward.name] = results.outcomes.count("error") / len(results)
-        none_rate[reward.name] = results.outcomes.count("none") / len(results)
-        timeout_rate[reward.name] = results.outcomes.count("timeout") / len(results)
-    return RewardTable(per_reward=per_reward, error_rate=error_rate, none_rate=none_rate, timeout_rate=timeout_rate)
+        table.per_reward[reward.name] = np.array(results, np.float32).reshape(shape)
+        table.error_rate[reward.name] = results.outcomes.count("error") / len(results)
+        table.none_rate[reward.name] = results.outcomes.count("none") / len(results)
+        table.timeout_rate[reward.name] = results.outcomes.count("timeout") / len(results)
+        table.error[reward.name] = results.error or ""
+    return table
 
 
 def _rewards_of_rows(reward: HostReward, rows: dict[str, list], max_failure_share: float) -> Results:

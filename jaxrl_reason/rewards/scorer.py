@@ -128,7 +128,10 @@ class Scorer:
             for name, values in table.per_reward.items():
                 everyone = hosts.together(values, self._sharding, size)
                 rewards[name] = hosts.put(everyone, self._sharding)
-            metrics = metrics | hosts.mean(table.failures())
+            failures = hosts.mean(table.failures())
+            for name in table.error:
+                self._check_failures(name, failures, table)
+            metrics = metrics | failures
         return {name: rewards[name] for name in self.names}, metrics
 
     def _ask(self, rollout: Rollout, batch: PromptBatch) -> host.RewardTable:
@@ -137,7 +140,23 @@ class Scorer:
         ids = [[row[live].tolist() for row, live in zip(*group)] for group in zip(tokens, mask)]
         texts = [self._tokenizer.decode_batch(group) for group in ids]
         prompts = [self._template.render_prompt(row) for row in batch.rows]
-        return host.score(self._host, prompts, texts, ids, _columns(batch.rows), self._max_failure_share)
+        # How many may fail is asked of all processes' rows, in `_check_failures`.
+        return host.score(self._host, prompts, texts, ids, _columns(batch.rows), max_failure_share=1.0)
+
+    def _check_failures(self, name: str, failures: Mapping[str, float], table: host.RewardTable) -> None:
+        """Refuses too large a share of failures, in the words of a process that has met one; `failures` are of all of them."""
+        share = failures[f"rewards/{name}/error_rate"] + failures[f"rewards/{name}/timeout_rate"]
+        if share <= self._max_failure_share + 1e-6:  # rounded, as the mean over processes is
+            return
+
+        def refuse():
+            if table.error_rate[name] + table.timeout_rate[name]:
+                raise host.RewardError(
+                    f"Reward {name!r} failed on {share:.1%} of the completions, and config.reward.max_failure_share allows "
+                    f"{self._max_failure_share:.1%}; the last error is {table.error[name] or 'not told'}"
+                )
+
+        hosts.agree(refuse, host.RewardError)
 
     def with_reward_model(
         self, score: Callable[[Rollout, PromptBatch], tuple[jax.Array, dict[str, float]]]

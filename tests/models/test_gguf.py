@@ -106,7 +106,7 @@ def test_weights_configuration_and_tokenizer(tied, tmp_path):
     tokenizer = data.train_tokenizer(["ab ab ab 12"], 262)
     params = write(tmp_path / "m.gguf", config, tokenizer=tokenizer)
     policy = models.load_pretrained(tmp_path / "m.gguf")
-    assert policy.config == config
+    assert policy.config == config == models.read_config(models.read_source(tmp_path / "m.gguf"))
     jax.tree.map(np.testing.assert_array_equal, policy.params, params)
     for text in ("ab ab 12", "naïve\n 34 <eos> ab"):
         assert policy.tokenizer.encode(text) == tokenizer.encode(text)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrl_reason import data
+from jaxrl_reason import data, hosts
 from jaxrl_reason.config import Reward
 from jaxrl_reason.experience import total_reward
 from jaxrl_reason.rewards import RewardError
@@ -163,8 +163,21 @@ def test_missing_rewards_are_nan_and_counted():
     np.testing.assert_array_equal(rewards["picky"], [[1, np.nan, np.nan], [1, 1, np.nan]])
     assert metrics["rewards/picky/error_rate"] == pytest.approx(1 / 6)
     assert metrics["rewards/picky/none_rate"] == pytest.approx(2 / 6)
-    with pytest.raises(RewardError, match="'picky' failed on 1 of the 6 rows tried.*share of 0 "):
+    with pytest.raises(
+        RewardError, match="'picky' failed on 16.7% .*max_failure_share allows 0.0%; the last error is .*"
+    ):
         make_scorer("mine.py:picky", max_failure_share=0)(rollout_of(texts), batch_of(ROWS))
+
+
+def test_failures_are_a_share_of_all_processes_rows(monkeypatch):
+    """One of 6 rows here, none of 18 elsewhere: not more than a twentieth."""
+    score = make_scorer("mine.py:picky", max_failure_share=0.05)
+    texts = [["fine", "fine", "picky"], ["fine"] * 3]
+    with pytest.raises(RewardError, match="failed on 16.7%"):
+        score(rollout_of(texts), batch_of(ROWS))
+    monkeypatch.setattr(hosts, "mean", lambda figures: {name: x / 4 for name, x in figures.items()})
+    _, metrics = score(rollout_of(texts), batch_of(ROWS))
+    assert metrics["rewards/picky/error_rate"] == pytest.approx(1 / 24)
 
 
 def test_a_column_missing_in_some_rows_is_none_there():
