@@ -1,6 +1,7 @@
 """JSONL and Parquet files as rows: every row is checked when the file is read, and every bad one reported with its number and the reason."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import collections
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import hashlib
 import json
@@ -156,6 +157,13 @@ class _BadRows:
             warnings.warn(listed(summary, self.reports, self.count), stacklevel=4)
 
 
+def quoted(names: Iterable[str]) -> str:
+    """Names of columns for a sentence: ten of them, and their beginnings."""
+    names = list(names)
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(f"{name!r:.80}" for name in names[:10]) + more
+
+
 def listed(summary: str, reports: Sequence[str], count: int) -> str:
     """The summary, and under it the first reports and how many of all `count` are not spelled out."""
     shown = reports[:REPORTED]
@@ -178,9 +186,7 @@ def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
             row |= {theirs: value for value in _inside(row, theirs)}
         if theirs not in row:
             purpose = "" if ours == theirs else f" (to be used as {ours!r})"
-            raise ValueError(
-                f"there is no column {theirs!r}{purpose}, only {', '.join(map(repr, row)) or 'an empty row'}"
-            )
+            raise ValueError(f"there is no column {theirs!r}{purpose}, only {quoted(row) or 'an empty row'}")
     rest = {name: value for name, value in row.items() if name not in wanted.values()}
     return rest | {ours: row[theirs] for ours, theirs in wanted.items()}
 
@@ -243,8 +249,8 @@ class _TwiceError(ValueError):
 def _object(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _TwiceError(f"{next(n for n in names if names.count(n) > 1)!r} stands twice in one object")
+        (name, _), *_ = collections.Counter(name for name, _ in pairs).most_common(1)
+        raise _TwiceError(f"{name!r:.80} stands twice in one object")
     return row
 
 

@@ -290,7 +290,7 @@ def _csv_table(path: pathlib.Path, split: str, target: str, categorical: str, mi
     header, rows, lines = _read_csv(path)
     if target not in header:
         close = difflib.get_close_matches(target, header, n=1, cutoff=0.5)
-        hint = f"Did you mean {close[0]!r}?" if close else f"There are {', '.join(map(repr, header))}."
+        hint = f"Did you mean {close[0]!r}?" if close else f"There are {files.quoted(header)}."
         asked = f"has no column {target!r} to predict" if target else "needs `target`, the column to predict"
         raise ValueError(f"{path} {asked}. {hint}")
 
@@ -394,14 +394,15 @@ def _read_csv(path: pathlib.Path) -> tuple[list[str], list[list[str]], list[int]
     header = rows[0]
     if not header:
         raise ValueError(f"{path}, line 1 is blank; the first line has to name every column.")
+    first: dict[str, int] = {}
     for i, name in enumerate(header):
         if not name:
             raise ValueError(
                 f"{path}, line {lines[0]}: column {i + 1} has no name; the first line has to name every column."
             )
-        if name in header[:i]:
+        if first.setdefault(name, i) < i:
             raise ValueError(
-                f"{path}, line {lines[0]}: columns {header.index(name) + 1} and {i + 1} are both named {name!r}; "
+                f"{path}, line {lines[0]}: columns {first[name] + 1} and {i + 1} are both named {name!r:.80}; "
                 "rename one of them."
             )
     for row, line in zip(rows, lines, strict=True):

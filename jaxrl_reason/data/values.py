@@ -36,6 +36,8 @@ def read_values(source: Source) -> np.ndarray:
         for i, (exam, worth) in enumerate(zip(exams, points)):
             if exam is None:
                 raise ValueError(f"{source.place(i)} has points and no exam; name the exam it belongs to.")
+            if not isinstance(exam, str | int):
+                raise ValueError(f"{source.place(i)} has the exam {exam!r:.80}; name it by a text or a whole number.")
             totals[exam] = totals.get(exam, 0.0) + worth
         values = [_share(source, i, worth, totals[exam]) for i, (exam, worth) in enumerate(zip(exams, points))]
     else:
@@ -87,12 +89,14 @@ def altered(values: Sequence[float], kind: str, *, alpha: float, clip: float, se
 def _number(source: Source, i: int, row: dict, column: str) -> float:
     value = row.get(column)
     try:
-        number = float(value) if not isinstance(value, bool) else math.nan
-    except (TypeError, ValueError):
+        # Of texts `float` takes more than people mean: 0_1, and the digits of every script.
+        plain = not isinstance(value, bool | str) or isinstance(value, str) and value.isascii() and "_" not in value
+        number = float(value) if plain else math.nan
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number) or number < 0:
         raise ValueError(
-            f"{source.place(i)} has {value!r} in the column {column!r}; it must be a number and not negative."
+            f"{source.place(i)} has {value!r:.80} in the column {column!r}; it must be a number and not negative."
         )
     return number
 

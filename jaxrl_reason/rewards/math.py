@@ -24,12 +24,19 @@ MAX_WORKERS = 8
 _EXPONENT = re.compile(r"(?<=[0-9.])[eE]([-+]?[0-9]+)")
 _MIXED_NUMBER = re.compile(r"([-+]?[0-9]+) +([0-9]+) ?/ ?([0-9]+)")
 _FLOAT = re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]{1,3}")
-# Nor is 5_000 the number 5 with an index, or 1e9999 a product with e.
-_NOT_LATEX = re.compile(r"[0-9]_[0-9]{2}|[0-9.][eE][-+]?[0-9]{4}")
+# Nor is 5_000 the number 5 with an index, 1e9999 a product with e, or 0x10 one with x; and digits apart, "5 0", are no product.
+_APART = r"(?:\s|~|\\[,;: ]|\\q?quad|\\[lc]?dots)+"
+_NOT_LATEX = re.compile(
+    rf"[0-9]_[0-9]{{2}}|[0-9.][eE][-+]?[0-9]{{4}}|(?<![\w.])0[xX][0-9a-fA-F]|(?<!frac )[0-9.]{_APART}[0-9.]"
+)
+_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:\\[,;: ]|~)[0-9]{3})+(?![0-9])")  # as TeX spaces them
+# What math-verify takes out wherever it stands, and boxes, which it would take for the answer.
+_DROPPED = re.compile(r"""\\fbox|\\boxed|\\mathrm\{th\}|\\!\s*|\\text\s*\{\s*\}|\\?\$|["']|\\displaystyle""")
+_JOINED = re.compile(rf"[0-9.](?:{_DROPPED.pattern})+[0-9.]")
 # What math-verify leaves out as a unit is all from the first text to the end.
 _TEXT = re.compile(r"\\(?:mbox|text(?:normal|bf|it|rm)?|math(?:rm|it|bf))\{")
 _UNIT = re.compile(rf"{_TEXT.pattern}([^{{}}]*)\}}(?:\^[0-9]|\^?\{{\^?[0-9]\}})?[ .$]*")
-_EQUALS = re.compile(r"(?<![\\<>!])=")
+_EQUALS = re.compile(r"(?<![\\<>!])=|\\equiv")
 
 
 def math_verify_reward(completions: Sequence[str], answer: Sequence[str | int | float], **_) -> Results:
@@ -150,13 +157,17 @@ def _differ_exactly(a, b) -> bool:
 
 
 def _contradicts_itself(answer: str) -> bool:
-    """Whether it equates numbers that differ, as "2 = x = 5" does, of which math-verify takes the last."""
+    """Whether it equates numbers, or sets of them, that differ, as "2 = x = 5" does, of which math-verify takes the last."""
     from math_verify import verify
+    from sympy import Set
+
+    def is_stated(x):
+        return getattr(x, "is_number", False) or isinstance(x, Set) and not x.free_symbols
 
     members = [_read(member.strip()) for member in _EQUALS.split(answer)]
     if len(members) < 2:
         return False
-    stated = [read[0] for read in members if read and getattr(read[0], "is_number", False)]
+    stated = [read[0] for read in members if read and is_stated(read[0])]
     return any(not verify(stated[0], other, timeout_seconds=None) for other in stated[1:])
 
 
@@ -165,13 +176,18 @@ def _read(answer: str) -> list:
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
-    answer = answer.replace(r"\fbox", "").replace(r"\boxed", "")  # a box in the box would be taken for the answer
+    while _DROPPED.search(answer):  # again, since what is left may make another
+        if _JOINED.search(answer):
+            return []
+        answer = _DROPPED.sub("", answer)
+    answer = _THOUSANDS.sub(lambda number: re.sub(r"[^0-9]", "", number[0]), answer)
     holds_all = extract_answer(rf"\boxed{{{answer}}}") == answer  # unless a brace in the answer closes the box
-    if not holds_all or _NOT_LATEX.search(answer):
+    mixed = _MIXED_NUMBER.fullmatch(answer)
+    if not holds_all or not mixed and _NOT_LATEX.search(answer):
         return []
     if _FLOAT.fullmatch(answer) or parse_number(answer) is not None:
         answer = _EXPONENT.sub(r"\\cdot 10^{\1}", answer)
-    elif mixed := _MIXED_NUMBER.fullmatch(answer):
+    elif mixed:
         answer = r"{}\frac{{{}}}{{{}}}".format(*mixed.groups())
     # The whole box or nothing: by default a number or formula anywhere in it would be taken for the answer.
     text = _TEXT.search(answer)

@@ -14,9 +14,11 @@ A percent sign is "divided by 100" to `parse_number`. To `numeric_verdict`, "50%
 the reference to "what percentage ...?" is usually written without the sign (and the same with the roles exchanged).
 """
 
+import itertools
 import math
 import numbers
 import re
+import unicodedata
 from fractions import Fraction
 
 MAX_NUMBER_LENGTH = (
@@ -32,26 +34,36 @@ _NUMBER = re.compile(
     rf"|\\[dt]?frac\{{(?P<above_tex>[-+]?{_INTEGER})\}}\{{(?P<below_tex>[-+]?{_INTEGER})\}})"
 )
 _TRAILING_UNIT = re.compile(r"\\(?:text|mathrm)\{([^{}]*)\}$")
-# Words that say how much, or that go on: "5\text{ million}" is not 5, nor is "5\text{ or six}", nor 5i.
+# Words that say how much, or that go on: "5\text{ million}" is not 5, nor is "5\text{ or six}", nor 5i. Also with an s.
 _NOT_UNITS = frozenset(
-    "and or not to plus minus times over half halves quarter quarters third thirds percent percentage pct factorial squared cubed "
-    "dozen hundred thousand million billion trillion k e i j".split()
+    "and or nor not but if to plus minus times over mod modulo choose point negative below base double half halve quarter third fourth "
+    "fifth sixth seventh eighth ninth tenth hundredth thousandth millionth percent percentage permille pct factorial squared cubed score "
+    "dozen zero one two three four five six seven eight nine ten eleven twelve hundred thousand million billion trillion lakh crore bn "
+    "pi oder und ou et k K M B T e i j n x y z".split()
 )
+_NOT_UNIT_CHARACTERS = frozenset("π或和与及半成倍")
 # A lump that starts like a number. A sign glued to what precedes it ("10-4") is a subtraction, not a sign.
 # All that is glued to a number belongs to its lump, so that it is refused rather than cut short: digits of other scripts (\d on purpose),
 # a second sign, signs and fractions that only look alike, powers ("5²"), 0x10, marks that strike digits out, and, where a digit
 # follows, separators that the grammar does not know and characters that are not seen. Possessive (*+), so nothing is tried twice.
-_SIGNS = "-+\u2212\u02d7\u2010-\u2015\u207a\u207b\ufe62\ufe63\uff0b\uff0d"
+_SIGNS = (
+    "-+\u00af\u02c9\u02d7\u058a\u05be\u1806\u2010-\u2015\u2043\u207a\u207b\u208a\u208b\u2212\u2296\u23af\u2500\u2795\u2796\u2e3a\u30fc"
+    "\ufe58\ufe62\ufe63\uff0b\uff0d"
+)
 _PARTS = (
     r"[\d.,/\u00b2\u00b3\u00b9\u00bc-\u00be\u066a\u066b\u2030\u2031\u2044\u2070-\u2089\u20d0-\u20ff\u2150-\u2189\u2215"
-    r"\u0300-\u036f\ufe00-\ufe0f\uff05]*+"
+    r"\u0300-\u036f\u0483-\u0489\u05b0-\u05bd\u1ab0-\u1aff\u1dc0-\u1dff\u3099\u309a\ufe00-\ufe0f\ufe20-\ufe2f\uff05]*+"
 )
-_BETWEEN_DIGITS = r"[_'\u00a0\u00ad\u00b7\u061c\u066c\u2007\u2009\u200b-\u200f\u2018\u2019\u202a-\u202f\u2060-\u2069\ufeff\uff0c\uff0e]++(?=\d)"
+_BETWEEN_DIGITS = (
+    r"[_'`\u00a0\u00ad\u00b4\u00b7\u02bc\u0600-\u0605\u061c\u066c\u06dd\u070f\u08e2\u115f\u1160\u17b4\u17b5\u180b-\u180e\u2003-\u200f\u2018-\u201a"
+    r"\u2024\u2027\u202a-\u202f\u2032\u205f-\u206f\u2396\u2800\u2e32\u3164\ua4f8\ufe50\ufe52\ufeff\uff0c\uff0e\uff61\uffa0\ufff9-\ufffc"
+    r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]++(?=\d)"
+)
 _RUN = rf"{_PARTS}(?:{_BETWEEN_DIGITS}{_PARTS})*+"
 _FRACTION = r"\\[dt]?frac\{[^{}]{1,50}\}\{[^{}]{1,50}\}"
 _LUMP = re.compile(
     rf"(?:(?<![{_SIGNS}\w)}}])[{_SIGNS}]+)?\$?(?:0[xXoObB]\w++|{_FRACTION}{_RUN}"
-    rf"|\.?[\d\u00bc-\u00be\u2150-\u215f]{_RUN}(?:[eE][-+\u2212]?\d{_RUN})*+(?:{_FRACTION}{_RUN})?)(?:\\?%)?"
+    rf"|(?:(?<![\w.])\.)?[\d\u00bc-\u00be\u2150-\u215f]{_RUN}(?:[eE][-+\u2212]?\d{_RUN})*+(?:{_FRACTION}{_RUN})?)(?:\\?%)?"
 )
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
@@ -127,8 +139,14 @@ def numeric_verdict(completion: str, answer: str | int | float, *, fallback: str
 
 def is_unit(words: str) -> bool:
     r"""Whether what stands in \text{} behind a number leaves its value alone, as " cm" does and "00", "!" or " million" do not."""
-    letters = all(c.isalpha() and not c.isnumeric() or c in " ./-'°" for c in words)
-    return letters and _NOT_UNITS.isdisjoint(words.lower().replace("-", " ").split())
+    words = words.replace("\N{MICRO SIGN}", "\N{GREEK SMALL LETTER MU}")
+    if unicodedata.normalize("NFKC", words) != words or not _NOT_UNIT_CHARACTERS.isdisjoint(words):
+        return False
+    if not all(unicodedata.category(c) in ("Ll", "Lu", "Lo") and not c.isnumeric() or c in " ./-'°" for c in words):
+        return False
+    names = [word if len(word) == 1 else word.lower() for word in re.split(r"[ ./-]+", words)]
+    per_cent = any(pair in (("per", "cent"), ("per", "mille")) for pair in itertools.pairwise(names))
+    return not per_cent and _NOT_UNITS.isdisjoint(names) and _NOT_UNITS.isdisjoint(x.removesuffix("s") for x in names)
 
 
 def _to_matching_brace(text: str, start: int) -> str | None:

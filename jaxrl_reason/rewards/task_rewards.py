@@ -72,7 +72,7 @@ def many_answers_reward(
 
 
 def strict_reward(completions: Sequence[str], answer: Sequence[str], **_) -> list[float]:
-    """1.0 where the final answer is, character by character, the reference of the column `answer`, else 0.0.
+    """1.0 where the final answer is, character by character, the stripped reference of the column `answer`, else 0.0.
 
     A verifier by text, as many are: "0.75", "6/8" and "75%" are all refused where the reference is "3/4".
 
@@ -86,7 +86,7 @@ def strict_reward(completions: Sequence[str], answer: Sequence[str], **_) -> lis
     if any(reference is None for reference in answer):
         raise ValueError("A row has no reference in its column 'answer', and \"None\" is no answer; correct that row.")
     return [
-        float(extract_answer(completion) == str(reference))
+        float(extract_answer(completion) == str(reference).strip())
         for completion, reference in zip(completions, answer, strict=True)
     ]
 
@@ -127,7 +127,8 @@ def _named_numbers(completion: str) -> list[int]:
 
 def _exact_value(text: str) -> Fraction | None:
     """The value of a number in any form, mixed numbers included; None for anything else."""
-    mixed = _MIXED.fullmatch(text.strip().removesuffix(".")) if len(text) <= MAX_NUMBER_LENGTH else None
+    plain = text.strip().removesuffix(".").replace("\N{MINUS SIGN}", "-")
+    mixed = _MIXED.fullmatch(plain) if len(text) <= MAX_NUMBER_LENGTH else None
     if mixed is None:
         return parse_number(text)
     part = parse_number(mixed["part"])

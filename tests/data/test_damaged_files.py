@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 import warnings
 
 import pyarrow
@@ -13,6 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from jaxrl_reason import data
+from jaxrl_reason.data import tables
 from jaxrl_reason.data.preferences import PreferenceStream
 
 GOOD = b'{"question": "1 + 1?", "answer": 2}\n'
@@ -278,3 +280,27 @@ def test_a_run_says_all_of_it(tmp_path):
         f"error: 1 of 1 rows do not fit:\n  {held}, line 1 has a prompt of",
     ):
         assert said in done.stderr, done.stderr[-4000:]
+
+
+def test_many_columns_are_read_at_once_and_named_in_part(tmp_path):
+    """Twenty thousand, the last of them twice: a sentence of a few lines, in far less than the second that looking each up in all takes."""
+    names = [f"column{i}" for i in range(20_000)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "a", ' + ", ".join(f'"{name}": 1' for name in [*names, names[-1]]) + "}\n")
+    (tmp_path / "rows.csv").write_text(",".join([*names, names[-1]]) + "\n" + "1," * 20_000 + "1\n")
+    (tmp_path / "odd.csv").write_text(",".join(names) + "\n" + "1," * 19_999 + "1\n")
+    wide = tmp_path / "wide.jsonl"
+    wide.write_text(json.dumps({"q" * 1_000_000: 1} | dict.fromkeys(names, 1)) + "\n")
+    for said, read in {
+        "'column19999' stands twice in one object": lambda: data.load_source(str(path), "all"),
+        "columns 20000 and 20001 are both named 'column19999'": lambda: tables.load_table(
+            str(tmp_path / "rows.csv"), "all", target="column0"
+        ),
+        "'column9' and 19990 more": lambda: tables.load_table(str(tmp_path / "odd.csv"), "all", target="?"),
+        "'column8' and 19991 more": lambda: data.load_source(str(wide), "all"),
+    }.items():
+        begin = time.process_time()
+        with pytest.raises(ValueError) as error:
+            read()
+        assert time.process_time() - begin < 1
+        assert said in str(error.value) and len(str(error.value)) < 2000

@@ -113,6 +113,23 @@ def test_verdicts_on_unmarked_answers():
     assert format_reward(completions=TEXTS) == [0.0] * len(TEXTS)
 
 
+def test_what_is_glued_to_a_digit_is_never_left_out():
+    """Signs, separators, marks and what is not seen, of every script that has them: refused whole rather than cut short."""
+    ranges = {
+        "{}5": "2796 208b fe58 05be 058a 1806 2043 2296 2500 2e3a 30fc 00af 02c9 23af",
+        "5{}": "0483-0489 05b0-05bd 1ab0-1abe 1dc0-1dff 3099 309a fe20-fe2f",
+        "1{}8": "070f 115f 1160 17b4 180b-180e 206a-206f 2800 3164 ffa0 fff9-fffc 1bca0 1d173 e0001 e0020-e007f e0100-e01ef 0600-0605 06dd 08e2 "
+        "0483-0489 05b0-05bd 1ab0-1abe 1dc0-1dff 3099 fe20-fe2f",
+        "1{}234": "0060 00b4 02bc 2003-200a 201a 2024 2027 2032 205f 2396 fe50 fe52 ff61 2e32 a4f8",
+    }
+    for form, listed in ranges.items():
+        for text in listed.split():
+            first, _, last = text.partition("-")
+            for code in range(int(first, 16), int(last or first, 16) + 1):
+                read = last_number_reward.answer_of(form.format(chr(code)), {})
+                assert read is None, (form, hex(code), read)
+
+
 @pytest.mark.parametrize(
     "opening, closing", [("{", "}"), ("(", ")"), (r"\frac{1}{", "}"), ("$", "$"), (r"\text{", "}")]
 )
@@ -514,6 +531,10 @@ TAKEN_FOR_5 = [
     "2=5", "x=2=5", "2=x=5", "y=6=x=5", r"5\text{00}", r"5\text{.5}", r"5\text{!}", r"5\mathrm{i}", r"5\textbf{00}", r"5\mbox{00}", r"5\text{ million}",
     r"5\text{ and a half}", r"5\text{cm}+\frac{1}{2}", r"5\text{ or six}", "5_000", r"6 \fbox{5}", r"6 ( final answer is $5$. I hope", r"6 ( answer: $5$",
     "5} or else 6", "5} 6", "1e999", "0x5", "NaN", r"\infty", "5j", "5!", "5²", "５", "½", "5\u200d5", "5\u0338", "5; 6", "5 6", r"5\pm 1", "5,6", r"\frac{0}{0}", "5<6",
+    # guards that what math-verify takes out would open again
+    r"6 \f\boxedbox{5}", r"6\phantom{\f\boxedbox{5}}", r"5\te$xt{00}", r"5\te'xt{ or 6}", r"5\tex\!t{ or 6}", r"5\math\displaystylerm{00}", r"5\te\te$xt{00}",
+    r"6 \equiv 5", r"1\equiv 6\equiv 5", r"\{6\}=x=5", r"x=\{6\}=5", r"\{6\}=\{5\}", r"5\text{ tenths}", r"5\text{ thousands}", r"5\mathrm{pi}", r"5\text{π}",
+    r"5\text{ per cent}", r"5\text{ⁿ}", r"5\text{ 或 6}", r"5\mathrm{c/e}", r"5\mathrm{x}",
 ]  # fmt: skip
 RIGHT_FOR_5 = [
     "5",
@@ -530,6 +551,11 @@ RIGHT_FOR_5 = [
     r"\frac{10}{2}",
 ]
 OTHERS = [  # reference, answer, verdict
+    *(("0", a, 0.0) for a in (r"1\,000", r"x=1\,000", r"7\;000\text{ m}", "1 000", "12 000 000", r"5\quad 0", "5 .0", r"5\ldots 0", "0x5", "0x10")),
+    *(("1000", a, 1.0) for a in (r"1\,000", "1~000", r"1\ 000", r"x=1\,000", r"1,\!000", r"1\,000\text{ m}")), (r"1\,000", "1000", 1.0),
+    *(("1000", a, 0.0) for a in (r"1\,00", r"10\,00", r"1\,0000", r"1\,000\,00", "1 000")), ("100", r"1\,00", 0.0),
+    *(("57", a, 0.0) for a in ("5'7", "5'7\"", "5$7$", r"5\mathrm{th}7", r"5\displaystyle7", r"5\text{}7")), ("1000", "1'000", 0.0),
+    (r"\frac{1}{2}", r"\frac 1 2", 1.0), (r"\frac{3}{2}", "1 1/2", 1.0), ("(1, 2)", r"(1,\,2)", 1.0), ("204_5", "204_5", 1.0), ("5", r"5\mathrm{th}", 1.0),
     (r"3\text{ hours and }20\text{ minutes}", r"3\text{ hours and }50\text{ minutes}", 0.0),
     (r"3\text{ hours and }20\text{ minutes}", r"3\text{ hours and }20\text{ minutes}", 1.0),
     (r"10\text{ million}", "10", 0.0), (r"10\text{ million}", r"10\text{ million}", 1.0), (r"\text{Evelyn}", r"\text{Evelyn}", 1.0),

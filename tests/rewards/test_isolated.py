@@ -207,6 +207,6 @@ def test_threads_get_their_own_values():
 
 @pytest.mark.parametrize("forged", ["[]", "[1]", '[[1.0], ["ok"], ""]', '[[1.0, 1.0], 7, ""]', "7"])
 def test_a_report_that_no_call_of_ours_would_make_is_a_failure(forged):
-    table = table_of(reward_of("forger"), [["1", "2"], [forged, "2"]])
+    table = table_of(reward_of("forger", timeout_s=2), [["1", "2"], [forged, "2"]])
     np.testing.assert_array_equal(table.per_reward["forger"], [[1, 2], [np.nan, 2]])
     assert table.error_rate["forger"] + table.timeout_rate["forger"] == 0.25  # its process does not answer again
