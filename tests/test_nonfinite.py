@@ -27,8 +27,11 @@ def wilder(row, completion_ids, **_):
 """
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 @pytest.fixture(autouse=True)
-def here(shared_programs, tmp_path):
+def here(tmp_path):
     write_rows(tmp_path / "rows.jsonl")
     (tmp_path / "rewards.py").write_text(REWARDS)
 

@@ -18,6 +18,8 @@ from jaxrl_reason.data.tables import TargetScaler
 from jaxrl_reason.models import sharding
 from tiny_runs import tiny
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SCALE = TargetScaler(mean=0.0, std=1.0, low=-1.5, high=2.5)  # METHODS: z from -1.5 to 2.5
 EVERYWHERE = sharding.batch_sharding(sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
 
