@@ -86,6 +86,7 @@ def start(recipe, workdir, shared_programs, processes=1, devices=1):
     common = os.environ | {k.upper(): str(v) for k, v in shared_programs.items()}
     common |= {
         "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "SEEN": f"{workdir}.seen",
     }
