@@ -164,6 +164,9 @@ def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
     held_out = data.eval_prompts(eval_rows, tokenizer, template, c.eval.prompts, batch_size=c.prompts_per_step, **texts)
     for batch in (prompts.batch(0), *(held_out if c.eval.every else ())):
         scorer.check(batch.rows)
+    scorer.check_references(train_rows)
+    if c.eval.every:
+        scorer.check_references(eval_rows, c.eval.prompts)
     return Task(
         work=work,
         tokenizer=tokenizer,

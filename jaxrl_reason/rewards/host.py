@@ -36,6 +36,13 @@ BUILT_IN = {
     "judge": judge_reward,
     "math_verify": math_verify_reward,
 }
+COMPARING = (
+    "accuracy",
+    "last_number",
+    "many_answers",
+    "strict",
+    "judge",
+)  # those that cost nothing, with a reference of each row
 _LARGEST = float(np.finfo(np.float32).max)
 _log = logging.getLogger(__name__)
 

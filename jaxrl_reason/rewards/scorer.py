@@ -3,15 +3,17 @@
 from collections.abc import Callable, Mapping, Sequence
 import copy
 import functools
+import itertools
 import math
 from typing import Any
+import warnings
 
 import jax
 import numpy as np
 
 from jaxrl_reason import hosts
 from jaxrl_reason.config import Reward
-from jaxrl_reason.data import PromptBatch, PromptTemplate, Tokenizer
+from jaxrl_reason.data import PromptBatch, PromptTemplate, Source, Tokenizer, files
 from jaxrl_reason.rewards import host
 from jaxrl_reason.rewards import isolated
 from jaxrl_reason.rewards.device import match_answer_tokens
@@ -192,6 +194,35 @@ class Scorer:
                 host.check_signature(
                     reward, dict(prompts=one_each, completions=one_each, completion_ids=one_each) | columns
                 )
+
+    def check_references(self, source: Source, first: int | None = None) -> None:
+        """Warns, by place and reason, of rows that a built-in reward cannot judge whatever is answered; they will have no reward.
+
+        Args:
+          source: rows that are going to be scored.
+          first: only so many of them; None: all.
+
+        Raises:
+          RewardError: they are more than `max_failure_share` of the rows.
+        """
+        for reward in self._host:
+            if reward.function not in [host.BUILT_IN[name] for name in host.COMPARING]:
+                continue
+            reports, count = [], 0
+            for i, row in enumerate(itertools.islice(source, first)):
+                asked = dict(prompts=[""], completions=[""], completion_ids=[[]])
+                try:
+                    reward.function(**_columns([row]) | asked)
+                except (ValueError, TypeError) as e:  # what it reads is no number, or is not there
+                    count += 1
+                    if len(reports) < files.REPORTED:
+                        reports.append(f"{source.place(i)}: {e}")
+            if not count:
+                continue
+            said = files.listed(f"Reward {reward.name!r} cannot judge {count} of {i + 1} rows", reports, count)
+            if count > self._max_failure_share * (i + 1):
+                raise host.RewardError(f"{said}\nCorrect them, or choose a reward for answers like these.")
+            warnings.warn(f"{said}\nThey will have no reward.", stacklevel=2)
 
 
 def each(answer_of: Callable[[str, Mapping[str, Any]], Any]):

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import pathlib
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +179,32 @@ def test_failures_are_a_share_of_all_processes_rows(monkeypatch):
     monkeypatch.setattr(hosts, "mean", lambda figures: {name: x / 4 for name, x in figures.items()})
     _, metrics = score(rollout_of(texts), batch_of(ROWS))
     assert metrics["rewards/picky/error_rate"] == pytest.approx(1 / 24)
+
+
+def test_references_that_no_answer_can_equal_are_told_by_place_and_refused_where_they_are_too_many():
+    answers = ["12", "x = 5", None, 3, "1/0"]
+    rows = [{"question": "q", "answer": answer} for answer in answers] * 10
+    source = data.Source(
+        "rows.jsonl", "", 0, lambda where: [rows[i] for i in where], len(rows), lambda i: f"line {i + 1}"
+    )
+    for name in ("accuracy", "judge"):
+        with pytest.warns(UserWarning) as said:
+            make_scorer(name, max_failure_share=0.6).check_references(source)
+        lines = str(said[0].message).splitlines()
+        assert f"Reward {name!r} cannot judge 30 of 50 rows" in lines[0] and lines[-2:] == [
+            "  and 20 more",
+            "They will have no reward.",
+        ]
+        assert lines[1].startswith("  line 2: The reference answer 'x = 5' is not a number") and "line 3: " in lines[2]
+        with pytest.raises(RewardError, match="cannot judge 30 of 50 rows"):
+            make_scorer(name, max_failure_share=0.5).check_references(source)
+    with pytest.raises(RewardError, match="line 3: A row has no reference"):
+        make_scorer("strict", max_failure_share=0).check_references(source)
+    make_scorer("format", "mine.py:length", max_failure_share=0).check_references(source)
+    good = data.Source("good.jsonl", "", 0, lambda where: [ROWS[i] for i in where], 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_scorer("accuracy", "last_number", "strict", "judge", max_failure_share=0).check_references(good)
 
 
 def test_a_column_missing_in_some_rows_is_none_there():
