@@ -75,6 +75,7 @@ def test_a_method_trains_and_logs_its_own_metrics_and_no_others(changes, metrics
     assert lines[-1]["nonfinite_completions"] == 0 and lines[-1]["skipped_update_ratio"] == 0
 
 
+@pytest.mark.slow
 def test_a_stack_of_four_resumes_with_the_same_numbers(rows, tmp_path):
     config = lambda **changes: tiny(rows, steps=4, checkpoint__every=2, checkpoint__keep=9, **ALL, **changes)
     lines, final = run(config(), tmp_path / "straight")
@@ -201,6 +202,7 @@ def test_a_start_that_was_not_kept_is_a_sentence(rows, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_can_begin_with_the_supervised_start_of_another(rows, tmp_path):
     first = tiny(rows, steps=1, supervised__steps=3, checkpoint__keep_start=True)
     run(first, tmp_path / "first")

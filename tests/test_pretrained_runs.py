@@ -352,6 +352,7 @@ def test_adapters_of_other_weights_are_refused(rows, model, adapted, tmp_path):
         train.setup(config, tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_adapters_after_a_supervised_phase(rows, model, tmp_path):
     """Both phases train the adapters alone, and the reference is the policy that RL begins with."""
     config = a_config(

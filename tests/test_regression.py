@@ -160,7 +160,9 @@ def test_evaluation_of_numbers_refuses_another_training_table(table, tmp_path, c
     assert "is not the table that the run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number, options, length", [("p10", {}, 6), ("ieee", {"mantissa_digits": 3}, 7)])
+@pytest.mark.parametrize(
+    "number, options, length", [("p10", {}, 6), pytest.param("ieee", {"mantissa_digits": 3}, 7, marks=pytest.mark.slow)]
+)
 def test_the_other_alphabets_as_text_with_the_group_estimator(table, tmp_path, number, options, length):
     config = a_config(
         table,

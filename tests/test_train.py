@@ -231,6 +231,7 @@ def test_a_run_leaves_everything_in_its_work_directory(rows, tmp_path, capsys):
     assert f"Learning curve: {work / 'learning_curve.png'}\n" in out
 
 
+@pytest.mark.slow
 def test_word_problems_by_the_quickstart_recipe(data_dir, tmp_path, capsys):
     recipe = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
     flags = [

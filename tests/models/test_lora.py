@@ -104,7 +104,7 @@ def batch():
     return jax.tree.map(jnp.asarray, learner.Experience(rollout, mask, advantages))
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_update_moves_the_adapters_as_their_gradient_says_and_nothing_else(accumulation):
     params, rate = params_with_adapters(), 1e-2
     optimizer = optax.sgd(rate)
