@@ -3,6 +3,7 @@
 Its place puts tests/ on the import path: helpers here (reference_decoder, tiny_runs) can be imported from every folder.
 """
 
+import gc
 import hashlib
 import os
 
@@ -17,6 +18,14 @@ from jaxrl_reason import plan
 # Times are for people with quiet machines.
 hypothesis.settings.register_profile("ours", deadline=None)
 hypothesis.settings.load_profile("ours")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgetful():
+    """What one module compiles is of no use to the next, and a process that holds thousands of programs becomes slow and large."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

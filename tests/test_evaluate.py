@@ -280,6 +280,7 @@ def test_every_number_follows_from_the_completions(trained, tmp_path):
     assert 0 < numbers["entropy"] < math.log(300)
 
 
+@pytest.mark.slow
 def test_a_run_of_an_estimator_of_ones_own(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(methods, "_REGISTRY", dict(methods._REGISTRY))
     rows = write_rows(tmp_path / "rows.jsonl", DIGITS)
@@ -305,6 +306,7 @@ def test_fewer_samples_are_the_first_ones_and_again_is_the_same(trained, tmp_pat
     assert texts == [line["completion"] for line in completions(tmp_path)] and len(set(texts)) > 2
 
 
+@pytest.mark.slow
 def test_an_older_checkpoint_and_greedy_completions(trained, tmp_path):
     record = command(trained[1], tmp_path, "--temperature", "0", "--checkpoint", "150")
     assert record["checkpoint"] == 150 and record["phase"] == "RL step 0"
@@ -345,6 +347,7 @@ def test_values_stay_with_their_questions_where_a_row_is_left_out(trained, tmp_p
     assert record["metrics"]["h_accuracy"] == pytest.approx(earned) and earned > 0
 
 
+@pytest.mark.slow
 def test_the_temperature_of_evaluation_leaves_the_self_rewards_on_their_scale(trained, tmp_path):
     """One completion, whatever sampled it, has one self-reward."""
     found = {}

@@ -105,6 +105,7 @@ def test_a_run_begins_with_the_model_and_its_tokenizer(trained, rows, model, tmp
     assert lines_of(trained)[-1]["sampling/logp_difference_max"] < 1e-4
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_the_directory_it_began_with(rows, model, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(model, base)
@@ -137,6 +138,7 @@ def test_the_exported_directory_is_the_policy_that_was_trained(trained, model, t
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype("bfloat16")), first.params, one.params)
 
 
+@pytest.mark.slow
 def test_an_own_model_is_exported_and_trained_further(rows, tmp_path):
     config = tiny(rows, model=Model(width=16, layers=1, heads=2, kv_heads=2, mlp_width=16, qk_norm=True), steps=1)
     train.train(train.setup(config, tmp_path / "first"))
@@ -270,6 +272,7 @@ def test_what_cannot_be_exported_is_refused(trained, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_rounded_rollouts_are_corrected_and_logged(rows, model, tmp_path):
     train.train(train.setup(a_config(rows, model, sampling__quantize="int8"), tmp_path / "int8"))
     train.train(train.setup(a_config(rows, model), tmp_path / "plain"))
@@ -299,6 +302,7 @@ def test_a_kl_in_the_reward_is_of_the_policy_not_of_its_rounding(rows, model, tm
     assert np.abs(seen["kl"]).max() < 1e-5  # the reference is the policy
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_ones_own_stays_in_use(rows, model, tmp_path):
     """Where config.data.tokenizer is given, the model's own tokenizer is nowhere: not on resume, not in evaluation, not in the export."""
     own = data.train_tokenizer(["Write 1. ####"] * 5, 270)
@@ -430,6 +434,7 @@ def test_a_pretrained_reward_model_scores_the_text_in_its_own_words(rows, model,
     assert len(set(np.asarray(found).ravel().tolist())) > 4
 
 
+@pytest.mark.slow
 def test_a_run_graded_by_a_pretrained_model_and_its_evaluation(rows, model, grader, tmp_path, capsys):
     train.train(train.setup(hero(rows, model, grader, update__accumulation=2), tmp_path / "run"))
     last = lines_of(tmp_path / "run")[-1]

@@ -465,6 +465,7 @@ def test_rounding_by_hand():
     assert not np.any(zeros.values) and np.all(np.isfinite(zeros.scale))
 
 
+@pytest.mark.slow
 def test_a_rounded_rollout_reports_the_law_that_sampled_it():
     """It is the law of weights that were rounded before, up to the rounding of the caches and the prompt's own forward."""
     rounded = lambda x, axis: (lambda r: r.values.astype(jnp.float32) * r.scale)(layers.quantize(x, axis))

@@ -132,7 +132,7 @@ def test_the_probe_is_the_law_behind_the_end_token_in_sampling_in_training_and_i
     assert np.ptp(out.probe_logprobs[ended]) > 0.5
 
 
-@pytest.mark.parametrize("length", [1, T])
+@pytest.mark.parametrize("length", [pytest.param(1, marks=pytest.mark.slow), T])
 def test_sampling_a_probe_changes_no_sample(length):
     for key in range(2):
         with_probe = sample(key=key, probe_token=PROBE, length=length)

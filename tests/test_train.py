@@ -818,7 +818,7 @@ def in_parts(config, ends, workdir):
     return metrics_of(workdir), jax.tree.map(np.asarray, state)
 
 
-@pytest.mark.parametrize("method", ["dapo", "running_baseline"])
+@pytest.mark.parametrize("method", ["dapo", pytest.param("running_baseline", marks=pytest.mark.slow)])
 def test_a_resumed_run_has_all_its_state(method, running_baseline, rows, rewards, tmp_path):
     """More batches drawn than steps done, moments of the optimizer, a chain with state: all are those of a straight run."""
     config = tiny(
