@@ -552,8 +552,8 @@ def _main(config: Config, workdir: str) -> int:
         try:
             run = setup(config, workdir)
         except (ConfigError, *_REFUSALS) as e:
-            if hosts.came_from_devices(e):
-                raise
+            if jax.process_count() > 1 and hosts.came_from_devices(e):
+                raise  # another process has died
             print(f"error: {e}", file=sys.stderr)
             return 2
         train(run)
