@@ -341,6 +341,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(processes, folder, shared_pr
     assert [line["step"] for line in read_metrics(file)] == list(range(done + 2))
 
 
+@pytest.mark.slow
 def test_a_reward_that_fails_on_one_process_stops_both_in_a_sentence(folder, shared_programs, tmp_path):
     function = f"{folder / 'rewards.py'}:fails_on_one"
     changes = dict(reward__functions=[function], reward__max_failure_share=0.4, eval__every=0)

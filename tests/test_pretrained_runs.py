@@ -285,6 +285,7 @@ def test_rounded_rollouts_are_corrected_and_logged(rows, model, tmp_path):
     assert evaluations[0] == evaluations[1]
 
 
+@pytest.mark.slow
 def test_a_kl_in_the_reward_is_of_the_policy_not_of_its_rounding(rows, model, tmp_path):
     method = {"name": "reinforce_pp", "kl_coef": 0.1}
     run = train.setup(a_config(rows, model, sampling__quantize="int8", method=method), tmp_path / "run")
@@ -570,6 +571,7 @@ def test_a_pretrained_model_learns_to_write_numbers(model, tmp_path):
         train.setup(config, tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_a_trained_reward_model_is_exported(rows, tmp_path, capsys):
     pairs = write_rows(tmp_path / "pairs.jsonl", [row | {"chosen": row["solution"], "rejected": "no"} for row in ROWS])
     config = tiny(

@@ -111,7 +111,7 @@ def test_a_policy_learns_to_predict_and_reports_what_others_reach(table, tmp_pat
         prompts_per_step=16,
         group_size=8,
         model=Model(width=32, layers=2, heads=2, kv_heads=2, mlp_width=64),
-        supervised__steps=300,
+        supervised__steps=200,
         supervised__batch_size=64,
         supervised__learning_rate=5e-3,
         optimizer__learning_rate=1e-4,

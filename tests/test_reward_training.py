@@ -137,6 +137,7 @@ def test_a_tiny_decoder_learns_what_is_preferred_and_is_found_again(rows, tmp_pa
     assert stamps == {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file() and p.name != "config.json"}
 
 
+@pytest.mark.slow
 def test_each_option_of_the_training_changes_it(straight, rows, tmp_path):
     def changed(name, **options):
         get(*prepare(tiny_pairs(rows, **options), tmp_path / name))

@@ -407,7 +407,12 @@ def test_the_self_reward_loss_and_its_gradient_are_those_of_the_definition():
 
 @pytest.mark.parametrize(
     "options",
-    [JUDGING, dataclasses.replace(JUDGING, loss=PolicyLoss(**KEYS, expert_coefficient=0.5))],
+    [
+        JUDGING,
+        pytest.param(
+            dataclasses.replace(JUDGING, loss=PolicyLoss(**KEYS, expert_coefficient=0.5)), marks=pytest.mark.slow
+        ),
+    ],
     ids=["self", "expert"],
 )
 def test_the_added_losses_do_not_depend_on_accumulation(options):

@@ -371,7 +371,10 @@ def test_parts_that_do_not_divide_the_prompts_are_refused(rows, tmp_path):
         train.setup(tiny(rows, sampling__parts=3), tmp_path / "run")
 
 
-@pytest.mark.parametrize("method, sampled, learnt", [("grpo", 16, 16), ("remax", 20, 16), ("dapo", 48, 0)])
+@pytest.mark.parametrize(
+    "method, sampled, learnt",
+    [("grpo", 16, 16), pytest.param("remax", 20, 16, marks=pytest.mark.slow), ("dapo", 48, 0)],
+)
 def test_speeds_count_the_tokens_that_were_sampled_and_those_that_were_learnt(
     method, sampled, learnt, rows, rewards, tmp_path
 ):
@@ -838,6 +841,7 @@ def test_a_resumed_run_has_all_its_state(method, running_baseline, rows, rewards
     assert any(np.any(x) for x in jax.tree.leaves(state.advantage_state)) == (method == "running_baseline")
 
 
+@pytest.mark.slow
 def test_runs_that_stop_around_the_end_of_an_epoch_read_on_as_one_does(rows, rewards, tmp_path):
     """Twenty rows by four: the second epoch begins with step 6. A reward of weight 0 says which rows a step had."""
     config = tiny(rows, reward__functions=[f"{rewards}:even", f"{rewards}:row_id"], reward__weights=[1.0, 0.0])
@@ -848,6 +852,7 @@ def test_runs_that_stop_around_the_end_of_an_epoch_read_on_as_one_does(rows, rew
     jax.tree.map(np.testing.assert_array_equal, state, expected)
 
 
+@pytest.mark.slow
 def test_a_kill_during_a_save_leaves_the_checkpoint_before(rows, rewards, tmp_path, shared_programs):
     """The process dies as the second checkpoint is about to take its final name; one is kept."""
     config = tiny(rows, steps=3, checkpoint__every=1, checkpoint__keep=1, reward__functions=[f"{rewards}:even"])

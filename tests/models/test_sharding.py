@@ -126,7 +126,7 @@ def learnt(tmp_path_factory):
     "mesh, shards",
     [
         ("2,2,2", (4, 4, 4)),
-        ("2,2,2,adapters", (4, 4, 4)),
+        pytest.param("2,2,2,adapters", (4, 4, 4), marks=pytest.mark.slow),
         pytest.param("2,2,2,int8", (4, 4, 4), marks=pytest.mark.slow),
         pytest.param("8,1,1", (8, 1, 1), marks=pytest.mark.slow),
         pytest.param("1,8,1", (8, 8, 8), marks=pytest.mark.slow),
