@@ -358,7 +358,7 @@ def test_a_set_up_may_take_longer_than_cpus_wait_for_each_other(folder, shared_p
     """The first process reads for 35 seconds before the others may."""
     _, path = recipe(folder, "late", mesh__fsdp=2, steps=1, eval__every=0)
     late = "import os, time\nif os.environ.get('JAX_PROCESS_ID') == '0': time.sleep(35)\n"
-    rewards = folder / "late.py"
+    rewards = folder / "late_rewards.py"
     rewards.write_text(late + REWARDS)
     path.write_text(path.read_text().replace(str(folder / "rewards.py"), str(rewards)))
     run(path, tmp_path / "run", shared_programs, processes=2)
@@ -367,7 +367,7 @@ def test_a_set_up_may_take_longer_than_cpus_wait_for_each_other(folder, shared_p
 @pytest.mark.slow
 def test_a_process_that_dies_in_set_up_ends_the_others_in_a_sentence(folder, shared_programs, tmp_path):
     _, path = recipe(folder, "dies", mesh__fsdp=2, steps=1, eval__every=0)
-    rewards = folder / "dies.py"
+    rewards = folder / "dying_rewards.py"
     rewards.write_text("import os\nif os.environ.get('JAX_PROCESS_ID') == '1': os._exit(9)\n" + REWARDS)
     path.write_text(path.read_text().replace(str(folder / "rewards.py"), str(rewards)))
     (other, _, err), (code, *_) = finish(start(path, tmp_path / "run", shared_programs, processes=2), limit=60)
