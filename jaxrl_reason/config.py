@@ -258,6 +258,9 @@ class Mesh:
         "devices over which they are split while sampling, where weights are not split by fsdp; 0: as mesh.tensor",
         low=0,
     )
+    initialization_timeout: int = _field(
+        300, "seconds that one of several processes waits for the others to come when a run begins", low=1
+    )
     host_timeout: int = _field(
         100, "seconds without a sign of life from one of several processes after which the others end", low=1
     )

@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 import textwrap
+import threading
 import traceback
 from typing import TypeVar
 
@@ -25,17 +26,18 @@ import numpy as np
 T = TypeVar("T")
 
 
-def initialize(timeout: int) -> None:
+def initialize(timeout: int, patience: int) -> None:
     """Connects this process with the others, where there are any; before anything else of jax is used.
 
     On Cloud TPUs jax finds them. Elsewhere three variables of the environment name them: JAX_COORDINATOR_ADDRESS (host:port of process
-    0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. If they do not come in time, this ends the process with a sentence and the exit code 1.
 
     Args:
       timeout: seconds without a sign of life after which a process counts as dead, and the others end.
+      patience: seconds to wait for the others to come.
 
     Raises:
-      ValueError: only some of the three are set, or are no numbers; the others do not come; or it cannot be known whether there are any.
+      ValueError: only some of the three are set, or are no numbers; the others cannot be found; or it cannot be known whether there are any.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = [os.environ.get(name, "") for name in names]
@@ -44,15 +46,19 @@ def initialize(timeout: int) -> None:
         raise ValueError(
             f"A run on several processes needs an address and two numbers, and there are {listed}: set all three, or none."
         )
-    limits = dict(heartbeat_timeout_seconds=timeout, shutdown_timeout_seconds=timeout)
+    limits = dict(
+        initialization_timeout=patience + 60,  # behind ours: jax ends the process without a sentence
+        heartbeat_timeout_seconds=timeout,
+        shutdown_timeout_seconds=timeout,
+    )
     try:
-        if all(given):
-            jax.distributed.initialize(given[0], num_processes=int(given[1]), process_id=int(given[2]), **limits)
-        elif _on_a_tpu_vm():
-            jax.distributed.initialize(**limits)
-        barrier(
-            "connected"
-        )  # CPUs connect at the first thing done together, in 30 seconds; what comes first may take longer
+        with _patient(patience, listed):
+            if all(given):
+                jax.distributed.initialize(given[0], num_processes=int(given[1]), process_id=int(given[2]), **limits)
+            elif _on_a_tpu_vm():
+                jax.distributed.initialize(**limits)
+            # CPUs connect at the first thing done together, in 30 seconds; what comes first may take longer.
+            barrier("connected")
     except Exception as e:  # of the network, of the cloud's metadata, of jax: many classes
         if isinstance(e, ValueError) and not any(given) and not came_from_devices(e):
             return  # jax knows of no cluster: this machine is alone
@@ -60,6 +66,31 @@ def initialize(timeout: int) -> None:
             f"This process cannot be connected with the others ({listed}): {textwrap.shorten(str(e), 300, placeholder=' ...')} If there are "
             "none, set JAX_NUM_PROCESSES=1, JAX_PROCESS_ID=0 and JAX_COORDINATOR_ADDRESS=127.0.0.1:1234."
         ) from e
+
+
+@contextlib.contextmanager
+def _patient(seconds: int, listed: str):
+    """Says that this process waits for others when that takes long, and ends it after so many seconds: no exception would reach it."""
+    come = threading.Event()
+
+    def watch():
+        say = lambda text: print(text, file=sys.stderr, flush=True)
+        first = min(30.0, seconds / 2)
+        if come.wait(first):
+            return
+        say(f"This process waits for the others, up to {seconds} s (mesh.initialization_timeout; {listed}).")
+        if not come.wait(seconds - first):
+            say(
+                f"error: The other processes have not come within {seconds} s (mesh.initialization_timeout; {listed}). Give the same "
+                "command on every host, and see on those where it has ended what it said."
+            )
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        come.set()
 
 
 def _on_a_tpu_vm() -> bool:

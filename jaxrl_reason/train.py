@@ -539,7 +539,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         config, workdir = config_lib.parse_args(argv)
-        hosts.initialize(config.mesh.host_timeout)
+        hosts.initialize(config.mesh.host_timeout, config.mesh.initialization_timeout)
     except ValueError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

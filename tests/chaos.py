@@ -103,6 +103,7 @@ CONFIGS = {
         update__kl_coefficient=0.1,
         mesh__fsdp=2,
         mesh__host_timeout=10,
+        mesh__initialization_timeout=60,
         processes=2,
     ),
     "two_dapo": dict(
@@ -113,6 +114,7 @@ CONFIGS = {
         checkpoint__every=2,
         mesh__fsdp=2,
         mesh__host_timeout=10,
+        mesh__initialization_timeout=60,
         processes=2,
     ),
 }

@@ -966,6 +966,7 @@ EFFECTS = {
     "mesh.tensor": (2, mesh, {}),
     "mesh.slice": (2, mesh, {}),
     "mesh.rollout_tensor": (2, mesh, {}),
+    "mesh.initialization_timeout": (7, connected, {}),
     "mesh.host_timeout": (7, connected, {}),
     "checkpoint.every": (2, functools.partial(trained, checkpoint_numbers), TRAINED),
     "checkpoint.keep": (2, functools.partial(trained, checkpoint_numbers), TRAINED),

@@ -382,10 +382,22 @@ def test_what_cannot_run_is_refused_by_all(folder, shared_programs, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_process_whose_others_never_come_ends_in_a_sentence_within_the_limit(who, folder, shared_programs, tmp_path):
+    _, path = recipe(folder, f"waits{who}", mesh__fsdp=2, mesh__initialization_timeout=20)
+    started = start(path, tmp_path / "run", shared_programs, processes=2)
+    started[1 - who].kill()
+    begin = time.monotonic()
+    code, out, err = finish(started, limit=60)[who]
+    assert code == 1 and 18 < time.monotonic() - begin < 50
+    assert "waits for the others, up to 20 s" in err and "error: The other processes have not come within 20 s" in err
+    assert "Traceback" not in err and "stack trace" not in err
+
+
 def test_half_an_address_is_refused(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     with pytest.raises(ValueError, match="JAX_COORDINATOR_ADDRESS=''"):
-        hosts.initialize(10)
+        hosts.initialize(10, 20)
 
 
 def test_a_tpu_machine_that_jax_knows_no_cluster_of_is_alone_and_one_that_nobody_answers_is_refused(monkeypatch):
@@ -400,16 +412,16 @@ def test_a_tpu_machine_that_jax_knows_no_cluster_of_is_alone_and_one_that_nobody
         monkeypatch.setattr(jax.distributed, "initialize", initialize)
 
     fails(ValueError("coordinator_address should be defined."))
-    hosts.initialize(10)
+    hosts.initialize(10, 20)
     fails(OSError("no metadata"))
     with pytest.raises(ValueError, match="cannot be connected with the others .*no metadata.*JAX_NUM_PROCESSES=1"):
-        hosts.initialize(10)
+        hosts.initialize(10, 20)
 
 
 def test_alone_there_is_nothing_to_connect_and_a_share_is_everything(monkeypatch):
     for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
         monkeypatch.delenv(name, raising=False)
-    hosts.initialize(10)
+    hosts.initialize(10, 20)
     assert jax.process_count() == 1 and hosts.first()
     split = sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:1]))
     np.testing.assert_array_equal(hosts.places(split, 5), np.arange(5))
