@@ -339,7 +339,8 @@ def _learned_reward(c: Config, workdir: pathlib.Path, tokenizer: data.Tokenizer,
     """Scores of the reward model that the run learnt from, see `Scorer.with_reward_model`."""
     directory = pathlib.Path(c.reward_model.path).expanduser() if c.reward_model.path else workdir / "reward_model"
     if c.reward_model.path and not reward_training.is_ours(directory):
-        return reward_training.pretrained_scorer(c, reward_training.open_pretrained(c, mesh), tokenizer, mesh)
+        opened = reward_training.open_pretrained(c, mesh, workdir)
+        return reward_training.pretrained_scorer(c, opened, tokenizer, mesh)
     digest = reward_training.tokenizer_digest(tokenizer)
     shape, params = reward_training.load_reward_model(directory, digest, mesh=mesh)
     score = jax.jit(functools.partial(reward_model.group_scores, shape))

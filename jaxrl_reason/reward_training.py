@@ -34,6 +34,7 @@ from jaxrl_reason.data.preferences import PreferenceStream
 from jaxrl_reason.learner import TrainState
 from jaxrl_reason.models import reward_model
 from jaxrl_reason.models import sharding
+from jaxrl_reason.models.weights import read_json
 from jaxrl_reason.progress import Clock, Heartbeat, Progress
 from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.rewards.learned import TextScorer, chat_of
@@ -43,6 +44,7 @@ from jaxrl_reason.workdir import Workdir
 # Folded into the seed for the score vector and, without a policy to begin with, the decoder; beside the purposes in `programs`.
 _INIT = 101
 _DESCRIPTION = "reward_model.json"  # written last: where it is, the weights are complete
+_SOURCE = "source.json"  # the config.json of a pretrained one, and its commit
 # Sources ask for an answer, which a file of pairs need not have and nothing here reads.
 _PAIR_COLUMNS = {"answer": "question", "chosen": "chosen", "rejected": "rejected"}
 
@@ -91,7 +93,7 @@ def setup(
     c, r = config, config.reward_model
     phase = Phase(config, models.lora.base_of(model), mesh, tokenizer)
     if r.path and not is_ours(r.path):
-        return dataclasses.replace(phase, pretrained=open_pretrained(config, mesh))
+        return dataclasses.replace(phase, pretrained=open_pretrained(config, mesh, work.path))
     if r != dataclasses.replace(r, system="", max_length=config_lib.RewardModel().max_length):
         raise ConfigError(
             "config.reward_model.system and config.reward_model.max_length are for a pretrained reward model with a chat template and "
@@ -130,15 +132,20 @@ def setup(
     )
 
 
-def open_pretrained(config: Config, mesh: jax.sharding.Mesh) -> models.Opened:
-    """The pretrained reward model of config.reward_model.path, looked at.
+def open_pretrained(config: Config, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> models.Opened:
+    """The pretrained reward model of config.reward_model.path, looked at; of the hub's models the commit that the run began with.
+
+    Args:
+      config: of the run.
+      mesh: that has to divide it.
+      workdir: of the run, where `begin` has kept the commit.
 
     Raises:
       ConfigError: there is none, its tokenizer or its chat template cannot be used, or the mesh does not divide it.
     """
-    path = config.reward_model.path
+    path, kept = config.reward_model.path, workdir / "reward_model" / _SOURCE
     try:
-        found = models.open_model(path)
+        found = models.open_model(models.pinned(path, read_json(kept)) if kept.is_file() else path)
     except models.PretrainedError as e:
         raise ConfigError(
             f"config.reward_model.path is {path!r}, which has neither a {_DESCRIPTION} (the reward_model folder of a work directory in "
@@ -153,6 +160,18 @@ def open_pretrained(config: Config, mesh: jax.sharding.Mesh) -> models.Opened:
     except ValueError as e:
         raise ConfigError(f"The reward model of config.reward_model.path cannot be used: {e}") from e
     return found
+
+
+def begin(phase: Phase, workdir: pathlib.Path) -> None:
+    """Keeps the config.json of a pretrained reward model, and its commit, in the run's work directory.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    if phase.pretrained:
+        with writers.writing(workdir / "reward_model"):
+            (workdir / "reward_model").mkdir(exist_ok=True)
+        writers.write_json(workdir / "reward_model" / _SOURCE, dict(phase.pretrained.source))
 
 
 def scorer(

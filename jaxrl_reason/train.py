@@ -112,6 +112,8 @@ def _setup(config: Config, workdir: str | pathlib.Path) -> Run:
         )
     if hosts.first():
         task.work.begin(task.tokenizer, task.pretrained)
+        if reward_phase:
+            reward_training.begin(reward_phase, task.work.path)
     return Run(config, method, task, programs, reward_phase)
 
 

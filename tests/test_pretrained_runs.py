@@ -446,6 +446,16 @@ def test_a_run_graded_by_a_pretrained_model_and_its_evaluation(rows, model, grad
     assert np.isfinite(record["metrics"]["rewards/reward_model"])
 
 
+def test_a_run_stays_with_the_revision_of_its_reward_model(rows, model, grader, hub_cache, tmp_path):
+    files = {path.name: path.read_bytes() for path in grader.iterdir()}
+    old = hub_cache("model", "some/grader", files)
+    config = hero(rows, model, grader, reward_model__path="some/grader")
+    commit = lambda name: train.setup(config, tmp_path / name).reward_phase.pretrained.source["_commit_hash"]
+    assert commit("one") == old
+    new = hub_cache("model", "some/grader", files | {"README.md": b"new"})
+    assert commit("one") == old and commit("other") == new
+
+
 def test_a_text_that_is_too_long_has_no_score_and_is_never_cut(rows, model, grader, tmp_path):
     def scores(limit):
         config = hero(rows, model, grader, reward_model__max_length=limit)
