@@ -6,18 +6,21 @@ phase begins with a checkpoint of its own (its step 0), which is never older tha
 
 from collections.abc import Mapping
 import contextlib
+import functools
 import itertools
 import logging
 import pathlib
 import sys
 import textwrap
+from typing import Any
 import zipfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxrl_reason import hub
+from jaxrl_reason import hosts, hub
 from jaxrl_reason.learner import Experience, TrainState
 from jaxrl_reason.rollout import Rollout
 
@@ -58,31 +61,23 @@ class Checkpoints:
         if number == self.latest():
             return
         with _failing(_UNWRITABLE, f"Checkpoint {self.directory / str(number)} cannot be written"):
-            self._manager.save(number, args=ocp.args.StandardSave(state._asdict()))
+            self._manager.save(number, args=ocp.args.StandardSave(_with_digests(state._asdict())))
 
     def restore(self, like: TrainState) -> tuple[int, TrainState] | None:
         """The newest readable checkpoint in the shapes, dtypes and shardings of `like` (arrays or ShapeDtypeStructs), or None.
 
-        Newer ones that cannot be read are renamed to damaged-<number>, with a warning: they no longer count among those
-        that are kept, and the run writes their steps again. Several processes do not do this on their own.
+        Newer ones that cannot be read, of several processes by one of them, are renamed to damaged-<number>, with a warning: they no
+        longer count among those that are kept, and the run writes their steps again.
 
         Raises:
-          CheckpointError: there are checkpoints, and none can be read; all stay as they are. Of several processes: the newest cannot be read.
+          CheckpointError: there are checkpoints, and none can be read; all stay as they are.
         """
-        abstract = _abstract(like._asdict())
         faults = {}
         for number in sorted(self._manager.all_steps(), reverse=True):
             try:
-                with _failing(UNREADABLE):
-                    hub.inside(self.directory, str(number))
-                    restored = self._manager.restore(number, args=ocp.args.StandardRestore(abstract))
+                restored = read(self.directory, number, like._asdict())
             except CheckpointError as e:
                 faults[number] = str(e)
-                if jax.process_count() > 1:  # the others may have read theirs, and wait for this one
-                    raise CheckpointError(
-                        f"Checkpoint {self.directory / str(number)} cannot be read by process {jax.process_index()}: {faults[number]} Rename "
-                        "its directory to fall back to the one before."
-                    ) from e
                 continue
             for bad, fault in faults.items():
                 self._put_aside(bad, fault)
@@ -98,12 +93,35 @@ class Checkpoints:
         path = self.directory / str(number)
         names = itertools.chain([f"damaged-{number}"], (f"damaged-{number}-{i}" for i in itertools.count(2)))
         aside = next(p for p in map(self.directory.joinpath, names) if not p.exists())
-        path.rename(aside)
+        hosts.barrier("damaged")  # nobody looks for a name when it is taken
+        if hosts.first():
+            path.rename(aside)
+            _log.warning("Checkpoint %s cannot be read and is skipped; it is now %s: %s", path, aside.name, fault)
+        hosts.barrier("aside")
         self._manager.reload()
-        _log.warning("Checkpoint %s cannot be read and is skipped; it is now %s: %s", path, aside.name, fault)
 
     def close(self) -> None:
         self._manager.close()
+
+
+def read(directory: pathlib.Path, number: int, like: Mapping[str, Any]) -> dict[str, Any]:
+    """Parts of the TrainState that checkpoint `number` in `directory` holds, by the fields' names.
+
+    Args:
+      directory: of the checkpoints.
+      number: of one of them.
+      like: for each field that is wanted, arrays or ShapeDtypeStructs with the shardings to read it in.
+
+    Raises:
+      CheckpointError: it cannot be read, of several processes by one of them, or is not what was saved.
+    """
+
+    def read():
+        with _failing(UNREADABLE):
+            hub.inside(directory, str(number))
+            return _restored(directory / str(number) / "default", like)
+
+    return _checked(hosts.agree(read, CheckpointError), like)
 
 
 def save_params(directory: pathlib.Path, params) -> None:
@@ -114,20 +132,137 @@ def save_params(directory: pathlib.Path, params) -> None:
     """
     with _failing(_UNWRITABLE, f"The weights {directory} cannot be written"):
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(directory.resolve(), params, force=True)
+            checkpointer.save(directory.resolve(), _with_digests({"params": params}), force=True)
 
 
 def load_params(directory: pathlib.Path, like):
     """Weights in the shapes, dtypes and shardings of `like`.
 
     Raises:
-      CheckpointError: they cannot be read.
+      CheckpointError: they cannot be read, of several processes by one of them, or are not what was saved.
     """
-    with ocp.StandardCheckpointer() as checkpointer:
+
+    def read():
+        with _failing(UNREADABLE):
+            return _restored(directory.resolve(), {"params": like})
+
+    with _failing((CheckpointError,), f"The weights {directory} cannot be read"):
+        return _checked(hosts.agree(read, CheckpointError), {"params": like})["params"]
+
+
+def _restored(directory: pathlib.Path, like: Mapping[str, Any]) -> dict[str, Any]:
+    """The named parts of what a directory of orbax's holds, in the dtypes they have there, and all digests.
+
+    Every process reads for itself: where one fails, the others would wait for it in orbax.
+    """
+    mine = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=mine, active_processes={mine})
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
         try:
-            return checkpointer.restore(directory.resolve(), _abstract(like))
+            saved = handler.metadata(directory).tree
         except UNREADABLE as e:
-            raise CheckpointError(f"The weights {directory} cannot be read: {_in_short(e)}") from e
+            described = f"{directory}/_METADATA, _sharding or array_metadatas/, which describe its arrays, are damaged"
+            raise ValueError(f"{described}: {type(e).__name__}: {e}") from e
+        if _DIGESTS not in saved:
+            raise ValueError("It has no digests of its arrays, so that it was not written by this version.")
+        there, here = (_by_name({name: tree[name] for name in like}) for tree in (saved, like))
+        for name in here | there:
+            shapes = [tuple(side[name].shape) if name in side else "missing" for side in (there, here)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"It holds other shapes than the configuration and the tokenizer ask for: {name} is {shapes[0]} there and "
+                    f"{shapes[1]} here."
+                )
+        as_saved = lambda path, x: jax.ShapeDtypeStruct(x.shape, there[_name(path)].dtype, sharding=x.sharding)
+        item = jax.tree_util.tree_map_with_path(as_saved, dict(like))
+        item[_DIGESTS] = _abstract_digests(item)
+        restore = ocp.args.PyTreeRestore(
+            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+        )
+        try:
+            return reader.restore(directory, args=restore)
+        except Exception as e:
+            if type(e) is Exception and isinstance(e.__cause__, UNREADABLE):  # so orbax says that a file is damaged
+                raise e.__cause__
+            raise
+
+
+def _by_name(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays, or what describes them, by their names, whatever containers they stand in."""
+    return {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(dict(parts)) if hasattr(x, "shape")}
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+# -- digests: files of arrays have no checksums of their own ----------------------------------------
+
+_DIGESTS = "digests"  # beside the parts of a state
+
+
+def _with_digests(parts: dict[str, Any]) -> dict[str, Any]:
+    """Parts of a state, and for each a digest of every array in it: u32[arrays]."""
+    return parts | {
+        _DIGESTS: {name: _digest(_replicated(tree))(tree) for name, tree in parts.items() if jax.tree.leaves(tree)}
+    }
+
+
+def _abstract_digests(parts: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        name: jax.ShapeDtypeStruct((len(leaves),), jnp.uint32, sharding=_replicated(tree))
+        for name, tree in parts.items()
+        if (leaves := jax.tree.leaves(tree))
+    }
+
+
+def _checked(restored: dict[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of what `_restored` gives, in the dtypes of `like`.
+
+    Raises:
+      CheckpointError: an array is not what was saved.
+    """
+    saved = restored.pop(_DIGESTS)
+    for name, found in _with_digests(restored)[_DIGESTS].items():
+        other = hosts.whole(found) != hosts.whole(saved[name])
+        if other.any():
+            array = list(_by_name({name: restored[name]}))[other.argmax()]
+            raise CheckpointError(f"{array} is not what was saved: its file is damaged.")
+    return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), restored, dict(like))
+
+
+def _replicated(tree) -> jax.sharding.Sharding:
+    sharding = jax.tree.leaves(tree)[0].sharding
+    whole = jax.sharding.PartitionSpec()
+    return jax.NamedSharding(sharding.mesh, whole) if isinstance(sharding, jax.NamedSharding) else sharding
+
+
+@functools.lru_cache
+def _digest(sharding: jax.sharding.Sharding):
+    """The compiled tree -> u32[arrays]."""
+    return jax.jit(lambda tree: jnp.stack([*map(_digest_of, jax.tree.leaves(tree))]), out_shardings=sharding)
+
+
+def _digest_of(x: jax.Array) -> jax.Array:
+    """u32: the sum of a hash of every element's bits and place, modulo 2**32. It is exact, and so the same on every mesh.
+
+    One wrong element always shows, for the hash is a bijection; several do but for one case in 2**32.
+    """
+    bits = x.astype(jnp.uint8) if x.dtype == bool else x
+    bits = jax.lax.bitcast_convert_type(bits, f"uint{8 * bits.dtype.itemsize}").astype(jnp.uint32)
+    place, stride = jnp.uint32(0), 1
+    for axis in reversed(range(x.ndim)):
+        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= x.shape[axis]
+    return jnp.sum(_mixed(bits ^ _mixed(place)), dtype=jnp.uint32)
+
+
+def _mixed(h: jax.Array) -> jax.Array:
+    """MurmurHash3's last step, a bijection of u32."""
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)
 
 
 def save_batch(file: pathlib.Path, batch: Experience, rewards: Mapping[str, np.ndarray]) -> None:
@@ -165,10 +300,6 @@ def load_batch(file: pathlib.Path) -> tuple[Experience, dict[str, np.ndarray]]:
         return Experience(**parts["experience"] | {"rollout": rollout}), parts["rewards"]
     except (*UNREADABLE, zipfile.BadZipFile) as e:
         raise CheckpointError(f"The batch {file} cannot be read: {_in_short(e)}") from e
-
-
-def _abstract(tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 @contextlib.contextmanager

@@ -327,5 +327,5 @@ def agree(work: Callable[[], T], *errors: type[Exception]) -> T:
     for process, text in enumerate(texts):
         if text.any():
             said = bytes(text[text > 0]).decode(errors="replace")
-            raise errors[0](f"Process {process} has stopped, and this one with it: {said}")
+            raise errors[0](f"On process {process}: {said}")
     return result

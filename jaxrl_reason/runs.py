@@ -5,12 +5,9 @@ import json
 import logging
 import pathlib
 
-import jax
-import orbax.checkpoint as ocp
 
 from jaxrl_reason import checkpoints
 from jaxrl_reason import config as config_lib
-from jaxrl_reason import hub
 from jaxrl_reason import models
 from jaxrl_reason.config import Config, ConfigError
 
@@ -73,23 +70,12 @@ def load_weights(workdir: pathlib.Path, number: int | None, like) -> tuple[int, 
         raise ConfigError(f"The run in {workdir} has no checkpoint yet; train it first.")
     if number is not None and number not in numbers:
         raise ConfigError(f"The run in {workdir} has no checkpoint {number}; it has {', '.join(map(str, numbers))}.")
-    item = {"params": like}
-    restore = ocp.args.PyTreeRestore(
-        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-    )
-    shapes = lambda tree: jax.tree.map(lambda x: tuple(x.shape), tree)
     faults = []
     for candidate in numbers if number is None else [number]:
-        directory = workdir / "checkpoints" / str(candidate)
         try:
-            hub.inside(directory.parent, directory.name)
-            saved = ocp.PyTreeCheckpointHandler().metadata(directory / "default").tree["params"]
-            if shapes(saved) != shapes(like):
-                raise ValueError("its weights have other shapes than the configuration and the tokenizer ask for")
-            with ocp.PyTreeCheckpointer() as checkpointer:
-                params = checkpointer.restore(directory / "default", args=restore)["params"]
-        except checkpoints.UNREADABLE as e:
-            faults.append(f"{directory} cannot be read: {str(e).partition(chr(10))[0]}")
+            params = checkpoints.read(workdir / "checkpoints", candidate, {"params": like})["params"]
+        except checkpoints.CheckpointError as e:
+            faults.append(f"{workdir / 'checkpoints' / str(candidate)} cannot be read: {e}")
             continue
         for fault in faults:
             _log.warning("Checkpoint %s", fault)

@@ -74,9 +74,15 @@ def events_forgotten(folder):
 @pytest.mark.parametrize(
     "damage, told",
     [
-        (other_weights, ["checkpoints/5/default:['params']['a'] differs"]),
+        (
+            other_weights,
+            ["checkpoints/5/default:['digests']['params'] differs", "checkpoints/5/default:['params']['a'] differs"],
+        ),
         (lambda folder: shutil.rmtree(folder / "checkpoints" / "5"), ["checkpoints/5/default:['step'] is missing"]),
-        (lambda folder: shutil.rmtree(folder / "start"), ["start:['a'] is missing"]),
+        (
+            lambda folder: shutil.rmtree(folder / "start"),
+            ["start:['digests']['params'] is missing", "start:['params']['a'] is missing"],
+        ),
         (
             functools.partial(edited, "metrics.jsonl", b"0.3333333333333333", b"0.3333333333333334"),
             ["metrics.jsonl differs in line 2 of 3 and 3: reward 0.3333333333333333 != 0.3333333333333334"],
