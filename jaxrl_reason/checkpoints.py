@@ -4,9 +4,10 @@ Checkpoints are numbered through the whole run: supervised steps first, RL steps
 phase begins with a checkpoint of its own (its step 0), which is never older than the supervised end.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import functools
+import gc
 import itertools
 import logging
 import pathlib
@@ -26,7 +27,7 @@ from jaxrl_reason.rollout import Rollout
 
 _log = logging.getLogger(__name__)
 # What orbax raises on damaged files.
-UNREADABLE = (ValueError, KeyError, OSError, TypeError, AttributeError, RecursionError)
+UNREADABLE = (ValueError, KeyError, OSError, TypeError, AttributeError, RecursionError, NotImplementedError)
 _UNWRITABLE = (ValueError, OSError)  # and on full disks
 
 
@@ -72,29 +73,24 @@ class Checkpoints:
         Raises:
           CheckpointError: there are checkpoints, and none can be read; all stay as they are.
         """
-        faults = {}
-        for number in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                restored = read(self.directory, number, like._asdict())
-            except CheckpointError as e:
-                faults[number] = str(e)
-                continue
+        numbers = hosts.from_first(sorted(self._manager.all_steps(), reverse=True))
+        number, parts, faults = read_newest(self.directory, numbers, like._asdict())
+        if number is not None:
             for bad, fault in faults.items():
                 self._put_aside(bad, fault)
-            return number, TrainState(**restored)
+            return number, TrainState(**parts)
         if faults:
-            number, fault = next(iter(faults.items()))
+            newest, fault = next(iter(faults.items()))
             raise CheckpointError(
-                f"None of the checkpoints under {self.directory} can be read; the newest ({number}): {fault}"
+                f"None of the checkpoints under {self.directory} can be read; the newest ({newest}): {fault}"
             )
         return None
 
     def _put_aside(self, number: int, fault: str) -> None:
-        path = self.directory / str(number)
-        names = itertools.chain([f"damaged-{number}"], (f"damaged-{number}-{i}" for i in itertools.count(2)))
-        aside = next(p for p in map(self.directory.joinpath, names) if not p.exists())
-        hosts.barrier("damaged")  # nobody looks for a name when it is taken
         if hosts.first():
+            path = self.directory / str(number)
+            names = itertools.chain([f"damaged-{number}"], (f"damaged-{number}-{i}" for i in itertools.count(2)))
+            aside = next(p for p in map(self.directory.joinpath, names) if not p.exists())
             path.rename(aside)
             _log.warning("Checkpoint %s cannot be read and is skipped; it is now %s: %s", path, aside.name, fault)
         hosts.barrier("aside")
@@ -104,24 +100,33 @@ class Checkpoints:
         self._manager.close()
 
 
-def read(directory: pathlib.Path, number: int, like: Mapping[str, Any]) -> dict[str, Any]:
-    """Parts of the TrainState that checkpoint `number` in `directory` holds, by the fields' names.
+def read_newest(
+    directory: pathlib.Path, numbers: Sequence[int], like: Mapping[str, Any]
+) -> tuple[int | None, dict[str, Any], dict[int, str]]:
+    """Parts of the TrainState out of the first of some checkpoints that can be read.
 
     Args:
       directory: of the checkpoints.
-      number: of one of them.
+      numbers: of those to try, in this order.
       like: for each field that is wanted, arrays or ShapeDtypeStructs with the shardings to read it in.
 
-    Raises:
-      CheckpointError: it cannot be read, of several processes by one of them, or is not what was saved.
+    Returns:
+      The number of the checkpoint, or None; the fields by their names; and of those before it what is wrong with each: it cannot be
+      read, of several processes by one of them, or is not what was saved.
     """
+    faults = {}
+    for number in numbers:
 
-    def read():
-        with _failing(UNREADABLE):
+        def read():
             hub.inside(directory, str(number))
             return _restored(directory / str(number) / "default", like)
 
-    return _checked(hosts.agree(read, CheckpointError), like)
+        try:
+            return number, _read_by_all(read, like), faults
+        except CheckpointError as e:
+            faults[number] = str(e)
+        gc.collect()  # arrays that were read hang in cycles of what has failed
+    return None, {}, faults
 
 
 def save_params(directory: pathlib.Path, params) -> None:
@@ -141,13 +146,24 @@ def load_params(directory: pathlib.Path, like):
     Raises:
       CheckpointError: they cannot be read, of several processes by one of them, or are not what was saved.
     """
-
-    def read():
-        with _failing(UNREADABLE):
-            return _restored(directory.resolve(), {"params": like})
-
+    parts = {"params": like}
     with _failing((CheckpointError,), f"The weights {directory} cannot be read"):
-        return _checked(hosts.agree(read, CheckpointError), {"params": like})["params"]
+        return _read_by_all(lambda: _restored(directory.resolve(), parts), parts)["params"]
+
+
+def _read_by_all(read: Callable[[], dict[str, Any]], like: Mapping[str, Any]) -> dict[str, Any]:
+    """What `_restored` gives, if it is what was saved, in the dtypes of `like`; where one process fails, all do."""
+
+    def reading():
+        with _failing(UNREADABLE):
+            return read()
+
+    parts = hosts.agree(reading, CheckpointError)
+    saved, found = parts.pop(_DIGESTS), _digests(parts)
+    hosts.agree(
+        lambda: _compare(parts, saved, found), CheckpointError
+    )  # of copies one may differ, and only its process see it
+    return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), parts, dict(like))
 
 
 def _restored(directory: pathlib.Path, like: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,13 +173,20 @@ def _restored(directory: pathlib.Path, like: Mapping[str, Any]) -> dict[str, Any
     """
     mine = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=mine, active_processes={mine})
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    handler = ocp.PyTreeCheckpointHandler(
+        multiprocessing_options=alone,
+        # A registry of its own: the primary host above would also become that of what is saved with the common one.
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+            (jax.Array, ocp.type_handlers.ArrayHandler(primary_host=mine))
+        ),
+    )
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
         try:
             saved = handler.metadata(directory).tree
+        except FileNotFoundError:
+            raise
         except UNREADABLE as e:
-            described = f"{directory}/_METADATA, _sharding or array_metadatas/, which describe its arrays, are damaged"
-            raise ValueError(f"{described}: {type(e).__name__}: {e}") from e
+            raise ValueError(f"What describes its arrays cannot be read: {type(e).__name__}: {e}") from e
         if _DIGESTS not in saved:
             raise ValueError("It has no digests of its arrays, so that it was not written by this version.")
         there, here = (_by_name({name: tree[name] for name in like}) for tree in (saved, like))
@@ -195,74 +218,6 @@ def _by_name(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
-# -- digests: files of arrays have no checksums of their own ----------------------------------------
-
-_DIGESTS = "digests"  # beside the parts of a state
-
-
-def _with_digests(parts: dict[str, Any]) -> dict[str, Any]:
-    """Parts of a state, and for each a digest of every array in it: u32[arrays]."""
-    return parts | {
-        _DIGESTS: {name: _digest(_replicated(tree))(tree) for name, tree in parts.items() if jax.tree.leaves(tree)}
-    }
-
-
-def _abstract_digests(parts: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    return {
-        name: jax.ShapeDtypeStruct((len(leaves),), jnp.uint32, sharding=_replicated(tree))
-        for name, tree in parts.items()
-        if (leaves := jax.tree.leaves(tree))
-    }
-
-
-def _checked(restored: dict[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of what `_restored` gives, in the dtypes of `like`.
-
-    Raises:
-      CheckpointError: an array is not what was saved.
-    """
-    saved = restored.pop(_DIGESTS)
-    for name, found in _with_digests(restored)[_DIGESTS].items():
-        other = hosts.whole(found) != hosts.whole(saved[name])
-        if other.any():
-            array = list(_by_name({name: restored[name]}))[other.argmax()]
-            raise CheckpointError(f"{array} is not what was saved: its file is damaged.")
-    return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), restored, dict(like))
-
-
-def _replicated(tree) -> jax.sharding.Sharding:
-    sharding = jax.tree.leaves(tree)[0].sharding
-    whole = jax.sharding.PartitionSpec()
-    return jax.NamedSharding(sharding.mesh, whole) if isinstance(sharding, jax.NamedSharding) else sharding
-
-
-@functools.lru_cache
-def _digest(sharding: jax.sharding.Sharding):
-    """The compiled tree -> u32[arrays]."""
-    return jax.jit(lambda tree: jnp.stack([*map(_digest_of, jax.tree.leaves(tree))]), out_shardings=sharding)
-
-
-def _digest_of(x: jax.Array) -> jax.Array:
-    """u32: the sum of a hash of every element's bits and place, modulo 2**32. It is exact, and so the same on every mesh.
-
-    One wrong element always shows, for the hash is a bijection; several do but for one case in 2**32.
-    """
-    bits = x.astype(jnp.uint8) if x.dtype == bool else x
-    bits = jax.lax.bitcast_convert_type(bits, f"uint{8 * bits.dtype.itemsize}").astype(jnp.uint32)
-    place, stride = jnp.uint32(0), 1
-    for axis in reversed(range(x.ndim)):
-        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= x.shape[axis]
-    return jnp.sum(_mixed(bits ^ _mixed(place)), dtype=jnp.uint32)
-
-
-def _mixed(h: jax.Array) -> jax.Array:
-    """MurmurHash3's last step, a bijection of u32."""
-    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-    return h ^ (h >> 16)
 
 
 def save_batch(file: pathlib.Path, batch: Experience, rewards: Mapping[str, np.ndarray]) -> None:
@@ -302,6 +257,74 @@ def load_batch(file: pathlib.Path) -> tuple[Experience, dict[str, np.ndarray]]:
         raise CheckpointError(f"The batch {file} cannot be read: {_in_short(e)}") from e
 
 
+# -- digests: files of arrays have no checksums of their own ----------------------------------------
+
+_DIGESTS = "digests"  # beside the parts of a state
+
+
+def _with_digests(parts: dict[str, Any]) -> dict[str, Any]:
+    return parts | {_DIGESTS: _digests(parts)}
+
+
+def _digests(parts: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """For each part that has arrays a digest of every one: u32[arrays]."""
+    leaves = {name: found for name, tree in parts.items() if (found := jax.tree.leaves(tree))}
+    # An array at a time: CPUs hold all hashes of what they sum.
+    return {name: jnp.stack([_digest(_replicated(x))(x) for x in found]) for name, found in leaves.items()}
+
+
+def _abstract_digests(parts: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        name: jax.ShapeDtypeStruct((len(leaves),), jnp.uint32, sharding=_replicated(leaves[0]))
+        for name, tree in parts.items()
+        if (leaves := jax.tree.leaves(tree))
+    }
+
+
+def _compare(parts: Mapping[str, Any], saved: Mapping[str, jax.Array], found: Mapping[str, jax.Array]) -> None:
+    for name, digests in found.items():
+        other = hosts.whole(digests) != hosts.whole(saved[name])
+        if other.any():
+            array = list(_by_name({name: parts[name]}))[other.argmax()]
+            raise CheckpointError(f"{array} is not what was saved: its file is damaged.")
+
+
+def _replicated(x: jax.Array | jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
+    """On all devices that hold a part of x."""
+    named = isinstance(x.sharding, jax.NamedSharding)
+    return jax.NamedSharding(x.sharding.mesh, jax.sharding.PartitionSpec()) if named else x.sharding
+
+
+@functools.lru_cache
+def _digest(sharding: jax.sharding.Sharding):
+    """The compiled `_digest_of`."""
+    return jax.jit(_digest_of, out_shardings=sharding)
+
+
+def _digest_of(x: jax.Array) -> jax.Array:
+    """u32: the sum of a hash of every element's bits and place, modulo 2**32. It is exact, and so the same on every mesh.
+
+    Elements are numbers of 8, 16 or 32 bits. One wrong element always shows, for the hash is a bijection; several do but for one case in 2**32.
+    """
+    bits = x.astype(jnp.uint8) if x.dtype == bool else x
+    bits = jax.lax.bitcast_convert_type(bits, f"uint{8 * bits.dtype.itemsize}").astype(jnp.uint32)
+    place, stride = jnp.uint32(0), 1
+    for axis in reversed(range(x.ndim)):
+        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= x.shape[axis]
+    return jnp.sum(_mixed(bits ^ _mixed(place)), dtype=jnp.uint32)
+
+
+def _mixed(h: jax.Array) -> jax.Array:
+    """MurmurHash3's last step, a bijection of u32."""
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)
+
+
+# -- failures of orbax -----------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def _failing(errors: tuple[type[Exception], ...], what: str = ""):
     """Around what orbax does: where it raises one of `errors`, a CheckpointError says so.
@@ -318,7 +341,8 @@ def _failing(errors: tuple[type[Exception], ...], what: str = ""):
 
 # What orbax raises here its threads also log, and asyncio once it collects them: by logger, how these lines are known.
 _ECHOES = {"absl": "_SignalingThread.run() raised an exception", "asyncio": "exception was never retrieved"}
-_CLOSED = "Event loop is closed"  # what those raise that finish later
+# What those raise that nobody waits for any more, and those that finish later.
+_LEFT_BEHIND = ("Event loop is closed", "Encountered error while reading array index")
 
 
 def _silence_echoes() -> None:
@@ -326,20 +350,20 @@ def _silence_echoes() -> None:
     for name in _ECHOES:
         logging.getLogger(name).addFilter(_no_echo)  # which adds the same filter once
     hook = sys.unraisablehook
-    if getattr(hook, "__name__", "") != _but_of_closed_loops.__name__:
-        sys.unraisablehook = _but_of_closed_loops(hook)
+    if getattr(hook, "__name__", "") != _but_of_readers.__name__:
+        sys.unraisablehook = _but_of_readers(hook)
 
 
 def _no_echo(record: logging.LogRecord) -> bool:
     return _ECHOES[record.name] not in record.getMessage()
 
 
-def _but_of_closed_loops(hook):
+def _but_of_readers(hook):
     def told(unraisable):
-        if not (isinstance(unraisable.exc_value, RuntimeError) and _CLOSED in str(unraisable.exc_value)):
+        if not str(unraisable.exc_value).startswith(_LEFT_BEHIND):
             hook(unraisable)
 
-    told.__name__ = _but_of_closed_loops.__name__
+    told.__name__ = _but_of_readers.__name__
     return told
 
 

@@ -107,7 +107,7 @@ def load_reward_model(workdir: pathlib.Path) -> models.RewardModel:
     """
     runs.load_config(workdir, {})
     directory = workdir / "reward_model"
-    if not directory.is_dir():
+    if not reward_training.is_ours(directory):
         raise ConfigError(f"The run in {workdir} has trained no reward model.")
     tokenizer = data.load_tokenizer(directory / "tokenizer")
     host = sharding.make_mesh(1, 1, 1, devices=jax.local_devices(backend="cpu")[:1])

@@ -5,7 +5,7 @@ held-out prompts) or this process's share of a batch: the rows that its devices 
 nothing here communicates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import contextlib
 import functools
 import glob
@@ -51,11 +51,13 @@ def initialize(timeout: int, patience: int) -> None:
         heartbeat_timeout_seconds=timeout,
         shutdown_timeout_seconds=timeout,
     )
+    if not (any(given) or _on_a_tpu_vm()):
+        return
     try:
         with _patient(patience, listed):
             if all(given):
                 jax.distributed.initialize(given[0], num_processes=int(given[1]), process_id=int(given[2]), **limits)
-            elif _on_a_tpu_vm():
+            else:
                 jax.distributed.initialize(**limits)
             # CPUs connect at the first thing done together, in 30 seconds; what comes first may take longer.
             barrier("connected")
@@ -280,6 +282,16 @@ def together(x: np.ndarray, sharding: jax.sharding.Sharding, size: int) -> np.nd
     for mine, theirs in list(zip(rows, _gather(padded)))[::-1]:
         out[list(mine)] = theirs[: len(mine)]
     return out
+
+
+def from_first(numbers: Sequence[int]) -> list[int]:
+    """The first process's numbers."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    padded = np.zeros(largest(len(numbers)), np.int32)
+    padded[: len(numbers)] = numbers
+    count = _gather(np.int32(len(numbers)))[0]
+    return _gather(padded)[0][:count].tolist() if padded.size else []
 
 
 def largest(x: int) -> int:

@@ -44,7 +44,7 @@ from jaxrl_reason.workdir import Workdir
 # Folded into the seed for the score vector and, without a policy to begin with, the decoder; beside the purposes in `programs`.
 _INIT = 101
 _DESCRIPTION = "reward_model.json"  # written last: where it is, the weights are complete
-_SOURCE = "source.json"  # the config.json of a pretrained one, and its commit
+_SOURCE = "source.json"  # where a pretrained one came from: its path, and its config.json with its commit
 # Sources ask for an answer, which a file of pairs need not have and nothing here reads.
 _PAIR_COLUMNS = {"answer": "question", "chosen": "chosen", "rejected": "rejected"}
 
@@ -144,8 +144,9 @@ def open_pretrained(config: Config, mesh: jax.sharding.Mesh, workdir: pathlib.Pa
       ConfigError: there is none, its tokenizer or its chat template cannot be used, or the mesh does not divide it.
     """
     path, kept = config.reward_model.path, workdir / "reward_model" / _SOURCE
+    origin = read_json(kept) if kept.is_file() else {}
     try:
-        found = models.open_model(models.pinned(path, read_json(kept)) if kept.is_file() else path)
+        found = models.open_model(models.pinned(path, origin.get("config", {})) if origin.get("path") == path else path)
     except models.PretrainedError as e:
         raise ConfigError(
             f"config.reward_model.path is {path!r}, which has neither a {_DESCRIPTION} (the reward_model folder of a work directory in "
@@ -163,7 +164,7 @@ def open_pretrained(config: Config, mesh: jax.sharding.Mesh, workdir: pathlib.Pa
 
 
 def begin(phase: Phase, workdir: pathlib.Path) -> None:
-    """Keeps the config.json of a pretrained reward model, and its commit, in the run's work directory.
+    """Keeps in the run's work directory where a pretrained reward model came from.
 
     Raises:
       OSError: it cannot be written.
@@ -171,7 +172,8 @@ def begin(phase: Phase, workdir: pathlib.Path) -> None:
     if phase.pretrained:
         with writers.writing(workdir / "reward_model"):
             (workdir / "reward_model").mkdir(exist_ok=True)
-        writers.write_json(workdir / "reward_model" / _SOURCE, dict(phase.pretrained.source))
+        origin = {"path": phase.config.reward_model.path, "config": dict(phase.pretrained.source)}
+        writers.write_json(workdir / "reward_model" / _SOURCE, origin)
 
 
 def scorer(

@@ -5,7 +5,6 @@ import json
 import logging
 import pathlib
 
-
 from jaxrl_reason import checkpoints
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import models
@@ -70,14 +69,11 @@ def load_weights(workdir: pathlib.Path, number: int | None, like) -> tuple[int, 
         raise ConfigError(f"The run in {workdir} has no checkpoint yet; train it first.")
     if number is not None and number not in numbers:
         raise ConfigError(f"The run in {workdir} has no checkpoint {number}; it has {', '.join(map(str, numbers))}.")
-    faults = []
-    for candidate in numbers if number is None else [number]:
-        try:
-            params = checkpoints.read(workdir / "checkpoints", candidate, {"params": like})["params"]
-        except checkpoints.CheckpointError as e:
-            faults.append(f"{workdir / 'checkpoints' / str(candidate)} cannot be read: {e}")
-            continue
-        for fault in faults:
-            _log.warning("Checkpoint %s", fault)
-        return candidate, params
-    raise ConfigError(f"Checkpoint {faults[0]}")
+    directory = workdir / "checkpoints"
+    found, parts, faults = checkpoints.read_newest(directory, numbers if number is None else [number], {"params": like})
+    told = [f"Checkpoint {directory / str(bad)} cannot be read: {fault}" for bad, fault in faults.items()]
+    if found is None:
+        raise ConfigError(told[0])
+    for sentence in told:
+        _log.warning("%s", sentence)
+    return found, parts["params"]

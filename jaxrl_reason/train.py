@@ -114,6 +114,8 @@ def _setup(config: Config, workdir: str | pathlib.Path) -> Run:
         task.work.begin(task.tokenizer, task.pretrained)
         if reward_phase:
             reward_training.begin(reward_phase, task.work.path)
+    else:
+        task.work.check_shared()
     return Run(config, method, task, programs, reward_phase)
 
 

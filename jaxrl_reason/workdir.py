@@ -77,6 +77,18 @@ class Workdir:
             with writers.writing(self._tokenizer):
                 self._write_tokenizer(tokenizer, pretrained)
 
+    def check_shared(self) -> None:
+        """Of several processes, on those that do not `begin`: each writes its part of a checkpoint where the first one writes.
+
+        Raises:
+          ConfigError: the first process's directory is not seen here.
+        """
+        if not self._file.exists():
+            raise ConfigError(
+                f"{self.path} is not the directory of that name in which the first process has begun the run: the work directory has "
+                "to lie where all processes see it."
+            )
+
     def _write_tokenizer(self, tokenizer: Tokenizer, pretrained: models.Opened | None) -> None:
         scratch = self.path / "tokenizer.tmp"
         shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed here

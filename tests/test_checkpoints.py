@@ -122,6 +122,44 @@ def test_weights_come_in_the_dtypes_that_are_asked_for(saved):
     chex.assert_trees_all_equal(found["large"], a_state().params["large"].astype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize("file", ["_METADATA", "_sharding", "array_metadatas/process_0", "manifest.ocdbt"])
+def test_no_bit_of_what_describes_the_arrays_costs_more_than_the_checkpoint(file, saved, tmp_path):
+    state, rng = a_state(), np.random.default_rng(0)
+    path, numbers = tmp_path / "checkpoints" / "2" / "default" / file, []
+    for _ in range(12):
+        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+        shutil.copytree(saved / "checkpoints", tmp_path / "checkpoints")
+        content = bytearray(path.read_bytes())
+        content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        path.write_bytes(content)
+        number, parts, faults = checkpoints.read_newest(tmp_path / "checkpoints", [2, 1], state._asdict())
+        chex.assert_trees_all_equal(parts, state._asdict())
+        assert (number == 1) == bool(faults)
+        numbers.append(number)
+    assert 1 in numbers or file.startswith("array_metadatas")
+
+
+def test_what_cannot_be_read_leaves_one_sentence_and_no_arrays(saved, tmp_path):
+    """Orbax reads several arrays at once, and leaves those behind that it does not wait for."""
+    code = (
+        "import pathlib, sys, jax, jax.numpy as jnp\n"
+        "from jaxrl_reason import checkpoints\n"
+        "like = {f'w{i}': jnp.full((100, 100), i, jnp.float32) for i in range(9)}\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "checkpoints.save_params(folder, {k: jax.random.normal(jax.random.key(i), (100, 100)) for i, k in enumerate(like)})\n"
+        "for file in folder.rglob('d/*'):\n"
+        "    file.write_bytes(file.read_bytes()[:4000])\n"
+        "try:\n"
+        "    checkpoints.load_params(folder, like)\n"
+        "except checkpoints.CheckpointError as e:\n"
+        "    print(e)\n"
+    )
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", code, str(tmp_path / "weights")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.stdout.startswith("The weights ") and done.stdout.count("\n") == 1 and done.stderr == ""
+
+
 def in_python(x):
     """The digest, an element at a time, as its definition says."""
 

@@ -314,7 +314,10 @@ def test_a_checkpoint_that_one_process_cannot_read_is_skipped_by_both(folder, al
     run(path, workdir, shared_programs, processes=2)
     damage(workdir / "checkpoints" / "7")
     (_, _, err), _ = run(path, workdir, shared_programs, processes=2)
-    assert f"Checkpoint {workdir / 'checkpoints' / '7'} cannot be read and is skipped; it is now damaged-7: " in err
+    assert (
+        f"Checkpoint {workdir / 'checkpoints' / '7'} cannot be read and is skipped; it is now damaged-7: On process 1: "
+        in err
+    )
     compare(folder, "alone", "damaged")
     for number in "67":
         damage(workdir / "checkpoints" / number)

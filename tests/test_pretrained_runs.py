@@ -13,7 +13,7 @@ import reference_decoder
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import data, evaluate, export, models, reward_training, runs, train
 from jaxrl_reason.config import Lora, Model, Regression, Reward, RewardModel
-from jaxrl_reason.models import ModelConfig
+from jaxrl_reason.models import ModelConfig, sharding
 from tiny_runs import ROWS, tiny, write_rows
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -454,6 +454,11 @@ def test_a_run_stays_with_the_revision_of_its_reward_model(rows, model, grader, 
     assert commit("one") == old
     new = hub_cache("model", "some/grader", files | {"README.md": b"new"})
     assert commit("one") == old and commit("other") == new
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    evaluated = lambda c: reward_training.open_pretrained(c, mesh, tmp_path / "one").source["_commit_hash"]
+    assert evaluated(config) == old
+    config.reward_model.path = "some/grader@main"  # as asked for: another one than the run's
+    assert evaluated(config) == new
 
 
 def test_a_text_that_is_too_long_has_no_score_and_is_never_cut(rows, model, grader, tmp_path):

@@ -17,6 +17,13 @@ def not_needed():
     raise AssertionError("The tokenizer of the directory was to be read.")
 
 
+def test_a_directory_that_the_first_process_has_not_begun_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="has to lie where all processes see it"):
+        Workdir(tmp_path, Config(), "f").check_shared()
+    Workdir(tmp_path, Config(), "f").begin(TOKENIZER)
+    Workdir(tmp_path, Config(), "f").check_shared()
+
+
 def test_looking_writes_nothing_and_beginning_writes_both(tmp_path):
     work = Workdir(tmp_path / "runs" / "a", Config(), "f")
     assert work.tokenizer(lambda: TWO_ENDS) is TWO_ENDS
