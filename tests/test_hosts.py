@@ -83,19 +83,24 @@ def free_port():
 
 def start(recipe, workdir, shared_programs, processes=1, devices=1):
     """The command line of the training in so many processes with so many simulated devices each."""
-    common = os.environ | {k.upper(): str(v) for k, v in shared_programs.items()}
+    env = {k.upper(): str(v) for k, v in shared_programs.items()} | {"SEEN": f"{workdir}.seen"}
+    command = ["-m", "jaxrl_reason.train", f"--config={recipe}", f"--workdir={workdir}"]
+    return launch(command, processes, devices, env)
+
+
+def launch(command, processes=1, devices=1, env=()):
+    """Python with these arguments in so many processes with so many simulated devices each."""
+    common = os.environ | dict(env)
     common |= {
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "SEEN": f"{workdir}.seen",
     }
     if processes > 1:
         common |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(processes)}
-    command = [sys.executable, "-m", "jaxrl_reason.train", f"--config={recipe}", f"--workdir={workdir}"]
     return [
         subprocess.Popen(
-            command,
+            [sys.executable, *map(str, command)],
             env=common | ({"JAX_PROCESS_ID": str(i)} if processes > 1 else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -325,6 +330,42 @@ def test_a_checkpoint_that_one_process_cannot_read_is_skipped_by_both(folder, al
     assert [code for code, *_ in ended] == [1, 1]
     for _, _, err in ended:
         assert "error: None of the checkpoints under" in err and "the newest (7)" in err and "Traceback" not in err
+
+
+ONE_COPY_IS_WRONG = """
+import pathlib, sys
+import jax, numpy as np
+from jaxrl_reason import checkpoints, hosts
+from jaxrl_reason.learner import TrainState
+from jaxrl_reason.models import sharding
+
+hosts.initialize(10, 60)
+everywhere = jax.NamedSharding(sharding.make_mesh(2, 1, 1), jax.P())
+state = TrainState(np.int32(1), {"w": np.arange(4, dtype=np.float32)}, (), (), np.int32(1))
+state = jax.tree.map(lambda x: hosts.put(x, everywhere), state)
+saver = checkpoints.Checkpoints(pathlib.Path(sys.argv[1]), keep=2)
+saver.save(1, state)
+saver.save(2, state)
+read = checkpoints._restored
+
+def wrong(directory, like):
+    parts = read(directory, like)
+    if jax.process_index() == 1 and "2" in directory.parts:
+        parts["params"]["w"] = hosts.put(np.float32([0, 1, 2, 4]), everywhere)
+    return parts
+
+checkpoints._restored = wrong
+number, state = saver.restore(state)
+print("restored", number, *hosts.whole(state.params["w"]))
+"""
+
+
+@pytest.mark.slow
+def test_where_one_copy_of_an_array_is_wrong_all_processes_skip_the_checkpoint(tmp_path):
+    (code, out, err), other = finish(launch(["-c", ONE_COPY_IS_WRONG, tmp_path / "checkpoints"], processes=2), limit=60)
+    assert code == other[0] == 0, err + other[2]
+    assert "restored 1 0.0 1.0 2.0 3.0" in out and "restored 1 0.0 1.0 2.0 3.0" in other[1]
+    assert "it is now damaged-2: On process 1: params.w is not what was saved" in err
 
 
 def damage(checkpoint):
