@@ -269,8 +269,9 @@ def _with_digests(parts: dict[str, Any]) -> dict[str, Any]:
 def _digests(parts: Mapping[str, Any]) -> dict[str, jax.Array]:
     """For each part that has arrays a digest of every one: u32[arrays]."""
     leaves = {name: found for name, tree in parts.items() if (found := jax.tree.leaves(tree))}
-    # An array at a time: CPUs hold all hashes of what they sum.
-    return {name: jnp.stack([_digest(_replicated(x))(x) for x in found]) for name, found in leaves.items()}
+    # One array after the other: CPUs hold all hashes of what they sum, and are not to add up several over the processes at once.
+    one = lambda x: jax.block_until_ready(_digest(_replicated(x))(x))
+    return {name: jnp.stack([one(x) for x in found]) for name, found in leaves.items()}
 
 
 def _abstract_digests(parts: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
