@@ -6,7 +6,6 @@ phase begins with a checkpoint of its own (its step 0), which is never older tha
 
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
-import functools
 import gc
 import itertools
 import logging
@@ -17,18 +16,18 @@ from typing import Any
 import zipfile
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxrl_reason import hosts, hub
+from jaxrl_reason import digests, hosts, hub
 from jaxrl_reason.learner import Experience, TrainState
 from jaxrl_reason.rollout import Rollout
 
 _log = logging.getLogger(__name__)
 # What orbax raises on damaged files.
-UNREADABLE = (ValueError, KeyError, OSError, TypeError, AttributeError, RecursionError, NotImplementedError)
+_UNREADABLE = (ValueError, KeyError, OSError, TypeError, AttributeError, RecursionError, NotImplementedError)
 _UNWRITABLE = (ValueError, OSError)  # and on full disks
+_DIGESTS = "digests"  # of the arrays, beside the parts of a state
 
 
 class CheckpointError(ValueError):
@@ -47,7 +46,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
         # Without a handler orbax infers one from the newest checkpoint, and a damaged one misleads it about all.
         handler = ocp.StandardCheckpointHandler()
-        with _failing(UNREADABLE, f"Checkpoints cannot be kept in {self.directory}"):
+        with _failing(_UNREADABLE, f"Checkpoints cannot be kept in {self.directory}"):
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
 
     def latest(self) -> int | None:
@@ -87,13 +86,14 @@ class Checkpoints:
         return None
 
     def _put_aside(self, number: int, fault: str) -> None:
-        if hosts.first():
+        def rename():
             path = self.directory / str(number)
             names = itertools.chain([f"damaged-{number}"], (f"damaged-{number}-{i}" for i in itertools.count(2)))
             aside = next(p for p in map(self.directory.joinpath, names) if not p.exists())
             path.rename(aside)
             _log.warning("Checkpoint %s cannot be read and is skipped; it is now %s: %s", path, aside.name, fault)
-        hosts.barrier("aside")
+
+        hosts.agree(lambda: rename() if hosts.first() else None, OSError)
         self._manager.reload()
 
     def close(self) -> None:
@@ -118,7 +118,8 @@ def read_newest(
     for number in numbers:
 
         def read():
-            hub.inside(directory, str(number))
+            with _failing((hub.HubError,)):
+                hub.inside(directory, str(number))
             return _restored(directory / str(number) / "default", like)
 
         try:
@@ -153,16 +154,16 @@ def load_params(directory: pathlib.Path, like):
 
 def _read_by_all(read: Callable[[], dict[str, Any]], like: Mapping[str, Any]) -> dict[str, Any]:
     """What `_restored` gives, if it is what was saved, in the dtypes of `like`; where one process fails, all do."""
+    parts = hosts.agree(read, CheckpointError)
+    saved, found = parts.pop(_DIGESTS), digests.of(parts)
 
-    def reading():
-        with _failing(UNREADABLE):
-            return read()
+    def compare():
+        if other := digests.first_difference(found, saved):
+            name, i = other
+            array = list(_by_name({name: parts[name]}))[i]
+            raise CheckpointError(f"{array} is not what was saved: its file is damaged.")
 
-    parts = hosts.agree(reading, CheckpointError)
-    saved, found = parts.pop(_DIGESTS), _digests(parts)
-    hosts.agree(
-        lambda: _compare(parts, saved, found), CheckpointError
-    )  # of copies one may differ, and only its process see it
+    hosts.agree(compare, CheckpointError)  # of the copies of an array one may be wrong, and only its process see it
     return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), parts, dict(like))
 
 
@@ -170,6 +171,9 @@ def _restored(directory: pathlib.Path, like: Mapping[str, Any]) -> dict[str, Any
     """The named parts of what a directory of orbax's holds, in the dtypes they have there, and all digests.
 
     Every process reads for itself: where one fails, the others would wait for it in orbax.
+
+    Raises:
+      CheckpointError: it cannot be read, or holds other shapes.
     """
     mine = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=mine, active_processes={mine})
@@ -181,34 +185,39 @@ def _restored(directory: pathlib.Path, like: Mapping[str, Any]) -> dict[str, Any
         ),
     )
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
-        try:
+        if not directory.is_dir():
+            raise CheckpointError(f"There is no directory {directory}.")
+        with _failing(_UNREADABLE, "What describes its arrays cannot be read"):
             saved = handler.metadata(directory).tree
-        except FileNotFoundError:
-            raise
-        except UNREADABLE as e:
-            raise ValueError(f"What describes its arrays cannot be read: {type(e).__name__}: {e}") from e
         if _DIGESTS not in saved:
-            raise ValueError("It has no digests of its arrays, so that it was not written by this version.")
+            raise CheckpointError("It has no digests of its arrays, so that it was not written by this version.")
         there, here = (_by_name({name: tree[name] for name in like}) for tree in (saved, like))
         for name in here | there:
             shapes = [tuple(side[name].shape) if name in side else "missing" for side in (there, here)]
             if shapes[0] != shapes[1]:
-                raise ValueError(
+                raise CheckpointError(
                     f"It holds other shapes than the configuration and the tokenizer ask for: {name} is {shapes[0]} there and "
                     f"{shapes[1]} here."
                 )
         as_saved = lambda path, x: jax.ShapeDtypeStruct(x.shape, there[_name(path)].dtype, sharding=x.sharding)
         item = jax.tree_util.tree_map_with_path(as_saved, dict(like))
-        item[_DIGESTS] = _abstract_digests(item)
+        item[_DIGESTS] = digests.abstract(item)
         restore = ocp.args.PyTreeRestore(
             item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
         )
-        try:
-            return reader.restore(directory, args=restore)
-        except Exception as e:
-            if type(e) is Exception and isinstance(e.__cause__, UNREADABLE):  # so orbax says that a file is damaged
-                raise e.__cause__
-            raise
+        with _failing(_UNREADABLE):
+            try:
+                return reader.restore(directory, args=restore)
+            except Exception as e:
+                if type(e) is Exception and isinstance(
+                    e.__cause__, _UNREADABLE
+                ):  # so orbax says that a file is damaged
+                    raise e.__cause__
+                raise
+
+
+def _with_digests(parts: dict[str, Any]) -> dict[str, Any]:
+    return parts | {_DIGESTS: digests.of(parts)}
 
 
 def _by_name(parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,77 +262,8 @@ def load_batch(file: pathlib.Path) -> tuple[Experience, dict[str, np.ndarray]]:
                 parts[part][name] = x
         rollout = Rollout(**parts["rollout"])
         return Experience(**parts["experience"] | {"rollout": rollout}), parts["rewards"]
-    except (*UNREADABLE, zipfile.BadZipFile) as e:
+    except (*_UNREADABLE, zipfile.BadZipFile) as e:
         raise CheckpointError(f"The batch {file} cannot be read: {_in_short(e)}") from e
-
-
-# -- digests: files of arrays have no checksums of their own ----------------------------------------
-
-_DIGESTS = "digests"  # beside the parts of a state
-
-
-def _with_digests(parts: dict[str, Any]) -> dict[str, Any]:
-    return parts | {_DIGESTS: _digests(parts)}
-
-
-def _digests(parts: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """For each part that has arrays a digest of every one: u32[arrays]."""
-    leaves = {name: found for name, tree in parts.items() if (found := jax.tree.leaves(tree))}
-    # One array after the other: CPUs hold all hashes of what they sum, and are not to add up several over the processes at once.
-    one = lambda x: jax.block_until_ready(_digest(_replicated(x))(x))
-    return {name: jnp.stack([one(x) for x in found]) for name, found in leaves.items()}
-
-
-def _abstract_digests(parts: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    return {
-        name: jax.ShapeDtypeStruct((len(leaves),), jnp.uint32, sharding=_replicated(leaves[0]))
-        for name, tree in parts.items()
-        if (leaves := jax.tree.leaves(tree))
-    }
-
-
-def _compare(parts: Mapping[str, Any], saved: Mapping[str, jax.Array], found: Mapping[str, jax.Array]) -> None:
-    for name, digests in found.items():
-        other = hosts.whole(digests) != hosts.whole(saved[name])
-        if other.any():
-            array = list(_by_name({name: parts[name]}))[other.argmax()]
-            raise CheckpointError(f"{array} is not what was saved: its file is damaged.")
-
-
-def _replicated(x: jax.Array | jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
-    """On all devices that hold a part of x."""
-    named = isinstance(x.sharding, jax.NamedSharding)
-    return jax.NamedSharding(x.sharding.mesh, jax.sharding.PartitionSpec()) if named else x.sharding
-
-
-@functools.lru_cache
-def _digest(sharding: jax.sharding.Sharding):
-    """The compiled `_digest_of`."""
-    return jax.jit(_digest_of, out_shardings=sharding)
-
-
-def _digest_of(x: jax.Array) -> jax.Array:
-    """u32: the sum of a hash of every element's bits and place, modulo 2**32. It is exact, and so the same on every mesh.
-
-    Elements are numbers of 8, 16 or 32 bits. One wrong element always shows, for the hash is a bijection; several do but for one case in 2**32.
-    """
-    bits = x.astype(jnp.uint8) if x.dtype == bool else x
-    bits = jax.lax.bitcast_convert_type(bits, f"uint{8 * bits.dtype.itemsize}").astype(jnp.uint32)
-    place, stride = jnp.uint32(0), 1
-    for axis in reversed(range(x.ndim)):
-        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= x.shape[axis]
-    return jnp.sum(_mixed(bits ^ _mixed(place)), dtype=jnp.uint32)
-
-
-def _mixed(h: jax.Array) -> jax.Array:
-    """MurmurHash3's last step, a bijection of u32."""
-    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-    return h ^ (h >> 16)
-
-
-# -- failures of orbax -----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -370,4 +310,5 @@ def _but_of_readers(hook):
 
 def _in_short(error: Exception) -> str:
     """The beginning of a message: those of tensorstore go on with pages of its settings."""
-    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+    text = f"KeyError: {error}" if isinstance(error, KeyError) else str(error)
+    return textwrap.shorten(text, 300, placeholder=" ...") or type(error).__name__

@@ -89,7 +89,7 @@ def start(recipe, workdir, shared_programs, processes=1, devices=1):
 
 
 def launch(command, processes=1, devices=1, env=()):
-    """Python with these arguments in so many processes with so many simulated devices each."""
+    """Python with these arguments in so many processes with so many simulated devices each; {process} is its number."""
     common = os.environ | dict(env)
     common |= {
         "JAX_PLATFORMS": "cpu",
@@ -100,7 +100,7 @@ def launch(command, processes=1, devices=1, env=()):
         common |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(processes)}
     return [
         subprocess.Popen(
-            [sys.executable, *map(str, command)],
+            [sys.executable, *(str(argument).replace("{process}", str(i)) for argument in command)],
             env=common | ({"JAX_PROCESS_ID": str(i)} if processes > 1 else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -355,6 +355,8 @@ def wrong(directory, like):
     return parts
 
 checkpoints._restored = wrong
+if jax.process_index() == 1:  # where a directory is seen late
+    saver._manager.all_steps = lambda: []
 number, state = saver.restore(state)
 print("restored", number, *hosts.whole(state.params["w"]))
 """
@@ -445,6 +447,14 @@ def test_a_process_whose_others_never_come_ends_in_a_sentence_within_the_limit(w
     assert code == 1 and 18 < time.monotonic() - begin < 50
     assert "waits for the others, up to 20 s" in err and "error: The other processes have not come within 20 s" in err
     assert "Traceback" not in err and "stack trace" not in err
+
+
+@pytest.mark.slow
+def test_a_work_directory_that_not_all_see_is_refused(folder, shared_programs, tmp_path):
+    _, path = recipe(folder, "unshared", mesh__fsdp=2)
+    ended = finish(start(path, tmp_path / "run{process}", shared_programs, processes=2), limit=60)
+    assert [code for code, *_ in ended] == [2, 2]
+    assert all("has to lie where all processes see it" in err and "Traceback" not in err for *_, err in ended)
 
 
 def test_half_an_address_is_refused(monkeypatch):

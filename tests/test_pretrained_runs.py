@@ -459,6 +459,8 @@ def test_a_run_stays_with_the_revision_of_its_reward_model(rows, model, grader, 
     assert evaluated(config) == old
     config.reward_model.path = "some/grader@main"  # as asked for: another one than the run's
     assert evaluated(config) == new
+    with pytest.raises(config_lib.ConfigError, match="has trained no reward model"):
+        export.load_reward_model(tmp_path / "one")
 
 
 def test_a_text_that_is_too_long_has_no_score_and_is_never_cut(rows, model, grader, tmp_path):
