@@ -7,7 +7,7 @@ while they are laid out for decoding), and keys and values, 112 KiB a token over
 
 import pathlib
 
-from jaxrl_reason.config import Config, Mesh, Update, load
+from jaxrl_reason.config import Config, load, Mesh, Update
 
 
 def get_config() -> Config:

@@ -12,7 +12,7 @@ group under all of them.
 
 import pathlib
 
-from jaxrl_reason.config import Config, Lora, Mesh, Optimizer, Supervised, Update, load
+from jaxrl_reason.config import Config, load, Lora, Mesh, Optimizer, Supervised, Update
 
 
 def get_config() -> Config:

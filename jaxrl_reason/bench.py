@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_reason import config as config_lib
-from jaxrl_reason import experience
 from jaxrl_reason import models
-from jaxrl_reason import programs as programs_lib
 from jaxrl_reason.config import Config, Model, Optimizer, Update
 from jaxrl_reason.data import PromptBatch
 from jaxrl_reason.models import sharding
 from jaxrl_reason.rewards.host import HostReward, score
+from jaxrl_reason.rl import experience
+from jaxrl_reason.rl import programs as programs_lib
 
 SIZES = {  # vocabulary size and the rest of the model
     "tiny": (512, dict(width=128, layers=2, heads=4, kv_heads=2, mlp_width=384)),

@@ -15,15 +15,13 @@ import sys
 import rich.console
 import rich.table
 
-from jaxrl_reason import checkpoints
 from jaxrl_reason import config as config_lib
-from jaxrl_reason import hosts
-from jaxrl_reason import tasks
-from jaxrl_reason import train
-from jaxrl_reason import writers
+from jaxrl_reason import tasks, train
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.rewards import RewardError
-from jaxrl_reason.watch import NonFiniteError
+from jaxrl_reason.rl import hosts
+from jaxrl_reason.runs import checkpoints, writers
+from jaxrl_reason.runs.watch import NonFiniteError
 
 METHOD = "method"  # the directory and the row of the recipe itself
 

@@ -35,26 +35,19 @@ import rich.console
 import rich.table
 
 from jaxrl_reason import config as config_lib
-from jaxrl_reason import data
-from jaxrl_reason import evaluation
-from jaxrl_reason import methods
-from jaxrl_reason import models
-from jaxrl_reason import programs as programs_lib
-from jaxrl_reason import regression
-from jaxrl_reason import reward_training
-from jaxrl_reason import runs
-from jaxrl_reason import tasks
-from jaxrl_reason import writers
+from jaxrl_reason import data, methods, models, reward_training, runs, tasks
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data import PromptBatch
 from jaxrl_reason.data.values import held_out_values
-from jaxrl_reason.models import reward_model
-from jaxrl_reason.models import sharding
-from jaxrl_reason.progress import Progress
+from jaxrl_reason.models import reward_model, sharding
 from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.rewards.scorer import LEARNED, Scorer
-from jaxrl_reason.rollout import Rollout
-from jaxrl_reason.workdir import model_source, tokenizer_of
+from jaxrl_reason.rl import programs as programs_lib
+from jaxrl_reason.rl.rollout import Rollout
+from jaxrl_reason.runs import writers
+from jaxrl_reason.runs.progress import Progress
+from jaxrl_reason.runs.workdir import model_source, tokenizer_of
+from jaxrl_reason.tasks import evaluation, regression
 
 # Flags that are fields of the configuration by a shorter name.
 FIELDS = {

@@ -21,15 +21,12 @@ import jax
 import rich.console
 
 from jaxrl_reason import config as config_lib
-from jaxrl_reason import data
-from jaxrl_reason import models
-from jaxrl_reason import reward_training
-from jaxrl_reason import runs
+from jaxrl_reason import data, models, reward_training, runs
 from jaxrl_reason.config import ConfigError
 from jaxrl_reason.methods import nearest
-from jaxrl_reason.models import pretrained
 from jaxrl_reason.models import sharding
-from jaxrl_reason.workdir import model_source, tokenizer_of
+from jaxrl_reason.models.formats import pretrained
+from jaxrl_reason.runs.workdir import model_source, tokenizer_of
 
 _FLAGS = ("--workdir", "--out", "--checkpoint", "--reward-model", "--adapters", "--dtype", "--config")
 _SWITCHES = ("--reward-model", "--adapters")

@@ -18,14 +18,12 @@ import numpy as np
 import rich.console
 import rich.table
 
-from jaxrl_reason import checkpoints
-from jaxrl_reason import hosts
-from jaxrl_reason import models
-from jaxrl_reason import runs
-from jaxrl_reason import train
+from jaxrl_reason import models, runs, train
 from jaxrl_reason.config import ConfigError
-from jaxrl_reason.learner import Experience
 from jaxrl_reason.rewards import RewardError
+from jaxrl_reason.rl import hosts
+from jaxrl_reason.rl.learner import Experience
+from jaxrl_reason.runs import checkpoints
 
 SHOWN = 3  # prompts at fault whose completions are printed
 

@@ -21,25 +21,21 @@ import numpy as np
 import optax
 import rich.console
 
-from jaxrl_reason import checkpoints
 from jaxrl_reason import config as config_lib
-from jaxrl_reason import data
-from jaxrl_reason import hosts
-from jaxrl_reason import learner
-from jaxrl_reason import models
-from jaxrl_reason import programs as programs_lib
-from jaxrl_reason import writers
+from jaxrl_reason import data, models
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data.preferences import PreferenceStream
-from jaxrl_reason.learner import TrainState
-from jaxrl_reason.models import reward_model
-from jaxrl_reason.models import sharding
-from jaxrl_reason.models.weights import read_json
-from jaxrl_reason.progress import Clock, Heartbeat, Progress
+from jaxrl_reason.models import reward_model, sharding
+from jaxrl_reason.models.formats.weights import read_json
 from jaxrl_reason.rewards import RewardError
-from jaxrl_reason.rewards.learned import TextScorer, chat_of
-from jaxrl_reason.watch import NonFiniteError, SkippedUpdates, history
-from jaxrl_reason.workdir import Workdir
+from jaxrl_reason.rewards.learned import chat_of, TextScorer
+from jaxrl_reason.rl import hosts, learner
+from jaxrl_reason.rl import programs as programs_lib
+from jaxrl_reason.rl.learner import TrainState
+from jaxrl_reason.runs import checkpoints, writers
+from jaxrl_reason.runs.progress import Clock, Heartbeat, Progress
+from jaxrl_reason.runs.watch import history, NonFiniteError, SkippedUpdates
+from jaxrl_reason.runs.workdir import Workdir
 
 # Folded into the seed for the score vector and, without a policy to begin with, the decoder; beside the purposes in `programs`.
 _INIT = 101

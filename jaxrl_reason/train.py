@@ -21,26 +21,21 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 
-from jaxrl_reason import checkpoints
 from jaxrl_reason import config as config_lib
-from jaxrl_reason import experience
-from jaxrl_reason import hosts
-from jaxrl_reason import learner
-from jaxrl_reason import models
-from jaxrl_reason import programs as programs_lib
-from jaxrl_reason import reward_training
-from jaxrl_reason import tasks
-from jaxrl_reason import writers
+from jaxrl_reason import models, reward_training, tasks
 from jaxrl_reason.config import Config, ConfigError
-from jaxrl_reason.learner import TrainState
 from jaxrl_reason.methods import Method
 from jaxrl_reason.models import sharding
-from jaxrl_reason.models.weights import read_json
-from jaxrl_reason.progress import Clock, Heartbeat, Progress
+from jaxrl_reason.models.formats.weights import read_json
 from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.rewards.scorer import LEARNED
+from jaxrl_reason.rl import experience, hosts, learner
+from jaxrl_reason.rl import programs as programs_lib
+from jaxrl_reason.rl.learner import TrainState
+from jaxrl_reason.runs import checkpoints, writers
+from jaxrl_reason.runs.progress import Clock, Heartbeat, Progress
+from jaxrl_reason.runs.watch import history, NonFiniteError, SkippedUpdates, Watch
 from jaxrl_reason.tasks import Task
-from jaxrl_reason.watch import NonFiniteError, SkippedUpdates, Watch, history
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,8 +33,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from tensorboardX.proto.event_pb2 import Event
 
+from helpers.tiny_runs import ROWS, tiny, write_rows
 from jaxrl_reason.config import Data, Model, Regression, Reward, RewardModel, to_dict
-from tiny_runs import ROWS, tiny, write_rows
 
 REWARDS = '''"""Rewards for runs that are to be killed."""
 import time

@@ -1,6 +1,6 @@
 """Shared by all tests.
 
-Its place puts tests/ on the import path: helpers here (reference_decoder, tiny_runs) can be imported from every folder.
+Its place puts tests/ on the import path: `from helpers import ...` works in every folder.
 """
 
 import gc
@@ -10,8 +10,8 @@ import os
 from huggingface_hub import constants
 import hypothesis
 import jax
-import pytest
 from jax.experimental.compilation_cache import compilation_cache
+import pytest
 
 from jaxrl_reason import plan
 

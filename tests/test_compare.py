@@ -6,9 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_reason import checkpoints, compare, hosts, train
+from helpers.tiny_runs import tiny, write_rows
+from jaxrl_reason import compare, train
 from jaxrl_reason.config import Config, ConfigError
-from tiny_runs import tiny, write_rows
+from jaxrl_reason.rl import hosts
+from jaxrl_reason.runs import checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -1,5 +1,6 @@
 """The figures against numbers worked by hand, and the command on tiny runs: what it writes, refuses and leaves alone."""
 
+from fractions import Fraction
 import hashlib
 import json
 import math
@@ -8,17 +9,19 @@ import re
 import shutil
 import subprocess
 import sys
-from fractions import Fraction
 
 import jax
 import numpy as np
 import pytest
 
-from jaxrl_reason import checkpoints, config as config_lib, evaluate, evaluation, methods, runs, train
+from helpers.tiny_runs import tiny, write_rows
+from jaxrl_reason import config as config_lib
+from jaxrl_reason import evaluate, methods, runs, train
 from jaxrl_reason.metrics import pass_at_k
 from jaxrl_reason.rewards.numeric import extract_answer, numeric_verdict, parse_number
-from jaxrl_reason.writers import read_metrics
-from tiny_runs import tiny, write_rows
+from jaxrl_reason.runs import checkpoints
+from jaxrl_reason.runs.writers import read_metrics
+from jaxrl_reason.tasks import evaluation
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

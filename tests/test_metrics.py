@@ -1,16 +1,16 @@
 """Against hand numbers, brute force and scipy (which jax brings)."""
 
+from fractions import Fraction
 import itertools
 import math
-from fractions import Fraction
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from jaxrl_reason import metrics
 

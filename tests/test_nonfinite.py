@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 import rich.console
-from tiny_runs import tiny, write_rows
 
+from helpers.tiny_runs import tiny, write_rows
 from jaxrl_reason import replay, train
-from jaxrl_reason.checkpoints import Checkpoints
-from jaxrl_reason.watch import NonFiniteError
-from jaxrl_reason.writers import read_metrics
+from jaxrl_reason.runs.checkpoints import Checkpoints
+from jaxrl_reason.runs.watch import NonFiniteError
+from jaxrl_reason.runs.writers import read_metrics
 
 REWARDS = """
 def wild(row, completion_ids, **_):

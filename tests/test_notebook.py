@@ -11,7 +11,7 @@ import nbclient
 import nbformat
 import pytest
 
-import reference_decoder
+from helpers import reference_decoder
 from jaxrl_reason import data, models
 
 COLAB = pathlib.Path(__file__).parents[1] / "colab"

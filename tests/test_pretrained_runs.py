@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-import reference_decoder
+from helpers import reference_decoder
+from helpers.tiny_runs import ROWS, tiny, write_rows
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import data, evaluate, export, models, reward_training, runs, train
 from jaxrl_reason.config import Lora, Model, Regression, Reward, RewardModel
 from jaxrl_reason.models import ModelConfig, sharding
-from tiny_runs import ROWS, tiny, write_rows
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

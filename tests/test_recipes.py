@@ -19,10 +19,12 @@ import pytest
 import tokenizers
 
 from jaxrl_reason import config as config_lib
-from jaxrl_reason import data, experience, models, programs, reward_training, tasks
+from jaxrl_reason import data, models, reward_training, tasks
 from jaxrl_reason.data import sources
-from jaxrl_reason.models import families, reward_model, sharding
+from jaxrl_reason.models import reward_model, sharding
+from jaxrl_reason.models.formats import families
 from jaxrl_reason.rewards import learned
+from jaxrl_reason.rl import experience, programs
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 MODELS = json.loads((pathlib.Path(__file__).parent / "recipes" / "models.json").read_text())

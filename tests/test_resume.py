@@ -13,15 +13,14 @@ import sys
 import threading
 import time
 
+import chaos
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import chaos
-from jaxrl_reason import checkpoints
-from jaxrl_reason.learner import TrainState
-from jaxrl_reason.writers import MetricsWriter, SampleTable, read_metrics, write_json
-
+from jaxrl_reason.rl.learner import TrainState
+from jaxrl_reason.runs import checkpoints
+from jaxrl_reason.runs.writers import MetricsWriter, read_metrics, SampleTable, write_json
 
 # -- what tells that nothing differs ---------------------------------------------------------------
 

@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import rich.console
 
-from jaxrl_reason import checkpoints, data, reward_training, train
+from helpers.tiny_runs import change, tiny, write_rows
+from jaxrl_reason import data, reward_training, train
 from jaxrl_reason.config import ConfigError, to_dict
 from jaxrl_reason.models import reward_model, sharding
-from jaxrl_reason.writers import read_metrics
-from tiny_runs import change, tiny, write_rows
+from jaxrl_reason.runs import checkpoints
+from jaxrl_reason.runs.writers import read_metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -18,14 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_reason import checkpoints, data, methods, train
+from helpers.tiny_runs import change, ROWS, tiny, write_rows
+from jaxrl_reason import data, methods, train
 from jaxrl_reason.advantages import AdvantageTransform, chain
 from jaxrl_reason.config import ConfigError, to_dict
 from jaxrl_reason.methods import Method, PolicyLoss
-from jaxrl_reason.progress import Clock
 from jaxrl_reason.rewards import RewardError
-from jaxrl_reason.writers import read_metrics
-from tiny_runs import ROWS, change, tiny, write_rows
+from jaxrl_reason.runs import checkpoints
+from jaxrl_reason.runs.progress import Clock
+from jaxrl_reason.runs.writers import read_metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -1,10 +1,10 @@
 """Data: sources of rows, prompt templates, tokenizers, and the batches that training and evaluation read."""
 
-from jaxrl_reason.data.chat import ChatTemplate, chat_template
-from jaxrl_reason.data.pipeline import PromptBatch, PromptStream, SolutionBatch, SolutionStream, eval_prompts
-from jaxrl_reason.data.prompts import TEMPLATES, PromptTemplate, get_template
-from jaxrl_reason.data.sources import Source, load_source, warn_of_repeats
-from jaxrl_reason.data.tokenizer import Tokenizer, fitted, load_tokenizer, train_tokenizer
+from jaxrl_reason.data.chat import chat_template, ChatTemplate
+from jaxrl_reason.data.prompts import get_template, PromptTemplate, TEMPLATES
+from jaxrl_reason.data.sources import load_source, Source, warn_of_repeats
+from jaxrl_reason.data.streams import eval_prompts, PromptBatch, PromptStream, SolutionBatch, SolutionStream
+from jaxrl_reason.data.tokenizer import fitted, load_tokenizer, Tokenizer, train_tokenizer
 
 __all__ = [
     "ChatTemplate",

@@ -7,8 +7,8 @@ import json
 from typing import Any
 
 import jinja2
-import jinja2.ext
 from jinja2 import sandbox
+import jinja2.ext
 
 from jaxrl_reason.data.prompts import PromptTemplate
 from jaxrl_reason.data.tokenizer import Tokenizer

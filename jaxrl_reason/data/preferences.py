@@ -7,9 +7,9 @@ import warnings
 import numpy as np
 
 from jaxrl_reason.data import files
-from jaxrl_reason.data.pipeline import Padded, Rows, batch_at, endless, fitting, place_of, rendered
 from jaxrl_reason.data.prompts import PromptTemplate
 from jaxrl_reason.data.sources import Source
+from jaxrl_reason.data.streams import batch_at, endless, fitting, Padded, place_of, rendered, Rows
 from jaxrl_reason.data.tokenizer import Tokenizer
 
 

@@ -14,17 +14,16 @@ import warnings
 import numpy as np
 import tensorflow_datasets as tfds
 
-from jaxrl_reason import hub
-from jaxrl_reason.data import files
+from jaxrl_reason.data import files, hub
 from jaxrl_reason.data.files import Row
 
 # TFDS finds these by name only after their module is imported.
 _BUILDER_MODULES = {
-    "word_problems": "jaxrl_reason.data.word_problems",
-    "exam": "jaxrl_reason.data.exam",
-    "many_answers": "jaxrl_reason.data.many_answers",
-    "answer_forms": "jaxrl_reason.data.answer_forms",
-    "sums": "jaxrl_reason.data.sums",
+    "word_problems": "jaxrl_reason.data.builders.word_problems",
+    "exam": "jaxrl_reason.data.builders.exam",
+    "many_answers": "jaxrl_reason.data.builders.many_answers",
+    "answer_forms": "jaxrl_reason.data.builders.answer_forms",
+    "sums": "jaxrl_reason.data.builders.sums",
     "gsm8k": "tensorflow_datasets.text.gsm8k.gsm8k",
 }
 _HUB = "hf://datasets/"

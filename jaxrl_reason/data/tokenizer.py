@@ -9,7 +9,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from jaxrl_reason import hub
+from jaxrl_reason.data import hub
 
 # What is read beside a tokenizer.json.
 _BESIDE = (

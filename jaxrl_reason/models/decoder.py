@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_reason.models import layers as L
-from jaxrl_reason.models import sharding
-from jaxrl_reason.models import splash
-from jaxrl_reason.models.config import PROJECTIONS, ModelConfig
+from jaxrl_reason.models import sharding, splash
+from jaxrl_reason.models.config import ModelConfig, PROJECTIONS
 
 Params = dict  # a nested dict of arrays
 

@@ -14,8 +14,8 @@ import numpy as np
 import safetensors.numpy
 
 from jaxrl_reason.models import decoder
-from jaxrl_reason.models import families
 from jaxrl_reason.models.config import ModelConfig
+from jaxrl_reason.models.formats import families
 
 
 def names_of(config: ModelConfig) -> tuple[str, ...]:

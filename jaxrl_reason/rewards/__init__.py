@@ -5,7 +5,7 @@
 """
 
 from jaxrl_reason.rewards.functions import accuracy_reward, format_reward, last_number_reward
-from jaxrl_reason.rewards.host import HostReward, RewardError, RewardTable, load_reward, score
+from jaxrl_reason.rewards.host import HostReward, load_reward, RewardError, RewardTable, score
 from jaxrl_reason.rewards.numeric import extract_answer, numeric_verdict, parse_number
 
 __all__ = [

@@ -6,6 +6,7 @@ All arguments are flat lists of one length and given by keyword; the completions
 this sample": it is kept as NaN and left out of every statistic, and is never 0. A list may say why a reward is missing: `pool.Results`.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import difflib
 import functools
@@ -15,9 +16,8 @@ import inspect
 import itertools
 import logging
 import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+import sys
 from types import ModuleType
 
 import numpy as np

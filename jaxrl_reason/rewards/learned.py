@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_reason import hosts
-from jaxrl_reason.data import ChatTemplate, PromptBatch, Tokenizer, chat_template, get_template
+from jaxrl_reason.data import chat_template, ChatTemplate, get_template, PromptBatch, Tokenizer
 from jaxrl_reason.models import ModelConfig, reward_model
 from jaxrl_reason.models.sharding import microbatches, on_mesh
 from jaxrl_reason.rewards.host import RewardError
-from jaxrl_reason.rollout import Rollout
+from jaxrl_reason.rl import hosts
+from jaxrl_reason.rl.rollout import Rollout
 
 _QUESTION = get_template("{question}")
 _BUCKET = 64  # texts are padded to a multiple: few lengths are compiled

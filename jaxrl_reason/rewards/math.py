@@ -4,6 +4,7 @@ Plain numbers are compared exactly in this process (`numeric`). Everything else 
 since math-verify computes what a model wrote: "9^{9^{9^9}}" would not return, and nothing in its process could stop it.
 """
 
+from collections.abc import Sequence
 import functools
 import importlib.util
 import logging
@@ -11,7 +12,6 @@ import math
 import numbers
 import os
 import re
-from collections.abc import Sequence
 
 from jaxrl_reason.rewards.numeric import extract_answer, is_unit, numeric_verdict, parse_number
 from jaxrl_reason.rewards.pool import Pool, Results

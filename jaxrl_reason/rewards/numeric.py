@@ -14,12 +14,12 @@ A percent sign is "divided by 100" to `parse_number`. To `numeric_verdict`, "50%
 the reference to "what percentage ...?" is usually written without the sign (and the same with the roles exchanged).
 """
 
+from fractions import Fraction
 import itertools
 import math
 import numbers
 import re
 import unicodedata
-from fractions import Fraction
 
 MAX_NUMBER_LENGTH = (
     200  # characters; longer text is not read as a number, so a megabyte of digits never becomes an integer

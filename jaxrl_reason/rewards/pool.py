@@ -10,6 +10,7 @@ A worker holds one item at a time and reports after it, so the limit is that of 
 """
 
 import collections
+from collections.abc import Callable, Iterable, Sequence
 import contextlib
 import fcntl
 import functools
@@ -17,6 +18,7 @@ import io
 import json
 import math
 import multiprocessing.connection
+from multiprocessing.reduction import ForkingPickler
 import os
 import pathlib
 import resource
@@ -27,10 +29,8 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
-from collections.abc import Callable, Iterable, Sequence
-from multiprocessing.reduction import ForkingPickler
 from typing import Any
+import weakref
 
 START_LIMIT_S = 120.0  # for a worker to import its function's module, which may be slow the first time
 STARTS = 3  # of workers that die or take too long before they are ready, in a row, and then no more

@@ -11,14 +11,13 @@ import warnings
 import jax
 import numpy as np
 
-from jaxrl_reason import hosts
 from jaxrl_reason.config import Reward
-from jaxrl_reason.data import PromptBatch, PromptTemplate, Source, Tokenizer, files
-from jaxrl_reason.rewards import host
-from jaxrl_reason.rewards import isolated
+from jaxrl_reason.data import files, PromptBatch, PromptTemplate, Source, Tokenizer
+from jaxrl_reason.rewards import host, isolated
 from jaxrl_reason.rewards.device import match_answer_tokens
 from jaxrl_reason.rewards.numeric import extract_answer
-from jaxrl_reason.rollout import Rollout
+from jaxrl_reason.rl import hosts
+from jaxrl_reason.rl.rollout import Rollout
 
 # Learned rewards: the reward model's score, and its logistic function, which lies in (0, 1).
 LEARNED = {"reward_model": lambda x: x, "reward_model_probability": jax.nn.sigmoid}

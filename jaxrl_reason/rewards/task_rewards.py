@@ -8,7 +8,7 @@ from fractions import Fraction
 from numbers import Integral
 import re
 
-from jaxrl_reason.rewards.numeric import MAX_NUMBER_LENGTH, extract_answer, parse_number
+from jaxrl_reason.rewards.numeric import extract_answer, MAX_NUMBER_LENGTH, parse_number
 
 _WHOLE = re.compile(r"-?[0-9]{1,9}")
 _BETWEEN = re.compile(r", and |,| and ")

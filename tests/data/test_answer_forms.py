@@ -9,7 +9,7 @@ import re
 import pytest
 
 from jaxrl_reason import data
-from jaxrl_reason.data import answer_forms
+from jaxrl_reason.data.builders import answer_forms
 from jaxrl_reason.rewards.task_rewards import judge_reward, strict_reward
 
 

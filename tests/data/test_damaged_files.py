@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from jaxrl_reason import data
-from jaxrl_reason.data import tables
+from jaxrl_reason.data.builders import tables
 from jaxrl_reason.data.preferences import PreferenceStream
 
 GOOD = b'{"question": "1 + 1?", "answer": 2}\n'

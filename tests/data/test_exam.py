@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrl_reason import data
-from jaxrl_reason.data import exam, word_problems
+from jaxrl_reason.data.builders import exam, word_problems
 from jaxrl_reason.rewards import accuracy_reward
 
 ANSWERS = {  # by the numbers in the order of the question

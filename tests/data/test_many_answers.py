@@ -9,7 +9,7 @@ import re
 import pytest
 
 from jaxrl_reason import data
-from jaxrl_reason.data import many_answers
+from jaxrl_reason.data.builders import many_answers
 from jaxrl_reason.rewards.task_rewards import canonical_answer, many_answers_reward
 
 COLUMNS = ("kind", "target", "low", "high")

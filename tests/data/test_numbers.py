@@ -1,25 +1,26 @@
 """Number tokenizers against rational and decimal arithmetic: METHODS' numbers, every spelling, hostile values."""
 
-from decimal import ROUND_HALF_EVEN, Decimal, localcontext
+from decimal import Decimal, localcontext, ROUND_HALF_EVEN
 from fractions import Fraction
 import functools
 import itertools
 import math
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_reason.data.builders.tables import TargetScaler
 from jaxrl_reason.data.numbers import (
+    expert_targets,
     IEEETokenizer,
+    make_tokenizer,
     NormalizedTokenizer,
     P10Tokenizer,
-    expert_targets,
-    make_tokenizer,
 )
-from jaxrl_reason.data.tables import TargetScaler
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 LARGEST = float(np.finfo(np.float32).max)

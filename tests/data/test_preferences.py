@@ -1,6 +1,7 @@
 """Preference pairs: the ids of their rows, both completions of a row together, and rows that cannot be learnt from."""
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import numpy as np
 import pytest
 

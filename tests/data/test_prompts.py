@@ -1,6 +1,7 @@
 """Prompt templates: plain replacement, safe against braces in the data."""
 
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 import pytest
 
 from jaxrl_reason import data

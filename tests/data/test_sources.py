@@ -2,7 +2,8 @@
 
 import json
 
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -10,7 +11,7 @@ import tensorflow_datasets as tfds
 
 from jaxrl_reason import data
 from jaxrl_reason.data import files
-from jaxrl_reason.data import word_problems
+from jaxrl_reason.data.builders import word_problems
 
 GOOD = b'{"question": "1 + 1?", "answer": 2}\n'
 

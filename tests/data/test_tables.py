@@ -6,13 +6,14 @@ import json
 import math
 import sys
 
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_reason.data import tables
-from jaxrl_reason.data.tables import FeatureScaler, TargetScaler, fit_features, load_table
+from jaxrl_reason.data.builders import tables
+from jaxrl_reason.data.builders.tables import FeatureScaler, fit_features, load_table, TargetScaler
 
 SPLITS = ("train", "validation", "test")
 

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import pytest
 import tokenizers
 from tokenizers import models

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxrl_reason import data
-from jaxrl_reason.data import word_problems
+from jaxrl_reason.data.builders import word_problems
 
 SIZES = {"train": 20_000, "validation": 1_000, "test": 1_000}
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}

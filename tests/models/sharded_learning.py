@@ -6,7 +6,6 @@ A fourth word changes what is done: 2,2,2,adapters trains adapters, 2,2,2,int8 d
 """
 
 import dataclasses
-
 import functools
 import pathlib
 import sys
@@ -18,11 +17,11 @@ import numpy as np
 import optax
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-import reference_decoder as reference
-from jaxrl_reason import learner
+from helpers import reference_decoder as reference
 from jaxrl_reason.methods import PolicyLoss
-from jaxrl_reason.models import ModelConfig, lora, sharding
-from jaxrl_reason.rollout import generate
+from jaxrl_reason.models import lora, ModelConfig, sharding
+from jaxrl_reason.rl import learner
+from jaxrl_reason.rl.rollout import generate
 
 P, G, S, T, V = 8, 3, 4, 5, 24
 CONFIG = ModelConfig(

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from jaxrl_reason import models
-from jaxrl_reason.models import PretrainedError, sharding, weights
+from jaxrl_reason.models import PretrainedError, sharding
+from jaxrl_reason.models.formats import weights
 
 golden = pathlib.Path(sys.argv[1])
 read, sizes = weights.SafetensorsDirectory.read, []

@@ -2,17 +2,17 @@
 
 import functools
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-import reference_decoder as reference
+from helpers import reference_decoder as reference
 from jaxrl_reason import models
-from jaxrl_reason.models import ModelConfig, RopeScaling, layers
+from jaxrl_reason.models import layers, ModelConfig, RopeScaling
 
 V = 23
 LLAMA3 = dict(kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=100)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-import reference_decoder
+from helpers import reference_decoder
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import data, models, train
 from jaxrl_reason.models import ModelConfig, PretrainedError

@@ -10,12 +10,14 @@ import optax
 import pytest
 import safetensors.numpy
 
-import reference_decoder
-from jaxrl_reason import learner, models
-from jaxrl_reason.learner import TrainState, UpdateOptions
+from helpers import reference_decoder
+from jaxrl_reason import models
 from jaxrl_reason.methods import PolicyLoss
-from jaxrl_reason.models import ModelConfig, lora, pretrained
-from jaxrl_reason.rollout import Rollout
+from jaxrl_reason.models import lora, ModelConfig
+from jaxrl_reason.models.formats import pretrained
+from jaxrl_reason.rl import learner
+from jaxrl_reason.rl.learner import TrainState, UpdateOptions
+from jaxrl_reason.rl.rollout import Rollout
 
 CONFIG = ModelConfig(
     vocab_size=20,
@@ -131,9 +133,9 @@ def test_an_update_moves_the_adapters_as_their_gradient_says_and_nothing_else(ac
 
 
 def test_the_optimizer_keeps_moments_of_the_adapters_alone():
-    from jaxrl_reason import programs
     from jaxrl_reason.config import Config
     from jaxrl_reason.methods import create
+    from jaxrl_reason.rl import programs
 
     _, optimizer = programs.make_optimizer(Config())
     mesh = models.sharding.make_mesh()

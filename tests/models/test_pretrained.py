@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-import reference_decoder
+from helpers import reference_decoder
 from jaxrl_reason import data, models
-from jaxrl_reason.models import ModelConfig, PretrainedError, RopeScaling, families, weights
+from jaxrl_reason.models import ModelConfig, PretrainedError, RopeScaling
+from jaxrl_reason.models.formats import families, weights
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 NAMES = ("llama", "qwen2", "qwen2_tied", "qwen3", "mistral", "gemma3", "qwen2_reward")

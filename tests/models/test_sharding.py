@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import jax
+from jax.sharding import AbstractMesh, PartitionSpec
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, PartitionSpec
 
 from jaxrl_reason import models
 from jaxrl_reason.models import ModelConfig, sharding

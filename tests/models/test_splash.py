@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference_decoder as reference
 
+from helpers import reference_decoder as reference
 from jaxrl_reason import models
 from jaxrl_reason.models import ModelConfig, splash
-from jaxrl_reason.rollout import generate
+from jaxrl_reason.rl.rollout import generate
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxrl_reason import data, models
-from jaxrl_reason.models import lora, pretrained
+from jaxrl_reason.models import lora
+from jaxrl_reason.models.formats import pretrained
 
 pytestmark = pytest.mark.slow
 torch = pytest.importorskip("torch")

@@ -2,12 +2,12 @@ import functools
 import logging
 import math
 
-import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+import numpy as np
+import pytest
 
-from jaxrl_reason.rewards import HostReward, RewardError, accuracy_reward, format_reward, load_reward, score
+from jaxrl_reason.rewards import accuracy_reward, format_reward, HostReward, load_reward, RewardError, score
 
 PROMPTS = ["one?", "two?"]
 COMPLETIONS = [["#### 1", "#### 2", "1"], ["#### 2", "two", "#### 1"]]

@@ -6,6 +6,8 @@ atheris, where it is installed, by the properties that hypothesis checks below.
 
 import collections
 import contextlib
+from decimal import Decimal
+from fractions import Fraction
 import importlib.util
 import itertools
 import json
@@ -15,22 +17,21 @@ import sys
 import threading
 import time
 import tracemalloc
-from decimal import Decimal
-from fractions import Fraction
 
-import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+import numpy as np
+import pytest
+from rewards.hostile import ANSWERS, REFERENCES, UNITS
 
-from jaxrl_reason import evaluation, metrics
+from jaxrl_reason import metrics
 from jaxrl_reason.rewards import math as math_rewards
 from jaxrl_reason.rewards.functions import accuracy_reward, format_reward, last_number_reward
 from jaxrl_reason.rewards.math import math_verify_reward
 from jaxrl_reason.rewards.numeric import extract_answer, numeric_verdict, parse_number
 from jaxrl_reason.rewards.task_rewards import canonical_answer, judge_reward, many_answers_reward, strict_reward
-from jaxrl_reason.writers import SampleTable, read_metrics
-from rewards.hostile import ANSWERS, REFERENCES, UNITS
+from jaxrl_reason.runs.writers import read_metrics, SampleTable
+from jaxrl_reason.tasks import evaluation
 
 TEXTS = [answer.text for answer in ANSWERS.values()]
 VALUES = sorted(

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from jaxrl_reason.rewards import HostReward, RewardError, load_reward, score
+from jaxrl_reason.rewards import HostReward, load_reward, RewardError, score
 from jaxrl_reason.rewards.isolated import Isolated, make_pool
 
 LIMIT_S = 1.0

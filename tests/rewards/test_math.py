@@ -6,14 +6,14 @@ import sys
 import threading
 import time
 
-import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+import numpy as np
+import pytest
 
-from jaxrl_reason.rewards import HostReward, RewardError, load_reward, numeric_verdict, score
+from jaxrl_reason.rewards import HostReward, load_reward, numeric_verdict, RewardError, score
 from jaxrl_reason.rewards import math as math_rewards
-from jaxrl_reason.rewards.math import MAX_ANSWER_LENGTH, TIMEOUT_S, math_verify_reward
+from jaxrl_reason.rewards.math import math_verify_reward, MAX_ANSWER_LENGTH, TIMEOUT_S
 
 if importlib.util.find_spec("math_verify") is None:  # not importorskip, which would import it here
     pytest.skip("math-verify is not installed", allow_module_level=True)

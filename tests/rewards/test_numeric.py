@@ -1,16 +1,16 @@
 """The verdict table, and that no text can make a verdict raise, hang or run anything."""
 
-import threading
-import time
 from decimal import Decimal
 from fractions import Fraction
+import threading
+import time
 
-import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+import numpy as np
+import pytest
 
-from jaxrl_reason.rewards.numeric import MAX_NUMBER_LENGTH, extract_answer, numeric_verdict, parse_number
+from jaxrl_reason.rewards.numeric import extract_answer, MAX_NUMBER_LENGTH, numeric_verdict, parse_number
 
 NUMBERS = {
     "18": 18, "-3": -3, "+3": 3, " 7 ": 7, "007": 7, "18.": 18, "0": 0, "-0": 0, "−3": -3, "-.5": "-1/2",

@@ -12,8 +12,8 @@ import threading
 import time
 
 import numpy as np
-import pytest
 from pool_functions import act, die, refuse, size
+import pytest
 
 from jaxrl_reason.rewards import HostReward, RewardError, score
 from jaxrl_reason.rewards.pool import Pool, Results

@@ -6,19 +6,20 @@ import math
 import pathlib
 import warnings
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from jaxrl_reason import data, hosts
+from jaxrl_reason import data
 from jaxrl_reason.config import Reward
-from jaxrl_reason.experience import total_reward
 from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.rewards.scorer import Scorer
-from jaxrl_reason.rollout import Rollout
+from jaxrl_reason.rl import hosts
+from jaxrl_reason.rl.experience import total_reward
+from jaxrl_reason.rl.rollout import Rollout
 
 # The first learns " -" as one token from these solutions, the second no merge at all.
 SOLUTIONS = [f"{a} - {b} = {a - b}\n#### {a - b}" for a in range(12) for b in range(12)]

@@ -2,9 +2,9 @@
 
 import time
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+import pytest
 
 from jaxrl_reason.rewards import load_reward
 from jaxrl_reason.rewards.task_rewards import canonical_answer, judge_reward, many_answers_reward, strict_reward

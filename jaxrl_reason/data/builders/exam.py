@@ -1,0 +1,184 @@
+"""Exams whose questions are worth different points, as a TFDS builder without network: for RLEV (arXiv 2510.20187).
+
+Every exam asks the same number of questions of each topic. What a topic is worth does not follow from how hard it is:
+
+    topic      a question of it                             steps   points   in an exam
+    add        7 pens and 12 more. How many?                1        1-2     2
+    missing    7 pens and how many more are 15?             1       12-18    1
+    three      7 pens, 4 more and 3 more. How many?         2       12-18    2
+    chain      9 pens, 4 fewer and 6 more. How many?        2        1-2     2
+    nights     Mia stays from day 3 to day 8. How long?     1        1-2     3    5: what lies between
+    days       Mia stays from day 3 to day 8. How long?     2       12-18    2    6: both ends counted
+
+The last two ask the same questions, and nothing in a question tells which count its exam wants. No policy is right on
+both: one that goes by right answers takes the more frequent nights, one that goes by points the days.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import itertools
+import random
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from jaxrl_reason.data.builders import word_problems
+from jaxrl_reason.data.builders.word_problems import NAMES, Numbers, OBJECTS
+
+_EXAMS = {"train": 1_000, "validation": 84, "test": 84}
+_CHEAP, _DEAR = (1, 2), (12, 18)  # points, from and to
+_WORKED = 0.5  # share of solutions that show their steps; the others are the bare answer
+_CARELESS = 0.3  # share of solutions whose last step, and with it the answer, is wrong
+
+
+@dataclasses.dataclass(frozen=True)
+class _Topic:
+    """One kind of question, asked `count` times an exam.
+
+    `steps` turns numbers into (left, operator, right, result) lines, the last result being the answer. Topics with the
+    same `group` share their questions, and so the numbers and `things` of a split.
+    """
+
+    group: str
+    count: int
+    points: tuple[int, int]
+    numbers: Callable[[], Iterator[Numbers]]
+    steps: Callable[..., list[tuple[int, str, int, int]]]
+    things: tuple[str, ...]
+    template: str
+
+
+def _dates() -> Iterator[Numbers]:
+    return ((a, b) for a in range(1, 13) for b in range(a + 2, a + 11))
+
+
+_DATES = "{o} stays from day {a} to day {b}. How long?"
+
+_TOPICS = {
+    "add": _Topic(
+        group="add",
+        count=2,
+        points=_CHEAP,
+        numbers=lambda: itertools.product(range(2, 13), repeat=2),
+        steps=lambda a, b: [(a, "+", b, a + b)],
+        things=OBJECTS,
+        template="{a} {o} and {b} more. How many?",
+    ),
+    "missing": _Topic(
+        group="missing",
+        count=1,
+        points=_DEAR,
+        numbers=lambda: ((a, b) for b in range(6, 17) for a in range(2, b - 1)),
+        steps=lambda a, b: [(b, "-", a, b - a)],
+        things=OBJECTS,
+        template="{a} {o} and how many more are {b}?",
+    ),
+    "three": _Topic(
+        group="three",
+        count=2,
+        points=_DEAR,
+        numbers=lambda: itertools.product(range(2, 8), repeat=3),
+        steps=lambda a, b, c: [(a, "+", b, a + b), (a + b, "+", c, a + b + c)],
+        things=OBJECTS,
+        template="{a} {o}, {b} more and {c} more. How many?",
+    ),
+    "chain": _Topic(
+        group="chain",
+        count=2,
+        points=_CHEAP,
+        numbers=lambda: ((a, b, c) for a in range(4, 13) for b in range(2, a - 1) for c in range(2, 8)),
+        steps=lambda a, b, c: [(a, "-", b, a - b), (a - b, "+", c, a - b + c)],
+        things=OBJECTS,
+        template="{a} {o}, {b} fewer and {c} more. How many?",
+    ),
+    "nights": _Topic(
+        group="dates",
+        count=3,
+        points=_CHEAP,
+        numbers=_dates,
+        steps=lambda a, b: [(b, "-", a, b - a)],
+        things=NAMES,
+        template=_DATES,
+    ),
+    "days": _Topic(
+        group="dates",
+        count=2,
+        points=_DEAR,
+        numbers=_dates,
+        steps=lambda a, b: [(b, "-", a, b - a), (b - a, "+", 1, b - a + 1)],
+        things=NAMES,
+        template=_DATES,
+    ),
+}
+
+
+def _question(topic: str, numbers: Numbers, thing: str, rng: random.Random) -> dict:
+    """A question with its answer and a solution as a pupil hands it in."""
+    spec = _TOPICS[topic]
+    steps = spec.steps(*numbers)
+    answer = steps[-1][-1]
+    written = answer
+    if rng.random() < _CARELESS:
+        written += rng.choice([slip for slip in (-10, -2, -1, 1, 2, 10) if answer + slip > 0])
+    lines = [f"{left} {operator} {right} = {result}" for left, operator, right, result in steps[:-1]]
+    lines.append("{} {} {} = {}".format(*steps[-1][:3], written))
+    lines = lines if rng.random() < _WORKED else []
+    return {
+        "question": spec.template.format(**dict(zip("abc", numbers)), o=thing),
+        "solution": "\n".join([*lines, f"#### {written}"]),
+        "solution_right": int(written == answer),
+        "answer": str(answer),
+        "topic": topic,
+        "points": float(rng.randint(*spec.points)),
+    }
+
+
+def _exams(split: str, count: int) -> Iterator[dict]:
+    """The questions of `count` exams, one exam after the other. No exam asks a question twice; different exams may."""
+    rng = random.Random(split)
+    endless = {}
+    for name, topic in _TOPICS.items():
+        combinations = itertools.product(topic.numbers(), topic.things)
+        mine = [(n, thing) for n, thing in combinations if word_problems.split_of(topic.group, n, thing) == split]
+        rng.shuffle(mine)
+        endless[name] = itertools.cycle(mine)
+    for number in range(count):
+        exam = {}
+        for name, topic in _TOPICS.items():
+            for _ in range(topic.count):
+                question = _question(name, *next(endless[name]), rng)
+                while question["question"] in exam:
+                    question = _question(name, *next(endless[name]), rng)
+                exam[question["question"]] = question
+        total = sum(question["points"] for question in exam.values())
+        for question in exam.values():
+            yield question | {"exam": f"{split}-{number}", "value": question["points"] / total}
+
+
+class Exam(tfds.core.GeneratorBasedBuilder):
+    """Exams of 12 arithmetic questions in six topics of different worth and difficulty, integer answers.
+
+    Features: `question`; `solution`, as pupils hand them in: the steps, or none, and `#### N`, three in ten wrong;
+    `solution_right`, 1 or 0; `answer`, the right number as text; `topic`; `exam`, the exam's name; `points`; `value`,
+    the points over the exam's total, so that the values of an exam sum to 1 (in float32, as TFDS stores numbers).
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "Initial release."}
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text = {name: tfds.features.Text() for name in ("question", "solution", "answer", "topic", "exam")}
+        numbers = {name: tfds.features.Scalar(np.float32) for name in ("points", "value")}
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Exams whose questions are worth different points; no question occurs in two splits.",
+            features=tfds.features.FeaturesDict({**text, **numbers, "solution_right": tfds.features.Scalar(np.int64)}),
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager):
+        del dl_manager  # nothing to download
+        return {split: self._generate_examples(split, count) for split, count in _EXAMS.items()}
+
+    def _generate_examples(self, split: str, count: int) -> Iterator[tuple[str, dict]]:
+        for i, question in enumerate(_exams(split, count)):
+            yield f"{split}-{i}", question

@@ -1,0 +1,1 @@
+"""Models of others: their config.json, their tensors, their files."""

@@ -1,0 +1,193 @@
+"""GGUF files, llama.cpp's format, as a source of models: weights are dequantised tensor by tensor, the tokenizer is rebuilt.
+
+Needs the package `gguf`, an extra: pip install 'jaxrl_reason[gguf]'.
+"""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, pre_tokenizers
+from tokenizers import models as tokenizer_models
+
+from jaxrl_reason.data.tokenizer import Tokenizer
+from jaxrl_reason.models.formats import families
+from jaxrl_reason.models.formats.families import PretrainedError
+
+_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_FREQUENCIES = "rope_freqs.weight"  # of llama3 scaling
+_CONTROL, _USER_DEFINED = 3, 4  # types of tokens
+_PRE_TOKENIZERS = {
+    "smollm": lambda: pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+}
+
+
+def open_file(path: pathlib.Path) -> dict[str, Any]:
+    """The fields of `pretrained.Opened`.
+
+    Raises:
+      PretrainedError: the package is missing, the file is damaged, or it holds something that is not read here.
+    """
+    try:
+        import gguf
+    except ImportError as e:
+        raise PretrainedError(f"Reading {path} needs the package gguf: pip install 'jaxrl_reason[gguf]'.") from e
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except Exception as e:  # a damaged file can fail in any way
+        raise PretrainedError(f"{path} is not a whole GGUF file: {type(e).__name__}: {e}") from e
+    architecture = fields.get("general.architecture")
+    if architecture != "llama":
+        raise PretrainedError(
+            f"{path} holds a model of architecture {architecture!r}; of GGUF files, llama's are read."
+        )
+    weights = _Weights(path, reader, fields)
+    source = _config(path, fields, tied="lm_head.weight" not in weights.shapes)
+    return dict(
+        config=families.read_config(source, str(path)),
+        weights=weights,
+        tokenizer=_tokenizer(path, fields),
+        source=source,
+        files={},
+    )
+
+
+def _config(path: pathlib.Path, fields: dict[str, Any], tied: bool) -> dict[str, Any]:
+    """The file's metadata as a config.json."""
+
+    def get(name, default=None):
+        value = fields.get(f"llama.{name}", default)
+        if value is None:
+            raise PretrainedError(f"{path} lacks the field llama.{name}.")
+        return value
+
+    heads, width = get("attention.head_count"), get("embedding_length")
+    if type(heads) is not int or heads < 1:
+        raise PretrainedError(f"{path} has llama.attention.head_count {heads}; one number for all layers is read.")
+    ids = {
+        f"{name}_token_id": fields[f"tokenizer.ggml.{key}_token_id"]
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+        if f"tokenizer.ggml.{key}_token_id" in fields
+    }
+    scaling = fields.get("llama.rope.scaling.type", "none")
+    if scaling != "none":
+        raise PretrainedError(f"{path} scales its rotary positions ({scaling!r}), which is not read from GGUF files.")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "vocab_size": fields.get("llama.vocab_size", len(fields.get("tokenizer.ggml.tokens", ()))),
+        "hidden_size": width,
+        "intermediate_size": get("feed_forward_length"),
+        "num_hidden_layers": get("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "head_dim": get("rope.dimension_count", width // heads),
+        # Stored in float32: 1e-5 is written 9.99e-6.
+        "rms_norm_eps": float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),
+        "rope_theta": float(get("rope.freq_base", 10_000.0)),
+        "max_position_embeddings": get("context_length"),
+        "tie_word_embeddings": tied,
+        "attention_bias": False,
+        "mlp_bias": False,
+        **ids,
+    }
+
+
+class _Weights:
+    """See `weights.Weights`. A tensor is dequantised whole, whatever part of it is read."""
+
+    def __init__(self, path: pathlib.Path, reader, fields):
+        import gguf
+
+        self.where = str(path)
+        self._heads = {
+            "q_proj": fields.get("llama.attention.head_count"),
+            "k_proj": fields.get("llama.attention.head_count_kv", fields.get("llama.attention.head_count")),
+        }
+        self._tensors = {}
+        for tensor in reader.tensors:
+            if tensor.name == _FREQUENCIES:
+                raise PretrainedError(
+                    f"{path} scales its rotary positions ({_FREQUENCIES}), which is not read from GGUF files."
+                )
+            try:  # one row, to know that the others can be read
+                gguf.dequantize(tensor.data[:1] if tensor.data.ndim > 1 else tensor.data, tensor.tensor_type)
+            except NotImplementedError as e:
+                kind = tensor.tensor_type.name
+                raise PretrainedError(f"{path}: {tensor.name} is quantised as {kind}, which is not read.") from e
+            self._tensors[_name(tensor.name)] = tensor
+        self.shapes = {name: tuple(int(n) for n in t.shape[::-1]) for name, t in self._tensors.items()}
+
+    def read(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
+        import gguf
+
+        tensor = self._tensors[name]
+        found = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(self.shapes[name])
+        kind = name.split(".")[-2]
+        if kind in self._heads:  # llama.cpp keeps the pairs of a rotation together, Hugging Face the halves of a head
+            heads = self._heads[kind]
+            found = found.reshape(heads, -1, 2, found.shape[-1]).swapaxes(1, 2).reshape(found.shape)
+        return found[part]
+
+
+def _name(name: str) -> str:
+    """Hugging Face's name of a tensor; an unknown one keeps its own, and is refused as surplus."""
+    if name in _NAMES:
+        return _NAMES[name]
+    parts = name.split(".")
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _LAYER_NAMES:
+        return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
+    return name
+
+
+def _tokenizer(path: pathlib.Path, fields: dict[str, Any]) -> Tokenizer:
+    kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
+        raise PretrainedError(
+            f"{path} has a tokenizer of kind {kind!r}, splitting text as {pre!r}; byte-pair tokenizers (gpt2) are read that split as "
+            f"{', '.join(_PRE_TOKENIZERS)}."
+        )
+    try:
+        tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+        merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+        backend = tokenizers.Tokenizer(tokenizer_models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    except Exception as e:  # the library raises bare Exception
+        raise PretrainedError(f"{path} has a tokenizer that cannot be rebuilt: {type(e).__name__}: {e}") from e
+    backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    backend.decoder = decoders.ByteLevel()
+    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        added = [
+            tokenizers.AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, types) if k == kind
+        ]
+        (backend.add_special_tokens if special else backend.add_tokens)(added)
+    eos = fields.get("tokenizer.ggml.eos_token_id")
+    if eos is None:
+        raise PretrainedError(f"{path} names no end token (tokenizer.ggml.eos_token_id).")
+    return Tokenizer(
+        backend,
+        eos_ids=(eos,),
+        pad_id=fields.get("tokenizer.ggml.padding_token_id", eos),
+        bos_id=fields.get("tokenizer.ggml.bos_token_id"),
+        chat_template=fields.get("tokenizer.chat_template"),
+        adds_bos=bool(fields.get("tokenizer.ggml.add_bos_token", False)),
+    )

@@ -1,0 +1,236 @@
+"""Tensors in files, read one slice at a time and put straight where they are computed with; and written again."""
+
+from collections.abc import Iterator, Mapping
+import json
+import pathlib
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from jaxrl_reason.data import hub
+from jaxrl_reason.models.formats.families import PretrainedError, Tensor
+
+_DTYPES = ("F32", "BF16", "F16")
+_INDEX = "model.safetensors.index.json"
+_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".masked_bias")  # of old files; computed, not learnt
+
+
+class Weights(Protocol):
+    """Named tensors somewhere.
+
+    Attributes:
+      where: what messages call the place.
+      shapes: name -> shape, known before anything is read.
+    """
+
+    where: str
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def read(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
+        """A part of a tensor."""
+
+
+class SafetensorsDirectory:
+    """The safetensors of a directory in the Hugging Face layout: one file, or several with an index. See `Weights`.
+
+    Raises:
+      PretrainedError: there are none, a file is damaged, or the index and the files disagree.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        self.where = str(directory)
+        alone = inside(directory, "model.safetensors")
+        if inside(directory, _INDEX).is_file():
+            self._file_of = _read_index(directory)
+        elif alone.is_file():
+            self._file_of = dict.fromkeys(_names(alone), alone)
+        else:
+            pickles = [p.name for p in directory.glob("*.bin")] + [p.name for p in directory.glob("*.pt*")]
+            hint = f" It has {pickles[0]}, a pickle, which can run code when it is read: convert it." if pickles else ""
+            raise PretrainedError(f"There is no model.safetensors and no {_INDEX} in {directory}.{hint}")
+        self.shapes = {}
+        for path in dict.fromkeys(self._file_of.values()):
+            with _open(path) as file:
+                held, indexed = set(file.keys()), {n for n, p in self._file_of.items() if p == path}
+                for name in sorted(held ^ indexed):
+                    fault = (
+                        "holds a tensor that the index does not put there"
+                        if name in held
+                        else "lacks a tensor of the index"
+                    )
+                    raise PretrainedError(f"{path} {fault}: {name}.")
+                for name in indexed:
+                    part = file.get_slice(name)
+                    if part.get_dtype() not in _DTYPES:
+                        raise PretrainedError(
+                            f"{path}: {name} has dtype {part.get_dtype()}; weights must be one of {', '.join(_DTYPES)}."
+                        )
+                    self.shapes[name] = tuple(part.get_shape())
+
+    def read(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
+        with _open(self._file_of[name]) as file:  # reopened each time: what was mapped is given back
+            return file.get_slice(name)[part]
+
+
+def _open(path: pathlib.Path):
+    try:
+        return safetensors.safe_open(path, framework="numpy")
+    except (safetensors.SafetensorError, OSError) as e:
+        raise PretrainedError(f"{path} is not a whole safetensors file: {e}.") from e
+
+
+def _names(path: pathlib.Path) -> list[str]:
+    with _open(path) as file:
+        return list(file.keys())
+
+
+def _read_index(directory: pathlib.Path) -> dict[str, pathlib.Path]:
+    index = read_json(directory / _INDEX).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise PretrainedError(f"{directory / _INDEX} has no weight_map from tensor names to files.")
+    for name, file in index.items():
+        if not isinstance(file, str) or pathlib.PurePath(file).name != file or not file.endswith(".safetensors"):
+            raise PretrainedError(
+                f"{directory / _INDEX} puts {name} into {file!r}; it must be the name of a .safetensors file beside it."
+            )
+        if not inside(directory, file).is_file():
+            raise PretrainedError(f"{directory / _INDEX} names {file}, and there is no such file.")
+    return {name: directory / file for name, file in index.items()}
+
+
+def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
+    """The path of a file in a model's directory; raises PretrainedError where it leads out of it, see `hub.inside`."""
+    try:
+        return hub.inside(directory, name)
+    except hub.HubError as e:
+        raise PretrainedError(str(e)) from e
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file; raises PretrainedError where there is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as e:
+        raise PretrainedError(f"There is no {path}.") from e
+    except (ValueError, RecursionError) as e:
+        raise PretrainedError(f"{path} is not JSON: {e}.") from e
+    if not isinstance(content, dict):
+        raise PretrainedError(f"{path} holds a JSON {type(content).__name__}; it has to hold an object.")
+    return content
+
+
+def check(weights: Weights, table, *, tied: bool) -> None:
+    """Refuses missing, surplus and misshapen tensors.
+
+    Args:
+      weights: what there is.
+      table: a `families.Tensor` a weight.
+      tied: a stored output head is then a copy of the embedding, which some writers keep; it must be one.
+
+    Raises:
+      PretrainedError: with the names.
+    """
+    wanted = {name: t.shape for t in _leaves(table) for name in t.names}
+    missing = [name for name in wanted if name not in weights.shapes]
+    if missing:
+        raise PretrainedError(f"{weights.where} lacks {_listed(missing)}.")
+    surplus = [name for name in weights.shapes if name not in wanted and not name.endswith(_BUFFERS)]
+    if tied and surplus == ["lm_head.weight"] and weights.shapes[surplus[0]] == wanted["model.embed_tokens.weight"]:
+        rows, width = weights.shapes[surplus[0]]
+        for start in range(0, rows, 4096):
+            part = slice(start, min(start + 4096, rows)), slice(0, width)
+            if not np.array_equal(weights.read(surplus[0], part), weights.read("model.embed_tokens.weight", part)):
+                raise PretrainedError(
+                    f"{weights.where}: config.json ties the output head to the embedding, and lm_head.weight differs from it."
+                )
+        surplus = []
+    if surplus:
+        raise PretrainedError(f"{weights.where} has {_listed(surplus)}, which its config.json has no place for.")
+    for name, shape in wanted.items():
+        if weights.shapes[name] != shape:
+            raise PretrainedError(
+                f"{weights.where}: {name} has shape {list(weights.shapes[name])}, and by config.json it has {list(shape)}."
+            )
+
+
+def place(weights: Weights, table, abstract, shardings):
+    """Reads every weight into its shards, cast on the way: on the host there is never more than one weight.
+
+    Args:
+      weights, table: see `check`, which comes first.
+      abstract: a ShapeDtypeStruct a weight.
+      shardings: a Sharding a weight.
+
+    Returns:
+      The parameters.
+    """
+
+    def one(tensor: Tensor, like, sharding):
+        seen = {}  # shards that several devices hold are read once
+
+        def shard(index):
+            index = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, like.shape))
+            key = tuple((s.start, s.stop) for s in index)
+            if key not in seen:
+                seen[key] = _read(weights, tensor, like, index)
+            return seen[key]
+
+        return jax.block_until_ready(jax.make_array_from_callback(like.shape, sharding, shard))
+
+    return jax.tree.map(one, table, abstract, shardings, is_leaf=lambda x: isinstance(x, Tensor))
+
+
+def _read(weights: Weights, tensor: Tensor, like, index: tuple[slice, ...]) -> np.ndarray:
+    """Part of a weight of ours."""
+    inner = index[1:] if tensor.stacked else index
+    part = inner[::-1] if tensor.transposed else inner
+    part = (slice(0, 1),) * (len(tensor.shape) - len(part)) + part  # the one row of a reward head
+    names = tensor.names[index[0]] if tensor.stacked else tensor.names
+    out = np.empty([s.stop - s.start for s in index], jnp.dtype(like.dtype))
+    for name, rows in zip(names, out if tensor.stacked else [out]):
+        found = weights.read(name, part)
+        rows[...] = found.T if tensor.transposed else found.reshape(rows.shape)
+    return out
+
+
+def write(directory: pathlib.Path, params, table, max_shard_bytes: int) -> None:
+    """Writes model.safetensors, or several files and their index where it would be larger than `max_shard_bytes`.
+
+    One file's tensors are on the host at once.
+    """
+    sizes = [
+        (name, leaf, i if t.stacked else None, t, int(np.prod(t.shape)) * leaf.dtype.itemsize)
+        for t, leaf in zip(_leaves(table), jax.tree.leaves(params))
+        for i, name in enumerate(t.names)
+    ]
+    files, held = [[]], 0
+    for entry in sizes:
+        if files[-1] and held + entry[-1] > max_shard_bytes:
+            files.append([])
+            held = 0
+        files[-1].append(entry)
+        held += entry[-1]
+    names = ["model.safetensors"]
+    if len(files) > 1:
+        names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+        index = {entry[0]: name for name, entries in zip(names, files) for entry in entries}
+        total = {"total_size": sum(entry[-1] for entry in sizes)}
+        (directory / _INDEX).write_text(json.dumps({"metadata": total, "weight_map": index}, indent=2) + "\n")
+    for file, entries in zip(names, files):
+        tensors = {}
+        for name, leaf, layer, t, _ in entries:
+            found = np.asarray(leaf if layer is None else leaf[layer])
+            tensors[name] = np.ascontiguousarray(found.T if t.transposed else found.reshape(t.shape))
+        safetensors.numpy.save_file(tensors, directory / file, metadata={"format": "pt"})
+
+
+def _leaves(table) -> Iterator[Tensor]:
+    return iter(jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, Tensor)))
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more tensors" if len(names) > 4 else "")

@@ -1,0 +1,1 @@
+"""One training step on the device: sampling, rewards in, advantages, losses, update."""

@@ -1,0 +1,1 @@
+"""What several test files need: tiny runs, and independent references."""

@@ -1,0 +1,55 @@
+"""What the compiler says of a tiny step on 8 simulated devices, as JSON: run by test_plan, since a process has one number of devices.
+
+python sharded_programs.py [replicated | undonated]
+
+The words break something on purpose: every device holds all KV caches; the update keeps its old state.
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+from helpers.tiny_runs import tiny
+from jaxrl_reason import models, plan
+from jaxrl_reason.rl import programs
+
+config = tiny(
+    "rows.jsonl",
+    prompts_per_step=16,
+    max_prompt_length=64,
+    max_completion_length=192,
+    model__heads=4,
+    model__kv_heads=4,
+    model__layers=2,
+    mesh__data=2,
+    mesh__fsdp=2,
+    mesh__tensor=2,
+    mesh__rollout_tensor=2,
+)
+if "replicated" in sys.argv:
+    step, whole = models.Decoder.step, jax.sharding.PartitionSpec()
+
+    def everywhere(*args):
+        hidden, cache = step(*args)
+        return hidden, jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, whole), cache)
+
+    models.Decoder.step = everywhere
+if "undonated" in sys.argv:
+    build = programs.build
+
+    def without_donation(*args, **keywords):
+        built = build(*args, **keywords)
+        built.jitted["update"] = jax.jit(built.jitted["update"].__wrapped__)
+        return built
+
+    programs.build = without_donation
+found = {}
+for part in plan.parts_of(config, jax.devices()):
+    found[part.name] = plan.measure(part, plan.CHIPS["v5e"], len(jax.devices()))
+    if part.name == "rollout":  # [P, G, heads, head_dim, T]
+        text = part.lower().compile().as_text()
+        found["caches"] = {"whole": "f32[16,4,4,4,192]" in text, "split": "f32[4,4,2,4,192]" in text}
+print(json.dumps(found))

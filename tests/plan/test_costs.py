@@ -1,0 +1,244 @@
+"""What programs cost by their sizes, against the programs that XLA compiles and against numbers by hand."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrl_reason import models
+from jaxrl_reason.methods import PolicyLoss
+from jaxrl_reason.models import ModelConfig, reward_model, sharding
+from jaxrl_reason.plan import costs, hlo
+from jaxrl_reason.rl import learner, rollout
+from jaxrl_reason.rl.learner import Experience, TrainState, UpdateOptions
+from jaxrl_reason.rl.rollout import Rollout
+
+P, G, S, T = 4, 3, 24, 16
+CONFIG = ModelConfig(vocab_size=640, width=128, layers=2, heads=4, kv_heads=2, mlp_width=320)
+ADAPTED = dataclasses.replace(CONFIG, lora_rank=8)
+
+
+def lowered(program, config, P=P, G=G, S=S, T=T, mesh=None, *, options=None, **keywords):
+    """A program of `costs` with abstract arguments, on a mesh where one is given."""
+    whole, split = (sharding.replicated(mesh), sharding.batch_sharding(mesh)) if mesh else (None, None)
+    of = lambda shape, dtype, place=split: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    place = lambda tree, places: jax.tree.map(lambda x, at: of(x.shape, x.dtype, at), tree, places)
+    params = models.abstract_params(config)
+    params = place(params, sharding.param_shardings(config, mesh)) if mesh else params
+    features = of((P, config.features), jnp.float32) if config.features else None
+    prompts = of((P, S), jnp.int32), of((P, S), bool)
+    batch = Rollout(
+        *prompts, of((P, G, T), jnp.int32), of((P, G, T), bool), of((P, G, T), jnp.float32), of((P, G), bool), features
+    )
+    temperature = of((), jnp.float32, whole)
+    key = of((), jax.random.key(0).dtype, whole)
+    if program == "rollout":
+        settings = dict(group_size=G, max_length=T, eos_ids=(1,), pad_id=0) | keywords
+        generate = functools.partial(rollout.generate, config, **settings)
+        arguments = params, *prompts, of((P,), jnp.int32), key
+        return jax.jit(generate).lower(*arguments, temperature=temperature, features=features)
+    if program == "score":
+        return jax.jit(functools.partial(learner.score, config, **keywords)).lower(params, batch, temperature)
+    if program == "reward_model":
+        weights = reward_model.abstract_params(config)
+        return jax.jit(functools.partial(reward_model.group_scores, config, **keywords)).lower(weights, batch)
+    optimizer = optax.adamw(1e-4)
+    trained = models.lora.split(config, params)[0]
+    opt_state = jax.eval_shape(functools.partial(learner.init_opt_state, optimizer), trained)
+    number = of((), jnp.int32, whole)
+    state = TrainState(number, params, opt_state, (), number)
+    many = options.epochs * options.minibatches > 1
+    experience = Experience(batch, batch.mask, of((P, G), jnp.float32), batch.logprobs if many else None)
+    update = learner.make_update(config, options, optimizer)
+    return jax.jit(update, donate_argnums=0).lower(state, experience, temperature, key)
+
+
+def options(**keywords):
+    return UpdateOptions(loss=PolicyLoss(), **keywords)
+
+
+def of_program(lowered, **keywords):
+    # What the compiler does to products it does before the part that takes the time.
+    text = lowered.compile(compiler_options={"xla_backend_optimization_level": 0}).as_text()
+    return hlo.read(text, **keywords).flops
+
+
+def with_(config=CONFIG, **changes):
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        with_(tied_embedding=False, qkv_bias=True, compute_dtype="bfloat16"),
+        with_(ADAPTED, qk_norm=True, sliding_window=6, sliding_period=2),
+        with_(features=5, prefix_length=4, encoder_width=96),
+    ],
+)
+def test_rollout_and_score_cost_what_their_programs_do(config):
+    sizes = P, G, S, T
+    assert costs.rollout(config, *sizes).flops == pytest.approx(of_program(lowered("rollout", config)), rel=1e-3)
+    assert costs.score(config, *sizes).flops == pytest.approx(of_program(lowered("score", config)), rel=1e-3)
+
+
+def test_what_is_asked_for_besides_costs_too():
+    more = lowered("rollout", CONFIG, with_prompt_logprobs=True, probe_token=3)
+    expected = costs.rollout(CONFIG, P, G, S, T, prompt_logprobs=True, probe=True).flops
+    assert expected == pytest.approx(of_program(more, loop_trips=T), rel=1e-3)
+    more = lowered("score", CONFIG, parts=2, chunk=5, probe_token=3)  # 16 positions are four chunks of 5
+    expected = costs.score(CONFIG, P, G, S, T, parts=2, logprob_chunk=5, probe=True).flops
+    assert expected == pytest.approx(of_program(more), rel=1e-3)
+    rounded = lowered("rollout", CONFIG, int8=True)
+    assert costs.rollout(CONFIG, P, G, S, T, int8=True).flops == pytest.approx(of_program(rounded), rel=1e-3)
+    scored = lowered("reward_model", CONFIG, parts=2)
+    assert costs.reward_model(CONFIG, P, G, S, T, parts=2).flops == pytest.approx(of_program(scored), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        with_(remat="none", qkv_bias=True, tied_embedding=False),
+        with_(remat="dots"),
+        with_(remat="layer", compute_dtype="bfloat16"),
+        pytest.param(with_(remat="layer", post_norms=True), marks=pytest.mark.slow),
+        pytest.param(with_(ADAPTED, remat="none", compute_dtype="bfloat16"), marks=pytest.mark.slow),
+        pytest.param(with_(ADAPTED, remat="dots", lora_projections=("q", "v")), marks=pytest.mark.slow),
+        with_(ADAPTED, remat="layer"),
+        pytest.param(with_(remat="layer", features=5, prefix_length=4, encoder_width=96), marks=pytest.mark.slow),
+    ],
+)
+def test_an_update_costs_what_its_program_does(config):
+    program = lowered("update", config, options=options())
+    assert costs.update(config, P, G, S, T).flops == pytest.approx(of_program(program), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(accumulation=2, logprob_chunk=5),
+        pytest.param(dict(epochs=2, minibatches=2), marks=pytest.mark.slow),
+        pytest.param(dict(logprob_chunk=T), marks=pytest.mark.slow),
+    ],
+)
+def test_an_update_in_parts_costs_what_its_program_does(settings):
+    program = lowered("update", CONFIG, options=options(**settings))
+    assert costs.update(CONFIG, P, G, S, T, **settings).flops == pytest.approx(of_program(program), rel=1e-3)
+
+
+def test_recomputed_flops_are_the_difference_that_remat_makes():
+    kept, recomputed = (costs.update(with_(remat=remat), P, G, S, T) for remat in ("none", "layer"))
+    assert recomputed.flops - kept.flops == recomputed.recomputed_flops - kept.recomputed_flops > 0
+    assert kept.recomputed_flops == 2 * P * G * T * 128 * 640  # the logits of two chunks
+
+
+@pytest.mark.parametrize("window, period", [(0, 0), (6, 2), (10, 0)])
+def test_splash_costs_what_is_visible(window, period):
+    config = with_(sliding_window=window, sliding_period=period, layers=4)
+    pairs = 0
+    for sliding in config.sliding_layers:
+        far = np.subtract.outer(np.arange(S + T), np.arange(S + T))
+        seen = (far >= 0) & ((far < window) | (not sliding))
+        pairs += P * (seen[:S].sum() + G * seen[S:].sum())
+    forward = costs.reward_model(config, P, G, S, T, attention="splash")
+    assert forward.attention_flops == pairs * 4 * 4 * 32
+    plain = costs.reward_model(config, P, G, S, T)
+    assert plain.attention_flops == 4 * P * (S * S + G * T * (S + T)) * 4 * 4 * 32
+    assert plain.flops - plain.attention_flops == forward.flops - forward.attention_flops
+    # Forward, forward again, and 7 products where the forward has 2; an update's last token is nobody's query.
+    one = costs.score(config, P, G, S, T, attention="splash").attention_flops
+    assert costs.update(config, P, G, S, T, attention="splash").attention_flops == one * (1 + 1 + 3.5)
+
+
+# width 4, 2 heads of 2, one of keys, MLP of 6: 4*4 + 2*4*2 + 4*4 + 3*4*6 = 120 numbers in the only layer, 40 in the head.
+SMALL = ModelConfig(
+    vocab_size=10, width=4, layers=1, heads=2, kv_heads=1, mlp_width=6, param_dtype="float32", compute_dtype="bfloat16"
+)
+
+
+def test_a_step_of_decoding_moves_weights_caches_and_logits():
+    moved = lambda T, **k: costs.rollout(SMALL, 3, 5, 7, T, **k).bytes
+    weights, logits = 120 + 40, 15 * 2 * 4 * 10
+    of_token = 2 * 2  # numbers in a key and a value
+    step = lambda T: 2 * weights + 2 * of_token * (3 * 7 + 15 * T + 15) + logits
+    assert moved(2) - moved(1) == step(2)
+    assert moved(3) - moved(1) == 2 * step(3)
+    assert moved(2, replicas=3) - moved(1, replicas=3) == step(2) + 2 * 2 * weights
+    rounded = weights + 2 * (2 + 4) * (3 * 7 + 15 * 2 + 15) + logits  # a float32 scale a head and place
+    assert moved(2, int8=True) - moved(1, int8=True) == rounded
+
+
+def test_a_forward_moves_weights_activations_and_scores():
+    tokens, numbers = 3 * (7 + 5 * 2), 4 * (4 + 4 + 2 + 6)
+    plain, splash = (costs.reward_model(SMALL, 3, 5, 7, 2, attention=a).bytes for a in ("plain", "splash"))
+    assert splash == 2 * 120 + 2 * tokens * numbers
+    assert plain - splash == 12 * 2 * 3 * (7 * 7 + 5 * 2 * 9)  # 12 bytes a pair, 2 heads
+    assert costs.reward_model(SMALL, 3, 5, 7, 2, replicas=3, attention="splash").bytes == splash + 2 * 2 * 120
+    logits = costs.score(SMALL, 3, 5, 7, 2, logprob_chunk=1).bytes - costs.reward_model(SMALL, 3, 5, 7, 1).bytes
+    assert logits == 2 * 4 * 3 * 5 * 2 * 10 + 2 * 2 * 40  # written and read; the head for each of two chunks
+
+
+def test_an_update_moves_gradients_and_the_optimizers_state():
+    moved = lambda config=SMALL, **k: costs.update(config, 4, 5, 7, 2, **k).bytes
+    assert moved(optimizer_slots=3) - moved() == 2 * 4 * 160
+    assert moved(copies=2, replicas=2) - moved(replicas=2) == 4 * 160 * (1 + 2 + 4)
+    assert moved(epochs=3) == 3 * moved()
+    # A second microbatch reads the layers three times more and the head in each of two chunks three times more, whose gradient it sums;
+    # both now add their gradients to a sum that is read and written. The rest is shared out.
+    more = 3 * 2 * 120 + 2 * (3 * 2 * 40 + 2 * 4 * 40) + 4 * 160 * (2 * 3 - 1)
+    assert moved(accumulation=2, logprob_chunk=1) - moved(logprob_chunk=1) == more
+    by_remat = [moved(with_(SMALL, remat=remat)) for remat in ("none", "dots", "layer")]
+    assert by_remat == sorted(set(by_remat))
+    adapted = with_(SMALL, lora_rank=1)
+    adapters = 3 * (4 + 4) - 2 + (4 + 2) + 3 * (4 + 6)
+    assert moved(adapted, optimizer_slots=3) - moved(adapted) == 2 * 4 * adapters
+
+
+def test_sizes_that_cannot_be_are_refused_by_name():
+    with pytest.raises(ValueError, match="attention is 'flash'; it must be 'plain' or 'splash'"):
+        costs.rollout(CONFIG, P, G, S, T, attention="flash")
+    with pytest.raises(ValueError, match="T is 0; it must be at least 1"):
+        costs.score(CONFIG, P, G, S, 0)
+    with pytest.raises(ValueError, match="4 prompts cannot be shared evenly among 3 microbatches"):
+        costs.update(CONFIG, P, G, S, T, accumulation=3)
+
+
+TPU = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from jax.experimental import topologies
+import test_costs as t
+
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+mesh = t.sharding.make_mesh(fsdp=4, devices=devices)
+config = t.with_(compute_dtype="bfloat16")
+for program in ("rollout", "update"):
+    text = t.lowered(program, config, mesh=mesh, options=t.options()).compile().as_text()
+    print(t.hlo.read(text).flops * len(devices))
+"""
+
+
+@pytest.mark.slow
+def test_the_same_holds_for_what_four_tpus_would_run():
+    pytest.importorskip("libtpu", reason="Compiling for TPUs needs libtpu: pip install jaxrl_reason[tpu].")
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_LOG_DIR": "disabled",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # other workers may have it open
+    }
+    tests = str(pathlib.Path(__file__).parent)
+    run = subprocess.run([sys.executable, "-c", TPU, tests], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    config = with_(compute_dtype="bfloat16")
+    expected = [f(config, P, G, S, T).flops for f in (costs.rollout, costs.update)]
+    assert list(map(float, run.stdout.split()[-2:])) == pytest.approx(expected, rel=1e-3)

@@ -1,0 +1,271 @@
+"""The planner: what the compiler says of a step, for TPUs where libtpu is installed and for 8 simulated devices; what is wrong is seen."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+from hypothesis import given
+from hypothesis import strategies as st
+import jax
+import numpy as np
+import pytest
+
+from helpers.tiny_runs import tiny
+from jaxrl_reason import models, plan
+from jaxrl_reason.config import ConfigError, to_dict
+from jaxrl_reason.models import reward_model
+from jaxrl_reason.rl import programs
+
+WITH_LIBTPU = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'"
+)
+
+
+# -- broken on purpose -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sharded(shared_programs):
+    """What sharded_programs prints, in a process with 8 devices."""
+
+    def of(*broken):
+        script = pathlib.Path(__file__).with_name("sharded_programs.py")
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+        run = subprocess.run([sys.executable, str(script), *broken], env=env, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-3000:]
+        return json.loads(run.stdout)
+
+    return of
+
+
+def assert_sound(found):
+    """Caches are split, no collective moves them or a prompt's activations, and the update writes over its state."""
+    assert found["caches"] == {"split": True, "whole": False}
+    gathered = found["rollout"]["collectives"]["all-gather"]["gib"] * plan.GIB
+    caches = sum(x for name, x in found["rollout"]["filled_gib"].items() if "KV" in name) * plan.GIB
+    assert gathered < caches  # over the whole rollout: every step would gather them all
+    assert found["update"]["donation"] == 1.0
+
+
+def test_a_sound_step_is_sharded_and_donated_and_its_flops_are_the_compilers(sharded):
+    found = sharded()
+    assert_sound(found)
+    assert abs(found["rollout"]["flops_over_hlo"] - 1) < 0.03 and abs(found["update"]["flops_over_hlo"] - 1) < 0.03
+    # float32, by hand: 2 layers, keys and values, 2 of 4 heads of size 4; 4 of 16 prompts on a device, 64 tokens, 4 samples of 192.
+    of_token = 2 * 2 * 2 * 4 * 4
+    filled = found["rollout"]["filled_gib"]
+    assert filled["prompts' KV"] * plan.GIB == of_token * 4 * 64
+    assert filled["samples' KV"] * plan.GIB == of_token * 4 * 4 * 192
+    assert found["reshard"]["collectives"]["all-gather"]["count"] > 0
+
+
+@pytest.mark.parametrize("broken", ["replicated", "undonated"])
+def test_a_broken_sharding_is_caught(broken, sharded):
+    with pytest.raises(AssertionError):
+        assert_sound(sharded(broken))
+
+
+# -- the search ------------------------------------------------------------------------------------
+
+
+@given(limit=st.integers(0, 5000), start=st.integers(1, 3000), grain=st.sampled_from([1, 2, 8, 128]))
+def test_the_search_ends_at_the_most_that_fits_or_within_a_sixteenth_of_it(limit, start, grain):
+    found = plan.largest(lambda n: n <= limit, start, grain)
+    lowest = 2 if grain == 1 else grain
+    if limit < lowest:
+        assert found == 0
+    else:
+        assert found <= limit < found + max(grain, found // 16) + grain and found % grain == 0
+
+
+def test_what_the_compiler_asked_for_is_read_from_its_refusal():
+    text = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. "
+        "Exceeded hbm capacity by 4.75G."
+    )
+    assert plan._asked_for(RuntimeError(text)) == 20.5 * 2**30
+    text = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (33.96G) exceeds available HBM (15.75G)."
+    assert plan._asked_for(RuntimeError(text)) == 33.96 * 2**30
+    assert plan._asked_for(RuntimeError("INTERNAL: something else")) is None
+
+
+# -- sentences -------------------------------------------------------------------------------------
+
+
+def recipe(tmp_path, **changes):
+    config = tiny("rows.jsonl", **changes)
+    path = tmp_path / "recipe.py"
+    path.write_text(
+        "from jaxrl_reason.config import Config, from_dict\n"
+        f"def get_config():\n    return from_dict({to_dict(config)!r})\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--topology=v5e"], "such as v5e:4x4"),
+        (["--topology=v9:4x4"], "Generations are v2, v3, v4, v5e, v5p, v6e, tpu7x"),
+        ([], "give a generation"),
+        (["--topology=v5e:2x2", "--slices=none"], "--slices is 'none'"),
+        (["--topology", "v9:4x4"], "--topology is 'v9:4x4'"),
+        (["--topology"], "--topology is ''"),
+    ],
+)
+def test_what_cannot_be_planned_is_a_sentence(flags, said, tmp_path, capsys):
+    assert plan.main([f"--config={recipe(tmp_path)}", f"--out={tmp_path / 'plan.json'}", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error and not (tmp_path / "plan.json").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(mesh__fsdp=2, mesh__tensor=4, prompts_per_step=3), "^config.prompts_per_step is 3, .* = 2 devices"),
+        (
+            dict(mesh__fsdp=2, mesh__tensor=4, mesh__rollout_tensor=1, prompts_per_step=2),
+            "^While sampling the mesh is data=8, tensor=1, as config.mesh.rollout_tensor=1 asks for, and there prompts_per_step .* is 2",
+        ),
+        (
+            dict(mesh__fsdp=8, mesh__rollout_tensor=8),
+            "^While sampling the mesh is data=1, tensor=8, .* mesh.tensor is 8, which does not divide the model's 'vocab' dimension .300.",
+        ),
+        (
+            dict(mesh__tensor=8, mesh__fsdp=1),
+            "^config.mesh.tensor is 8, which does not divide the model's 'vocab' dimension .300.",
+        ),
+    ],
+)
+def test_what_a_mesh_does_not_divide_is_named_by_its_field(changes, said):
+    config = tiny("rows.jsonl", **dict(prompts_per_step=8, model__heads=4, model__kv_heads=4) | changes)
+    with pytest.raises(ConfigError, match=said):
+        plan.parts_of(config, jax.devices()[:1] * 8)
+
+
+def test_a_reward_model_of_ours_tells_its_sizes(tmp_path):
+    small = models.ModelConfig(vocab_size=300, width=8, layers=3, heads=2, kv_heads=1, mlp_width=24, head_dim=4)
+    digest = {"tokenizer_digest": "of a tokenizer that a plan does not read"}
+    (tmp_path / "reward_model.json").write_text(json.dumps({"model": dataclasses.asdict(small)} | digest))
+    learnt = dict(reward__functions=["accuracy", "reward_model"], reward_model__path=str(tmp_path))
+    config = tiny("rows.jsonl", model__width=32, **learnt)
+    policy, judge = plan.sizes_of(config)
+    assert (policy.width, judge) == (32, small)
+    (part,) = (part for part in plan.parts_of(config, jax.devices()[:1]) if part.name == "reward model")
+    assert part.filled["weights"] == 4 * sum(x.size for x in jax.tree.leaves(reward_model.abstract_params(small)))
+    (tmp_path / "reward_model.json").write_text("{}")
+    with pytest.raises(
+        ConfigError, match="A plan needs the sizes .*reward_model.json does not describe a reward model"
+    ):
+        plan.sizes_of(config)
+
+
+@pytest.mark.parametrize("kind, chosen", [("TPU v2", "plain"), ("TPU v3", "plain"), ("TPU v5 lite", "splash")])
+def test_old_chips_attend_without_kernels(kind, chosen):
+    config = tiny("rows.jsonl")
+    device = types.SimpleNamespace(platform="tpu", device_kind=kind)
+    mesh = types.SimpleNamespace(devices=np.array([device], object))
+    small = models.ModelConfig(vocab_size=300, width=8, layers=1, heads=1, kv_heads=1, mlp_width=8, head_dim=8)
+    assert programs.with_attention(small, config, mesh).attention == chosen
+    config.model.attention = "splash"
+    if chosen == "splash":
+        assert programs.with_attention(small, config, mesh).attention == "splash"
+    else:
+        with pytest.raises(ConfigError, match=f"config.model.attention is 'splash', .* a {kind} cannot run"):
+            programs.with_attention(small, config, mesh)
+
+
+def test_where_figures_cannot_go_nothing_is_compiled(tmp_path, capsys):
+    flags = [f"--config={recipe(tmp_path)}", "--topology=v5e:2x2"]
+    for out in (tmp_path / "nowhere" / "plan.json", tmp_path):
+        assert plan.main([*flags, f"--out={out}"]) == 2
+        assert f"--out is '{out}'" in capsys.readouterr().err
+
+
+def test_without_the_compiler_it_says_what_to_install(tmp_path, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "libtpu" else find(name, *a))
+    assert plan.main([f"--config={recipe(tmp_path)}", "--topology=v5e:2x2"]) == 2
+    assert "jaxrl_reason[tpu]" in capsys.readouterr().err
+
+
+# -- for TPUs --------------------------------------------------------------------------------------
+
+
+def command(tmp_path, config, *flags):
+    """(what it prints, the figures) of the command line in a process of its own: libtpu stays out of this one."""
+    out = tmp_path / "plan.json"
+    arguments = ["--config", str(recipe(tmp_path, **config)), f"--out={out}", *flags]
+    run = subprocess.run(
+        [sys.executable, "-m", "jaxrl_reason.plan", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "200"},
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout, json.loads(out.read_text())
+
+
+SMALL = dict(
+    prompts_per_step=32,
+    group_size=8,
+    max_prompt_length=128,
+    max_completion_length=256,
+    model__width=256,
+    model__heads=8,
+    model__kv_heads=4,
+    model__layers=2,
+    model__mlp_width=512,
+    model__param_dtype="bfloat16",
+    model__compute_dtype="bfloat16",
+    optimizer__float32_master=True,
+    data__vocab_size=4096,
+    update__accumulation=2,
+    mesh__tensor=2,
+)
+
+
+@WITH_LIBTPU
+@pytest.mark.slow
+def test_a_step_is_planned_for_a_slice(tmp_path):
+    hero = dict(method={"name": "hero"}, reward__functions=["accuracy", "reward_model"], reward__weights=[1.0, 0.0])
+    printed, found = command(tmp_path, SMALL | hero, "--topology=v5e:2x4")
+    assert "It fits." in printed and found["fits"] and found["devices"] == 8
+    assert found["mesh"] == {"slice": 1, "data": 1, "fsdp": 4, "tensor": 2, "rollout_tensor": 0}
+    parts = {part["name"]: part for part in found["parts"]}
+    assert list(parts) == ["reshard", "rollout", "reward model", "update"]
+    for name in ("rollout", "reward model", "update"):
+        part = parts[name]
+        assert abs(part["flops_over_hlo"] - 1) < 0.03 and part["flops_in_kernels"] > 0, name
+        assert 0 < part["peak_gib"] < part["total_gib"] < 15.75 and part["bound_by"] in part["roofline_seconds"]
+    assert parts["update"]["donation"] > 0.99
+    # Where logits are split by the vocabulary, they are exchanged for whole rows; the head stays where it is.
+    head, trips = 256 * 4096 * 2, 255
+    assert parts["rollout"]["collectives"]["all-gather"]["gib"] * plan.GIB < 0.05 * head * trips
+    assert found["step"]["seconds_at_least"] == pytest.approx(sum(p["seconds"] * p["times"] for p in found["parts"]))
+
+
+@WITH_LIBTPU
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v2:2x2", "v3:2x2"])
+def test_a_step_is_planned_for_old_chips(topology, tmp_path):
+    _, found = command(tmp_path, SMALL, f"--topology={topology}")
+    assert found["fits"] and found["devices"] == 8
+    for part in found["parts"]:
+        assert part["name"] == "reshard" or abs(part["flops_over_hlo"] - 1) < 0.03 and not part["flops_in_kernels"]
+
+
+@WITH_LIBTPU
+@pytest.mark.slow
+def test_too_large_is_an_answer_and_the_search_says_what_is_not(tmp_path):
+    large = SMALL | dict(max_completion_length=131072, mesh__tensor=1, model__head_dim=128)
+    printed, found = command(tmp_path, large, "--topology=v5e:2x2", "--search")
+    assert not found["fits"] and "does NOT fit" in printed
+    refused = [part for part in found["parts"] if not part["fits"]]
+    assert refused and all(part["total_gib"] > 15.75 for part in refused)
+    assert found["largest"]["max_completion_length"] < 131072

@@ -1,0 +1,515 @@
+"""Several processes behind the real command line: the same samples, losses and weights; one that dies ends the others; checkpoints move."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import jax.flatten_util
+import numpy as np
+import pytest
+
+from helpers.tiny_runs import ROWS, tiny, write_rows
+from jaxrl_reason import train
+from jaxrl_reason.config import to_dict
+from jaxrl_reason.models import sharding
+from jaxrl_reason.rl import hosts
+from jaxrl_reason.runs import checkpoints
+from jaxrl_reason.runs.writers import read_metrics
+
+REWARDS = """
+import os
+
+def even(completions, answer, **_):
+    with open(os.environ["SEEN"] + os.environ.get("JAX_PROCESS_ID", "0"), "a") as f:
+        f.writelines(f"{a} {len(c)}\\n" for a, c in zip(answer, completions))
+    return [float(len(c) % 2) for c in completions]
+
+def fails_on_one(completions, **_):
+    if os.environ.get("JAX_PROCESS_ID") == "1":
+        raise ValueError("no reward here")
+    return [0.5] * len(completions)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hosts")
+    write_rows(folder / "rows.jsonl", [{**row, "question": f"Write {row['answer']} down, in figures."} for row in ROWS])
+    (folder / "rewards.py").write_text(REWARDS)
+    return folder
+
+
+def recipe(folder, name, **changes):
+    """A run of five steps on 8 prompts; what `changes` say besides."""
+    config = tiny(
+        folder / "rows.jsonl",
+        **dict(
+            steps=5,
+            prompts_per_step=8,
+            max_prompt_length=32,
+            group_size=4,
+            model__layers=2,
+            model__heads=4,
+            optimizer__eps=1e-5,  # Adam divides what are rounding errors by each other below it
+            supervised__steps=2,
+            supervised__batch_size=8,
+            reward__functions=[f"{folder / 'rewards.py'}:even", "match_answer"],
+            eval__every=5,
+            eval__prompts=10,
+            log__samples_every=1,
+            log__samples=8,
+            checkpoint__every=2,
+            mesh__host_timeout=10,
+        )
+        | changes,
+    )
+    path = folder / f"{name}.py"
+    path.write_text(
+        "from jaxrl_reason.config import Config, from_dict\n"
+        f"def get_config():\n    return from_dict({to_dict(config)!r})\n"
+    )
+    return config, path
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(recipe, workdir, shared_programs, processes=1, devices=1):
+    """The command line of the training in so many processes with so many simulated devices each."""
+    env = {k.upper(): str(v) for k, v in shared_programs.items()} | {"SEEN": f"{workdir}.seen"}
+    command = ["-m", "jaxrl_reason.train", f"--config={recipe}", f"--workdir={workdir}"]
+    return launch(command, processes, devices, env)
+
+
+def launch(command, processes=1, devices=1, env=()):
+    """Python with these arguments in so many processes with so many simulated devices each; {process} is its number."""
+    common = os.environ | dict(env)
+    common |= {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    if processes > 1:
+        common |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(processes)}
+    return [
+        subprocess.Popen(
+            [sys.executable, *(str(argument).replace("{process}", str(i)) for argument in command)],
+            env=common | ({"JAX_PROCESS_ID": str(i)} if processes > 1 else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(processes)
+    ]
+
+
+def finish(started, limit=240):
+    """Waits for all; [(exit code, stdout, stderr)]."""
+    try:
+        return [(p.returncode, *out) for p in started for out in [p.communicate(timeout=limit)]]
+    finally:
+        for p in started:
+            p.kill()
+
+
+def run(recipe, workdir, shared_programs, processes=1, devices=1):
+    ended = finish(start(recipe, workdir, shared_programs, processes, devices))
+    assert [code for code, _, _ in ended] == [0] * processes, "\n".join(err[-2000:] for *_, err in ended)
+    return ended
+
+
+def weights(config, workdir):
+    """All parameters of the newest checkpoint, read by this one process."""
+    config.mesh.data = config.mesh.fsdp = config.mesh.tensor = config.mesh.slice = 1
+    config.mesh.rollout_tensor = 0
+    ready = train.setup(config, workdir)
+    saver = checkpoints.Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+    number, state = saver.restore(ready.programs.abstract_state)
+    saver.close()
+    return number, np.asarray(jax.flatten_util.ravel_pytree(state.params)[0])
+
+
+def compare(folder, one, other, tolerance=1e-5):
+    """Samples identical, figures equal."""
+    samples = lambda name: [
+        (s["step"], s["prompt"], s["completion"], s["total"])
+        for s in map(json.loads, (folder / name / "samples.jsonl").read_text().splitlines())
+    ]
+    assert samples(one) == samples(other)
+    for file in ("metrics.jsonl", "supervised/metrics.jsonl"):
+        lines, others = read_metrics(folder / one / file), read_metrics(folder / other / file)
+        assert len(lines) == len(others) > 0
+        for a, b in zip(lines, others):
+            names = [name for name in a if not name.startswith(("perf/", "sampling/logp_difference"))]
+            assert set(names) <= set(b)
+            for name in names:
+                if a[name] is None or b[name] is None:
+                    assert a[name] == b[name]
+                else:
+                    np.testing.assert_allclose(
+                        b[name], a[name], rtol=tolerance, atol=0.3 * tolerance, err_msg=f"{name} {a['step']}"
+                    )
+
+
+@pytest.fixture(scope="module")
+def alone(folder, shared_programs):
+    """The run that all others are compared with: one process, one device."""
+    config, path = recipe(folder, "alone", mesh__fsdp=1)
+    run(path, folder / "alone", shared_programs)
+    return weights(config, folder / "alone")
+
+
+@pytest.mark.parametrize(
+    "processes, devices, mesh",
+    [
+        (2, 1, dict(mesh__fsdp=2)),
+        pytest.param(2, 2, dict(mesh__data=2, mesh__fsdp=1, mesh__tensor=2), marks=pytest.mark.slow),
+        pytest.param(4, 1, dict(mesh__data=2, mesh__fsdp=2), marks=pytest.mark.slow),
+        pytest.param(2, 2, dict(mesh__data=1, mesh__fsdp=1, mesh__tensor=2, mesh__slice=2), marks=pytest.mark.slow),
+        pytest.param(2, 1, dict(mesh__data=1, mesh__fsdp=1, mesh__tensor=2), marks=pytest.mark.slow),
+        pytest.param(1, 8, dict(mesh__data=8, mesh__fsdp=1), marks=pytest.mark.slow),
+        pytest.param(1, 8, dict(mesh__data=1, mesh__fsdp=8), marks=pytest.mark.slow),
+        pytest.param(1, 8, dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2), marks=pytest.mark.slow),
+        pytest.param(
+            1, 8, dict(mesh__data=2, mesh__fsdp=4, mesh__tensor=1, mesh__rollout_tensor=2), marks=pytest.mark.slow
+        ),
+    ],
+    ids=["2", "2x2", "4", "2slices", "2tensor", "8data", "8fsdp", "8cube", "8resharded"],
+)
+def test_processes_and_devices_change_neither_samples_nor_losses_nor_weights(
+    processes, devices, mesh, folder, alone, shared_programs
+):
+    name = f"run{processes}x{devices}" + "".join(map(str, mesh.values()))
+    config, path = recipe(folder, name, **mesh)
+    ended = run(path, folder / name, shared_programs, processes, devices)
+    compare(folder, "alone", name)
+    number, params = weights(config, folder / name)
+    assert number == alone[0] == 7
+    np.testing.assert_allclose(params, alone[1], rtol=1e-5, atol=1e-6)
+    # Only the first speaks.
+    assert "Learning curve" in ended[0][1] and all(
+        "Gloo" in line for _, out, _ in ended[1:] for line in out.splitlines()
+    )
+    if "mesh__rollout_tensor" in mesh or mesh["mesh__fsdp"] > 1:
+        assert read_metrics(folder / name / "metrics.jsonl")[1]["perf/step_seconds/reshard"] > 0
+    # Each scores its share of the training's completions, and no other's.
+    seen = [(folder / f"{name}.seen{i}").read_text().splitlines() for i in range(processes)]
+    everything = (folder / "alone.seen0").read_text().splitlines()
+    copies = processes if mesh == dict(mesh__data=1, mesh__fsdp=1, mesh__tensor=2) else 1  # they hold the same prompts
+    assert sorted(sum(seen, [])) == sorted(everything * copies)
+    assert len({len(lines) for lines in seen}) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(method={"name": "dapo"}, sampling__max_batches=3, sampling__parts=2),
+        dict(update__kl_coefficient=0.1, update__minibatches=2, sampling__parts=2),
+        dict(method={"name": "remax"}, lora__rank=2),
+        dict(method={"name": "laser", "reasoning_warmup": 1, "self_reward_warmup": 1}),
+        dict(
+            method={"name": "hero"},
+            reward__functions=["match_answer", "reward_model"],
+            reward__weights=[1.0, 0.0],
+            reward_model__steps=2,
+            reward_model__batch_size=8,
+        ),
+    ],
+    ids=["dapo", "kl", "remax", "laser", "hero"],
+)
+def test_two_processes_do_what_one_does_with_every_part_of_a_step(options, folder, shared_programs, tmp_path):
+    pairs = [
+        {**row, "question": f"Write {row['answer']}.", "chosen": f"#### {row['answer']}", "rejected": f"#### {i + 1}"}
+        for i, row in enumerate(ROWS)
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", pairs)
+    options = dict(data__train=str(data), **options)
+    for processes, name in ((1, "one"), (2, "two")):
+        _, path = recipe(folder, f"part_{name}", mesh__fsdp=processes, **options)
+        run(path, tmp_path / name, shared_programs, processes)
+    # Scores of a reward model that has hardly learnt lie within 1e-3 of each other, and HERO divides by their spread.
+    compare(tmp_path, "one", "two", tolerance=3e-4 if "reward_model__steps" in options else 1e-5)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_processes_goes_on_with_another_mesh_in_one(folder, alone, shared_programs):
+    config, path = recipe(folder, "moved", mesh__fsdp=2, steps=2)
+    run(path, folder / "moved", shared_programs, processes=2)
+    config, path = recipe(folder, "moved", mesh__fsdp=1, mesh__tensor=2)
+    ((_, out, _),) = run(path, folder / "moved", shared_programs, devices=2)
+    assert "Going on from" in out
+    compare(folder, "alone", "moved")
+    number, params = weights(config, folder / "moved")
+    assert number == alone[0]
+    np.testing.assert_allclose(params, alone[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "who, how",
+    [
+        (1, signal.SIGKILL),
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
+    ],
+    ids=["1", "0", "stopped"],
+)
+def test_a_process_that_dies_ends_the_other_within_the_limit(who, how, folder, shared_programs, tmp_path):
+    _, path = recipe(folder, f"killed{who}", mesh__fsdp=2, steps=100_000, eval__every=0)
+    started = start(path, tmp_path / "run", shared_programs, processes=2)
+    try:
+        deadline = time.monotonic() + 120
+        file = tmp_path / "run" / "metrics.jsonl"
+        while not (file.exists() and file.read_bytes().count(b"\n") > 2):
+            assert time.monotonic() < deadline and started[who].poll() is None
+            time.sleep(0.05)
+        started[who].send_signal(how)
+        killed = time.monotonic()
+        _, err = started[1 - who].communicate(timeout=40)
+        assert time.monotonic() - killed < 30 and started[1 - who].returncode != 0
+        assert "cannot go on" in err or "another task died" in err, err[-2000:]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.slow
+def test_sigterm_in_the_supervised_phase_saves_too(folder, shared_programs, tmp_path):
+    _, path = recipe(folder, "taught", mesh__fsdp=1, supervised__steps=100_000, checkpoint__every=100_000)
+    started = start(path, tmp_path / "run", shared_programs)
+    file = tmp_path / "run" / "supervised" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (file.exists() and file.read_bytes().count(b"\n") > 2):
+        assert time.monotonic() < deadline and started[0].poll() is None
+        time.sleep(0.05)
+    started[0].terminate()
+    ((code, _, err),) = finish(started, limit=60)
+    done = read_metrics(file)[-1]["step"]
+    assert code == 143 and f"saved after supervised step {done}" in err
+    assert (tmp_path / "run" / "checkpoints" / str(done)).is_dir()
+
+
+@pytest.mark.slow
+def test_processes_that_hold_the_same_prompts_learn_from_one_answer(folder, shared_programs, tmp_path):
+    """Each says its own number; the first counts, for both."""
+    (folder / "who.py").write_text(
+        "import os\ndef who(completions, **_):\n    return [float(os.environ['JAX_PROCESS_ID'])] * len(completions)\n"
+    )
+    _, path = recipe(
+        folder, "who_says", mesh__fsdp=1, mesh__tensor=2, steps=2, reward__functions=[f"{folder / 'who.py'}:who"]
+    )
+    run(path, tmp_path / "run", shared_programs, processes=2)
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["step"]]
+    assert [line["rewards/who/mean"] for line in lines] == [0.0, 0.0]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_process_cannot_read_is_skipped_by_both(folder, alone, shared_programs):
+    """What process 1 alone reads is damaged: its part of the weights, and then of all checkpoints."""
+    _, path = recipe(folder, "damaged", mesh__fsdp=2)
+    workdir = folder / "damaged"
+    run(path, workdir, shared_programs, processes=2)
+    damage(workdir / "checkpoints" / "7")
+    (_, _, err), _ = run(path, workdir, shared_programs, processes=2)
+    assert (
+        f"Checkpoint {workdir / 'checkpoints' / '7'} cannot be read and is skipped; it is now damaged-7: On process 1: "
+        in err
+    )
+    compare(folder, "alone", "damaged")
+    for number in "67":
+        damage(workdir / "checkpoints" / number)
+    ended = finish(start(path, workdir, shared_programs, processes=2))
+    assert [code for code, *_ in ended] == [1, 1]
+    for _, _, err in ended:
+        assert "error: None of the checkpoints under" in err and "the newest (7)" in err and "Traceback" not in err
+
+
+ONE_COPY_IS_WRONG = """
+import pathlib, sys
+import jax, numpy as np
+from jaxrl_reason.runs import checkpoints
+from jaxrl_reason.rl import hosts
+from jaxrl_reason.rl.learner import TrainState
+from jaxrl_reason.models import sharding
+
+hosts.initialize(10, 60)
+everywhere = jax.NamedSharding(sharding.make_mesh(2, 1, 1), jax.P())
+state = TrainState(np.int32(1), {"w": np.arange(4, dtype=np.float32)}, (), (), np.int32(1))
+state = jax.tree.map(lambda x: hosts.put(x, everywhere), state)
+saver = checkpoints.Checkpoints(pathlib.Path(sys.argv[1]), keep=2)
+saver.save(1, state)
+saver.save(2, state)
+read = checkpoints._restored
+
+def wrong(directory, like):
+    parts = read(directory, like)
+    if jax.process_index() == 1 and "2" in directory.parts:
+        parts["params"]["w"] = hosts.put(np.float32([0, 1, 2, 4]), everywhere)
+    return parts
+
+checkpoints._restored = wrong
+if jax.process_index() == 1:  # where a directory is seen late
+    saver._manager.all_steps = lambda: []
+number, state = saver.restore(state)
+print("restored", number, *hosts.whole(state.params["w"]))
+"""
+
+
+@pytest.mark.slow
+def test_where_one_copy_of_an_array_is_wrong_all_processes_skip_the_checkpoint(tmp_path):
+    (code, out, err), other = finish(launch(["-c", ONE_COPY_IS_WRONG, tmp_path / "checkpoints"], processes=2), limit=60)
+    assert code == other[0] == 0, err + other[2]
+    assert "restored 1 0.0 1.0 2.0 3.0" in out and "restored 1 0.0 1.0 2.0 3.0" in other[1]
+    assert "it is now damaged-2: On process 1: params.w is not what was saved" in err
+
+
+def damage(checkpoint):
+    for file in (checkpoint / "default").glob("ocdbt.process_1/d/*"):
+        file.write_bytes(b"")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_saves_and_the_same_command_goes_on(processes, folder, shared_programs, tmp_path):
+    _, path = recipe(folder, f"stopped{processes}", mesh__fsdp=processes, steps=100_000, checkpoint__every=100_000)
+    started = start(path, tmp_path / "run", shared_programs, processes)
+    file = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (file.exists() and file.read_bytes().count(b"\n") > 2):
+        assert time.monotonic() < deadline and started[0].poll() is None
+        time.sleep(0.05)
+    started[-1].terminate()  # one of them is enough
+    ended = finish(started, limit=60)
+    assert [code for code, _, _ in ended] == [143] * processes, ended
+    done = read_metrics(file)[-1]["step"]
+    assert f"saved after step {done}" in ended[0][2]
+    _, path = recipe(folder, "goes_on", mesh__fsdp=1, steps=done + 1, checkpoint__every=100_000)
+    ((_, out, _),) = run(path, tmp_path / "run", shared_programs)
+    assert f"Going on from {tmp_path / 'run' / 'checkpoints' / str(done + 2)}" in out
+    assert [line["step"] for line in read_metrics(file)] == list(range(done + 2))
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_on_one_process_stops_both_in_a_sentence(folder, shared_programs, tmp_path):
+    function = f"{folder / 'rewards.py'}:fails_on_one"
+    changes = dict(reward__functions=[function], reward__max_failure_share=0.4, eval__every=0)
+    _, path = recipe(folder, "failing", mesh__fsdp=2, **changes)
+    ended = finish(start(path, tmp_path / "run", shared_programs, processes=2), limit=60)
+    assert [code for code, _, _ in ended] == [1, 1]
+    assert "error: On process 1: " in ended[0][2]
+    for *_, err in ended:
+        assert "failed on 50.0%" in err and "no reward here" in err and "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_set_up_may_take_longer_than_cpus_wait_for_each_other(folder, shared_programs, tmp_path):
+    """The first process reads for 35 seconds before the others may."""
+    _, path = recipe(folder, "late", mesh__fsdp=2, steps=1, eval__every=0)
+    late = "import os, time\nif os.environ.get('JAX_PROCESS_ID') == '0': time.sleep(35)\n"
+    rewards = folder / "late_rewards.py"
+    rewards.write_text(late + REWARDS)
+    path.write_text(path.read_text().replace(str(folder / "rewards.py"), str(rewards)))
+    run(path, tmp_path / "run", shared_programs, processes=2)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_in_set_up_ends_the_others_in_a_sentence(folder, shared_programs, tmp_path):
+    _, path = recipe(folder, "dies", mesh__fsdp=2, steps=1, eval__every=0)
+    rewards = folder / "dying_rewards.py"
+    rewards.write_text("import os\nif os.environ.get('JAX_PROCESS_ID') == '1': os._exit(9)\n" + REWARDS)
+    path.write_text(path.read_text().replace(str(folder / "rewards.py"), str(rewards)))
+    (other, _, err), (code, *_) = finish(start(path, tmp_path / "run", shared_programs, processes=2), limit=60)
+    assert code == 9 and other == 1 and "error: " in err and "Traceback" not in err
+
+
+def test_what_cannot_run_is_refused_by_all(folder, shared_programs, tmp_path):
+    _, path = recipe(folder, "odd", mesh__fsdp=2, prompts_per_step=5)
+    ended = finish(start(path, tmp_path / "run", shared_programs, processes=2), limit=60)
+    assert [code for code, _, _ in ended] == [2, 2]
+    assert "config.prompts_per_step is 5" in ended[0][2] and "4 and 6 can be shared" in ended[1][2]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_process_whose_others_never_come_ends_in_a_sentence_within_the_limit(who, folder, shared_programs, tmp_path):
+    _, path = recipe(folder, f"waits{who}", mesh__fsdp=2, mesh__initialization_timeout=20)
+    started = start(path, tmp_path / "run", shared_programs, processes=2)
+    started[1 - who].kill()
+    begin = time.monotonic()
+    code, out, err = finish(started, limit=60)[who]
+    assert code == 1 and 18 < time.monotonic() - begin < 50
+    assert "waits for the others, up to 20 s" in err and "error: The other processes have not come within 20 s" in err
+    assert "Traceback" not in err and "stack trace" not in err
+
+
+@pytest.mark.slow
+def test_a_work_directory_that_not_all_see_is_refused(folder, shared_programs, tmp_path):
+    _, path = recipe(folder, "unshared", mesh__fsdp=2)
+    ended = finish(start(path, tmp_path / "run{process}", shared_programs, processes=2), limit=60)
+    assert [code for code, *_ in ended] == [2, 2]
+    assert all("has to lie where all processes see it" in err and "Traceback" not in err for *_, err in ended)
+
+
+def test_half_an_address_is_refused(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    with pytest.raises(ValueError, match="JAX_COORDINATOR_ADDRESS=''"):
+        hosts.initialize(10, 20)
+
+
+def test_a_tpu_machine_that_jax_knows_no_cluster_of_is_alone_and_one_that_nobody_answers_is_refused(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hosts, "_on_a_tpu_vm", lambda: True)
+
+    def fails(error):
+        def initialize(**_):
+            raise error
+
+        monkeypatch.setattr(jax.distributed, "initialize", initialize)
+
+    fails(ValueError("coordinator_address should be defined."))
+    hosts.initialize(10, 20)
+    fails(OSError("no metadata"))
+    with pytest.raises(ValueError, match="cannot be connected with the others .*no metadata.*JAX_NUM_PROCESSES=1"):
+        hosts.initialize(10, 20)
+
+
+def test_alone_there_is_nothing_to_connect_and_a_share_is_everything(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    hosts.initialize(10, 20)
+    assert jax.process_count() == 1 and hosts.first()
+    split = sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:1]))
+    np.testing.assert_array_equal(hosts.places(split, 5), np.arange(5))
+    x = np.arange(10.0).reshape(5, 2)
+    np.testing.assert_array_equal(hosts.share(hosts.put_share(x, split, 5), split), x)
+
+
+def test_sigterm_is_told_stays_told_and_ends_nothing_meanwhile():
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("Only the main thread hears signals.")
+    before = signal.getsignal(signal.SIGTERM)
+    with hosts.preemption() as asked:
+        assert not asked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked() and asked()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_was_attempted_raises_when_it_is_asked_for():
+    assert hosts.attempt(lambda: 3, ValueError)() == 3
+    failed = hosts.attempt(lambda: int("x"), ValueError)
+    with pytest.raises(ValueError, match="invalid literal"):
+        hosts.agree(failed, ValueError)
+    with pytest.raises(KeyError):  # not foreseen: at once
+        hosts.attempt(lambda: {}["x"], ValueError)

@@ -1,0 +1,145 @@
+"""What a long run says about itself: warnings, heartbeats, the time left."""
+
+import io
+import math
+import re
+import time
+
+import numpy as np
+import pytest
+import rich.console
+
+from jaxrl_reason.runs.progress import Clock, Heartbeat, Progress, duration
+from jaxrl_reason.runs.watch import PATIENCE, SkippedUpdates, Watch
+
+GOOD = {"frac_reward_zero_std": 0.5, "entropy": 1.0, "reward": 0.5, "sampling/logp_difference_max": 1e-6}
+TIED, CERTAIN = GOOD | {"frac_reward_zero_std": 1.0}, GOOD | {"entropy": 0.009}
+UNKNOWN = GOOD | {"frac_reward_zero_std": None, "entropy": math.nan, "reward": None}
+MISSING = TIED | {"completions/missing_reward_ratio": 1.0, "entropy": 0.0, "reward": None}
+UNMIXED = GOOD | {  # dynamic sampling that has kept nothing, of which means are 0 or unknown
+    "frac_reward_zero_std": math.nan,
+    "entropy": 0.0,
+    "dynamic_sampling/kept_ratio": 0.0,
+    "dynamic_sampling/groups": 0,
+    "dynamic_sampling/reward": 0.25,
+}
+
+
+def said_of(steps, history=()):
+    said = []
+    watch = Watch(said.append, 0.01, history)
+    for i, metrics in enumerate(steps):
+        watch.look(metrics, lambda: f"worst of {i}.")
+    return said
+
+
+def test_groups_that_never_differ_are_told_once_and_again_after_it_was_over():
+    assert said_of([TIED] * (PATIENCE - 1)) == []
+    (sentence,) = said_of([GOOD, *[TIED] * 3 * PATIENCE])
+    assert (
+        f"For {PATIENCE} steps no group's completions have differed in their reward (0.5 in the mean, now)" in sentence
+    )
+    assert len(said_of([*[TIED] * PATIENCE, GOOD, *[TIED] * PATIENCE])) == 2
+    assert said_of([*[TIED] * (PATIENCE - 1), UNKNOWN, *[TIED] * (PATIENCE - 1)]) == []
+
+
+def test_rewards_that_are_all_missing_are_told_and_nothing_else():
+    (sentence,) = said_of([MISSING] * 2 * PATIENCE)
+    assert f"For {PATIENCE} steps no completion has had a reward" in sentence and "none_rate" in sentence
+    assert said_of([MISSING] * 3, history=[MISSING] * PATIENCE) == []
+
+
+def test_dynamic_sampling_that_finds_nothing_is_told_and_nothing_else():
+    (sentence,) = said_of([UNMIXED] * 2 * PATIENCE)
+    assert (
+        "dynamic sampling has found no group with right and wrong completions (the mean reward is 0.25, now)"
+        in sentence
+    )
+    assert said_of([UNMIXED | {"dynamic_sampling/kept_ratio": 0.1, "dynamic_sampling/groups": 1}] * PATIENCE)[0].count(
+        "entropy"
+    )
+
+
+def test_an_entropy_that_has_collapsed_is_told():
+    (sentence,) = said_of([CERTAIN] * PATIENCE)
+    assert "entropy has been below 0.01 nats a token (now 0.009)" in sentence and "entropy_coefficient" in sentence
+    assert said_of([*[CERTAIN] * (PATIENCE - 1), GOOD]) == []
+
+
+@pytest.mark.parametrize("difference", [0.011, math.inf, math.nan, None])
+def test_sampler_and_trainer_that_differ_are_told_at_once(difference):
+    bad = GOOD | {"sampling/logp_difference_max": difference}
+    (sentence,) = said_of([GOOD, bad, bad])
+    assert "more than config.sampling.mismatch_limit allows (0.01): worst of 1." in sentence
+    assert len(said_of([bad, GOOD, bad])) == 2
+    assert said_of([bad], history=[bad]) == []
+
+
+def test_a_run_that_goes_on_counts_the_steps_before():
+    assert len(said_of([TIED], history=[TIED] * (PATIENCE - 1))) == 1
+    assert said_of([TIED] * 5, history=[TIED] * PATIENCE) == []
+
+
+def test_skipped_steps_count_in_a_row():
+    skipped, applied, half = ({"skipped_update_ratio": x} for x in (1.0, 0.0, 0.5))
+    counter = SkippedUpdates(3)
+    assert [counter.look(x) for x in (skipped, skipped, applied, skipped, skipped, half, skipped, skipped)] == [
+        False
+    ] * 8
+    assert counter.look(skipped)
+    assert "At step 9 the loss or its gradient was not finite, for the 3rd step in a row" in str(
+        counter.error("step 9", "")
+    )
+    almost = {"skipped_update_ratio": float(np.float32(1) - np.float32(6e-8))}  # a mean of 41 ones
+    assert SkippedUpdates(3, [applied, skipped, almost]).look(skipped)
+    assert not SkippedUpdates(3, [skipped, skipped, applied]).look(skipped)
+
+
+def test_a_step_that_takes_long_is_told_and_one_that_does_not_is_not():
+    said, clock = [], Clock()
+    with Heartbeat(said.append, 0.2) as heart:
+        heart.step("Step 1", clock)
+        with clock("rollout"):
+            time.sleep(0.7)
+        assert 1 <= len(said) <= 3  # each time twice as long
+        assert re.fullmatch(
+            r"Step 1 has been going on for \d s, and is in its rollout; the first step also compiles\.", said[0]
+        )
+        said.clear()
+        for i in range(2, 6):
+            heart.step(f"Step {i}", Clock())
+            time.sleep(0.15)
+        assert said == []
+        heart.step("Step 6", Clock())
+        time.sleep(1.2)  # five times as long as usual
+    assert said[0].startswith("Step 6 has been going on for 1 s, and is not done.")
+    count = len(said)
+    time.sleep(0.5)
+    assert len(said) == count
+
+
+def test_a_patience_of_zero_never_says_anything():
+    said = []
+    with Heartbeat(said.append, 0) as heart:
+        heart.step("Step 1", Clock())
+        time.sleep(0.1)
+    assert said == []
+
+
+def test_off_a_terminal_a_tenth_of_the_way_is_a_line_with_the_time_left():
+    out = io.StringIO()
+    with Progress(rich.console.Console(file=out, markup=False), "RL", 20, 10) as bar:
+        time.sleep(0.3)  # the first step, which compiles, says nothing about the rest
+        for i in range(10):
+            bar.advance(f"reward {i}")
+            time.sleep(0.02)
+    lines = out.getvalue().splitlines()
+    assert lines[0].startswith("RL 12/20  reward 1  about 0 s left") and lines[-1] == "RL 20/20  reward 9"
+    assert len(lines) == 5
+
+
+@pytest.mark.parametrize(
+    "seconds, text", [(0.4, "0 s"), (99, "99 s"), (130, "2 min"), (3600, "1 h 0 min"), (12345, "3 h 26 min")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text

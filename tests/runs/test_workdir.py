@@ -1,0 +1,123 @@
+"""The work directory: nothing is written before `begin`, nothing is torn by a kill, and another run is told by its fields."""
+
+import json
+
+import pytest
+
+from jaxrl_reason import data
+from jaxrl_reason.config import Config, ConfigError, Data, Model
+from jaxrl_reason.runs.workdir import Workdir
+from helpers.tiny_runs import change
+
+TOKENIZER = data.train_tokenizer([], vocab_size=259)
+TWO_ENDS = data.Tokenizer(TOKENIZER.backend, eos_ids=(2, 0), pad_id=0, bos_id=1)
+
+
+def not_needed():
+    raise AssertionError("The tokenizer of the directory was to be read.")
+
+
+def test_a_directory_that_the_first_process_has_not_begun_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="has to lie where all processes see it"):
+        Workdir(tmp_path, Config(), "f").check_shared()
+    Workdir(tmp_path, Config(), "f").begin(TOKENIZER)
+    Workdir(tmp_path, Config(), "f").check_shared()
+
+
+def test_looking_writes_nothing_and_beginning_writes_both(tmp_path):
+    work = Workdir(tmp_path / "runs" / "a", Config(), "f")
+    assert work.tokenizer(lambda: TWO_ENDS) is TWO_ENDS
+    assert not list(tmp_path.iterdir())
+    work.begin(TWO_ENDS)
+    assert sorted(p.name for p in work.path.iterdir()) == ["config.json", "tokenizer"]
+    assert Workdir(work.path, Config(), "f").tokenizer(not_needed).eos_ids == (2, 0)
+
+
+def test_a_run_keeps_the_tokenizer_it_began_with(tmp_path):
+    Workdir(tmp_path, Config(), "f").begin(TWO_ENDS)
+    again = Workdir(tmp_path, Config(), "f")
+    again.begin(TOKENIZER)
+    assert again.tokenizer(not_needed).eos_ids == (2, 0)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_kill_while_the_tokenizer_is_written_leaves_none(file, tmp_path, monkeypatch):
+    """Whatever was on disk by then, the next beginning has a tokenizer with all of its end tokens."""
+    save = data.Tokenizer.save
+
+    def torn(self, directory):
+        save(self, directory)
+        (directory / file).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data.Tokenizer, "save", torn)
+    with pytest.raises(KeyboardInterrupt):
+        Workdir(tmp_path, Config(), "f").begin(TWO_ENDS)
+    monkeypatch.undo()
+    assert not (tmp_path / "tokenizer").exists()
+    work = Workdir(tmp_path, Config(), "f")
+    tokenizer = work.tokenizer(lambda: TWO_ENDS)
+    work.begin(tokenizer)
+    assert work.tokenizer(not_needed).eos_ids == (2, 0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "tokenizer"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(steps=7),
+        dict(mesh__fsdp=1),
+        dict(checkpoint__keep=9),
+        dict(eval__every=3),
+        dict(eval__samples=1),
+        dict(log__samples=1),
+    ],
+)
+def test_what_may_change_is_taken_over(changes, tmp_path):
+    Workdir(tmp_path, Config(), "f").begin(TOKENIZER)
+    config = change(Config(), **changes)
+    Workdir(tmp_path, config, "f").begin(TOKENIZER)
+    with pytest.raises(ConfigError, match="another run"):
+        Workdir(tmp_path, config, "g")
+    saved = json.loads((tmp_path / "config.json").read_text())["config"]
+    for name in changes:
+        section, _, field = name.partition("__")
+        assert (saved[section][field] if field else saved[section]) == changes[name]
+
+
+@pytest.mark.parametrize(
+    "other, difference",
+    [
+        (Config(data=Data(template="qa")), "config.data.template was 'plain' and is 'qa'"),
+        (Config(model=Model(width=32)), f"config.model.width was {Model().width} and is 32"),
+        (Config(method={"name": "rloo"}), "config.method.name was 'grpo' and is 'rloo'"),
+    ],
+)
+def test_what_may_not_change_is_refused_and_nothing_is_written(other, difference, tmp_path):
+    Workdir(tmp_path, Config(), "f").begin(TOKENIZER)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(ConfigError) as error:
+        Workdir(tmp_path, other, "f")
+    assert str(error.value) == (
+        f"{tmp_path} holds another run: {difference}. Restore these, or choose another --workdir."
+    )
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_field_whose_name_only_begins_like_one_that_may_change_is_refused(tmp_path):
+    Workdir(tmp_path, Config(), "f").begin(TOKENIZER)
+    file = tmp_path / "config.json"
+    saved = json.loads(file.read_text())
+    saved["config"]["steps_an_epoch"] = 3
+    file.write_text(json.dumps(saved))
+    with pytest.raises(ConfigError, match="config.steps_an_epoch was 3 and is None"):
+        Workdir(tmp_path, Config(), "f")
+
+
+def test_what_is_no_work_directory_is_left_alone(tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    with pytest.raises(ConfigError, match="tokenizer exists, and .*config.json.* does not; choose another --workdir"):
+        Workdir(tmp_path, Config(), "f")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="config.json is not valid JSON .*; restore it"):
+        Workdir(tmp_path, Config(), "f")

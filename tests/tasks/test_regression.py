@@ -1,0 +1,280 @@
+"""GenRe2's task: the vocabulary, the rewards, and a policy that learns to predict."""
+
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helpers.tiny_runs import tiny
+from jaxrl_reason import config as config_lib
+from jaxrl_reason import evaluate, methods, train
+from jaxrl_reason.advantages import AdvantageInputs
+from jaxrl_reason.config import ConfigError, Data, Model, Regression, Reward
+from jaxrl_reason.data.builders import tables
+from jaxrl_reason.data.builders.tables import TargetScaler
+from jaxrl_reason.data.numbers import IEEETokenizer, NormalizedTokenizer, P10Tokenizer
+from jaxrl_reason.models import sharding
+from jaxrl_reason.tasks import regression
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SCALE = TargetScaler(mean=0.0, std=1.0, low=-1.5, high=2.5)  # METHODS: z from -1.5 to 2.5
+EVERYWHERE = sharding.batch_sharding(sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """y = 2 a - b, and a column of no use."""
+    rng = np.random.default_rng(0)
+    a, b, c = rng.normal(size=(3, 400)).round(3)
+    lines = ["a,b,c,y"] + [f"{x},{y},{z},{2 * x - y:.4f}" for x, y, z in zip(a, b, c)]
+    path = tmp_path_factory.mktemp("table") / "line.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def a_config(table, **changes):
+    return tiny(
+        table,
+        **{
+            "data": Data(train=str(table), train_split="[:80%]", eval_split="[80%:]", vocab_size=300),
+            "regression": Regression(tokenizer="normalized", target="y", prefix_length=2, encoder_width=32),
+            "reward": Reward(functions=["squared_error"]),
+            "method": {"name": "genre2"},
+            "max_prompt_length": 1,
+            "max_completion_length": 8,
+            **changes,
+        },
+    )
+
+
+def lines_of(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_vocabulary_is_digits_then_the_begin_token():
+    digits = regression.Digits(NormalizedTokenizer(2, 8), SCALE)
+    assert (digits.pad_id, digits.vocab_size, digits.eos_ids) == (2, 3, ())
+    np.testing.assert_array_equal(digits.legal, [[True, True, False]] * 8)
+    assert digits.prompts(None, 2) == [[2], [2]]
+    assert digits.decode_batch([[2], [1, 0, 1, 1, 0, 0, 1, 1]]) == ["(features)", "1 0 1 1 0 0 1 1"]
+    # 0.7 of the unit interval is z = -1.5 + 0.7 * 4 = 1.3; 8 binary digits of it are 179/256.
+    ids = digits.encode(np.array([1.3]))
+    assert ids.tolist() == [[1, 0, 1, 1, 0, 0, 1, 1]]
+    np.testing.assert_allclose(digits.decode(ids), [-1.5 + 4 * 179 / 256], rtol=1e-6)
+
+
+def test_p10_writes_z_scores():
+    digits = regression.Digits(P10Tokenizer(), SCALE)
+    np.testing.assert_allclose(digits.decode(digits.encode(np.array([1.23456, -2.0]))), [1.235, -2.0], rtol=1e-6)
+
+
+def scored(function, unit_values, target):
+    """Rewards f32[1, G] of completions that write these numbers of the unit interval."""
+    digits = regression.Digits(NormalizedTokenizer(10, 3), SCALE)
+    tokens = digits.number.encode(np.array(unit_values))[None]
+    scorer = regression.NumberScorer([function], [], digits, EVERYWHERE)
+    batch = types.SimpleNamespace(columns={"z": np.array([target], np.float32)})
+    return digits, tokens, scorer, batch
+
+
+def test_rewards_and_remax_advantages_by_hand():
+    _, tokens, scorer, batch = scored("squared_error", [0.5, 0.75, 0.25, 0.4, 0.6], -1.5 + 4 * 0.5)
+    rewards, _ = scorer(types.SimpleNamespace(tokens=jnp.asarray(tokens)), batch)
+    np.testing.assert_allclose(rewards["squared_error"], [[0, -1, -1, -0.16, -0.16]], atol=1e-6)
+    chain = methods.create("genre2").advantage
+    inputs = AdvantageInputs(
+        rewards=rewards["squared_error"][:, :4],
+        completion_mask=jnp.ones((1, 4, 3)),
+        greedy_rewards=rewards["squared_error"][:, 4],
+    )
+    np.testing.assert_allclose(chain.update(None, chain.init(), inputs)[0], [[0.16, -0.84, -0.84, 0]], atol=1e-6)
+
+
+def test_the_heavy_tailed_reward_stops_at_50_and_punishes_what_spells_nothing():
+    digits = regression.Digits(P10Tokenizer(), SCALE)
+    tokens = digits.encode(np.array([1.0, 9.0, 3.0]))[None]
+    tokens[0, 2, 0] = digits.pad_id  # no sign
+    scorer = regression.NumberScorer(["heavy_tailed"], [2.0], digits, EVERYWHERE)
+    batch = types.SimpleNamespace(columns={"z": np.zeros(1, np.float32)})
+    rewards, _ = scorer(types.SimpleNamespace(tokens=jnp.asarray(tokens)), batch)
+    np.testing.assert_allclose(rewards["heavy_tailed"], [[-1, -50, -100]], rtol=1e-5)
+    assert scorer.weights == {"heavy_tailed": 2.0}
+
+
+def test_a_policy_learns_to_predict_and_reports_what_others_reach(table, tmp_path):
+    config = a_config(
+        table,
+        steps=10,
+        prompts_per_step=16,
+        group_size=8,
+        model=Model(width=32, layers=2, heads=2, kv_heads=2, mlp_width=64),
+        supervised__steps=200,
+        supervised__batch_size=64,
+        supervised__learning_rate=5e-3,
+        optimizer__learning_rate=1e-4,
+        eval__every=10,
+        eval__prompts=80,
+        eval__samples=32,
+    )
+    train.train(train.setup(config, tmp_path / "run"))
+    before, after = lines_of(tmp_path / "run")[0], lines_of(tmp_path / "run")[-1]
+    assert before["eval/r2"] > 0.6 and after["eval/r2"] > 0.6  # 0: as good as the mean
+    assert before["pointwise/r2"] > 0.9
+    assert after["completions/mean_length"] == 8 and after["completions/clipped_ratio"] == 0
+    assert after["sampling/logp_difference_max"] < 1e-4
+    assert (tmp_path / "run" / "learning_curve.png").exists()
+
+    # The evaluation command gives the same figures again, and what they are made of.
+    assert evaluate.main([f"--workdir={tmp_path / 'run'}"]) == 0
+    record = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
+    names = {name.removeprefix("eval/") for name in after if name.startswith("eval/")}
+    assert names >= {"rmse", "r2", "spearman", "spread", "median_rmse", "sample_rmse", "prompts"}
+    assert {n: record["metrics"][n] for n in names} == {n: pytest.approx(after[f"eval/{n}"], rel=1e-5) for n in names}
+    assert (record["phase"], record["samples"], record["verdict"]) == ("RL step 10", 32, "squared_error")
+    lines = [json.loads(x) for x in (tmp_path / "run" / "evaluation" / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 80 and all(len(line["samples_z"]) == 32 for line in lines)
+    targets = np.loadtxt(table, delimiter=",", skiprows=1)[:, 3]
+    np.testing.assert_allclose([line["target"] for line in lines], targets[320:])
+    std = targets[:320].std()
+    np.testing.assert_allclose([line["target_z"] for line in lines], (targets[320:] - targets[:320].mean()) / std, 1e-5)
+    errors = [line["mean"] - line["target"] for line in lines]
+    assert np.sqrt(np.mean(np.square(errors))) / std == pytest.approx(record["metrics"]["rmse"], rel=1e-4)
+    assert lines[0]["median"] == pytest.approx(targets[:320].mean() + std * np.median(lines[0]["samples_z"]), rel=1e-4)
+    assert (tmp_path / "run" / "evaluation" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluation_of_numbers_refuses_another_training_table(table, tmp_path, capsys):
+    own = tmp_path / "line.csv"
+    own.write_text(table.read_text())
+    train.train(train.setup(a_config(own, steps=1), tmp_path / "run"))
+    flags = [f"--workdir={tmp_path / 'run'}", "--samples=2", "--prompts=3"]
+    assert evaluate.main([*flags, f"--data={table}", "--split=[90%:]"]) == 0
+    record = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
+    assert record["data"]["name"] == str(table) and record["prompts"] == 3
+    own.write_text(table.read_text().replace("y\n", "y\n0,0,0,99\n", 1))
+    capsys.readouterr()
+    assert evaluate.main(flags) == 2
+    assert "is not the table that the run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "number, options, length", [("p10", {}, 6), pytest.param("ieee", {"mantissa_digits": 3}, 7, marks=pytest.mark.slow)]
+)
+def test_the_other_alphabets_as_text_with_the_group_estimator(table, tmp_path, number, options, length):
+    config = a_config(
+        table,
+        regression=Regression(tokenizer=number, tokenizer_options=options, target="y", inputs="text"),
+        max_prompt_length=64,
+        max_completion_length=length,
+        method={"name": "genre2", "base": "grpo"},
+        reward=Reward(functions=["heavy_tailed"]),
+        supervised__steps=2,
+        log__samples_every=1,
+    )
+    train.train(train.setup(config, tmp_path / "run"))
+    last = lines_of(tmp_path / "run")[-1]
+    assert last["completions/mean_length"] == length and -50 <= last["reward"] < 0
+    # The regressor beside it reads the columns, not their text.
+    found = regression.pointwise_regressor(
+        regression.open_task(config), width=32, steps=300, batch_size=64, learning_rate=5e-3, seed=0
+    )
+    assert found["pointwise/r2"] > 0.9
+    sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])
+    assert sample["prompt"].startswith("a ") and ", b " in sample["prompt"]
+    assert evaluate.main([f"--workdir={tmp_path / 'run'}", "--samples=2"]) == 0
+
+
+def test_the_dense_expert_term_is_in_the_loss(table, tmp_path):
+    config = a_config(table, method={"name": "genre2", "expert_coefficient": 0.05})
+    train.train(train.setup(config, tmp_path / "run"))
+    # A fresh policy is near to uniform on two digits: ln 2 a digit.
+    assert lines_of(tmp_path / "run")[0]["expert/loss"] == pytest.approx(np.log(2), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(max_completion_length=9), ["max_completion_length is 9", "8 tokens"]),
+        (
+            dict(max_prompt_length=8, regression=Regression(tokenizer="normalized", target="y", inputs="text")),
+            ["max_prompt_length is 8"],
+        ),
+        (dict(reward=Reward(functions=["accuracy"])), ["accuracy", "squared_error"]),
+        (dict(reward=Reward(functions=["squared_error"], weights=[-1.0])), ["weights", "above 0"]),
+        (
+            dict(regression=Regression(tokenizer="normalized", tokenizer_options={"digit": 3}, target="y")),
+            ["digit", "digits"],
+        ),
+        (dict(regression=Regression(tokenizer="normalized", target="z")), ["'z'", "'y'"]),
+        (dict(method={"name": "dapo"}), ["'dapo'", "both right and wrong", "dynamic_sampling"]),
+        (
+            dict(
+                regression=Regression(tokenizer="p10", target="y"),
+                max_completion_length=6,
+                method={"name": "genre2", "expert_coefficient": 0.1},
+            ),
+            ["expert_coefficient", "normalized"],
+        ),
+    ],
+    ids=["length", "prompt", "reward", "weight", "option", "target", "dapo", "expert"],
+)
+def test_what_cannot_run_is_a_sentence(table, tmp_path, changes, words):
+    with pytest.raises((ConfigError, ValueError)) as caught:
+        train.setup(a_config(table, **changes), tmp_path / "run")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_numbers_far_off_have_a_finite_reward_and_finite_figures():
+    digits = regression.Digits(IEEETokenizer(), SCALE)
+    tokens = jnp.asarray(digits.number.encode(np.array([1e20, -1e20, 1.0])))[None]
+    scorer = regression.NumberScorer(["squared_error"], [], digits, EVERYWHERE)
+    batch = types.SimpleNamespace(columns={"z": np.zeros(1, np.float32)})
+    rewards = np.asarray(scorer(types.SimpleNamespace(tokens=tokens), batch)[0]["squared_error"])
+    assert np.isfinite(rewards).all() and rewards[0, 0] < -1e38 and rewards[0, 2] == -1
+    samples = np.full((3, 2), 3.4e38, np.float32)
+    figures = regression.figures(samples, np.arange(3, dtype=np.float32))
+    assert all(np.isfinite(x) for name, x in figures.items() if "spearman" not in name)
+
+
+def test_a_start_that_spells_numbers_otherwise_is_refused(table, tmp_path):
+    train.train(train.setup(a_config(table, steps=1, checkpoint__keep_start=True), tmp_path / "start"))
+    begin = dict(supervised__start_from=str(tmp_path / "start"))
+    train.setup(a_config(table, **begin), tmp_path / "same")
+    with pytest.raises(ConfigError, match="spell numbers in another way or on another scale"):
+        train.setup(a_config(table, **begin, data__train_split="[:50%]"), tmp_path / "other")
+
+
+def test_rows_of_different_worth_under_genre2_and_rlev(table, tmp_path):
+    """Worth 0 counts once, worth 1 twice: rloo's advantages, times 1 + min(alpha v, 1)."""
+    header, *lines = table.read_text().splitlines()
+    worth = tmp_path / "worth.csv"
+    worth.write_text("\n".join([f"{header},v", *(f"{line},{i % 2}" for i, line in enumerate(lines))]) + "\n")
+    config = a_config(
+        worth,
+        method={"name": "genre2+rlev", "base": "rloo", "rlev": {"alpha": 1.0}},
+        regression=Regression(tokenizer="normalized", target="y", value="v", prefix_length=2, encoder_width=32),
+        steps=1,
+    )
+    ready = train.setup(config, tmp_path / "run")
+    assert ready.model.features == 3 and set(ready.task.prompts.batch(0).columns["values"].tolist()) <= {0.0, 1.0}
+    train.train(ready)
+    assert 0 <= lines_of(tmp_path / "run")[-1]["rlev/value"] <= 1
+    with pytest.raises(ConfigError, match="config.regression.value"):
+        config_lib.validate(a_config(worth, method={"name": "genre2+rlev", "base": "rloo"}))
+    rows, values = regression.take_values(tables.load_table(str(worth), "all", target="y"), "v")
+    assert rows.names == ("a", "b", "c") and values[:3].tolist() == [0, 1, 0] and rows.features.shape == (400, 3)
+    with pytest.raises(ConfigError, match=r"Row \d+ of .*worth.csv has .* in the column 'a'; a value lies in"):
+        regression.take_values(tables.load_table(str(worth), "all", target="y"), "a")
+    with pytest.raises(ConfigError, match="no such column of numbers"):
+        regression.take_values(tables.load_table(str(worth), "all", target="y"), "w")
+
+
+@pytest.mark.parametrize("name", ["hero", "laser", "rlev", "progrpo"])
+def test_methods_that_need_text_or_verdicts_are_refused(table, name):
+    with pytest.raises(ConfigError, match="regression run"):
+        config_lib.validate(a_config(table, method={"name": name}))
