@@ -5,10 +5,10 @@ import json
 import logging
 import pathlib
 
-from jaxrl_reason.runs import checkpoints
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import models
 from jaxrl_reason.config import Config, ConfigError
+from jaxrl_reason.runs import checkpoints
 
 _log = logging.getLogger(__name__)
 

@@ -19,11 +19,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxrl_reason.runs import digests
-from jaxrl_reason.rl import hosts
 from jaxrl_reason.data import hub
+from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.learner import Experience, TrainState
 from jaxrl_reason.rl.rollout import Rollout
+from jaxrl_reason.runs import digests
 
 _log = logging.getLogger(__name__)
 # What orbax raises on damaged files.

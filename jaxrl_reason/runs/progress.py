@@ -1,10 +1,10 @@
 """What a person sees while a run goes on, and how long its parts take."""
 
+from collections.abc import Callable
 import contextlib
 import statistics
 import threading
 import time
-from collections.abc import Callable
 
 import rich.console
 import rich.progress

@@ -8,10 +8,10 @@ import shutil
 
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import models
-from jaxrl_reason.runs import writers
 from jaxrl_reason.config import Config, ConfigError
-from jaxrl_reason.data import Tokenizer, fitted, load_tokenizer
+from jaxrl_reason.data import fitted, load_tokenizer, Tokenizer
 from jaxrl_reason.models.formats.weights import read_json
+from jaxrl_reason.runs import writers
 
 # What may differ when a run goes on: how long it is, how it is judged, what it writes, where it runs, what it bears.
 MAY_CHANGE = (

@@ -7,20 +7,20 @@ leaves at most its last line torn; opening the file again removes that line. A r
 Whatever cannot be written (a full or a read-only disk) is an OSError whose message is a sentence that names the file.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import io
 import json
 import math
 import os
+from pathlib import Path
 import socket
 import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
+from matplotlib.figure import Figure
 import numpy as np
 import rich.table
-from matplotlib.figure import Figure
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_reason.runs import checkpoints, digests
 from jaxrl_reason import runs
 from jaxrl_reason.rl.learner import TrainState
+from jaxrl_reason.runs import checkpoints, digests
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"  # the reader leaves callbacks behind

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import rich.console
 
-from jaxrl_reason.runs.progress import Clock, Heartbeat, Progress, duration
+from jaxrl_reason.runs.progress import Clock, duration, Heartbeat, Progress
 from jaxrl_reason.runs.watch import PATIENCE, SkippedUpdates, Watch
 
 GOOD = {"frac_reward_zero_std": 0.5, "entropy": 1.0, "reward": 0.5, "sampling/logp_difference_max": 1e-6}

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from helpers.tiny_runs import change
 from jaxrl_reason import data
 from jaxrl_reason.config import Config, ConfigError, Data, Model
 from jaxrl_reason.runs.workdir import Workdir
-from helpers.tiny_runs import change
 
 TOKENIZER = data.train_tokenizer([], vocab_size=259)
 TWO_ENDS = data.Tokenizer(TOKENIZER.backend, eos_ids=(2, 0), pad_id=0, bos_id=1)

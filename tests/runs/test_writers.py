@@ -8,15 +8,15 @@ import sys
 import textwrap
 import time
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event
 
-from jaxrl_reason.runs.writers import MetricsWriter, SampleTable, plot_learning_curve, read_metrics, summary_table
+from jaxrl_reason.runs.writers import MetricsWriter, plot_learning_curve, read_metrics, SampleTable, summary_table
 
 
 def events(directory):
