@@ -25,8 +25,8 @@ from jaxrl_reason.config import Config, Model, Optimizer, Update
 from jaxrl_reason.data import PromptBatch
 from jaxrl_reason.models import sharding
 from jaxrl_reason.rewards.host import HostReward, score
-from jaxrl_reason.rl import experience
 from jaxrl_reason.rl import programs as programs_lib
+from jaxrl_reason.rl.types import Groups
 
 SIZES = {  # vocabulary size and the rest of the model
     "tiny": (512, dict(width=128, layers=2, heads=4, kv_heads=2, mlp_width=384)),
@@ -125,9 +125,9 @@ def run(args: argparse.Namespace) -> dict:
         table = score([reward], [""] * args.prompts, texts, ids, {})
         rewards = {"even": jax.device_put(table.per_reward["even"], programs.sharding)}
         times.append(time.perf_counter())
-        groups = experience.Groups(rollout, rewards)
-        learnt, advantage_state, _ = programs.prepare(groups, state.advantage_state, None)
-        state, _ = jax.block_until_ready(programs.update(state._replace(advantage_state=advantage_state), learnt))
+        groups = Groups(rollout, rewards)
+        learnt, advantage_state, _ = programs.make_experience(groups, state.advantage_state)
+        state, *_ = jax.block_until_ready(programs.update(state._replace(advantage_state=advantage_state), learnt))
         times.append(time.perf_counter())
         return state, np.diff(times)
 

@@ -35,15 +35,15 @@ import rich.console
 import rich.table
 
 from jaxrl_reason import config as config_lib
-from jaxrl_reason import data, methods, models, reward_training, runs, tasks
+from jaxrl_reason import data, methods, models, runs, tasks
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data import PromptBatch
 from jaxrl_reason.data.values import held_out_values
 from jaxrl_reason.models import reward_model, sharding
-from jaxrl_reason.rewards import RewardError
+from jaxrl_reason.rewards import model_training, RewardError
 from jaxrl_reason.rewards.scorer import LEARNED, Scorer
 from jaxrl_reason.rl import programs as programs_lib
-from jaxrl_reason.rl.rollout import Rollout
+from jaxrl_reason.rl.types import Rollout
 from jaxrl_reason.runs import writers
 from jaxrl_reason.runs.progress import Progress
 from jaxrl_reason.runs.workdir import model_source, tokenizer_of
@@ -263,7 +263,7 @@ def run(request: Request, command: str) -> dict[str, float]:
         config_lib.load_module(request.recipe)
     c, workdir = runs.load_config(request.workdir, request.fields), request.workdir
     method = config_lib.make_method(c)
-    mesh = programs_lib.mesh_of(c)
+    mesh = programs_lib.make_mesh(c)
     subject = _numbers_subject(c, workdir, mesh) if c.regression.tokenizer else _text_subject(c, workdir, method, mesh)
     programs = programs_lib.build(
         c,
@@ -282,8 +282,8 @@ def run(request: Request, command: str) -> dict[str, float]:
         models.abstract_params(subject.model),
         sharding.param_shardings(subject.model, mesh),
     )
-    number, params = runs.load_weights(workdir, request.checkpoint, like)
-    params = programs.for_rollouts(params) if programs.for_rollouts else params
+    number, params = runs.load_weights(workdir, request.checkpoint, like, subject.model)
+    params = programs.rollout_weights(params)
     if request.out.exists() and not request.out.is_dir():
         raise ConfigError(f"--out={request.out} is a file; name a directory.")
     request.out.mkdir(parents=True, exist_ok=True)  # before the work that it is for
@@ -331,11 +331,11 @@ def run(request: Request, command: str) -> dict[str, float]:
 def _learned_reward(c: Config, workdir: pathlib.Path, tokenizer: data.Tokenizer, mesh: jax.sharding.Mesh) -> Callable:
     """Scores of the reward model that the run learnt from, see `Scorer.with_reward_model`."""
     directory = pathlib.Path(c.reward_model.path).expanduser() if c.reward_model.path else workdir / "reward_model"
-    if c.reward_model.path and not reward_training.is_ours(directory):
-        opened = reward_training.open_pretrained(c, mesh, workdir)
-        return reward_training.pretrained_scorer(c, opened, tokenizer, mesh)
-    digest = reward_training.tokenizer_digest(tokenizer)
-    shape, params = reward_training.load_reward_model(directory, digest, mesh=mesh)
+    if c.reward_model.path and not model_training.is_ours(directory):
+        opened = model_training.open_pretrained(c, mesh, workdir)
+        return model_training.pretrained_scorer(c, opened, tokenizer, mesh)
+    digest = model_training.tokenizer_digest(tokenizer)
+    shape, params = model_training.load_reward_model(directory, digest, mesh=mesh)
     score = jax.jit(functools.partial(reward_model.group_scores, shape))
     return lambda rollout, batch: (score(params, rollout), {})
 

@@ -21,11 +21,12 @@ import jax
 import rich.console
 
 from jaxrl_reason import config as config_lib
-from jaxrl_reason import data, models, reward_training, runs
+from jaxrl_reason import data, models, runs
 from jaxrl_reason.config import ConfigError
 from jaxrl_reason.methods import nearest
 from jaxrl_reason.models import sharding
 from jaxrl_reason.models.formats import pretrained
+from jaxrl_reason.rewards import model_files
 from jaxrl_reason.runs.workdir import model_source, tokenizer_of
 
 _FLAGS = ("--workdir", "--out", "--checkpoint", "--reward-model", "--adapters", "--dtype", "--config")
@@ -90,7 +91,7 @@ def load_policy(workdir: pathlib.Path, checkpoint: int | None = None) -> tuple[i
     # The host has room for models that one accelerator has not.
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), models.abstract_params(model))
-    number, params = runs.load_weights(workdir, checkpoint, like)
+    number, params = runs.load_weights(workdir, checkpoint, like, model)
     if source is None:
         source = {"max_position_embeddings": config.max_prompt_length + config.max_completion_length}
     return number, models.Policy(model, params, tokenizer, source, pretrained.files_of(workdir / "tokenizer"))
@@ -104,12 +105,12 @@ def load_reward_model(workdir: pathlib.Path) -> models.RewardModel:
     """
     runs.load_config(workdir, {})
     directory = workdir / "reward_model"
-    if not reward_training.is_ours(directory):
+    if not model_files.is_ours(directory):
         raise ConfigError(f"The run in {workdir} has trained no reward model.")
     tokenizer = data.load_tokenizer(directory / "tokenizer")
     host = sharding.make_mesh(1, 1, 1, devices=jax.local_devices(backend="cpu")[:1])
-    digest = reward_training.tokenizer_digest(tokenizer)
-    model, params = reward_training.load_reward_model(directory, digest, mesh=host)
+    digest = model_files.tokenizer_digest(tokenizer)
+    model, params = model_files.load_reward_model(directory, digest, mesh=host)
     return models.RewardModel(model, params, tokenizer, {}, pretrained.files_of(directory / "tokenizer"))
 
 

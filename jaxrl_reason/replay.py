@@ -21,8 +21,8 @@ import rich.table
 from jaxrl_reason import models, runs, train
 from jaxrl_reason.config import ConfigError
 from jaxrl_reason.rewards import RewardError
-from jaxrl_reason.rl import hosts
-from jaxrl_reason.rl.learner import Experience
+from jaxrl_reason.rl import auxiliary, hosts
+from jaxrl_reason.rl.types import Experience
 from jaxrl_reason.runs import checkpoints
 
 SHOWN = 3  # prompts at fault whose completions are printed
@@ -54,9 +54,8 @@ def examine(run: train.Run, params: models.Params, batch: Experience) -> list[Fo
         part = batch
         if prompt is not None:
             alone = hosts.put(np.arange(len(batch.mask)) == prompt, sharding)
-            judged = None if batch.judged is None else batch.judged & alone[:, None]
-            part = batch._replace(mask=batch.mask & alone[:, None, None], judged=judged)
-        grads, metrics, _ = run.programs.gradient(params, part)
+            part = batch._replace(mask=batch.mask & alone[:, None, None])
+        grads, metrics, *_ = run.programs.gradient(params, part)
         norms = jax.device_get(_norms(grads))
         bad = tuple(name for name, norm in _named(norms) if not math.isfinite(norm))
         whole = float(np.sqrt(sum(np.square(np.float64(norm)) for _, norm in _named(norms))))
@@ -84,10 +83,8 @@ def load(run: train.Run, step: int) -> tuple[models.Params, Experience, dict[str
     batch, rewards = checkpoints.load_batch(directory / "batch.npz")
     put = lambda x: hosts.put(x, run.programs.sharding)
     batch = jax.tree.map(put, batch)
-    judging = run.method.loss.self_reward
-    if judging and step <= judging.warmup_steps:  # as the update left it out
-        batch = batch._replace(judged=jnp.zeros_like(batch.judged))
-    return params, batch, rewards
+    active = auxiliary.at_step(run.method.loss, batch.auxiliary, batch.mask, step - 1)
+    return params, batch._replace(auxiliary=active), rewards
 
 
 def report(run: train.Run, step: int, console: rich.console.Console) -> list[Found]:

@@ -372,7 +372,7 @@ def test_weights_are_read_without_the_rest_of_the_state(trained):
     number, state = saver.restore(run.programs.init())
     saver.close()
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params)
-    found_number, params = runs.load_weights(workdir, None, like)
+    found_number, params = runs.load_weights(workdir, None, like, run.model)
     assert found_number == number == 152
     jax.tree.map(np.testing.assert_array_equal, params, state.params)
     assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(lambda x: x.sharding, state.params)

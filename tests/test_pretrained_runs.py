@@ -15,6 +15,7 @@ from jaxrl_reason import config as config_lib
 from jaxrl_reason import data, evaluate, export, models, reward_training, runs, train
 from jaxrl_reason.config import Lora, Model, Regression, Reward, RewardModel
 from jaxrl_reason.models import ModelConfig, sharding
+from jaxrl_reason.rewards import model_training
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -422,7 +423,7 @@ def test_a_pretrained_reward_model_scores_the_text_in_its_own_words(rows, model,
     run = train.setup(hero(rows, model, grader), tmp_path / "run")
     state, batch = train.first_state(run), run.prompts.batch(0)
     rollout = run.programs.generate(state.params, batch, state.step)
-    score = reward_training.scorer(run.reward_phase, state.params, None)
+    score = model_training.scorer(run.reward_phase, state.params, None)
     found, metrics = score(rollout, batch)
     assert metrics == {"rewards/reward_model/too_long_ratio": 0.0}
     judge = models.load_reward_model(grader)
@@ -455,7 +456,7 @@ def test_a_run_stays_with_the_revision_of_its_reward_model(rows, model, grader, 
     new = hub_cache("model", "some/grader", files | {"README.md": b"new"})
     assert commit("one") == old and commit("other") == new
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    evaluated = lambda c: reward_training.open_pretrained(c, mesh, tmp_path / "one").source["_commit_hash"]
+    evaluated = lambda c: model_training.open_pretrained(c, mesh, tmp_path / "one").source["_commit_hash"]
     assert evaluated(config) == old
     config.reward_model.path = "some/grader@main"  # as asked for: another one than the run's
     assert evaluated(config) == new
@@ -469,7 +470,7 @@ def test_a_text_that_is_too_long_has_no_score_and_is_never_cut(rows, model, grad
         run = train.setup(config, tmp_path / str(limit))
         state, batch = train.first_state(run), run.prompts.batch(0)
         rollout = run.programs.generate(state.params, batch, state.step)
-        score = reward_training.scorer(run.reward_phase, state.params, None)
+        score = model_training.scorer(run.reward_phase, state.params, None)
         decode = lambda p, g: run.tokenizer.decode(rollout.tokens[p, g][rollout.mask[p, g]].tolist())
         texts = [[score.text(row, decode(p, g)) for g in range(4)] for p, row in enumerate(batch.rows)]
         lengths = np.array([[len(ids) for ids in tokenizer.encode_batch(group)] for group in texts])
@@ -603,8 +604,8 @@ def test_a_trained_reward_model_is_exported(rows, tmp_path, capsys):
     assert export.main([f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}", "--reward-model"]) == 0
     assert "The reward model is in" in capsys.readouterr().out
     judge = models.load_reward_model(tmp_path / "out")
-    digest = reward_training.tokenizer_digest(judge.tokenizer)
-    _, params = reward_training.load_reward_model(tmp_path / "run" / "reward_model", digest)
+    digest = model_training.tokenizer_digest(judge.tokenizer)
+    _, params = model_training.load_reward_model(tmp_path / "run" / "reward_model", digest)
     jax.tree.map(np.testing.assert_array_equal, judge.params, params)
     content = json.loads((tmp_path / "out" / "config.json").read_text())
     assert content["architectures"] == ["Qwen3ForSequenceClassification"] and content["num_labels"] == 1

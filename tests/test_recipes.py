@@ -19,11 +19,11 @@ import pytest
 import tokenizers
 
 from jaxrl_reason import config as config_lib
-from jaxrl_reason import data, models, reward_training, tasks
+from jaxrl_reason import data, models, tasks
 from jaxrl_reason.data import sources
 from jaxrl_reason.models import reward_model, sharding
 from jaxrl_reason.models.formats import families
-from jaxrl_reason.rewards import learned
+from jaxrl_reason.rewards import learned, model_training
 from jaxrl_reason.rl import experience, programs
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -110,7 +110,7 @@ def abstract(tree):
 
 def mesh_of(recipe, config):
     """The mesh of a recipe, on this machine's one device in as many places as there are to be chips."""
-    return programs.mesh_of(config, jax.devices()[:1] * (8 if recipe in FOR_V5E8 else 1))
+    return programs.make_mesh(config, jax.devices()[:1] * (8 if recipe in FOR_V5E8 else 1))
 
 
 def opened(recipe, tmp_path, mesh=None):
@@ -179,7 +179,7 @@ def test_a_recipe_is_set_up_and_traced_with_the_real_dimensions(recipe, hub, tmp
     copies = 2 if config.lora.rank else 3  # two moments, and a copy of what is not float32 itself
     assert sum(x.size for x in kept) == copies * sum(x.size for x in jax.tree.leaves(trained))
     if "reward_model" in config.reward.functions:
-        phase = reward_training.setup(
+        phase = model_training.setup(
             config, model=task.model, work=task.work, tokenizer=task.tokenizer, mesh=mesh_of(recipe, config)
         )
         judge = phase.pretrained.config
@@ -254,7 +254,7 @@ def v5e8(tpu):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", FOR_V5E8)
 def test_the_programs_of_a_recipe_fit_on_the_chips(recipe, v5e8, hub, tmp_path):
-    mesh = programs.mesh_of(config_lib.load(CONFIGS / f"{recipe}.py"), v5e8)
+    mesh = programs.make_mesh(config_lib.load(CONFIGS / f"{recipe}.py"), v5e8)
     config, method, task, built = opened(recipe, tmp_path, mesh)
     _, batch, learnt = step_shapes(config, method, task, built)
     state, read, judge = held_of(config, task, built, mesh)

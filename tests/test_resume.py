@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_reason.rl.learner import TrainState
+from jaxrl_reason.rl.types import TrainState
 from jaxrl_reason.runs import checkpoints
 from jaxrl_reason.runs.writers import MetricsWriter, read_metrics, SampleTable, write_json
 
@@ -32,7 +32,7 @@ def finished(tmp_path_factory):
     saver = checkpoints.Checkpoints(folder / "checkpoints", keep=2)
     for number in (4, 5):
         weights = {"a": jnp.arange(3.0) + number, "b": jnp.ones((2, 2), jnp.bfloat16)}
-        saver.save(number, TrainState(jnp.int32(number), weights, (), (), jnp.int32(number)))
+        saver.save(number, TrainState(jnp.int32(number), weights, {}, (), (), jnp.int32(number)))
     saver.close()
     checkpoints.save_params(folder / "start", {"a": jnp.arange(3.0)})
     with MetricsWriter(folder) as metrics, SampleTable(folder) as samples:
@@ -54,7 +54,7 @@ def other_weights(folder):
         weights = jnp.arange(3.0) + number
         weights = weights.at[1].set(jnp.nextafter(weights[1], 9)) if number == 5 else weights
         weights = {"a": weights, "b": jnp.ones((2, 2), jnp.bfloat16)}
-        saver.save(number, TrainState(jnp.int32(number), weights, (), (), jnp.int32(number)))
+        saver.save(number, TrainState(jnp.int32(number), weights, {}, (), (), jnp.int32(number)))
     saver.close()
 
 

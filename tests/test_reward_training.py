@@ -21,6 +21,7 @@ from helpers.tiny_runs import change, tiny, write_rows
 from jaxrl_reason import data, reward_training, train
 from jaxrl_reason.config import ConfigError, to_dict
 from jaxrl_reason.models import reward_model, sharding
+from jaxrl_reason.rewards import model_training
 from jaxrl_reason.runs import checkpoints
 from jaxrl_reason.runs.writers import read_metrics
 
@@ -66,7 +67,7 @@ def prepare(config, workdir):
 def get(run, phase):
     """(model, params, what is printed) of `get_reward_model` on random weights."""
     out = rich.console.Console(file=io.StringIO(), width=200)
-    model, params = reward_training.get_reward_model(phase, run.programs.init().params, out)
+    model, params = model_training.get_reward_model(phase, run.programs.init().params, out)
     return model, params, out.file.getvalue()
 
 
@@ -100,7 +101,7 @@ def test_a_tiny_decoder_learns_what_is_preferred_and_is_found_again(rows, tmp_pa
     run, phase = prepare(config, tmp_path)
     model, params, out = get(run, phase)
     directory = tmp_path / "reward_model"
-    before, after = reward_training.held_out_of(directory)
+    before, after = model_training.held_out_of(directory)
     accuracy = "reward_model/held_out/accuracy"
     assert before[accuracy] <= 0.75 and after[accuracy] >= 0.9 and after["reward_model/held_out/margin"] > 1
 
@@ -179,7 +180,7 @@ def test_the_scorer_scores_rollouts_under_the_trained_model(accumulation, traine
     config = tiny_pairs(rows, path=str(workdir / "reward_model"), update__accumulation=accumulation)
     run, phase = prepare(config, tmp_path)
     state = run.programs.init()
-    score = reward_training.scorer(phase, state.params, rich.console.Console(file=io.StringIO()))
+    score = model_training.scorer(phase, state.params, rich.console.Console(file=io.StringIO()))
     batch = run.prompts.batch(0)
     rollout = run.programs.generate(state.params, batch, state.step)
     with jax.transfer_guard("disallow"):
@@ -212,9 +213,9 @@ def test_a_training_interrupted_again_and_again_ends_as_if_it_had_not_been(strai
             elif moment == "the weights":
                 patch.setattr(checkpoints, "save_params", stop)
             else:
-                patch.setattr(reward_training, "_write_description", stop)
+                patch.setattr(model_training, "write_description", stop)
             with pytest.raises(Killed):
-                reward_training.get_reward_model(phase, run.programs.init().params, out)
+                model_training.get_reward_model(phase, run.programs.init().params, out)
         assert ("Going on from" in out.file.getvalue()) == (begin > 0)
         assert begin == 0 or f"{directory / 'checkpoints' / str(begin)}." in out.file.getvalue()
         assert not (directory / "reward_model.json").exists()
@@ -276,7 +277,7 @@ def test_a_killed_command_ends_as_if_it_had_not_been(rows, tmp_path, shared_prog
     a, b = (tmp_path / name / "reward_model" for name in ("straight", "killed"))
     assert read_metrics(a / "metrics.jsonl") == read_metrics(b / "metrics.jsonl") and description(a) == description(b)
     digest = description(a)["tokenizer_digest"]
-    assert_equal(*(reward_training.load_reward_model(directory, digest)[1] for directory in (a, b)))
+    assert_equal(*(model_training.load_reward_model(directory, digest)[1] for directory in (a, b)))
 
 
 # -- the trained model -----------------------------------------------------------------------------
@@ -288,7 +289,7 @@ def trained(rows, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained") / "run"
     run, phase = prepare(tiny_pairs(rows, steps=1, learning_rate=1e-30), workdir)
     decoder = jax.tree.map(lambda x: x + 0.125, run.programs.init().params)
-    model, params = reward_training.get_reward_model(phase, decoder, rich.console.Console(file=io.StringIO()))
+    model, params = model_training.get_reward_model(phase, decoder, rich.console.Console(file=io.StringIO()))
     assert model == run.model
     return workdir, phase, params, decoder
 
@@ -297,7 +298,7 @@ def trained(rows, tmp_path_factory):
 def copied(trained, tmp_path):
     """A copy of the trained model that a test may damage: (directory, digest)."""
     shutil.copytree(trained[0] / "reward_model", tmp_path / "copy")
-    return tmp_path / "copy", reward_training.tokenizer_digest(trained[1].tokenizer)
+    return tmp_path / "copy", model_training.tokenizer_digest(trained[1].tokenizer)
 
 
 def test_a_path_names_a_trained_model_of_any_size(trained, rows, tmp_path):
@@ -316,7 +317,7 @@ def test_the_model_is_described_in_full_and_keeps_its_tokenizer(trained):
     content = description(workdir / "reward_model")
     assert content["model"] == json.loads(json.dumps(dataclasses.asdict(phase.model))) and content["steps"] == 1
     kept = data.load_tokenizer(workdir / "reward_model" / "tokenizer")
-    assert content["tokenizer_digest"] == reward_training.tokenizer_digest(kept)
+    assert content["tokenizer_digest"] == model_training.tokenizer_digest(kept)
 
 
 def test_a_model_with_scaled_rotary_frequencies_is_read_as_it_was_written(copied):
@@ -330,7 +331,7 @@ def test_a_model_with_scaled_rotary_frequencies_is_read_as_it_was_written(copied
         "original_length": 9,
     }
     (directory / "reward_model.json").write_text(json.dumps(content))
-    model, _ = reward_training.load_reward_model(directory, digest)
+    model, _ = model_training.load_reward_model(directory, digest)
     assert (
         json.loads(json.dumps(dataclasses.asdict(model))) == content["model"]
         and model.rope_scaling.original_length == 9
@@ -339,7 +340,7 @@ def test_a_model_with_scaled_rotary_frequencies_is_read_as_it_was_written(copied
 
 def test_the_digest_tells_tokenizers_apart_and_survives_saving(trained, tmp_path):
     tokenizer = trained[1].tokenizer  # made, not loaded
-    digest = reward_training.tokenizer_digest
+    digest = model_training.tokenizer_digest
     tokenizer.save(tmp_path)
     assert digest(data.load_tokenizer(tmp_path)) == digest(tokenizer) and len(digest(tokenizer)) == 64
     others = [
@@ -355,7 +356,7 @@ def test_a_model_of_another_tokenizer_is_refused_before_anything_is_written(trai
     directory = trained[0] / "reward_model"
     message = f"^The reward model in {directory} was trained with another tokenizer .digest .*000000000000.* set config.data.tokenizer to {directory}/tokenizer, or.*\\.$"
     with pytest.raises(ValueError, match=message):
-        reward_training.load_reward_model(directory, "0" * 64)
+        model_training.load_reward_model(directory, "0" * 64)
     config = tiny_pairs(rows, path=str(directory), data__train_split="[:10]")
     config.data.template = "qa"  # another text to learn the tokenizer from
     config.max_prompt_length = 60
@@ -370,7 +371,7 @@ def test_a_directory_without_a_trained_model_is_refused(tmp_path, rows):
     with pytest.raises(
         FileNotFoundError, match=f"^There is no trained reward model in {tmp_path / 'x'}: it has no reward_model.json"
     ):
-        reward_training.load_reward_model(tmp_path / "x", "")
+        model_training.load_reward_model(tmp_path / "x", "")
     with pytest.raises(
         ConfigError, match="has neither a reward_model.json .* nor a pretrained model: There is no .*config.json"
     ):
@@ -391,7 +392,7 @@ def test_a_directory_without_a_trained_model_is_refused(tmp_path, rows):
 def test_a_damaged_description_is_refused_by_its_path(content, copied):
     (copied[0] / "reward_model.json").write_text(content)
     with pytest.raises(ValueError, match=f"^{copied[0] / 'reward_model.json'} does not describe a reward model: .*"):
-        reward_training.load_reward_model(*copied)
+        model_training.load_reward_model(*copied)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the reader leaves callbacks behind
@@ -408,7 +409,7 @@ def test_weights_that_cannot_be_read_are_refused_by_their_path(damage, copied):
         content["model"]["mlp_width"] += 1
         (directory / "reward_model.json").write_text(json.dumps(content))
     with pytest.raises(checkpoints.CheckpointError, match=f"{directory / 'params'} cannot be read: ."):
-        reward_training.load_reward_model(directory, digest)
+        model_training.load_reward_model(directory, digest)
     gc.collect()
 
 
@@ -421,7 +422,7 @@ def test_pairs_that_devices_cannot_share_are_refused(rows, tmp_path):
     mesh = jax.sharding.AbstractMesh((1, 2, 2, 1), sharding.AXES)
     message = "^config.reward_model.batch_size is 6, which .* = 4 devices cannot share evenly; near it, 4 and 8 can be shared.$"
     with pytest.raises(ValueError, match=message):
-        reward_training.setup(run.config, model=run.model, work=run.work, tokenizer=run.tokenizer, mesh=mesh)
+        model_training.setup(run.config, model=run.model, work=run.work, tokenizer=run.tokenizer, mesh=mesh)
 
 
 def test_data_without_pairs_are_refused_by_row_and_column_and_leave_nothing(tmp_path):

@@ -779,7 +779,7 @@ def _check_needs(c: Config, method: methods.Method) -> None:
                 f"score, in the place of the sum of rewards: give {verdict!r} the weight 1 and the others"
                 f"{' (' + ', '.join(others) + ')' if others else ''} 0 in config.reward.weights."
             )
-    if "self_rewards" in method.signals and not method.loss.self_reward:
+    if "self_rewards" in method.signals and not method.loss.find("self_reward"):
         raise ConfigError(f"config.method.name {method.name!r} needs self-rewards, and its loss has no SelfReward.")
     if not learned and c.reward_model != RewardModel():
         raise ConfigError(

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import dataclasses
 import difflib
 import inspect
+from typing import Any, ClassVar
 
 from jaxrl_reason.advantages import (
     AdvantageInputs,
@@ -36,6 +37,22 @@ from jaxrl_reason.losses import AGGREGATIONS, RATIOS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertDigits:
+    """GenRe2's dense expert term, arXiv 2512.06533: cross-entropy on the digits that bring a generated prefix nearest to the target.
+
+    Attributes:
+      coefficient: its weight in the loss.
+    """
+
+    name: ClassVar[str] = "expert"
+    coefficient: float
+
+    def __post_init__(self):
+        if self.coefficient < 0:
+            raise ValueError(f"method.expert_coefficient is {self.coefficient}; it must be at least 0.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SelfReward:
     """LaSeR's self-reward beta_v * (log pi(z | x, y, <end>) - c_ref) and its loss, arXiv 2510.14943.
 
@@ -48,6 +65,7 @@ class SelfReward:
       token: z, as text of one token; empty: the tokenizer's padding token.
     """
 
+    name: ClassVar[str] = "self_reward"
     coefficient: float = 0.1
     beta: float = 0.1
     warmup_steps: int = 200
@@ -70,9 +88,7 @@ class PolicyLoss:
     """The keywords of `losses.policy_loss`, as a value, and the auxiliary terms beside it.
 
     Attributes:
-      self_reward: LaSeR's extra loss, or None.
-      expert_coefficient: weight of GenRe2's dense expert term (cross-entropy on the digits that would bring a generated
-        prefix nearest to the target).
+      auxiliary: settings of the auxiliary losses, each a frozen dataclass with a `name` and a `coefficient`; `rl.auxiliary` computes them.
     """
 
     clip_low: float = 0.2
@@ -81,8 +97,7 @@ class PolicyLoss:
     ratio: str = "token"
     aggregation: str = "token_mean"
     constant: float | None = None
-    self_reward: SelfReward | None = None
-    expert_coefficient: float = 0.0
+    auxiliary: tuple[Any, ...] = ()
 
     def __post_init__(self):
         for field, value, allowed in (("ratio", self.ratio, RATIOS), ("aggregation", self.aggregation, AGGREGATIONS)):
@@ -95,8 +110,10 @@ class PolicyLoss:
             )
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError(f"method.dual_clip is {self.dual_clip}; it must be greater than 1.")
-        if self.expert_coefficient < 0:
-            raise ValueError(f"method.expert_coefficient is {self.expert_coefficient}; it must be at least 0.")
+
+    def find(self, name: str) -> Any:
+        """Returns the settings of an auxiliary loss, or None if the method does not have it."""
+        return next((settings for settings in self.auxiliary if settings.name == name), None)
 
     def policy_keywords(self) -> dict[str, object]:
         """What `losses.policy_loss` takes."""
@@ -143,6 +160,7 @@ class Extension:
         replaces the reward (0) before what weighs it (1).
       advantage: transformations behind it: weights (0) before additions (1) before mixtures (2).
       loss: fields of PolicyLoss that it sets.
+      auxiliary: auxiliary losses that it adds.
       signals: as `Method.signals`.
       judges: whether it needs verdicts, right or wrong.
       gives_reward: whether it brings a reward that knows no right and wrong.
@@ -151,6 +169,7 @@ class Extension:
     reward: tuple[tuple[int, AdvantageTransform], ...] = ()
     advantage: tuple[tuple[int, AdvantageTransform], ...] = ()
     loss: tuple[tuple[str, object], ...] = ()
+    auxiliary: tuple[Any, ...] = ()
     signals: frozenset[str] = frozenset()
     judges: bool = False
     gives_reward: bool = False
@@ -308,6 +327,7 @@ def _combine(name: str, estimator: Method, extensions: dict[str, Extension]) -> 
             f"{giving[0]} is a distance that knows neither; set dynamic_sampling to False."
         )
     parts = extensions.values()
+    auxiliary = estimator.loss.auxiliary + tuple(settings for e in parts for settings in e.auxiliary)
     in_order = lambda placed: [transform for _, transform in sorted(placed, key=lambda x: x[0])]
     return Method(
         chain(
@@ -315,7 +335,7 @@ def _combine(name: str, estimator: Method, extensions: dict[str, Extension]) -> 
             estimator.advantage,
             *in_order(x for e in parts for x in e.advantage),
         ),
-        dataclasses.replace(estimator.loss, **dict(x for e in parts for x in e.loss)),
+        dataclasses.replace(estimator.loss, auxiliary=auxiliary, **dict(x for e in parts for x in e.loss)),
         signals=estimator.signals.union(*(e.signals for e in parts)),
         dynamic_sampling=estimator.dynamic_sampling,
         divides_by_group_std=estimator.divides_by_group_std,
@@ -467,7 +487,8 @@ def genre2(estimator: Method, *, expert_coefficient: float = 0.0):
     `config.regression`.
     """
     return Extension(
-        loss=(("aggregation", "sequence_sum"), ("constant", None), ("expert_coefficient", expert_coefficient)),
+        loss=(("aggregation", "sequence_sum"), ("constant", None)),
+        auxiliary=(ExpertDigits(coefficient=expert_coefficient),) if expert_coefficient else (),
         gives_reward=True,
     )
 
@@ -524,7 +545,7 @@ def laser(
     )
     return Extension(
         advantage=((2, after(reasoning_warmup + self_reward_warmup, mix_self_reward(tau, min_std))),),
-        loss=(("self_reward", self_reward),),
+        auxiliary=(self_reward,),
         signals=frozenset({"self_rewards", "truncated", "verdicts"}),
         judges=True,
     )

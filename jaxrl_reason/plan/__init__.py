@@ -31,16 +31,16 @@ import rich.console
 import rich.table
 
 from jaxrl_reason import config as config_lib
-from jaxrl_reason import models, reward_training
+from jaxrl_reason import models
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.methods import Method
 from jaxrl_reason.models import reward_model, sharding
 from jaxrl_reason.plan import costs, hlo
-from jaxrl_reason.rewards import learned
+from jaxrl_reason.rewards import learned, model_training
 from jaxrl_reason.rewards.scorer import LEARNED
 from jaxrl_reason.rl import experience
 from jaxrl_reason.rl import programs as programs_lib
-from jaxrl_reason.rl.rollout import Rollout
+from jaxrl_reason.rl.types import Rollout
 
 GIB = 2**30
 
@@ -152,8 +152,8 @@ def sizes_of(config: Config) -> tuple[models.ModelConfig, models.ModelConfig | N
             return policy, None
         if not config.reward_model.path:
             return policy, models.lora.base_of(policy)
-        if reward_training.is_ours(config.reward_model.path):
-            return policy, reward_training.described(config.reward_model.path)
+        if model_training.is_ours(config.reward_model.path):
+            return policy, model_training.described(config.reward_model.path)
         judge = models.read_config(models.read_source(config.reward_model.path))
     except ConfigError:
         raise
@@ -215,7 +215,7 @@ def parts_of(config: Config, devices) -> list[Part]:
         )
     policy, judge = sizes_of(config)
     try:
-        mesh = programs_lib.mesh_of(config, devices)
+        mesh = programs_lib.make_mesh(config, devices)
         verdict = config.reward.verdict or config.reward.functions[0]
         programs = programs_lib.build(
             config,
@@ -324,7 +324,7 @@ def parts_of(config: Config, devices) -> list[Part]:
     pieces = u.accumulation * u.minibatches
     if judge:
         split = sharding.microbatches(mesh, part, pieces)
-        if config.reward_model.path and not reward_training.is_ours(config.reward_model.path):
+        if config.reward_model.path and not model_training.is_ours(config.reward_model.path):
             L = config.reward_model.max_length
             texts = jax.ShapeDtypeStruct((part, K, L), jnp.int32, sharding=programs.sharding)
             lengths = jax.ShapeDtypeStruct((part, K), jnp.int32, sharding=programs.sharding)
@@ -335,7 +335,7 @@ def parts_of(config: Config, devices) -> list[Part]:
                 judge, part * K, 1, L, 0, attention=judge.attention, replicas=replicas, parts=split
             )
         else:
-            scoring = reward_training.group_scoring_program(judge, mesh, split)
+            scoring = model_training.group_scoring_program(judge, mesh, split)
             some = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct((part, *x.shape[1:]), x.dtype, sharding=x.sharding), rollout
             )
@@ -486,7 +486,7 @@ def make_plan(config: Config, topology: str, devices, say: Callable[[str], None]
     return {
         "topology": topology,
         "devices": len(devices),
-        "mesh": dict(programs_lib.mesh_of(config, devices).shape) | {"rollout_tensor": config.mesh.rollout_tensor},
+        "mesh": dict(programs_lib.make_mesh(config, devices).shape) | {"rollout_tensor": config.mesh.rollout_tensor},
         "prompts_per_step": config.prompts_per_step,
         "group_size": config.group_size,
         "max_prompt_length": config.max_prompt_length,
@@ -512,7 +512,7 @@ def make_plan(config: Config, topology: str, devices, say: Callable[[str], None]
 
 def search(config: Config, topology: str, devices, say: Callable[[str], None] = lambda text: None) -> dict[str, int]:
     """The most that fits of prompts_per_step, group_size and max_completion_length, each with the others as configured; 0: nothing does."""
-    mesh = programs_lib.mesh_of(config, devices)
+    mesh = programs_lib.make_mesh(config, devices)
     decoding = sharding.rollout_mesh(mesh, config.mesh.rollout_tensor or mesh.shape["tensor"])
     pieces, parts = config.update.minibatches * config.update.accumulation, config.sampling.parts
     ways = sharding.ways(mesh)

@@ -13,7 +13,7 @@ import dataclasses
 import math
 
 from jaxrl_reason.models.config import ModelConfig, PROJECTIONS
-from jaxrl_reason.rl import learner
+from jaxrl_reason.rl import scoring
 
 ATTENTION = ("plain", "splash")
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -106,7 +106,7 @@ def score(
     probe: bool = False,
     tensor: int = 1,
 ) -> Cost:
-    """`learner.score`: one forward over P * (S + G * (T - 1)) tokens (G * T with a probe), and P * G * T logits.
+    """`scoring.score`: one forward over P * (S + G * (T - 1)) tokens (G * T with a probe), and P * G * T logits.
 
     FLOPs of a token and layer: 2 (2 D K (H + N) + 3 D F). Attention: 4 H K for each pair of a query and a key, which are S * S pairs a prompt and
     T * (S + T) a completion where attention is plain, and those that are visible (causal, near enough in a sliding layer) where it is splash.
@@ -344,6 +344,6 @@ class _Positions:
 
 
 def _positions(model: ModelConfig, P: int, G: int, T: int, chunk: int, replicas: int, tensor: int) -> _Positions:
-    chunk = learner.chunk_length(math.ceil(P / replicas), G, T, math.ceil(model.vocab_size / tensor), chunk)
+    chunk = scoring.chunk_length(math.ceil(P / replicas), G, T, math.ceil(model.vocab_size / tensor), chunk)
     chunks = math.ceil(T / chunk)
     return _Positions(chunks, chunks * chunk)

@@ -13,7 +13,7 @@ from jaxrl_reason.models import ModelConfig, reward_model
 from jaxrl_reason.models.sharding import microbatches, on_mesh
 from jaxrl_reason.rewards.host import RewardError
 from jaxrl_reason.rl import hosts
-from jaxrl_reason.rl.rollout import Rollout
+from jaxrl_reason.rl.types import Rollout
 
 _QUESTION = get_template("{question}")
 _BUCKET = 64  # texts are padded to a multiple: few lengths are compiled

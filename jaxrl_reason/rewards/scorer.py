@@ -17,7 +17,7 @@ from jaxrl_reason.rewards import host, isolated
 from jaxrl_reason.rewards.device import match_answer_tokens
 from jaxrl_reason.rewards.numeric import extract_answer
 from jaxrl_reason.rl import hosts
-from jaxrl_reason.rl.rollout import Rollout
+from jaxrl_reason.rl.types import Rollout
 
 # Learned rewards: the reward model's score, and its logistic function, which lies in (0, 1).
 LEARNED = {"reward_model": lambda x: x, "reward_model_probability": jax.nn.sigmoid}

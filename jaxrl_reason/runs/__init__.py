@@ -50,13 +50,16 @@ def numbers_in(directory: pathlib.Path) -> list[int]:
     return sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True)
 
 
-def load_weights(workdir: pathlib.Path, number: int | None, like) -> tuple[int, models.Params]:
+def load_weights(
+    workdir: pathlib.Path, number: int | None, like: models.Params, model: models.ModelConfig
+) -> tuple[int, models.Params]:
     """The policy's weights out of a checkpoint, read without its optimizer; the directory is left as it is.
 
     Args:
       workdir: of the run.
       number: of the checkpoint; None for the newest that can be read.
-      like: ShapeDtypeStructs with shardings.
+      like: ShapeDtypeStructs of the weights with shardings.
+      model: their decoder.
 
     Returns:
       The number of the checkpoint, and the weights.
@@ -70,10 +73,12 @@ def load_weights(workdir: pathlib.Path, number: int | None, like) -> tuple[int, 
     if number is not None and number not in numbers:
         raise ConfigError(f"The run in {workdir} has no checkpoint {number}; it has {', '.join(map(str, numbers))}.")
     directory = workdir / "checkpoints"
-    found, parts, faults = checkpoints.read_newest(directory, numbers if number is None else [number], {"params": like})
+    trained, frozen = models.lora.split(model, like)
+    wanted = {"trained": trained} | ({"frozen": frozen} if frozen else {})
+    found, parts, faults = checkpoints.read_newest(directory, numbers if number is None else [number], wanted)
     told = [f"Checkpoint {directory / str(bad)} cannot be read: {fault}" for bad, fault in faults.items()]
     if found is None:
         raise ConfigError(told[0])
     for sentence in told:
         _log.warning("%s", sentence)
-    return found, parts["params"]
+    return found, models.lora.join(parts["trained"], parts.get("frozen", {}))

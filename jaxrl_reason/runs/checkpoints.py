@@ -6,6 +6,7 @@ phase begins with a checkpoint of its own (its step 0), which is never older tha
 
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
+import functools
 import gc
 import itertools
 import logging
@@ -21,8 +22,7 @@ import orbax.checkpoint as ocp
 
 from jaxrl_reason.data import hub
 from jaxrl_reason.rl import hosts
-from jaxrl_reason.rl.learner import Experience, TrainState
-from jaxrl_reason.rl.rollout import Rollout
+from jaxrl_reason.rl.types import Experience, Rollout, TrainState
 from jaxrl_reason.runs import digests
 
 _log = logging.getLogger(__name__)
@@ -237,12 +237,9 @@ def save_batch(file: pathlib.Path, batch: Experience, rewards: Mapping[str, np.n
     Raises:
       CheckpointError: it cannot be written.
     """
-    parts = {
-        "rollout": batch.rollout._asdict(),
-        "experience": batch._replace(rollout=None)._asdict(),
-        "rewards": rewards,
-    }
-    arrays = {f"{part}.{name}": x for part, of in parts.items() for name, x in of.items() if x is not None}
+    parts = {"batch": batch, "rewards": dict(rewards)}
+    leaves = jax.tree_util.tree_leaves_with_path(parts)
+    arrays = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
     scratch = file.with_name(f"{file.name}.tmp")
     with _failing(_UNWRITABLE, f"{file} cannot be written"):
         with scratch.open("wb") as out:
@@ -251,19 +248,19 @@ def save_batch(file: pathlib.Path, batch: Experience, rewards: Mapping[str, np.n
 
 
 def load_batch(file: pathlib.Path) -> tuple[Experience, dict[str, np.ndarray]]:
-    """What `save_batch` has written.
+    """Returns the batch and the rewards that `save_batch` has written.
 
     Raises:
-      CheckpointError: it cannot be read.
+      CheckpointError: they cannot be read.
     """
-    parts = {"rollout": {}, "experience": {}, "rewards": {}}
+    parts: dict[str, Any] = {}
     try:
         with np.load(file, allow_pickle=False) as arrays:
             for key, x in arrays.items():
-                part, _, name = key.partition(".")
-                parts[part][name] = x
-        rollout = Rollout(**parts["rollout"])
-        return Experience(**parts["experience"] | {"rollout": rollout}), parts["rewards"]
+                *path, leaf = key.split(".")
+                functools.reduce(lambda at, name: at.setdefault(name, {}), path, parts)[leaf] = x
+        batch = parts["batch"]
+        return Experience(**batch | {"rollout": Rollout(**batch["rollout"])}), parts["rewards"]
     except (*_UNREADABLE, zipfile.BadZipFile) as e:
         raise CheckpointError(f"The batch {file} cannot be read: {_in_short(e)}") from e
 

@@ -41,7 +41,7 @@ class Task:
       scorer: rewards of a rollout.
       evaluate: (generate, scorer, c_ref) -> held-out figures, named eval/...; c_ref is LaSeR's constant, or None.
       legal: bool[T, V] tokens allowed at each position, or None.
-      expert: see `experience.make_prepare`, or None.
+      expert: see `experience.make_experience`, or None.
       baselines: () -> figures of other approaches on the same data, measured once a run.
       pretrained: the model that the run begins with where its directory does not say it yet, or None.
       load_weights: () -> the weights of that model, on the mesh; None where a run begins with random ones.
@@ -264,10 +264,10 @@ def _numbers(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Tas
                 f"scale ({file}): start from a run with the same config.regression and training table."
             )
     expert = None
-    if method.loss.expert_coefficient:
+    if settings := method.loss.find("expert"):
         if r.tokenizer != "normalized":
             raise ConfigError(
-                f"config.method.expert_coefficient is {method.loss.expert_coefficient}, and the dense expert term is defined for "
+                f"config.method.expert_coefficient is {settings.coefficient}, and the dense expert term is defined for "
                 "config.regression.tokenizer 'normalized' only; set it to 0."
             )
         expert = functools.partial(numbers.expert_targets, base=digits.number.base)
@@ -332,9 +332,10 @@ def probe_token(method: Method, tokenizer: data.Tokenizer) -> int | None:
     Raises:
       ConfigError: the configured text is not one token, or there is no padding token to use.
     """
-    if not method.loss.self_reward:
+    settings = method.loss.find("self_reward")
+    if not settings:
         return None
-    text = method.loss.self_reward.token
+    text = settings.token
     if text:
         ids = tokenizer.encode(text)
         if len(ids) != 1:
@@ -353,9 +354,10 @@ def probe_token(method: Method, tokenizer: data.Tokenizer) -> int | None:
 
 def self_reward_of(method: Method, c_ref) -> Callable | None:
     """Rollout -> LaSeR's self-rewards f32[P, G], NaN where truncated; None without a constant."""
-    if c_ref is None or not method.loss.self_reward:
+    settings = method.loss.find("self_reward")
+    if c_ref is None or not settings:
         return None
-    beta = method.loss.self_reward.beta
+    beta = settings.beta
     return lambda rollout: np.where(
         hosts.whole(rollout.truncated), np.nan, beta * (hosts.whole(rollout.probe_logprobs) - float(c_ref))
     )
@@ -369,7 +371,7 @@ def headlines(method: Method) -> tuple[str, ...]:
     shown = ["accuracy", "pass@", "mean_length", "r2", "median_r2", "rmse", "spearman", "spread"]
     if "values" in method.signals:
         shown += ["h_accuracy", "value_density", "high_value", "low_value"]
-    if method.loss.self_reward:
+    if method.loss.find("self_reward"):
         shown += ["self_reward", "best_of", "maj@", "weighted_vote"]
     if "answer_confidence" in method.signals:
         shown += ["distinct_right_answers", "entropy"]

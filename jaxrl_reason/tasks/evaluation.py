@@ -13,7 +13,7 @@ from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.rewards.numeric import extract_answer, parse_number
 from jaxrl_reason.rewards.scorer import each, Scorer
 from jaxrl_reason.rl import experience, hosts
-from jaxrl_reason.rl.rollout import Rollout
+from jaxrl_reason.rl.types import Rollout
 
 AnswersOf = Callable[[list[list[str]], Sequence[Mapping[str, Any]]], list[list[Hashable | None]]]
 

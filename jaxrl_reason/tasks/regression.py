@@ -23,7 +23,7 @@ from jaxrl_reason.data import load_tokenizer, numbers, PromptBatch, SolutionBatc
 from jaxrl_reason.data.builders import tables
 from jaxrl_reason.methods import nearest
 from jaxrl_reason.rl import hosts
-from jaxrl_reason.rl.rollout import Rollout
+from jaxrl_reason.rl.types import Rollout
 
 REWARDS = ("squared_error", "heavy_tailed")
 

@@ -18,14 +18,14 @@ import rich.console
 
 from helpers.tiny_runs import change, ROWS, tiny, write_rows
 from jaxrl_reason import config as config_lib
-from jaxrl_reason import data, methods, models, reward_training, train
+from jaxrl_reason import data, methods, models, train
 from jaxrl_reason.advantages import center_by_group, chain, stateless, subtract_greedy
 from jaxrl_reason.config import Config, ConfigError, Eval, Model, Optimizer, Update, validate
 from jaxrl_reason.methods import Method, PolicyLoss
-from jaxrl_reason.models import sharding
-from jaxrl_reason.rewards import RewardError
+from jaxrl_reason.rewards import model_training, RewardError
 from jaxrl_reason.rl import experience, learner, programs
-from jaxrl_reason.rl.rollout import Rollout
+from jaxrl_reason.rl import optimizer as optimizers
+from jaxrl_reason.rl.types import Rollout
 from jaxrl_reason.runs.progress import Clock
 from jaxrl_reason.runs.watch import NonFiniteError
 
@@ -587,9 +587,9 @@ def small_steps(config, tmp_path):
         dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-4))
     )[1]
     params = {"w": jnp.ones(3, jnp.bfloat16)}
-    state = learner.init_opt_state(transformation, params)
+    state = optimizers.init_opt_state(transformation, params)
     for _ in range(100):
-        params, state, _, _ = learner.apply_gradients(transformation, params, state, {"w": jnp.ones(3)}, 0.0)
+        params, state, _, _ = optimizers.apply_gradients(transformation, params, state, {"w": jnp.ones(3)}, 0.0)
     return params
 
 
@@ -692,7 +692,7 @@ def update_program(config, tmp_path):
     state = learner.TrainState(
         jnp.int32(0),
         params,
-        jax.eval_shape(functools.partial(learner.init_opt_state, optimizer), params),
+        jax.eval_shape(functools.partial(optimizers.init_opt_state, optimizer), params),
         method.advantage.init(),
         jnp.int32(0),
     )
@@ -762,7 +762,7 @@ def reward_model(config, tmp_path):
     """The trained weights."""
     run = setup(config, tmp_path)
     console = rich.console.Console(quiet=True)
-    return reward_training.train_reward_model(run.reward_phase, run.programs.init().params, console)
+    return model_training.train_reward_model(run.reward_phase, run.programs.init().params, console)
 
 
 def judged(config, tmp_path):
@@ -773,7 +773,7 @@ def judged(config, tmp_path):
 
 def mesh(config, tmp_path):
     return outcome(
-        lambda: dict(programs.mesh_of(config).shape) and setup(config, tmp_path).programs.sharding.mesh.shape
+        lambda: dict(programs.make_mesh(config).shape) and setup(config, tmp_path).programs.sharding.mesh.shape
     )
 
 

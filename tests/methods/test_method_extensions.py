@@ -267,8 +267,8 @@ def test_genre2_on_grpo_is_the_standardized_advantage_with_the_same_loss():
     rewards = np.array([[0, -1, -1, -0.16]], np.float32)
     adv, _ = method.advantage.update(None, method.advantage.init(), inputs_of(rewards))
     np.testing.assert_allclose(adv, (rewards - rewards.mean()) / rewards.std(ddof=1), rtol=1e-5)
-    assert (method.loss.aggregation, method.loss.ratio, method.loss.expert_coefficient) == ("sequence_sum", "token", 0)
-    assert methods.create("genre2", expert_coefficient=0.05).loss.expert_coefficient == 0.05
+    assert (method.loss.aggregation, method.loss.ratio, method.loss.auxiliary) == ("sequence_sum", "token", ())
+    assert methods.create("genre2", expert_coefficient=0.05).loss.find("expert").coefficient == 0.05
 
 
 def test_expert_targets_by_hand():
@@ -394,7 +394,7 @@ def test_laser_mixes_after_both_warmups(warmups):
         seen.append(np.asarray(adv)[0, 0])
     expected = [0.866024 if n < sum(warmups) else 0.909980 for n in range(5)]
     np.testing.assert_allclose(seen, expected, atol=2e-6)
-    assert method.loss.self_reward.warmup_steps == warmups[0]
+    assert method.loss.find("self_reward").warmup_steps == warmups[0]
 
 
 def test_an_infinite_or_missing_signal_of_the_warmup_does_not_reach_the_advantages():

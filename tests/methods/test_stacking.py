@@ -16,8 +16,9 @@ from jaxrl_reason import methods
 from jaxrl_reason.advantages import AdvantageInputs, stateless
 from jaxrl_reason.models import ModelConfig
 from jaxrl_reason.rl import learner
-from jaxrl_reason.rl.experience import Groups, make_prepare
-from jaxrl_reason.rl.rollout import Rollout
+from jaxrl_reason.rl import optimizer as optimizers
+from jaxrl_reason.rl.experience import make_experience
+from jaxrl_reason.rl.types import Groups, Rollout, TrainState
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -108,8 +109,8 @@ def test_a_sound_stack_is_the_composition_of_its_parts(parts, base):
     if "genre2" in parts:
         assert (loss.aggregation, loss.constant) == ("sequence_sum", None)
         loss = dataclasses.replace(loss, aggregation=plain.loss.aggregation, constant=plain.loss.constant)
-    assert (loss.self_reward is not None) == ("laser" in parts)
-    assert dataclasses.replace(loss, self_reward=None) == plain.loss
+    assert (loss.find("self_reward") is not None) == ("laser" in parts)
+    assert dataclasses.replace(loss, auxiliary=()) == plain.loss
 
 
 @pytest.mark.parametrize("parts", [parts for parts in SOUND if len(parts) > 1], ids=named)
@@ -207,7 +208,7 @@ def test_options_reach_the_part_they_are_for():
         "hero", "rlev", "progrpo", "laser", base="dapo", eps=0.1, clip_low=0.15, clip_high=0.35, **options
     )
     assert (method.loss.clip_low, method.loss.clip_high) == (0.15, 0.35)
-    assert method.loss.self_reward == methods.SelfReward(
+    assert method.loss.find("self_reward") == methods.SelfReward(
         coefficient=0.6, beta=0.2, warmup_steps=0, reference="exact", token="<z>"
     )
     of_chain = {name: dict(inner) for name, inner in options.items()}
@@ -410,7 +411,7 @@ def scored_groups(greedy):
 
 @functools.cache
 def update_program(loss, expert):
-    probe = PROBE if loss.self_reward else None
+    probe = PROBE if loss.find("self_reward") else None
     return jit_once(learner.make_update(CONFIG, learner.UpdateOptions(loss=loss, probe_token=probe), OPTIMIZER))
 
 
@@ -421,10 +422,12 @@ def one_update(parts, base):
     method = methods.stack(*parts, base=base, **options, **can_stand(parts, base))
     groups = scored_groups(greedy="greedy_rewards" in method.signals)
     expert = (lambda tokens, digits: jnp.broadcast_to(digits, tokens.shape)) if "genre2" in parts else None
-    prepare = make_prepare(method, {"right": 1.0, "reward_model": 0.0}, "right", mask_truncated=False, expert=expert)
-    batch, advantage_state, metrics = prepare(groups, method.advantage.init(), None, jnp.float32(-23.0))
-    opt_state = learner.init_opt_state(OPTIMIZER, PARAMS)
-    state = learner.TrainState(jnp.int32(0), PARAMS, opt_state, advantage_state, jnp.int32(0))
+    weights = {"right": 1.0, "reward_model": 0.0}
+    options = dict(method=method, weights=weights, verdict="right", mask_truncated=False, expert=expert)
+    start = method.advantage.init()
+    batch, advantage_state, metrics = make_experience(groups, start, None, jnp.float32(-23.0), **options)
+    opt_state = optimizers.init_opt_state(OPTIMIZER, PARAMS)
+    state = TrainState(jnp.int32(0), PARAMS, {}, opt_state, advantage_state, jnp.int32(0))
     batch = batch._replace(old_logprobs=batch.rollout.logprobs)
     state, learnt, _ = update_program(method.loss, expert is not None)(
         state, batch, jnp.float32(1.0), jax.random.key(0)

@@ -21,7 +21,9 @@ from helpers import reference_decoder as reference
 from jaxrl_reason.methods import PolicyLoss
 from jaxrl_reason.models import lora, ModelConfig, sharding
 from jaxrl_reason.rl import learner
+from jaxrl_reason.rl import optimizer as optimizers
 from jaxrl_reason.rl.rollout import generate
+from jaxrl_reason.rl.types import Experience, TrainState
 
 P, G, S, T, V = 8, 3, 4, 5, 24
 CONFIG = ModelConfig(
@@ -68,12 +70,12 @@ def learn(sizes, kind):
         temperature=jax.device_put(jnp.float32(1.2), whole),
     )
 
-    experience = learner.Experience(rollout, rollout.mask, *put(advantages, old, old - 0.1))
+    experience = Experience(rollout, rollout.mask, *put(advantages, old, old - 0.1))
     optimizer = optax.sgd(1.0)
-    state = learner.TrainState(
+    state = TrainState(
         *jax.device_put((jnp.int32(0),), whole),
-        params,
-        learner.init_opt_state(optimizer, lora.split(config, params)[0]),
+        *lora.split(config, params),
+        optimizers.init_opt_state(optimizer, lora.split(config, params)[0]),
         (),
         *jax.device_put((jnp.int32(0),), whole),
     )

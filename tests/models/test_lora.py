@@ -15,9 +15,10 @@ from jaxrl_reason import models
 from jaxrl_reason.methods import PolicyLoss
 from jaxrl_reason.models import lora, ModelConfig
 from jaxrl_reason.models.formats import pretrained
-from jaxrl_reason.rl import learner
-from jaxrl_reason.rl.learner import TrainState, UpdateOptions
-from jaxrl_reason.rl.rollout import Rollout
+from jaxrl_reason.rl import learner, scoring
+from jaxrl_reason.rl import optimizer as optimizers
+from jaxrl_reason.rl.learner import UpdateOptions
+from jaxrl_reason.rl.types import Experience, Rollout, TrainState
 
 CONFIG = ModelConfig(
     vocab_size=20,
@@ -103,7 +104,7 @@ def batch():
         np.zeros((P, G), bool),
     )
     advantages = rng.normal(size=(P, G)).astype(np.float32)
-    return jax.tree.map(jnp.asarray, learner.Experience(rollout, mask, advantages))
+    return jax.tree.map(jnp.asarray, Experience(rollout, mask, advantages))
 
 
 @pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
@@ -111,7 +112,7 @@ def test_an_update_moves_the_adapters_as_their_gradient_says_and_nothing_else(ac
     params, rate = params_with_adapters(), 1e-2
     optimizer = optax.sgd(rate)
     trained, frozen = lora.split(CONFIG, params)
-    state = TrainState(jnp.int32(0), params, learner.init_opt_state(optimizer, trained), (), jnp.int32(0))
+    state = TrainState(jnp.int32(0), trained, frozen, optimizers.init_opt_state(optimizer, trained), (), jnp.int32(0))
     options = UpdateOptions(loss=PolicyLoss(), accumulation=accumulation)
     experience = batch()
     new, metrics, _ = jax.jit(learner.make_update(CONFIG, options, optimizer))(
@@ -122,7 +123,7 @@ def test_an_update_moves_the_adapters_as_their_gradient_says_and_nothing_else(ac
 
     def loss(trained):  # on policy: the gradient of minus the mean of advantage times log-probability
         joined = lora.join(trained, frozen)
-        scored = learner.completion_logprobs(CONFIG, joined, experience.rollout, jnp.float32(1))
+        scored = scoring.compute_logprobs(CONFIG, joined, experience.rollout, jnp.float32(1))
         return -(experience.advantages[..., None] * scored.logprobs).mean()
 
     gradient = jax.grad(loss)(trained)
@@ -142,7 +143,7 @@ def test_the_optimizer_keeps_moments_of_the_adapters_alone():
     shardings = programs.state_shardings(CONFIG, mesh, optimizer, create("grpo"))
     trained, _ = lora.split(CONFIG, models.abstract_params(CONFIG))
     state = jax.eval_shape(
-        lambda: learner.init_opt_state(optimizer, jax.tree.map(lambda x: jnp.zeros(x.shape), trained))
+        lambda: optimizers.init_opt_state(optimizer, jax.tree.map(lambda x: jnp.zeros(x.shape), trained))
     )
     assert jax.tree.structure(shardings.opt_state) == jax.tree.structure(state)
     moments = sum(x.size for x in jax.tree.leaves(state) if x.ndim)

@@ -12,7 +12,7 @@ from helpers import reference_decoder as reference
 from jaxrl_reason import models
 from jaxrl_reason.data.preferences import PreferenceBatch
 from jaxrl_reason.models import ModelConfig, reward_model, RopeScaling, sharding
-from jaxrl_reason.rl.rollout import Rollout
+from jaxrl_reason.rl.types import Rollout
 
 P, G, S, T, V = 4, 3, 5, 6, 24
 SIZES = dict(vocab_size=V, width=16, layers=2, heads=4, kv_heads=2, mlp_width=24, head_dim=8)

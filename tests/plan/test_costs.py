@@ -18,8 +18,9 @@ from jaxrl_reason.methods import PolicyLoss
 from jaxrl_reason.models import ModelConfig, reward_model, sharding
 from jaxrl_reason.plan import costs, hlo
 from jaxrl_reason.rl import learner, rollout
-from jaxrl_reason.rl.learner import Experience, TrainState, UpdateOptions
-from jaxrl_reason.rl.rollout import Rollout
+from jaxrl_reason.rl import optimizer as optimizers
+from jaxrl_reason.rl.learner import UpdateOptions
+from jaxrl_reason.rl.types import Experience, Rollout, TrainState
 
 P, G, S, T = 4, 3, 24, 16
 CONFIG = ModelConfig(vocab_size=640, width=128, layers=2, heads=4, kv_heads=2, mlp_width=320)
@@ -46,15 +47,15 @@ def lowered(program, config, P=P, G=G, S=S, T=T, mesh=None, *, options=None, **k
         arguments = params, *prompts, of((P,), jnp.int32), key
         return jax.jit(generate).lower(*arguments, temperature=temperature, features=features)
     if program == "score":
-        return jax.jit(functools.partial(learner.score, config, **keywords)).lower(params, batch, temperature)
+        return jax.jit(functools.partial(scoring.score, config, **keywords)).lower(params, batch, temperature)
     if program == "reward_model":
         weights = reward_model.abstract_params(config)
         return jax.jit(functools.partial(reward_model.group_scores, config, **keywords)).lower(weights, batch)
     optimizer = optax.adamw(1e-4)
     trained = models.lora.split(config, params)[0]
-    opt_state = jax.eval_shape(functools.partial(learner.init_opt_state, optimizer), trained)
+    opt_state = jax.eval_shape(functools.partial(optimizers.init_opt_state, optimizer), trained)
     number = of((), jnp.int32, whole)
-    state = TrainState(number, params, opt_state, (), number)
+    state = TrainState(number, *models.lora.split(config, params), opt_state, (), number)
     many = options.epochs * options.minibatches > 1
     experience = Experience(batch, batch.mask, of((P, G), jnp.float32), batch.logprobs if many else None)
     update = learner.make_update(config, options, optimizer)

@@ -19,7 +19,7 @@ from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.rewards.scorer import Scorer
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.experience import total_reward
-from jaxrl_reason.rl.rollout import Rollout
+from jaxrl_reason.rl.types import Rollout
 
 # The first learns " -" as one token from these solutions, the second no merge at all.
 SOLUTIONS = [f"{a} - {b} = {a - b}\n#### {a - b}" for a in range(12) for b in range(12)]

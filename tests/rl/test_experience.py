@@ -11,8 +11,8 @@ import pytest
 
 from jaxrl_reason import methods
 from jaxrl_reason.advantages import AdvantageTransform, chain
-from jaxrl_reason.rl.experience import empty_like, fill, Groups, log_ratio, make_prepare, mean_reward, total_reward
-from jaxrl_reason.rl.rollout import Rollout
+from jaxrl_reason.rl.experience import empty_like, fill, log_ratio, mean_reward, total_reward
+from jaxrl_reason.rl.types import Groups, Rollout
 
 NAN = float("nan")
 either_way = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
@@ -37,7 +37,8 @@ def make_groups(lengths, T, truncated=None, logprobs=None, **rewards):
 def prepared(method, groups, weights=(1.0,), verdict="right", mask_truncated=False, kl=None, compiled=True, **options):
     method = methods.create(method, **options)
     weights = dict(zip(groups.rewards, weights))
-    prepare = make_prepare(method, weights, verdict, mask_truncated=mask_truncated)
+    keywords = dict(method=method, weights=weights, verdict=verdict, mask_truncated=mask_truncated)
+    prepare = functools.partial(make_experience, **keywords)
     experience, _, metrics = (jax.jit(prepare) if compiled else prepare)(groups, method.advantage.init(), kl)
     return experience, {name: float(value) for name, value in metrics.items()}
 
@@ -215,7 +216,8 @@ def test_metrics_of_nothing_are_not_numbers_and_nothing_is_learnt():
 def test_the_state_of_the_chain_is_carried():
     counting = AdvantageTransform(lambda: jnp.int32(0), lambda adv, n, inputs: (adv * (n + 1), n + 1))
     method = methods.Method(chain(counting), methods.PolicyLoss())
-    prepare = jax.jit(make_prepare(method, {"right": 1.0}, "right", mask_truncated=False))
+    keywords = dict(method=method, weights={"right": 1.0}, verdict="right", mask_truncated=False)
+    prepare = jax.jit(functools.partial(make_experience, **keywords))
     groups, state = make_groups([[1, 1]], 1, right=[[1, 0]]), method.advantage.init()
     for step in (1, 2):
         experience, state, _ = prepare(groups, state)

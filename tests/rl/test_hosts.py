@@ -339,12 +339,12 @@ import pathlib, sys
 import jax, numpy as np
 from jaxrl_reason.runs import checkpoints
 from jaxrl_reason.rl import hosts
-from jaxrl_reason.rl.learner import TrainState
+from jaxrl_reason.rl.types import TrainState
 from jaxrl_reason.models import sharding
 
 hosts.initialize(10, 60)
 everywhere = jax.NamedSharding(sharding.make_mesh(2, 1, 1), jax.P())
-state = TrainState(np.int32(1), {"w": np.arange(4, dtype=np.float32)}, (), (), np.int32(1))
+state = TrainState(np.int32(1), {"w": np.arange(4, dtype=np.float32)}, {}, (), (), np.int32(1))
 state = jax.tree.map(lambda x: hosts.put(x, everywhere), state)
 saver = checkpoints.Checkpoints(pathlib.Path(sys.argv[1]), keep=2)
 saver.save(1, state)

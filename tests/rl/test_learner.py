@@ -14,9 +14,11 @@ from helpers import reference_decoder as reference
 from jaxrl_reason import losses
 from jaxrl_reason.methods import PolicyLoss
 from jaxrl_reason.models import ModelConfig
-from jaxrl_reason.rl import learner, programs
-from jaxrl_reason.rl.learner import Experience, TrainState, UpdateOptions
-from jaxrl_reason.rl.rollout import generate, Rollout
+from jaxrl_reason.rl import learner, scoring
+from jaxrl_reason.rl import optimizer as optimizers
+from jaxrl_reason.rl.learner import UpdateOptions
+from jaxrl_reason.rl.rollout import generate
+from jaxrl_reason.rl.types import Experience, Rollout, TrainState
 
 P, G, S, T, V = 4, 3, 4, 5, 23
 CONFIG = ModelConfig(
@@ -95,13 +97,13 @@ def program(options, optimizer, config=CONFIG):
 def update(
     batch, options=FULL, optimizer=SGD, params=PARAMS, temperature=HOT, config=CONFIG, key=0, rate=1.0, legal=LEGAL
 ):
-    opt_state = learner.init_opt_state(optimizer, params)
+    opt_state = optimizers.init_opt_state(optimizer, params)
     if optimizer is SGD:
         opt_state.hyperparams["learning_rate"] = jnp.float32(rate)
-    state = TrainState(jnp.int32(3), params, opt_state, (), jnp.int32(9))
+    state = TrainState(jnp.int32(3), params, {}, opt_state, (), jnp.int32(9))
     run = program(options, optimizer, config)
     state, metrics, _ = run(legal, state, batch, jnp.float32(temperature), jax.random.key(key))
-    assert (int(state.step), int(state.batches)) == (4, 9)
+    assert (int(state.step), int(state.data_position)) == (4, 9)
     return state, {name: float(value) for name, value in metrics.items()}
 
 
@@ -199,7 +201,7 @@ def test_kl_is_measured_by_its_kind_and_pulls_towards_the_reference(kind):
 
 @functools.cache
 def score_program(parts, chunk):
-    return jit_once(functools.partial(learner.score, CONFIG, parts=parts, chunk=chunk))
+    return jit_once(functools.partial(scoring.score, CONFIG, microbatches=parts, chunk=chunk))
 
 
 def scores(params, batch, parts=1, chunk=0, legal=LEGAL):
@@ -244,11 +246,11 @@ def test_a_float32_master_adds_up_what_bfloat16_cannot_hold():
     adam = optax.adam(1e-4)
     params = {"w": jnp.asarray([1.0, -2.0, 0.01], jnp.bfloat16)}
     runs = {}
-    for name, optimizer in (("plain", adam), ("master", programs.with_float32_master(adam))):
-        weights, state = params, learner.init_opt_state(optimizer, params)
+    for name, optimizer in (("plain", adam), ("master", optimizers.with_float32_master(adam))):
+        weights, state = params, optimizers.init_opt_state(optimizer, params)
         for i in range(50):
             gradient = {"w": jnp.asarray([1.0, -1.0, (-1.0) ** i])}
-            weights, state, _, _ = learner.apply_gradients(optimizer, weights, state, gradient, 0.0)
+            weights, state, _, _ = optimizers.apply_gradients(optimizer, weights, state, gradient, 0.0)
         runs[name] = weights["w"], state
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     state = adam.init(wide)
@@ -266,14 +268,14 @@ def test_a_float32_master_adds_up_what_bfloat16_cannot_hold():
 @pytest.mark.parametrize("loss, gradient", [(0.0, np.nan), (0.0, np.inf), (0.0, 3e38), (np.nan, 1.0), (-np.inf, 1.0)])
 def test_what_is_not_finite_reaches_neither_weights_nor_moments(loss, gradient, dtype):
     adam = optax.adam(0.1)
-    for optimizer in (adam, programs.with_float32_master(adam)):
+    for optimizer in (adam, optimizers.with_float32_master(adam)):
         params = {"v": jnp.ones(2, dtype), "w": jnp.asarray([1.0, -2.0, 0.01], dtype)}
         good = {"v": jnp.ones(2), "w": jnp.ones(3)}
-        state = learner.init_opt_state(optimizer, params)
-        params, state, _, applied = learner.apply_gradients(optimizer, params, state, good, 1.0)
+        state = optimizers.init_opt_state(optimizer, params)
+        params, state, _, applied = optimizers.apply_gradients(optimizer, params, state, good, 1.0)
         assert applied and params["v"][0] != 1
         bad = good | {"w": jnp.asarray([1.0, gradient, 1.0])}
-        new, new_state, norm, applied = learner.apply_gradients(optimizer, params, state, bad, loss)
+        new, new_state, norm, applied = optimizers.apply_gradients(optimizer, params, state, bad, loss)
         assert not applied and np.isfinite(norm) == (gradient == 1.0)
         jax.tree.map(np.testing.assert_array_equal, (new, new_state), (params, state))
 
@@ -320,7 +322,7 @@ def largest(jaxpr, last):
 
 
 def test_the_logits_of_an_update_are_never_held_whole():
-    state = TrainState(jnp.int32(3), PARAMS, learner.init_opt_state(SGD, PARAMS), (), jnp.int32(9))
+    state = TrainState(jnp.int32(3), PARAMS, {}, optimizers.init_opt_state(SGD, PARAMS), (), jnp.int32(9))
 
     def held(chunk):
         run = learner.make_update(CONFIG, dataclasses.replace(FULL, logprob_chunk=chunk), SGD, LEGAL)
@@ -423,7 +425,7 @@ def test_on_policy_the_ratio_is_exactly_one():
     options = UpdateOptions(loss=PolicyLoss(clip_low=0.0, clip_high=0.0))  # clips whatever is not exactly 1
     run = jit_once(functools.partial(learner.loss_and_metrics, CONFIG, options))
     batch = experience(old_logprobs=None, advantages=ADVANTAGES)
-    _, (metrics, _) = run(PARAMS, batch, losses.totals(MASK), jnp.float32(HOT), LEGAL)
+    _, (metrics, *_) = run(PARAMS, batch, losses.totals(MASK), {}, jnp.float32(HOT), LEGAL)
     assert metrics["clip_ratio/region_mean"] == 0
     assert metrics["loss"] == pytest.approx(-(ADVANTAGES[..., None] * MASK).sum() / MASK.sum(), abs=1e-6)
 
@@ -536,7 +538,7 @@ def test_score_equals_the_sampler_whatever_the_parts():
 
 
 def test_entropy_is_that_of_the_law_that_samples():
-    run = jit_once(functools.partial(learner.completion_logprobs, CONFIG))
+    run = jit_once(functools.partial(scoring.compute_logprobs, CONFIG))
     batch = experience()
     logprobs, entropy, *others = run(PARAMS, batch.rollout, jnp.float32(0.7))  # legal tokens: see the metrics above
     assert others == [None, None]
@@ -560,7 +562,7 @@ def test_the_sampling_difference_is_that_of_live_tokens():
 )
 def test_the_worst_token_is_named_whatever_part_of_the_batch_it_is_in(options):
     """With minibatches, of the first: the weights have changed before the others."""
-    state = TrainState(jnp.int32(3), PARAMS, learner.init_opt_state(SGD, PARAMS), (), jnp.int32(9))
+    state = TrainState(jnp.int32(3), PARAMS, {}, optimizers.init_opt_state(SGD, PARAMS), (), jnp.int32(9))
     run, found = program(options, SGD), set()
     for p, g in [(0, 1), (3, 2), (2, 0), (1, 1)]:
         t = LENGTHS[p, g] - 1
@@ -607,7 +609,7 @@ def test_supervised_loss_is_cross_entropy_and_updates_lower_it():
     tokens, mask = TOKENS[:, 1], MASK[:, 1] & MASK[:, 2] | (np.arange(T) == 0)
     want = -chosen(reference_law(temperature=1.0, legal=None))[:, 1]
     run = jit_once(learner.make_supervised_update(CONFIG, optax.sgd(0.2)))
-    state = TrainState(jnp.int32(0), PARAMS, learner.init_opt_state(optax.sgd(0.2), PARAMS), (), jnp.int32(5))
+    state = TrainState(jnp.int32(0), PARAMS, {}, optimizers.init_opt_state(optax.sgd(0.2), PARAMS), (), jnp.int32(5))
     values = []
     for _ in range(6):
         state, metrics = run(state, PROMPTS, PROMPT_MASK, np.where(mask, tokens, 0), mask.astype(np.int32))
@@ -616,4 +618,4 @@ def test_supervised_loss_is_cross_entropy_and_updates_lower_it():
     assert values[-1] < 0.8 * values[0]
     after = -chosen(reference_law(state.params, temperature=1.0, legal=None))[:, 1][mask].mean()
     assert after < values[0]
-    assert (int(state.step), int(state.batches)) == (6, 11)
+    assert (int(state.step), int(state.data_position)) == (6, 11)

@@ -14,8 +14,9 @@ import scipy.stats
 from helpers import reference_decoder as reference
 from jaxrl_reason import models
 from jaxrl_reason.models import decoder, layers, ModelConfig
-from jaxrl_reason.rl import learner
-from jaxrl_reason.rl.rollout import generate, sample_token, sampling_noise
+from jaxrl_reason.rl import scoring
+from jaxrl_reason.rl.rollout import generate
+from jaxrl_reason.rl.sampling import sample_token, sampling_noise
 
 P, G, S, T, V = 3, 4, 5, 6, 37
 ONE = np.nextafter(np.float32(1), np.float32(0))  # the largest float32 below 1
@@ -94,7 +95,7 @@ def chosen(logprobs, tokens):
     return np.take_along_axis(logprobs, tokens[..., None].astype(int), axis=-1)[..., 0]
 
 
-trainer = jax.jit(functools.partial(learner.completion_logprobs, CONFIG))
+trainer = jax.jit(functools.partial(scoring.compute_logprobs, CONFIG))
 
 
 # -- the law ---------------------------------------------------------------------------------------------------------
@@ -476,7 +477,7 @@ def test_a_rounded_rollout_reports_the_law_that_sampled_it():
         functools.partial(generate, CONFIG, group_size=16, max_length=T, eos_ids=EOS, pad_id=PAD, int8=True),
     )
     rollout = run(PARAMS, PROMPTS, MASK, IDS, jax.random.key(0), temperature=jnp.float32(1.3))
-    score = lambda params: learner.completion_logprobs(CONFIG, params, rollout, jnp.float32(1.3)).logprobs
+    score = lambda params: scoring.compute_logprobs(CONFIG, params, rollout, jnp.float32(1.3)).logprobs
     mask = np.asarray(rollout.mask)
     far, near = (np.abs(score(params) - rollout.logprobs)[mask].mean() for params in (PARAMS, close))
     assert mask.sum() > 100 and 1e-3 < far < 0.02 and near < far

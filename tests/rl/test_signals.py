@@ -14,13 +14,15 @@ from helpers import reference_methods
 from jaxrl_reason import methods, models
 from jaxrl_reason.advantages import AdvantageInputs
 from jaxrl_reason.data.numbers import expert_targets
-from jaxrl_reason.methods import PolicyLoss, SelfReward
+from jaxrl_reason.methods import ExpertDigits, PolicyLoss, SelfReward
 from jaxrl_reason.metrics import self_verification_f1
 from jaxrl_reason.models import ModelConfig
-from jaxrl_reason.rl import learner
-from jaxrl_reason.rl.experience import Groups, make_prepare, prompt_confidence
-from jaxrl_reason.rl.learner import Experience, TrainState, UpdateOptions
-from jaxrl_reason.rl.rollout import generate, Rollout
+from jaxrl_reason.rl import learner, scoring
+from jaxrl_reason.rl import optimizer as optimizers
+from jaxrl_reason.rl.learner import UpdateOptions
+from jaxrl_reason.rl.rollout import generate
+from jaxrl_reason.rl.signals import prompt_confidence
+from jaxrl_reason.rl.types import Experience, Groups, Rollout, TrainState
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -85,7 +87,7 @@ def sample(side="left", params=PARAMS, temperature=1.0, key=0, **options):
 
 @functools.cache
 def trainer(config=CONFIG, **options):
-    return jit_once(functools.partial(learner.completion_logprobs, config, **options))
+    return jit_once(functools.partial(scoring.compute_logprobs, config, **options))
 
 
 def train(rollout, params=PARAMS, temperature=1.0, legal=None, **options):
@@ -152,20 +154,20 @@ def test_a_probe_and_targets_change_no_score_whatever_the_chunk():
     out = sample(probe_token=PROBE)
     targets = RNG.integers(0, V, out.tokens.shape)
     base = train(out)
-    assert base.target_logprobs is None and base.probe_logprobs is None
+    assert base.targets == {} and base.probe_logprobs is None
     law = reference.law(reference.completion_logits(CONFIG, reference.float64(PARAMS), *SIDES["left"], out.tokens), 1.0)
     for chunk in (0, 2):
-        run = jit_once(functools.partial(learner.completion_logprobs, CONFIG, chunk=chunk, probe_token=PROBE))
-        scored = run(PARAMS, out, jnp.float32(1.0), None, targets=targets)
+        run = jit_once(functools.partial(scoring.compute_logprobs, CONFIG, chunk=chunk, probe_token=PROBE))
+        scored = run(PARAMS, out, jnp.float32(1.0), None, targets={"other": targets})
         np.testing.assert_allclose(scored.logprobs, base.logprobs, atol=1e-5)
         np.testing.assert_allclose(scored.entropy, base.entropy, atol=1e-5)
-        np.testing.assert_allclose(scored.target_logprobs, chosen(law, targets), atol=5e-5)
+        np.testing.assert_allclose(scored.targets["other"], chosen(law, targets), atol=5e-5)
     np.testing.assert_allclose(base.logprobs[out.mask], out.logprobs[out.mask], atol=1e-5)
 
 
 def test_a_score_keeps_its_probes_in_order_whatever_the_parts():
     out = sample(probe_token=PROBE)
-    run = jit_once(functools.partial(learner.score, CONFIG, parts=P, probe_token=PROBE))
+    run = jit_once(functools.partial(scoring.score, CONFIG, microbatches=P, probe_token=PROBE))
     parts = run(PARAMS, out, jnp.float32(1.0))
     np.testing.assert_allclose(parts.probe_logprobs, train(out, probe_token=PROBE).probe_logprobs, atol=1e-5)
     np.testing.assert_allclose(np.asarray(parts.logprobs)[out.mask], out.logprobs[out.mask], atol=1e-5)
@@ -272,7 +274,7 @@ def test_features_make_room_for_themselves_wherever_the_padding_stands():
 def test_features_that_are_missing_or_unexpected_or_too_many_are_refused():
     out = jax.tree.map(np.asarray, tabular_sample())
     shape = lambda config, params, rollout: jax.eval_shape(
-        functools.partial(learner.completion_logprobs, config), params, rollout, jnp.float32(1)
+        functools.partial(scoring.compute_logprobs, config), params, rollout, jnp.float32(1)
     )
     shape(TABULAR, TAB_PARAMS, out)
     with pytest.raises(ValueError, match="carry 3 features, and model.features is 0"):
@@ -335,7 +337,11 @@ def batch_of(**fields):
 
 def judged_batch(**fields):
     *_, verdicts, judged, ref = problem()
-    return batch_of(**dict(verdicts=verdicts, judged=judged, probe_reference=ref) | fields)
+    return batch_of(auxiliary={"self_reward": dict(verdicts=verdicts, valid=judged, reference=ref) | fields})
+
+
+def expert_batch(targets):
+    return batch_of(auxiliary={"expert": targets})
 
 
 @functools.cache
@@ -344,7 +350,7 @@ def updater(options, config=CONFIG):
 
 
 def update(batch, options, params=PARAMS, step=0, legal=None, config=CONFIG, temperature=1.0):
-    state = TrainState(jnp.int32(step), params, learner.init_opt_state(SGD, params), (), jnp.int32(0))
+    state = TrainState(jnp.int32(step), params, {}, optimizers.init_opt_state(SGD, params), (), jnp.int32(0))
     state, metrics, _ = updater(options, config)(legal, state, batch, jnp.float32(temperature), jax.random.key(0))
     return state.params, {k: float(v) for k, v in metrics.items()}
 
@@ -382,7 +388,7 @@ def assert_gradient(params, new, value, only=None, trials=2):
 
 JUDGE = SelfReward(coefficient=0.7, beta=0.3, warmup_steps=4)
 PLAIN = UpdateOptions(loss=PolicyLoss(**KEYS))
-JUDGING = UpdateOptions(loss=PolicyLoss(**KEYS, self_reward=JUDGE), probe_token=PROBE)
+JUDGING = UpdateOptions(loss=PolicyLoss(**KEYS, auxiliary=(JUDGE,)), probe_token=PROBE)
 
 
 def test_the_self_reward_loss_and_its_gradient_are_those_of_the_definition():
@@ -411,13 +417,14 @@ def test_the_self_reward_loss_and_its_gradient_are_those_of_the_definition():
     [
         JUDGING,
         pytest.param(
-            dataclasses.replace(JUDGING, loss=PolicyLoss(**KEYS, expert_coefficient=0.5)), marks=pytest.mark.slow
+            dataclasses.replace(JUDGING, loss=PolicyLoss(**KEYS, auxiliary=(ExpertDigits(coefficient=0.5),))),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["self", "expert"],
 )
 def test_the_added_losses_do_not_depend_on_accumulation(options):
-    batch = judged_batch() if options is JUDGING else judged_batch(expert_tokens=problem()[2][:, ::-1])
+    batch = judged_batch() if options is JUDGING else expert_batch(problem()[2][:, ::-1])
     one, metrics = update(batch, options, step=4)
     four, other = update(batch, dataclasses.replace(options, accumulation=4), step=4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6, rtol=1e-5), one, four)
@@ -427,7 +434,7 @@ def test_the_added_losses_do_not_depend_on_accumulation(options):
 def test_before_the_warmup_is_over_only_the_policy_loss_acts():
     base, base_metrics = update(batch_of(), PLAIN)
     off = dataclasses.replace(
-        JUDGING, loss=dataclasses.replace(JUDGING.loss, self_reward=dataclasses.replace(JUDGE, coefficient=0.0))
+        JUDGING, loss=dataclasses.replace(JUDGING.loss, auxiliary=(dataclasses.replace(JUDGE, coefficient=0.0),))
     )
     none, _ = update(judged_batch(), off, step=0)  # the same shapes, and no weight on the loss
     for step in (0, 3):
@@ -447,10 +454,10 @@ def test_what_is_not_judged_is_not_noticed():
     *_, verdicts, judged, ref = problem()
     clean, metrics = update(judged_batch(), JUDGING, step=4)
     for junk in (np.nan, np.inf):
-        other, other_metrics = update(judged_batch(probe_reference=np.where(judged, ref, junk)), JUDGING, step=4)
+        other, other_metrics = update(judged_batch(reference=np.where(judged, ref, junk)), JUDGING, step=4)
         jax.tree.map(np.testing.assert_array_equal, other, clean)
         assert other_metrics == metrics
-    nobody, metrics = update(judged_batch(judged=np.zeros((A, B), bool)), JUDGING, step=4)
+    nobody, metrics = update(judged_batch(valid=np.zeros((A, B), bool)), JUDGING, step=4)
     assert metrics["self_reward/loss"] == 0 and np.isfinite(metrics["grad_norm"])
     early, _ = update(judged_batch(), JUDGING, step=0)
     jax.tree.map(np.testing.assert_array_equal, nobody, early)
@@ -459,8 +466,8 @@ def test_what_is_not_judged_is_not_noticed():
 def test_the_expert_term_is_the_cross_entropy_of_its_targets():
     prompts, mask, tokens, live, _, adv, *_ = problem()
     targets = np.random.default_rng(7).integers(0, V, tokens.shape)
-    options = UpdateOptions(loss=PolicyLoss(**KEYS, expert_coefficient=0.05))
-    new, metrics = update(batch_of(expert_tokens=targets), options)
+    options = UpdateOptions(loss=PolicyLoss(**KEYS, auxiliary=(ExpertDigits(coefficient=0.05),)))
+    new, metrics = update(expert_batch(targets), options)
 
     def terms(params):
         law = reference.law(reference.completion_logits(CONFIG, params, prompts, mask, tokens), 1.0)
@@ -471,10 +478,12 @@ def test_the_expert_term_is_the_cross_entropy_of_its_targets():
     assert metrics["loss"] == pytest.approx(
         -(adv[..., None] * live).sum() / live.sum() + 0.05 * cross_entropy, abs=1e-4
     )
-    large = dataclasses.replace(options, loss=dataclasses.replace(options.loss, expert_coefficient=2.0))
-    new, _ = update(batch_of(expert_tokens=targets), large)
+    large = dataclasses.replace(
+        options, loss=dataclasses.replace(options.loss, auxiliary=(ExpertDigits(coefficient=2.0),))
+    )
+    new, _ = update(expert_batch(targets), large)
     assert_gradient(PARAMS, new, lambda params: np.dot(terms(params), [1, 2]), trials=1)
-    unmasked, _ = update(batch_of(expert_tokens=np.where(live, targets, (targets + 1) % V)), large)
+    unmasked, _ = update(expert_batch(np.where(live, targets, (targets + 1) % V)), large)
     jax.tree.map(np.testing.assert_array_equal, unmasked, new)  # targets behind the end mean nothing
 
 
@@ -600,8 +609,9 @@ def scored_groups(**rewards):
 
 
 def prepared(method, groups, weights, **options):
-    prepare = jit_once(make_prepare(method, weights, "right", **dict(mask_truncated=False) | options))
-    batch, _, metrics = prepare(groups, method.advantage.init(), None, jnp.float32(-23.0))
+    options = dict(mask_truncated=False) | options
+    prepare = functools.partial(make_experience, method=method, weights=weights, verdict="right", **options)
+    batch, _, metrics = jit_once(prepare)(groups, method.advantage.init(), None, jnp.float32(-23.0))
     return batch, {name: float(value) for name, value in metrics.items()}
 
 
@@ -622,9 +632,10 @@ def test_signals_reach_the_chain_the_batch_and_the_metrics():
     )
     expected, _ = reference_methods.compose("grpo", ("hero", "laser", "rlev", "progrpo"), x)
     np.testing.assert_allclose(batch.advantages, expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(batch.verdicts, x.verdicts)
-    np.testing.assert_array_equal(batch.judged, [[1, 1, 0], [1, 0, 0]])
-    np.testing.assert_array_equal(batch.probe_reference, np.full((2, 3), -23))
+    data = batch.auxiliary["self_reward"]
+    np.testing.assert_array_equal(data["verdicts"], x.verdicts)
+    np.testing.assert_array_equal(data["valid"], [[1, 1, 0], [1, 0, 0]])
+    np.testing.assert_array_equal(data["reference"], np.full((2, 3), -23))
     np.testing.assert_array_equal(batch.mask[..., 0], [[1, 1, 1], [1, 0, 0]])
     own = {k: v for k, v in metrics.items() if k.split("/")[0] in ("hero", "rlev", "self_reward", "progrpo")}
     assert own == pytest.approx(
@@ -664,12 +675,12 @@ def test_a_completion_that_was_not_judged_is_not_taken_for_wrong():
         batch, _ = prepared(methods.create(name), groups, {"right": 1.0, "shape": 1.0})
         assert batch.advantages[1, 1] == 0 and not batch.mask[1, 1].any()
     batch, _ = prepared(methods.create("laser"), groups, {"right": 1.0, "shape": 1.0})
-    np.testing.assert_array_equal(batch.judged, [[1, 1, 0], [1, 0, 1]])
+    np.testing.assert_array_equal(batch.auxiliary["self_reward"]["valid"], [[1, 1, 0], [1, 0, 1]])
 
 
 def test_without_a_method_that_asks_nothing_is_judged():
     batch, metrics = prepared(methods.create("grpo"), scored_groups(right=[[1, 0, 1], [0, 1, 1]]), {"right": 1.0})
-    assert (batch.verdicts, batch.judged, batch.probe_reference, batch.expert_tokens) == (None,) * 4
+    assert batch.auxiliary == {}
     assert not [k for k in metrics if k.split("/")[0] in ("hero", "rlev", "self_reward", "progrpo")]
 
 
@@ -685,7 +696,8 @@ def test_the_greedy_completion_has_its_probe_cut_off_too():
         truncated=np.zeros((2, 2), bool),
     )
     np.testing.assert_allclose(batch.advantages, reference_methods.compose("remax", ("laser",), x)[0], atol=1e-5)
-    assert batch.judged.shape == (2, 2) and batch.judged.all()
+    valid = batch.auxiliary["self_reward"]["valid"]
+    assert valid.shape == (2, 2) and valid.all()
 
 
 def test_targets_of_the_expert_come_from_the_digits_of_the_data():
@@ -697,7 +709,7 @@ def test_targets_of_the_expert_come_from_the_digits_of_the_data():
     )
     expert = functools.partial(expert_targets, base=10)
     batch, _ = prepared(method, groups, {"right": 1.0}, expert=expert)
-    np.testing.assert_array_equal(batch.expert_tokens, [[[5, 2], [5, 9], [5, 0]], [[1, 2], [1, 2], [1, 9]]])
+    np.testing.assert_array_equal(batch.auxiliary["expert"], [[[5, 2], [5, 9], [5, 0]], [[1, 2], [1, 2], [1, 9]]])
 
 
 # -- what it costs -----------------------------------------------------------------------------------------------------
@@ -732,16 +744,18 @@ def update_products(loss, T=T, probe=None):
         shape(A, B, dtype=bool),
     )
     judged = shape(A, B, dtype=bool)
-    batch = Experience(rollout, rollout.mask, shape(A, B), verdicts=judged, judged=judged, probe_reference=shape(A, B))
+    data = {"verdicts": judged, "valid": judged, "reference": shape(A, B)}
+    auxiliary = {"self_reward": data} if loss.auxiliary else {}
+    batch = Experience(rollout, rollout.mask, shape(A, B), auxiliary=auxiliary)
     state = jax.eval_shape(
-        lambda p: TrainState(jnp.int32(0), p, learner.init_opt_state(SGD, p), (), jnp.int32(0)), PARAMS
+        lambda p: TrainState(jnp.int32(0), p, {}, optimizers.init_opt_state(SGD, p), (), jnp.int32(0)), PARAMS
     )
     run = learner.make_update(CONFIG, UpdateOptions(loss=loss, probe_token=probe, logprob_chunk=T + 9), SGD)
     return products(jax.make_jaxpr(run)(state, batch, jnp.float32(1), jax.random.key(0)).jaxpr)
 
 
 def test_the_self_reward_costs_one_position_and_one_row_of_logits_a_completion():
-    plain, judging = update_products(PolicyLoss()), update_products(PolicyLoss(self_reward=JUDGE), probe=PROBE)
+    plain, judging = update_products(PolicyLoss()), update_products(PolicyLoss(auxiliary=(JUDGE,)), probe=PROBE)
     longer = update_products(PolicyLoss(), T=T + 1)  # one position and one row of logits more
     assert plain > 1e5  # something was counted
     # At least a row of logits and its two gradients; at most what a budget of one token more costs: no second forward.

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxrl_reason import runs
-from jaxrl_reason.rl.learner import TrainState
+from jaxrl_reason.rl.types import TrainState
 from jaxrl_reason.runs import checkpoints, digests
 
 pytestmark = pytest.mark.filterwarnings(
@@ -30,7 +30,7 @@ def checkpoint_names(workdir):
 def a_state():
     """Large enough for a file of its own beside those of the tree, random enough not to be compressed."""
     weights = {"large": jax.random.normal(jax.random.key(0), (200, 200)), "small": jnp.ones(3, jnp.bfloat16)}
-    return TrainState(jnp.int32(1), weights, ({"mu": jnp.zeros(3)},), (), jnp.int32(1))
+    return TrainState(jnp.int32(1), weights, {}, ({"mu": jnp.zeros(3)},), (), jnp.int32(1))
 
 
 def flipped(content):
@@ -206,7 +206,7 @@ def test_the_digest_is_the_same_on_every_mesh():
 def test_a_full_disk_is_a_sentence_and_costs_no_checkpoint(tmp_path):
     """No file may grow beyond 20 kB while the second checkpoint is written."""
     large = jax.random.normal(jax.random.key(0), (200, 200))
-    state = TrainState(jnp.int32(1), {"weights": large}, (), (), jnp.int32(1))
+    state = TrainState(jnp.int32(1), {"weights": large}, {}, (), (), jnp.int32(1))
     saver = checkpoints.Checkpoints(tmp_path / "checkpoints", keep=1)
     saver.save(1, state)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -228,7 +228,7 @@ def test_a_full_disk_is_a_sentence_and_costs_no_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("content", [b"null", b"[" * 100_000])
 def test_nonsense_about_a_checkpoint_does_not_hide_the_others(content, tmp_path):
-    state = TrainState(jnp.int32(1), {"weights": jnp.ones(3)}, (), (), jnp.int32(1))
+    state = TrainState(jnp.int32(1), {"weights": jnp.ones(3)}, {}, (), (), jnp.int32(1))
     saver = checkpoints.Checkpoints(tmp_path / "checkpoints", keep=2)
     for number in (1, 2):
         saver.save(number, state)
@@ -241,7 +241,7 @@ def test_nonsense_about_a_checkpoint_does_not_hide_the_others(content, tmp_path)
 
 
 def test_an_empty_checkpoint_does_not_hide_the_others(tmp_path):
-    state = TrainState(jnp.int32(1), {"weights": jnp.ones(3)}, (), (), jnp.int32(1))
+    state = TrainState(jnp.int32(1), {"weights": jnp.ones(3)}, {}, (), (), jnp.int32(1))
     saver = checkpoints.Checkpoints(tmp_path / "checkpoints", keep=2)
     for number in (1, 2):
         saver.save(number, state)

@@ -1,0 +1,370 @@
+"""The learned reward model of a run: checked before the run, then loaded, or trained on preference pairs by the Bradley-Terry loss.
+
+pairs -> [ Bradley-Terry update ] x steps -> held-out accuracy -> DIR/reward_model/{params, reward_model.json}
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.console
+
+from jaxrl_reason import config as config_lib
+from jaxrl_reason import data, models
+from jaxrl_reason.config import Config, ConfigError
+from jaxrl_reason.data.preferences import PreferenceStream
+from jaxrl_reason.models import reward_model, sharding
+from jaxrl_reason.models.formats.weights import read_json
+from jaxrl_reason.rewards.learned import chat_of, TextScorer
+from jaxrl_reason.rewards.model_files import (
+    described,
+    DESCRIPTION,
+    is_ours,
+    load_reward_model,
+    SOURCE,
+    tokenizer_digest,
+    write_description,
+)
+from jaxrl_reason.rl import hosts
+from jaxrl_reason.rl.optimizer import apply_gradients, init_opt_state, make_supervised_optimizer
+from jaxrl_reason.rl.programs import optimizer_shardings, with_attention
+from jaxrl_reason.rl.types import Rollout, TrainState
+from jaxrl_reason.runs import checkpoints, writers
+from jaxrl_reason.runs.loop import Loop, run_loop
+from jaxrl_reason.runs.progress import Clock
+from jaxrl_reason.runs.workdir import Workdir
+
+# Folded into the seed for the score vector and, if no policy initialises it, the decoder; the purposes in `rl.programs` are other numbers.
+_INIT = 101
+# Sources require the column of an answer; a file of pairs need not have one, and nothing here reads it.
+_PAIR_COLUMNS = {"answer": "question", "chosen": "chosen", "rejected": "rejected"}
+_HELD_OUT = "reward_model/held_out/"
+
+# (Rollout, its batch) -> scores f32[P, G] and metrics, see `Scorer.with_reward_model`.
+RolloutScorer = Callable[[Rollout, data.PromptBatch], tuple[jax.Array, dict[str, float]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """Everything that is needed to load or train a reward model. Made by `setup`, which checks all of it.
+
+    Attributes:
+      config: of the run; its section `reward_model` names the model or its training.
+      model: the policy's decoder; a reward model that is trained here has the same shape.
+      mesh: the devices.
+      tokenizer: of the run.
+      work: the directory of the reward model to train, not yet written to; None if config.reward_model.path names a trained one.
+      pairs: the training pairs, or None.
+      held_out: the pairs of the evaluation, or None.
+      pretrained: the model of config.reward_model.path in the Hugging Face layout, or None.
+    """
+
+    config: Config
+    model: models.ModelConfig
+    mesh: jax.sharding.Mesh
+    tokenizer: data.Tokenizer
+    work: Workdir | None = None
+    pairs: PreferenceStream | None = None
+    held_out: PreferenceStream | None = None
+    pretrained: models.Opened | None = None
+
+    @property
+    def directory(self) -> pathlib.Path:
+        """The directory of the trained reward model, before or after its training."""
+        return self.work.path if self.work else pathlib.Path(self.config.reward_model.path).expanduser()
+
+
+def setup(
+    config: Config, *, model: models.ModelConfig, work: Workdir, tokenizer: data.Tokenizer, mesh: jax.sharding.Mesh
+) -> Phase:
+    """Checks the pairs and the reward model's directory, or the trained model that config.reward_model.path names. Writes nothing.
+
+    Args:
+      config: of the run.
+      model, work, tokenizer, mesh: of the run; the reward model is trained in the folder reward_model of its work directory.
+
+    Raises:
+      ConfigError, ValueError, OSError: a sentence that says what is wrong and where.
+    """
+    c, r = config, config.reward_model
+    phase = Phase(config, models.lora.base_of(model), mesh, tokenizer)
+    if r.path and not is_ours(r.path):
+        return dataclasses.replace(phase, pretrained=open_pretrained(config, mesh, work.path))
+    if r != dataclasses.replace(r, system="", max_length=config_lib.RewardModel().max_length):
+        raise ConfigError(
+            "config.reward_model.system and config.reward_model.max_length are for a pretrained reward model with a chat template and "
+            "texts of its own; leave them out."
+        )
+    if r.path:
+        described(phase.directory, tokenizer_digest(tokenizer))
+        return phase
+    sharding.check_batch(mesh, "config.reward_model.batch_size", r.batch_size)
+    source = lambda name, split: data.load_source(
+        r.data or name,
+        split,
+        data_dir=c.data.data_dir or None,
+        columns=_PAIR_COLUMNS if r.data else c.data.columns,
+        on_bad_row=c.data.on_bad_row,
+    )
+    rows = source(c.data.train, r.split or c.data.train_split)
+    held_out = source(c.data.eval or c.data.train, r.eval_split or c.data.eval_split)
+    stream = functools.partial(
+        PreferenceStream,
+        tokenizer=tokenizer,
+        template=config_lib.prompt_template(c, tokenizer),
+        batch_size=r.batch_size,
+        places=hosts.places(sharding.batch_sharding(mesh), r.batch_size),
+        max_prompt_length=c.max_prompt_length,
+        max_completion_length=c.max_completion_length,
+        seed=c.seed,
+        on_long=c.data.on_long_prompt,
+        add_bos=config_lib.begins_with_bos(c, tokenizer),
+    )
+    return dataclasses.replace(
+        phase,
+        pairs=stream(rows),
+        held_out=stream(held_out.read(range(min(len(held_out), c.eval.prompts))), shuffle=False),
+        work=Workdir(work.path / "reward_model", c, f"{rows.fingerprint}/{held_out.fingerprint}"),
+    )
+
+
+def open_pretrained(config: Config, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> models.Opened:
+    """Opens the pretrained reward model of config.reward_model.path; of a model of the hub, the commit that the run began with.
+
+    Args:
+      config: of the run.
+      mesh: has to divide the model.
+      workdir: of the run; `begin` has kept the commit there.
+
+    Raises:
+      ConfigError: there is none, its tokenizer or its chat template cannot be used, or the mesh does not divide it.
+    """
+    path, kept = config.reward_model.path, workdir / "reward_model" / SOURCE
+    origin = read_json(kept) if kept.is_file() else {}
+    try:
+        found = models.open_model(models.pinned(path, origin.get("config", {})) if origin.get("path") == path else path)
+    except models.PretrainedError as e:
+        raise ConfigError(
+            f"config.reward_model.path is {path!r}, which has neither a {DESCRIPTION} (the reward_model folder of a work directory in "
+            f"which python -m jaxrl_reason.reward_training has ended) nor a pretrained model: {e}"
+        ) from e
+    if found.tokenizer is None:
+        raise ConfigError(f"config.reward_model.path is {path!r}, and there is no tokenizer.json in it.")
+    try:
+        models.check_weights(found, found.config, models.RewardModel)
+        reward_model.param_shardings(found.config, mesh)
+        chat_of(found.tokenizer, config.reward_model.system)
+    except ValueError as e:
+        raise ConfigError(f"The reward model of config.reward_model.path cannot be used: {e}") from e
+    return found
+
+
+def begin(phase: Phase, workdir: pathlib.Path) -> None:
+    """Writes to the run's work directory where a pretrained reward model came from.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    if phase.pretrained:
+        with writers.writing(workdir / "reward_model"):
+            (workdir / "reward_model").mkdir(exist_ok=True)
+        origin = {"path": phase.config.reward_model.path, "config": dict(phase.pretrained.source)}
+        writers.write_json(workdir / "reward_model" / SOURCE, origin)
+
+
+def scorer(
+    phase: Phase,
+    decoder: models.Params,
+    console: rich.console.Console,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> RolloutScorer:
+    """Returns the scorer of the phase's reward model. Trains the model first if it is not trained yet.
+
+    Arguments and errors: see `train_reward_model`.
+    """
+    c = phase.config
+    if phase.pretrained:
+        return pretrained_scorer(c, phase.pretrained, phase.tokenizer, phase.mesh)
+    model, params = get_reward_model(phase, decoder, console, should_stop)
+    microbatches = c.update.accumulation * c.update.minibatches  # as for the policy's log-probabilities
+    microbatches = sharding.microbatches(phase.mesh, c.prompts_per_step // c.sampling.parts, microbatches)
+    score = group_scoring_program(with_attention(model, c, phase.mesh), phase.mesh, microbatches)
+    return lambda rollout, batch: (score(params, rollout), {})
+
+
+def group_scoring_program(
+    model: models.ModelConfig, mesh: jax.sharding.Mesh, microbatches: int
+) -> Callable[[models.Params, Rollout], jax.Array]:
+    """Returns the jitted (params, rollout) -> scores f32[P, G]."""
+    score = functools.partial(reward_model.group_scores, model, parts=microbatches)
+    return jax.jit(sharding.on_mesh(mesh, score), out_shardings=sharding.batch_sharding(mesh))
+
+
+def pretrained_scorer(
+    c: Config, opened: models.Opened, tokenizer: data.Tokenizer, mesh: jax.sharding.Mesh
+) -> TextScorer:
+    """Returns the scorer of a pretrained reward model, with its weights on the mesh in the dtypes of the policy."""
+    model = dataclasses.replace(
+        with_attention(opened.config, c, mesh),
+        param_dtype=c.model.param_dtype,
+        compute_dtype=c.model.compute_dtype,
+        remat="none",
+    )
+    return TextScorer(
+        model,
+        models.place_weights(opened, model, mesh, models.RewardModel),
+        opened.tokenizer,
+        policy_tokenizer=tokenizer,
+        system=c.reward_model.system,
+        max_length=c.reward_model.max_length,
+        parts=c.update.accumulation * c.update.minibatches,
+        sharding=sharding.batch_sharding(mesh),
+    )
+
+
+def get_reward_model(
+    phase: Phase,
+    decoder: models.Params,
+    console: rich.console.Console,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[models.ModelConfig, models.Params]:
+    """Loads the phase's reward model if it is trained, else trains it from the weights of `decoder`."""
+    if is_ours(phase.directory):
+        console.print(f"The reward model in {phase.directory} is trained.", soft_wrap=True)
+        return load_reward_model(phase.directory, tokenizer_digest(phase.tokenizer), mesh=phase.mesh)
+    return phase.model, train_reward_model(phase, decoder, console, should_stop)
+
+
+def train_reward_model(
+    phase: Phase,
+    decoder: models.Params,
+    console: rich.console.Console,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> models.Params:
+    """Trains on the pairs from the newest checkpoint of the phase's directory; prints held-out metrics before and after.
+
+    Args:
+      phase: from `setup`.
+      decoder: the weights to begin with, see `reward_model.init_params`; they are not donated.
+      console: for the progress bar and the table.
+      should_stop: whether to save and end, called after every step; from `hosts.preemption`.
+
+    Returns:
+      The trained parameters. They are also in the directory's params/, next to metrics.jsonl and reward_model.json.
+
+    Raises:
+      Preempted: `should_stop` was true; the last step is saved.
+    """
+    c, r, directory = phase.config, phase.config.reward_model, phase.directory
+    key = jax.random.fold_in(jax.random.key(c.seed), _INIT)
+    optimizer = make_supervised_optimizer(
+        dataclasses.replace(c, supervised=config_lib.Supervised(steps=r.steps, learning_rate=r.learning_rate))
+    )
+    shardings, by_prompt = state_shardings(phase.model, phase.mesh, optimizer), sharding.batch_sharding(phase.mesh)
+    place = lambda pairs: jax.tree.map(lambda x: hosts.put_share(x, by_prompt, r.batch_size), pairs)
+
+    def fresh(decoder) -> TrainState:
+        params = reward_model.init_params(phase.model, key, decoder)
+        return TrainState(jnp.int32(0), params, {}, init_opt_state(optimizer, params), (), jnp.int32(0))
+
+    update = jax.jit(make_update(phase.model, optimizer), donate_argnums=0, out_shardings=(shardings, None))
+    score = jax.jit(functools.partial(reward_model.group_scores, phase.model))
+    evaluation = lambda params: evaluate(lambda batch: score(params, place(batch)), phase.held_out)
+
+    def step(i: int, state: TrainState, clock: Clock):
+        state, metrics = update(state, place(phase.pairs.batch(i)))
+        return state, {k: float(v) for k, v in jax.device_get(metrics).items()}, None
+
+    if hosts.first():
+        phase.work.begin(phase.tokenizer)
+    hosts.barrier("reward model's directory")
+    state = jax.jit(fresh, out_shardings=shardings)(decoder)
+    saver = checkpoints.Checkpoints(directory / "checkpoints", c.checkpoint.keep)
+    number, state = saver.restore(state) or (0, state)
+    if number:
+        console.print(f"Going on from {saver.directory / str(number)}.", soft_wrap=True)
+    begun = state.params
+    state = run_loop(
+        Loop("reward model", "step {} of the reward model", directory, number, r.steps, c, console, should_stop),
+        state,
+        step,
+        saver.save,
+        progress=lambda metrics: f"loss {metrics['reward_model/loss']:.3f}",
+        advice=lambda *_: "Lower config.reward_model.learning_rate.",
+        before=lambda: evaluation(begun),
+        after=lambda done, state, *_: evaluation(state.params) if done == r.steps else {},
+    )
+    saver.close()
+    checkpoints.save_params(directory / "params", state.params)
+    if hosts.first():
+        _report(phase, console)
+    hosts.barrier("reward model")
+    console.print(f"Reward model: {directory}", soft_wrap=True)
+    return state.params
+
+
+def _report(phase: Phase, console: rich.console.Console) -> None:
+    """Writes reward_model.json and prints the held-out metrics before and after the training."""
+    lines = [
+        {name: value for name, value in line.items() if name.startswith(_HELD_OUT)}
+        for line in writers.read_metrics(phase.directory / "metrics.jsonl")
+    ]
+    measured = [line for line in lines if line]
+    held_out = {name.removeprefix(_HELD_OUT): value for name, value in measured[-1].items()}
+    facts = {
+        "steps": phase.config.reward_model.steps,
+        "pairs": phase.pairs.size,
+        "held_out": held_out | {"pairs": phase.held_out.size},
+    }
+    write_description(phase.directory, phase.model, tokenizer_digest(phase.tokenizer), facts)
+    console.print(writers.summary_table(measured[0], measured[-1]))
+
+
+def make_update(config: models.ModelConfig, optimizer: optax.GradientTransformation) -> Callable:
+    """Makes update(state, pairs) -> (state, metrics), one Bradley-Terry step; jit it with the state donated."""
+    grad = jax.value_and_grad(functools.partial(reward_model.pair_loss, config), has_aux=True)
+
+    def update(state: TrainState, pairs):
+        (loss, metrics), grads = grad(state.trained, pairs)
+        params, opt_state, norm, applied = apply_gradients(optimizer, state.trained, state.opt_state, grads, loss)
+        state = state._replace(
+            step=state.step + 1, trained=params, opt_state=opt_state, data_position=state.data_position + 1
+        )
+        metrics |= {"reward_model/loss": loss, "reward_model/grad_norm": norm, "skipped_update_ratio": 1.0 - applied}
+        return state, metrics
+
+    return update
+
+
+def state_shardings(
+    config: models.ModelConfig, mesh: jax.sharding.Mesh, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Returns the sharding of every leaf of the TrainState; optimizer moments are sharded like their weights."""
+    whole, params = sharding.replicated(mesh), reward_model.param_shardings(config, mesh)
+    opt_state = optimizer_shardings(optimizer, reward_model.abstract_params(config), params, whole)
+    return TrainState(whole, params, {}, opt_state, (), whole)
+
+
+def evaluate(score: Callable, pairs: PreferenceStream) -> dict[str, float]:
+    """Measures on one epoch of pairs how often and by how much the chosen completion scores above the rejected one.
+
+    Args:
+      score: a PreferenceBatch -> f32[B, 2].
+      pairs: not shuffled; pairs of the last batch beyond the epoch do not count.
+
+    Returns:
+      `reward_model/held_out/accuracy`, the share of pairs with the chosen one strictly above, and `reward_model/held_out/margin`, the mean
+      difference.
+    """
+    scores, count = [], 0
+    while count < pairs.size:
+        scores.append(hosts.whole(score(pairs.batch(len(scores)))))
+        count += len(scores[-1])
+    table = np.concatenate(scores)[: pairs.size]
+    margin = table[:, 0] - table[:, 1]
+    return {f"{_HELD_OUT}accuracy": float((margin > 0).mean()), f"{_HELD_OUT}margin": float(margin.mean())}

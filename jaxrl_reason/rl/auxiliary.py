@@ -1,0 +1,159 @@
+"""The auxiliary losses: terms that a method adds to its policy loss, one table entry each, with their metrics.
+
+To add one, add its settings to a method's `PolicyLoss.auxiliary` (a frozen dataclass with a `name`, see `methods.SelfReward`) and an entry to
+`AUXILIARY`. A method without auxiliary losses compiles without them.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrl_reason import losses
+from jaxrl_reason.methods import ExpertDigits, PolicyLoss, SelfReward
+from jaxrl_reason.rl.types import LogProbs, Rollout
+
+
+class AuxiliaryInputs(NamedTuple):
+    """The scored groups from which an auxiliary loss takes its data.
+
+    Attributes:
+      rollout: the completions that are learnt from.
+      verdicts: whether each is correct.
+      counts: completions that count in the loss.
+      columns: columns of the data by name.
+      probe_reference: c_ref of LaSeR, or None.
+      expert: (tokens [P, G, T], digits [P, 1, T]) -> the targets of GenRe2's expert term, or None.
+    """
+
+    rollout: Rollout
+    verdicts: Bool[Array, "P G"]
+    counts: Bool[Array, "P G"]
+    columns: Mapping[str, Array]
+    probe_reference: Float[Array, "P G"] | None
+    expert: Callable[[Array, Array], Array] | None
+
+
+class AuxiliaryLoss(NamedTuple):
+    """How one auxiliary loss is computed. `settings` is the method's entry, `data` an array with leading axis P or a (nested) dict of them.
+
+    Attributes:
+      data: (settings, AuxiliaryInputs) -> data, kept in `Experience.auxiliary`.
+      loss: (settings, data, LogProbs, mask [P, G, T], Totals, counts) -> f32 scalar: a sum over part of a minibatch, divided by counts of the
+        whole minibatch. So the losses of microbatches add up.
+      restrict: (data, mask [P, G, T]) -> data without the completions that the mask leaves out.
+      counts: data -> counts of the whole minibatch, a pytree of scalars.
+      from_step: settings -> the number of training steps before the loss begins; until then `restrict` gets an empty mask.
+      targets: data -> int32[P, G, T], other tokens whose log-probabilities the loss reads at the same positions; None: no tokens.
+      columns: columns of the data set that `data` reads.
+      rollout: what the sampler and the trainer have to record for it: "probe", or "" for nothing.
+    """
+
+    data: Callable[[Any, AuxiliaryInputs], Any]
+    loss: Callable[..., jax.Array]
+    restrict: Callable[[Any, Array], Any] = lambda data, mask: data
+    counts: Callable[[Any], Any] = lambda data: ()
+    from_step: Callable[[Any], int] = lambda settings: 0
+    targets: Callable[[Any], Array] | None = None
+    columns: tuple[str, ...] = ()
+    rollout: str = ""
+
+
+def _judged(settings: SelfReward, x: AuxiliaryInputs) -> dict[str, Array]:
+    """Returns the verdicts that the self-rewards predict, the completions that ended and count, and c_ref."""
+    valid = x.counts & ~x.rollout.truncated & x.rollout.mask.any(axis=-1)
+    return {"verdicts": x.verdicts, "valid": valid, "reference": x.probe_reference}
+
+
+def _self_reward_loss(settings: SelfReward, data: dict, logprobs: LogProbs, mask, totals, counts) -> jax.Array:
+    valid = data["valid"] & jnp.isfinite(logprobs.probe_logprobs)
+    self_rewards = settings.beta * (jnp.where(valid, logprobs.probe_logprobs, 0.0) - data["reference"])
+    return losses.self_reward_loss(self_rewards, data["verdicts"], valid, total=counts)
+
+
+def _expert_tokens(settings: ExpertDigits, x: AuxiliaryInputs) -> Int[Array, "P G T"]:
+    return x.expert(x.rollout.tokens, x.columns["digits"][:, None])
+
+
+def _expert_loss(settings: ExpertDigits, data, logprobs: LogProbs, mask, totals: losses.Totals, counts) -> jax.Array:
+    return -losses.masked_sum(logprobs.targets[settings.name], mask) / totals.tokens
+
+
+AUXILIARY: dict[str, AuxiliaryLoss] = {
+    SelfReward.name: AuxiliaryLoss(
+        data=_judged,
+        loss=_self_reward_loss,
+        restrict=lambda data, mask: data | {"valid": data["valid"] & mask.any(axis=-1)},
+        counts=lambda data: losses.class_totals(data["verdicts"], data["valid"]),
+        from_step=lambda settings: settings.warmup_steps,
+        rollout="probe",
+    ),
+    ExpertDigits.name: AuxiliaryLoss(
+        data=_expert_tokens, loss=_expert_loss, targets=lambda data: data, columns=("digits",)
+    ),
+}
+
+
+def make_data(loss: PolicyLoss, x: AuxiliaryInputs) -> dict[str, Any]:
+    """Returns the data of every auxiliary loss of a method, by name."""
+    return {settings.name: AUXILIARY[settings.name].data(settings, x) for settings in loss.auxiliary}
+
+
+def restrict(auxiliary: Mapping[str, Any], mask: Bool[Array, "P G T"]) -> dict[str, Any]:
+    """Returns the data without the completions that the mask leaves out."""
+    return {name: AUXILIARY[name].restrict(data, mask) for name, data in auxiliary.items()}
+
+
+def at_step(loss: PolicyLoss, auxiliary: Mapping[str, Any], mask: Bool[Array, "P G T"], step: Any) -> dict[str, Any]:
+    """Returns the data as a training step uses them: without all completions until the loss begins.
+
+    Args:
+      loss: the method's loss.
+      auxiliary: the data by name.
+      mask: tokens that count.
+      step: training steps done before this one.
+    """
+    found = dict(auxiliary)
+    for settings in loss.auxiliary:
+        entry = AUXILIARY[settings.name]
+        active = mask & (step >= entry.from_step(settings))
+        found[settings.name] = entry.restrict(found[settings.name], active)
+    return found
+
+
+def targets(auxiliary: Mapping[str, Any]) -> dict[str, Int[Array, "P G T"]]:
+    """Returns the other tokens to be scored, by the name of the loss that reads them."""
+    return {name: AUXILIARY[name].targets(data) for name, data in auxiliary.items() if AUXILIARY[name].targets}
+
+
+def needs_probe(loss: PolicyLoss) -> bool:
+    """Whether an auxiliary loss reads the log-probability of the probe token."""
+    return any(AUXILIARY[settings.name].rollout == "probe" for settings in loss.auxiliary)
+
+
+def loss_and_metrics(
+    loss: PolicyLoss,
+    auxiliary: Mapping[str, Any],
+    logprobs: LogProbs,
+    mask: Bool[Array, "P G T"],
+    totals: losses.Totals,
+    counts: Mapping[str, Any],
+) -> tuple[Float[Array, ""] | float, dict[str, jax.Array]]:
+    """Computes the weighted sum of the auxiliary losses, and each of them as the metric `<name>/loss`.
+
+    Args:
+      loss: the method's loss.
+      auxiliary: the data by name.
+      logprobs: of the policy that is trained.
+      mask: tokens that count.
+      totals, counts: counts of the whole minibatch; `counts` by the name of the auxiliary loss.
+    """
+    total, metrics = 0.0, {}
+    for settings in loss.auxiliary:
+        name = settings.name
+        term = AUXILIARY[name].loss(settings, auxiliary[name], logprobs, mask, totals, counts[name])
+        metrics[f"{name}/loss"] = term
+        total += settings.coefficient * term
+    return total, metrics

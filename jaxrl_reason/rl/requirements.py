@@ -1,0 +1,54 @@
+"""What a run needs, computed once from its configuration and its method."""
+
+import dataclasses
+
+from jaxrl_reason.config import Config
+from jaxrl_reason.methods import Method
+from jaxrl_reason.rl.auxiliary import AUXILIARY, needs_probe
+from jaxrl_reason.rl.signals import SIGNALS
+
+
+@dataclasses.dataclass(frozen=True)
+class Requirements:
+    """What the sampler records, what the data brings, and which forwards a step computes.
+
+    Attributes:
+      greedy: each group has one more completion, the greedy one.
+      prompt_logprobs: the sampler records the log-probabilities of the prompts.
+      probe: the sampler and the trainer record the log-probability of the probe token.
+      columns: columns of the data that belong to each group.
+      old_logprobs: the updates read log-probabilities under the policy before the first of them.
+      exact_sampler: the sampler's own log-probabilities serve as these. A float32 sampler agrees with the trainer to 1e-5; the completions of
+        other samplers are scored again.
+      kl: a step measures KL(policy || reference).
+      reference: a step scores its completions under the reference policy.
+    """
+
+    greedy: bool
+    prompt_logprobs: bool
+    probe: bool
+    columns: tuple[str, ...]
+    old_logprobs: bool
+    exact_sampler: bool
+    kl: bool
+    reference: bool
+
+
+def requirements(config: Config, method: Method) -> Requirements:
+    """Returns what a run of this method needs."""
+    signals = [signal for name, signal in SIGNALS.items() if name in method.signals]
+    auxiliary = [AUXILIARY[settings.name] for settings in method.loss.auxiliary]
+    recorded = {entry.rollout for entry in (*signals, *auxiliary)}
+    quantized, model = bool(config.sampling.quantize), config.model
+    kl = config.update.kl_coefficient > 0 or "kl" in method.signals
+    self_reward = method.loss.find("self_reward")
+    return Requirements(
+        greedy="greedy" in recorded,
+        prompt_logprobs="prompt_logprobs" in recorded,
+        probe=needs_probe(method.loss),
+        columns=tuple(dict.fromkeys(name for entry in (*signals, *auxiliary) for name in entry.columns)),
+        old_logprobs=config.update.epochs * config.update.minibatches > 1 or (quantized and "kl" in method.signals),
+        exact_sampler=model.compute_dtype == model.param_dtype == "float32" and not quantized,
+        kl=kl,
+        reference=kl or bool(self_reward and self_reward.reference == "exact"),
+    )

@@ -1,0 +1,157 @@
+"""Log-probabilities of completions under any weights, by the same forward that sampled them.
+
+Completions run against the shared keys and values of their prompt, with gradients through each prompt once. Log-probabilities are computed in
+chunks of positions, so that [tokens, vocabulary] is never in memory as a whole: at most half of it and 64 MiB, or one position of every completion.
+"""
+
+from collections.abc import Mapping
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrl_reason import losses, models
+from jaxrl_reason.models import sharding
+from jaxrl_reason.rl.sampling import scale_logits
+from jaxrl_reason.rl.types import LogProbs, Rollout
+
+_CHUNK_ENTRIES = 2**24  # logits per chunk if the chunk is 0: 64 MiB of float32
+
+
+def compute_logprobs(
+    config: models.ModelConfig,
+    params: models.Params,
+    rollout: Rollout,
+    temperature: Float[Array, ""] | float,
+    legal: Bool[Array, "T V"] | Bool[Array, "P T V"] | None = None,
+    chunk: int = 0,
+    *,
+    targets: Mapping[str, Int[Array, "P G T"]] | None = None,
+    probe_token: int | None = None,
+) -> LogProbs:
+    """Computes the log-probability of every completion token under the distribution that samples, and the entropy of that distribution.
+
+    Args:
+      config: the decoder's configuration.
+      params: its weights.
+      rollout: prompts and completions.
+      temperature: of the distribution.
+      legal: the tokens allowed at each position, or None.
+      chunk: positions of T whose logits are in memory at the same time; 0 chooses.
+      targets: further tokens to score at the same positions, from the same logits, by name.
+      probe_token: a token to score after each end token. It takes one more position of the same forward.
+    """
+    P, G, T = rollout.tokens.shape
+    chex.assert_rank(temperature, 0)
+    if legal is not None:
+        legal = jnp.broadcast_to(legal, (legal.shape[0] if legal.ndim == 3 else 1, T, config.vocab_size))
+    model = models.bind(config, params)
+    hidden, prompt = model.prefill(rollout.prompt_tokens, rollout.prompt_mask, rollout.features)
+    last = rollout.prompt_mask.shape[1] - 1 - jnp.argmax(rollout.prompt_mask[:, ::-1], axis=1)
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)  # predicts the first token of every completion
+    hidden = jnp.broadcast_to(hidden[:, None], (P, G, 1, config.width))
+    inputs = rollout.tokens if probe_token is not None else rollout.tokens[:, :, :-1]
+    if inputs.shape[2]:
+        hidden = jnp.concatenate([hidden, model.extend(inputs, prompt)], axis=2)
+    head = model.head_matrix()
+    probe = None
+    if probe_token is not None:
+        end = rollout.mask.sum(axis=-1)[..., None, None]
+        after_end = jnp.take_along_axis(hidden, end, axis=2)[:, :, 0]
+        logits = scale_logits(models.project(after_end, head, config), temperature, None)
+        probe = losses.token_logprobs(logits, jnp.full((P, G), probe_token))[0]
+        hidden = hidden[:, :, :T]
+
+    # Each device computes the logits of its own prompts: the head is gathered once, and its gradient summed once, instead of once per chunk.
+    in_chunks = sharding.by_prompt(functools.partial(_in_chunks, config, chunk))
+    return LogProbs(*in_chunks((head, temperature), hidden, rollout.tokens, dict(targets or {}), legal), probe)
+
+
+def chunk_length(P: int, G: int, T: int, vocabulary: int, chunk: int = 0) -> int:
+    """Returns the positions of T whose logits one device holds at the same time.
+
+    Args:
+      P: the prompts of the device.
+      G: completions per prompt.
+      T: tokens per completion.
+      vocabulary: the device's part of the vocabulary.
+      chunk: the result if it is not 0, at most T.
+    """
+    return min(chunk or max(1, min(_CHUNK_ENTRIES // (P * G * vocabulary), -(-T // 2))), T)
+
+
+def _in_chunks(config: models.ModelConfig, chunk: int, distribution, hidden, tokens, targets, legal):
+    """Returns the log-probabilities, the entropy and the targets' log-probabilities, [P, G, T] each.
+
+    Args:
+      config: the decoder's configuration.
+      chunk: see `compute_logprobs`.
+      distribution: the output head and the temperature.
+      hidden: [P, G, T, D].
+      tokens, targets, legal: see `compute_logprobs`.
+    """
+    (head, temperature), (P, G, T) = distribution, tokens.shape
+    head = head.astype(jnp.float32)  # its gradient is summed over the chunks
+
+    def of_chunk(head, hidden, tokens, targets, legal):
+        logits = models.project(hidden, head, config)
+        logits = scale_logits(logits, temperature, None if legal is None else legal[:, None])
+        scored = losses.token_logprobs(logits, tokens)
+        return *scored, {name: losses.token_logprobs(logits, other)[0] for name, other in targets.items()}
+
+    chunk = chunk_length(P, G, T, -(-config.vocab_size // sharding.tensor_ways()), chunk)
+    if chunk == T:
+        return of_chunk(head, hidden, tokens, targets, legal)
+    count = -(-T // chunk)
+
+    def cut(x, axis):  # [.., T, ..] -> [count, .., chunk, ..]
+        x = jnp.pad(x, [(0, count * chunk - T if i == axis else 0) for i in range(x.ndim)], mode="edge")
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], count, chunk, *x.shape[axis + 1 :]), axis, 0)
+
+    along_tokens = functools.partial(cut, axis=2)
+    chunks = *jax.tree.map(along_tokens, (hidden, tokens, targets)), None if legal is None else cut(legal, 1)
+    of_chunk = jax.checkpoint(
+        of_chunk, prevent_cse=False
+    )  # the backward pass computes logits again instead of keeping them
+    _, ys = jax.lax.scan(lambda _, x: ((), of_chunk(head, *x)), (), chunks)
+    join = lambda y: jnp.moveaxis(y, 0, 2).reshape(P, G, count * chunk)[:, :, :T]
+    return jax.tree.map(join, ys)
+
+
+def split_prompts(tree: Any, count: int) -> Any:
+    """Cuts [P, ...] into [count, P / count, ...] by stride, so that on a sharded axis every device keeps its own prompts."""
+    cut = lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+    return jax.tree.map(cut, tree)
+
+
+def join_prompts(tree: Any) -> Any:
+    """Joins [count, P / count, ...] to [P, ...], the inverse of `split_prompts`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
+def score(
+    config: models.ModelConfig,
+    params: models.Params,
+    rollout: Rollout,
+    temperature: Float[Array, ""],
+    legal: Bool[Array, "T V"] | None = None,
+    *,
+    microbatches: int = 1,
+    chunk: int = 0,
+    probe_token: int | None = None,
+) -> LogProbs:
+    """Computes the log-probabilities of a rollout under `params`, one microbatch after another. The entropy is 0.
+
+    Args:
+      config, params, rollout, temperature, legal, chunk, probe_token: see `compute_logprobs`.
+      microbatches: their number; P is divisible by it.
+    """
+
+    def one(part):
+        scored = compute_logprobs(config, params, part, temperature, legal, chunk, probe_token=probe_token)
+        return scored._replace(entropy=jnp.zeros_like(scored.entropy))
+
+    return join_prompts(jax.lax.map(one, split_prompts(rollout, microbatches)))

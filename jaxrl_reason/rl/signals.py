@@ -1,0 +1,166 @@
+"""The signals that methods ask for beyond rewards: one table entry per field of AdvantageInputs, with its metrics.
+
+To add a signal, add a field to `advantages.AdvantageInputs` and an entry to `SIGNALS`. A method that does not name a signal compiles without it.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxrl_reason.advantages import AdvantageInputs, group_deviation
+from jaxrl_reason.methods import Method
+from jaxrl_reason.metrics import token_confidence
+from jaxrl_reason.rl.types import Rollout
+
+
+class SignalInputs(NamedTuple):
+    """The data from which signals are computed.
+
+    Attributes:
+      method: the method that asks.
+      rollout: the completions that are learnt from.
+      rewards: their unweighted rewards by name; NaN if missing.
+      total: their weighted total reward; NaN if missing.
+      greedy_total: the total reward of each group's greedy completion, or None.
+      verdict: the name of the reward that decides what is correct.
+      columns: columns of the data by name.
+      kl: log pi - log pi_ref per token, or None.
+      probe_reference: c_ref of LaSeR, or None.
+    """
+
+    method: Method
+    rollout: Rollout
+    rewards: Mapping[str, Float[Array, "P G"]]
+    total: Float[Array, "P G"]
+    greedy_total: Float[Array, " P"] | None
+    verdict: str
+    columns: Mapping[str, Array]
+    kl: Float[Array, "P G T"] | None
+    probe_reference: Float[Array, "P G"] | None
+
+
+class Signal(NamedTuple):
+    """How one signal is computed, and what it needs.
+
+    Attributes:
+      compute: SignalInputs -> the field of AdvantageInputs.
+      known: SignalInputs -> bool[P, G]; a completion without the signal counts as one without a reward. None: all have it.
+      metrics: (AdvantageInputs, bool[P, G] of the completions that have a reward) -> f32 scalars by name, or None.
+      columns: columns of the data that `compute` reads.
+      rollout: what the sampler has to record for it: "greedy", "prompt_logprobs" or "probe".
+    """
+
+    compute: Callable[[SignalInputs], Array | None]
+    known: Callable[[SignalInputs], Array] | None = None
+    metrics: Callable[[AdvantageInputs, Array], dict[str, Array]] | None = None
+    columns: tuple[str, ...] = ()
+    rollout: str = ""
+
+
+def prompt_confidence(rollout: Rollout) -> Float[Array, " P"]:
+    """Computes ProGRPO's c(q): exp of the mean log-probability of the prompt's tokens without the first; 1 for a prompt of one token."""
+    mask = rollout.prompt_mask
+    predicted = mask & (jnp.cumsum(mask, axis=1) > 1)
+    mean = jnp.where(predicted, rollout.prompt_logprobs, 0.0).sum(axis=1) / jnp.maximum(predicted.sum(axis=1), 1)
+    return jnp.exp(mean)
+
+
+def _self_rewards(x: SignalInputs) -> Float[Array, "P G"]:
+    return x.method.loss.find("self_reward").beta * (x.rollout.probe_logprobs - x.probe_reference)
+
+
+def _score_metrics(inputs: AdvantageInputs, real: Bool[Array, "P G"]) -> dict[str, Array]:
+    scores = inputs.model_scores
+    _, spread = group_deviation(scores, real)
+    return {
+        "hero/score_spread": mean_where(spread, real.sum(axis=1, keepdims=True) > 1),
+        "hero/score_right": mean_where(scores, real & inputs.verdicts),
+        "hero/score_wrong": mean_where(scores, real & ~inputs.verdicts),
+    }
+
+
+def _value_metrics(inputs: AdvantageInputs, real: Bool[Array, "P G"]) -> dict[str, Array]:
+    values = jnp.broadcast_to(inputs.values[:, None], real.shape)
+    worth = jnp.where(real, values, 0.0).sum()
+    return {
+        "rlev/value": mean_where(values, real),
+        "rlev/h_acc": jnp.where(real & inputs.verdicts, values, 0.0).sum() / worth,
+    }
+
+
+def _self_reward_metrics(inputs: AdvantageInputs, real: Bool[Array, "P G"]) -> dict[str, Array]:
+    ended = ~inputs.truncated
+    correct, incorrect = real & inputs.verdicts & ended, real & ~inputs.verdicts & ended
+    predicts_correct = (inputs.self_rewards > 0.5).astype(jnp.float32)
+    on_correct, on_incorrect = mean_where(predicts_correct, correct), mean_where(1 - predicts_correct, incorrect)
+    f1 = jnp.where(on_correct + on_incorrect == 0, 0.0, 2 * on_correct * on_incorrect / (on_correct + on_incorrect))
+    return {
+        "self_reward/right": mean_where(inputs.self_rewards, correct),
+        "self_reward/wrong": mean_where(inputs.self_rewards, incorrect),
+        "self_reward/accuracy_right": on_correct,
+        "self_reward/accuracy_wrong": on_incorrect,
+        "self_reward/f1": f1,
+    }
+
+
+def _confidence_metrics(inputs: AdvantageInputs, real: Bool[Array, "P G"]) -> dict[str, Array]:
+    return {
+        "progrpo/prompt_confidence": mean_where(inputs.prompt_confidence[:, None], real.any(axis=1, keepdims=True)),
+        "progrpo/answer_confidence": mean_where(inputs.answer_confidence, real),
+    }
+
+
+SIGNALS: dict[str, Signal] = {
+    "verdicts": Signal(
+        lambda x: x.rewards[x.verdict] > 0.5,
+        known=lambda x: (
+            ~jnp.isnan(x.rewards[x.verdict])
+        ),  # without a verdict, a completion is neither correct nor incorrect
+    ),
+    "truncated": Signal(lambda x: x.rollout.truncated),
+    "kl": Signal(lambda x: x.kl),
+    "greedy_rewards": Signal(lambda x: x.greedy_total, rollout="greedy"),
+    "values": Signal(lambda x: x.columns["values"], metrics=_value_metrics, columns=("values",)),
+    "model_scores": Signal(
+        lambda x: x.rewards["reward_model"],
+        known=lambda x: jnp.isfinite(x.rewards["reward_model"]),
+        metrics=_score_metrics,
+    ),
+    "self_rewards": Signal(_self_rewards, metrics=_self_reward_metrics, rollout="probe"),
+    "prompt_confidence": Signal(lambda x: prompt_confidence(x.rollout), rollout="prompt_logprobs"),
+    "answer_confidence": Signal(
+        lambda x: token_confidence(x.rollout.logprobs, x.rollout.mask), metrics=_confidence_metrics
+    ),
+}
+ALWAYS = ("verdicts", "truncated", "kl")  # supplied to every method: they cost nothing
+
+
+def compute_inputs(x: SignalInputs) -> AdvantageInputs:
+    """Computes the signals of `x.method`; a completion without one of them has no reward."""
+    asked = [name for name in SIGNALS if name in x.method.signals]
+    total = x.total
+    for name in asked:
+        if known := SIGNALS[name].known:
+            total = jnp.where(known(x), total, jnp.nan)
+    fields = {name: SIGNALS[name].compute(x) for name in dict.fromkeys((*ALWAYS, *asked))}
+    return AdvantageInputs(rewards=total, completion_mask=x.rollout.mask, **fields)
+
+
+def signal_metrics(inputs: AdvantageInputs, method: Method, real: Bool[Array, "P G"]) -> dict[str, jax.Array]:
+    """Computes the metrics of the signals of a method: f32 scalars.
+
+    Args:
+      inputs: the signals.
+      method: the method that asked for them.
+      real: completions that exist and have a reward.
+    """
+    tables = (SIGNALS[name].metrics for name in SIGNALS if name in method.signals)
+    return {name: value for table in tables if table for name, value in table(inputs, real).items()}
+
+
+def mean_where(x: Array, where: Array) -> Float[Array, ""]:
+    """Returns the mean over the entries for which `where` holds; NaN if there are none."""
+    return jnp.where(where, x, 0.0).sum() / where.sum()

@@ -1,0 +1,94 @@
+"""Looks at single completions of a step: sample tables, the token with the largest mismatch, and a step saved for replay."""
+
+from collections.abc import Mapping
+import pathlib
+
+import jax
+import numpy as np
+
+from jaxrl_reason.data import Tokenizer
+from jaxrl_reason.rl import experience, hosts
+from jaxrl_reason.rl.types import Experience, Groups, Mismatch, TrainState
+from jaxrl_reason.runs import checkpoints, writers
+
+
+def write_samples(
+    table: writers.SampleTable,
+    step: int,
+    groups: Groups,
+    batch: Experience,
+    *,
+    prompts: int,
+    tokenizer: Tokenizer,
+    weights: Mapping[str, float],
+    sharding: jax.sharding.Sharding,
+) -> None:
+    """Writes some of this process's completions with their rewards and advantages.
+
+    Args:
+      table: where to write.
+      step: the training step.
+      groups, batch: the scored groups and the data of the update.
+      prompts: the number of prompts whose groups are written.
+      tokenizer: of the run.
+      weights: of the rewards, by name.
+      sharding: of the prompt axis.
+    """
+    rollout, groups, advantages, mask = jax.tree.map(
+        lambda x: hosts.share(x, sharding)[:prompts], (batch.rollout, groups, batch.advantages, batch.mask)
+    )
+    if advantages.ndim == 3:  # per token: their mean over the completion
+        advantages = (advantages * mask).sum(-1) / np.maximum(mask.sum(-1), 1)
+    G = rollout.tokens.shape[1]
+    rewards = {name: r[:, :G] for name, r in groups.rewards.items()}
+    texts = [
+        tokenizer.decode_batch([t[m].tolist() for t, m in zip(*group)]) for group in zip(rollout.tokens, rollout.mask)
+    ]
+    table.write(
+        step,
+        tokenizer.decode_batch([t[m].tolist() for t, m in zip(rollout.prompt_tokens, rollout.prompt_mask)]),
+        texts,
+        rewards=rewards,
+        total=np.asarray(experience.total_reward(rewards, weights)),
+        advantages=advantages,
+        lengths=rollout.mask.sum(-1),
+        truncated=rollout.truncated,
+    )
+
+
+def describe_mismatch(
+    batch: Experience, mismatch: Mismatch, tokenizer: Tokenizer, sharding: jax.sharding.Sharding
+) -> str:
+    """Returns a sentence about the token on which sampler and trainer differ most, with its text if this process has it."""
+    difference, p, g, t = (x.item() for x in jax.device_get(mismatch))
+    place = f"token {t} of completion {g} of prompt {p}"
+    mine = hosts.places_of(batch.mask)
+    if p not in mine:
+        return f"{place}, which is on another process."
+    rollout = jax.tree.map(lambda x: hosts.share(x, sharding)[np.searchsorted(mine, p)], batch.rollout)
+    completion, token = tokenizer.decode_batch(
+        [rollout.tokens[g][rollout.mask[g]].tolist(), [int(rollout.tokens[g, t])]]
+    )
+    sampled = float(rollout.logprobs[g, t])
+    # repr escapes what a terminal would obey.
+    return (
+        f"{place}, {token!r} in {completion!r:.300}, was sampled at {sampled:.3g}, and the "
+        f"trainer computes {sampled + difference:.3g}."
+    )
+
+
+def save_for_replay(workdir: pathlib.Path, step: int, state: TrainState, groups: Groups, batch: Experience) -> str:
+    """Writes the weights and the batch of a step to WORKDIR/replay/STEP. Returns a sentence about the result."""
+    directory = workdir / "replay" / str(step)
+    result = (
+        f"Its weights and batch are in {directory}: python -m jaxrl_reason.replay --workdir={workdir} names the cause."
+    )
+    batch, rewards = jax.tree.map(hosts.whole, (batch, groups.rewards))
+    try:
+        checkpoints.save_params(directory / "params", state.params)
+        if hosts.first():
+            checkpoints.save_batch(directory / "batch.npz", batch, rewards)
+    except (checkpoints.CheckpointError, OSError) as e:
+        result = f"It could not be saved for replay: {e}"
+    hosts.barrier("saved for replay")  # no process ends while another one writes
+    return result

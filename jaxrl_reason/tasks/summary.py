@@ -1,0 +1,63 @@
+"""The end of a run: a table of the evaluations before and after training, and the learning curve."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import rich.console
+
+from jaxrl_reason import tasks
+from jaxrl_reason.config import Config
+from jaxrl_reason.methods import Method
+from jaxrl_reason.models.formats.weights import read_json
+from jaxrl_reason.rl import hosts
+from jaxrl_reason.runs import writers
+
+
+def picture_of(workdir: pathlib.Path) -> pathlib.Path:
+    """Returns the file of the learning curve. A run draws it last: if it exists, the run has reported."""
+    return workdir / "learning_curve.png"
+
+
+def evaluation_settings(config: Config) -> dict[str, Any]:
+    """Returns the settings of an evaluation. Two evaluations are compared only if these are equal."""
+    return dataclasses.asdict(config.eval) | {"every": None}
+
+
+def report(
+    workdir: pathlib.Path, config: Config, method: Method, console: rich.console.Console
+) -> dict[str, dict[str, float]]:
+    """Prints the table of before and after, and draws the learning curve.
+
+    Returns:
+      {"before": the evaluation of step 0, "after": the last later one}, without evaluations that were not made, and without the first if
+      config.eval has changed since. Empty on all processes but the first.
+    """
+    if not hosts.first():
+        return {}
+    metrics_path, picture = workdir / "metrics.jsonl", picture_of(workdir)
+    evaluations, baselines = {}, {}
+    for line in writers.read_metrics(metrics_path):
+        if any(name.startswith("eval/") for name in line):
+            metrics = {k: v for k, v in line.items() if k.startswith("eval/") and k != "eval/prompts"}
+            evaluations["after" if line["step"] else "before"] = metrics
+        baselines |= {k: v for k, v in line.items() if k.startswith(tasks.BASELINES)}
+    settings = workdir / "evaluation.json"
+    if "before" in evaluations and not (settings.exists() and read_json(settings) == evaluation_settings(config)):
+        console.print(
+            "The evaluation before training is not compared, because config.eval has changed since.", soft_wrap=True
+        )
+        del evaluations["before"]
+    if evaluations:
+        shown = tuple(f"eval/{name}" for name in tasks.headlines(method))
+        before, after = (
+            {k: v for k, v in evaluations.get(side, {}).items() if k.startswith(shown)} for side in ("before", "after")
+        )
+        console.print(writers.summary_table(before, after))
+    if baselines:
+        console.print("Baselines: " + ", ".join(f"{name} {writers.cell(name, x)}" for name, x in baselines.items()))
+    scratch = picture.with_suffix(".tmp")
+    writers.plot_learning_curve(metrics_path, scratch, title=workdir.name)
+    scratch.replace(picture)
+    console.print(f"Learning curve: {picture}", soft_wrap=True)
+    return evaluations
