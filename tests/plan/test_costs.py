@@ -17,7 +17,7 @@ from jaxrl_reason import models
 from jaxrl_reason.methods import PolicyLoss
 from jaxrl_reason.models import ModelConfig, reward_model, sharding
 from jaxrl_reason.plan import costs, hlo
-from jaxrl_reason.rl import learner, rollout
+from jaxrl_reason.rl import learner, rollout, scoring
 from jaxrl_reason.rl import optimizer as optimizers
 from jaxrl_reason.rl.learner import UpdateOptions
 from jaxrl_reason.rl.types import Experience, Rollout, TrainState

@@ -11,7 +11,7 @@ import pytest
 
 from jaxrl_reason import methods
 from jaxrl_reason.advantages import AdvantageTransform, chain
-from jaxrl_reason.rl.experience import empty_like, fill, log_ratio, mean_reward, total_reward
+from jaxrl_reason.rl.experience import empty_like, fill, log_ratio, make_experience, mean_reward, total_reward
 from jaxrl_reason.rl.types import Groups, Rollout
 
 NAN = float("nan")

@@ -541,7 +541,7 @@ def test_entropy_is_that_of_the_law_that_samples():
     run = jit_once(functools.partial(scoring.compute_logprobs, CONFIG))
     batch = experience()
     logprobs, entropy, *others = run(PARAMS, batch.rollout, jnp.float32(0.7))  # legal tokens: see the metrics above
-    assert others == [None, None]
+    assert others == [{}, None]
     law = reference_law(temperature=0.7, legal=None)
     np.testing.assert_allclose(logprobs, chosen(law), atol=5e-5)
     np.testing.assert_allclose(entropy, entropy_of(law), atol=5e-5)

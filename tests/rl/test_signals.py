@@ -19,6 +19,7 @@ from jaxrl_reason.metrics import self_verification_f1
 from jaxrl_reason.models import ModelConfig
 from jaxrl_reason.rl import learner, scoring
 from jaxrl_reason.rl import optimizer as optimizers
+from jaxrl_reason.rl.experience import make_experience
 from jaxrl_reason.rl.learner import UpdateOptions
 from jaxrl_reason.rl.rollout import generate
 from jaxrl_reason.rl.signals import prompt_confidence
@@ -408,7 +409,7 @@ def test_the_self_reward_loss_and_its_gradient_are_those_of_the_definition():
         -(adv[..., None] * live).sum() / live.sum() + 0.7 * metrics["self_reward/loss"], abs=1e-5
     )
     assert_gradient(PARAMS, new, loss)
-    alone, _ = update(judged_batch(advantages=np.zeros((A, B))), JUDGING, step=4)
+    alone, _ = update(judged_batch()._replace(advantages=jnp.zeros((A, B))), JUDGING, step=4)
     assert_gradient(PARAMS, alone, lambda params: 0.7 * self_reward(params), trials=1)
 
 
@@ -781,4 +782,4 @@ def test_a_method_pays_only_for_the_signals_it_asks_for():
     for name in reference_methods.ESTIMATORS:
         method = methods.create(name)
         assert not method.signals & {"self_rewards", "prompt_confidence", "answer_confidence", "values", "model_scores"}
-        assert method.loss.self_reward is None and method.loss.expert_coefficient == 0
+        assert method.loss.auxiliary == ()
