@@ -42,7 +42,7 @@ class Run:
     """Everything that a run needs before its first step. Made by `setup`, which checks all of it.
 
     Attributes:
-      config, method: what was asked for.
+      config, method: of the run.
       task: data, rewards and evaluation.
       programs: the compiled functions.
       reward_phase: how to get the learned reward model, or None.
@@ -69,7 +69,7 @@ def setup(config: Config, workdir: str | pathlib.Path) -> Run:
     On several processes the first one sets up first, and the others find the files it has prepared.
 
     Raises:
-      ConfigError, RewardError, ValueError, OSError: a sentence that says what is wrong and where.
+      ConfigError, RewardError, ValueError, OSError: a sentence that names the fault and its place.
     """
     turns = [hosts.agree(lambda: _setup(config, workdir) if hosts.first() else None, ConfigError, *_REFUSALS)]
     with warnings.catch_warnings():
@@ -164,7 +164,7 @@ class Collected(NamedTuple):
     """One batch of scored groups.
 
     Attributes:
-      groups: the groups; with dynamic sampling those that are informative, from several prompt batches.
+      groups: the groups; with dynamic sampling the informative groups of several prompt batches.
       metrics: of the host, over everything that was sampled.
       data_position: prompt batches drawn since the run began.
     """
@@ -280,7 +280,7 @@ def train_step(
     Args:
       run: what to run.
       state: donated.
-      reference: the reference policy's weights, those that the run trains, or None.
+      reference: the reference policy's values of the weights that the run trains, or None.
       clock: measures the parts.
       c_ref: f32 scalar of LaSeR's self-reward, or None.
     """
@@ -334,7 +334,7 @@ def train(run: Run) -> dict[str, dict[str, float]]:
 
     Raises:
       Preempted: SIGTERM came; the last step is saved.
-      RewardError, CheckpointError, MetricsError, OSError: a sentence that says what is wrong and where.
+      RewardError, CheckpointError, MetricsError, OSError: a sentence that names the fault and its place.
     """
     with hosts.preemption() as should_stop:
         return _train(run, should_stop)

@@ -79,7 +79,7 @@ def test_a_comparison_that_is_asked_to_end_says_that_it_goes_on(tmp_path, capsys
 
     monkeypatch.setattr(compare, "compare", stopped)
     assert compare.main([f"--config={recipe}", f"--workdir={tmp_path / 'run'}"]) == 143
-    assert capsys.readouterr().err == "Asked to end, and saved after step 3: the same command goes on from there.\n"
+    assert capsys.readouterr().err == "Asked to end, and saved after step 3: the same command continues from there.\n"
 
 
 def test_the_table_has_a_dash_where_a_row_lacks_a_figure():

@@ -195,7 +195,7 @@ def test_sigterm_while_the_reward_model_is_trained_saves_it_first(straight):
     done = read_metrics(metrics)[-1]["step"]
     assert process.returncode == 143 and done < 400, err
     assert err.strip().endswith(
-        f"Asked to end, and saved after step {done} of the reward model: the same command goes on from there."
+        f"Asked to end, and saved after step {done} of the reward model: the same command continues from there."
     )
     again = call(command(run))
     out, err = again.communicate(timeout=200)

@@ -89,7 +89,7 @@ def setup(
       model, work, tokenizer, mesh: of the run; the reward model is trained in the folder reward_model of its work directory.
 
     Raises:
-      ConfigError, ValueError, OSError: a sentence that says what is wrong and where.
+      ConfigError, ValueError, OSError: a sentence that names the fault and its place.
     """
     c, r = config, config.reward_model
     phase = Phase(config, models.lora.base_of(model), mesh, tokenizer)

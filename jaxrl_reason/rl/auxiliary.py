@@ -48,7 +48,7 @@ class AuxiliaryLoss(NamedTuple):
       from_step: settings -> the number of training steps before the loss begins; until then `restrict` gets an empty mask.
       targets: data -> int32[P, G, T], other tokens whose log-probabilities the loss reads at the same positions; None: no tokens.
       columns: columns of the data set that `data` reads.
-      rollout: what the sampler and the trainer have to record for it: "probe", or "" for nothing.
+      rollout: the record that the sampler and the trainer keep for it: "probe", or "" for none.
     """
 
     data: Callable[[Any, AuxiliaryInputs], Any]

@@ -1,8 +1,7 @@
-"""Several processes, one a host, that run one program: which prompts each of them reads and scores, and how they stay in step.
+"""Several processes, one per host, run one program: which prompts each process reads and scores, and how the processes stay in step.
 
-Every process runs the same command. Arrays are global; what stands on a host is either whole and the same everywhere (scalars,
-held-out prompts) or this process's share of a batch: the rows that its devices hold. With one process a share is everything, and
-nothing here communicates.
+Every process runs the same command. Arrays on devices are global. Data on a host is either complete and equal on all processes (scalars, held-out
+prompts), or it is this process's rows of a batch, the rows that its devices hold. A single process holds all rows, and nothing communicates.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,27 +26,27 @@ T = TypeVar("T")
 
 
 def initialize(timeout: int, patience: int) -> None:
-    """Connects this process with the others, where there are any; before anything else of jax is used.
+    """Connects this process with the others, if there are any. Call it before anything else of jax.
 
-    On Cloud TPUs jax finds them. Elsewhere three variables of the environment name them: JAX_COORDINATOR_ADDRESS (host:port of process
-    0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. If they do not come in time, this ends the process with a sentence and the exit code 1.
+    On Cloud TPUs jax finds the other processes. Elsewhere three environment variables name them: JAX_COORDINATOR_ADDRESS (host:port of process 0),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID. If the others do not connect in time, this process ends with a sentence and exit code 1.
 
     Args:
-      timeout: seconds without a sign of life after which a process counts as dead, and the others end.
-      patience: seconds to wait for the others to come.
+      timeout: seconds without a heartbeat after which a process counts as dead, and the others end.
+      patience: seconds to wait for the others to connect.
 
     Raises:
-      ValueError: only some of the three are set, or are no numbers; the others cannot be found; or it cannot be known whether there are any.
+      ValueError: some of the variables are missing or not numbers, or the other processes cannot be found.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = [os.environ.get(name, "") for name in names]
     listed = ", ".join(f"{name}={text!r}" for name, text in zip(names, given))
     if any(given) and not (all(given) and all(text.isdigit() for text in given[1:])):
         raise ValueError(
-            f"A run on several processes needs an address and two numbers, and there are {listed}: set all three, or none."
+            f"A run on several processes needs an address and two numbers, and there are {listed}. Set all three, or none."
         )
     limits = dict(
-        initialization_timeout=patience + 60,  # behind ours: jax ends the process without a sentence
+        initialization_timeout=patience + 60,  # after our own limit: jax ends the process without a sentence
         heartbeat_timeout_seconds=timeout,
         shutdown_timeout_seconds=timeout,
     )
@@ -59,11 +58,11 @@ def initialize(timeout: int, patience: int) -> None:
                 jax.distributed.initialize(given[0], num_processes=int(given[1]), process_id=int(given[2]), **limits)
             else:
                 jax.distributed.initialize(**limits)
-            # CPUs connect at the first thing done together, in 30 seconds; what comes first may take longer.
+            # CPUs connect at their first collective, which must come within 30 seconds; set-up may take longer.
             barrier("connected")
-    except Exception as e:  # of the network, of the cloud's metadata, of jax: many classes
+    except Exception as e:  # from the network, the cloud's metadata or jax: many classes
         if isinstance(e, ValueError) and not any(given) and not came_from_devices(e):
-            return  # jax knows of no cluster: this machine is alone
+            return  # jax knows no cluster: there is only this machine
         raise ValueError(
             f"This process cannot be connected with the others ({listed}): {textwrap.shorten(str(e), 300, placeholder=' ...')} If there are "
             "none, set JAX_NUM_PROCESSES=1, JAX_PROCESS_ID=0 and JAX_COORDINATOR_ADDRESS=127.0.0.1:1234."
@@ -72,19 +71,19 @@ def initialize(timeout: int, patience: int) -> None:
 
 @contextlib.contextmanager
 def _patient(seconds: int, listed: str):
-    """Says that this process waits for others when that takes long, and ends it after so many seconds: no exception would reach it."""
-    come = threading.Event()
+    """Prints that this process waits for the others, and ends it after this many seconds. No exception could end the wait."""
+    connected = threading.Event()
 
     def watch():
         say = lambda text: print(text, file=sys.stderr, flush=True)
         first = min(30.0, seconds / 2)
-        if come.wait(first):
+        if connected.wait(first):
             return
         say(f"This process waits for the others, up to {seconds} s (mesh.initialization_timeout; {listed}).")
-        if not come.wait(seconds - first):
+        if not connected.wait(seconds - first):
             say(
-                f"error: The other processes have not come within {seconds} s (mesh.initialization_timeout; {listed}). Give the same "
-                "command on every host, and see on those where it has ended what it said."
+                f"error: The other processes have not connected within {seconds} s (mesh.initialization_timeout; {listed}). Start the same command on "
+                "every host, and read the messages on hosts whose process has ended."
             )
             os._exit(1)
 
@@ -92,31 +91,31 @@ def _patient(seconds: int, listed: str):
     try:
         yield
     finally:
-        come.set()
+        connected.set()
 
 
 def _on_a_tpu_vm() -> bool:
-    """Whether this machine has TPUs and may be one of several; notebooks' machines are alone, and have nobody to ask."""
+    """Whether this machine has TPUs and may be one of several. A notebook's machine is alone and has no metadata server."""
     alone = "COLAB_RELEASE_TAG" in os.environ or os.environ.get("JAX_PLATFORMS") == "cpu"
     return not alone and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
 def first() -> bool:
-    """Whether this is the process that writes files and speaks."""
+    """Whether this is the process that writes files and prints."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Waits until every process is here."""
+    """Waits until every process has reached this call."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def leave(code: int) -> int:
-    """Ends a process of several that has failed, at once: the usual way out would wait for the others, who wait for this one.
+    """Ends one of several processes at once. A normal exit would wait for the other processes, which wait for this one.
 
     Returns:
-      `code`, where there is only one.
+      `code`, if there is only one process.
     """
     if jax.process_count() > 1:
         sys.stdout.flush()
@@ -127,7 +126,7 @@ def leave(code: int) -> int:
 
 @contextlib.contextmanager
 def leaving_together():
-    """Around all that several processes do: what nobody foresaw ends this one with its traceback, and at once."""
+    """Ends one of several processes at once, with a traceback, if an unexpected exception leaves the block."""
     try:
         yield
     except BaseException:
@@ -138,7 +137,7 @@ def leaving_together():
 
 
 def came_from_devices(error: Exception) -> bool:
-    """Whether the runtime raised this: jax gives its errors several classes, and their messages begin with a status."""
+    """Whether the runtime raised this error. Its errors have several classes; their messages begin with a status."""
     return bool(
         re.match(
             r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ", str(error)
@@ -147,57 +146,58 @@ def came_from_devices(error: Exception) -> bool:
 
 
 def why_it_stopped(error: Exception) -> str:
-    """A sentence about a failure of the devices in a run on several processes."""
+    """Returns a sentence about a failure of the devices in a run on several processes."""
     return (
-        f"Process {jax.process_index()} of {jax.process_count()} cannot go on: a computation that all of them share has failed, most "
-        f"likely because another one has ended ({textwrap.shorten(str(error), 200, placeholder=' ...')}). Give the same command on "
-        "every host again: the run goes on from its newest checkpoint."
+        f"Process {jax.process_index()} of {jax.process_count()} cannot go on: a computation that all processes share has failed, most "
+        f"likely because another process has ended ({textwrap.shorten(str(error), 200, placeholder=' ...')}). Start the same command on "
+        "every host again: the run continues from its newest checkpoint."
     )
 
 
 class Preempted(Exception):
-    """The run was asked to end (SIGTERM) and has saved where it stands, after `step`; the message is a sentence."""
+    """The run received SIGTERM and has saved its state after `step`; the message is a sentence."""
 
     exit_code = 128 + signal.SIGTERM
 
     def __init__(self, step: str):
-        super().__init__(f"Asked to end, and saved after {step}: the same command goes on from there.")
+        super().__init__(f"Asked to end, and saved after {step}: the same command continues from there.")
 
 
 @contextlib.contextmanager
 def preemption():
-    """While this lasts SIGTERM ends nothing, but is told by what the `with` statement gives: () -> whether to save and end.
+    """Catches SIGTERM inside a `with` block, which gets should_stop: () -> whether to save and end.
 
-    Of several processes all begin to say so at the same call, whichever was told; each has to ask after every step. Once said it stays.
+    On several processes all calls of should_stop return True from the same step on, whichever process got the signal. So every process has to call
+    it once per step.
     """
-    told, calls = [], itertools.count(1)
+    received, calls = [], itertools.count(1)
 
     def agreed():
-        # jax catches the signal, and agrees on a number that nobody has reached.
-        if not told and multihost_utils.reached_preemption_sync_point(next(calls)):
-            told.append(True)
-        return bool(told)
+        # jax catches the signal, and the processes agree on a call that none of them has reached.
+        if not received and multihost_utils.reached_preemption_sync_point(next(calls)):
+            received.append(True)
+        return bool(received)
 
     if jax.process_count() > 1:
         yield agreed
         return
     try:
-        before = signal.signal(signal.SIGTERM, lambda *_: told.append(True))
+        before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
     except ValueError:  # only the main thread may
         yield lambda: False
         return
     try:
-        yield lambda: bool(told)
+        yield lambda: bool(received)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-# -- shares of a batch -----------------------------------------------------------------------------
+# -- rows of a batch -------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=64)
 def _rows_of(sharding: jax.sharding.Sharding, size: int) -> tuple[tuple[int, ...], ...]:
-    """For each process, the rows of [size, ...] that its devices hold, ascending."""
+    """Returns, for each process, the rows of [size, ...] that its devices hold, ascending."""
     rows = [set() for _ in range(jax.process_count())]
     for device, index in sharding.devices_indices_map((size,)).items():
         rows[device.process_index].update(range(*index[0].indices(size)))
@@ -205,19 +205,19 @@ def _rows_of(sharding: jax.sharding.Sharding, size: int) -> tuple[tuple[int, ...
 
 
 def places(sharding: jax.sharding.Sharding, size: int) -> np.ndarray:
-    """The rows of a batch of `size` that this process holds, int[n], ascending; a group is never split."""
+    """Returns the indices of the rows of a batch that this process holds, int[n], ascending. A group is never split."""
     if jax.process_count() == 1:
         return np.arange(size)
     return np.array(_rows_of(sharding, size)[jax.process_index()])
 
 
 def places_of(x: jax.Array) -> np.ndarray:
-    """The rows of a batch that this process holds of an array of it."""
+    """Returns the indices of the rows of an array that this process holds."""
     return np.arange(len(x)) if jax.process_count() == 1 else places(x.sharding, len(x))
 
 
 def put(x, sharding: jax.sharding.Sharding) -> jax.Array:
-    """A global array out of a value that every process has whole."""
+    """Makes a global array from a value that is complete on every process."""
     if jax.process_count() == 1:
         return jax.device_put(x, sharding)
     x = np.asarray(x)
@@ -228,7 +228,7 @@ def put(x, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 def put_share(x, sharding: jax.sharding.Sharding, size: int) -> jax.Array:
-    """A global array [size, ...] out of this process's rows [n, ...]."""
+    """Makes a global array [size, ...] from this process's rows [n, ...]."""
     if jax.process_count() == 1:
         return jax.device_put(x, sharding)
     x = np.asarray(x)
@@ -240,7 +240,7 @@ def put_share(x, sharding: jax.sharding.Sharding, size: int) -> jax.Array:
 
 
 def share(x: jax.Array, sharding: jax.sharding.Sharding) -> np.ndarray:
-    """This process's rows [n, ...] of a global array [size, ...], wherever its own sharding has put them."""
+    """Returns this process's rows [n, ...] of a global array [size, ...], whatever the sharding of the array."""
     if jax.process_count() == 1:
         return jax.device_get(x)
     mine = places(sharding, x.shape[0])
@@ -256,22 +256,22 @@ def share(x: jax.Array, sharding: jax.sharding.Sharding) -> np.ndarray:
 
 
 def _gather(x, tiled: bool = False) -> np.ndarray:
-    """Every process's x, stacked, or (tiled) all of a global array; a crossing that is meant."""
+    """Returns every process's x, stacked, or (tiled) a complete global array. The transfer is intended."""
     with jax.transfer_guard("allow"):
         return multihost_utils.process_allgather(x, tiled=tiled)
 
 
 def whole(x: jax.Array) -> np.ndarray:
-    """All of a global array, on every process."""
+    """Returns a complete global array on every process."""
     if jax.process_count() == 1 or x.is_fully_replicated:
         return jax.device_get(x)
     return _gather(x, tiled=True)
 
 
 def together(x: np.ndarray, sharding: jax.sharding.Sharding, size: int) -> np.ndarray:
-    """Every process's rows [n, ...] put together to [size, ...], on every process.
+    """Gathers every process's rows [n, ...] to [size, ...], on every process.
 
-    Of a row that several hold, what the first of them says counts: they may have asked something that answers differently each time.
+    If several processes hold a row, the first process decides: a reward function may answer differently each time.
     """
     if jax.process_count() == 1:
         return x
@@ -285,7 +285,7 @@ def together(x: np.ndarray, sharding: jax.sharding.Sharding, size: int) -> np.nd
 
 
 def from_first(numbers: Sequence[int]) -> list[int]:
-    """The first process's numbers."""
+    """Returns the first process's numbers."""
     if jax.process_count() == 1:
         return list(numbers)
     padded = np.zeros(largest(len(numbers)), np.int32)
@@ -295,20 +295,20 @@ def from_first(numbers: Sequence[int]) -> list[int]:
 
 
 def largest(x: int) -> int:
-    """The largest of the processes' numbers."""
+    """Returns the largest of the processes' numbers."""
     return x if jax.process_count() == 1 else int(_gather(np.int32(x)).max())
 
 
-def mean(figures: dict[str, float]) -> dict[str, float]:
-    """The mean of every figure over the processes, each of which has all of them."""
-    if jax.process_count() == 1 or not figures:
-        return figures
-    values = _gather(np.float32(list(figures.values()))).mean(axis=0)
-    return dict(zip(figures, map(float, values)))
+def mean(metrics: dict[str, float]) -> dict[str, float]:
+    """Returns the mean of every metric over the processes. Every process has all metrics."""
+    if jax.process_count() == 1 or not metrics:
+        return metrics
+    values = _gather(np.float32(list(metrics.values()))).mean(axis=0)
+    return dict(zip(metrics, map(float, values)))
 
 
 def attempt(work: Callable[[], T], *errors: type[Exception]) -> Callable[[], T]:
-    """Does `work` now; what it returns or raises (one of `errors`) comes when the result is called: for `agree`."""
+    """Does `work` now, and returns a function that returns its result or raises its error (one of `errors`), for `agree`."""
     try:
         result = work()
     except errors as e:
@@ -322,7 +322,7 @@ def attempt(work: Callable[[], T], *errors: type[Exception]) -> Callable[[], T]:
 
 
 def agree(work: Callable[[], T], *errors: type[Exception]) -> T:
-    """`work()` on every process; where it raises one of `errors` on one of them, every process raises."""
+    """Returns `work()`. If it raises one of `errors` on one process, every process raises."""
     if jax.process_count() == 1:
         return work()
     result = fault = None

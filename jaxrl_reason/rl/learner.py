@@ -67,7 +67,7 @@ def loss_and_metrics(
       config, options, params: what to compute.
       batch: the part.
       total: counts of the whole minibatch.
-      counts: those of the auxiliary losses, by name.
+      counts: counts of the auxiliary losses, by name.
       temperature: of the distribution that sampled.
       legal: the tokens allowed at each position, or None.
 

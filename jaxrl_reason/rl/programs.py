@@ -30,7 +30,7 @@ class Programs:
 
     Attributes:
       config: of the run.
-      needs: what the run needs.
+      needs: the requirements of the run.
       sharding: of arrays with a leading prompt axis.
       decoding: the same on the mesh that samples; both are equal if one mesh does both.
       jitted: the functions before their constants are bound, by name, to compile ahead of time.
@@ -220,7 +220,7 @@ def build(
 
 
 def _shardings(config: Config, method: Method, model: models.ModelConfig, mesh: jax.sharding.Mesh, optimizer: Any):
-    """Returns the mesh that samples, the shardings of the state, and those of the weights while sampling.
+    """Returns the mesh that samples, the shardings of the state, and the shardings of the weights while sampling.
 
     Raises:
       ConfigError: a mesh does not divide the prompts of a step or the model.

@@ -1,4 +1,4 @@
-"""What a run needs, computed once from its configuration and its method."""
+"""The requirements of a run, computed once from its configuration and its method."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from jaxrl_reason.rl.signals import SIGNALS
 
 @dataclasses.dataclass(frozen=True)
 class Requirements:
-    """What the sampler records, what the data brings, and which forwards a step computes.
+    """The signals that the sampler records, the columns of the data, and the forwards that a step computes.
 
     Attributes:
       greedy: each group has one more completion, the greedy one.
@@ -18,7 +18,7 @@ class Requirements:
       probe: the sampler and the trainer record the log-probability of the probe token.
       columns: columns of the data that belong to each group.
       old_logprobs: the updates read log-probabilities under the policy before the first of them.
-      exact_sampler: the sampler's own log-probabilities serve as these. A float32 sampler agrees with the trainer to 1e-5; the completions of
+      exact_sampler: the sampler's own log-probabilities serve as old log-probabilities. A float32 sampler agrees with the trainer to 1e-5; the completions of
         other samplers are scored again.
       kl: a step measures KL(policy || reference).
       reference: a step scores its completions under the reference policy.
@@ -35,7 +35,7 @@ class Requirements:
 
 
 def requirements(config: Config, method: Method) -> Requirements:
-    """Returns what a run of this method needs."""
+    """Returns the requirements of a run with this method."""
     signals = [signal for name, signal in SIGNALS.items() if name in method.signals]
     auxiliary = [AUXILIARY[settings.name] for settings in method.loss.auxiliary]
     recorded = {entry.rollout for entry in (*signals, *auxiliary)}

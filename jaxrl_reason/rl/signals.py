@@ -25,7 +25,7 @@ class SignalInputs(NamedTuple):
       rewards: their unweighted rewards by name; NaN if missing.
       total: their weighted total reward; NaN if missing.
       greedy_total: the total reward of each group's greedy completion, or None.
-      verdict: the name of the reward that decides what is correct.
+      verdict: the name of the reward whose value > 0.5 means correct.
       columns: columns of the data by name.
       kl: log pi - log pi_ref per token, or None.
       probe_reference: c_ref of LaSeR, or None.
@@ -43,14 +43,14 @@ class SignalInputs(NamedTuple):
 
 
 class Signal(NamedTuple):
-    """How one signal is computed, and what it needs.
+    """How one signal is computed, and its requirements.
 
     Attributes:
       compute: SignalInputs -> the field of AdvantageInputs.
       known: SignalInputs -> bool[P, G]; a completion without the signal counts as one without a reward. None: all have it.
       metrics: (AdvantageInputs, bool[P, G] of the completions that have a reward) -> f32 scalars by name, or None.
       columns: columns of the data that `compute` reads.
-      rollout: what the sampler has to record for it: "greedy", "prompt_logprobs" or "probe".
+      rollout: the record that the sampler keeps for it: "greedy", "prompt_logprobs" or "probe".
     """
 
     compute: Callable[[SignalInputs], Array | None]

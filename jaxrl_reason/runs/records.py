@@ -70,7 +70,7 @@ def describe_mismatch(
         [rollout.tokens[g][rollout.mask[g]].tolist(), [int(rollout.tokens[g, t])]]
     )
     sampled = float(rollout.logprobs[g, t])
-    # repr escapes what a terminal would obey.
+    # repr escapes control characters of a terminal.
     return (
         f"{place}, {token!r} in {completion!r:.300}, was sampled at {sampled:.3g}, and the "
         f"trainer computes {sampled + difference:.3g}."

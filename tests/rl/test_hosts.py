@@ -448,7 +448,9 @@ def test_a_process_whose_others_never_come_ends_in_a_sentence_within_the_limit(w
     begin = time.monotonic()
     code, out, err = finish(started, limit=60)[who]
     assert code == 1 and 18 < time.monotonic() - begin < 50
-    assert "waits for the others, up to 20 s" in err and "error: The other processes have not come within 20 s" in err
+    assert (
+        "waits for the others, up to 20 s" in err and "error: The other processes have not connected within 20 s" in err
+    )
     assert "Traceback" not in err and "stack trace" not in err
 
 
