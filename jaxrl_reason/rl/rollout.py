@@ -72,14 +72,11 @@ def generate(
     Decoding is one `lax.while_loop`, which stops when every completion has ended.
 
     Args:
-      config: the decoder's configuration.
-      params: its weights.
-      prompt_tokens: padded prompts.
-      prompt_mask: True on real tokens, at least one per prompt.
+      config, params: the decoder.
+      prompt_tokens, prompt_mask: padded prompts; the mask is True on real tokens, at least one per prompt.
       prompt_ids: the prompts' names in the keys of the random numbers.
       key: from (seed, step).
-      group_size: G.
-      max_length: T, the budget in tokens.
+      group_size, max_length: G, and T, the budget in tokens.
       eos_ids: tokens that end a completion; if empty, all completions have T tokens.
       pad_id: fills the positions after the end.
       temperature: traced; 0 is greedy.
@@ -90,9 +87,6 @@ def generate(
         costs at most one more iteration of the loop and no further forward pass.
       probe_temperature: the temperature of that log-probability, whatever temperature samples.
       int8: decode with rounded weights and caches, half or a quarter of the memory traffic. Log-probabilities are those of the rounded model.
-
-    Returns:
-      The completions with their log-probabilities.
 
     Raises:
       ValueError: a probe token without an end token.
