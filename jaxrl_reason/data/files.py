@@ -179,7 +179,8 @@ def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
     row = dict(row)
     for ours, theirs in wanted.items():
         if theirs not in row and "." in theirs:
-            row |= {theirs: value for value in _inside(row, theirs)}
+            for value in _inside(row, theirs):
+                row[theirs] = value
         if theirs not in row:
             purpose = "" if ours == theirs else f" (to be used as {ours!r})"
             raise ValueError(f"there is no column {theirs!r}{purpose}, only {quoted(row) or 'an empty row'}")

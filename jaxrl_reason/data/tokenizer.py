@@ -77,12 +77,13 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], add_bos: bool = False) -> list[list[int]]:
         """Encodes many texts, on all cores."""
-        if add_bos and self.bos_id is None:
-            raise ValueError("This tokenizer has no begin token (bos_id is None): set add_bos to False.")
         ids = [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
-        if add_bos:
-            ids = [row if row[:1] == [self.bos_id] else [self.bos_id, *row] for row in ids]
-        return ids
+        if not add_bos:
+            return ids
+        bos = self.bos_id
+        if bos is None:
+            raise ValueError("This tokenizer has no begin token (bos_id is None): set add_bos to False.")
+        return [row if row[:1] == [bos] else [bos, *row] for row in ids]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Returns the text of `ids`, without special tokens, or with them if `skip_special` is False."""

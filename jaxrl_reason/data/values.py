@@ -85,7 +85,7 @@ def altered(values: Sequence[float] | np.ndarray, kind: str, *, alpha: float, cl
 def _shares_of_exams(source: Source) -> list[float]:
     """Returns points over the sum of the points of the rows with the same exam."""
     points = [_number(source, i, row, "points") for i, row in enumerate(source)]
-    exams = [row.get("exam") for row in source]
+    exams: list[Any] = [row.get("exam") for row in source]
     totals: dict[str | int, float] = {}
     for i, (exam, worth) in enumerate(zip(exams, points)):
         if exam is None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_reason.data.builders.tables import TargetScaler
+from jaxrl_reason.data.tables import TargetScaler
 from jaxrl_reason.data.numbers import (
     expert_targets,
     IEEETokenizer,
