@@ -52,15 +52,7 @@ class ChatTemplate:
         return self.inner.render_solution(row)
 
     def render(self, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        """Returns a conversation with the system prompt first.
-
-        Args:
-          turns: messages with "role" and "content".
-          add_generation_prompt: whether the text ends with the start of the assistant's turn.
-
-        Raises:
-          ValueError: if the chat template fails.
-        """
+        """Returns a conversation, after the system prompt; raises ValueError if the chat template fails."""
         messages = ([{"role": "system", "content": self.system}] if self.system else []) + turns
         try:
             return _compiled(self.text).render(

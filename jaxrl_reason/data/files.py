@@ -193,11 +193,6 @@ def slice_rows(rows: list[T], split: str, path: pathlib.Path | str) -> list[T]:
 
     Percentages round to the nearest row, so that "[:90%]" and "[90%:]" share no row and miss none.
 
-    Args:
-      rows: all usable rows of the file.
-      split: the slice.
-      path: the file's name for messages.
-
     Raises:
       ValueError: if the notation is unknown, or the slice reaches outside the file or is empty.
     """
@@ -300,13 +295,8 @@ def _texts(value: Any) -> Iterator[str]:
             waiting += value
 
 
-_JSON_KINDS = {type(None): "null", bool: "boolean", list: "list", dict: "object"} | {
-    str: "string",
-    int: "number",
-    float: "number",
-}
-
-
 def _kind(value: Any) -> str:
-    kind = _JSON_KINDS.get(type(value))
-    return f"a JSON {kind}" if kind else f"of type {type(value).__name__}"  # Parquet also has bytes, dates and decimals
+    name = type(value).__name__
+    kinds = {"NoneType": "null", "bool": "boolean", "dict": "object", "list": "list", "str": "string"}
+    kind = "number" if name in ("int", "float") else kinds.get(name)
+    return f"a JSON {kind}" if kind else f"of type {name}"  # Parquet also has bytes, dates and decimals

@@ -42,11 +42,6 @@ class NumberTokenizer(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def length(self) -> int:
-        """L, tokens per number."""
-
-    @property
-    @abc.abstractmethod
     def tokens(self) -> tuple[str, ...]:
         """The V tokens as text."""
 
@@ -54,6 +49,11 @@ class NumberTokenizer(abc.ABC):
     @abc.abstractmethod
     def legal(self) -> np.ndarray:
         """bool[L, V]: the tokens that are allowed at each position."""
+
+    @property
+    def length(self) -> int:
+        """L, tokens per number."""
+        return len(self.legal)
 
     @abc.abstractmethod
     def _spell(self, value: Fraction) -> list[int]:
@@ -135,16 +135,12 @@ class NormalizedTokenizer(NumberTokenizer):
         _check_digits("digits", self.digits, self.base, _MAX_MANTISSAS)
 
     @property
-    def length(self) -> int:
-        return self.digits
-
-    @property
     def tokens(self) -> tuple[str, ...]:
         return _digit_names(self.base)
 
     @property
     def legal(self) -> np.ndarray:
-        return np.ones((self.length, self.base), bool)
+        return np.ones((self.digits, self.base), bool)
 
     def _spell(self, value: Fraction) -> list[int]:
         steps = self.base**self.digits
@@ -168,10 +164,6 @@ class P10Tokenizer(NumberTokenizer):
     def __post_init__(self) -> None:
         _check_digits("digits", self.digits, 10, _MAX_MANTISSAS)
         _check_whole("exponent_range", self.exponent_range, 0, _MAX_EXPONENTS - 1)
-
-    @property
-    def length(self) -> int:
-        return 2 + self.digits
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -213,17 +205,14 @@ class IEEETokenizer(NumberTokenizer):
         _check_digits("mantissa_digits", self.mantissa_digits, self.base, _MAX_MANTISSAS)
 
     @property
-    def length(self) -> int:
-        return 2 + self.exponent_digits + self.mantissa_digits
-
-    @property
     def tokens(self) -> tuple[str, ...]:
         return (*_SIGNS, *_digit_names(self.base))
 
     @property
     def legal(self) -> np.ndarray:
         is_sign = np.arange(2 + self.base) < 2
-        return is_sign == (np.arange(self.length) < 2)[:, None]
+        positions = np.arange(2 + self.exponent_digits + self.mantissa_digits)
+        return is_sign == (positions < 2)[:, None]
 
     def _spell(self, value: Fraction) -> list[int]:
         largest = self.base**self.exponent_digits - 1

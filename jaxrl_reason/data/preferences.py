@@ -38,8 +38,6 @@ class PreferenceStream(TextStream):
       ValueError: as `TextStream`; also if a column is missing or not text, or the tokens of a pair are equal. The message names the row.
     """
 
-    completions_per_row = 2
-
     def _completions(self, template: Template, row: Mapping[str, Any]) -> tuple[str, ...]:
         for column in ("chosen", "rejected"):
             if column not in row:
@@ -75,10 +73,10 @@ def _warn_of_repeats(source: Source, texts: list[tuple[str, ...]]) -> None:
         if earlier != i:
             repeats.append((i, earlier))
     for pairs, what in (
-        (repeats, "repeat an earlier pair; they are kept and count again"),
-        (reversals, "reverse an earlier pair; one of the two is incorrect"),
+        (repeats, "earlier pairs repeat in {} rows; the rows are kept and count again"),
+        (reversals, "earlier pairs are reversed in {} rows; one of the two is incorrect"),
     ):
         if pairs:
             reports = [f"{source.place(i)} and {source.place(earlier)}" for i, earlier in pairs[: files.REPORTED]]
-            summary = f"{source.name}: {len(pairs)} of {len(source)} rows {what}"
+            summary = f"{source.name}: {what.format(f'{len(pairs)} of {len(source)}')}"
             warnings.warn(files.listed(summary, reports, len(pairs)), stacklevel=4)

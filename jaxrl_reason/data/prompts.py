@@ -78,13 +78,10 @@ TEMPLATES: dict[str, PromptTemplate] = {
 
 
 def get_template(name_or_inline: str | PromptTemplate) -> PromptTemplate:
-    """Returns a template.
-
-    Args:
-      name_or_inline: a key of `TEMPLATES`, or the text of a prompt with at least one column, such as "Q: {question} A: ".
+    """Returns a template of `TEMPLATES`, or one from the text of a prompt with at least one column: "Q: {question} A: ".
 
     Raises:
-      ValueError: if it is neither; the message names the nearest template.
+      ValueError: if the name is unknown; the message names the nearest template.
     """
     if isinstance(name_or_inline, PromptTemplate):
         return name_or_inline

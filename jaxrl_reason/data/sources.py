@@ -161,20 +161,12 @@ def warn_of_repeats(train: Source, held_out: Source, prompt: Callable[[Mapping[s
             if str(train[earlier].get("answer")) != str(row.get("answer")):
                 others.append(repeats[-1])
     leaks = [f"{held_out.place(i)} is {train.place(first[text])}" for i, _, text in texts(held_out) if text in first]
-    for reports, summary in (
-        (
-            repeats,
-            f"{train.name}: {len(repeats)} of {len(train)} rows repeat an earlier prompt; they are kept and count again",
-        ),
-        (others, f"{train.name}: {len(others)} of the repeats have another answer; check which is correct"),
-        (
-            leaks,
-            f"{held_out.name}: {len(leaks)} of {len(held_out)} held-out rows have a training prompt of {train.name}, so held-out metrics "
-            "are too high",
-        ),
-    ):
+    again = f"earlier prompts repeat in {len(repeats)} of {len(train)} rows; the rows are kept and count again"
+    differ = f"another answer in {len(others)} of the repeats; check which is correct"
+    leak = f"training prompts of {train.name} occur in {len(leaks)} of {len(held_out)} held-out rows, so held-out metrics are too high"
+    for source, summary, reports in ((train, again, repeats), (train, differ, others), (held_out, leak, leaks)):
         if reports:
-            warnings.warn(files.listed(summary, reports, len(reports)), stacklevel=2)
+            warnings.warn(files.listed(f"{source.name}: {summary}", reports, len(reports)), stacklevel=2)
 
 
 def _download(name: str) -> list[pathlib.Path]:
@@ -197,21 +189,12 @@ def _download(name: str) -> list[pathlib.Path]:
 
 
 def open_prepared(name: str, split: str, data_dir: str | pathlib.Path | None, kind: str = "data set") -> Any:
-    """Opens a split with TFDS, which prepares the data set on first use.
-
-    Args:
-      name: the data set, its config and version: name, name/config or name/config:version.
-      split: the split in TFDS's notation.
-      data_dir: the directory of the prepared data; None means TFDS's default.
-      kind: the noun for messages, "data set" or "table".
-
-    Returns:
-      TFDS's random-access data source, with at least one row.
+    """Opens a split with TFDS, which prepares the data on first use: a random-access data source with at least one row.
 
     Raises:
-      ValueError: if the name or the split is unknown, or the split is empty.
+      ValueError: if the name or the split is unknown, or the split is empty. `kind` is the noun in the message.
     """
-    builder = re.split("[/:]", name)[0]
+    builder = re.split("[/:]", name)[0]  # name/config:version
     if builder in _BUILDER_MODULES:
         importlib.import_module(_BUILDER_MODULES[builder])
     open_it = functools.partial(

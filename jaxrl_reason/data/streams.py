@@ -103,8 +103,6 @@ class TextStream:
       ValueError: if there are no rows, rows do not fit, a column of the template is missing, or an argument is out of range.
     """
 
-    completions_per_row = 0
-
     def __init__(
         self,
         source: Rows,
@@ -123,7 +121,7 @@ class TextStream:
         texts = render_rows(source, lambda row: (template.render_prompt(row), *self._completions(template, row)))
         prompts = tokenizer.encode_batch([prompt for prompt, *_ in texts], add_bos)
         ids = tokenizer.encode_batch([completion for _, *completions in texts for completion in completions])
-        k = self.completions_per_row
+        self._per_row = k = len(texts[0]) - 1 if texts else 0
         completions = [[[*x, tokenizer.eos_ids[0]] for x in ids[k * i : k * (i + 1)]] for i in range(len(texts))]
         self._check(source, texts, completions)
         limits = {"prompt": (prompts, max_prompt_length)}
@@ -140,7 +138,7 @@ class TextStream:
         self._places = np.arange(batch_size) if places is None else places
 
     def _completions(self, template: Template, row: Mapping[str, Any]) -> tuple[str, ...]:
-        """Returns the texts of the `completions_per_row` completions of a row."""
+        """Returns the texts of the completions of a row; every row has the same number."""
         return ()
 
     def _check(self, source: Rows, texts: list[tuple[str, ...]], completions: list[list[list[int]]]) -> None:
@@ -149,20 +147,16 @@ class TextStream:
     def _read(self, i: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
         """Returns the positions in `_kept` of batch `i`, the prompts and the completions, each as tokens and mask."""
         chosen = batch_at(self._order, i)[self._places]
-        k = self.completions_per_row
+        k = self._per_row
         completions = (k * chosen[:, None] + np.arange(k)).ravel()
         return chosen, self._prompts.take(chosen), self._padded_completions.take(completions)
 
 
 class PromptStream(TextStream):
-    """Prompts for training.
+    """Prompts for training, with the arguments of `TextStream`.
 
     Args:
-      source: the rows, as in `TextStream`.
-      tokenizer: as in `TextStream`.
-      template: as in `TextStream`.
       columns: name -> [rows of the source, ...], arrays whose rows every batch carries.
-      **options: the other arguments of `TextStream`.
     """
 
     def __init__(
@@ -195,8 +189,6 @@ class PromptStream(TextStream):
 class SolutionStream(TextStream):
     """Prompts with worked solutions for the supervised phase: the rendered solution, then the tokenizer's first end token."""
 
-    completions_per_row = 1
-
     def _completions(self, template: Template, row: Mapping[str, Any]) -> tuple[str, ...]:
         return (template.render_solution(row),)
 
@@ -222,18 +214,7 @@ def eval_prompts(
     The last batch is filled up with copies of its first row, which have weight 0. Under on_long="skip", no later rows replace the rows
     that do not fit.
 
-    Args:
-      source: the rows.
-      tokenizer: encodes the prompts.
-      template: renders the prompts.
-      count: the most rows to return, at least 1.
-      batch_size: P, prompts per batch.
-      max_prompt_length: S, the most tokens of a prompt.
-      on_long: as in `TextStream`.
-      add_bos: whether prompts begin with the tokenizer's begin token.
-
-    Raises:
-      ValueError: as `TextStream`, and if `count` is below 1.
+    The other arguments and errors are those of `TextStream`; `count` has to be at least 1.
     """
     _positive(count=count, batch_size=batch_size)
     count = min(count, len(source))
@@ -300,13 +281,7 @@ def place_of(source: Rows, i: int) -> str:
 
 
 def render_rows(source: Rows, render: Callable[[Mapping[str, Any]], T], rows: Rows | None = None) -> list[T]:
-    """Renders rows; a ValueError of `render` is raised again with the row's place.
-
-    Args:
-      source: all rows, for their places in messages.
-      render: renders one row.
-      rows: the first rows of the source, if they are read already; None: all rows.
-    """
+    """Renders the first rows of a source, if they are read already, else all; a ValueError of `render` names the row."""
     out: list[T] = []
     try:
         for row in source if rows is None else rows:
@@ -321,7 +296,7 @@ def fitting_rows(source: Rows, on_long: str, **sequences: tuple[list[list[int]],
 
     Args:
       source: the rows, for their places in messages.
-      on_long: "refuse" raises if a row does not fit; "skip" warns and counts.
+      on_long: "refuse" or "skip".
       **sequences: kind -> (the ids of the first rows or of all rows, the limit).
 
     Raises:

@@ -45,18 +45,13 @@ class Tokenizer:
     def __post_init__(self) -> None:
         if not self.eos_ids:
             raise ValueError("A tokenizer needs at least one end token: eos_ids is empty.")
-        special: dict[str, Sequence[int | None]] = {
-            "eos_ids": self.eos_ids,
-            "pad_id": [self.pad_id],
-            "bos_id": [self.bos_id],
-        }
-        for field, ids in special.items():
-            for token_id in ids:
-                known = token_id is None or token_id >= 0 and self.backend.id_to_token(token_id) is not None
-                if not known:
-                    raise ValueError(
-                        f"{field} holds {token_id}, which is not in the tokenizer's vocabulary of {self.vocab_size} tokens."
-                    )
+        special = [*(("eos_ids", i) for i in self.eos_ids), ("pad_id", self.pad_id)]
+        special += [] if self.bos_id is None else [("bos_id", self.bos_id)]
+        for field, token_id in special:
+            if token_id < 0 or self.backend.id_to_token(token_id) is None:
+                raise ValueError(
+                    f"{field} holds {token_id}, which is not in the tokenizer's vocabulary of {self.vocab_size} tokens."
+                )
 
     @property
     def vocab_size(self) -> int:
@@ -64,11 +59,7 @@ class Tokenizer:
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
-        """Returns the ids of a text.
-
-        Args:
-          text: the text; special tokens spelled in it are recognised.
-          add_bos: whether to begin with the begin token, unless the text already does.
+        """Returns the ids of a text, in which special tokens are recognised. `add_bos` adds the begin token, unless the text has it.
 
         Raises:
           ValueError: if `add_bos` is True and there is no begin token.

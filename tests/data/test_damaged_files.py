@@ -165,10 +165,10 @@ def test_repeated_questions_and_other_answers_are_reported_with_their_lines(writ
     data.warn_of_repeats(source, held_out, PLAIN.render_prompt)
     same, different = warnings_of(recwarn)
     assert same == (
-        f"{path}: 3 of 6 rows repeat an earlier prompt; they are kept and count again:\n"
+        f"{path}: earlier prompts repeat in 3 of 6 rows; the rows are kept and count again:\n"
         f"  {path}, line 3 repeats {path}, line 1\n  {path}, line 5 repeats {path}, line 1\n  {path}, line 6 repeats {path}, line 2"
     )
-    assert different.startswith(f"{path}: 1 of the repeats have another answer; check which is correct:\n")
+    assert different.startswith(f"{path}: another answer in 1 of the repeats; check which is correct:\n")
     assert different.endswith(f"  {path}, line 5 repeats {path}, line 1")
     assert len(source) == 6
 
@@ -181,7 +181,7 @@ def test_held_out_prompts_among_the_training_prompts_are_reported_with_both_plac
     data.warn_of_repeats(train, held_out, PLAIN.render_prompt)
     (leak,) = warnings_of(recwarn)
     assert leak == (
-        f"{held}: 1 of 2 held-out rows have a training prompt of {path}, so held-out metrics are too high:\n"
+        f"{held}: training prompts of {path} occur in 1 of 2 held-out rows, so held-out metrics are too high:\n"
         f"  {held}, line 2 is {path}, line 3"
     )
     recwarn.clear()
@@ -194,7 +194,7 @@ def test_repeats_are_compared_by_the_rendered_prompt(write, recwarn):
     source = data.load_source(write("".join(json.dumps(row) + "\n" for row in rows).encode()), "all")
     data.warn_of_repeats(source, source, lambda row: f"{row['text']} {row['question']}")
     (leak,) = warnings_of(recwarn)
-    assert "2 of 2 held-out rows have a training prompt" in leak
+    assert "occur in 2 of 2 held-out rows" in leak
 
 
 def test_many_repeats_are_counted(write, recwarn):
@@ -202,11 +202,7 @@ def test_many_repeats_are_counted(write, recwarn):
     source = data.load_source(path, "[:30]")
     data.warn_of_repeats(source, data.load_source(path, "[30:]"), PLAIN.render_prompt)
     same, leak = warnings_of(recwarn)
-    assert (
-        "29 of 30 rows repeat an earlier prompt" in same
-        and same.count(" repeats ") == 10
-        and same.endswith("\n  and 19 more")
-    )
+    assert "repeat in 29 of 30 rows" in same and same.count(" repeats ") == 10 and same.endswith("\n  and 19 more")
     assert leak.endswith(f"  {path}, line 31 is {path}, line 1")
 
 
@@ -223,9 +219,9 @@ def test_repeated_and_reversed_pairs_are_reported(write, recwarn):
     stream = PreferenceStream(data.load_source(path, "all"), TOKENIZER, PLAIN, **options)
     same, reversed_ = warnings_of(recwarn)
     assert same.endswith(
-        f"1 of 5 rows repeat an earlier pair; they are kept and count again:\n  {path}, line 3 and {path}, line 1"
+        f"earlier pairs repeat in 1 of 5 rows; the rows are kept and count again:\n  {path}, line 3 and {path}, line 1"
     )
-    assert "1 of 5 rows reverse an earlier pair" in reversed_ and reversed_.endswith(
+    assert "earlier pairs are reversed in 1 of 5 rows" in reversed_ and reversed_.endswith(
         f"\n  {path}, line 5 and {path}, line 2"
     )
     assert stream.size == 5
@@ -267,7 +263,7 @@ def test_a_run_prints_all_reports(tmp_path):
     for report in (
         f"{train}: 1 bad row skipped, 10 kept:\n  {train}, line 10: not JSON",
         f"{train}, line 9 repeats {train}, line 2",
-        "1 of the repeats have another answer",
+        "another answer in 1 of the repeats",
         f"{held}, line 2 is {train}, line 3",
         f"Skipped: 1 of 10 rows do not fit:\n  {train}, line 11 has a prompt of",
         f"error: 1 of 1 rows do not fit:\n  {held}, line 1 has a prompt of",

@@ -1,4 +1,4 @@
-"""What the tests of several data sets need: all splits of a data set, and checks on them."""
+"""For the tests of our data sets: reads all splits of a data set and checks them."""
 
 import hashlib
 import json

@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from jaxrl_reason.data.builders import word_problems
-from jaxrl_reason.data.builders.offline import OfflineBuilder
+from jaxrl_reason.data.builders.offline import endless, OfflineBuilder
 from jaxrl_reason.data.builders.word_problems import Numbers
 
 _ORDER = ("fractions", "decimals", "fractions", "percents")  # families in turn
@@ -117,13 +117,9 @@ def _sums(family: str, split: str) -> Iterator[tuple[str, Numbers, str]]:
 def _rows(split: str, size: int) -> Iterator[dict[str, Any]]:
     """Yields `size` rows. Every sum of a family appears before any of them repeats, with another solution."""
     rng = random.Random(split)
-    endless = {}
-    for family in _FAMILIES:
-        mine = list(_sums(family, split))
-        rng.shuffle(mine)
-        endless[family] = itertools.cycle(mine)
+    sums = endless(rng, {family: _sums(family, split) for family in _FAMILIES})
     for family in itertools.islice(itertools.cycle(_ORDER), size):
-        operator, numbers, thing = next(endless[family])
+        operator, numbers, thing = next(sums[family])
         left, right, unit = numbers
         if operator == "+" and rng.random() < 0.5:
             left, right = right, left

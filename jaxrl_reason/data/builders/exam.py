@@ -24,7 +24,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from jaxrl_reason.data.builders import word_problems
-from jaxrl_reason.data.builders.offline import OfflineBuilder
+from jaxrl_reason.data.builders.offline import endless, OfflineBuilder
 from jaxrl_reason.data.builders.word_problems import NAMES, Numbers, OBJECTS
 
 _CHEAP, _DEAR = (1, 2), (12, 18)  # points, from and to
@@ -137,19 +137,16 @@ def _question(topic: str, numbers: Numbers, thing: str, rng: random.Random) -> d
 def _exams(split: str, count: int) -> Iterator[dict[str, Any]]:
     """Yields the questions of `count` exams, one exam after the other. Within an exam no question repeats."""
     rng = random.Random(split)
-    endless = {}
-    for name, topic in _TOPICS.items():
-        combinations = itertools.product(topic.numbers(), topic.things)
-        mine = [(n, thing) for n, thing in combinations if word_problems.split_of(topic.group, n, thing) == split]
-        rng.shuffle(mine)
-        endless[name] = itertools.cycle(mine)
+    fits = lambda topic, pair: word_problems.split_of(topic.group, *pair) == split
+    every = {name: itertools.product(topic.numbers(), topic.things) for name, topic in _TOPICS.items()}
+    pairs = endless(rng, {name: [p for p in every[name] if fits(topic, p)] for name, topic in _TOPICS.items()})
     for number in range(count):
         exam: dict[str, dict[str, Any]] = {}
         for name, topic in _TOPICS.items():
             for _ in range(topic.count):
-                question = _question(name, *next(endless[name]), rng)
+                question = _question(name, *next(pairs[name]), rng)
                 while question["question"] in exam:
-                    question = _question(name, *next(endless[name]), rng)
+                    question = _question(name, *next(pairs[name]), rng)
                 exam[question["question"]] = question
         total = sum(question["points"] for question in exam.values())
         for question in exam.values():

@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from jaxrl_reason.data.builders import word_problems
-from jaxrl_reason.data.builders.offline import OfflineBuilder
+from jaxrl_reason.data.builders.offline import endless, OfflineBuilder
 from jaxrl_reason.data.builders.word_problems import Numbers
 
 _INCORRECT = 0.3  # share of solutions that break the constraint
@@ -96,13 +96,10 @@ def _solution(kind: str, target: int, numbers: list[int]) -> str:
 def _rows(split: str, size: int) -> Iterator[dict[str, Any]]:
     """Yields `size` rows, equally many of each kind. Every constraint of the split appears before any of them repeats."""
     rng = random.Random(split)
-    endless = {}
-    for kind in _QUESTIONS:
-        mine = [c for c in _constraints(kind) if word_problems.split_of(kind, c) == split]
-        rng.shuffle(mine)
-        endless[kind] = itertools.cycle(mine)
+    fits = lambda kind, constraint: word_problems.split_of(kind, constraint) == split
+    constraints = endless(rng, {kind: [c for c in _constraints(kind) if fits(kind, c)] for kind in _QUESTIONS})
     for kind in itertools.islice(itertools.cycle(_QUESTIONS), size):
-        target, low, high = next(endless[kind])
+        target, low, high = next(constraints[kind])
         answers = correct_answers(kind, target, low, high)
         is_correct = rng.random() >= _INCORRECT
         answer = list(rng.choice(answers))[:: 1 if kind == "sum" and rng.random() < 0.5 else -1]

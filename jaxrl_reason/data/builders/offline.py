@@ -1,10 +1,22 @@
 """The base of our TFDS builders: a subclass declares its columns and generates its rows."""
 
 import abc
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterable, Iterator, Mapping
+import itertools
+import random
+from typing import Any, ClassVar, TypeVar
 
 import tensorflow_datasets as tfds
+
+T = TypeVar("T")
+
+
+def endless(rng: random.Random, choices: Mapping[str, Iterable[T]]) -> dict[str, Iterator[T]]:
+    """Returns for every name its choices in random order, repeated without end."""
+    orders = {name: list(items) for name, items in choices.items()}
+    for order in orders.values():
+        rng.shuffle(order)
+    return {name: itertools.cycle(order) for name, order in orders.items()}
 
 
 class OfflineBuilder(tfds.core.GeneratorBasedBuilder):

@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from jaxrl_reason.data.builders.offline import OfflineBuilder
+from jaxrl_reason.data.builders.offline import endless, OfflineBuilder
 
 Numbers = tuple[int, ...]
 
@@ -192,20 +192,16 @@ class WordProblemsConfig(tfds.core.BuilderConfig):
 def _problems(config: WordProblemsConfig, split: str, size: int) -> Iterator[dict[str, str]]:
     """Yields `size` different questions, equally many of each skill. Every combination of numbers appears before any repeats."""
     rng = random.Random(split)
-    endless = {}
-    for skill in config.skills:
-        spec = _SKILLS[skill]
-        fits = lambda numbers: max(max(a, b, c) for a, _, b, c in spec.steps(*numbers)) <= config.largest
-        combinations = [n for n in spec.numbers() if fits(n) and split_of(skill, n) == split]
-        rng.shuffle(combinations)
-        endless[skill] = itertools.cycle(combinations)
+    largest = lambda skill, numbers: max(max(a, b, c) for a, _, b, c in _SKILLS[skill].steps(*numbers))
+    fits = lambda skill, numbers: largest(skill, numbers) <= config.largest and split_of(skill, numbers) == split
+    combinations = endless(rng, {s: [n for n in _SKILLS[s].numbers() if fits(s, n)] for s in config.skills})
     seen: set[str] = set()
     for skill in itertools.cycle(config.skills):
         if len(seen) == size:
             return
-        problem = _problem(skill, next(endless[skill]), rng, config.worked)
+        problem = _problem(skill, next(combinations[skill]), rng, config.worked)
         while problem["question"] in seen:
-            problem = _problem(skill, next(endless[skill]), rng, config.worked)
+            problem = _problem(skill, next(combinations[skill]), rng, config.worked)
         seen.add(problem["question"])
         yield problem
 

@@ -78,18 +78,7 @@ def _check_target_name(path: pathlib.Path, header: Sequence[str], target: str) -
 def _kept_rows(
     path: pathlib.Path, gaps: Mapping[str, list[int]], lines: Sequence[int], target: str, missing: str
 ) -> list[int]:
-    """Returns the rows to keep.
-
-    Args:
-      path: the file.
-      gaps: column -> the rows in which it has no value.
-      lines: the line of every row.
-      target: the column to predict.
-      missing: "refuse", "mean" or "drop".
-
-    Raises:
-      ValueError: if a value is missing under "refuse", a target under "mean", or a value in every row under "drop".
-    """
+    """Returns the rows to keep; `gaps` maps columns to the rows in which they have no value."""
     rows = range(len(lines))
     if not any(gaps.values()):
         return list(rows)
