@@ -1,7 +1,7 @@
-"""Data: sources of rows, prompt templates, tokenizers, and the batches that training and evaluation read."""
+"""Rows, prompt templates, tokenizers, and the batches of training and evaluation. Imports no other room of the package."""
 
 from jaxrl_reason.data.chat import chat_template, ChatTemplate
-from jaxrl_reason.data.prompts import get_template, PromptTemplate, TEMPLATES
+from jaxrl_reason.data.prompts import get_template, PromptTemplate, Template, TEMPLATES
 from jaxrl_reason.data.sources import load_source, Source, warn_of_repeats
 from jaxrl_reason.data.streams import eval_prompts, PromptBatch, PromptStream, SolutionBatch, SolutionStream
 from jaxrl_reason.data.tokenizer import fitted, load_tokenizer, Tokenizer, train_tokenizer
@@ -15,6 +15,7 @@ __all__ = [
     "SolutionStream",
     "Source",
     "TEMPLATES",
+    "Template",
     "Tokenizer",
     "chat_template",
     "eval_prompts",

@@ -1,4 +1,4 @@
-"""Chat templates: a prompt becomes the user's turn of the conversation that an instruction-tuned model was trained on."""
+"""Chat templates: a prompt becomes the user's turn of the conversation that an instruction-tuned model expects."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -9,21 +9,26 @@ from typing import Any
 import jinja2
 from jinja2 import sandbox
 import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 
 from jaxrl_reason.data.prompts import PromptTemplate
 from jaxrl_reason.data.tokenizer import Tokenizer
 
+_GIVEN = {"messages", "add_generation_prompt", "bos_token", "eos_token"}  # names that every template receives
+
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """A prompt template inside a model's own chat template; used like a `PromptTemplate`.
+    """A prompt template inside a model's own chat template, with the methods of a `PromptTemplate`.
 
     Attributes:
-      inner: what the user says, and what a worked solution looks like.
-      text: the chat template, Jinja as Hugging Face writes it. It comes with the model and runs in a sandbox.
-      system: the system prompt; empty: none (some templates then put in one of their own).
+      inner: the template of the user's turn and of the worked solution.
+      text: the model's chat template: Jinja as Hugging Face writes it. It runs in a sandbox.
+      system: the system prompt; if empty, there is none. Some templates then insert their own.
       options: further names that the template knows, such as {"enable_thinking": False} of Qwen 3.
-      bos, eos: the texts of the begin and end tokens, which a template may write.
+      bos: the text of the begin token, which a template may write.
+      eos: the text of the end token.
     """
 
     inner: PromptTemplate
@@ -34,20 +39,20 @@ class ChatTemplate:
     eos: str = ""
 
     def render_prompt(self, row: Mapping[str, Any]) -> str:
-        """The conversation up to where the assistant begins to speak.
+        """Returns the conversation up to the start of the assistant's turn.
 
         Raises:
-          ValueError: the row lacks a column, or the chat template refuses these messages.
+          ValueError: if the row lacks a column, or the chat template fails.
         """
-        content = self.inner.render_prompt(row).strip()  # a turn ends where its mark does
+        content = self.inner.render_prompt(row).strip()  # the template marks the end of a turn
         return self.render([{"role": "user", "content": content}], add_generation_prompt=True)
 
     def render_solution(self, row: Mapping[str, Any]) -> str:
-        """What the assistant says, without the end of its turn."""
+        """Returns the assistant's text, without the mark at the end of its turn."""
         return self.inner.render_solution(row)
 
     def render(self, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        """A conversation, after the system prompt. Raises ValueError where the template refuses it."""
+        """Returns a conversation, after the system prompt; raises ValueError if the chat template fails."""
         messages = ([{"role": "system", "content": self.system}] if self.system else []) + turns
         try:
             return _compiled(self.text).render(
@@ -57,59 +62,64 @@ class ChatTemplate:
                 eos_token=self.eos,
                 **self.options,
             )
-        except Exception as e:  # a template is a program: it can fail in any way
+        except Exception as e:  # a template is a program, which can fail in any way
             raise ValueError(f"The model's chat template cannot render a prompt: {e}.") from e
 
 
 def chat_template(
     inner: PromptTemplate, tokenizer: Tokenizer, system: str = "", options: Mapping[str, Any] | None = None
 ) -> ChatTemplate:
-    """`inner` as the user's turn of the tokenizer's chat template.
+    """Returns `inner` as the user's turn of the tokenizer's chat template.
+
+    Args:
+      inner: the template of the user's turn.
+      tokenizer: a tokenizer with a chat template.
+      system: the system prompt, or "".
+      options: further names for the template.
 
     Raises:
-      ValueError: the tokenizer has no chat template, or it is not Jinja.
+      ValueError: if the tokenizer has no chat template, the template is not Jinja, or an option has a reserved name.
     """
     if not tokenizer.chat_template:
         raise ValueError("config.data.chat is set, and the tokenizer has no chat template; set it to False.")
-    known = {"messages", "add_generation_prompt", "bos_token", "eos_token"}
     for name in options or {}:
-        if not isinstance(name, str) or name in known:
+        if not isinstance(name, str) or name in _GIVEN:
             raise ValueError(
-                f"config.data.chat_options names {name!r}; a name must be text, and {', '.join(sorted(known))} are given already."
+                f"config.data.chat_options names {name!r}; a name must be text, and {', '.join(sorted(_GIVEN))} are given already."
             )
-    spell = lambda i: "" if i is None else tokenizer.backend.id_to_token(i)
     try:
         _compiled(tokenizer.chat_template)
     except jinja2.TemplateError as e:
         raise ValueError(f"The tokenizer's chat template is not Jinja that can be read: {e}.") from e
+    spell = lambda i: "" if i is None else tokenizer.backend.id_to_token(i) or ""
     bos, eos = spell(tokenizer.bos_id), spell(tokenizer.eos_ids[0])
     return ChatTemplate(inner, tokenizer.chat_template, system, dict(options or {}), bos, eos)
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what the assistant says, for training; here it is only text."""
+    """Reads `{% generation %}`, which marks the assistant's text for training, as plain text."""
 
     tags = {"generation"}
 
-    def parse(self, parser):
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
-        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 @functools.lru_cache(maxsize=8)
 def _compiled(text: str) -> jinja2.Template:
-    """As `transformers` compiles chat templates."""
+    """Compiles a chat template with the settings of `transformers`."""
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
-    # Without Jinja's escaping for HTML.
+    # Jinja's own filter escapes HTML.
     environment.filters["tojson"] = lambda x, ensure_ascii=False, indent=None, separators=None, sort_keys=False: (
         json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     )
-    environment.globals["raise_exception"] = _refuse
-    # No strftime_now: a run that goes on another day would train on other prompts. Templates fall back to a fixed date.
+    environment.globals["raise_exception"] = _raise
+    # No strftime_now: a run resumed on another day would train on other prompts. Templates fall back to a fixed date.
     return environment.from_string(text)
 
 
-def _refuse(message: str):
+def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)

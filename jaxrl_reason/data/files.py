@@ -1,4 +1,4 @@
-"""JSONL and Parquet files as rows: every row is checked when the file is read, and every bad one reported with its number and the reason."""
+"""JSONL and Parquet files as rows. Every row is checked when the file is read; a bad row is reported with its number and the reason."""
 
 import collections
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -8,14 +8,16 @@ import json
 import math
 import pathlib
 import re
-from typing import Any
+from typing import Any, TypeVar
 import warnings
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
-# Columns that something in this package reads by name.
+# Columns that some module of this package reads by name.
 _OURS = {"question", "answer", "solution", "chosen", "rejected", "value", "points", "exam", "exam_total"}
-REPORTED = 10  # rows spelled out in a message; the rest are counted
+_REQUIRED = {"question": "question", "answer": "answer"}
+REPORTED = 10  # messages list so many rows and count the rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +26,10 @@ class FileRows:
 
     Attributes:
       path: the file.
-      unit: what its rows are counted in, "line" (from 1) or "row" (from 0).
-      rows: under our column names; other columns are kept.
-      numbers: the line or row of the file that each of them is.
-      skipped: bad rows left out.
+      unit: "line", counted from 1, or "row", counted from 0.
+      rows: the good rows under our column names; other columns are kept.
+      numbers: the number of the line or row in the file, for each of `rows`.
+      skipped: the number of bad rows left out.
       digest: the SHA-256 of the file.
     """
 
@@ -40,24 +42,23 @@ class FileRows:
 
 
 def read_jsonl(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) -> FileRows:
-    """Reads and checks a whole file: UTF-8, one JSON object a line, blank lines at the end only.
+    """Reads and checks a whole file: UTF-8, one JSON object per line, blank lines at the end only.
 
     Args:
-      path: the file; a byte order mark is tolerated.
-      columns: our names to the file's. `question`, `answer` and every column named here must be non-empty text or a finite number.
+      path: the file; it may begin with a byte order mark.
+      columns: maps our names to the file's. `question`, `answer` and every column named here must be non-empty text or a finite number.
       on_bad_row: "refuse" raises after the last line; "skip" leaves bad rows out, counts them and warns.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: bad rows under "refuse", no usable row at all, or a file in UTF-16 or UTF-32.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if a row is bad under "refuse", no row is usable, or the file is UTF-16 or UTF-32.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no data file {path}.")
     rows: list[Row] = []
     numbers: list[int] = []
     bad = _BadRows(path, "line")
-    report = bad.report
-    blank: list[int] = []  # lines that are bad only if something follows them
+    blank: list[int] = []  # lines that are bad only if a row follows
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -69,29 +70,29 @@ def read_jsonl(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) 
                 blank.append(number)
                 continue
             for earlier in blank:
-                report(earlier, "the line is blank")
+                bad.report(earlier, "the line is blank")
             blank.clear()
             try:
                 rows.append(_parse(line, columns))
                 numbers.append(number)
             except ValueError as error:
-                report(number, str(error))
+                bad.report(number, str(error))
 
     bad.settle(rows, on_bad_row)
     return FileRows(path, "line", rows, numbers, bad.count, digest.hexdigest())
 
 
 def read_parquet(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) -> FileRows:
-    """Reads and checks a Parquet file; as `read_jsonl`, but only columns that something here reads are taken into memory.
+    """Reads and checks a Parquet file as `read_jsonl` does. Only columns that this package needs enter memory.
 
-    These are those named in `columns` and those with names of ours (`question`, `answer`, `solution`, `value`, ...). Behind a dot stands a
-    field of a structured column: {"question": "prompt.0.content", "answer": "reward_model.ground_truth"}.
+    A needed column is a column in `columns` or one of our names (`question`, `answer`, `solution`, `value`, ...). Dots select a field of
+    a structured column: {"question": "prompt.0.content", "answer": "reward_model.ground_truth"}.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: it is not Parquet, it lacks a column, or as `read_jsonl`.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if the file is not Parquet or lacks a column, and as `read_jsonl`.
     """
-    import pyarrow  # only where such a file is read
+    import pyarrow  # costs a second; needed only for Parquet
     import pyarrow.parquet
 
     if not path.is_file():
@@ -99,43 +100,34 @@ def read_parquet(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str
     rows: list[Row] = []
     numbers: list[int] = []
     bad = _BadRows(path, "row")
+    theirs = set((_REQUIRED | dict(columns)).values())
+    needed = _OURS | theirs | {name.split(".")[0] for name in theirs}
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            wanted = {"question": "question", "answer": "answer", **columns}
-            taken = [
-                n
-                for n in names
-                if n in _OURS or n in wanted.values() or n in {w.split(".")[0] for w in wanted.values()}
-            ]
-            for batch in file.iter_batches(columns=taken):
+            for batch in file.iter_batches(columns=[name for name in file.schema_arrow.names if name in needed]):
                 for i in range(len(batch)):
                     number = len(rows) + bad.count
                     try:
                         (row,) = batch.slice(i, 1).to_pylist()
                         rows.append(_checked(row, columns))
                         numbers.append(number)
-                    except (
-                        ValueError,
-                        OverflowError,
-                    ) as error:  # text that is not UTF-8, a date that Python cannot hold
+                    except (ValueError, OverflowError) as error:  # also text that is not UTF-8, a date beyond Python's
                         bad.report(number, str(error))
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a Parquet file that can be read: {error}.") from error
     bad.settle(rows, on_bad_row)
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    with path.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256")
     return FileRows(path, "row", rows, numbers, bad.count, digest.hexdigest())
 
 
 class _BadRows:
-    """The bad rows of a file: counted, and the first of them described."""
+    """Counts the bad rows of a file and describes the first few."""
 
     def __init__(self, path: pathlib.Path, unit: str):
         self.path, self.unit = path, unit
-        self.count, self.reports = 0, []
+        self.count = 0
+        self.reports: list[str] = []
 
     def report(self, number: int, reason: str) -> None:
         self.count += 1
@@ -143,47 +135,52 @@ class _BadRows:
             self.reports.append(f"{self.path}, {self.unit} {number}: {reason}")
 
     def settle(self, rows: list[Row], on_bad_row: str) -> None:
-        """Raises ValueError or warns, as `on_bad_row` says, once the file is read."""
+        """Raises ValueError or warns, depending on `on_bad_row`, after the file is read."""
+        bad = "1 bad row" if self.count == 1 else f"{self.count} bad rows"
         if self.count and on_bad_row == "refuse":
             raise ValueError(
-                listed(f"{self.path} has {_count(self.count)}", self.reports, self.count)
+                listed(f"{self.path} has {bad}", self.reports, self.count)
                 + "\nCorrect the file, or set config.data.on_bad_row to 'skip' to leave such rows out."
             )
         if not rows:
-            why = f"{_count(self.count)} skipped, the first at {self.reports[0]}" if self.count else "the file is empty"
+            why = f"{bad} skipped, the first at {self.reports[0]}" if self.count else "the file is empty"
             raise ValueError(f"{self.path} has no usable row: {why}.")
         if self.count:
-            summary = f"{self.path}: {_count(self.count)} skipped, {len(rows)} kept"
+            summary = f"{self.path}: {bad} skipped, {len(rows)} kept"
             warnings.warn(listed(summary, self.reports, self.count), stacklevel=4)
 
 
 def quoted(names: Iterable[str]) -> str:
-    """Names of columns for a sentence: ten of them, and their beginnings."""
+    """Returns the names of columns for a message: at most ten, each cut to 80 characters."""
     names = list(names)
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return ", ".join(f"{name!r:.80}" for name in names[:10]) + more
 
 
 def listed(summary: str, reports: Sequence[str], count: int) -> str:
-    """The summary, and under it the first reports and how many of all `count` are not spelled out."""
+    """Returns the summary, one line per report, and the number of the remaining `count` rows."""
     shown = reports[:REPORTED]
     more = [f"and {count - len(shown)} more"] if count > len(shown) else []
     return "\n  ".join([f"{summary}:", *shown, *more])
 
 
 def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
-    """The row under our names: `columns` maps them to the row's own; columns it does not mention keep their names.
+    """Returns the row under our names.
 
-    A name that the row does not have can be a path into a structured column: "prompt.0.content".
+    Args:
+      row: column -> value.
+      columns: maps our names to the row's; other columns keep their names. A name that the row lacks can be a path into a structured
+        column: "prompt.0.content".
 
     Raises:
-      ValueError: `question`, `answer` or a column that `columns` mentions is missing.
+      ValueError: if `question`, `answer` or a column in `columns` is missing.
     """
-    wanted = {"question": "question", "answer": "answer", **columns}
+    wanted = _REQUIRED | dict(columns)
     row = dict(row)
     for ours, theirs in wanted.items():
         if theirs not in row and "." in theirs:
-            row |= {theirs: value for value in _inside(row, theirs)}
+            for value in _inside(row, theirs):
+                row[theirs] = value
         if theirs not in row:
             purpose = "" if ours == theirs else f" (to be used as {ours!r})"
             raise ValueError(f"there is no column {theirs!r}{purpose}, only {quoted(row) or 'an empty row'}")
@@ -191,13 +188,13 @@ def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
     return rest | {ours: row[theirs] for ours, theirs in wanted.items()}
 
 
-def slice_rows(rows: list[Row], split: str, path: pathlib.Path | str) -> list[Row]:
-    """Part of a file by the slice notation of TFDS: "all", "[:90%]", "[90%:]", "[100:200]", "[-50:]".
+def slice_rows(rows: list[T], split: str, path: pathlib.Path | str) -> list[T]:
+    """Returns a part of the rows by TFDS's slice notation: "all", "[:90%]", "[90%:]", "[100:200]", "[-50:]".
 
-    Percentages round to the nearest row, so that "[:90%]" and "[90%:]" share none and miss none.
+    Percentages round to the nearest row, so that "[:90%]" and "[90%:]" share no row and miss none.
 
     Raises:
-      ValueError: another notation, a border outside the file, or a slice without rows.
+      ValueError: if the notation is unknown, or the slice reaches outside the file or is empty.
     """
     if split == "all":
         return rows
@@ -221,41 +218,41 @@ def slice_rows(rows: list[Row], split: str, path: pathlib.Path | str) -> list[Ro
 
 
 def _parse(line: bytes, columns: Mapping[str, str]) -> Row:
-    """One checked row; raises ValueError with the reason where the line is bad."""
+    """Returns one checked row; raises ValueError with the reason if the line is bad."""
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start + 1} is not UTF-8") from error
-    if "\0" in text:  # never of JSON, where it is written \u0000
+    if "\0" in text:  # JSON writes it as \u0000
         raise ValueError(f"byte {line.index(0) + 1} is NUL, as in a damaged file or one in UTF-16")
     try:
         row = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         cut = "" if line.endswith(b"\n") else "; the file ends in this line, which may be cut off"
         raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}{cut}") from error
-    except _TwiceError:
+    except _RepeatedNameError:
         raise
     except (ValueError, RecursionError) as error:  # integers of thousands of digits, thousands of brackets
         raise ValueError(f"not readable as JSON: {error}") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{_kind(row)}, where an object with columns has to be")
+        raise ValueError(f"{_kind(row)}; a row has to be an object with columns")
     return _checked(row, columns)
 
 
-class _TwiceError(ValueError):
-    """An object with two values under one name, of which `json` would take the last."""
+class _RepeatedNameError(ValueError):
+    """An object has two values under one name; `json` would take the last."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
         (name, _), *_ = collections.Counter(name for name, _ in pairs).most_common(1)
-        raise _TwiceError(f"{name!r:.80} stands twice in one object")
+        raise _RepeatedNameError(f"{name!r:.80} occurs twice in one object")
     return row
 
 
 def _inside(row: Row, path: str) -> Iterator[Any]:
-    """The value at a path such as "prompt.0.content", if there is one."""
+    """Yields the value at a path such as "prompt.0.content", if the path exists."""
     at: Any = row
     for part in path.split("."):
         if isinstance(at, dict) and part in at:
@@ -268,9 +265,9 @@ def _inside(row: Row, path: str) -> Iterator[Any]:
 
 
 def _checked(row: Row, columns: Mapping[str, str]) -> Row:
-    """The row under our names; raises ValueError with the reason where it is bad."""
+    """Returns the row under our names; raises ValueError with the reason if it is bad."""
     row = rename_columns(row, columns)
-    for name in {"question": None, "answer": None, **columns}:
+    for name in _REQUIRED | dict(columns):
         value = row[name]
         if not isinstance(value, str | int | float) or isinstance(value, bool):
             raise ValueError(f"column {name!r} is {_kind(value)}; it has to be text or a number")
@@ -286,7 +283,7 @@ def _checked(row: Row, columns: Mapping[str, str]) -> Row:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All texts in a column's value, which may be structured."""
+    """Yields all texts in the value of a column, which may be structured."""
     waiting = [value]
     while waiting:
         value = waiting.pop()
@@ -299,18 +296,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _kind(value: Any) -> str:
-    json_kinds = {
-        type(None): "null",
-        bool: "boolean",
-        list: "list",
-        dict: "object",
-        str: "string",
-        int: "number",
-        float: "number",
-    }
-    kind = json_kinds.get(type(value))
-    return f"a JSON {kind}" if kind else f"of type {type(value).__name__}"  # Parquet has bytes, dates and decimals too
-
-
-def _count(bad: int) -> str:
-    return "1 bad row" if bad == 1 else f"{bad} bad rows"
+    name = type(value).__name__
+    kinds = {"NoneType": "null", "bool": "boolean", "dict": "object", "list": "list", "str": "string"}
+    kind = "number" if name in ("int", "float") else kinds.get(name)
+    return f"a JSON {kind}" if kind else f"of type {name}"  # Parquet also has bytes, dates and decimals

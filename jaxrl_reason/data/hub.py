@@ -1,4 +1,4 @@
-"""The Hugging Face hub: models and data sets fetched at a revision that is named and checked; and no file from outside its directory."""
+"""The Hugging Face hub: fetches models and data sets at a printed revision, and checks their contents and paths."""
 
 from collections.abc import Sequence
 import concurrent.futures
@@ -9,22 +9,22 @@ import re
 import sys
 from typing import NamedTuple
 
-# owner/name, and behind an @ a branch, a tag or a commit. No part begins with a dot: a revision becomes part of a path.
+# owner/name, then perhaps @ and a branch, a tag or a commit. No part begins with a dot: a revision becomes part of a path.
 _ADDRESS = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?", re.ASCII)
 _CACHED = re.compile(r"(models|datasets)--.+")  # a repository in the hub's cache
 
 
 class HubError(ValueError):
-    """What could not be had from the hub; the message is a sentence."""
+    """A file or repository of the hub is missing or damaged; the message is a sentence."""
 
 
 class Fetched(NamedTuple):
     """Files of a repository on this machine.
 
     Attributes:
-      directory: where they lie.
-      files: those that were asked for, sorted.
-      revision: the commit they are of.
+      directory: the directory of this revision in the hub's cache.
+      files: the requested files, sorted.
+      revision: their commit.
     """
 
     directory: pathlib.Path
@@ -33,44 +33,45 @@ class Fetched(NamedTuple):
 
 
 def is_address(text: str) -> bool:
-    """Whether this could be owner/name or owner/name@revision."""
+    """Returns whether the text has the form owner/name or owner/name@revision."""
     return _ADDRESS.fullmatch(text) is not None
 
 
 def name_of(address: str) -> str:
-    """owner/name, without a revision."""
-    return _ADDRESS.fullmatch(address)[1]
+    """Returns owner/name, without the revision."""
+    return _parts(address)[0]
 
 
 def at_revision(address: str, revision: str) -> str:
-    """The same repository at this revision."""
+    """Returns the address of the repository at another revision."""
     return f"{name_of(address)}@{revision}"
 
 
 def fetch(address: str, wanted: Sequence[str], *, kind: str = "model", ignored: Sequence[str] = ()) -> Fetched:
-    """Files of a repository, downloaded or found in the hub's cache; the commit they are of goes to stderr.
+    """Downloads files of a repository, or finds them in the hub's cache. Prints their commit to stderr.
 
-    The hub's client compares sizes when it downloads. Here contents are compared too, with the hashes that the cache keeps them under:
-    git's of a small file, SHA-256 of a large one.
+    The hub's client compares sizes after a download. This function also compares contents with the hash in the name of the cached file:
+    git's hash for a small file, SHA-256 for a large one.
 
     Args:
       address: owner/name, or owner/name@revision.
-      wanted, ignored: patterns of names.
+      wanted: patterns of the names of files to fetch.
       kind: "model" or "dataset".
+      ignored: patterns of the names of files to leave out.
 
     Raises:
-      HubError: there is no such repository or revision, the network fails, or a file is not what the hub calls by this name.
+      HubError: if the repository or revision does not exist, the network fails, or a file differs from the hub's.
     """
-    import huggingface_hub.utils  # only where something is downloaded
+    import huggingface_hub.utils  # costs a second; needed only for downloads
 
-    name, revision = _ADDRESS.fullmatch(address).groups()
+    name, revision = _parts(address)
     try:
         directory = pathlib.Path(
             huggingface_hub.snapshot_download(
                 name, repo_type=kind, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(ignored)
             )
         )
-    except Exception as e:  # of the network, of the hub and of the disk: a dozen classes
+    except Exception as e:  # the network, the hub and the disk raise a dozen classes
         reason = str(e).strip().partition("\n")[0]
         raise HubError(f"{address} could not be had from the Hugging Face hub: {type(e).__name__}: {reason}") from e
     there = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
@@ -85,15 +86,15 @@ def fetch(address: str, wanted: Sequence[str], *, kind: str = "model", ignored: 
 
 
 def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
-    """The path `directory/name`, whether or not there is such a file.
+    """Returns the path `directory/name`, whether or not the file exists.
 
     Raises:
-      HubError: by its name or as a link it is somewhere outside. Links of the hub's cache may point to the contents it keeps.
+      HubError: if the path leads out of the directory, by its name or as a link. Links of the hub's cache may point to the cache's blobs.
     """
     path = directory / name
     try:
         home, found = directory.resolve(), path.resolve()
-    except (OSError, RuntimeError, ValueError) as e:  # a circle of links, a name that none can have
+    except (OSError, RuntimeError, ValueError) as e:  # a circle of links, or an impossible name
         raise HubError(f"{path} cannot be followed: {e}.") from e
     homes = [home]
     if home.parent.name == "snapshots" and _CACHED.fullmatch(home.parents[1].name):
@@ -103,18 +104,27 @@ def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
     return path
 
 
+def _parts(address: str) -> tuple[str, str | None]:
+    """Returns owner/name and the revision."""
+    match = _ADDRESS.fullmatch(address)
+    if match is None:
+        raise HubError(f"{address!r} is not a repository of the hub: write owner/name or owner/name@revision.")
+    return match[1], match[2]
+
+
 def _verify(path: pathlib.Path) -> None:
-    """Refuses a file of the cache that does not have the hash it is kept under."""
-    # On a file system without links no hash is known.
-    kept = pathlib.PurePath(os.readlink(path)).name if path.is_symlink() else ""
-    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", kept):
+    """Raises HubError if a cached file does not have the hash that is its name in the cache."""
+    # On a file system without links the hash is unknown.
+    expected = pathlib.PurePath(os.readlink(path)).name if path.is_symlink() else ""
+    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", expected):
         return
-    digest = hashlib.sha256() if len(kept) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)  # as git does
+    digest = (
+        hashlib.sha256() if len(expected) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    )  # as git does
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != kept:
+        hashlib.file_digest(file, lambda: digest)
+    if digest.hexdigest() != expected:
         raise HubError(
-            f"{path} is not what the hub has under this name: its hash is {digest.hexdigest()}, not {kept}. Delete {path.resolve()} and "
-            "try again."
+            f"{path} is not what the hub has under this name: its hash is {digest.hexdigest()}, not {expected}. "
+            f"Delete {path.resolve()} and try again."
         )

@@ -1,17 +1,17 @@
 """Numbers as tokens: three alphabets of fixed length, encoded exactly on the host and decoded on the device.
 
 A policy that does regression writes its prediction as L digit tokens (GenRe2, arXiv 2512.06533), and the compiled step
-reads them back to reward it. A number has one canonical spelling, the one that `encode` writes; `decode` reads every
-legal one.
+decodes them for the reward. `encode` writes the canonical spelling of a number; `decode` reads every legal spelling.
 
     NormalizedTokenizer(2, 8)   0.7      -> 1 0 1 1 0 0 1 1              179 / 2**8 = 0.69921875
     P10Tokenizer(4, 10)         1.23456  -> + 1 2 3 5 E-3                1235 * 10**-3
     IEEETokenizer(10, 2, 6)     1000     -> + + 0 3 1 0 0 0 0 0          1.00000 * 10**3
 
-Values are rounded to the nearest that has a spelling, half to even, in exact rational arithmetic: a floating-point
-logarithm takes the exponent of 1000 for 2.
+Values are rounded to the nearest number that has a spelling, half to even, in exact rational arithmetic: with a
+floating-point logarithm, the exponent of 1000 would be 2.
 """
 
+import abc
 import bisect
 from collections.abc import Iterable
 import dataclasses
@@ -24,33 +24,56 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# So many mantissas stay apart in float32 when a power and a product are rounded; with more, `decode` would mix up some.
+# The number of mantissas that stay distinct in float32 after the rounding of a power and of a product.
 _MAX_MANTISSAS = 2**21
 _MAX_BASE = 256
 _MAX_EXPONENTS = 1024  # of one sign; float32 ends at 2**128
 _SIGNS = ("+", "-")
 
 
-class _NumberTokenizer:
-    """What the alphabets share. A subclass has `length`, `tokens` and `legal`, and spells and reads one number.
+class NumberTokenizer(abc.ABC):
+    """Encodes numbers as tokens and decodes them; the base of the three alphabets.
 
     Attributes:
-      unit_interval: whether it writes numbers of [0, 1] only; the others write any real number.
+      unit_interval: whether all numbers are in [0, 1]; otherwise any real number can be written.
     """
 
     unit_interval: ClassVar[bool] = False
 
+    @property
+    @abc.abstractmethod
+    def tokens(self) -> tuple[str, ...]:
+        """The V tokens as text."""
+
+    @property
+    @abc.abstractmethod
+    def legal(self) -> np.ndarray:
+        """bool[L, V]: the tokens that are allowed at each position."""
+
+    @property
+    def length(self) -> int:
+        """L, tokens per number."""
+        return len(self.legal)
+
+    @abc.abstractmethod
+    def _spell(self, value: Fraction) -> list[int]:
+        """Returns the L canonical tokens of the nearest number that has a spelling."""
+
+    @abc.abstractmethod
+    def _read(self, ids: jax.Array) -> jax.Array:
+        """Returns the numbers float32[...] of legal tokens int32[..., L]."""
+
     def encode(self, values: np.ndarray) -> np.ndarray:
-        """The canonical tokens of finite numbers, each rounded to the nearest number that has a spelling.
+        """Returns the canonical tokens of numbers, each rounded to the nearest number that has a spelling.
 
         Args:
-          values: float[N]. Numbers beyond the largest spelling take that spelling.
+          values: float[N], finite. Numbers beyond the largest spelling take that spelling.
 
         Returns:
           int32[N, L].
 
         Raises:
-          ValueError: NaN or infinity, or not one axis.
+          ValueError: if a number is NaN or infinite, or the values do not have one axis.
         """
         values = np.asarray(values, np.float64)
         if values.ndim != 1:
@@ -65,25 +88,25 @@ class _NumberTokenizer:
         return np.array(codes, np.int32).reshape(len(values), self.length)
 
     def decode(self, ids: jax.Array) -> jax.Array:
-        """The numbers that tokens spell; traceable, so that a reward computes it on the device.
+        """Returns the numbers that tokens spell. Traceable, so that a reward computes it on the device.
 
         Args:
           ids: int[..., L].
 
         Returns:
-          float32[...], within two units in the last place. Finite for every legal spelling, canonical or not: what
-          float32 cannot hold becomes its largest number, or 0. NaN where a token is not legal at its position.
+          float32[...], within two units in the last place. Finite for every legal spelling, canonical or not: a number
+          beyond float32 becomes the largest float32, or 0. NaN if a token is not legal at its position.
 
         Raises:
-          AssertionError: ids are not integers.
-          ValueError: the last axis does not have L tokens.
+          AssertionError: if ids are not integers.
+          ValueError: if the last axis does not have L tokens.
         """
         ids = jnp.asarray(ids)
         chex.assert_type(ids, int)
         if ids.ndim == 0 or ids.shape[-1] != self.length:
             raise ValueError(
-                f"The tokens to decode have the shape {ids.shape}, but this tokenizer writes {self.length} tokens a "
-                "number: the last axis has to hold them."
+                f"The tokens to decode have the shape {ids.shape}, but this tokenizer writes {self.length} tokens per "
+                "number: the last axis has to have that length."
             )
         known = (ids >= 0) & (ids < len(self.tokens))
         ids = jnp.where(known, ids, 0).astype(jnp.int32)
@@ -91,15 +114,15 @@ class _NumberTokenizer:
         return jnp.where(legal.all(axis=-1), self._read(ids), jnp.nan)
 
     def text(self, ids: Iterable[int]) -> str:
-        """The tokens of one number for people, "+ 1 2 3 5 E-3"."""
+        """Returns the tokens of one number as text: "+ 1 2 3 5 E-3"."""
         return " ".join(self.tokens[i] for i in ids)
 
 
 @dataclasses.dataclass(frozen=True)
-class NormalizedTokenizer(_NumberTokenizer):
+class NormalizedTokenizer(NumberTokenizer):
     """k / base**digits in [0, 1): the digits of k, most significant first. The token ids are the digits.
 
-    1 has no spelling and takes the largest, 1 - base**-digits.
+    1 has no spelling and is written as the largest number, 1 - base**-digits.
     """
 
     base: int = 2
@@ -107,13 +130,9 @@ class NormalizedTokenizer(_NumberTokenizer):
 
     unit_interval: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_whole("base", self.base, 2, _MAX_BASE)
         _check_digits("digits", self.digits, self.base, _MAX_MANTISSAS)
-
-    @property
-    def length(self) -> int:
-        return self.digits
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -121,8 +140,7 @@ class NormalizedTokenizer(_NumberTokenizer):
 
     @property
     def legal(self) -> np.ndarray:
-        """bool[L, V]: the tokens that may stand at each position."""
-        return np.ones((self.length, self.base), bool)
+        return np.ones((self.digits, self.base), bool)
 
     def _spell(self, value: Fraction) -> list[int]:
         steps = self.base**self.digits
@@ -133,7 +151,7 @@ class NormalizedTokenizer(_NumberTokenizer):
 
 
 @dataclasses.dataclass(frozen=True)
-class P10Tokenizer(_NumberTokenizer):
+class P10Tokenizer(NumberTokenizer):
     """Sign, decimal digits of an integer, and one token for the power of ten that multiplies it (arXiv 2112.01898).
 
     The first digit is 0 only in 0, which is "+ 0 0 0 0 E0", and at the smallest exponent, where small numbers lose
@@ -143,13 +161,9 @@ class P10Tokenizer(_NumberTokenizer):
     digits: int = 4
     exponent_range: int = 10
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_digits("digits", self.digits, 10, _MAX_MANTISSAS)
         _check_whole("exponent_range", self.exponent_range, 0, _MAX_EXPONENTS - 1)
-
-    @property
-    def length(self) -> int:
-        return 2 + self.digits
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -158,7 +172,6 @@ class P10Tokenizer(_NumberTokenizer):
 
     @property
     def legal(self) -> np.ndarray:
-        """bool[L, V]: the tokens that may stand at each position."""
         kinds = np.array([0] * 2 + [1] * 10 + [2] * (2 * self.exponent_range + 1))
         return kinds == np.array([0] + [1] * self.digits + [2])[:, None]
 
@@ -175,7 +188,7 @@ class P10Tokenizer(_NumberTokenizer):
 
 
 @dataclasses.dataclass(frozen=True)
-class IEEETokenizer(_NumberTokenizer):
+class IEEETokenizer(NumberTokenizer):
     """Sign, sign and digits of the exponent, digits d1 d2 ... of the mantissa: sign * d1.d2d3... * base**exponent.
 
     d1 is 0 only in 0, which is "+ + 0 0 0 0 ...", and at the smallest exponent. Exponents of two decimal digits exceed
@@ -186,14 +199,10 @@ class IEEETokenizer(_NumberTokenizer):
     exponent_digits: int = 2
     mantissa_digits: int = 6
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_whole("base", self.base, 2, _MAX_BASE)
         _check_digits("exponent_digits", self.exponent_digits, self.base, _MAX_EXPONENTS)
         _check_digits("mantissa_digits", self.mantissa_digits, self.base, _MAX_MANTISSAS)
-
-    @property
-    def length(self) -> int:
-        return 2 + self.exponent_digits + self.mantissa_digits
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -201,9 +210,9 @@ class IEEETokenizer(_NumberTokenizer):
 
     @property
     def legal(self) -> np.ndarray:
-        """bool[L, V]: the tokens that may stand at each position."""
         is_sign = np.arange(2 + self.base) < 2
-        return is_sign == (np.arange(self.length) < 2)[:, None]
+        positions = np.arange(2 + self.exponent_digits + self.mantissa_digits)
+        return is_sign == (positions < 2)[:, None]
 
     def _spell(self, value: Fraction) -> list[int]:
         largest = self.base**self.exponent_digits - 1
@@ -225,16 +234,22 @@ class IEEETokenizer(_NumberTokenizer):
         return jnp.where(ids[..., 0] == 1, -size, size)
 
 
-NumberTokenizer = NormalizedTokenizer | P10Tokenizer | IEEETokenizer
-
-_TOKENIZERS = {"normalized": NormalizedTokenizer, "p10": P10Tokenizer, "ieee": IEEETokenizer}
+_TOKENIZERS: dict[str, type[NormalizedTokenizer | P10Tokenizer | IEEETokenizer]] = {
+    "normalized": NormalizedTokenizer,
+    "p10": P10Tokenizer,
+    "ieee": IEEETokenizer,
+}
 
 
 def make_tokenizer(name: str, **options: int) -> NumberTokenizer:
-    """A number tokenizer by its name and the fields of its class: "normalized", "p10" or "ieee".
+    """Returns a number tokenizer.
+
+    Args:
+      name: "normalized", "p10" or "ieee".
+      **options: the fields of the tokenizer's class.
 
     Raises:
-      ValueError: an unknown name or option, or a value out of range.
+      ValueError: if the name or an option is unknown, or a value is out of range.
     """
     if name not in _TOKENIZERS:
         raise ValueError(f"There is no number tokenizer {name!r}.{_suggestion(name, _TOKENIZERS)}")
@@ -247,27 +262,27 @@ def make_tokenizer(name: str, **options: int) -> NumberTokenizer:
 
 
 def expert_targets(tokens: jax.Array, truth: jax.Array, base: int) -> jax.Array:
-    """The digit that an expert would write next, at every position of a sampled number (GenRe2, arXiv 2512.06533).
+    """Returns the digit that an expert would write next, at every position of a number (GenRe2, arXiv 2512.06533).
 
-    After a prefix that equals the truth's, the true digit; after a greater one the lowest digit, after a smaller one
-    the highest: what brings the number as near to the truth as that prefix allows. For `NormalizedTokenizer`, whose ids
-    are digits without a sign.
+    After the prefix of the truth, the expert writes the true digit; after a greater prefix the lowest digit, and after a
+    smaller prefix the highest. Each brings the number as near to the truth as the prefix allows. For
+    `NormalizedTokenizer`, whose ids are digits without a sign.
 
     Args:
       tokens: int[..., L], sampled digits, most significant first.
-      truth: int[..., L], the digits of the target; axes of length 1 stretch, as for [P, 1, L] beside [P, G, L].
-      base: the tokenizer's.
+      truth: int[..., L], the digits of the target. Axes of length 1 broadcast: [P, 1, L] with [P, G, L].
+      base: the base of the digits.
 
     Returns:
       int32[..., L].
 
     Raises:
-      AssertionError: unequal ranks or lengths, or not integers.
+      AssertionError: if ranks or lengths differ, or the digits are not integers.
     """
     chex.assert_type([tokens, truth], int)
     chex.assert_equal_rank([tokens, truth])
     chex.assert_equal_shape_suffix([tokens, truth], 1)
-    # The first difference decides. Only differences before a position count: a target never depends on its own token.
+    # The first difference decides. A target does not depend on its own token: only differences before a position count.
     differs = (tokens != truth).astype(jnp.int32)
     differences_before = jnp.cumsum(differs, axis=-1) - differs
     first = jnp.where((differs == 1) & (differences_before == 0), jnp.where(tokens > truth, 1, -1), 0)
@@ -276,7 +291,7 @@ def expert_targets(tokens: jax.Array, truth: jax.Array, base: int) -> jax.Array:
 
 
 def _nearest(value: Fraction, base: int, digits: int, lowest: int, highest: int) -> tuple[int, int]:
-    """The nearest mantissa * base**exponent, as (mantissa, exponent), to a value >= 0; ties go to the even mantissa.
+    """Returns (mantissa, exponent) of the mantissa * base**exponent nearest to a value >= 0; ties go to the even mantissa.
 
     The exponent is the smallest of [lowest, highest] at which the rounded mantissa has at most `digits` digits.
     """
@@ -291,20 +306,21 @@ def _nearest(value: Fraction, base: int, digits: int, lowest: int, highest: int)
 
 
 def _digits_of(value: int, base: int, digits: int) -> list[int]:
+    """Returns the digits of a whole number, most significant first."""
     return [value // base**place % base for place in reversed(range(digits))]
 
 
 def _integer(digits: jax.Array, base: int) -> jax.Array:
-    """int32[..., n] digits, most significant first -> int32[...]."""
+    """Returns the whole numbers int32[...] of digits int32[..., n], most significant first."""
     places = np.array([base**place for place in reversed(range(digits.shape[-1]))], np.int32)
     return jnp.sum(digits * places, axis=-1)
 
 
 def _scaled(mantissa: jax.Array, exponent: jax.Array, base: int) -> jax.Array:
-    """mantissa * base**exponent as float32, saturating; int32[...], int32[...] -> float32[...].
+    """Returns mantissa * base**exponent, saturating: int32[...], int32[...] -> float32[...].
 
-    Negative exponents divide, because 10**2 is a float32 and 10**-2 is not: 123400 * 10**-2 is exactly 1234. An
-    exponent of which the power does not fit into float32 is applied in two parts.
+    Negative exponents divide, because 10**2 is a float32 and 10**-2 is not: 123400 * 10**-2 is exactly 1234. If the
+    power of an exponent exceeds float32, the exponent is applied in two parts.
     """
     largest = float(np.finfo(np.float32).max)
     powers = [1]
@@ -324,13 +340,13 @@ def _digit_names(base: int) -> tuple[str, ...]:
     return tuple(str(digit) for digit in range(base))
 
 
-def _check_whole(name: str, value: Any, low: int, high: int, where: str = "") -> None:
+def _check_whole(name: str, value: Any, low: int, high: int, condition: str = "") -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(f"{name} is {value!r}; it has to be a whole number from {low} to {high}{where}.")
+        raise ValueError(f"{name} is {value!r}; it has to be a whole number from {low} to {high}{condition}.")
 
 
 def _check_digits(name: str, value: Any, base: int, most: int) -> None:
-    """Refuses digits that make more than `most` numbers."""
+    """Raises ValueError if the digits make more than `most` numbers."""
     _check_whole(name, value, 1, next(n for n in range(32) if base ** (n + 1) > most), f" in base {base}")
 
 

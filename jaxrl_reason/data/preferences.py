@@ -7,20 +7,19 @@ import warnings
 import numpy as np
 
 from jaxrl_reason.data import files
-from jaxrl_reason.data.prompts import PromptTemplate
+from jaxrl_reason.data.prompts import Template
 from jaxrl_reason.data.sources import Source
-from jaxrl_reason.data.streams import batch_at, endless, fitting, Padded, place_of, rendered, Rows
-from jaxrl_reason.data.tokenizer import Tokenizer
+from jaxrl_reason.data.streams import place_of, Rows, TextStream
 
 
 class PreferenceBatch(NamedTuple):
-    """B prompts, each with a group of two completions: the chosen one first. All are right padded.
+    """B prompts, each with a group of two completions: first the chosen one, then the rejected one. All are right padded.
 
     Attributes:
       prompt_tokens: int32[B, S].
       prompt_mask: bool[B, S], True on real tokens.
       tokens: int32[B, 2, T].
-      mask: bool[B, 2, T], True on real tokens, the end token among them.
+      mask: bool[B, 2, T], True on real tokens, the end token included.
     """
 
     prompt_tokens: np.ndarray
@@ -29,91 +28,55 @@ class PreferenceBatch(NamedTuple):
     mask: np.ndarray
 
 
-class PreferenceStream:
-    """Pairs for training a reward model; the stream behaves as `pipeline.SolutionStream`.
+class PreferenceStream(TextStream):
+    """Pairs for training a reward model, with the arguments of `TextStream`.
 
-    A row's columns `chosen` and `rejected` are completions without their end token, to the template what `solution` is elsewhere: a
-    template that begins solutions with a space does so here. `on_long` covers the longer of the two completions.
-
-    Attributes:
-      size: the number of pairs in an epoch.
-      skipped: the number of rows left out.
+    The columns `chosen` and `rejected` are completions without their end token. The template renders each of them as a `solution`: a
+    template whose solutions begin with a space adds the space. A row fits if the longer of its two completions does.
 
     Raises:
-      ValueError: as `pipeline.SolutionStream`; also a column that is missing or not text, or a pair of one and the same tokens, each
-        naming the row.
+      ValueError: as `TextStream`; also if a column is missing or not text, or the tokens of a pair are equal. The message names the row.
     """
 
-    def __init__(
-        self,
-        source: Rows,
-        tokenizer: Tokenizer,
-        template: PromptTemplate,
-        *,
-        batch_size: int,
-        max_prompt_length: int,
-        max_completion_length: int,
-        seed: int,
-        shuffle: bool = True,
-        on_long: str = "refuse",
-        add_bos: bool = False,
-        places: np.ndarray | None = None,
-    ):
-        texts = rendered(source, lambda row: _render(template, row))
-        prompts = tokenizer.encode_batch([prompt for prompt, _ in texts], add_bos)
-        completions = tokenizer.encode_batch([text for _, pair in texts for text in pair])
-        completions = [ids + [tokenizer.eos_ids[0]] for ids in completions]
-        pairs = list(zip(completions[::2], completions[1::2], strict=True))
-        same = [number for number, (chosen, rejected) in enumerate(pairs) if chosen == rejected]
-        if same:
+    def _completions(self, template: Template, row: Mapping[str, Any]) -> tuple[str, ...]:
+        for column in ("chosen", "rejected"):
+            if column not in row:
+                raise ValueError(
+                    f"there is no column {column!r}, which preference pairs need; its columns are {', '.join(sorted(row))}."
+                )
+            if not isinstance(row[column], str):
+                raise ValueError(f"column {column!r} is {row[column]!r:.80}; it has to be text.")
+        return tuple(template.render_solution({**row, "solution": row[column]}) for column in ("chosen", "rejected"))
+
+    def _check(self, source: Rows, texts: list[tuple[str, ...]], completions: list[list[list[int]]]) -> None:
+        equal = [place_of(source, i) for i, (chosen, rejected) in enumerate(completions) if chosen == rejected]
+        if equal:
             summary = "Rows with the same tokens as 'chosen' and as 'rejected' prefer nothing; remove them"
-            raise ValueError(files.listed(summary, [place_of(source, i) for i in same[: files.REPORTED]], len(same)))
+            raise ValueError(files.listed(summary, equal, len(equal)))
         if isinstance(source, Source) and source.where is not None:
             _warn_of_repeats(source, texts)
-        longer = [max(pair, key=len) for pair in pairs]
-        kept = fitting(source, on_long, prompt=(prompts, max_prompt_length), completion=(longer, max_completion_length))
-        self.size = len(kept)
-        self.skipped = len(source) - len(kept)
-        self._prompts = Padded([prompts[i] for i in kept], max_prompt_length, tokenizer.pad_id)
-        self._completions = Padded([ids for i in kept for ids in pairs[i]], max_completion_length, tokenizer.pad_id)
-        self._order = endless(len(kept), batch_size, seed, shuffle)
-        self._places = np.arange(batch_size) if places is None else places
 
     def batch(self, i: int) -> PreferenceBatch:
-        """Batch `i` of the stream, for any i >= 0; the same whenever and in whatever order it is asked for."""
-        rows = batch_at(self._order, i)[self._places]
-        completions = self._completions.take((2 * rows[:, None] + np.arange(2)).ravel())
-        return PreferenceBatch(*self._prompts.take(rows), *(x.reshape(len(rows), 2, -1) for x in completions))
+        """Returns batch `i` of the stream, for any i >= 0."""
+        _, prompts, completions = self._read(i)
+        return PreferenceBatch(*prompts, *(x.reshape(len(x) // 2, 2, -1) for x in completions))
 
 
-def _warn_of_repeats(source: Source, texts: list[tuple[str, tuple[str, str]]]) -> None:
-    """Warns of pairs that stand in a file twice, or a second time the other way round; all are kept."""
-    first: dict[tuple[str, tuple[str, str]], int] = {}
+def _warn_of_repeats(source: Source, texts: list[tuple[str, ...]]) -> None:
+    """Warns of pairs that a file repeats or reverses; all rows are kept."""
+    first: dict[tuple[str, ...], int] = {}
     repeats, reversals = [], []
-    for i, (prompt, (chosen, rejected)) in enumerate(texts):
-        if (prompt, (rejected, chosen)) in first:
-            reversals.append((first[prompt, (rejected, chosen)], i))
-        earlier = first.setdefault((prompt, (chosen, rejected)), i)
+    for i, (prompt, chosen, rejected) in enumerate(texts):
+        if (prompt, rejected, chosen) in first:
+            reversals.append((i, first[prompt, rejected, chosen]))
+        earlier = first.setdefault((prompt, chosen, rejected), i)
         if earlier != i:
-            repeats.append((earlier, i))
-    for pairs, how, what in (
-        (repeats, "again", "these are kept and weigh more"),
-        (reversals, "the other way round", "one of the two is wrong"),
+            repeats.append((i, earlier))
+    for pairs, what in (
+        (repeats, "earlier pairs repeat in {} rows; the rows are kept and count again"),
+        (reversals, "earlier pairs are reversed in {} rows; one of the two is incorrect"),
     ):
         if pairs:
-            reports = [f"{source.place(j)} and {source.place(i)}" for i, j in pairs[: files.REPORTED]]
-            summary = f"{source.name}: earlier pairs stand {how} in {len(pairs)} of {len(source)} rows; {what}"
-            warnings.warn(files.listed(summary, reports, len(pairs)), stacklevel=3)
-
-
-def _render(template: PromptTemplate, row: Mapping[str, Any]) -> tuple[str, tuple[str, str]]:
-    """(prompt, (chosen, rejected)) of a row."""
-    for column in ("chosen", "rejected"):
-        if column not in row:
-            raise ValueError(
-                f"there is no column {column!r}, which preference pairs need; its columns are {', '.join(sorted(row))}."
-            )
-        if not isinstance(row[column], str):
-            raise ValueError(f"column {column!r} is {row[column]!r:.80}; it has to be text.")
-    write = lambda text: template.render_solution({**row, "solution": text})
-    return template.render_prompt(row), (write(row["chosen"]), write(row["rejected"]))
+            reports = [f"{source.place(i)} and {source.place(earlier)}" for i, earlier in pairs[: files.REPORTED]]
+            summary = f"{source.name}: {what.format(f'{len(pairs)} of {len(source)}')}"
+            warnings.warn(files.listed(summary, reports, len(pairs)), stacklevel=4)

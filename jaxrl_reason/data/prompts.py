@@ -1,21 +1,29 @@
-"""Prompt templates as data: what the policy reads, and what a worked solution looks like to it."""
+"""Prompt templates as data: the prompt of a row, and the worked solution that the supervised phase teaches."""
 
 from collections.abc import Mapping
 import dataclasses
 import difflib
 import re
-from typing import Any
+from typing import Any, Protocol
 
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
+class Template(Protocol):
+    """Renders rows: a `PromptTemplate`, or a `ChatTemplate` around one."""
+
+    def render_prompt(self, row: Mapping[str, Any]) -> str: ...
+
+    def render_solution(self, row: Mapping[str, Any]) -> str: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class PromptTemplate:
-    """Two texts in which `{column}` stands for a column of the row; every other brace stands for itself.
+    """Two texts in which `{column}` is replaced by a column of the row. Other braces do not change.
 
     Attributes:
-      name: what error messages call it.
-      prompt: what comes before the completion.
+      name: the name in error messages.
+      prompt: the text before the completion.
       solution: the completion that the supervised phase teaches, without the end token.
     """
 
@@ -24,11 +32,11 @@ class PromptTemplate:
     solution: str = "{solution}"
 
     def render_prompt(self, row: Mapping[str, Any]) -> str:
-        """The prompt for one row. Raises ValueError where the row lacks a column the template names, or it holds no text."""
+        """Returns the prompt of a row. Raises ValueError if a column is missing, or is neither text nor a number."""
         return self._render(self.prompt, row)
 
     def render_solution(self, row: Mapping[str, Any]) -> str:
-        """The worked solution for one row. Raises ValueError where the row lacks a column the template names, or it holds no text."""
+        """Returns the worked solution of a row. Raises ValueError as `render_prompt` does."""
         return self._render(self.solution, row)
 
     def _render(self, text: str, row: Mapping[str, Any]) -> str:
@@ -39,13 +47,13 @@ class PromptTemplate:
                     f"its columns are {', '.join(sorted(row))}."
                 )
             value = row[match[1]]
-            if value is None or isinstance(value, list | dict):  # `str` would write "None" for the policy to learn
+            if value is None or isinstance(value, list | dict):  # `str` would teach the policy the word "None"
                 raise ValueError(
                     f"column {match[1]!r} is {value!r:.80}, and prompt template {self.name!r} writes it; it has to be text or a number."
                 )
             return str(value)
 
-        # One pass over the template: braces inside the values are never looked at.
+        # One pass over the template: braces inside values stay.
         return _FIELD.sub(written, text)
 
 
@@ -53,12 +61,12 @@ TEMPLATES: dict[str, PromptTemplate] = {
     template.name: template
     for template in (
         PromptTemplate("plain", prompt="{question}\n"),
-        # As Qwen's mathematical models, and reinforcement learning on them, ask for an answer that a verifier finds.
+        # The instruction of Qwen's mathematical models: a verifier finds the answer in the box.
         PromptTemplate(
             "boxed",
             prompt="{question}\nPlease reason step by step, and put your final answer within \\boxed{}.",
         ),
-        # For a base model: it thinks aloud between marks first. The prompt ends inside of them.
+        # For a base model, which thinks first. The prompt ends after the opening mark.
         PromptTemplate(
             "think",
             prompt="A conversation between a user and an assistant. The assistant first thinks the problem through between <think> and "
@@ -70,10 +78,10 @@ TEMPLATES: dict[str, PromptTemplate] = {
 
 
 def get_template(name_or_inline: str | PromptTemplate) -> PromptTemplate:
-    """A template by its name in `TEMPLATES`, or from the text of a prompt that names at least one column, such as "Q: {question} A: ".
+    """Returns a template of `TEMPLATES`, or one from the text of a prompt with at least one column: "Q: {question} A: ".
 
     Raises:
-      ValueError: neither; the message names the nearest template.
+      ValueError: if the name is unknown; the message names the nearest template.
     """
     if isinstance(name_or_inline, PromptTemplate):
         return name_or_inline

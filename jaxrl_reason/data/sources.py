@@ -1,4 +1,4 @@
-"""Random-access rows by name: our word problems, GSM8K, any other TFDS data set, JSONL and Parquet files, here or on the hub."""
+"""Random-access rows by name: TFDS data sets, ours and others, and JSONL and Parquet files from the disk or the hub."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from jaxrl_reason.data import files, hub
 from jaxrl_reason.data.files import Row
 
-# TFDS finds these by name only after their module is imported.
+# TFDS finds these data sets by name only after the import of their module.
 _BUILDER_MODULES = {
     "word_problems": "jaxrl_reason.data.builders.word_problems",
     "exam": "jaxrl_reason.data.builders.exam",
@@ -27,7 +27,7 @@ _BUILDER_MODULES = {
     "gsm8k": "tensorflow_datasets.text.gsm8k.gsm8k",
 }
 _HUB = "hf://datasets/"
-_CHUNK = 1024  # rows read at once when a source is gone through in order
+_CHUNK = 1024  # rows that an iteration reads at once
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,12 +35,12 @@ class Source:
     """A sequence of rows, each a dict from column to value, with at least `question` and `answer`.
 
     Attributes:
-      name: what was asked for.
+      name: the name given to `load_source`.
       fingerprint: short hex that changes with the name, the split, the columns, the size or the content.
-      skipped: bad rows left out; 0 unless a file was loaded with on_bad_row="skip".
-      read: the rows at a list of positions.
+      skipped: the number of bad rows left out; 0 unless on_bad_row="skip".
+      read: returns the rows at a list of positions.
       length: the number of rows.
-      where: what messages call the row at a position: its file and line, where it comes from a file; None: its position.
+      where: returns the file and line of the row at a position; None if the rows do not come from a file.
     """
 
     name: str
@@ -54,13 +54,13 @@ class Source:
         return self.length
 
     def __getitem__(self, i: int) -> Row:
-        """Row `i`, a fresh dict. Raises IndexError outside [0, len)."""
+        """Returns row `i` as a new dict. Raises IndexError outside [0, len)."""
         if not 0 <= i < self.length:
-            raise IndexError(f"Row {i} was asked of {self.name}, which has rows 0 to {self.length - 1}.")
+            raise IndexError(f"{self.name} has no row {i}; its rows are 0 to {self.length - 1}.")
         return self.read([i])[0]
 
     def place(self, i: int) -> str:
-        """What messages call row `i`, such as "problems.jsonl, line 7"."""
+        """Returns the name of row `i` in messages, such as "problems.jsonl, line 7"."""
         return f"row {i} of {self.name}" if self.where is None else self.where(i)
 
     def __iter__(self) -> Iterator[Row]:
@@ -76,25 +76,26 @@ def load_source(
     columns: Mapping[str, str] | None = None,
     on_bad_row: str = "refuse",
 ) -> Source:
-    """Opens a data set, preparing it on first use.
+    """Opens a data set; TFDS prepares it on first use.
 
     Args:
-      name: "word_problems", "word_problems/chains", "gsm8k", any other name that TFDS knows; a path that ends in .jsonl or .parquet; or
-        such files on the Hugging Face hub: "hf://datasets/zwhe99/DeepMath-103K/data/train-*.parquet",
-        with "@REVISION" behind the data set's name, if need be.
+      name: one of
+        - a data set of TFDS or of ours: "gsm8k", "word_problems", "word_problems/chains";
+        - a path that ends in .jsonl or .parquet;
+        - such files on the Hugging Face hub: "hf://datasets/zwhe99/DeepMath-103K/data/train-*.parquet". "@REVISION" may follow
+          the name of the data set.
       split: for TFDS, "train", "test[:100]" and so on; for a file, "all" or a slice such as "[:90%]".
-      data_dir: where TFDS keeps prepared data; None means its default, ~/tensorflow_datasets. Files do not use it.
-      columns: our names to those of the data, such as {"question": "problem"}. Columns not mentioned keep their names;
-        of a Parquet file only columns that are mentioned, or have names of ours, are read (see `files.read_parquet`).
-      on_bad_row: what a bad line of a file does: "refuse" raises, "skip" leaves it out, counts and warns. TFDS data were checked
-        by their builder.
+      data_dir: the directory of TFDS's prepared data; None means TFDS's default, ~/tensorflow_datasets. Files do not use it.
+      columns: maps our names to the data's, such as {"question": "problem"}. Other columns keep their names.
+        Parquet columns are read only if they are needed (see `files.read_parquet`).
+      on_bad_row: "refuse" raises if a file has a bad row; "skip" leaves bad rows out, counts them and warns. Rows of TFDS are not checked.
 
     Returns:
-      A `Source`. Text is str, numbers are int or float; other values are passed on as they are.
+      A `Source`. Text is str and numbers are int or float; values of other types do not change.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: unknown name or split, a missing column, bad rows, no rows.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if the name or split is unknown, a column is missing, a row is bad, or there are no rows.
     """
     if on_bad_row not in ("refuse", "skip"):
         raise ValueError(f"on_bad_row is {on_bad_row!r}; it has to be 'refuse' or 'skip'.")
@@ -108,37 +109,38 @@ def load_source(
 
 def _files_source(name: str, paths: list[pathlib.Path], split: str, columns: dict[str, str], on_bad_row: str) -> Source:
     read = [(files.read_parquet if p.suffix == ".parquet" else files.read_jsonl)(p, columns, on_bad_row) for p in paths]
-    found = [(file, row, number) for file in read for row, number in zip(file.rows, file.numbers, strict=True)]
-    found = files.slice_rows(found, split, name)
-    # Names without their directory: data that were moved are still the same data.
-    one = len(paths) == 1
-    digests = [file.digest for file in read]
-    names, contents = (paths[0].name, digests[0]) if one else ([path.name for path in paths], digests)
+    every = [(file, row, number) for file in read for row, number in zip(file.rows, file.numbers, strict=True)]
+    part = files.slice_rows(every, split, name)
+    # Names without directories: the fingerprint of moved data does not change.
+    names: Any = [path.name for path in paths]
+    contents: Any = [file.digest for file in read]
+    if len(paths) == 1:
+        (names,), (contents,) = names, contents
 
     def where(i: int) -> str:
-        file, _, number = found[i]
+        file, _, number = part[i]
         return f"{file.path}, {file.unit} {number}"
 
     return Source(
         name=name,
-        fingerprint=_fingerprint(names, split, columns, len(found), contents),
+        fingerprint=_fingerprint(names, split, columns, len(part), contents),
         skipped=sum(file.skipped for file in read),
-        read=lambda indices: [dict(found[i][1]) for i in indices],
-        length=len(found),
+        read=lambda indices: [dict(part[i][1]) for i in indices],
+        length=len(part),
         where=where,
     )
 
 
 def warn_of_repeats(train: Source, held_out: Source, prompt: Callable[[Mapping[str, Any]], str]) -> None:
-    """Warns of training rows with the prompt of an earlier one, and of held-out rows with the prompt of a training row; all are kept.
+    """Warns of repeated prompts: within the training rows, and of training prompts among the held-out rows. All rows are kept.
 
-    Rows are the same where their prompts are, white space at both ends aside. Prepared data sets are not gone through: their builders
-    say what their splits share, and one prompt may stand there many times on purpose.
+    Two rows repeat each other if their prompts are equal, up to white space at both ends. Data sets of TFDS are not compared with each
+    other: their builders control the splits, and may repeat a prompt on purpose.
 
     Args:
       train: the training rows.
-      held_out: the rows that figures are taken on.
-      prompt: what the policy reads of a row.
+      held_out: the rows for evaluation.
+      prompt: renders the prompt of a row.
     """
     if train.where is None and held_out.where is None:
         return
@@ -155,34 +157,26 @@ def warn_of_repeats(train: Source, held_out: Source, prompt: Callable[[Mapping[s
     for i, row, text in texts(train):
         earlier = first.setdefault(text, i)
         if earlier != i and train.where is not None:
-            repeats.append((earlier, i))
+            repeats.append(f"{train.place(i)} repeats {train.place(earlier)}")
             if str(train[earlier].get("answer")) != str(row.get("answer")):
-                others.append((earlier, i))
-    if repeats:
-        report = lambda pairs: [f"{train.place(j)} repeats {train.place(i)}" for i, j in pairs[: files.REPORTED]]
-        summary = f"{train.name}: prompts of earlier rows stand again in {len(repeats)} of {len(train)} rows; these are kept and weigh more"
-        warnings.warn(files.listed(summary, report(repeats), len(repeats)), stacklevel=2)
-        if others:
-            summary = f"{train.name}: another answer than the earlier row's stands in {len(others)} of these; see which is right"
-            warnings.warn(files.listed(summary, report(others), len(others)), stacklevel=2)
-    leaks = [(first[text], i) for i, _, text in texts(held_out) if text in first]
-    if leaks:
-        summary = (
-            f"{held_out.name}: training prompts of {train.name} stand in {len(leaks)} of {len(held_out)} held-out rows, so that held-out "
-            "figures flatter"
-        )
-        reports = [f"{held_out.place(j)} is {train.place(i)}" for i, j in leaks[: files.REPORTED]]
-        warnings.warn(files.listed(summary, reports, len(leaks)), stacklevel=2)
+                others.append(repeats[-1])
+    leaks = [f"{held_out.place(i)} is {train.place(first[text])}" for i, _, text in texts(held_out) if text in first]
+    again = f"earlier prompts repeat in {len(repeats)} of {len(train)} rows; the rows are kept and count again"
+    differ = f"another answer in {len(others)} of the repeats; check which is correct"
+    leak = f"training prompts of {train.name} occur in {len(leaks)} of {len(held_out)} held-out rows, so held-out metrics are too high"
+    for source, summary, reports in ((train, again, repeats), (train, differ, others), (held_out, leak, leaks)):
+        if reports:
+            warnings.warn(files.listed(f"{source.name}: {summary}", reports, len(reports)), stacklevel=2)
 
 
 def _download(name: str) -> list[pathlib.Path]:
-    """The files of a data set on the Hugging Face hub that an address names, downloaded or found in its cache."""
+    """Returns the files of an hf:// address, downloaded or from the hub's cache."""
     parts = name.removeprefix(_HUB).split("/", 2)
     address = "/".join(parts[:2])
     if len(parts) < 3 or not hub.is_address(address) or not name.endswith((".jsonl", ".parquet")):
         raise ValueError(
-            f"The address {name!r} is not understood: write {_HUB}OWNER/NAME/PATH or {_HUB}OWNER/NAME@REVISION/PATH, PATH ending in .jsonl or .parquet, where * stands "
-            "for anything, such as hf://datasets/zwhe99/DeepMath-103K/data/train-*.parquet."
+            f"The address {name!r} is not understood: write {_HUB}OWNER/NAME/PATH or {_HUB}OWNER/NAME@REVISION/PATH. PATH ends in .jsonl "
+            "or .parquet, and * in it matches anything, as in hf://datasets/zwhe99/DeepMath-103K/data/train-*.parquet."
         )
     pattern = parts[2]
     try:
@@ -194,7 +188,12 @@ def _download(name: str) -> list[pathlib.Path]:
     return paths
 
 
-def _tfds_source(name: str, split: str, data_dir: str | pathlib.Path | None, columns: dict[str, str]) -> Source:
+def open_prepared(name: str, split: str, data_dir: str | pathlib.Path | None, kind: str = "data set") -> Any:
+    """Opens a split with TFDS, which prepares the data on first use: a random-access data source with at least one row.
+
+    Raises:
+      ValueError: if the name or the split is unknown, or the split is empty. `kind` is the noun in the message.
+    """
     builder = re.split("[/:]", name)[0]  # name/config:version
     if builder in _BUILDER_MODULES:
         importlib.import_module(_BUILDER_MODULES[builder])
@@ -208,18 +207,22 @@ def _tfds_source(name: str, split: str, data_dir: str | pathlib.Path | None, col
     try:
         try:
             data = open_it()
-        except FileExistsError:  # another process prepared the same data meanwhile: they are there now
+        except FileExistsError:  # another process has prepared the data in the meantime
             data = open_it()
     except tfds.core.DatasetNotFoundError as error:
-        ours = ", ".join(_BUILDER_MODULES)
         raise ValueError(
-            f"There is no data set {name!r}: give {ours}, another name that TFDS knows, or a path that ends in .jsonl or .parquet."
+            f"There is no data set {name!r}: give {', '.join(_BUILDER_MODULES)}, another name that TFDS knows, or a path that ends in "
+            ".jsonl or .parquet."
         ) from error
     except ValueError as error:
-        raise ValueError(f"Split {split!r} of data set {name!r} cannot be opened: {error}") from error
+        raise ValueError(f"Split {split!r} of {kind} {name!r} cannot be opened: {error}") from error
     if not len(data):
-        raise ValueError(f"Split {split!r} of data set {name!r} has no rows.")
+        raise ValueError(f"Split {split!r} of {kind} {name!r} has no rows.")
+    return data
 
+
+def _tfds_source(name: str, split: str, data_dir: str | pathlib.Path | None, columns: dict[str, str]) -> Source:
+    data = open_prepared(name, split, data_dir)
     info = data.dataset_info
     adapt = _adapt_gsm8k if info.name == "gsm8k" else lambda row: row
 
@@ -239,13 +242,13 @@ def _tfds_source(name: str, split: str, data_dir: str | pathlib.Path | None, col
 
 
 def _adapt_gsm8k(row: Row) -> Row:
-    """GSM8K's `answer` is a worked text that ends in "#### N": that text is our solution and N our answer."""
+    """Splits GSM8K's `answer`, a worked text that ends in "#### N", into our `solution` (the text) and `answer` (N)."""
     answer = row["answer"].rpartition("####")[2].strip().replace(",", "")
     return {"question": row["question"], "solution": row["answer"], "answer": answer}
 
 
 def _plain(value: Any) -> Any:
-    """Text from bytes and Python numbers from NumPy scalars; anything else as it is."""
+    """Returns text for bytes, a Python number for a NumPy scalar, and every other value unchanged."""
     if isinstance(value, bytes):
         return value.decode("utf-8")
     return value.item() if isinstance(value, np.generic) else value

@@ -1,4 +1,4 @@
-"""Tokenizers: a thin frozen wrapper over the `tokenizers` library that knows its end, begin and padding tokens."""
+"""Tokenizers: a frozen wrapper over the `tokenizers` library with the end, begin and padding tokens."""
 
 from collections.abc import Iterable, Sequence
 import dataclasses
@@ -11,8 +11,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxrl_reason.data import hub
 
-# What is read beside a tokenizer.json.
-_BESIDE = (
+# Files that `load_tokenizer` reads next to a tokenizer.json.
+_CONFIG_FILES = (
     "special_tokens_map.json",
     "tokenizer_config.json",
     "generation_config.json",
@@ -23,16 +23,16 @@ _BESIDE = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """Text to ids and back. Ids are plain Python ints; special tokens come only from the text or from `add_bos`.
+    """Converts text to ids and back. Ids are Python ints. Special tokens come only from the text or from `add_bos`.
 
     Attributes:
       backend: the `tokenizers.Tokenizer` that does the work.
-      eos_ids: ids that end a completion, at least one; the first is the one supervised completions end with.
-      pad_id: what fills unused positions. It may equal an end token: masks are carried along, never inferred from values.
-      bos_id: id that begins a sequence, or None where the vocabulary has none.
+      eos_ids: the ids that end a completion, at least one. Supervised completions end with the first.
+      pad_id: the id at unused positions. It may equal an end token: masks are never inferred from ids.
+      bos_id: the id that begins a sequence, or None if the vocabulary has none.
       chat_template: the Jinja text that came with the tokenizer, or None.
-      adds_bos: whether the tokenizer puts the begin token in front of a text by itself where it is asked for special tokens, as other
-        programs ask it: plain prompts then begin with it.
+      adds_bos: whether the tokenizer begins a text with the begin token when it is asked for special tokens, as other programs do.
+        Plain prompts then begin with the begin token.
     """
 
     backend: tokenizers.Tokenizer
@@ -42,49 +42,50 @@ class Tokenizer:
     chat_template: str | None = None
     adds_bos: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.eos_ids:
             raise ValueError("A tokenizer needs at least one end token: eos_ids is empty.")
-        for field, ids in {"eos_ids": self.eos_ids, "pad_id": [self.pad_id], "bos_id": [self.bos_id]}.items():
-            for token_id in ids:
-                known = token_id is None or token_id >= 0 and self.backend.id_to_token(token_id) is not None
-                if not known:
-                    raise ValueError(
-                        f"{field} holds {token_id}, which is not in the tokenizer's vocabulary of {self.vocab_size} tokens."
-                    )
+        special = [*(("eos_ids", i) for i in self.eos_ids), ("pad_id", self.pad_id)]
+        special += [] if self.bos_id is None else [("bos_id", self.bos_id)]
+        for field, token_id in special:
+            if token_id < 0 or self.backend.id_to_token(token_id) is None:
+                raise ValueError(
+                    f"{field} holds {token_id}, which is not in the tokenizer's vocabulary of {self.vocab_size} tokens."
+                )
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id, added tokens included: the number of rows an embedding needs."""
+        """The largest id plus one, added tokens included: the number of rows that an embedding needs."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
-        """The ids of `text`. Special tokens spelled in the text are recognised; `add_bos` puts the begin token first unless it is there.
+        """Returns the ids of a text, in which special tokens are recognised. `add_bos` adds the begin token, unless the text has it.
 
         Raises:
-          ValueError: `add_bos` is asked of a tokenizer without a begin token.
+          ValueError: if `add_bos` is True and there is no begin token.
         """
         return self.encode_batch([text], add_bos)[0]
 
     def encode_batch(self, texts: Sequence[str], add_bos: bool = False) -> list[list[int]]:
-        """`encode` of many texts, on all cores."""
-        if add_bos and self.bos_id is None:
-            raise ValueError("This tokenizer has no begin token (bos_id is None): set add_bos to False.")
+        """Encodes many texts, on all cores."""
         ids = [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
-        if add_bos:
-            ids = [row if row[:1] == [self.bos_id] else [self.bos_id, *row] for row in ids]
-        return ids
+        if not add_bos:
+            return ids
+        bos = self.bos_id
+        if bos is None:
+            raise ValueError("This tokenizer has no begin token (bos_id is None): set add_bos to False.")
+        return [row if row[:1] == [bos] else [bos, *row] for row in ids]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of `ids`; special tokens are left out, or spelled where `skip_special` is False."""
+        """Returns the text of `ids`, without special tokens, or with them if `skip_special` is False."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def decode_batch(self, rows: Sequence[Sequence[int]], skip_special: bool = True) -> list[str]:
-        """`decode` of many rows, on all cores."""
+        """Decodes many rows, on all cores."""
         return self.backend.decode_batch([list(row) for row in rows], skip_special_tokens=skip_special)
 
     def save(self, directory: str | pathlib.Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, and generation_config.json where several tokens end a completion."""
+        """Writes tokenizer.json and tokenizer_config.json, and generation_config.json if several tokens end a completion."""
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(directory / "tokenizer.json"))
@@ -99,36 +100,35 @@ class Tokenizer:
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         _write_json(directory / "tokenizer_config.json", config)
-        if len(self.eos_ids) > 1:  # tokenizer_config.json has room for one only
+        if len(self.eos_ids) > 1:  # tokenizer_config.json can hold only one
             path = directory / "generation_config.json"
             _write_json(path, _read_json(path) | {"eos_token_id": list(self.eos_ids)})
 
 
 def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
-    """Reads a tokenizer from a directory in the Hugging Face layout, or from a tokenizer.json file and what lies beside it.
+    """Reads a tokenizer from a directory in the Hugging Face layout, or from a tokenizer.json and the files next to it.
 
-    Begin, end and padding tokens come from tokenizer_config.json, else special_tokens_map.json; generation_config.json, else the
-    model's config.json, may add end tokens.
-    Without a padding token the first end token pads.
+    Begin, end and padding tokens come from tokenizer_config.json, else from special_tokens_map.json. generation_config.json, else the
+    model's config.json, may add end tokens. Without a padding token, the first end token pads.
 
     Raises:
-      FileNotFoundError: there is no tokenizer.json.
-      ValueError: a file is not what its name promises, or a link that leads out of the directory; or no end token can be determined.
+      FileNotFoundError: if there is no tokenizer.json.
+      ValueError: if a file is damaged or a link that leads out of the directory, or if no end token is known.
     """
     path = pathlib.Path(path).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(
-            f"No tokenizer at {file}: give a directory that holds a tokenizer.json, or the path of such a file."
+            f"No tokenizer at {file}: give a directory that contains a tokenizer.json, or the path of such a file."
         )
     if path.is_dir():
-        for name in (file.name, *_BESIDE):
+        for name in (file.name, *_CONFIG_FILES):
             hub.inside(path, name)
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{file} is not a tokenizer.json that the tokenizers library can read: {error}.") from error
-    # Both may be stored in the file, and would change ids behind the caller's back.
+    # The file may store both, and they change ids.
     backend.no_truncation()
     backend.no_padding()
 
@@ -140,11 +140,11 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     more = _read_json(file.parent / "config.json").get("eos_token_id") if more is None else more
     more = more if isinstance(more, list) else [more]
     if any(i is not None and type(i) is not int for i in more):
-        raise ValueError(f"The eos_token_id beside {file} is {more}; it must be a number or a list of numbers.")
+        raise ValueError(f"The eos_token_id of {file.parent} is {more}; it must be a number or a list of numbers.")
     eos_ids = tuple(dict.fromkeys(i for i in [special["eos"], *more] if i is not None))
     if not eos_ids:
         raise ValueError(
-            f'No end token is known for {file}: put a tokenizer_config.json with an "eos_token" beside it '
+            f'No end token is known for {file}: put a tokenizer_config.json with an "eos_token" next to it '
             '(or a generation_config.json with an "eos_token_id").'
         )
     pad_id = eos_ids[0] if special["pad"] is None else special["pad"]
@@ -154,10 +154,14 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
 
 
 def fitted(tokenizer: Tokenizer, size: int) -> Tokenizer:
-    """The tokenizer for a model of `size` ids, without added tokens that the model has no row for (Gemma 3 without vision has one).
+    """Returns the tokenizer without added tokens that the model's embedding lacks, such as Gemma 3's image token.
+
+    Args:
+      tokenizer: the model's tokenizer.
+      size: the number of rows of the model's embedding.
 
     Raises:
-      ValueError: the vocabulary itself, or the begin, end or padding token, is beyond the model.
+      ValueError: if the vocabulary itself, or the begin, end or padding token, exceeds the model's.
     """
     if tokenizer.vocab_size <= size:
         return tokenizer
@@ -170,14 +174,14 @@ def fitted(tokenizer: Tokenizer, size: int) -> Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> Tokenizer:
-    """A byte-level BPE tokenizer that splits numbers into digits and encodes any text; the same texts give the same tokenizer.
+    """Trains a byte-level BPE tokenizer that splits numbers into digits and encodes any text. Training is deterministic.
 
     Args:
-      texts: what to learn merges from; two thousand problems take a fraction of a second.
-      vocab_size: upper bound of the vocabulary; few texts may not fill it. At least 259: the bytes and `<pad>`, `<bos>`, `<eos>`.
+      texts: the texts to learn merges from; two thousand problems take a fraction of a second.
+      vocab_size: the upper bound of the vocabulary, which a few texts may not fill. At least 259: the bytes, `<pad>`, `<bos>`, `<eos>`.
 
     Raises:
-      ValueError: `vocab_size` is below 259.
+      ValueError: if `vocab_size` is below 259.
     """
     special = ["<pad>", "<bos>", "<eos>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -199,7 +203,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> Tokenizer:
 
 
 def _token_id(backend: tokenizers.Tokenizer, name: str, token: Any, directory: pathlib.Path) -> int | None:
-    """The id of a token that a configuration spells as a string or as {"content": string}."""
+    """Returns the id of a token that a configuration spells as a string or as {"content": string}."""
     if isinstance(token, dict):
         token = token.get("content")
     if token is None:
@@ -215,7 +219,7 @@ def _token_id(backend: tokenizers.Tokenizer, name: str, token: Any, directory: p
 
 
 def _chat_template(directory: pathlib.Path, config: dict) -> str | None:
-    """From chat_template.jinja, else from tokenizer_config.json, where it may be a list of named templates."""
+    """Reads chat_template.jinja, else tokenizer_config.json, whose template may be a list of named templates."""
     file = directory / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
@@ -228,7 +232,7 @@ def _chat_template(directory: pathlib.Path, config: dict) -> str | None:
 
 
 def _read_json(path: pathlib.Path) -> dict:
-    """The object in a JSON file; empty where there is no such file."""
+    """Returns the object in a JSON file, or {} if there is no file."""
     if not path.is_file():
         return {}
     try:

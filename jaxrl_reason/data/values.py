@@ -1,8 +1,9 @@
-"""Human values of questions for RLEV: points over the total points of their exam, or a column of ready values."""
+"""Human values of questions for RLEV: points over the total points of the exam, or a column of values."""
 
 from collections.abc import Sequence
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 
@@ -12,15 +13,15 @@ KINDS = ("own", "uniform", "shuffled")
 
 
 def read_values(source: Source) -> np.ndarray:
-    """The value of every row, f32[N] in [0, 1].
+    """Returns the value of every row, f32[N] in [0, 1].
 
-    Taken from the column `value`; else from `points` / `exam_total`; else from `points` over the sum of the points of
-    the rows with the same `exam`.
+    The value is the column `value`; else `points` / `exam_total`; else `points` over the sum of the points of all rows with the same
+    `exam`.
 
     Raises:
-      ValueError: none of these columns, or a row whose value is missing, not a number, negative or above 1.
+      ValueError: if none of these columns exists, or a value is missing, not a number, negative or above 1.
     """
-    # Of any row: one that lacks what others have is refused by its number.
+    # The columns of all rows: a row that lacks a column of the others is reported by its number.
     columns = set(itertools.chain.from_iterable(source))
     if "value" in columns:
         values = [_number(source, i, row, "value") for i, row in enumerate(source)]
@@ -30,16 +31,7 @@ def read_values(source: Source) -> np.ndarray:
             for i, row in enumerate(source)
         ]
     elif "points" in columns and "exam" in columns:
-        points = [_number(source, i, row, "points") for i, row in enumerate(source)]
-        exams = [row.get("exam") for row in source]
-        totals: dict = {}
-        for i, (exam, worth) in enumerate(zip(exams, points)):
-            if exam is None:
-                raise ValueError(f"{source.place(i)} has points and no exam; name the exam it belongs to.")
-            if not isinstance(exam, str | int):
-                raise ValueError(f"{source.place(i)} has the exam {exam!r:.80}; name it by a text or a whole number.")
-            totals[exam] = totals.get(exam, 0.0) + worth
-        values = [_share(source, i, worth, totals[exam]) for i, (exam, worth) in enumerate(zip(exams, points))]
+        values = _shares_of_exams(source)
     else:
         raise ValueError(
             f"Values of questions are needed, and {source.name} has neither a column 'value' nor 'points' with 'exam' or "
@@ -47,14 +39,17 @@ def read_values(source: Source) -> np.ndarray:
         )
     for i, value in enumerate(values):
         if value > 1:
-            raise ValueError(
-                f"{source.place(i)} has the value {value:g}; a value is a share of an exam and lies in [0, 1]."
-            )
+            raise ValueError(f"{source.place(i)} has the value {value:g}; a value is a share of an exam, in [0, 1].")
     return np.array(values, np.float32)
 
 
 def held_out_values(source: Source, needed: bool) -> np.ndarray | None:
-    """The values that held-out figures are counted by; None where the data have none and the method needs none."""
+    """Returns the values that weight held-out metrics.
+
+    Args:
+      source: the held-out rows.
+      needed: whether the method needs values. If not, the result is None for data without values.
+    """
     if not needed and not {"value", "points"} & set(source[0]):
         return None
     try:
@@ -62,34 +57,49 @@ def held_out_values(source: Source, needed: bool) -> np.ndarray | None:
     except ValueError:
         if needed:
             raise
-        return None  # a column of that name that means something else
+        return None  # a column of that name with another meaning
 
 
-def altered(values: Sequence[float], kind: str, *, alpha: float, clip: float, seed: int) -> np.ndarray:
-    """The values a run trains with, f32[N]: RLEV's own, or those of its two ablations.
+def altered(values: Sequence[float] | np.ndarray, kind: str, *, alpha: float, clip: float, seed: int) -> np.ndarray:
+    """Returns the values that a run trains with, f32[N]: RLEV's own, or the values of one of its two ablations.
 
     Args:
       values: f32[N].
-      kind: "own"; "shuffled": the same values on other rows; "uniform": one value for all, at which RLEV's
-        scale 1 + min(alpha v, clip) is the mean scale of the rows.
-      alpha, clip: of that scale.
-      seed: of the shuffle.
+      kind: "own"; "shuffled": the values in another order; "uniform": one value for all rows, for which RLEV's scale
+        1 + min(alpha v, clip) is the mean scale of the rows.
+      alpha: the slope of the scale.
+      clip: the limit of the scale.
+      seed: the seed of the shuffle.
     """
-    values = np.asarray(values, np.float32)
+    own = np.asarray(values, np.float32)
     if kind == "own":
-        return values
+        return own
     if kind == "shuffled":
-        return np.random.default_rng(seed).permutation(values)
+        return np.random.default_rng(seed).permutation(own)
     if kind == "uniform":
-        extra = float(np.minimum(alpha * values, clip).mean())
-        return np.full_like(values, extra / alpha if alpha else 0.0)
+        extra = float(np.minimum(alpha * own, clip).mean())
+        return np.full_like(own, extra / alpha if alpha else 0.0)
     raise ValueError(f"data.values is {kind!r}; it must be one of {KINDS}.")
 
 
-def _number(source: Source, i: int, row: dict, column: str) -> float:
-    value = row.get(column)
+def _shares_of_exams(source: Source) -> list[float]:
+    """Returns points over the sum of the points of the rows with the same exam."""
+    points = [_number(source, i, row, "points") for i, row in enumerate(source)]
+    exams: list[Any] = [row.get("exam") for row in source]
+    totals: dict[str | int, float] = {}
+    for i, (exam, worth) in enumerate(zip(exams, points)):
+        if exam is None:
+            raise ValueError(f"{source.place(i)} has points and no exam; name the exam it belongs to.")
+        if not isinstance(exam, str | int):
+            raise ValueError(f"{source.place(i)} has the exam {exam!r:.80}; name it by a text or a whole number.")
+        totals[exam] = totals.get(exam, 0.0) + worth
+    return [_share(source, i, worth, totals[exam]) for i, (exam, worth) in enumerate(zip(exams, points))]
+
+
+def _number(source: Source, i: int, row: dict[str, Any], column: str) -> float:
+    value: Any = row.get(column)
     try:
-        # Of texts `float` takes more than people mean: 0_1, and the digits of every script.
+        # `float` also reads 0_1 and the digits of every script.
         plain = not isinstance(value, bool | str) or isinstance(value, str) and value.isascii() and "_" not in value
         number = float(value) if plain else math.nan
     except (TypeError, ValueError, OverflowError):
@@ -103,5 +113,5 @@ def _number(source: Source, i: int, row: dict, column: str) -> float:
 
 def _share(source: Source, i: int, points: float, total: float) -> float:
     if not total:
-        raise ValueError(f"{source.place(i)} belongs to an exam of 0 points in total; an exam is worth something.")
+        raise ValueError(f"{source.place(i)} belongs to an exam of 0 points in total; an exam needs points.")
     return points / total

@@ -19,8 +19,16 @@ import optax
 
 from jaxrl_reason import metrics
 from jaxrl_reason.config import Config, ConfigError
-from jaxrl_reason.data import load_tokenizer, numbers, PromptBatch, SolutionBatch, streams, Tokenizer, train_tokenizer
-from jaxrl_reason.data.builders import tables
+from jaxrl_reason.data import (
+    load_tokenizer,
+    numbers,
+    PromptBatch,
+    SolutionBatch,
+    streams,
+    tables,
+    Tokenizer,
+    train_tokenizer,
+)
 from jaxrl_reason.methods import nearest
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.types import Rollout

@@ -1,16 +1,26 @@
-"""Shared: the word problems, prepared once for real, and a tokenizer trained on them."""
+"""Shared by the tests of data: files, the word problems that TFDS really prepares, and a tokenizer trained on them."""
 
 import pytest
 
+from helpers.data_sets import SPLITS
 from jaxrl_reason import data
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a file, bytes or text, and returns its path: `write(content, name)`."""
+
+    def _write(content, name="rows.jsonl"):
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(tmp_path / name)
+
+    return _write
 
 
 @pytest.fixture(scope="session")
 def problems(data_dir):
     """The three splits as {split: Source}."""
-    return {
-        split: data.load_source("word_problems", split, data_dir=data_dir) for split in ("train", "validation", "test")
-    }
+    return {split: data.load_source("word_problems", split, data_dir=data_dir) for split in SPLITS}
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Chat templates: rendered as transformers renders them, in a sandbox, with one begin token."""
+"""Chat templates: the text of `transformers`, in a sandbox, with one begin token."""
 
 import dataclasses
 
@@ -70,13 +70,13 @@ def test_one_begin_token(tokenizer, add_bos):
         ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "recursion"),
     ],
 )
-def test_a_template_cannot_reach_out_or_go_on_for_ever(tokenizer, text, message):
+def test_the_sandbox_stops_hostile_templates(tokenizer, text, message):
     template = chat_template(get_template("{question}"), with_template(tokenizer, text))
     with pytest.raises(ValueError, match=f"chat template cannot render a prompt: .*({message})"):
         template.render_prompt({"question": "x"})
 
 
-def test_what_cannot_be_rendered_is_a_sentence(tokenizer):
+def test_templates_that_cannot_be_rendered_raise_a_sentence(tokenizer):
     with pytest.raises(ValueError, match="has no chat template"):
         chat_template(get_template("plain"), tokenizer)
     with pytest.raises(ValueError, match="is not Jinja that can be read"):

@@ -1,4 +1,4 @@
-"""Damaged data files, one for each kind of damage: the file, the line and the reason are said, and nothing goes missing in silence."""
+"""Damaged data files, one per kind of damage: messages name the file, the line and the reason, and no row disappears silently."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from jaxrl_reason import data
-from jaxrl_reason.data.builders import tables
+from jaxrl_reason.data import tables
 from jaxrl_reason.data.preferences import PreferenceStream
 
 GOOD = b'{"question": "1 + 1?", "answer": 2}\n'
@@ -22,7 +22,7 @@ NEXT = b'{"question": "2 + 2?", "answer": 4}\n'
 PLAIN = data.get_template("plain")
 TOKENIZER = data.train_tokenizer(["1 + 1 = 2"], vocab_size=270)
 
-# content -> the bad lines and why; of GOOD and NEXT around them nothing is lost
+# content -> the bad lines and their reasons; the rows GOOD and NEXT around them stay
 DAMAGED = {
     "cut in the last line": (
         GOOD + NEXT + b'{"question": "3 + 3?", "ans',
@@ -52,19 +52,10 @@ DAMAGED = {
     ),
     "a value twice": (
         GOOD + b'{"question": "a", "answer": 1, "answer": 2}\n' + NEXT,
-        {2: "'answer' stands twice in one object"},
+        {2: "'answer' occurs twice in one object"},
     ),
     "two rows in a line": (GOOD + GOOD.strip() + GOOD + NEXT, {2: "not JSON: Extra data at character 36$"}),
 }
-
-
-@pytest.fixture
-def write(tmp_path):
-    def _write(content: bytes, name="rows.jsonl"):
-        (tmp_path / name).write_bytes(content)
-        return str(tmp_path / name)
-
-    return _write
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
@@ -85,14 +76,14 @@ def test_damage_is_reported_by_file_line_and_reason(write, kind):
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
-def test_a_file_in_another_encoding_is_one_sentence(write, encoding):
+def test_a_file_in_another_encoding_raises_one_sentence(write, encoding):
     path = write((GOOD + NEXT).decode().encode(encoding))
     for on_bad_row in ("refuse", "skip"):
         with pytest.raises(ValueError, match=f"^{path} is UTF-16 or UTF-32 by its first bytes; save it as UTF-8\\.$"):
             data.load_source(path, "all", on_bad_row=on_bad_row)
 
 
-def test_skipped_rows_are_spelled_out_up_to_a_limit(write):
+def test_a_warning_lists_ten_skipped_rows_and_counts_the_rest(write):
     path = write(GOOD + b"{}\n" * 25 + NEXT)
     with pytest.warns(UserWarning) as warned:
         data.load_source(path, "all", on_bad_row="skip")
@@ -111,7 +102,7 @@ def test_a_cut_parquet_file_and_columns_of_other_types(tmp_path):
     rows = [{"question": f"question {i} " * 50, "answer": i} for i in range(50)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, compression="gzip")
     content = path.read_bytes()
-    for start in range(100, 400, 20):  # in the data: found by what unpacks it, or not at all
+    for start in range(100, 400, 20):  # in the data: decompression notices it, or nothing does
         path.write_bytes(content[:start] + b"\x5a" * 20 + content[start + 20 :])
         with contextlib.suppress(ValueError), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -132,8 +123,8 @@ def test_a_cut_parquet_file_and_columns_of_other_types(tmp_path):
         data.load_source(str(path), "all")
 
 
-def test_rows_that_do_not_fit_are_named_by_the_line_they_stand_in(write):
-    """Behind a bad row that was skipped, and in a slice."""
+def test_rows_that_do_not_fit_are_named_by_their_line(write):
+    """The line numbers are correct after a skipped bad row, and in a slice."""
     long = json.dumps({"question": "9" * 30, "answer": 1, "solution": "7"}).encode() + b"\n"
     path = write(GOOD + b"{}\n" + long + NEXT + long * 12)
     with pytest.warns(UserWarning, match="1 bad row skipped"):
@@ -141,7 +132,7 @@ def test_rows_that_do_not_fit_are_named_by_the_line_they_stand_in(write):
     options = dict(batch_size=1, max_prompt_length=8, seed=0)
     with pytest.raises(ValueError) as refused:
         data.PromptStream(source, TOKENIZER, PLAIN, **options)
-    first = f"{path}, line 3 has a prompt of 31 tokens, where 1 to 8 fit (max_prompt_length)\n  {path}, line 5 has"
+    first = f"{path}, line 3 has a prompt of 31 tokens; 1 to 8 fit (max_prompt_length)\n  {path}, line 5 has"
     assert str(refused.value).startswith(f"13 of 14 rows do not fit:\n  {first}")
     with pytest.warns(UserWarning) as warned:
         stream = data.PromptStream(source, TOKENIZER, PLAIN, on_long="skip", **options)
@@ -150,7 +141,7 @@ def test_rows_that_do_not_fit_are_named_by_the_line_they_stand_in(write):
     assert stream.skipped == 13 and stream.batch(0).rows[0]["question"] == "2 + 2?"
 
 
-def test_a_row_without_a_solution_is_not_taught_as_none(write):
+def test_a_row_without_a_solution_raises(write):
     path = write(GOOD.replace(b"}", b', "solution": "2"}') + NEXT.replace(b"}", b', "solution": null}'))
     options = dict(batch_size=1, max_prompt_length=8, max_completion_length=8, seed=0)
     with pytest.raises(
@@ -159,14 +150,14 @@ def test_a_row_without_a_solution_is_not_taught_as_none(write):
         data.SolutionStream(data.load_source(path, "all"), TOKENIZER, PLAIN, **options)
 
 
-# -- rows that stand twice ---------------------------------------------------------------------------------------------
+# -- repeated rows -----------------------------------------------------------------------------------------------------
 
 
 def warnings_of(recwarn):
     return [str(w.message) for w in recwarn.list if issubclass(w.category, UserWarning)]
 
 
-def test_repeated_questions_are_said_with_their_lines_and_other_answers_by_themselves(write, recwarn):
+def test_repeated_questions_and_other_answers_are_reported_with_their_lines(write, recwarn):
     other = GOOD.replace(b"2}", b"3}").replace(b'1 + 1?"', b'1 + 1? "')
     path = write(GOOD + NEXT + GOOD + b'{"question": "5?", "answer": 5}\n' + other + NEXT)
     held_out = data.load_source(write(b'{"question": "6?", "answer": 6}\n', "held.jsonl"), "all")
@@ -174,17 +165,15 @@ def test_repeated_questions_are_said_with_their_lines_and_other_answers_by_thems
     data.warn_of_repeats(source, held_out, PLAIN.render_prompt)
     same, different = warnings_of(recwarn)
     assert same == (
-        f"{path}: prompts of earlier rows stand again in 3 of 6 rows; these are kept and weigh more:\n"
+        f"{path}: earlier prompts repeat in 3 of 6 rows; the rows are kept and count again:\n"
         f"  {path}, line 3 repeats {path}, line 1\n  {path}, line 5 repeats {path}, line 1\n  {path}, line 6 repeats {path}, line 2"
     )
-    assert different.startswith(
-        f"{path}: another answer than the earlier row's stands in 1 of these; see which is right:\n"
-    )
+    assert different.startswith(f"{path}: another answer in 1 of the repeats; check which is correct:\n")
     assert different.endswith(f"  {path}, line 5 repeats {path}, line 1")
     assert len(source) == 6
 
 
-def test_held_out_prompts_among_the_training_prompts_are_said_with_both_places(write, recwarn):
+def test_held_out_prompts_among_the_training_prompts_are_reported_with_both_places(write, recwarn):
     path = write(GOOD + NEXT + b'{"question": "5?", "answer": 5}\n')
     held = write(b'{"problem": "7?", "answer": 7}\n{"problem": "5?", "answer": 5}\n', "held.jsonl")
     train = data.load_source(path, "all")
@@ -192,7 +181,7 @@ def test_held_out_prompts_among_the_training_prompts_are_said_with_both_places(w
     data.warn_of_repeats(train, held_out, PLAIN.render_prompt)
     (leak,) = warnings_of(recwarn)
     assert leak == (
-        f"{held}: training prompts of {path} stand in 1 of 2 held-out rows, so that held-out figures flatter:\n"
+        f"{held}: training prompts of {path} occur in 1 of 2 held-out rows, so held-out metrics are too high:\n"
         f"  {held}, line 2 is {path}, line 3"
     )
     recwarn.clear()
@@ -200,12 +189,12 @@ def test_held_out_prompts_among_the_training_prompts_are_said_with_both_places(w
     assert not warnings_of(recwarn)
 
 
-def test_a_prompt_is_more_than_its_question_where_the_template_says_so(write, recwarn):
+def test_repeats_are_compared_by_the_rendered_prompt(write, recwarn):
     rows = [{"question": "How many?", "text": f"{i} apples", "answer": i} for i in (1, 2)]
     source = data.load_source(write("".join(json.dumps(row) + "\n" for row in rows).encode()), "all")
     data.warn_of_repeats(source, source, lambda row: f"{row['text']} {row['question']}")
     (leak,) = warnings_of(recwarn)
-    assert "stand in 2 of 2 held-out rows" in leak
+    assert "occur in 2 of 2 held-out rows" in leak
 
 
 def test_many_repeats_are_counted(write, recwarn):
@@ -213,7 +202,7 @@ def test_many_repeats_are_counted(write, recwarn):
     source = data.load_source(path, "[:30]")
     data.warn_of_repeats(source, data.load_source(path, "[30:]"), PLAIN.render_prompt)
     same, leak = warnings_of(recwarn)
-    assert "stand again in 29 of 30 rows" in same and same.count(" repeats ") == 10 and same.endswith("\n  and 19 more")
+    assert "repeat in 29 of 30 rows" in same and same.count(" repeats ") == 10 and same.endswith("\n  and 19 more")
     assert leak.endswith(f"  {path}, line 31 is {path}, line 1")
 
 
@@ -222,7 +211,7 @@ def test_prepared_data_sets_may_repeat_on_purpose(problems, recwarn):
     assert not warnings_of(recwarn)
 
 
-def test_pairs_that_stand_twice_or_the_other_way_round(write, recwarn):
+def test_repeated_and_reversed_pairs_are_reported(write, recwarn):
     rows = [("1?", "a", "b"), ("2?", "a", "b"), ("1?", "a", "b"), ("1?", "a", "c"), ("2?", "b", "a")]
     content = "".join(json.dumps(dict(question=q, answer=0, chosen=c, rejected=r)) + "\n" for q, c, r in rows)
     path = write(content.encode())
@@ -230,16 +219,16 @@ def test_pairs_that_stand_twice_or_the_other_way_round(write, recwarn):
     stream = PreferenceStream(data.load_source(path, "all"), TOKENIZER, PLAIN, **options)
     same, reversed_ = warnings_of(recwarn)
     assert same.endswith(
-        f"earlier pairs stand again in 1 of 5 rows; these are kept and weigh more:\n  {path}, line 3 and {path}, line 1"
+        f"earlier pairs repeat in 1 of 5 rows; the rows are kept and count again:\n  {path}, line 3 and {path}, line 1"
     )
-    assert "the other way round in 1 of 5 rows" in reversed_ and reversed_.endswith(
+    assert "earlier pairs are reversed in 1 of 5 rows" in reversed_ and reversed_.endswith(
         f"\n  {path}, line 5 and {path}, line 2"
     )
     assert stream.size == 5
 
 
 @pytest.mark.slow
-def test_a_run_says_all_of_it(tmp_path):
+def test_a_run_prints_all_reports(tmp_path):
     rows = [{"question": f"{i} + 1?", "answer": i + 1} for i in range(8)] + [{"question": "1 + 1?", "answer": 3}]
     lines = [json.dumps(row) for row in rows] + ["{", json.dumps({"question": "9" * 99, "answer": 1})]
     train, held = tmp_path / "train.jsonl", tmp_path / "held.jsonl"
@@ -260,7 +249,7 @@ def test_a_run_says_all_of_it(tmp_path):
         "data.on_bad_row": "skip",
         "data.on_long_prompt": "skip",
         "supervised.steps": 0,
-        "eval.prompts": 1,  # one that does not fit: the run ends before anything compiles
+        "eval.prompts": 1,  # its row does not fit: the run ends before it compiles a program
     }
     command += [f"--config.{name}={value}" for name, value in fields.items()]
     done = subprocess.run(
@@ -271,19 +260,19 @@ def test_a_run_says_all_of_it(tmp_path):
         text=True,
     )
     assert done.returncode == 2, done.stderr[-4000:]
-    for said in (
+    for report in (
         f"{train}: 1 bad row skipped, 10 kept:\n  {train}, line 10: not JSON",
         f"{train}, line 9 repeats {train}, line 2",
-        "another answer than the earlier row's stands in 1 of these",
+        "another answer in 1 of the repeats",
         f"{held}, line 2 is {train}, line 3",
         f"Skipped: 1 of 10 rows do not fit:\n  {train}, line 11 has a prompt of",
         f"error: 1 of 1 rows do not fit:\n  {held}, line 1 has a prompt of",
     ):
-        assert said in done.stderr, done.stderr[-4000:]
+        assert report in done.stderr, done.stderr[-4000:]
 
 
-def test_many_columns_are_read_at_once_and_named_in_part(tmp_path):
-    """Twenty thousand, the last of them twice: a sentence of a few lines, in far less than the second that looking each up in all takes."""
+def test_many_columns_are_read_quickly_and_ten_are_named(tmp_path):
+    """With 20,000 columns, one of them twice, the message is short, and reading takes far less than a quadratic search would."""
     names = [f"column{i}" for i in range(20_000)]
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "a", ' + ", ".join(f'"{name}": 1' for name in [*names, names[-1]]) + "}\n")
@@ -291,8 +280,8 @@ def test_many_columns_are_read_at_once_and_named_in_part(tmp_path):
     (tmp_path / "odd.csv").write_text(",".join(names) + "\n" + "1," * 19_999 + "1\n")
     wide = tmp_path / "wide.jsonl"
     wide.write_text(json.dumps({"q" * 1_000_000: 1} | dict.fromkeys(names, 1)) + "\n")
-    for said, read in {
-        "'column19999' stands twice in one object": lambda: data.load_source(str(path), "all"),
+    for report, read in {
+        "'column19999' occurs twice in one object": lambda: data.load_source(str(path), "all"),
         "columns 20000 and 20001 are both named 'column19999'": lambda: tables.load_table(
             str(tmp_path / "rows.csv"), "all", target="column0"
         ),
@@ -303,4 +292,4 @@ def test_many_columns_are_read_at_once_and_named_in_part(tmp_path):
         with pytest.raises(ValueError) as error:
             read()
         assert time.process_time() - begin < 1
-        assert said in str(error.value) and len(str(error.value)) < 2000
+        assert report in str(error.value) and len(str(error.value)) < 2000

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_reason.data.builders.tables import TargetScaler
 from jaxrl_reason.data.numbers import (
     expert_targets,
     IEEETokenizer,
@@ -21,6 +20,7 @@ from jaxrl_reason.data.numbers import (
     NormalizedTokenizer,
     P10Tokenizer,
 )
+from jaxrl_reason.data.tables import TargetScaler
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 LARGEST = float(np.finfo(np.float32).max)
@@ -53,7 +53,7 @@ def value_of(tokenizer, text):
 
 
 def exact(tokenizer, ids):
-    """The rational number that tokens spell, read from their texts."""
+    """Returns the rational number that tokens spell, read from their texts."""
     words = [tokenizer.tokens[i] for i in ids]
     if isinstance(tokenizer, NormalizedTokenizer):
         return sum(Fraction(int(word), tokenizer.base ** (i + 1)) for i, word in enumerate(words))
@@ -84,7 +84,7 @@ def is_canonical(tokenizer, ids):
 
 
 def random_spellings(tokenizer, count):
-    """Legal tokens at every position, the first legal one (+ or 0) more often: int[count, L]."""
+    """Returns legal tokens, int[count, L]; the first legal one (+ or 0) is more frequent."""
     rng = np.random.default_rng(0)
     columns = []
     for row in tokenizer.legal:
@@ -156,7 +156,7 @@ def test_ieee_by_hand(value, text, back):
     assert value_of(IEEETokenizer(10, 2, 6), text) == np.float32(back)
 
 
-def test_no_power_is_taken_for_its_neighbour():
+def test_powers_have_exact_exponents():
     """A floating-point logarithm misjudges 1000, and in base 3 also 243."""
     assert [spell(IEEETokenizer(3, 2, 4), 3.0**k) for k in (5, -2)] == ["+ + 1 2 1 0 0 0", "+ - 0 2 1 0 0 0"]
     for k in range(-99, 100):
@@ -190,7 +190,7 @@ def test_vocabularies():
 
 
 @pytest.mark.parametrize("base, digits", [(2, 8), (4, 4), (6, 4), (8, 3), (10, 3), (16, 2), (3, 1)])
-def test_every_normalized_spelling_is_its_fraction_and_comes_back(base, digits):
+def test_every_normalized_spelling_is_its_fraction_and_round_trips(base, digits):
     tokenizer = NormalizedTokenizer(base, digits)
     ids = np.array(list(itertools.product(range(base), repeat=digits)))
     values = np.asarray(decode(tokenizer, ids))
@@ -201,12 +201,12 @@ def test_every_normalized_spelling_is_its_fraction_and_comes_back(base, digits):
 
 
 @pytest.mark.parametrize("tokenizer", KINDS, ids=repr)
-def test_every_legal_spelling_is_read_and_the_canonical_comes_back(tokenizer):
+def test_every_legal_spelling_is_read_and_the_canonical_round_trips(tokenizer):
     ids = random_spellings(tokenizer, 1000)
     values = np.asarray(decode(tokenizer, ids))
     assert values.dtype == np.float32 and np.isfinite(values).all()
     again = tokenizer.encode(values)
-    came_back = 0
+    round_trips = 0
     for row, value, recoded in zip(ids, values, again, strict=True):
         truth = exact(tokenizer, row)
         if abs(truth) > Fraction(LARGEST):
@@ -217,9 +217,9 @@ def test_every_legal_spelling_is_read_and_the_canonical_comes_back(tokenizer):
             ulp = Fraction(float(np.spacing(np.float32(abs(value)))))
             assert abs(Fraction(float(value)) - truth) <= 2 * ulp, tokenizer.text(row)
             if is_canonical(tokenizer, row):
-                came_back += 1
+                round_trips += 1
                 np.testing.assert_array_equal(recoded, row)
-    assert came_back > 200
+    assert round_trips > 200
 
 
 @given(st.lists(FINITE, min_size=1, max_size=20))
@@ -237,7 +237,7 @@ def test_p10_is_the_nearest_decimal(values):
 
 @given(st.lists(st.floats(-1e99, 1e99).filter(lambda v: v == 0 or abs(v) > 1e-98), min_size=1, max_size=20))
 @settings(max_examples=60, deadline=None)
-def test_ieee_is_what_python_prints(values):
+def test_ieee_agrees_with_the_print_of_python(values):
     tokenizer = IEEETokenizer(10, 2, 6)
     for value, ids in zip(values, tokenizer.encode(np.array(values)), strict=True):
         mantissa, exponent = f"{abs(value):.5e}".split("e")  # correctly rounded, half to even
@@ -268,7 +268,7 @@ def test_leading_axes_and_integer_types():
     np.testing.assert_array_equal(jax.jit(jax.vmap(P10Tokenizer().decode))(ids.astype(np.int16)), values)
 
 
-def test_illegal_tokens_are_no_number():
+def test_illegal_tokens_decode_to_nan():
     p10 = P10Tokenizer()
     good = p10.encode(np.array([-1.5]))[0]
     for position, token in [(0, 5), (2, 0), (5, 3), (1, 20), (3, -1), (5, 33), (5, 10**6), (5, -1)]:
@@ -324,7 +324,7 @@ def test_expert_targets_lead_nearest_to_the_truth():
             assert target[i] == nearest[i], (rollout, truth, i)
 
 
-def test_expert_targets_refuse_other_shapes():
+def test_expert_targets_raise_on_other_shapes():
     with pytest.raises(AssertionError):
         expert_targets(jnp.zeros((2, 3, 4), int), jnp.zeros((3, 4), int), 10)
     with pytest.raises(AssertionError):
@@ -333,11 +333,11 @@ def test_expert_targets_refuse_other_shapes():
         expert_targets(jnp.zeros((2, 4)), jnp.zeros((2, 4), int), 10)
 
 
-# ---- refusals --------------------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokenizer", KINDS[::3], ids=repr)
-def test_what_is_not_a_number_is_refused(tokenizer):
+def test_encoding_raises_on_nan_and_infinity(tokenizer):
     for value in (np.nan, np.inf, -np.inf):
         with pytest.raises(
             ValueError, match=f"Number 1 of the 3 to encode is {value}, which has no digits; correct the data"
@@ -349,9 +349,9 @@ def test_what_is_not_a_number_is_refused(tokenizer):
     assert tokenizer.encode(np.array([0.5], np.float32)).dtype == np.int32
 
 
-def test_tokens_of_another_length_are_refused():
+def test_tokens_of_another_length_raise():
     with pytest.raises(
-        ValueError, match=r"the shape \(2, 5\), but this tokenizer writes 6 tokens a number: the last axis has to"
+        ValueError, match=r"the shape \(2, 5\), but this tokenizer writes 6 tokens per number: the last axis has to"
     ):
         P10Tokenizer().decode(jnp.zeros((2, 5), int))
     with pytest.raises(ValueError, match=r"the shape \(\), but"):
@@ -385,6 +385,6 @@ def test_made_by_name():
         ("ieee", {"base": 300}, "base is 300; it has"),
     ],
 )
-def test_wrong_names_and_values_are_sentences(name, options, message):
+def test_unknown_names_and_values_raise_a_sentence(name, options, message):
     with pytest.raises(ValueError, match=message):
         make_tokenizer(name, **options)

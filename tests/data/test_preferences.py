@@ -1,4 +1,4 @@
-"""Preference pairs: the ids of their rows, both completions of a row together, and rows that cannot be learnt from."""
+"""Preference pairs: the ids of their rows, both completions of a row together, and rows without a preference."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,7 +31,7 @@ def questions(pairs, batches):
     return [int(text(*prompt)) for i in range(batches) for prompt in zip(*pairs.batch(i)[:2])]
 
 
-def test_a_batch_holds_each_rows_prompt_and_its_chosen_and_rejected_completion_with_the_end_token():
+def test_a_batch_has_prompts_and_their_completions_with_end_tokens():
     batch = stream(numbered(120), batch_size=5).batch(3)
     assert batch.prompt_tokens.shape == batch.prompt_mask.shape == (5, 8)
     assert batch.tokens.shape == batch.mask.shape == (5, 2, 12)
@@ -56,7 +56,7 @@ def test_pairs_are_written_as_the_template_writes_solutions():
 
 @given(rows=st.integers(1, 30), batch_size=st.integers(1, 11), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=10, deadline=None)
-def test_every_pair_once_an_epoch_wherever_the_reading_begins(rows, batch_size, seed):
+def test_every_epoch_has_every_pair_once_from_any_start(rows, batch_size, seed):
     pairs = stream(numbered(rows), batch_size, seed=seed)
     assert (pairs.size, pairs.skipped) == (rows, 0)
     count = -(-2 * rows // batch_size)
@@ -67,8 +67,8 @@ def test_every_pair_once_an_epoch_wherever_the_reading_begins(rows, batch_size, 
         np.testing.assert_array_equal(one, other)
 
 
-def test_pairs_come_in_the_order_of_prompts_under_the_same_seed():
-    """A seed means the same shuffle everywhere; without shuffling, the order of the source."""
+def test_pairs_have_the_order_of_prompts_under_the_same_seed():
+    """A seed gives one shuffle in all streams; without shuffling, the order is the source's."""
     prompts = data.PromptStream(numbered(9), TOKENIZER, PLAIN, batch_size=4, max_prompt_length=8, seed=3)
     for i in range(4):
         np.testing.assert_array_equal(stream(numbered(9), seed=3).batch(i).prompt_tokens, prompts.batch(i).tokens)
@@ -82,7 +82,7 @@ def test_the_longer_completion_must_fit_with_its_end_token():
     ]
     with pytest.raises(
         ValueError,
-        match="2 of 5 rows do not fit:\n  row 3 has a completion of 31 tokens, where 1 to 12 fit .max_completion_length.\n  row 4 .* of 13",
+        match="2 of 5 rows do not fit:\n  row 3 has a completion of 31 tokens; 1 to 12 fit .max_completion_length.\n  row 4 .* of 13",
     ):
         stream(rows)
     with pytest.warns(UserWarning, match="Skipped: 2 of 5 rows"):
@@ -106,7 +106,7 @@ def test_add_bos_begins_prompts_and_not_completions():
         ({"rejected": "1 = 1"}, "^Rows with the same tokens as 'chosen' and as 'rejected' .* remove them:\n  row 1$"),
     ],
 )
-def test_a_row_that_prefers_nothing_is_refused_by_its_number(changes, message):
+def test_a_row_without_a_preference_raises_with_its_number(changes, message):
     rows = numbered(3)
     rows[1] |= changes
     for on_long in ("refuse", "skip"):
@@ -115,14 +115,14 @@ def test_a_row_that_prefers_nothing_is_refused_by_its_number(changes, message):
 
 
 @pytest.mark.parametrize("column", ["question", "chosen", "rejected"])
-def test_a_missing_column_is_refused_by_row_and_name(column):
+def test_a_missing_column_raises_with_row_and_name(column):
     rows = numbered(3)
     del rows[2][column]
     with pytest.raises(ValueError, match=f"^row 2.* column '{column}'.*its columns are .*other.*\\.$"):
         stream(rows)
 
 
-def test_several_rows_that_prefer_nothing_are_counted():
+def test_several_rows_without_a_preference_are_listed():
     rows = [{**row, "rejected": row["chosen"]} for row in numbered(4)]
     with pytest.raises(ValueError, match="^Rows with the same tokens .*:\n  row 0\n  row 1\n  row 2\n  row 3$"):
         stream(rows)
@@ -138,11 +138,11 @@ def test_several_rows_that_prefer_nothing_are_counted():
         (numbered(3), {"seed": -1}, "seed is -1"),
     ],
 )
-def test_impossible_streams_are_refused(rows, options, message):
+def test_impossible_streams_raise(rows, options, message):
     with pytest.raises(ValueError, match=message):
         stream(rows, **options)
 
 
 def test_batches_are_numbered_from_zero():
-    with pytest.raises(IndexError, match="Batch -1 was asked for"):
+    with pytest.raises(IndexError, match="There is no batch -1"):
         stream(numbered(3)).batch(-1)

@@ -9,7 +9,7 @@ from jaxrl_reason import data
 ROW = {"question": "1 + 1?", "solution": "1 + 1 = 2\n#### 2", "answer": 2}
 
 
-def test_the_templates_that_come_with_the_library():
+def test_the_templates_of_the_library():
     assert data.get_template("plain").render_prompt(ROW) == "1 + 1?\n"
     assert data.get_template("plain").render_solution(ROW) == ROW["solution"]
     assert data.get_template("qa").render_prompt(ROW) == "Question: 1 + 1?\nAnswer:"
@@ -24,12 +24,12 @@ def test_inline_templates():
 
 
 @given(st.text(), st.text())
-def test_values_are_never_looked_into(question, solution):
+def test_braces_in_values_are_never_replaced(question, solution):
     template = data.PromptTemplate("both", "<{question}|{solution}>")
     assert template.render_prompt({"question": question, "solution": solution}) == f"<{question}|{solution}>"
 
 
-def test_values_that_look_like_columns_stay():
+def test_values_that_resemble_columns_stay():
     row = {"question": "{answer} {0} {question} \\1", "answer": "7"}
     assert data.get_template("plain").render_prompt(row) == row["question"] + "\n"
 

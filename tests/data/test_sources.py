@@ -1,4 +1,4 @@
-"""Sources: TFDS data sets prepared for real, JSONL and Parquet files with every kind of bad row, addresses of the hub."""
+"""Sources: data sets that TFDS really prepares, JSONL and Parquet files with every kind of bad row, addresses of the hub."""
 
 import json
 
@@ -14,15 +14,6 @@ from jaxrl_reason.data import files
 from jaxrl_reason.data.builders import word_problems
 
 GOOD = b'{"question": "1 + 1?", "answer": 2}\n'
-
-
-@pytest.fixture
-def write(tmp_path):
-    def _write(content: bytes, name="rows.jsonl"):
-        (tmp_path / name).write_bytes(content)
-        return str(tmp_path / name)
-
-    return _write
 
 
 def numbered(count):
@@ -42,8 +33,8 @@ def test_word_problems_by_name(problems, data_dir):
     assert part.fingerprint != source.fingerprint != problems["validation"].fingerprint
 
 
-def test_data_that_another_process_prepared_meanwhile_are_used(tmp_path, monkeypatch):
-    monkeypatch.setattr(word_problems, "_SIZES", {"train": 5, "test": 3})
+def test_data_that_another_process_prepares_meanwhile_are_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(word_problems.WordProblems, "SIZES", {"train": 5, "test": 3})
     generate, others = word_problems.WordProblems._split_generators, []
 
     def overtaken(self, dl_manager):
@@ -58,8 +49,8 @@ def test_data_that_another_process_prepared_meanwhile_are_used(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("index", [-1, 1000])
-def test_rows_outside_are_refused(problems, index):
-    with pytest.raises(IndexError, match=f"Row {index} was asked of word_problems, which has rows 0 to 999"):
+def test_rows_outside_raise(problems, index):
+    with pytest.raises(IndexError, match=f"word_problems has no row {index}; its rows are 0 to 999"):
         problems["test"][index]
 
 
@@ -91,13 +82,13 @@ def test_columns_rename_and_keep(data_dir):
         ),
     ],
 )
-def test_wrong_names_are_sentences(problems, data_dir, name, split, columns, message):
+def test_unknown_names_raise_a_sentence(problems, data_dir, name, split, columns, message):
     with pytest.raises(ValueError, match=message):
         data.load_source(name, split, data_dir=data_dir, columns=columns)
 
 
 def test_gsm8k_by_its_own_builder(tmp_path, monkeypatch):
-    """Only the download is replaced, by local files of the published form."""
+    """Local files in the published format replace the download; the rest is real."""
     rows = [
         {"question": "Natalia sold 48 clips…?", "answer": "She sold 48/2 = <<48/2=24>>24.\n#### 24"},
         {"question": "How much is a house?", "answer": "80,000+50,000=<<80000+50000=130000>>130,000\n#### 130,000"},
@@ -144,8 +135,8 @@ BAD_LINES = [
     (b'{"question": "\xff", "answer": 1}', "byte 15 is not UTF-8"),
     (b'{"question": "a", "answer": 1', "not JSON: Expecting ',' delimiter at character"),
     (b"question,answer", "not JSON: Expecting value at character 1"),
-    (b'["a", 1]', "a JSON list, where an object with columns has to be"),
-    (b"3", "a JSON number, where an object"),
+    (b'["a", 1]', "a JSON list; a row has to be an object with columns"),
+    (b"3", "a JSON number; a row has to be an object"),
     (b"{}", "there is no column 'question', only an empty row"),
     (b'{"question": "a"}', "there is no column 'answer', only 'question'"),
     (b'{"question": null, "answer": 1}', "column 'question' is a JSON null; it has to be text or a number"),
@@ -164,7 +155,7 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize("line, reason", BAD_LINES, ids=[reason[:30] for _, reason in BAD_LINES])
-def test_a_bad_row_is_refused_or_skipped_and_counted(write, line, reason):
+def test_a_bad_row_raises_or_is_skipped_and_counted(write, line, reason):
     path = write(GOOD + line + b"\n" + GOOD)
     with pytest.raises(ValueError) as refused:
         data.load_source(path, "all")
@@ -206,12 +197,12 @@ def test_a_column_named_in_columns_is_required(write):
         (GOOD, "ignore", "on_bad_row is 'ignore'; it has to be 'refuse' or 'skip'"),
     ],
 )
-def test_nothing_to_read(write, content, on_bad_row, message):
+def test_files_without_usable_rows_raise(write, content, on_bad_row, message):
     with pytest.raises(ValueError, match=message):
         data.load_source(write(content), "all", on_bad_row=on_bad_row)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_missing_file_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match="no data file .*absent.jsonl"):
         data.load_source(str(tmp_path / "absent.jsonl"), "all")
 
@@ -234,7 +225,7 @@ def test_slices_of_a_file(write, split, expected):
 
 
 @given(st.integers(1, 60), st.integers(0, 100))
-def test_percentages_part_the_rows(count, percent):
+def test_percentages_partition_the_rows(count, percent):
     rows = [{"answer": i} for i in range(count)]
     parts = []
     for split in (f"[:{percent}%]", f"[{percent}%:]"):
@@ -258,7 +249,7 @@ def test_percentages_part_the_rows(count, percent):
         ("[7:5]", "selects none"),
     ],
 )
-def test_wrong_slices_are_sentences(write, split, message):
+def test_invalid_slices_raise_a_sentence(write, split, message):
     with pytest.raises(ValueError, match=message):
         data.load_source(write(numbered(11)), split)
 
@@ -295,12 +286,12 @@ def parquet(path, rows=MATHS):
     return path
 
 
-def test_a_parquet_file_gives_the_columns_that_are_named(tmp_path):
+def test_a_parquet_file_has_the_named_columns(tmp_path):
     file = parquet(tmp_path / "maths.parquet")
     source = data.load_source(str(file), "[1:3]", columns=NESTED)
     rows = [{name: row[name] for name in ("question", "answer", "points")} for row in source]
     assert rows == [{"question": f"{i} + 1?", "answer": str(i + 1), "points": i} for i in (1, 2)]
-    assert "long_solution" not in source[0]  # nothing reads it
+    assert "long_solution" not in source[0]  # no module needs it
     assert (
         data.load_source(str(file), "all", columns=NESTED | {"solution": "long_solution"})[0]["solution"] == "x" * 1000
     )
@@ -311,7 +302,7 @@ def test_a_parquet_file_gives_the_columns_that_are_named(tmp_path):
     assert data.load_source(str(other), "[1:3]", columns=NESTED).fingerprint != source.fingerprint
 
 
-def test_paths_into_columns_serve_jsonl_too(tmp_path):
+def test_paths_into_columns_work_for_jsonl(tmp_path):
     file = tmp_path / "maths.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in MATHS))
     assert data.load_source(str(file), "all", columns=NESTED)[4]["question"] == "4 + 1?"
@@ -332,7 +323,7 @@ def test_bad_rows_of_a_parquet_file_are_named_or_counted(tmp_path):
     assert len(source) == 1 and source.skipped == 2
 
 
-def test_what_is_no_parquet_file_is_a_sentence(tmp_path):
+def test_invalid_parquet_files_raise_a_sentence(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nonsense")
     with pytest.raises(ValueError, match="bad.parquet is not a Parquet file that can be read"):
         data.load_source(str(tmp_path / "bad.parquet"), "all")
@@ -342,8 +333,8 @@ def test_what_is_no_parquet_file_is_a_sentence(tmp_path):
         data.load_source(str(parquet(tmp_path / "m.parquet")), "all")
 
 
-def test_files_of_the_hub_are_taken_at_a_named_revision_and_joined_in_order(hub_cache, tmp_path, capsys):
-    """From the cache of the hub's own client, without a network."""
+def test_hub_files_have_a_named_revision_and_are_joined_in_order(hub_cache, tmp_path, capsys):
+    """The files come from the cache of the hub's client, without a network."""
     content = lambda rows: parquet(tmp_path / "part.parquet", rows).read_bytes()
     files = {
         "data/train-00001.parquet": content(MATHS[3:]),

@@ -1,4 +1,4 @@
-"""Tokenizers: round trips, special tokens, files in the Hugging Face layout, and what is said about wrong ones."""
+"""Tokenizers: round trips, special tokens, files in the Hugging Face layout, and their faults."""
 
 import dataclasses
 import json
@@ -116,7 +116,7 @@ def test_saving_keeps_the_rest_of_a_generation_config(tmp_path):
         ),
     ],
 )
-def test_special_tokens_are_found_where_hugging_face_puts_them(tmp_path, files, expected):
+def test_special_tokens_come_from_the_files_of_hugging_face(tmp_path, files, expected):
     TOKENIZER.backend.save(str(tmp_path / "tokenizer.json"))
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
@@ -183,14 +183,14 @@ def test_a_vocabulary_with_holes_counts_up_to_its_largest_id():
         ),
     ],
 )
-def test_what_is_wrong_is_said(tmp_path, files, error, message):
+def test_faults_of_files_raise_a_sentence(tmp_path, files, error, message):
     for name, content in files.items():
         (tmp_path / name).write_text(TOKENIZER.backend.to_str() if content is None else content)
     with pytest.raises(error, match=message):
         data.load_tokenizer(tmp_path)
 
 
-def test_impossible_requests_are_refused():
+def test_impossible_requests_raise():
     with pytest.raises(ValueError, match="eos_ids is empty"):
         data.Tokenizer(TOKENIZER.backend, eos_ids=(), pad_id=0)
     with pytest.raises(ValueError, match="set add_bos to False"):
@@ -198,7 +198,7 @@ def test_impossible_requests_are_refused():
 
 
 def test_added_tokens_beyond_the_model_are_left_out():
-    """As Gemma 3's image token, which its text models have no embedding for."""
+    """Gemma 3's image token is one: the text models have no embedding for it."""
     backend = tokenizers.Tokenizer.from_str(TOKENIZER.backend.to_str())
     size = TOKENIZER.vocab_size
     backend.add_special_tokens(["<image>"])

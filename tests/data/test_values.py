@@ -21,21 +21,21 @@ def test_points_over_the_points_of_their_exam():
     np.testing.assert_allclose(read_values(source(rows)), [0.75, 0.25, 0.25, 0.75])
 
 
-def test_points_over_a_total_that_is_given():
+def test_points_over_a_given_total():
     np.testing.assert_allclose(read_values(source([{"points": 2, "exam_total": 100, "exam": "a"}])), [0.02])
 
 
-def test_held_out_values_are_asked_for_or_optional():
+def test_held_out_values_are_needed_or_optional():
     exam = source([{"points": 3, "exam": "a"}, {"points": 1, "exam": "a"}])
     np.testing.assert_allclose(held_out_values(exam, needed=False), [0.75, 0.25])
     assert held_out_values(source([{"question": "q"}]), needed=False) is None
-    house = source([{"value": 300_000}])  # worth something, but no share of an exam
+    house = source([{"value": 300_000}])  # a value of another kind, no share of an exam
     assert held_out_values(house, needed=False) is None
     with pytest.raises(ValueError, match="row 0"):
         held_out_values(house, needed=True)
 
 
-def test_a_column_of_values_goes_first():
+def test_a_column_of_values_has_precedence():
     assert read_values(source([{"value": 0.5, "points": 1, "exam": "a"}])).tolist() == [0.5]
 
 
@@ -51,7 +51,7 @@ def test_a_column_of_values_goes_first():
         ([{"value": float("nan")}], "row 0 .* has nan"),
         ([{"value": "much"}], "row 0 .* has 'much'"),
         ([{"value": True}], "row 0 .* has True"),
-        ([{"value": 1.5}], r"row 0 .* has the value 1.5; a value is a share of an exam and lies in \[0, 1\]"),
+        ([{"value": 1.5}], r"row 0 .* has the value 1.5; a value is a share of an exam, in \[0, 1\]"),
         ([{"points": 1, "exam": "a"}, {"points": 1}], "row 1 .* no exam"),
         ([{"points": 1, "exam": ["a"]}], r"row 0 .* has the exam \['a'\]; name it by a text or a whole number"),
         ([{"points": 1, "exam": float("nan")}], "row 0 .* has the exam nan"),
@@ -67,7 +67,7 @@ def test_a_column_of_values_goes_first():
         ([{"question": "q", "points": 1}], "neither a column 'value' nor 'points' .*points, question"),
     ],
 )
-def test_what_is_no_value_is_refused_naming_the_row(rows, message):
+def test_invalid_values_raise_with_their_row(rows, message):
     with pytest.raises(ValueError, match=message):
         read_values(source(rows))
 

@@ -13,9 +13,9 @@ from jaxrl_reason import config as config_lib
 from jaxrl_reason import evaluate, methods, train
 from jaxrl_reason.advantages import AdvantageInputs
 from jaxrl_reason.config import ConfigError, Data, Model, Regression, Reward
-from jaxrl_reason.data.builders import tables
-from jaxrl_reason.data.builders.tables import TargetScaler
+from jaxrl_reason.data import tables
 from jaxrl_reason.data.numbers import IEEETokenizer, NormalizedTokenizer, P10Tokenizer
+from jaxrl_reason.data.tables import TargetScaler
 from jaxrl_reason.models import sharding
 from jaxrl_reason.tasks import regression
 

@@ -1,42 +1,43 @@
-"""Exams whose questions are worth different points, as a TFDS builder without network: for RLEV (arXiv 2510.20187).
+"""Exams whose questions are worth different points: a TFDS builder without network, for RLEV (arXiv 2510.20187).
 
-Every exam asks the same number of questions of each topic. What a topic is worth does not follow from how hard it is:
+Every exam asks the same number of questions per topic. The points of a topic do not follow from its difficulty:
 
     topic      a question of it                             steps   points   in an exam
     add        7 pens and 12 more. How many?                1        1-2     2
     missing    7 pens and how many more are 15?             1       12-18    1
     three      7 pens, 4 more and 3 more. How many?         2       12-18    2
     chain      9 pens, 4 fewer and 6 more. How many?        2        1-2     2
-    nights     Mia stays from day 3 to day 8. How long?     1        1-2     3    5: what lies between
+    nights     Mia stays from day 3 to day 8. How long?     1        1-2     3    5: the nights between
     days       Mia stays from day 3 to day 8. How long?     2       12-18    2    6: both ends counted
 
-The last two ask the same questions, and nothing in a question tells which count its exam wants. No policy is right on
-both: one that goes by right answers takes the more frequent nights, one that goes by points the days.
+The last two topics ask the same questions, and a question does not tell which count its exam expects. No policy is
+correct on both: a policy rewarded by answers learns the more frequent nights, a policy rewarded by points the days.
 """
 
 from collections.abc import Callable, Iterator
 import dataclasses
 import itertools
 import random
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from jaxrl_reason.data.builders import word_problems
+from jaxrl_reason.data.builders.offline import endless, OfflineBuilder
 from jaxrl_reason.data.builders.word_problems import NAMES, Numbers, OBJECTS
 
-_EXAMS = {"train": 1_000, "validation": 84, "test": 84}
 _CHEAP, _DEAR = (1, 2), (12, 18)  # points, from and to
-_WORKED = 0.5  # share of solutions that show their steps; the others are the bare answer
-_CARELESS = 0.3  # share of solutions whose last step, and with it the answer, is wrong
+_WORKED = 0.5  # share of solutions with steps; the others are the bare answer
+_CARELESS = 0.3  # share of solutions whose last step, and so the answer, is incorrect
 
 
 @dataclasses.dataclass(frozen=True)
 class _Topic:
-    """One kind of question, asked `count` times an exam.
+    """One kind of question, asked `count` times per exam.
 
-    `steps` turns numbers into (left, operator, right, result) lines, the last result being the answer. Topics with the
-    same `group` share their questions, and so the numbers and `things` of a split.
+    `steps` turns numbers into (left, operator, right, result) lines; the last result is the answer. Topics of one `group`
+    share their questions, and so the numbers and `things` of a split.
     """
 
     group: str
@@ -112,8 +113,8 @@ _TOPICS = {
 }
 
 
-def _question(topic: str, numbers: Numbers, thing: str, rng: random.Random) -> dict:
-    """A question with its answer and a solution as a pupil hands it in."""
+def _question(topic: str, numbers: Numbers, thing: str, rng: random.Random) -> dict[str, Any]:
+    """Returns a question with its answer and a pupil's solution."""
     spec = _TOPICS[topic]
     steps = spec.steps(*numbers)
     answer = steps[-1][-1]
@@ -133,52 +134,42 @@ def _question(topic: str, numbers: Numbers, thing: str, rng: random.Random) -> d
     }
 
 
-def _exams(split: str, count: int) -> Iterator[dict]:
-    """The questions of `count` exams, one exam after the other. No exam asks a question twice; different exams may."""
+def _exams(split: str, count: int) -> Iterator[dict[str, Any]]:
+    """Yields the questions of `count` exams, one exam after the other. Within an exam no question repeats."""
     rng = random.Random(split)
-    endless = {}
-    for name, topic in _TOPICS.items():
-        combinations = itertools.product(topic.numbers(), topic.things)
-        mine = [(n, thing) for n, thing in combinations if word_problems.split_of(topic.group, n, thing) == split]
-        rng.shuffle(mine)
-        endless[name] = itertools.cycle(mine)
+    fits = lambda topic, pair: word_problems.split_of(topic.group, *pair) == split
+    every = {name: itertools.product(topic.numbers(), topic.things) for name, topic in _TOPICS.items()}
+    pairs = endless(rng, {name: [p for p in every[name] if fits(topic, p)] for name, topic in _TOPICS.items()})
     for number in range(count):
-        exam = {}
+        exam: dict[str, dict[str, Any]] = {}
         for name, topic in _TOPICS.items():
             for _ in range(topic.count):
-                question = _question(name, *next(endless[name]), rng)
+                question = _question(name, *next(pairs[name]), rng)
                 while question["question"] in exam:
-                    question = _question(name, *next(endless[name]), rng)
+                    question = _question(name, *next(pairs[name]), rng)
                 exam[question["question"]] = question
         total = sum(question["points"] for question in exam.values())
         for question in exam.values():
             yield question | {"exam": f"{split}-{number}", "value": question["points"] / total}
 
 
-class Exam(tfds.core.GeneratorBasedBuilder):
-    """Exams of 12 arithmetic questions in six topics of different worth and difficulty, integer answers.
+class Exam(OfflineBuilder):
+    """Exams of 12 arithmetic questions in six topics of different points and difficulty, with integer answers.
 
-    Features: `question`; `solution`, as pupils hand them in: the steps, or none, and `#### N`, three in ten wrong;
-    `solution_right`, 1 or 0; `answer`, the right number as text; `topic`; `exam`, the exam's name; `points`; `value`,
+    Columns: `question`; `solution`, a pupil's: the steps, or none, and `#### N`, three in ten incorrect;
+    `solution_right`, 1 or 0; `answer`, the correct number as text; `topic`; `exam`, the exam's name; `points`; `value`,
     the points over the exam's total, so that the values of an exam sum to 1 (in float32, as TFDS stores numbers).
     """
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "Initial release."}
+    DESCRIPTION = "Exams whose questions are worth different points; no question occurs in two splits."
+    SIZES = {"train": 1_000, "validation": 84, "test": 84}  # exams
+    COLUMNS = {
+        **dict.fromkeys(("question", "solution", "answer", "topic", "exam"), str),
+        **dict.fromkeys(("points", "value"), np.float32),
+        "solution_right": np.int64,
+    }
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        text = {name: tfds.features.Text() for name in ("question", "solution", "answer", "topic", "exam")}
-        numbers = {name: tfds.features.Scalar(np.float32) for name in ("points", "value")}
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Exams whose questions are worth different points; no question occurs in two splits.",
-            features=tfds.features.FeaturesDict({**text, **numbers, "solution_right": tfds.features.Scalar(np.int64)}),
-        )
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager):
-        del dl_manager  # nothing to download
-        return {split: self._generate_examples(split, count) for split, count in _EXAMS.items()}
-
-    def _generate_examples(self, split: str, count: int) -> Iterator[tuple[str, dict]]:
-        for i, question in enumerate(_exams(split, count)):
-            yield f"{split}-{i}", question
+    def rows(self, split: str) -> Iterator[dict[str, Any]]:
+        return _exams(split, self.SIZES[split])

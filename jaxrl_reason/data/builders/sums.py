@@ -1,41 +1,37 @@
-"""Sums of two digits as plain questions, as a TFDS builder that needs no network: for small pretrained models."""
+"""Sums of two digits as plain questions: a TFDS builder without network, for small pretrained models."""
 
+from collections.abc import Iterator, Mapping
 import hashlib
 import itertools
+from typing import Any
 
 import tensorflow_datasets as tfds
 
+from jaxrl_reason.data.builders.offline import OfflineBuilder
+
 
 def split_of(a: int, b: int) -> str:
-    """The one split of a pair and of its mirror image: 29 of the sums are test, 71 train."""
+    """Returns the split of a + b and of b + a: 29 of the sums are test, 71 train."""
     digest = hashlib.sha256(f"{min(a, b)}+{max(a, b)}".encode()).digest()
     return "test" if digest[0] % 3 == 0 else "train"
 
 
-class Sums(tfds.core.GeneratorBasedBuilder):
+class Sums(OfflineBuilder):
     """The hundred sums of two numbers from 0 to 9.
 
-    Features, all text: `question` ("What is 7 + 5?"); `solution` ("7 + 5 = 12"); `answer` ("12").
+    Columns, all text: `question` ("What is 7 + 5?"); `solution` ("7 + 5 = 12"); `answer` ("12").
     """
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "Initial release."}
+    DESCRIPTION = "All sums of two digits; a + b and b + a are in the same split."
+    SIZES = {"train": 71, "test": 29}
+    COLUMNS = dict.fromkeys(("question", "solution", "answer"), str)
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="All sums of two digits; a + b and b + a are in the same split.",
-            features=tfds.features.FeaturesDict(
-                {name: tfds.features.Text() for name in ("question", "solution", "answer")}
-            ),
-        )
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager):
-        del dl_manager  # nothing to download
-        return {split: self._generate_examples(split) for split in ("train", "test")}
-
-    def _generate_examples(self, split: str):
+    def rows(self, split: str) -> Iterator[dict[str, Any]]:
         for a, b in itertools.product(range(10), repeat=2):
             if split_of(a, b) == split:
-                row = {"question": f"What is {a} + {b}?", "solution": f"{a} + {b} = {a + b}", "answer": str(a + b)}
-                yield f"{a}+{b}", row
+                yield {"question": f"What is {a} + {b}?", "solution": f"{a} + {b} = {a + b}", "answer": str(a + b)}
+
+    def key(self, split: str, i: int, row: Mapping[str, Any]) -> str:
+        return row["question"].removeprefix("What is ").removesuffix("?").replace(" ", "")  # "7+5"

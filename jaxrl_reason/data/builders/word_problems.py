@@ -1,7 +1,7 @@
-"""Procedural arithmetic word problems with worked solutions, as a TFDS builder that needs no network.
+"""Procedural arithmetic word problems with worked solutions: a TFDS builder without network.
 
-Each skill is a set of number combinations, a few question templates and the steps that solve them. A combination of numbers
-belongs to exactly one split, decided by a hash: a test problem is not a training problem in other words.
+Each skill is a set of number combinations, a few question templates and the steps that solve them. A hash assigns each combination
+of numbers to one split: a test problem is never a training problem in other words.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,21 +9,22 @@ import dataclasses
 import hashlib
 import itertools
 import random
+from typing import Any
 
 import tensorflow_datasets as tfds
 
+from jaxrl_reason.data.builders.offline import endless, OfflineBuilder
+
 Numbers = tuple[int, ...]
 
-_SIZES = {"train": 20_000, "validation": 1_000, "test": 1_000}
-
-# Few and frequent words: a tokenizer of 512 entries then holds nearly every one of them whole.
+# Few and frequent words: nearly every word is one token of a tokenizer with 512 entries.
 NAMES = ("Ana", "Ben", "Dan", "Eva", "Gus", "Ida", "Leo", "Mia", "Nora", "Sam", "Tom", "Zoe")
 OBJECTS = ("apples", "books", "cards", "coins", "eggs", "nuts", "pens", "shells", "stamps", "stones")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Skill:
-    """One kind of computation: `steps` turns numbers into (left, operator, right, result) lines, the last result being the answer."""
+    """One kind of computation. `steps` turns numbers into (left, operator, right, result) lines; the last result is the answer."""
 
     numbers: Callable[[], Iterator[Numbers]]
     steps: Callable[..., list[tuple[int, str, int, int]]]
@@ -39,7 +40,7 @@ def _differences() -> Iterator[Numbers]:
 
 
 def _sum_up(first: int, *changes: int) -> list[tuple[int, str, int, int]]:
-    """The lines of first + changes, one change a line."""
+    """Returns the lines of first + changes, one line per change."""
     lines, total = [], first
     for change in changes:
         lines.append((total, "+" if change > 0 else "-", abs(change), total + change))
@@ -144,11 +145,14 @@ _SKILLS = {
 
 
 def split_of(skill: str, numbers: Numbers, thing: str = "") -> str:
-    """The one split that may use these numbers for this skill: 6/8 train, 1/8 validation, 1/8 test.
+    """Returns the only split that may use the numbers for the skill: 6/8 train, 1/8 validation, 1/8 test.
 
-    Where a skill has few numbers, the thing counted can be part of what is held out. The numbers are sorted first, so that
-    3 + 4 and 4 + 3 fall together, and hashed by hashlib, since `hash` differs between processes.
+    Args:
+      skill: the kind of computation.
+      numbers: the numbers; their order does not matter, so that 3 + 4 and 4 + 3 share a split.
+      thing: the counted thing; a skill with few numbers is split by numbers and things.
     """
+    # hashlib, because `hash` differs between processes.
     key = " ".join(filter(None, [f"{skill}:", "-".join(map(str, sorted(numbers))), thing]))
     bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 8
     return {0: "validation", 1: "test"}.get(bucket, "train")
@@ -176,8 +180,8 @@ class WordProblemsConfig(tfds.core.BuilderConfig):
 
     Attributes:
       skills: the kinds of computation.
-      largest: no number of a problem or its solution exceeds this.
-      worked: share of solutions that show their steps; the others are the bare answer.
+      largest: the largest number in a problem or its solution.
+      worked: the share of solutions with steps; the others are the bare answer.
     """
 
     skills: tuple[str, ...] = ()
@@ -186,30 +190,26 @@ class WordProblemsConfig(tfds.core.BuilderConfig):
 
 
 def _problems(config: WordProblemsConfig, split: str, size: int) -> Iterator[dict[str, str]]:
-    """`size` different questions, equally many of each skill; every combination of numbers appears before any repeats."""
+    """Yields `size` different questions, equally many of each skill. Every combination of numbers appears before any repeats."""
     rng = random.Random(split)
-    endless = {}
-    for skill in config.skills:
-        spec = _SKILLS[skill]
-        fits = lambda numbers: max(max(a, b, c) for a, _, b, c in spec.steps(*numbers)) <= config.largest
-        combinations = [n for n in spec.numbers() if fits(n) and split_of(skill, n) == split]
-        rng.shuffle(combinations)
-        endless[skill] = itertools.cycle(combinations)
-    seen = set()
+    largest = lambda skill, numbers: max(max(a, b, c) for a, _, b, c in _SKILLS[skill].steps(*numbers))
+    fits = lambda skill, numbers: largest(skill, numbers) <= config.largest and split_of(skill, numbers) == split
+    combinations = endless(rng, {s: [n for n in _SKILLS[s].numbers() if fits(s, n)] for s in config.skills})
+    seen: set[str] = set()
     for skill in itertools.cycle(config.skills):
         if len(seen) == size:
             return
-        problem = _problem(skill, next(endless[skill]), rng, config.worked)
+        problem = _problem(skill, next(combinations[skill]), rng, config.worked)
         while problem["question"] in seen:
-            problem = _problem(skill, next(endless[skill]), rng, config.worked)
+            problem = _problem(skill, next(combinations[skill]), rng, config.worked)
         seen.add(problem["question"])
         yield problem
 
 
-class WordProblems(tfds.core.GeneratorBasedBuilder):
+class WordProblems(OfflineBuilder):
     """Short arithmetic word problems with worked solutions and integer answers: config "standard", or "chains" of sums.
 
-    Features, all text: `question`; `solution`, one step a line and `#### N` at the end; `answer`, the number alone; `skill`.
+    Columns, all text: `question`; `solution`, one step per line and `#### N` at the end; `answer`, the number alone; `skill`.
     """
 
     VERSION = tfds.core.Version("2.0.0")
@@ -233,19 +233,9 @@ class WordProblems(tfds.core.GeneratorBasedBuilder):
         ),
     ]
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Procedural arithmetic word problems with worked solutions; no skill's numbers occur in two splits.",
-            features=tfds.features.FeaturesDict(
-                {name: tfds.features.Text() for name in ("question", "solution", "answer", "skill")}
-            ),
-        )
+    DESCRIPTION = "Procedural arithmetic word problems with worked solutions; no skill's numbers occur in two splits."
+    SIZES = {"train": 20_000, "validation": 1_000, "test": 1_000}
+    COLUMNS = dict.fromkeys(("question", "solution", "answer", "skill"), str)
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager):
-        del dl_manager  # nothing to download
-        return {split: self._generate_examples(split, size) for split, size in _SIZES.items()}
-
-    def _generate_examples(self, split: str, size: int) -> Iterator[tuple[str, dict[str, str]]]:
-        for i, problem in enumerate(_problems(self.builder_config, split, size)):
-            yield f"{split}-{i}", problem
+    def rows(self, split: str) -> Iterator[dict[str, Any]]:
+        return _problems(self.builder_config, split, self.SIZES[split])

@@ -1,14 +1,12 @@
-"""The prompts with many right answers after TFDS's real preparation, against brute force."""
+"""The prompts with many correct answers after a real preparation by TFDS, compared with brute force."""
 
 import collections
-import hashlib
 import itertools
-import json
 import re
 
 import pytest
 
-from jaxrl_reason import data
+from helpers.data_sets import assert_disjoint, digest, load_splits, longest, SPLITS
 from jaxrl_reason.data.builders import many_answers
 from jaxrl_reason.rewards.task_rewards import canonical_answer, many_answers_reward
 
@@ -17,7 +15,7 @@ COLUMNS = ("kind", "target", "low", "high")
 
 @pytest.fixture(scope="module")
 def rows(data_dir):
-    return {s: list(data.load_source("many_answers", s, data_dir=data_dir)) for s in ("train", "validation", "test")}
+    return load_splits("many_answers", data_dir)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +24,7 @@ def everything(rows):
 
 
 def brute_force(kind, target, low, high):
-    """The same by trying everything."""
+    """Returns the correct answers by trying all numbers."""
     if kind == "multiple":
         return [(a,) for a in range(low, high + 1) if any(a == target * k for k in range(1, 200))]
     holds = (lambda a, b: a + b == target) if kind == "sum" else (lambda a, b: b - a == target)
@@ -58,27 +56,27 @@ def test_the_question_states_the_constraint(everything):
         assert {name: int(text) for name, text in match.groupdict().items()} == {n: row[n] for n in COLUMNS[1:]}
 
 
-def test_right_answers_are_those_that_brute_force_finds(everything):
+def test_brute_force_finds_the_correct_answers(everything):
     asked = {constraint(row): row["answers"] for row in everything}
     for values, count in asked.items():
-        assert many_answers.right_answers(*values) == brute_force(*values)
+        assert many_answers.correct_answers(*values) == brute_force(*values)
         assert len(brute_force(*values)) == count >= 5
     assert max(asked.values()) >= 12
 
 
-def test_right_answers_of_an_unknown_kind():
+def test_an_unknown_kind_raises():
     with pytest.raises(ValueError, match="kind is 'product'; it has to be one of sum, difference, multiple"):
-        many_answers.right_answers("product", 12, 1, 9)
+        many_answers.correct_answers("product", 12, 1, 9)
 
 
-def test_the_reward_says_of_every_solution_whether_it_is_right(everything):
+def test_the_reward_accepts_exactly_the_correct_solutions(everything):
     columns = {name: [row[name] for row in everything] for name in COLUMNS}
     verdicts = many_answers_reward([row["solution"] for row in everything], **columns)
     assert verdicts == [row["solution_right"] for row in everything]
     assert many_answers_reward([f"#### {row['answer']}" for row in everything], **columns) == [1.0] * len(everything)
 
 
-def test_a_right_solution_claims_what_is_true_and_a_wrong_one_is_near(everything):
+def test_a_correct_solution_claims_a_true_equation_and_an_incorrect_one_is_near(everything):
     sign = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
     for row in everything:
         step, last = row["solution"].split("\n")
@@ -87,32 +85,32 @@ def test_a_right_solution_claims_what_is_true_and_a_wrong_one_is_near(everything
         assert true or not row["solution_right"], row
         assert last == (f"#### {c}" if row["kind"] == "multiple" else f"#### {a}, {b}")
         named = [int(text) for text in re.findall(r"\d+", last)]
-        near = min(sum(abs(x - y) for x, y in zip(sorted(named), right)) for right in brute_force(*constraint(row)))
+        near = min(sum(abs(x - y) for x, y in zip(sorted(named), correct)) for correct in brute_force(*constraint(row)))
         assert near == 0 if row["solution_right"] else 0 < near <= 9, row
 
 
-def test_three_in_ten_solutions_are_wrong(rows):
+def test_three_in_ten_solutions_are_incorrect(rows):
     for kind in ("sum", "difference", "multiple"):
-        right = [row["solution_right"] for row in rows["train"] if row["kind"] == kind]
-        assert sum(right) / len(right) == pytest.approx(0.7, abs=0.03)
+        correct = [row["solution_right"] for row in rows["train"] if row["kind"] == kind]
+        assert sum(correct) / len(correct) == pytest.approx(0.7, abs=0.03)
 
 
-def test_solutions_are_drawn_evenly_from_all_right_answers(rows):
-    """The rank of the answer among the right ones, in tenths, is uniform: chi square, 9 degrees of freedom, 99.9 %."""
+def test_solutions_are_uniform_over_all_correct_answers(rows):
+    """The rank of the answer among the correct ones, in tenths, is uniform: chi square, 9 degrees of freedom, 99.9 %."""
     for kind in ("sum", "difference", "multiple"):
         tenths = collections.Counter()
         for row in rows["train"]:
             if row["kind"] == kind and row["solution_right"]:
                 every = [", ".join(map(str, answer)) for answer in brute_force(*constraint(row))]
                 rank = every.index(canonical_answer(row["solution"], **row))
-                for tenth in range(10):  # what part of the answer's share lies in this tenth
+                for tenth in range(10):  # the part of the answer's share in this tenth
                     share = min((rank + 1) / len(every), (tenth + 1) / 10) - max(rank / len(every), tenth / 10)
                     tenths[tenth] += max(share, 0) * len(every)
         expected = sum(tenths.values()) / 10
         assert sum((count - expected) ** 2 / expected for count in tenths.values()) < 27.9, (kind, tenths)
 
 
-def test_a_prompt_of_training_has_several_of_its_right_answers_as_solutions(rows):
+def test_a_training_prompt_has_several_correct_solutions(rows):
     solutions = collections.defaultdict(set)
     for row in rows["train"]:
         if row["solution_right"]:
@@ -120,26 +118,20 @@ def test_a_prompt_of_training_has_several_of_its_right_answers_as_solutions(rows
     assert sum(map(len, solutions.values())) / len(solutions) > 2
 
 
-def test_no_split_shares_a_constraint_with_another(rows):
+def test_splits_share_no_constraint(rows):
     keys = {split: {constraint(row) for row in part} for split, part in rows.items()}
-    assert not keys["train"] & keys["validation"]
-    assert not keys["train"] & keys["test"]
-    assert not keys["validation"] & keys["test"]
+    assert_disjoint(keys)
     for split in ("validation", "test"):
         assert min(collections.Counter(key[0] for key in keys[split]).values()) >= 20
 
 
 def test_small_enough_for_a_small_model(rows):
-    part = rows["train"]
-    tokenizer = data.train_tokenizer(f"{row['question']}\n{row['solution']}" for row in part[:2000])
-    assert max(map(len, tokenizer.encode_batch([row["question"] + "\n" for row in part]))) <= 32
-    assert max(map(len, tokenizer.encode_batch([row["solution"] for row in part]))) < 32  # one more for the end token
+    question, solution = longest(rows["train"], "solution")
+    assert question <= 32 and solution < 32  # one more for the end token
 
 
-def test_the_data_are_those_of_version_1():
-    """Checkpoints and published figures rest on them: a change here needs a new VERSION."""
-    content = json.dumps([list(many_answers._prompts(split, size)) for split, size in many_answers._SIZES.items()])
-    assert (
-        hashlib.sha256(content.encode()).hexdigest()
-        == "a01c288b1cce803bc37df1524fa36911ce87b7ca56a7909856de520b659abc8a"
-    )
+def test_version_2_has_fixed_rows():
+    """Checkpoints and published metrics depend on the rows: a change needs a new VERSION."""
+    sizes = many_answers.ManyAnswers.SIZES
+    content = [list(many_answers._rows(split, sizes[split])) for split in SPLITS]
+    assert digest(content) == "a01c288b1cce803bc37df1524fa36911ce87b7ca56a7909856de520b659abc8a"

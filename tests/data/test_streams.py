@@ -1,4 +1,4 @@
-"""Streams: pure random access, whole epochs, ids that never repeat, prompts that do not fit."""
+"""Streams: pure random access, complete epochs, ids that never repeat, prompts that do not fit."""
 
 import collections
 
@@ -64,7 +64,7 @@ def test_a_batch_holds_the_ids_of_its_rows_right_padded():
 
 @given(rows=st.integers(1, 40), batch_size=st.integers(1, 17), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=40, deadline=None)
-def test_every_row_once_an_epoch_and_another_order_in_the_next(rows, batch_size, seed):
+def test_every_epoch_has_every_row_once_in_another_order(rows, batch_size, seed):
     epochs = 3
     seen = answers(prompt_stream(numbered(rows), batch_size, seed=seed), -(-epochs * rows // batch_size))[
         : epochs * rows
@@ -72,7 +72,7 @@ def test_every_row_once_an_epoch_and_another_order_in_the_next(rows, batch_size,
     orders = [seen[e * rows : (e + 1) * rows] for e in range(epochs)]
     for order in orders:
         assert sorted(order) == list(range(rows))
-    if rows >= 12:  # the chance that two agree is negligible
+    if rows >= 12:  # equal orders have a negligible probability
         assert orders[0] != orders[1] != orders[2] != list(range(rows))
 
 
@@ -90,23 +90,23 @@ def test_prompt_ids_never_repeat():
     assert ids.tolist() == list(range(60))
 
 
-def test_the_seed_orders_and_no_shuffle_keeps_the_order():
+def test_the_seed_decides_the_order_and_no_shuffle_keeps_it():
     assert answers(prompt_stream(numbered(20), seed=1), 5) != answers(prompt_stream(numbered(20), seed=2), 5)
     assert answers(prompt_stream(numbered(6), shuffle=False), 3) == [0, 1, 2, 3, 4, 5] * 2
 
 
 def test_neighbouring_seeds_do_not_share_epochs():
-    """A seed that is only added to the epoch number would make run s + 1 a shifted run s."""
+    """If the seed were added to the epoch number, run s + 1 would be a shifted run s."""
     assert (
         answers(prompt_stream(numbered(20), seed=0), 10)[20:] != answers(prompt_stream(numbered(20), seed=1), 10)[:20]
     )
 
 
-def test_long_prompts_are_refused_or_skipped_and_counted():
+def test_long_prompts_raise_or_are_skipped_and_counted():
     rows = numbered(3) + [{"question": "9" * 20, "answer": 99}, {"question": "8" * 30, "answer": 88}] + numbered(2)
     with pytest.raises(
         ValueError,
-        match="2 of 7 rows do not fit:\n  row 3 has a prompt of 21 tokens, where 1 to 8 fit \\(max_prompt_length\\)\n  row 4",
+        match="2 of 7 rows do not fit:\n  row 3 has a prompt of 21 tokens; 1 to 8 fit \\(max_prompt_length\\)\n  row 4",
     ):
         prompt_stream(rows)
     with pytest.warns(UserWarning, match="Skipped: 2 of 7 rows"):
@@ -132,13 +132,13 @@ def test_long_prompts_are_refused_or_skipped_and_counted():
         ([{"problem": "a"}], {}, "names the column 'question', which the data does not have; its columns are problem"),
     ],
 )
-def test_impossible_streams_are_refused(rows, options, message):
+def test_impossible_streams_raise(rows, options, message):
     for make in (prompt_stream, solution_stream):
         with pytest.raises(ValueError, match=message):
             make(rows, **options)
 
 
-def test_a_prompt_without_tokens_is_refused():
+def test_a_prompt_without_tokens_raises():
     template = data.PromptTemplate("bare", "{question}")
     with pytest.raises(ValueError, match="row 0 has a prompt of 0 tokens"):
         data.PromptStream([{"question": ""}], TOKENIZER, template, batch_size=1, max_prompt_length=4, seed=0)
@@ -146,11 +146,11 @@ def test_a_prompt_without_tokens_is_refused():
 
 def test_batches_are_numbered_from_zero():
     for make in (prompt_stream, solution_stream):
-        with pytest.raises(IndexError, match="Batch -1 was asked for"):
+        with pytest.raises(IndexError, match="There is no batch -1"):
             make(numbered(3)).batch(-1)
 
 
-def test_bos_only_where_asked_for():
+def test_add_bos_begins_every_prompt():
     rows = numbered(4)
     plain, begun = (prompt_stream(rows, add_bos=add_bos).batch(0) for add_bos in (False, True))
     assert not (plain.tokens == TOKENIZER.bos_id).any()
@@ -171,7 +171,7 @@ def test_solutions_end_with_the_end_token_inside_the_mask():
             number = TOKENIZER.decode(prompt[mask]).strip()
             assert ids[-1] == TOKENIZER.eos_ids[0] and (ids[:-1] != ids[-1]).all()
             assert TOKENIZER.decode(ids[:-1], skip_special=False) == f"{number} = {number}"
-        # RL sees the very prompt ids that the supervised phase taught.
+        # RL uses exactly the prompt ids of the supervised phase.
         assert np.array_equal(batch.prompt_tokens, prompts.batch(i).tokens)
 
 
@@ -181,14 +181,14 @@ def test_a_solution_must_leave_room_for_the_end_token():
     assert solution_stream(rows, max_completion_length=length + 1).skipped == 0
     with pytest.raises(
         ValueError,
-        match=f"row 0 has a completion of {length + 1} tokens, where 1 to {length} fit \\(max_completion_length\\)",
+        match=f"row 0 has a completion of {length + 1} tokens; 1 to {length} fit \\(max_completion_length\\)",
     ):
         solution_stream(rows, max_completion_length=length)
     with pytest.warns(UserWarning, match="1 of 11 rows"):
         assert solution_stream(rows + [{"question": "1", "solution": "1" * 50}], on_long="skip").skipped == 1
 
 
-def test_a_missing_solution_column_is_a_sentence():
+def test_a_missing_solution_column_raises_a_sentence():
     with pytest.raises(ValueError, match="names the column 'solution', which the data does not have"):
         solution_stream([{"question": "1", "answer": 2}])
 
@@ -201,14 +201,14 @@ def test_evaluation_is_in_order_and_pads_with_weight_zero(count, batches):
     assert np.concatenate([batch.weight for batch in result]).tolist() == [1] * real + [0] * (batches * 4 - real)
     for batch in result:
         assert batch.tokens.shape == (4, 8) and len(batch.rows) == 4
-        assert batch.mask.any(axis=1).all()  # padding rows too hold a prompt that can be sampled from
+        assert batch.mask.any(axis=1).all()  # padding rows also hold a prompt to sample from
         assert [row["answer"] for row in batch.rows] == batch.prompt_ids.tolist()
         assert (batch.prompt_ids[batch.weight == 0] == batch.prompt_ids[0]).all()
     ids = np.concatenate([batch.prompt_ids[batch.weight == 1] for batch in result])
     assert ids.tolist() == list(range(real))
 
 
-def test_evaluation_refuses_or_skips_long_prompts():
+def test_evaluation_raises_or_skips_long_prompts():
     rows = numbered(3) + [{"question": "9" * 20, "answer": 3}] + numbered(3)
     with pytest.raises(ValueError, match="1 of 4 rows do not fit:\n  row 3"):
         evaluation(rows, 4)
@@ -219,7 +219,7 @@ def test_evaluation_refuses_or_skips_long_prompts():
         evaluation(rows, 0)
 
 
-def test_a_real_source_behaves_as_a_list(problems, tokenizer):
+def test_a_source_and_a_list_give_the_same_batches(problems, tokenizer):
     source = problems["validation"]
     options = {"batch_size": 64, "max_prompt_length": 32, "seed": 5}
     for make in (data.PromptStream, lambda *a, **k: data.SolutionStream(*a, max_completion_length=32, **k)):

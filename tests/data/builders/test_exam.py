@@ -1,14 +1,12 @@
-"""The exams after TFDS's real preparation: values that sum to 1, right answers, disjoint splits."""
+"""The exams after a real preparation by TFDS: values that sum to 1, correct answers, disjoint splits."""
 
 import collections
-import hashlib
-import json
 import re
 
 import numpy as np
 import pytest
 
-from jaxrl_reason import data
+from helpers.data_sets import assert_disjoint, digest, load_splits, longest, SPLITS
 from jaxrl_reason.data.builders import exam, word_problems
 from jaxrl_reason.rewards import accuracy_reward
 
@@ -26,7 +24,7 @@ DEAR = {"missing", "three", "days"}
 
 @pytest.fixture(scope="module")
 def rows(data_dir):
-    return {s: list(data.load_source("exam", s, data_dir=data_dir)) for s in ("train", "validation", "test")}
+    return load_splits("exam", data_dir)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +66,7 @@ def test_every_exam_has_the_same_topics_and_no_question_twice(exams):
         assert len({row["question"] for row in questions}) == 12
 
 
-def test_worth_goes_with_the_topic_and_not_with_its_steps(everything):
+def test_points_depend_on_the_topic_and_not_on_its_steps(everything):
     for row in everything:
         low, high = (12, 18) if row["topic"] in DEAR else (1, 2)
         assert low <= row["points"] <= high and row["points"] % 1 == 0
@@ -79,34 +77,34 @@ def test_worth_goes_with_the_topic_and_not_with_its_steps(everything):
     assert steps == {"add": 1, "missing": 1, "three": 2, "chain": 2, "nights": 1, "days": 2}
 
 
-def test_answers_are_right(everything):
+def test_answers_are_correct(everything):
     for row in everything:
         assert int(row["answer"]) == ANSWERS[row["topic"]](*numbers(row)) > 0, row
 
 
-def test_the_reward_says_of_every_solution_whether_it_is_right(everything):
+def test_the_reward_accepts_exactly_the_correct_solutions(everything):
     verdicts = accuracy_reward([row["solution"] for row in everything], [row["answer"] for row in everything])
     assert verdicts == [row["solution_right"] for row in everything]
 
 
-def test_half_of_the_solutions_show_their_steps_and_three_in_ten_are_wrong(rows):
+def test_half_of_the_solutions_have_steps_and_three_in_ten_are_incorrect(rows):
     for topic in COUNTS:
         part = [row for row in rows["train"] if row["topic"] == topic]
         assert sum(row["solution_right"] for row in part) / len(part) == pytest.approx(0.7, abs=0.05)
         assert sum("=" in row["solution"] for row in part) / len(part) == pytest.approx(0.5, abs=0.05)
 
 
-def test_only_the_last_step_of_a_solution_can_be_wrong(everything):
+def test_only_the_last_step_of_a_solution_can_be_incorrect(everything):
     sign = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
     for row in everything:
         *steps, last = row["solution"].split("\n")
         parsed = [re.fullmatch(r"(\d+) ([-+*]) (\d+) = (\d+)", step).groups() for step in steps]
-        right = [sign[operator](int(a), int(b)) == int(c) for a, operator, b, c in parsed]
-        assert all(right[:-1]) and right[-1:] in ([], [bool(row["solution_right"])]), row
+        correct = [sign[operator](int(a), int(b)) == int(c) for a, operator, b, c in parsed]
+        assert all(correct[:-1]) and correct[-1:] in ([], [bool(row["solution_right"])]), row
         assert not steps or last == f"#### {parsed[-1][-1]}"
 
 
-def test_no_policy_is_right_on_both_nights_and_days_and_worth_turns_the_choice(rows):
+def test_no_policy_is_correct_on_both_nights_and_days_and_points_decide(rows):
     part = rows["train"]
     wanted = {t: {row["question"]: row["answer"] for row in part if row["topic"] == t} for t in ("nights", "days")}
     shared = wanted["nights"].keys() & wanted["days"].keys()
@@ -126,28 +124,21 @@ def thing(row):
     return found
 
 
-def test_no_split_shares_the_numbers_and_things_of_a_topic_with_another(rows):
+def test_splits_share_no_numbers_and_things_of_a_topic(rows):
     group = lambda row: "dates" if row["topic"] in ("nights", "days") else row["topic"]
     keys = {split: {(group(row), thing(row), *sorted(numbers(row))) for row in part} for split, part in rows.items()}
-    assert not keys["train"] & keys["validation"]
-    assert not keys["train"] & keys["test"]
-    assert not keys["validation"] & keys["test"]
+    assert_disjoint(keys)
     for split in ("validation", "test"):
         counts = collections.Counter(key[0] for key in keys[split])
         assert set(counts) == {"add", "missing", "three", "chain", "dates"} and min(counts.values()) >= 10
 
 
 def test_small_enough_for_a_small_model(rows):
-    part = rows["train"]
-    tokenizer = data.train_tokenizer(f"{row['question']}\n{row['solution']}" for row in part[:2000])
-    assert max(map(len, tokenizer.encode_batch([row["question"] + "\n" for row in part]))) <= 32
-    assert max(map(len, tokenizer.encode_batch([row["solution"] for row in part]))) < 32  # one more for the end token
+    question, solution = longest(rows["train"], "solution")
+    assert question <= 32 and solution < 32  # one more for the end token
 
 
-def test_the_data_are_those_of_version_1():
-    """Checkpoints and published figures rest on them: a change here needs a new VERSION."""
-    content = json.dumps([list(exam._exams(split, count)) for split, count in exam._EXAMS.items()])
-    assert (
-        hashlib.sha256(content.encode()).hexdigest()
-        == "e0ddffd498d5807b2cfcbff5669f2a28c57495024564063f537f76b2f7d3e135"
-    )
+def test_version_1_has_fixed_rows():
+    """Checkpoints and published metrics depend on the rows: a change needs a new VERSION."""
+    content = [list(exam._exams(split, exam.Exam.SIZES[split])) for split in SPLITS]
+    assert digest(content) == "e0ddffd498d5807b2cfcbff5669f2a28c57495024564063f537f76b2f7d3e135"

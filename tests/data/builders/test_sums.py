@@ -1,10 +1,10 @@
-"""The hundred sums: all of them, each in one split."""
+"""The hundred sums: all of them occur, each in one split."""
 
 from jaxrl_reason import data
 from jaxrl_reason.rewards import last_number_reward
 
 
-def test_every_sum_is_there_once_and_no_pair_is_in_both_splits(data_dir):
+def test_every_sum_occurs_once_and_no_pair_is_in_both_splits(data_dir):
     rows = {split: list(data.load_source("sums", split, data_dir=data_dir)) for split in ("train", "test")}
     assert {split: len(part) for split, part in rows.items()} == {"train": 71, "test": 29}
     pairs = {}

@@ -1,21 +1,19 @@
-"""The sums with answers in several forms after TFDS's real preparation: arithmetic, forms and preference pairs."""
+"""The sums with answers in several forms after a real preparation by TFDS: arithmetic, forms and preference pairs."""
 
 import collections
 from fractions import Fraction
-import hashlib
-import json
 import re
 
 import pytest
 
-from jaxrl_reason import data
+from helpers.data_sets import assert_disjoint, column, digest, load_splits, longest, SPLITS
 from jaxrl_reason.data.builders import answer_forms
 from jaxrl_reason.rewards.task_rewards import judge_reward, strict_reward
 
 
 @pytest.fixture(scope="module")
 def rows(data_dir):
-    return {s: list(data.load_source("answer_forms", s, data_dir=data_dir)) for s in ("train", "validation", "test")}
+    return load_splits("answer_forms", data_dir)
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +22,14 @@ def everything(rows):
 
 
 def value(text):
-    """A number in any form the data have, by Python's own Fraction."""
+    """Returns the value of a number in any form of the data, by Python's Fraction."""
     if text.endswith("%"):
         return Fraction(text[:-1]) / 100
     return sum(map(Fraction, text.split()))
 
 
 def parts(row):
-    """(left, operator, right, thing) of the question."""
+    """Returns (left, operator, right, thing) of the question."""
     return re.fullmatch(r"What is (\S+) ([-+]) (\S+) of a (\w+)\?", row["question"]).groups()
 
 
@@ -39,10 +37,6 @@ def form(text):
     if "/" in text:
         return "mixed" if " " in text else "lowest" if str(Fraction(text)) == text else "unreduced"
     return "percent" if "%" in text else "decimal"
-
-
-def column(rows, name):
-    return [row[name] for row in rows]
 
 
 def test_sizes_and_features(rows):
@@ -62,7 +56,7 @@ def test_the_answer_is_the_result_in_lowest_terms(everything):
         assert row["answer"] == str(result) and result > 0 and result.denominator > 1, row
 
 
-def test_the_judge_says_of_every_text_whether_it_is_right(everything):
+def test_the_judge_accepts_exactly_the_correct_texts(everything):
     answers = column(everything, "answer")
     assert judge_reward(column(everything, "solution"), answers) == column(everything, "solution_right")
     assert judge_reward(column(everything, "chosen"), answers) == [1.0] * len(everything)
@@ -70,14 +64,14 @@ def test_the_judge_says_of_every_text_whether_it_is_right(everything):
     assert judge_reward([f"#### {answer}" for answer in answers], answers) == [1.0] * len(everything)
 
 
-def test_the_judge_agrees_with_fractions_of_python(everything):
+def test_the_judge_agrees_with_python_fractions(everything):
     for row in everything[:5000]:
         final = row["solution"].rpartition("#### ")[2]
         assert (value(final) == Fraction(row["answer"])) == row["solution_right"]
 
 
-def test_steps_restate_the_question_and_rejected_texts_go_wrong_there_or_in_the_answer(everything):
-    wrong_steps = 0
+def test_steps_repeat_the_question_and_rejected_texts_slip_in_the_step_or_the_answer(everything):
+    incorrect_steps = 0
     for row in everything:
         left, operator, right, _ = parts(row)
         for name in ("solution", "chosen", "rejected"):
@@ -89,38 +83,38 @@ def test_steps_restate_the_question_and_rejected_texts_go_wrong_there_or_in_the_
             if name == "rejected":
                 assert value(result) in (value(last[5:]), Fraction(row["answer"]))
                 assert value(last[5:]) > 0
-                wrong_steps += value(result) != Fraction(row["answer"])
-    assert wrong_steps / len(everything) == pytest.approx(2 / 3, abs=0.02)
+                incorrect_steps += value(result) != Fraction(row["answer"])
+    assert incorrect_steps / len(everything) == pytest.approx(2 / 3, abs=0.02)
 
 
-def test_two_of_three_solutions_are_right(rows):
+def test_two_of_three_solutions_are_correct(rows):
     assert sum(column(rows["train"], "solution_right")) / 12_000 == pytest.approx(0.65, abs=0.01)
 
 
-def test_the_strict_verifier_misses_about_half_of_the_right_solutions(rows):
+def test_the_strict_verifier_misses_about_half_of_the_correct_solutions(rows):
     missed = {}
     for family in ("fractions", "decimals", "percents"):
         part = [row for row in rows["train"] if row["solution_right"] and row["family"] == family]
         missed[family] = 1 - sum(strict_reward(column(part, "solution"), column(part, "answer"))) / len(part)
     assert missed == pytest.approx({"fractions": 0.1, "decimals": 0.9, "percents": 0.9}, abs=0.03)
-    right = [row for row in rows["train"] if row["solution_right"]]
-    share = 1 - sum(strict_reward(column(right, "solution"), column(right, "answer"))) / len(right)
+    correct = [row for row in rows["train"] if row["solution_right"]]
+    share = 1 - sum(strict_reward(column(correct, "solution"), column(correct, "answer"))) / len(correct)
     assert share == pytest.approx(0.5, abs=0.02)
 
 
-def test_the_strict_verifier_accepts_nothing_wrong(everything):
+def test_the_strict_verifier_accepts_no_incorrect_text(everything):
     answers = column(everything, "answer")
     assert not any(strict_reward(column(everything, "rejected"), answers))
     strict = strict_reward(column(everything, "solution"), answers)
     assert all(row["solution_right"] for row, verdict in zip(everything, strict) if verdict)
 
 
-def test_all_forms_occur_and_tell_little_about_right_and_wrong(rows):
+def test_all_forms_occur_and_tell_little_about_correctness(rows):
     counts = {n: collections.Counter() for n in ("chosen", "rejected")}
     for row in rows["train"]:
         for name, counter in counts.items():
             final = row[name].rpartition("#### ")[2]
-            if "/" in final or "." in final or "%" in final:  # a wrong answer can be a whole number
+            if "/" in final or "." in final or "%" in final:  # an incorrect answer can be a whole number
                 counter[row["family"], form(final)] += 1
     assert set(counts["chosen"]) == set(counts["rejected"])
     assert {form for _, form in counts["chosen"]} == {"lowest", "unreduced", "mixed", "decimal", "percent"}
@@ -128,28 +122,21 @@ def test_all_forms_occur_and_tell_little_about_right_and_wrong(rows):
         assert counts["rejected"][key] / 12_000 == pytest.approx(count / 12_000, abs=0.05), key
 
 
-def test_no_split_shares_the_numbers_and_things_of_a_family_with_another(rows):
+def test_splits_share_no_numbers_and_things_of_a_family(rows):
     key = lambda row: (row["family"], parts(row)[1], parts(row)[3], *sorted((parts(row)[0], parts(row)[2])))
     keys = {split: set(map(key, part)) for split, part in rows.items()}
-    assert not keys["train"] & keys["validation"]
-    assert not keys["train"] & keys["test"]
-    assert not keys["validation"] & keys["test"]
+    assert_disjoint(keys)
     for split in ("validation", "test"):
         assert min(collections.Counter(key[0] for key in keys[split]).values()) >= 30
 
 
 def test_small_enough_for_a_small_model(rows):
-    part = rows["train"]
-    tokenizer = data.train_tokenizer(f"{row['question']}\n{row['solution']}" for row in part[:2000])
-    assert max(map(len, tokenizer.encode_batch([row["question"] + "\n" for row in part]))) <= 32
-    for name in ("solution", "chosen", "rejected"):
-        assert max(map(len, tokenizer.encode_batch(column(part, name)))) < 32  # one more for the end token
+    question, *completions = longest(rows["train"], "solution", "chosen", "rejected")
+    assert question <= 32 and max(completions) < 32  # one more for the end token
 
 
-def test_the_data_are_those_of_version_1():
-    """Checkpoints and published figures rest on them: a change here needs a new VERSION."""
-    content = json.dumps([list(answer_forms._rows(split, size)) for split, size in answer_forms._SIZES.items()])
-    assert (
-        hashlib.sha256(content.encode()).hexdigest()
-        == "24b50ab50da7b2118d85f88225714d3c47456f15f427ffadcd2b212a36083839"
-    )
+def test_version_1_has_fixed_rows():
+    """Checkpoints and published metrics depend on the rows: a change needs a new VERSION."""
+    sizes = answer_forms.AnswerForms.SIZES
+    content = [list(answer_forms._rows(split, sizes[split])) for split in SPLITS]
+    assert digest(content) == "24b50ab50da7b2118d85f88225714d3c47456f15f427ffadcd2b212a36083839"
