@@ -13,7 +13,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 import pytest
 
-from jaxrl_reason import plan
+from jaxrl_reason.plan import devices_of
 
 # Times are for people with quiet machines.
 hypothesis.settings.register_profile("ours", deadline=None)
@@ -46,9 +46,9 @@ def shared_programs(tmp_path_factory):
 
 @pytest.fixture
 def tpu():
-    """The devices of a slice by its name; nothing runs on them."""
+    """Returns a function from the name of a slice to its devices, for compiling only."""
     pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install jaxrl_reason[tpu]")
-    return plan.devices_of
+    return devices_of
 
 
 @pytest.fixture(scope="module")

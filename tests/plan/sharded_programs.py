@@ -1,8 +1,7 @@
-"""What the compiler says of a tiny step on 8 simulated devices, as JSON: run by test_plan, since a process has one number of devices.
+"""Prints the plan of a tiny step on 8 simulated devices as JSON.
 
-python sharded_programs.py [replicated | undonated]
-
-The words break something on purpose: every device holds all KV caches; the update keeps its old state.
+test_plan.py runs it as `python sharded_programs.py [replicated | undonated]`: a process has one number of devices.
+"replicated" puts all KV caches on every device, "undonated" keeps the update's old state, so that tests can detect both.
 """
 
 import json
@@ -13,7 +12,10 @@ import jax
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from helpers.tiny_runs import tiny
-from jaxrl_reason import models, plan
+from jaxrl_reason import models
+from jaxrl_reason.plan.chips import CHIPS
+from jaxrl_reason.plan.measure import measure_part
+from jaxrl_reason.plan.programs import parts_of
 from jaxrl_reason.rl import programs
 
 config = tiny(
@@ -47,8 +49,8 @@ if "undonated" in sys.argv:
 
     programs.build = without_donation
 found = {}
-for part in plan.parts_of(config, jax.devices()):
-    found[part.name] = plan.measure(part, plan.CHIPS["v5e"], len(jax.devices()))
+for part in parts_of(config, jax.devices()):
+    found[part.name] = measure_part(part, CHIPS["v5e"], len(jax.devices()))
     if part.name == "rollout":  # [P, G, heads, head_dim, T]
         text = part.lower().compile().as_text()
         found["caches"] = {"whole": "f32[16,4,4,4,192]" in text, "split": "f32[4,4,2,4,192]" in text}

@@ -1,4 +1,4 @@
-"""Compiled programs read from their text, against numbers by hand."""
+"""The reader of compiled programs, compared with numbers by hand."""
 
 import os
 import pathlib
@@ -17,7 +17,7 @@ def compiled(f, *shapes):
     return jax.jit(f).lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).compile().as_text()
 
 
-def test_products_of_one_program_by_their_sizes():
+def test_flops_of_products_follow_from_their_sizes():
     def f(x, w, q, k):
         return x @ w, jnp.einsum("bhqd,bhkd->bhqk", q, k)
 
@@ -27,7 +27,7 @@ def test_products_of_one_program_by_their_sizes():
     assert program.collectives == {} and program.unknown_loops == {}
 
 
-def test_what_a_scan_holds_counts_once_a_trip_and_nested_scans_multiply():
+def test_the_body_of_a_scan_counts_once_per_trip_and_nested_scans_multiply():
     def f(x, w):
         layer = lambda x, w: (jnp.tanh(x @ w), ())
         twice = lambda x, _: (jax.lax.scan(layer, x, w)[0], ())
@@ -37,7 +37,7 @@ def test_what_a_scan_holds_counts_once_a_trip_and_nested_scans_multiply():
 
 
 @pytest.mark.parametrize("remat, passes", [(False, 3), (True, 4)])
-def test_the_gradient_of_a_scan_is_two_products_a_product_and_recomputation_one_more(remat, passes):
+def test_the_gradient_of_a_scan_takes_two_products_per_product_and_remat_one_more(remat, passes):
     def f(w, x):
         layer = lambda x, w: (jnp.tanh(jnp.tanh(x @ w)), ())
         layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
@@ -47,7 +47,7 @@ def test_the_gradient_of_a_scan_is_two_products_a_product_and_recomputation_one_
     assert hlo.read(text).flops == passes * 6 * 2 * 32 * 64 * 64
 
 
-def test_a_loop_that_depends_on_data_runs_as_often_as_the_caller_says():
+def test_the_caller_gives_the_trips_of_a_loop_that_depends_on_data():
     def f(x, w):
         going = lambda carry: (carry[0] < 20) & (carry[1].sum() > 0)
         return jax.lax.while_loop(going, lambda carry: (carry[0] + 1, carry[1] @ w), (1, x))
@@ -55,10 +55,10 @@ def test_a_loop_that_depends_on_data_runs_as_often_as_the_caller_says():
     text, once = compiled(f, (32, 64), (64, 64)), 2 * 32 * 64 * 64
     program = hlo.read(text)
     (name,) = program.unknown_loops
-    assert program.unknown_loops == {name: 19}  # what t < 20 allows, from 1 on
+    assert program.unknown_loops == {name: 19}  # the limit of t < 20, from 1 on
     assert program.flops == 19 * once
     assert hlo.read(text, loop_trips=4).flops == hlo.read(text, loop_trips={name: 4}).flops == 4 * once
-    with pytest.raises(ValueError, match=f"loop_trips names 'while.none'.*those are: {name}"):
+    with pytest.raises(ValueError, match=f"loop_trips names 'while.none'.*length: {name}"):
         hlo.read(text, loop_trips={"while.none": 4})
 
 
@@ -69,7 +69,7 @@ def test_a_loop_without_any_limit_counts_once():
     assert program.flops == 2 * 32 * 64 * 64
 
 
-def test_of_a_conditional_the_larger_branch_counts():
+def test_the_branch_of_a_conditional_with_most_flops_counts():
     f = lambda x, w: jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: x @ w @ w)
     assert hlo.read(compiled(f, (32, 64), (64, 64))).flops == 2 * 2 * 32 * 64 * 64
 
@@ -112,7 +112,7 @@ def run_python(script, folder, **environment):
     assert run.returncode == 0, run.stderr[-3000:]
 
 
-def test_collectives_of_eight_devices_by_kind_and_bytes(tmp_path):
+def test_collectives_of_eight_devices_are_counted_by_kind_and_bytes(tmp_path):
     run_python(SHARDED, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=8")
     read = lambda name: hlo.read((tmp_path / f"{name}.txt").read_text())
     gathered, summed, manual = map(read, ("gathered", "summed", "manual"))
@@ -128,7 +128,7 @@ def test_collectives_of_eight_devices_by_kind_and_bytes(tmp_path):
     }
 
 
-# -- texts of executables for TPUs, cut down -----------------------------------------------------------------------------------------------
+# -- shortened texts of executables for TPUs -------------------------------------------------------
 
 SUM = """
 %sum (a: f32[], b: f32[]) -> f32[] {
@@ -148,7 +148,7 @@ def executable(main, more=""):
     [
         ("bf16[128,64]", "bf16[64,32]", "f32[128,32]", "dim_labels=bf_io->bf", 2 * 128 * 64 * 32),
         ("bf16[64,128]", "bf16[64,32]", "f32[128,32]", "dim_labels=fb_io->bf", 2 * 128 * 64 * 32),
-        # [2, 3] products in a batch: windows over holes.
+        # A batch of [2, 3] products: windows over dilated elements.
         (
             "bf16[2,3,64,16]",
             "bf16[2,3,16,32]",
@@ -164,7 +164,7 @@ def executable(main, more=""):
             "window={size=1x4 pad=0_0x3_3 rhs_reversal=0x1}, dim_labels=0bf1_1oi0->0b1f",
             2 * 8 * 32 * 64 * 4 * 16,
         ),
-        # A true convolution, its borders padded: 10 * 3 - 2 meetings.
+        # A convolution with padded borders: 10 * 3 - 2 pairs of a position and a kernel element.
         (
             "f32[4,10,8]",
             "f32[3,8,16]",
@@ -181,7 +181,7 @@ def executable(main, more=""):
         ),
     ],
 )
-def test_convolutions_count_what_exists(lhs, rhs, out, attributes, expected):
+def test_convolutions_count_neither_padding_nor_holes(lhs, rhs, out, attributes, expected):
     text = executable(f"""
   %p.1 = {lhs}{{1,0:T(8,128)(2,1)S(1)}} parameter(0)
   %p.2 = {rhs}{{1,0:T(8,128)(2,1)}} parameter(1)
@@ -189,7 +189,7 @@ def test_convolutions_count_what_exists(lhs, rhs, out, attributes, expected):
     assert hlo.read(text).flops == expected
 
 
-def test_operands_may_carry_their_shapes():
+def test_operands_can_include_their_shapes():
     text = executable("""
   %p.1 = f32[4,8]{1,0} parameter(0)
   ROOT %dot.2 = f32[4,4]{1,0} dot(f32[4,8]{1,0} %p.1, f32[4,8]{1,0} %p.1), lhs_contracting_dims={1}, rhs_contracting_dims={1}""")
@@ -245,14 +245,14 @@ MAIN = """
         (0, 1, "EQ", 7, None),
     ],
 )
-def test_trips_come_from_start_step_and_limit_wherever_the_limit_stands(start, step, direction, limit, trips):
+def test_trips_follow_from_start_step_and_limit(start, step, direction, limit, trips):
     text = executable(MAIN.format(start=start, limit=limit), LOOP.format(step=step, direction=direction))
     program = hlo.read(text, loop_trips=11)
     assert program.flops == (11 if trips is None else trips) * 2 * 8 * 8 * 8
     assert program.unknown_loops == ({"while.1": None} if trips is None else {})
 
 
-def test_a_limit_that_a_trip_changes_is_none():
+def test_a_limit_that_a_trip_changes_is_unknown():
     loop = LOOP.format(step=1, direction="LT").replace("tuple(%next.1, %y, %limit)", "tuple(%next.1, %y, %next.1)")
     assert hlo.read(executable(MAIN.format(start=0, limit=7), loop)).unknown_loops == {"while.1": None}
 
@@ -321,7 +321,7 @@ def test_kernels_are_listed_by_name_with_their_shapes():
     )
 
 
-def test_a_product_compiled_to_multiplication_and_sum_is_counted_apart():
+def test_a_product_compiled_to_multiplication_and_sum_is_counted_separately():
     fused = """
 %scores (q: f32[8,64], k: f32[8,32,64]) -> (f32[8,32], f32[8]) {
   %q = f32[8,64]{1,0} parameter(0)
@@ -343,12 +343,12 @@ def test_a_product_compiled_to_multiplication_and_sum_is_counted_apart():
     assert (program.flops, program.reduced_flops) == (0, 2 * 8 * 32 * 64)
 
 
-def test_computations_of_other_cores_end_where_they_say_who_runs_them():
+def test_a_computation_can_end_with_its_execution_thread():
     text = compiled(lambda x, w: jnp.tanh(x @ w), (32, 48), (48, 64))
     assert text.count("\n}\n") > 1
     assert hlo.read(text.replace("\n}\n", '\n}, execution_thread="sparsecore"\n')) == hlo.read(text)
 
 
-def test_a_text_that_is_no_executable_is_refused():
-    with pytest.raises(ValueError, match="no ENTRY computation; give what jax.stages.Compiled.as_text"):
+def test_a_text_that_is_no_executable_raises():
+    with pytest.raises(ValueError, match="no ENTRY computation; give the result of jax.stages.Compiled.as_text"):
         hlo.read("module @jit_f { }")

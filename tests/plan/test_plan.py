@@ -1,4 +1,4 @@
-"""The planner: what the compiler says of a step, for TPUs where libtpu is installed and for 8 simulated devices; what is wrong is seen."""
+"""Plans of a step for 8 simulated devices, and for TPUs if libtpu is installed."""
 
 import dataclasses
 import importlib.util
@@ -16,9 +16,13 @@ import numpy as np
 import pytest
 
 from helpers.tiny_runs import tiny
-from jaxrl_reason import models, plan
+from jaxrl_reason import models
 from jaxrl_reason.config import ConfigError, to_dict
 from jaxrl_reason.models import reward_model
+from jaxrl_reason.plan.__main__ import main
+from jaxrl_reason.plan.measure import GIB, largest_that_fits, requested_bytes
+from jaxrl_reason.plan.programs import parts_of
+from jaxrl_reason.plan.step import sizes_of
 from jaxrl_reason.rl import programs
 
 WITH_LIBTPU = pytest.mark.skipif(
@@ -31,7 +35,7 @@ WITH_LIBTPU = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def sharded(shared_programs):
-    """What sharded_programs prints, in a process with 8 devices."""
+    """Returns the output of sharded_programs.py, run in a process with 8 devices."""
 
     def of(*broken):
         script = pathlib.Path(__file__).with_name("sharded_programs.py")
@@ -44,28 +48,29 @@ def sharded(shared_programs):
 
 
 def assert_sound(found):
-    """Caches are split, no collective moves them or a prompt's activations, and the update writes over its state."""
+    """Asserts that caches are split and not moved by collectives, and that the update overwrites its state."""
     assert found["caches"] == {"split": True, "whole": False}
-    gathered = found["rollout"]["collectives"]["all-gather"]["gib"] * plan.GIB
-    caches = sum(x for name, x in found["rollout"]["filled_gib"].items() if "KV" in name) * plan.GIB
-    assert gathered < caches  # over the whole rollout: every step would gather them all
+    gathered = found["rollout"]["collectives"]["all-gather"]["gib"] * GIB
+    caches = sum(x for name, x in found["rollout"]["filled_gib"].items() if "KV" in name) * GIB
+    assert gathered < caches  # in the whole rollout; with replicated caches every step gathers all of them
     assert found["update"]["donation"] == 1.0
 
 
-def test_a_sound_step_is_sharded_and_donated_and_its_flops_are_the_compilers(sharded):
+def test_a_step_is_sharded_and_donated_and_its_flops_equal_the_compilers(sharded):
     found = sharded()
     assert_sound(found)
     assert abs(found["rollout"]["flops_over_hlo"] - 1) < 0.03 and abs(found["update"]["flops_over_hlo"] - 1) < 0.03
-    # float32, by hand: 2 layers, keys and values, 2 of 4 heads of size 4; 4 of 16 prompts on a device, 64 tokens, 4 samples of 192.
-    of_token = 2 * 2 * 2 * 4 * 4
+    # float32, by hand: 2 layers, keys and values, 2 of 4 heads of size 4. A device has 4 of 16 prompts of 64 tokens, each
+    # with 4 samples of 192 tokens.
+    per_token = 2 * 2 * 2 * 4 * 4
     filled = found["rollout"]["filled_gib"]
-    assert filled["prompts' KV"] * plan.GIB == of_token * 4 * 64
-    assert filled["samples' KV"] * plan.GIB == of_token * 4 * 4 * 192
+    assert filled["prompts' KV"] * GIB == per_token * 4 * 64
+    assert filled["samples' KV"] * GIB == per_token * 4 * 4 * 192
     assert found["reshard"]["collectives"]["all-gather"]["count"] > 0
 
 
 @pytest.mark.parametrize("broken", ["replicated", "undonated"])
-def test_a_broken_sharding_is_caught(broken, sharded):
+def test_a_broken_step_is_detected(broken, sharded):
     with pytest.raises(AssertionError):
         assert_sound(sharded(broken))
 
@@ -74,8 +79,8 @@ def test_a_broken_sharding_is_caught(broken, sharded):
 
 
 @given(limit=st.integers(0, 5000), start=st.integers(1, 3000), grain=st.sampled_from([1, 2, 8, 128]))
-def test_the_search_ends_at_the_most_that_fits_or_within_a_sixteenth_of_it(limit, start, grain):
-    found = plan.largest(lambda n: n <= limit, start, grain)
+def test_the_search_returns_the_largest_size_or_one_at_most_a_sixteenth_smaller(limit, start, grain):
+    found = largest_that_fits(lambda n: n <= limit, start, grain)
     lowest = 2 if grain == 1 else grain
     if limit < lowest:
         assert found == 0
@@ -83,18 +88,18 @@ def test_the_search_ends_at_the_most_that_fits_or_within_a_sixteenth_of_it(limit
         assert found <= limit < found + max(grain, found // 16) + grain and found % grain == 0
 
 
-def test_what_the_compiler_asked_for_is_read_from_its_refusal():
+def test_requested_bytes_are_read_from_the_compilers_error():
     text = (
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. "
         "Exceeded hbm capacity by 4.75G."
     )
-    assert plan._asked_for(RuntimeError(text)) == 20.5 * 2**30
+    assert requested_bytes(RuntimeError(text)) == 20.5 * 2**30
     text = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (33.96G) exceeds available HBM (15.75G)."
-    assert plan._asked_for(RuntimeError(text)) == 33.96 * 2**30
-    assert plan._asked_for(RuntimeError("INTERNAL: something else")) is None
+    assert requested_bytes(RuntimeError(text)) == 33.96 * 2**30
+    assert requested_bytes(RuntimeError("INTERNAL: something else")) is None
 
 
-# -- sentences -------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 
 def recipe(tmp_path, **changes):
@@ -118,8 +123,8 @@ def recipe(tmp_path, **changes):
         (["--topology"], "--topology is ''"),
     ],
 )
-def test_what_cannot_be_planned_is_a_sentence(flags, said, tmp_path, capsys):
-    assert plan.main([f"--config={recipe(tmp_path)}", f"--out={tmp_path / 'plan.json'}", *flags]) == 2
+def test_invalid_flags_exit_with_2_and_a_sentence(flags, said, tmp_path, capsys):
+    assert main([f"--config={recipe(tmp_path)}", f"--out={tmp_path / 'plan.json'}", *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and not (tmp_path / "plan.json").exists()
 
@@ -142,31 +147,31 @@ def test_what_cannot_be_planned_is_a_sentence(flags, said, tmp_path, capsys):
         ),
     ],
 )
-def test_what_a_mesh_does_not_divide_is_named_by_its_field(changes, said):
+def test_a_size_that_the_mesh_does_not_divide_is_named_by_its_field(changes, said):
     config = tiny("rows.jsonl", **dict(prompts_per_step=8, model__heads=4, model__kv_heads=4) | changes)
     with pytest.raises(ConfigError, match=said):
-        plan.parts_of(config, jax.devices()[:1] * 8)
+        parts_of(config, jax.devices()[:1] * 8)
 
 
-def test_a_reward_model_of_ours_tells_its_sizes(tmp_path):
+def test_sizes_of_a_reward_model_trained_here_come_from_its_description(tmp_path):
     small = models.ModelConfig(vocab_size=300, width=8, layers=3, heads=2, kv_heads=1, mlp_width=24, head_dim=4)
     digest = {"tokenizer_digest": "of a tokenizer that a plan does not read"}
     (tmp_path / "reward_model.json").write_text(json.dumps({"model": dataclasses.asdict(small)} | digest))
     learnt = dict(reward__functions=["accuracy", "reward_model"], reward_model__path=str(tmp_path))
     config = tiny("rows.jsonl", model__width=32, **learnt)
-    policy, judge = plan.sizes_of(config)
+    policy, judge = sizes_of(config)
     assert (policy.width, judge) == (32, small)
-    (part,) = (part for part in plan.parts_of(config, jax.devices()[:1]) if part.name == "reward model")
+    (part,) = (part for part in parts_of(config, jax.devices()[:1]) if part.name == "reward model")
     assert part.filled["weights"] == 4 * sum(x.size for x in jax.tree.leaves(reward_model.abstract_params(small)))
     (tmp_path / "reward_model.json").write_text("{}")
     with pytest.raises(
         ConfigError, match="A plan needs the sizes .*reward_model.json does not describe a reward model"
     ):
-        plan.sizes_of(config)
+        sizes_of(config)
 
 
 @pytest.mark.parametrize("kind, chosen", [("TPU v2", "plain"), ("TPU v3", "plain"), ("TPU v5 lite", "splash")])
-def test_old_chips_attend_without_kernels(kind, chosen):
+def test_old_chips_run_attention_without_kernels(kind, chosen):
     config = tiny("rows.jsonl")
     device = types.SimpleNamespace(platform="tpu", device_kind=kind)
     mesh = types.SimpleNamespace(devices=np.array([device], object))
@@ -180,17 +185,17 @@ def test_old_chips_attend_without_kernels(kind, chosen):
             programs.with_attention(small, config, mesh)
 
 
-def test_where_figures_cannot_go_nothing_is_compiled(tmp_path, capsys):
+def test_an_invalid_out_path_exits_before_anything_is_compiled(tmp_path, capsys):
     flags = [f"--config={recipe(tmp_path)}", "--topology=v5e:2x2"]
     for out in (tmp_path / "nowhere" / "plan.json", tmp_path):
-        assert plan.main([*flags, f"--out={out}"]) == 2
+        assert main([*flags, f"--out={out}"]) == 2
         assert f"--out is '{out}'" in capsys.readouterr().err
 
 
-def test_without_the_compiler_it_says_what_to_install(tmp_path, capsys, monkeypatch):
+def test_without_libtpu_the_error_names_the_package(tmp_path, capsys, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "libtpu" else find(name, *a))
-    assert plan.main([f"--config={recipe(tmp_path)}", "--topology=v5e:2x2"]) == 2
+    assert main([f"--config={recipe(tmp_path)}", "--topology=v5e:2x2"]) == 2
     assert "jaxrl_reason[tpu]" in capsys.readouterr().err
 
 
@@ -198,7 +203,7 @@ def test_without_the_compiler_it_says_what_to_install(tmp_path, capsys, monkeypa
 
 
 def command(tmp_path, config, *flags):
-    """(what it prints, the figures) of the command line in a process of its own: libtpu stays out of this one."""
+    """Returns (standard output, JSON) of the command, run in a process of its own, so that this one loads no libtpu."""
     out = tmp_path / "plan.json"
     arguments = ["--config", str(recipe(tmp_path, **config)), f"--out={out}", *flags]
     run = subprocess.run(
@@ -244,9 +249,9 @@ def test_a_step_is_planned_for_a_slice(tmp_path):
         assert abs(part["flops_over_hlo"] - 1) < 0.03 and part["flops_in_kernels"] > 0, name
         assert 0 < part["peak_gib"] < part["total_gib"] < 15.75 and part["bound_by"] in part["roofline_seconds"]
     assert parts["update"]["donation"] > 0.99
-    # Where logits are split by the vocabulary, they are exchanged for whole rows; the head stays where it is.
+    # Logits split by the vocabulary are exchanged for whole rows. The head is not moved.
     head, trips = 256 * 4096 * 2, 255
-    assert parts["rollout"]["collectives"]["all-gather"]["gib"] * plan.GIB < 0.05 * head * trips
+    assert parts["rollout"]["collectives"]["all-gather"]["gib"] * GIB < 0.05 * head * trips
     assert found["step"]["seconds_at_least"] == pytest.approx(sum(p["seconds"] * p["times"] for p in found["parts"]))
 
 
@@ -262,7 +267,7 @@ def test_a_step_is_planned_for_old_chips(topology, tmp_path):
 
 @WITH_LIBTPU
 @pytest.mark.slow
-def test_too_large_is_an_answer_and_the_search_says_what_is_not(tmp_path):
+def test_a_run_that_does_not_fit_is_planned_and_the_search_finds_sizes_that_do(tmp_path):
     large = SMALL | dict(max_completion_length=131072, mesh__tensor=1, model__head_dim=128)
     printed, found = command(tmp_path, large, "--topology=v5e:2x2", "--search")
     assert not found["fits"] and "does NOT fit" in printed

@@ -1,0 +1,243 @@
+"""Compiles the programs of a step: whether they fit, their peak memory, and the least time that they take.
+
+Peak memory is the compiler's. FLOPs and bytes come from `costs`, and FLOPs are compared with the compiled program
+(`hlo`). Times are rooflines: the least that the FLOPs, bytes and collectives can take. Nothing is run.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+import math
+import re
+import time
+from typing import Any
+
+import jax
+
+from jaxrl_reason import config as config_lib
+from jaxrl_reason.config import Config, ConfigError
+from jaxrl_reason.models import sharding
+from jaxrl_reason.plan import hlo
+from jaxrl_reason.plan.chips import Chip, chip_of, first_line
+from jaxrl_reason.plan.programs import Part, parts_of
+from jaxrl_reason.rl import programs as programs_lib
+
+GIB = 2**30
+ASSUMPTIONS = (
+    "Each program takes as long as the slowest of its FLOPs, its least memory traffic and its collectives at the chip's "
+    "peak rates; the three overlap entirely. This is a lower bound.",
+    "Every prompt and every completion has the maximum length.",
+    "Collectives use all links of a chip in one direction. Networks between slices are not counted.",
+    "Not compiled, so they may not fit: the supervised phase, evaluations (prompts_per_step x eval.samples completions at "
+    "once) and the training of a reward model.",
+    "Rewards on the host, reading data and checkpoints take no time; no group is drawn again.",
+)
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+def make_plan(
+    config: Config, topology: str, devices: Sequence[jax.Device], say: Callable[[str], None] = _silent
+) -> dict[str, Any]:
+    """Compiles the programs of a step one after another.
+
+    Args:
+      config: of the run, with config.mesh for these devices.
+      topology: name of the slice, such as "v5e:4x4".
+      devices: from `chips.devices_of`.
+      say: receives a line before each program is compiled.
+
+    Returns:
+      JSON-able: the run's sizes, "parts" (see `measure_part`), "fits", and "step" with the least time and its
+      assumptions.
+
+    Raises:
+      ConfigError: if the configuration cannot run on the devices.
+    """
+    parts = []
+    for part in parts_of(config, devices):
+        say(f"compiling {part.name} ...")
+        parts.append(measure_part(part, chip_of(topology), len(devices)))
+    seconds = sum(part["seconds"] * part["times"] for part in parts)
+    tokens = config.prompts_per_step * config.group_size * config.max_completion_length
+    return {
+        "topology": topology,
+        "devices": len(devices),
+        "mesh": dict(programs_lib.make_mesh(config, devices).shape) | {"rollout_tensor": config.mesh.rollout_tensor},
+        "prompts_per_step": config.prompts_per_step,
+        "group_size": config.group_size,
+        "max_prompt_length": config.max_prompt_length,
+        "max_completion_length": config.max_completion_length,
+        "fits": all(part["fits"] for part in parts),
+        "parts": parts,
+        "step": {
+            "seconds_at_least": seconds,
+            "completion_tokens_per_second_at_most": tokens / seconds,
+            "assumptions": list(ASSUMPTIONS),
+        },
+    }
+
+
+def measure_part(part: Part, chip: Chip, devices: int) -> dict[str, Any]:
+    """Compiles a program and reads the executable.
+
+    Args:
+      part: the program.
+      chip: the kind of the devices.
+      devices: their number.
+
+    Returns:
+      JSON-able. "fits" and "compiled" are False if the compiler finds no room; "peak_gib" is then the memory that it
+      asked for. "total_gib" is the sum of "peak_gib" and "beside_gib", the run's other arrays. Sizes and seconds are per
+      device and run, "flops" and "bytes" of all devices.
+    """
+    begin = time.perf_counter()
+    compiled, peak = _compile(part)
+    seconds_to_compile = time.perf_counter() - begin
+    activations = max(peak - sum(part.contents.values()), 0.0)
+    contents = {name: x / GIB for name, x in part.contents.items()} | {"activations": activations / GIB}
+    found: dict[str, Any] = {
+        "name": part.name,
+        "compile_seconds": seconds_to_compile,
+        "times": part.times,
+        "fits": compiled is not None and peak + part.resident <= chip.hbm * GIB,
+        "limit_gib": chip.hbm,
+        "compiled": compiled is not None,
+        "peak_gib": peak / GIB,
+        "beside_gib": part.resident / GIB,
+        "total_gib": (peak + part.resident) / GIB,
+        "filled_gib": contents,
+        "flops": part.cost.flops,
+        "attention_flops": part.cost.attention_flops,
+        "recomputed_flops": part.cost.recomputed_flops,
+        "bytes": part.cost.bytes,
+    }
+    seconds = {
+        "compute": part.cost.flops / devices / chip.flops,
+        "memory": part.cost.bytes / devices / chip.bandwidth,
+    }
+    if compiled is not None:
+        program = hlo.read(compiled.as_text() or "", loop_trips=part.loop_trips)
+        seconds["links"] = sum(x.bytes for x in program.collectives.values()) / chip.links
+        found |= _compare(part, program, devices)
+        aliased = _memory(compiled).alias_size_in_bytes
+        found["donation"] = min(aliased / part.donated, 1.0) if part.donated else None
+    bound_by = max(seconds, key=lambda name: seconds[name])
+    return found | {"roofline_seconds": seconds, "bound_by": bound_by, "seconds": seconds[bound_by]}
+
+
+def _compile(part: Part) -> tuple[jax.stages.Compiled | None, float]:
+    """Returns the executable (None if the compiler finds no room), and the bytes per device that it needs."""
+    try:
+        compiled = part.lower().compile()
+    except jax.errors.JaxRuntimeError as e:
+        asked = requested_bytes(e)
+        if asked is None:
+            raise
+        return None, asked
+    return compiled, float(_memory(compiled).peak_memory_in_bytes)
+
+
+def _memory(compiled: jax.stages.Compiled) -> Any:
+    memory = compiled.memory_analysis()
+    if memory is None:
+        raise ConfigError("This compiler does not report the memory of its programs.")
+    return memory
+
+
+def _compare(part: Part, program: hlo.Program, devices: int) -> dict[str, Any]:
+    """Returns the FLOPs of the compiled program on all devices, next to the formula's, and its collectives."""
+    flops = (program.flops + program.reduced_flops) * devices
+    return {
+        "hlo_flops": flops,
+        "flops_in_kernels": part.kernel_flops,
+        "flops_over_hlo": (part.cost.flops - part.kernel_flops) / flops if flops else None,
+        "collectives": {kind: {"count": x.executions, "gib": x.bytes / GIB} for kind, x in program.collectives.items()},
+    }
+
+
+def requested_bytes(error: Exception) -> float | None:
+    """Returns the bytes per device of a program for which the compiler found no room; None for any other error.
+
+    If the temporaries alone are too large, the compiler reports only their size.
+
+    Raises:
+      ConfigError: if the compiler does not report a size.
+    """
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text:
+        return None
+    used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])(?: of [\d.]+[KMGT] hbm|\) exceeds)", text)
+    if used is None:
+        raise ConfigError(
+            f"The compiler has no room for a program and does not report its size: {first_line(error)} Lower "
+            "prompts_per_step or max_completion_length."
+        )
+    return float(used[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[used[2]]
+
+
+# -- the search ------------------------------------------------------------------------------------
+
+
+def find_largest(
+    config: Config, topology: str, devices: Sequence[jax.Device], say: Callable[[str], None] = _silent
+) -> dict[str, int]:
+    """Returns the largest prompts_per_step, group_size and max_completion_length that fit.
+
+    Each is searched with the others as configured; 0: none fits. For the arguments see `make_plan`.
+    """
+    chip = chip_of(topology)
+
+    def fits(name: str, value: int) -> bool:
+        other = config_lib.from_dict(config_lib.to_dict(config) | {name: value})
+        say(f"trying {name} = {value} ...")
+        # The largest programs first: the compiler rejects them in seconds.
+        parts = sorted(parts_of(other, devices), key=lambda part: part.name not in ("update", "rollout"))
+        return all(measure_part(part, chip, len(devices))["fits"] for part in parts)
+
+    return {
+        name: largest_that_fits(functools.partial(fits, name), getattr(config, name), grain)
+        for name, grain in _grains(config, devices).items()
+    }
+
+
+def _grains(config: Config, devices: Sequence[jax.Device]) -> dict[str, int]:
+    """Returns the number of which each searched size has to be a multiple."""
+    mesh = programs_lib.make_mesh(config, devices)
+    decoding = sharding.rollout_mesh(mesh, config.mesh.rollout_tensor or mesh.shape["tensor"])
+    pieces, parts = config.update.minibatches * config.update.accumulation, config.sampling.parts
+    ways = sharding.ways(mesh)
+    return {
+        "prompts_per_step": math.lcm(ways * pieces, ways * parts, sharding.ways(decoding) * parts),
+        "group_size": 1,
+        "max_completion_length": 128,
+    }
+
+
+def largest_that_fits(fits: Callable[[int], bool], start: int, grain: int, limit: int = 2**20) -> int:
+    """Returns the largest multiple of `grain` that fits, or one at most a sixteenth smaller; 0 if none fits.
+
+    Args:
+      fits: (size) -> whether it fits.
+      start: the first size; doubled while it fits, then the interval is bisected.
+      grain: sizes are its multiples. With 1 the least size is 2, that of a group.
+      limit: no larger size is tried.
+    """
+    lowest = 2 * grain if grain == 1 else grain
+    low, high = 0, max(start // grain * grain, lowest)
+    while high <= limit and fits(high):
+        low, high = high, 2 * high
+    if not low:
+        while high > lowest and not low:
+            above, high = high, max(high // 2 // grain * grain, lowest)
+            if fits(high):
+                low, high = high, above
+        if not low:
+            return 0
+    while high - low > max(grain, low // 16):
+        middle = (low + high) // 2 // grain * grain
+        if middle in (low, high):
+            break
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,220 @@
+"""The programs that a training step runs: how to lower each, its cost and the contents of its memory."""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_reason.config import Config
+from jaxrl_reason.models import sharding
+from jaxrl_reason.plan import costs
+from jaxrl_reason.plan.step import bytes_per_device, open_step, Step
+from jaxrl_reason.rewards import learned, model_files, model_training
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One program of a training step.
+
+    Attributes:
+      name: "reshard", "rollout", "reward model", "score" or "update".
+      lower: () -> jax.stages.Lowered.
+      cost: of the program on all devices.
+      kernel_flops: share of `cost.flops` in Pallas kernels, which the text of the compiled program does not show.
+      resident: bytes per device of the run's other arrays, which stay in memory while the program runs.
+      contents: name -> bytes per device in the program's own memory. The rest are activations and the compiler's copies.
+      donated: bytes per device that the program should overwrite.
+      loop_trips: trips of the program's loop of unknown length.
+      times: runs per step.
+    """
+
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    cost: costs.Cost
+    kernel_flops: float
+    resident: float
+    contents: Mapping[str, float]
+    donated: float = 0.0
+    loop_trips: int | None = None
+    times: float = 1.0
+
+
+def parts_of(config: Config, devices: Sequence[jax.Device]) -> list[Part]:
+    """Returns the programs of a training step on the given devices, in the order in which they run.
+
+    Raises:
+      ConfigError: if the configuration cannot run on the devices.
+    """
+    step = open_step(config, devices)
+    parts = [_reshard(step), _rollout(step), _reward_model(step), _score(step), _update(step)]
+    return [part for part in parts if part is not None]
+
+
+def _lowering(program: Callable, *arguments: Any) -> Callable[[], jax.stages.Lowered]:
+    """Returns a function that lowers a jitted program."""
+    return lambda: cast(jax.stages.Wrapped, program).lower(*arguments)
+
+
+def _kernel_flops(step: Step, cost: costs.Cost) -> float:
+    """Returns the FLOPs of a forward or update that splash kernels compute."""
+    return cost.attention_flops if step.model.attention == "splash" else 0.0
+
+
+def _reshard(step: Step) -> Part | None:
+    """The copy of the weights to the layout in which rollouts read them; None if both layouts are equal."""
+    if not step.programs.moves_weights:
+        return None
+    m = step.memory
+    return Part(
+        "reshard",
+        _lowering(step.programs.jitted["reshard"], step.programs.abstract_state.params),
+        costs.Cost(bytes=(m.weights + m.copy) * step.mesh.size),
+        0.0,
+        m.optimizer + m.reference + m.reward_model,
+        {"weights": m.weights, "their copy": m.copy},
+    )
+
+
+def _rollout(step: Step) -> Part:
+    config, model, m = step.config, step.model, step.memory
+    P, G, S, T = step.rollout_sizes
+    by_prompt, whole = sharding.batch_sharding(step.decoding), sharding.replicated(step.decoding)
+    of = functools.partial(jax.ShapeDtypeStruct, sharding=by_prompt)
+    prompts = of((P, S), jnp.int32), of((P, S), bool), of((P,), jnp.int32)
+    features = of((P, model.features), jnp.float32) if model.features else None
+    index = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    temperatures = jax.ShapeDtypeStruct((G,), jnp.float32, sharding=whole)
+    cost = costs.rollout(
+        model,
+        P,
+        G,
+        S,
+        T,
+        attention=model.attention,
+        replicas=sharding.ways(step.decoding),
+        prompt_logprobs=step.programs.needs.prompt_logprobs,
+        probe=step.probe,
+        int8=bool(config.sampling.quantize),
+    )
+    prompts_kv, samples_kv = _cache_bytes(step)
+    return Part(
+        "rollout",
+        _lowering(step.programs.jitted["rollout"], step.decoding_params, *prompts, features, index, temperatures),
+        cost,
+        _kernel_flops(step, costs.rollout(model, P, G, S, 1, attention=model.attention)),  # kernels only in the prefill
+        (m.weights if m.copy else 0.0) + m.optimizer + m.reference + m.reward_model,
+        {"weights": bytes_per_device(step.decoding_params), "prompts' KV": prompts_kv, "samples' KV": samples_kv},
+        loop_trips=T - 1 + step.probe,
+        times=config.sampling.parts,
+    )
+
+
+def _cache_bytes(step: Step) -> tuple[float, float]:
+    """Returns the bytes per device of the prompts' and of the samples' keys and values, all layers together."""
+    model, decoding = step.model, step.decoding
+    P, G, S, T = step.rollout_sizes
+    itemsize = jnp.dtype(model.compute_dtype).itemsize
+    token = 2 * model.layers * model.kv_heads * model.head_dim * itemsize / decoding.shape["tensor"]
+    prompts, samples = (tokens * token / sharding.ways(decoding) for tokens in (P * S, P * G * T))
+    if step.config.sampling.quantize:
+        # One byte per number and a float32 scale per head and position. The prompts' unrounded cache stays in memory.
+        rounded = (model.head_dim + 4) / (model.head_dim * itemsize)
+        prompts, samples = prompts * (1 + rounded), samples * rounded
+    return prompts, samples
+
+
+def _reward_model(step: Step) -> Part | None:
+    """The scoring by a learned reward model; None if the run has none."""
+    model, config, m = step.reward_config, step.config, step.memory
+    if model is None:
+        return None
+    P, G, S, T = step.rollout_sizes
+    pieces = sharding.microbatches(step.mesh, P, step.pieces)
+    cost = functools.partial(
+        costs.reward_model, model, attention=model.attention, replicas=sharding.ways(step.mesh), parts=pieces
+    )
+    path, by_prompt = config.reward_model.path, step.programs.sharding
+    if path and not model_files.is_ours(path):
+        # The texts are in the reward model's own tokens and share no prompt: each text counts as a prompt.
+        L = config.reward_model.max_length
+        texts = jax.ShapeDtypeStruct((P, G, L), jnp.int32, sharding=by_prompt)
+        lengths = jax.ShapeDtypeStruct((P, G), jnp.int32, sharding=by_prompt)
+        score = learned.scoring_program(model, by_prompt)
+        lower, costs_of_it = _lowering(score, step.reward_params, texts, lengths, pieces), cost(P * G, 1, L, 0)
+    else:
+        score = model_training.group_scoring_program(model, step.mesh, pieces)
+        share = lambda x: jax.ShapeDtypeStruct((P, *x.shape[1:]), x.dtype, sharding=x.sharding)
+        lower = _lowering(score, step.reward_params, jax.tree.map(share, step.rollout))
+        costs_of_it = cost(P, G, S, T)
+    return Part(
+        "reward model",
+        lower,
+        costs_of_it,
+        _kernel_flops(step, costs_of_it),
+        m.weights + m.copy + m.optimizer + m.reference,
+        {"weights": m.reward_model},
+        times=config.sampling.parts,
+    )
+
+
+def _score(step: Step) -> Part | None:
+    """The scoring under the reference policy and under the policy itself; None if the run needs neither."""
+    config, model, m = step.config, step.model, step.memory
+    needs = step.programs.needs
+    times = int(needs.reference) + (needs.old_logprobs and not needs.exact_sampler)
+    if not times:
+        return None
+    cost = costs.score(
+        model,
+        *step.sizes,
+        attention=model.attention,
+        replicas=sharding.ways(step.mesh),
+        parts=step.pieces,
+        logprob_chunk=config.update.logprob_chunk,
+        probe=step.probe,
+        tensor=step.mesh.shape["tensor"],
+    )
+    temperature = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(step.decoding))
+    state = step.programs.abstract_state
+    return Part(
+        "score",
+        _lowering(step.programs.jitted["score"], state.params, step.experience.rollout, temperature),
+        cost,
+        _kernel_flops(step, cost),
+        m.optimizer + m.reference + m.reward_model,
+        {"weights": m.weights},
+        times=times,
+    )
+
+
+def _update(step: Step) -> Part:
+    config, model, mesh, m = step.config, step.model, step.mesh, step.memory
+    u = config.update
+    cost = costs.update(
+        model,
+        *step.sizes,
+        attention=model.attention,
+        replicas=sharding.ways(mesh),
+        copies=mesh.shape["slice"] * mesh.shape["data"],
+        epochs=u.epochs,
+        minibatches=u.minibatches,
+        accumulation=u.accumulation,
+        logprob_chunk=u.logprob_chunk,
+        probe=step.probe,
+        tensor=mesh.shape["tensor"],
+        optimizer_slots=3 if config.optimizer.float32_master else 2,
+    )
+    temperature = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
+    state = step.programs.abstract_state
+    return Part(
+        "update",
+        _lowering(step.programs.jitted["update"], state, step.experience, temperature),
+        cost,
+        _kernel_flops(step, cost),
+        m.reference + m.reward_model,
+        {"weights": m.weights, "optimizer": m.optimizer, "rollouts": bytes_per_device(step.rollout)},
+        donated=bytes_per_device(state),
+    )

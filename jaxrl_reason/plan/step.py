@@ -1,0 +1,240 @@
+"""A training step on given devices, as shapes with shardings.
+
+Nothing is compiled or put on a device here. Of pretrained models only config.json is read.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import math
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_reason import config as config_lib
+from jaxrl_reason import models
+from jaxrl_reason.config import Config, ConfigError
+from jaxrl_reason.methods import Method
+from jaxrl_reason.models import ModelConfig, reward_model, sharding
+from jaxrl_reason.rewards import model_files
+from jaxrl_reason.rewards.scorer import LEARNED
+from jaxrl_reason.rl import auxiliary
+from jaxrl_reason.rl import experience as experience_lib
+from jaxrl_reason.rl import programs as programs_lib
+from jaxrl_reason.rl.types import Experience, Groups, Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A training step on given devices, as shapes with shardings.
+
+    Attributes:
+      config, method, programs: of the run.
+      model: the policy, with the attention that the devices run.
+      mesh: of scoring and update.
+      decoding: the mesh of rollouts.
+      decoding_params: the weights as rollouts read them.
+      rollout, experience: of all prompts of the step.
+      reward_config, reward_params: of the reward model; None and {} if the run has none.
+    """
+
+    config: Config
+    method: Method
+    programs: programs_lib.Programs
+    model: ModelConfig
+    mesh: jax.sharding.Mesh
+    decoding: jax.sharding.Mesh
+    decoding_params: Any
+    rollout: Rollout
+    experience: Experience
+    reward_config: ModelConfig | None
+    reward_params: Any
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """P, G, S, T of an update."""
+        c = self.config
+        return c.prompts_per_step, c.group_size, c.max_prompt_length, c.max_completion_length
+
+    @property
+    def rollout_sizes(self) -> tuple[int, int, int, int]:
+        """P, G, S, T of one rollout: a share of the prompts, and a greedy completion if the method needs it."""
+        P, _, S, T = self.sizes
+        return P // self.config.sampling.parts, self.rollout.tokens.shape[1], S, T
+
+    @property
+    def probe(self) -> bool:
+        """Whether a self-reward token is scored after the end of each completion."""
+        return self.programs.needs.probe
+
+    @property
+    def pieces(self) -> int:
+        """Microbatches per epoch."""
+        return self.config.update.accumulation * self.config.update.minibatches
+
+    @functools.cached_property
+    def memory(self) -> "Memory":
+        state = self.programs.abstract_state
+        return Memory(
+            weights=bytes_per_device(state.params),
+            optimizer=bytes_per_device(state.opt_state),
+            reference=bytes_per_device(state.trained) if self.programs.needs.reference else 0.0,
+            copy=bytes_per_device(self.decoding_params) if self.programs.moves_weights else 0.0,
+            reward_model=bytes_per_device(self.reward_params),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes per device of the arrays that live longer than a program.
+
+    Attributes:
+      weights: of the policy as the update reads them.
+      optimizer: its state.
+      reference: weights of the reference policy; 0 if the run needs none.
+      copy: weights of the policy as rollouts read them; 0 if rollouts read `weights`.
+      reward_model: weights of the reward model.
+    """
+
+    weights: float
+    optimizer: float
+    reference: float
+    copy: float
+    reward_model: float
+
+
+def open_step(config: Config, devices: Sequence[jax.Device]) -> Step:
+    """Returns the step of a run on the given devices.
+
+    Raises:
+      ConfigError: if the configuration cannot run on the devices.
+    """
+    method = config_lib.validate(config)
+    if config.regression.tokenizer:
+        raise ConfigError(
+            "config.regression.tokenizer is set. A plan reads no table, and a regression run's sizes depend on its "
+            "table; only runs on text can be planned."
+        )
+    policy, reward_config = sizes_of(config)
+    mesh, programs = _build_programs(config, method, policy, devices)
+    model = programs_lib.with_attention(policy, config, mesh)
+    decoding = sharding.rollout_mesh(mesh, config.mesh.rollout_tensor or mesh.shape["tensor"])
+    reward_params: Any = {}
+    if reward_config:
+        try:
+            shardings = reward_model.param_shardings(reward_config, mesh)
+        except ValueError as e:
+            raise ConfigError(f"The reward model cannot be split over the mesh: config.{e}") from e
+        reward_config = programs_lib.with_attention(reward_config, config, mesh)
+        reward_params = _place(reward_model.abstract_params(reward_config), shardings)
+    params = programs.abstract_state.params
+    if programs.moves_weights:
+        moved = jax.eval_shape(programs.jitted["reshard"], _bare(params))
+        params = _place(moved, sharding.param_shardings(model, decoding))
+    rollout, learnt = _step_shapes(config, method, programs, model)
+    return Step(config, method, programs, model, mesh, decoding, params, rollout, learnt, reward_config, reward_params)
+
+
+def sizes_of(config: Config) -> tuple[ModelConfig, ModelConfig | None]:
+    """Returns the sizes of the policy and of the reward model (None if the run has none).
+
+    Sizes come from config.json or reward_model.json if there is one, else from the configuration.
+
+    Raises:
+      ConfigError: if a description is missing or invalid.
+    """
+    try:
+        source = models.read_source(config.model.path) if config.model.path else None
+        vocabulary = models.read_config(source).vocab_size if source else config.data.vocab_size
+        policy = config_lib.model_config(config, vocabulary, source)
+        if not LEARNED.keys() & set(config.reward.functions):
+            return policy, None
+        if not config.reward_model.path:
+            return policy, models.lora.base_of(policy)
+        if model_files.is_ours(config.reward_model.path):
+            return policy, model_files.described(config.reward_model.path)
+        pretrained = models.read_config(models.read_source(config.reward_model.path))
+    except ConfigError:
+        raise
+    except ValueError as e:
+        raise ConfigError(f"A plan needs the sizes of the models: {e}") from e
+    m = config.model
+    return policy, dataclasses.replace(
+        pretrained, param_dtype=m.param_dtype, compute_dtype=m.compute_dtype, remat="none"
+    )
+
+
+def bytes_per_device(tree: Any) -> float:
+    """Returns the bytes of a tree of ShapeDtypeStructs that one device holds."""
+    shard = lambda x: math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape)
+    return float(sum(shard(x) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+
+
+def _build_programs(
+    config: Config, method: Method, policy: ModelConfig, devices: Sequence[jax.Device]
+) -> tuple[jax.sharding.Mesh, programs_lib.Programs]:
+    """Returns the mesh and the programs. Token ids are arbitrary: no number of a plan depends on them."""
+    verdict = config.reward.verdict or config.reward.functions[0]
+    try:
+        mesh = programs_lib.make_mesh(config, devices)
+        return mesh, programs_lib.build(
+            config,
+            method,
+            policy,
+            mesh,
+            eos_ids=(1,),
+            pad_id=0,
+            weights=dict.fromkeys(_reward_names(config), 1.0),
+            verdict=verdict.rpartition(":")[2],
+            probe_token=2 if auxiliary.needs_probe(method.loss) else None,
+        )
+    except ConfigError:
+        raise
+    except ValueError as e:
+        raise ConfigError(f"config.{e}" if str(e).startswith("mesh.") else str(e)) from e
+
+
+def _step_shapes(
+    config: Config, method: Method, programs: programs_lib.Programs, model: ModelConfig
+) -> tuple[Rollout, Experience]:
+    """Returns the rollout and the experience of a step, as ShapeDtypeStructs with shardings."""
+    P, S = config.prompts_per_step, config.max_prompt_length
+    needs = programs.needs
+    G = config.group_size + needs.greedy
+    shape = jax.ShapeDtypeStruct
+    state = programs.abstract_state
+    prompts = [shape((P, S), jnp.int32), shape((P, S), bool), shape((P,), jnp.int32)]
+    features = shape((P, model.features), jnp.float32) if model.features else None
+    step, temperatures = shape((), jnp.int32), shape((G,), jnp.float32)
+    rollout = jax.eval_shape(programs.jitted["rollout"], _bare(state.params), *prompts, features, step, temperatures)
+    rewards = {name: shape((P, G), jnp.float32) for name in _reward_names(config)}
+    columns = {"values": shape((P,), jnp.float32)} if "values" in needs.columns else {}
+    groups = Groups(rollout, cast(Any, rewards), cast(Any, columns))
+    learnt = jax.eval_shape(functools.partial(experience_lib.drop_greedy, method=method), rollout)
+    per_token = shape(learnt.mask.shape, jnp.float32)
+    kl = per_token if "kl" in method.signals else None
+    c_ref = shape((), jnp.float32) if needs.probe else None
+    experience, *_ = jax.eval_shape(programs.make_experience, groups, _bare(state.advantage_state), kl, c_ref)
+    if needs.old_logprobs:
+        experience = experience._replace(old_logprobs=per_token)
+    if config.update.kl_coefficient:
+        experience = experience._replace(ref_logprobs=per_token)
+    by_prompt = lambda tree: jax.tree.map(
+        lambda x: shape(x.shape, x.dtype, sharding=programs.sharding if x.ndim else None), tree
+    )
+    return by_prompt(rollout), by_prompt(experience)
+
+
+def _reward_names(config: Config) -> list[str]:
+    return [name.rpartition(":")[2] for name in config.reward.functions]
+
+
+def _bare(tree: Any) -> Any:
+    """Returns ShapeDtypeStructs without shardings."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _place(tree: Any, shardings: Any) -> Any:
+    """Returns ShapeDtypeStructs with the given shardings, a tree of the same structure."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
