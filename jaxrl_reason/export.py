@@ -25,7 +25,6 @@ from jaxrl_reason import data, models, reward_training, runs
 from jaxrl_reason.config import ConfigError
 from jaxrl_reason.methods import nearest
 from jaxrl_reason.models import sharding
-from jaxrl_reason.models.formats import pretrained
 from jaxrl_reason.runs.workdir import model_source, tokenizer_of
 
 _FLAGS = ("--workdir", "--out", "--checkpoint", "--reward-model", "--adapters", "--dtype", "--config")
@@ -93,7 +92,7 @@ def load_policy(workdir: pathlib.Path, checkpoint: int | None = None) -> tuple[i
     number, params = runs.load_weights(workdir, checkpoint, like)
     if source is None:
         source = {"max_position_embeddings": config.max_prompt_length + config.max_completion_length}
-    return number, models.Policy(model, params, tokenizer, source, pretrained.files_of(workdir / "tokenizer"))
+    return number, models.Policy(model, params, tokenizer, source, models.tokenizer_files(workdir / "tokenizer"))
 
 
 def load_reward_model(workdir: pathlib.Path) -> models.RewardModel:
@@ -110,7 +109,7 @@ def load_reward_model(workdir: pathlib.Path) -> models.RewardModel:
     host = sharding.make_mesh(1, 1, 1, devices=jax.local_devices(backend="cpu")[:1])
     digest = reward_training.tokenizer_digest(tokenizer)
     model, params = reward_training.load_reward_model(directory, digest, mesh=host)
-    return models.RewardModel(model, params, tokenizer, {}, pretrained.files_of(directory / "tokenizer"))
+    return models.RewardModel(model, params, tokenizer, {}, models.tokenizer_files(directory / "tokenizer"))
 
 
 def export(
@@ -138,7 +137,7 @@ def export(
             raise ConfigError(
                 f"The run in {workdir} began with random weights, which its adapters need and nobody has."
             )
-        pretrained.save_adapters(out, policy, base)
+        models.save_adapters(out, policy, base)
         return number
     config, params = models.lora.merge(policy.config, policy.params)
     _save(out, dataclasses.replace(policy, config=config, params=params), dtype)

@@ -242,7 +242,7 @@ def parts_of(config: Config, devices) -> list[Part]:
     P, S, T = config.prompts_per_step, config.max_prompt_length, config.max_completion_length
     G, K, part = config.group_size, rollout.tokens.shape[1], P // config.sampling.parts
     decoding = sharding.rollout_mesh(mesh, config.mesh.rollout_tensor or mesh.shape["tensor"])
-    replicas, copies = sharding.ways(mesh), mesh.shape["slice"] * mesh.shape["data"]
+    replicas, copies = sharding.num_shards(mesh), mesh.shape["slice"] * mesh.shape["data"]
     splash = model.attention == "splash"
     on = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     whole, by_decoding = sharding.replicated(decoding), sharding.batch_sharding(decoding)
@@ -259,7 +259,7 @@ def parts_of(config: Config, devices) -> list[Part]:
         params = jax.tree.map(
             on,
             jax.eval_shape(programs.jitted["reshard"], bare),
-            sharding.param_shardings(model, decoding),
+            models.param_shardings(model, decoding),
         )
     copy = a_chip(params) if programs.for_rollouts else 0.0
     judge_params = {}
@@ -272,7 +272,7 @@ def parts_of(config: Config, devices) -> list[Part]:
     # A cache holds keys and values of every layer, in compute_dtype.
     number = jnp.dtype(model.compute_dtype).itemsize
     token = 2 * model.layers * model.kv_heads * model.head_dim * number / decoding.shape["tensor"]
-    prompts_kv, samples_kv = (x * token / sharding.ways(decoding) for x in (part * S, part * K * T))
+    prompts_kv, samples_kv = (x * token / sharding.num_shards(decoding) for x in (part * S, part * K * T))
     if (
         config.sampling.quantize
     ):  # a byte a number and a float32 scale a head and place; the prompts' beside what they are rounded from
@@ -287,7 +287,7 @@ def parts_of(config: Config, devices) -> list[Part]:
         S,
         T,
         attention=model.attention,
-        replicas=sharding.ways(decoding),
+        replicas=sharding.num_shards(decoding),
         prompt_logprobs="prompt_confidence" in method.signals,
         probe=probe,
         int8=bool(config.sampling.quantize),
@@ -515,9 +515,9 @@ def search(config: Config, topology: str, devices, say: Callable[[str], None] = 
     mesh = programs_lib.mesh_of(config, devices)
     decoding = sharding.rollout_mesh(mesh, config.mesh.rollout_tensor or mesh.shape["tensor"])
     pieces, parts = config.update.minibatches * config.update.accumulation, config.sampling.parts
-    ways = sharding.ways(mesh)
+    ways = sharding.num_shards(mesh)
     grains = {
-        "prompts_per_step": math.lcm(ways * pieces, ways * parts, sharding.ways(decoding) * parts),
+        "prompts_per_step": math.lcm(ways * pieces, ways * parts, sharding.num_shards(decoding) * parts),
         "group_size": 1,
         "max_completion_length": 128,
     }

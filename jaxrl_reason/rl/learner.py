@@ -193,7 +193,7 @@ def _in_chunks(config: models.ModelConfig, chunk: int, law, hidden, tokens, targ
         scored = losses.token_logprobs(logits, tokens)
         return *scored, None if targets is None else losses.token_logprobs(logits, targets)[0]
 
-    chunk = chunk_length(P, G, T, -(-config.vocab_size // sharding.tensor_ways()), chunk)
+    chunk = chunk_length(P, G, T, -(-config.vocab_size // sharding.num_vocab_shards()), chunk)
     if chunk == T:
         return of_chunk(head, hidden, tokens, targets, legal)
     count = -(-T // chunk)

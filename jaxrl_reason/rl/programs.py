@@ -131,7 +131,7 @@ def build(
         raise ConfigError(f"config.{e}") from e
     try:
         sharding.check_batch(decoding, "prompts_per_step / sampling.parts", part)
-        rollout_shardings = sharding.param_shardings(model, decoding)
+        rollout_shardings = models.param_shardings(model, decoding)
     except ValueError as e:
         raise ConfigError(
             f"While sampling the mesh is data={decoding.shape['data']}, tensor={decoding.shape['tensor']}, as "
@@ -377,7 +377,7 @@ def state_shardings(model: models.ModelConfig, mesh: jax.sharding.Mesh, optimize
     Raises:
       ValueError: a mesh axis does not divide the dimension it splits.
     """
-    whole, params = sharding.replicated(mesh), sharding.param_shardings(model, mesh)
+    whole, params = sharding.replicated(mesh), models.param_shardings(model, mesh)
     trained, _ = models.lora.split(model, models.abstract_params(model))
     abstract = jax.eval_shape(functools.partial(learner.init_opt_state, optimizer), trained)
     opt_state = optax.tree_utils.tree_map_params(

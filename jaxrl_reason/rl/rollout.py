@@ -178,7 +178,7 @@ def generate(
         legal_now = None if legal is None else legal[..., t, :].reshape(-1, 1, legal.shape[-1])
         logits = sharding.constrain(logits, "prompts", None, "vocab")  # computed where the head's parts are
         law = scale_logits(logits, temperature, legal_now)  # f32[P, G, V]
-        if G % sharding.tensor_ways() == 0 and law.shape[1] == G:
+        if G % sharding.num_vocab_shards() == 0 and law.shape[1] == G:
             # Whole rows of some samples to each device that has a part of the vocabulary, not all samples' to all.
             law = sharding.constrain(law, "prompts", "samples")
         drawn = sample_token(law, jax.lax.dynamic_index_in_dim(noise, t, 2, keepdims=False), temperature == 0)

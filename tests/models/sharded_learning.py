@@ -18,6 +18,7 @@ import optax
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from helpers import reference_decoder as reference
+from jaxrl_reason import models
 from jaxrl_reason.methods import PolicyLoss
 from jaxrl_reason.models import lora, ModelConfig, sharding
 from jaxrl_reason.rl import learner
@@ -43,7 +44,7 @@ def learn(sizes, kind):
     config = dataclasses.replace(CONFIG, lora_rank=2) if kind == "adapters" else CONFIG
     devices = jax.devices()[: int(np.prod(sizes))]
     mesh = sharding.make_mesh(*sizes, devices=devices)
-    weights, batch = sharding.param_shardings(config, mesh), sharding.batch_sharding(mesh)
+    weights, batch = models.param_shardings(config, mesh), sharding.batch_sharding(mesh)
     whole = sharding.replicated(mesh)
     params = jax.device_put(reference.random_params(config, scale=0.3), weights)
     rng = np.random.default_rng(0)

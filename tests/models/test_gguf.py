@@ -131,12 +131,12 @@ def test_quantised_weights_are_near(kind, atol, tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"architecture": "mamba"}, "of architecture 'mamba'; of GGUF files, llama's are read"),
+        ({"architecture": "mamba"}, "has architecture 'mamba'; only llama is read"),
         ({"llama.block_count": None}, "lacks the field llama.block_count"),
         ({"llama.embedding_length": 48}, "has shape"),
-        ({"tokenizer.ggml.pre": "other"}, "splitting text as 'other'"),
+        ({"tokenizer.ggml.pre": "other"}, "splits text as 'other'"),
         ({"tokenizer.ggml.model": "llama"}, "tokenizer of kind 'llama'"),
-        ({"tokenizer.ggml.eos_token_id": None}, "names no end token"),
+        ({"tokenizer.ggml.eos_token_id": None}, "has no end token"),
         ({"llama.rope.scaling.type": "yarn"}, "scales its rotary positions"),
     ],
 )

@@ -14,7 +14,6 @@ from helpers import reference_decoder
 from jaxrl_reason import models
 from jaxrl_reason.methods import PolicyLoss
 from jaxrl_reason.models import lora, ModelConfig
-from jaxrl_reason.models.formats import pretrained
 from jaxrl_reason.rl import learner
 from jaxrl_reason.rl.learner import TrainState, UpdateOptions
 from jaxrl_reason.rl.rollout import Rollout
@@ -151,7 +150,7 @@ def test_the_optimizer_keeps_moments_of_the_adapters_alone():
 
 def test_adapters_as_peft_reads_them(tmp_path):
     params = params_with_adapters()
-    pretrained.save_adapters(tmp_path / "out", models.Policy(CONFIG, params), "org/base")
+    models.save_adapters(tmp_path / "out", models.Policy(CONFIG, params), "org/base")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     content = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert content["peft_type"] == "LORA" and content["base_model_name_or_path"] == "org/base"

@@ -18,7 +18,7 @@ import safetensors.numpy
 from helpers import reference_decoder
 from jaxrl_reason import data, models
 from jaxrl_reason.models import ModelConfig, PretrainedError, RopeScaling
-from jaxrl_reason.models.formats import families, weights
+from jaxrl_reason.models.formats import families, pretrained, weights
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 NAMES = ("llama", "qwen2", "qwen2_tied", "qwen3", "mistral", "gemma3", "qwen2_reward")
@@ -149,7 +149,7 @@ def test_an_id_of_the_hub_is_taken_at_a_named_revision_and_without_pickles(hub_c
     policy = models.load_pretrained(f"Qwen/Qwen3-0.6B@{old}")
     assert policy.config.qk_norm and policy.source["_commit_hash"] == old
     assert capsys.readouterr().err.strip().endswith(f"revision {old} of the Hugging Face hub.")
-    assert "_commit_hash" not in models.pretrained.config_json(policy)
+    assert "_commit_hash" not in pretrained.config_json(policy)
     assert models.read_source("Qwen/Qwen3-0.6B@main")["model_type"] == "qwen3"
     assert not (tmp_path / "exploded").exists()
     for name, message in (
@@ -261,7 +261,7 @@ HOSTILE = {
     "disguised": (a_disguised_pickle, "is not a whole safetensors file"),
     "outside": (
         an_index("../model.safetensors"),
-        "into '../model.safetensors'; it must be the name of a .safetensors file beside",
+        "into '../model.safetensors'; it must be the name of a .safetensors file in the same directory",
     ),
     "absolute": (an_index("/etc/passwd"), "into '/etc/passwd'; it must be the name"),
     "a NUL": (an_index("a\0.safetensors"), "safetensors cannot be followed"),
@@ -295,7 +295,7 @@ HOSTILE = {
     ),
     "misshapen": (
         tensors(lambda t: t.update({FIRST: t[FIRST].T.copy()})),
-        rf"{FIRST} has shape \[16, 24\], and by config.json it has \[24, 16\]",
+        rf"{FIRST} has shape \[16, 24\], and config.json requires \[24, 16\]",
     ),
     "integers": (tensors(lambda t: t.update({FIRST: t[FIRST].astype("i1")})), f"{FIRST} has dtype I8"),
     "another head": (
@@ -308,7 +308,7 @@ HOSTILE = {
     "config bytes": (other_file("config.json", b"\xff\xfe\x00"), "config.json is not JSON"),
     "unknown": (
         config_of(model_type="mamba"),
-        "has model_type 'mamba'; there are llama, mistral, qwen2, qwen3, gemma3_text",
+        "has model_type 'mamba'; it must be one of llama, mistral, qwen2, qwen3, gemma3_text",
     ),
     "no type": (config_of(model_type=None), "has model_type 'None'"),
     "no size": (config_of(hidden_size=None), "has hidden_size None; it must be a whole number"),
@@ -318,14 +318,14 @@ HOSTILE = {
     "bias": (config_of(attention_bias=True), "has attention_bias True, and only False"),
     "rope": (
         config_of(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
-        "rotary positions of type 'yarn'; there are default, linear and llama3",
+        "rotary positions of type 'yarn'; the type must be default, linear or llama3",
     ),
     "rope fields": (
         config_of(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}),
-        "'llama3' rotary positions without 'factor'",
+        "rotary positions of type 'llama3' without 'factor'",
     ),
     "quantized": (config_of(quantization_config={"bits": 4}), "has a quantization_config"),
-    "heads": (config_of(num_key_value_heads=3), "describes a model that cannot be: model.heads"),
+    "heads": (config_of(num_key_value_heads=3), "describes an invalid model: model.heads"),
     "tokenizer": (other_file("tokenizer.json", b"\x80\x04"), "is not a tokenizer.json"),
     "tokenizer config": (
         lambda d: (data.train_tokenizer(["a"]).save(d), (d / "tokenizer_config.json").write_text("nope")),
@@ -395,7 +395,7 @@ def test_a_stored_copy_of_a_tied_head_is_taken(tmp_path):
 def test_files_and_their_index_hold_the_same_tensors(tmp_path):
     """Seen from both sides: a tensor that the index does not know, and one that its file does not have."""
     for change, message in (
-        (lambda t: t.update(extra=np.zeros(2, "f4")), "holds a tensor that the index does not put there: extra"),
+        (lambda t: t.update(extra=np.zeros(2, "f4")), "holds a tensor that the index does not assign to it: extra"),
         (lambda t: t.pop(sorted(t)[0]), "lacks a tensor of the index: "),
     ):
         directory = tmp_path / message[:5]
@@ -417,7 +417,7 @@ def test_families_that_look_alike_are_told_apart(tmp_path):
     change_json(
         directory / "config.json", model_type="gemma3_text", layer_types=["full_attention", "sliding_attention"] * 2
     )
-    with pytest.raises(PretrainedError, match="every n-th layer can be global"):
+    with pytest.raises(PretrainedError, match="has layer_types without a period"):
         models.load_pretrained(directory)
 
 
@@ -443,11 +443,11 @@ def test_both_spellings_of_a_configuration_are_one_decoder(name):
     "name, changes, message",
     [
         ("qwen3", dict(rope_parameters={"rope_type": "default", "rope_theta": None}), "rope_theta None"),
-        ("qwen3", dict(rope_parameters="linear"), "config.json describes a model that cannot be"),
-        ("qwen3", dict(rope_parameters={"rope_type": "linear", "factor": 0}), "model that cannot be: .*factor is 0"),
+        ("qwen3", dict(rope_parameters="linear"), "config.json describes an invalid model"),
+        ("qwen3", dict(rope_parameters={"rope_type": "linear", "factor": 0}), "an invalid model: .*factor is 0"),
         ("qwen3", dict(tie_word_embeddings="false"), "tie_word_embeddings 'false'; it must be true or false"),
         ("qwen3", dict(rms_norm_eps=0), "rms_norm_eps 0; it must be a finite number above 0"),
-        ("qwen3", dict(layer_types=5), "model that cannot be|layer_types"),
+        ("qwen3", dict(layer_types=5), "an invalid model|layer_types"),
         ("qwen3", dict(model_type=["qwen3"]), "has model_type"),
         ("qwen3", dict(hidden_size=10**9), "hidden_size 1000000000; it must be a whole number from 1 to"),
         ("gemma3", dict(query_pre_attn_scalar=0), "query_pre_attn_scalar 0"),
@@ -529,7 +529,7 @@ def test_configurations_in_the_spelling_of_transformers_4():
     assert found.qkv_bias and not found.sliding_window and found.head_dim == 128 and found.rope_theta == 1e6
     found = families.read_config(qwen | {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 99})
     assert found.sliding_window == 99 and all(found.sliding_layers)
-    with pytest.raises(PretrainedError, match="every n-th layer"):
+    with pytest.raises(PretrainedError, match="every n-th layer is global"):
         families.read_config(qwen | {"use_sliding_window": True})
     gemma = families.read_config(
         {

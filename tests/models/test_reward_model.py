@@ -245,7 +245,7 @@ def test_a_large_margin_neither_overflows_nor_stops_the_gradient():
 
 
 def test_a_group_that_is_no_pair_is_refused():
-    with pytest.raises(ValueError, match="^A pair is one chosen and one rejected completion; these groups have 3.$"):
+    with pytest.raises(ValueError, match="^A pair is one chosen and one rejected completion; the groups have 3.$"):
         reward_model.pair_loss(CONFIG, random_params(CONFIG), rollout())
 
 

@@ -54,7 +54,7 @@ def test_sizes_that_do_not_multiply_to_the_devices_are_refused_by_name(sizes):
 
 
 def test_weights_split_by_their_logical_axes():
-    specs = jax.tree.map(lambda s: s.spec, sharding.param_shardings(CONFIG, abstract_mesh(2, 2, 2)))
+    specs = jax.tree.map(lambda s: s.spec, models.param_shardings(CONFIG, abstract_mesh(2, 2, 2)))
     assert jax.tree.structure(specs) == jax.tree.structure(models.abstract_params(CONFIG))
     want = {
         "q": (None, "fsdp", "tensor"),
@@ -71,7 +71,7 @@ def test_weights_split_by_their_logical_axes():
     for name, spec in want.items():
         assert specs["layers"][name] == PartitionSpec(*spec), name
     assert specs["embedding"] == PartitionSpec("tensor", "fsdp") and specs["head"] == PartitionSpec("fsdp", "tensor")
-    alone = jax.tree.map(lambda s: s.is_fully_replicated, sharding.param_shardings(CONFIG, abstract_mesh(8, 1, 1)))
+    alone = jax.tree.map(lambda s: s.is_fully_replicated, models.param_shardings(CONFIG, abstract_mesh(8, 1, 1)))
     assert all(jax.tree.leaves(alone))  # `data` copies the weights
 
 
@@ -90,7 +90,7 @@ def test_prompts_split_over_data_and_fsdp_and_not_over_tensor():
 )
 def test_a_mesh_axis_that_divides_no_dimension_is_refused_with_the_size(sizes, axis, dimension, size):
     with pytest.raises(ValueError, match=rf"mesh\.{axis} is \d, which does not divide .*\((\d+)\)") as error:
-        sharding.param_shardings(CONFIG, abstract_mesh(*sizes))
+        models.param_shardings(CONFIG, abstract_mesh(*sizes))
     if axis == "fsdp":
         assert f"{dimension!r} dimension ({size})" in str(error.value)
 

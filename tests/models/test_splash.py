@@ -247,7 +247,7 @@ def on_devices(out):
     mesh = models.sharding.make_mesh(2, 2, 2)
     batch = models.sharding.batch_sharding(mesh)
     with jax.set_mesh(mesh):
-        params = jax.device_put(params, models.sharding.param_shardings(config, mesh))
+        params = jax.device_put(params, models.param_shardings(config, mesh))
         placed = [x if x is None else jax.device_put(x, batch) for x in args]
         results["mesh"] = hidden_and_gradients(config, params, *placed)
         # Three prompts are no multiple of the devices, and are computed on all of them.
@@ -290,7 +290,7 @@ def compiled_gradient(config, devices, sizes, prompt, completion):
     mesh = models.sharding.make_mesh(*sizes, devices=devices[: int(np.prod(sizes))])
     batch = models.sharding.batch_sharding(mesh)
     like = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    params = jax.tree.map(like, models.abstract_params(config), models.sharding.param_shardings(config, mesh))
+    params = jax.tree.map(like, models.abstract_params(config), models.param_shardings(config, mesh))
     of = lambda dtype, *shape: jax.ShapeDtypeStruct((8, *shape), dtype, sharding=batch)
 
     def total(params, prompts, mask, completions):

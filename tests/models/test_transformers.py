@@ -10,7 +10,6 @@ import pytest
 
 from jaxrl_reason import data, models
 from jaxrl_reason.models import lora
-from jaxrl_reason.models.formats import pretrained
 
 pytestmark = pytest.mark.slow
 torch = pytest.importorskip("torch")
@@ -130,7 +129,7 @@ def test_adapters_in_peft(tmp_path):
         lora.init_adapters(config, jax.random.key(0)),
     )
     policy = models.Policy(config, lora.join(adapters, base.params))
-    pretrained.save_adapters(tmp_path / "adapters", policy, str(tmp_path / "base"))
+    models.save_adapters(tmp_path / "adapters", policy, str(tmp_path / "base"))
     with_adapters = peft.PeftModel.from_pretrained(model, tmp_path / "adapters").eval()
     found = np.asarray(policy.apply(policy.params, TOKENS, MASK))
     np.testing.assert_allclose(found[MASK], theirs(with_adapters)[MASK], atol=2e-4)
