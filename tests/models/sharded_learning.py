@@ -1,8 +1,8 @@
-"""Samples and one update on the mesh sizes given as data,fsdp,tensor: run by test_sharding in a process with 8 devices.
+"""Draws samples and does one update on meshes given as data,fsdp,tensor; test_sharding runs it in a process with 8 devices.
 
 python sharded_learning.py OUT.npz 1,1,1 8,1,1
 
-A fourth word changes what is done: 2,2,2,adapters trains adapters, 2,2,2,int8 decodes with rounded weights and caches.
+A fourth word selects a variant: 2,2,2,adapters trains adapters, 2,2,2,int8 decodes with rounded weights and caches.
 """
 
 import dataclasses

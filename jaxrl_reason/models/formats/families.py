@@ -37,59 +37,46 @@ _LARGEST = 10_000_000  # bound of any size: a file with a larger number would on
 _SILU = {"hidden_act": ("silu", "swish")}
 _GELU = ("gelu_pytorch_tanh",)
 
-FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (
-        Family("llama", "Llama", computes=_SILU | {"attention_bias": (False,), "mlp_bias": (False,)}),
-        Family(
-            "mistral",
-            "Mistral",
-            absent={"sliding_window": 4096, "num_key_value_heads": 8},
-            computes=_SILU,
-            sliding="all",
-        ),
-        Family(
-            "qwen2",
-            "Qwen2",
-            fixed={"qkv_bias": True},
-            absent={"num_key_value_heads": 32},
-            computes=_SILU,
-            sliding="layers",
-        ),
-        Family(
-            "qwen3",
-            "Qwen3",
-            fixed={"qk_norm": True},
-            absent={"head_dim": 128, "num_key_value_heads": 32},
-            computes=_SILU | {"attention_bias": (False,)},
-            sliding="layers",
-        ),
-        Family(
-            "gemma3_text",
-            "Gemma3",
-            fixed={"qk_norm": True, "norm_offset": 1.0, "post_norms": True, "activation": "gelu"},
-            absent={
-                "num_key_value_heads": 4,
-                "head_dim": 256,
-                "query_pre_attn_scalar": 256,
-                "tie_word_embeddings": True,
-                "rope_theta": 1_000_000.0,
-                "rope_local_base_freq": 10_000.0,
-                "sliding_window": 4096,
-                "sliding_window_pattern": 6,
-            },
-            computes={
-                "hidden_activation": _GELU,
-                "hidden_act": _GELU,
-                "attention_bias": (False,),
-                "attn_logit_softcapping": (None,),
-                "final_logit_softcapping": (None,),
-                "use_bidirectional_attention": (False, None),
-            },
-            sliding="layers",
-        ),
-    )
-}
+_FAMILIES = (
+    Family("llama", "Llama", computes=_SILU | {"attention_bias": (False,), "mlp_bias": (False,)}),
+    Family(
+        "mistral", "Mistral", absent={"sliding_window": 4096, "num_key_value_heads": 8}, computes=_SILU, sliding="all"
+    ),
+    Family("qwen2", "Qwen2", {"qkv_bias": True}, {"num_key_value_heads": 32}, _SILU, "layers"),
+    Family(
+        "qwen3",
+        "Qwen3",
+        fixed={"qk_norm": True},
+        absent={"head_dim": 128, "num_key_value_heads": 32},
+        computes=_SILU | {"attention_bias": (False,)},
+        sliding="layers",
+    ),
+    Family(
+        "gemma3_text",
+        "Gemma3",
+        fixed={"qk_norm": True, "norm_offset": 1.0, "post_norms": True, "activation": "gelu"},
+        absent={
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "tie_word_embeddings": True,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 6,
+        },
+        computes={
+            "hidden_activation": _GELU,
+            "hidden_act": _GELU,
+            "attention_bias": (False,),
+            "attn_logit_softcapping": (None,),
+            "final_logit_softcapping": (None,),
+            "use_bidirectional_attention": (False, None),
+        },
+        sliding="layers",
+    ),
+)
+FAMILIES = {family.model_type: family for family in _FAMILIES}
 
 _SIZES = {
     "vocab_size": "vocab_size",

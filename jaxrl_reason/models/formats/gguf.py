@@ -36,7 +36,7 @@ _CONTROL, _USER_DEFINED = 3, 4  # types of tokens
 _PRE_TOKENIZERS = {
     "smollm": lambda: pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    ),
+    )
 }
 
 

@@ -14,7 +14,8 @@ import shutil
 from typing import Any, TypeVar
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Shaped
+import numpy as np
 
 from jaxrl_reason.data.tokenizer import Tokenizer
 from jaxrl_reason.models import decoder, placement
@@ -46,14 +47,17 @@ class Policy:
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
     def apply(
-        self, params: decoder.Params, tokens: jax.typing.ArrayLike, mask: jax.typing.ArrayLike | None = None
+        self,
+        params: decoder.Params,
+        tokens: Int[Array | np.ndarray, "B S"],
+        mask: Shaped[Array | np.ndarray, "B S"] | None = None,
     ) -> Float[Array, "B S V"]:
         """Computes logits. Pure, and compiled by jit.
 
         Args:
           params: the weights.
-          tokens: int[B, S].
-          mask: [B, S], 1 on real tokens; padding can be anywhere. None: all are real.
+          tokens: texts.
+          mask: 1 on real tokens; padding can be anywhere. None: all are real.
         """
         return _logits(self.config, params, tokens, mask)
 
@@ -63,7 +67,10 @@ class RewardModel(Policy):
     """A sequence classifier with one label; `params` are {"decoder": ..., "score": f32[D]}. See `Policy`."""
 
     def apply(
-        self, params: decoder.Params, tokens: jax.typing.ArrayLike, mask: jax.typing.ArrayLike | None = None
+        self,
+        params: decoder.Params,
+        tokens: Int[Array | np.ndarray, "B S"],
+        mask: Shaped[Array | np.ndarray, "B S"] | None = None,
     ) -> Float[Array, " B"]:
         """Computes scores, read at the last real token. Arguments as for `Policy.apply`."""
         return _scores(self.config, params, tokens, mask)
