@@ -1,14 +1,14 @@
 """Shardings of the weights: the logical axes that the decoder declares, by the rules of `sharding`, checked on a mesh."""
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_reason.models import decoder
 from jaxrl_reason.models.config import ModelConfig
-from jaxrl_reason.models.sharding import RULES
+from jaxrl_reason.models.sharding import AnyMesh, RULES
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh) -> decoder.Params:
+def param_shardings(config: ModelConfig, mesh: AnyMesh) -> decoder.Params:
     """Returns a NamedSharding per weight, in the structure of the parameters.
 
     Args:

@@ -6,7 +6,7 @@ without an output head, "score": f32[D]}. Completions are scored against the KV 
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,12 @@ from jaxrl_reason.models import decoder as decoder_lib
 from jaxrl_reason.models import placement
 from jaxrl_reason.models.config import ModelConfig
 from jaxrl_reason.models.decoder import Params
+from jaxrl_reason.models.sharding import AnyMesh
 
 _INIT_STD = 0.02  # of a new score vector, as in Hugging Face: all scores begin near each other
 
 
+@runtime_checkable
 class Completions(Protocol):
     """Prompts with G completions each: the fields of `rl.types.Rollout` and `data.preferences.PreferenceBatch` that are read here.
 
@@ -51,7 +53,7 @@ def logical_axes(config: ModelConfig) -> Params:
     return {"decoder": decoder_lib.logical_axes(_headless(config)), "score": ("embed",)}
 
 
-def param_shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
+def param_shardings(config: ModelConfig, mesh: AnyMesh) -> Params:
     """Returns a NamedSharding per weight; raises a ValueError if `placement.param_shardings` does."""
     of_decoder = placement.param_shardings(_headless(config), mesh)
     return {"decoder": of_decoder, "score": of_decoder["final_norm"]}  # a weight with the same axis, "embed"

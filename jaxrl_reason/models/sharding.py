@@ -12,11 +12,12 @@ from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 AXES = ("slice", "data", "fsdp", "tensor")
 PROMPT_AXES = ("slice", "data", "fsdp")
+AnyMesh = Mesh | AbstractMesh
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # weights
@@ -113,12 +114,12 @@ def rollout_mesh(mesh: Mesh, tensor: int) -> Mesh:
     return Mesh(mesh.devices.reshape(slices, rest // tensor, 1, tensor), AXES)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """Returns the sharding that splits only the leading (prompt) axis."""
     return NamedSharding(mesh, spec("prompts"))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     """Returns the sharding that splits no axis."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -126,12 +127,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 # -- batches ---------------------------------------------------------------------------------------
 
 
-def num_shards(mesh: Mesh) -> int:
+def num_shards(mesh: AnyMesh) -> int:
     """Returns into how many shards the mesh splits the prompts of a batch."""
     return int(np.prod([mesh.shape[axis] for axis in PROMPT_AXES]))
 
 
-def check_batch(mesh: Mesh, name: str, size: int) -> None:
+def check_batch(mesh: AnyMesh, name: str, size: int) -> None:
     """Raises a ValueError if the mesh cannot split a batch of `size` prompts, configured as `name`, evenly."""
     n = num_shards(mesh)
     if size % n:
@@ -142,7 +143,7 @@ def check_batch(mesh: Mesh, name: str, size: int) -> None:
         )
 
 
-def microbatches(mesh: Mesh, size: int, parts: int) -> int:
+def microbatches(mesh: AnyMesh, size: int, parts: int) -> int:
     """Returns the largest divisor of `parts` that cuts `size` prompts into microbatches which the mesh splits evenly; at least 1."""
     return next(n for n in range(parts, 0, -1) if parts % n == 0 and size % (n * num_shards(mesh)) == 0 or n == 1)
 

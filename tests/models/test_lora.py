@@ -29,7 +29,7 @@ CONFIG = ModelConfig(
     lora_alpha=5.0,
     lora_projections=("q", "v", "down"),
 )
-TOKENS = np.arange(2 * 9).reshape(2, 9) % 20
+TOKENS = jnp.arange(2 * 9).reshape(2, 9) % 20
 
 
 def params_with_adapters(config=CONFIG):

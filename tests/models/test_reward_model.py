@@ -174,8 +174,9 @@ def test_scores_of_a_bfloat16_decoder_are_float32_sums():
     assert params["decoder"]["embedding"].dtype == jnp.bfloat16
 
     def both(params):  # one program: two might round differently
-        hidden, _ = models.bind(config, params["decoder"]).prefill(PROMPTS, jnp.ones(PROMPTS.shape, bool))
-        return reward_model.scores(config, params, PROMPTS), hidden
+        prompts = jnp.asarray(PROMPTS)
+        hidden, _ = models.bind(config, params["decoder"]).prefill(prompts, jnp.ones(prompts.shape, bool))
+        return reward_model.scores(config, params, prompts), hidden
 
     got, hidden = jit_once(both)(params)
     want = np.asarray(hidden[:, -1], np.float64) @ np.asarray(params["score"], np.float64)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -14,6 +14,7 @@ class PretrainedError(ValueError):
     """A model cannot be read or written. The message is a sentence that names the file, the field or the tensor."""
 
 
+@runtime_checkable
 class Weights(Protocol):
     """A readable source of named tensors.
 
