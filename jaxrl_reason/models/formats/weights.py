@@ -36,11 +36,7 @@ class SafetensorsDirectory:
             self._file_of = dict.fromkeys(_names(alone), alone)
         else:
             pickles = [p.name for p in directory.glob("*.bin")] + [p.name for p in directory.glob("*.pt*")]
-            hint = (
-                f" It has {pickles[0]}, a pickle, which can run code when it is read: convert it to safetensors."
-                if pickles
-                else ""
-            )
+            hint = f" It has {pickles[0]}, a pickle, which can run code: convert it to safetensors." if pickles else ""
             raise PretrainedError(f"There is no model.safetensors and no {_INDEX} in {directory}.{hint}")
         for path in dict.fromkeys(self._file_of.values()):
             self._read_shapes(path)
@@ -48,13 +44,10 @@ class SafetensorsDirectory:
     def _read_shapes(self, path: pathlib.Path) -> None:
         with _open(path) as file:
             held, indexed = set(file.keys()), {n for n, p in self._file_of.items() if p == path}
-            for name in sorted(held ^ indexed):
-                fault = (
-                    "holds a tensor that the index does not assign to it"
-                    if name in held
-                    else "lacks a tensor of the index"
-                )
-                raise PretrainedError(f"{path} {fault}: {name}.")
+            for name in sorted(held - indexed):
+                raise PretrainedError(f"{path} holds a tensor that the index does not assign to it: {name}.")
+            for name in sorted(indexed - held):
+                raise PretrainedError(f"{path} lacks a tensor of the index: {name}.")
             for name in indexed:
                 part = file.get_slice(name)
                 if part.get_dtype() not in _DTYPES:
