@@ -152,7 +152,7 @@ class Subject:
 def _batch_size(c: Config, mesh: jax.sharding.Mesh, rows: int) -> int:
     """Prompts at once: about as many completions as in training, which is known to fit."""
     decoding = sharding.rollout_mesh(mesh, c.mesh.rollout_tensor or mesh.shape["tensor"])
-    ways = math.lcm(sharding.ways(mesh), sharding.ways(decoding))
+    ways = math.lcm(sharding.num_shards(mesh), sharding.num_shards(decoding))
     at_once = min(c.prompts_per_step * c.group_size // c.eval.samples, c.eval.prompts, rows)
     return max(-(-at_once // ways), 1) * ways
 
@@ -280,7 +280,7 @@ def run(request: Request, command: str) -> dict[str, float]:
     like = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         models.abstract_params(subject.model),
-        sharding.param_shardings(subject.model, mesh),
+        models.param_shardings(subject.model, mesh),
     )
     number, params = runs.load_weights(workdir, request.checkpoint, like, subject.model)
     params = programs.rollout_weights(params)

@@ -94,7 +94,7 @@ def load_policy(workdir: pathlib.Path, checkpoint: int | None = None) -> tuple[i
     number, params = runs.load_weights(workdir, checkpoint, like, model)
     if source is None:
         source = {"max_position_embeddings": config.max_prompt_length + config.max_completion_length}
-    return number, models.Policy(model, params, tokenizer, source, pretrained.files_of(workdir / "tokenizer"))
+    return number, models.Policy(model, params, tokenizer, source, models.tokenizer_files(workdir / "tokenizer"))
 
 
 def load_reward_model(workdir: pathlib.Path) -> models.RewardModel:
@@ -139,7 +139,7 @@ def export(
             raise ConfigError(
                 f"The run in {workdir} began with random weights, which its adapters need and nobody has."
             )
-        pretrained.save_adapters(out, policy, base)
+        models.save_adapters(out, policy, base)
         return number
     config, params = models.lora.merge(policy.config, policy.params)
     _save(out, dataclasses.replace(policy, config=config, params=params), dtype)

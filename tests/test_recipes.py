@@ -76,8 +76,8 @@ def hub(monkeypatch, tmp_path, tokenizer):
         source = MODELS[name]
         config = families.read_config(source, name)
         module = reward_model if "Classification" in source["architectures"][0] else models
-        table = families.tensors_of(config, module.abstract_params(config))
-        leaves = jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, families.Tensor))
+        table = tensors.tensors_of(config, module.abstract_params(config))
+        leaves = jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, tensors.Tensor))
         own = tokenizer
         if name in CHATS:  # models that were tuned to end their turn
             own = dataclasses.replace(own, eos_ids=(own.backend.token_to_id("<|im_end|>"), *own.eos_ids))
@@ -209,7 +209,7 @@ def held_of(config, task, built, mesh):
     if config.reward_model.path:
         found = judge_of(config)
         judge = jax.tree.map(place, reward_model.abstract_params(found), reward_model.param_shardings(found, mesh))
-    return state, jax.tree.map(place, state.params, sharding.param_shardings(task.model, decoding)), judge
+    return state, jax.tree.map(place, state.params, models.param_shardings(task.model, decoding)), judge
 
 
 # GB on each chip, as the recipes' texts have them: state, weights that rollouts read, reward model; and keys and values while sampling.

@@ -1,6 +1,6 @@
 """What no module of the package does, read off its source; and names under checkpoints/ that lead elsewhere.
 
-Hostile models are in models/test_pretrained.py, hostile chat templates in data/test_chat.py, hostile answers in rewards/.
+Hostile models are in models/test_hostile_models.py, hostile chat templates in data/test_chat.py, hostile answers in rewards/.
 """
 
 import ast

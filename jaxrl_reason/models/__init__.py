@@ -1,6 +1,7 @@
-"""The policy network: one decoder, its configuration and its sharding; pretrained models in and out."""
+"""The policy network: one decoder, its configuration, its shardings and its adapters; pretrained models in and out. See README.md."""
 
 from jaxrl_reason.models import lora, sharding
+from jaxrl_reason.models.cache import PromptCache, SampleCache
 from jaxrl_reason.models.config import ModelConfig, PROJECTIONS, RopeScaling
 from jaxrl_reason.models.decoder import (
     abstract_params,
@@ -12,20 +13,18 @@ from jaxrl_reason.models.decoder import (
     param_count,
     Params,
     project,
-    PromptCache,
-    SampleCache,
 )
-from jaxrl_reason.models.formats.families import PretrainedError, read_config
+from jaxrl_reason.models.formats.families import read_config
+from jaxrl_reason.models.formats.peft import save_adapters
 from jaxrl_reason.models.formats.pretrained import (
     check_weights,
     load_pretrained,
     load_reward_model,
-    open_model,
-    Opened,
-    pinned,
     place_weights,
     Policy,
-    read_source,
     RewardModel,
     save_pretrained,
 )
+from jaxrl_reason.models.formats.source import open_model, pinned, read_source, tokenizer_files
+from jaxrl_reason.models.formats.types import Opened, PretrainedError
+from jaxrl_reason.models.placement import param_shardings

@@ -1,4 +1,4 @@
-"""Pieces of the decoder as pure functions: products, RMSNorm, rotary positions, group attention."""
+"""Parts of the decoder as pure functions: matrix products, RMSNorm, rotary positions, group attention."""
 
 import functools
 import math
@@ -6,30 +6,40 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_reason.models.config import ModelConfig
 
 _FLOAT32 = jax.lax.Precision.HIGHEST  # accelerators would multiply float32 operands in bfloat16 or TF32
-_NEVER = -1e30  # finite: a row that may see nothing gets a uniform softmax, never NaN
+_NEVER = -1e30  # finite: if a query sees nothing, its softmax is uniform, never NaN
 
 
 class Int8(NamedTuple):
-    """A rounded array: values * scale, for what decoding reads over and over. Never differentiated."""
+    """A rounded array, values * scale. Decoding reads it many times; no gradient flows through it.
 
-    values: jax.Array  # int8
-    scale: jax.Array  # float32, 1 along the axis that shares it
+    Attributes:
+      values: int8.
+      scale: float32, with size 1 along the axis whose entries share a scale.
+    """
+
+    values: Int[Array, "..."]
+    scale: Float[Array, "..."]
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the values."""
         return self.values.shape
 
-    def astype(self, dtype):
-        """The values alone: products with them are multiplied by the scale."""
+    def astype(self, dtype: str) -> Array:
+        """Returns the values without their scale: the caller multiplies its product by the scale."""
         return self.values.astype(dtype)
 
 
-def quantize(x: jax.Array, axis: int) -> Int8:
-    """Rounds to 255 steps between plus and minus the largest magnitude along `axis`, which shares a scale."""
+KeysValues = tuple[Array | Int8, Array | Int8]
+
+
+def quantize(x: Float[Array, "..."], axis: int) -> Int8:
+    """Rounds to 255 steps between minus and plus the largest magnitude along `axis`; entries along `axis` share a scale."""
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=axis, keepdims=True) / 127
     return Int8(jnp.round(x / jnp.where(scale > 0, scale, 1.0)).astype(jnp.int8), scale)
@@ -41,7 +51,7 @@ def _dot_bfloat16(x, w):
 
 
 def _dot_bfloat16_fwd(x, w):
-    # Not _dot_bfloat16 again: a rematerialisation policy that keeps products does not look into it.
+    # Not a call of _dot_bfloat16: a rematerialisation policy that keeps products does not look into it.
     return jax.lax.dot(x, w, preferred_element_type=jnp.float32), (x, w)
 
 
@@ -57,27 +67,34 @@ def _dot_bfloat16_bwd(residuals, g):
 _dot_bfloat16.defvjp(_dot_bfloat16_fwd, _dot_bfloat16_bwd)
 
 
-def dot(x: jax.Array, w: jax.Array | Int8, dtype: str) -> jax.Array:
-    """x[..., D] @ w[D, F] -> f32[..., F], operands in `dtype`, sums in float32. An Int8 matrix has a scale a column."""
+def dot(x: Float[Array, "*batch D"], w: Float[Array, "D F"] | Int8, dtype: str) -> Float[Array, "*batch F"]:
+    """Returns x @ w in float32.
+
+    Args:
+      x: the left operand.
+      w: the matrix; an Int8 matrix has one scale per column.
+      dtype: dtype of the operands; sums are float32.
+    """
     if isinstance(w, Int8):
         return dot(x, w.astype(dtype), dtype) * w.scale[0]
-    # Two dimensions only: XLA on CPU has no bfloat16 product with two contracted dimensions, which
-    # the weight gradient would be.
+    # Two dimensions only: XLA on CPU has no bfloat16 product with two contracted dimensions, and the weight gradient would be one.
     flat = x.reshape(-1, x.shape[-1]).astype(dtype)
     w = w.astype(dtype)
     y = jax.lax.dot(flat, w, precision=_FLOAT32) if dtype == "float32" else _dot_bfloat16(flat, w)
     return y.reshape(*x.shape[:-1], w.shape[-1])
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float) -> jax.Array:
-    """x / rms(x) * (scale + offset) over the last axis, in float32, returned in x's dtype."""
+def rms_norm(
+    x: Float[Array, "*batch D"], scale: Float[Array, " D"], eps: float, offset: float
+) -> Float[Array, "*batch D"]:
+    """Returns x / rms(x) * (scale + offset) over the last axis, computed in float32, in the dtype of x."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
     return (y * (scale.astype(jnp.float32) + offset)).astype(x.dtype)
 
 
-def rotary_frequencies(config: ModelConfig, sliding: bool) -> jax.Array:
-    """Rotary frequencies f32[head_dim / 2] in radians per position."""
+def rotary_frequencies(config: ModelConfig, sliding: bool) -> Float[Array, " half_head_dim"]:
+    """Returns the rotary frequencies in radians per position, f32[head_dim / 2], of sliding or of global layers."""
     local = sliding and config.local_rope_theta
     theta = config.local_rope_theta if local else config.rope_theta
     half = config.head_dim // 2
@@ -97,37 +114,58 @@ def rotary_frequencies(config: ModelConfig, sliding: bool) -> jax.Array:
     return jnp.where(wavelengths > low, freqs / scaling.factor, jnp.where(wavelengths < high, freqs, blended))
 
 
-def rotary_angles(positions: jax.Array, config: ModelConfig, sliding: bool):
-    """positions int[...] -> (cos, sin), each f32[..., head_dim / 2]."""
+def rotary_angles(
+    positions: Int[Array, "*batch"], config: ModelConfig, sliding: bool
+) -> tuple[Float[Array, "*batch half_head_dim"], Float[Array, "*batch half_head_dim"]]:
+    """Returns cosines and sines of the rotary angles at `positions`, of sliding or of global layers."""
     angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(config, sliding)
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates x[..., heads, head_dim] by angles [..., head_dim / 2]; halves split, as in Llama."""
+def rotate(
+    x: Float[Array, "*batch heads head_dim"], cos: Float[Array, "..."], sin: Float[Array, "..."]
+) -> Float[Array, "*batch heads head_dim"]:
+    """Rotates pairs (i, i + head_dim / 2) of each head, as Llama does.
+
+    Args:
+      x: queries or keys.
+      cos, sin: f32, broadcastable to [*batch, head_dim / 2].
+
+    Returns:
+      The rotated array in float32.
+    """
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
 
 
-def group_attention(q, own, own_mask, prompt=None, prompt_mask=None, *, scale: float, dtype: str):
-    """Softmax attention of G samples per prompt over their own keys and one shared prompt.
+def group_attention(
+    q: Float[Array, "P G T H K"],
+    own: KeysValues,
+    own_mask: Bool[Array, "#P #G #T C"],
+    prompt: KeysValues | None = None,
+    prompt_mask: Bool[Array, "#P #G #T S"] | None = None,
+    *,
+    scale: float,
+    dtype: str,
+) -> Float[Array, "P G T H*K"]:
+    """Computes softmax attention of G samples per prompt over their own keys and one shared prompt.
 
-    The prompt's keys are read once per group: the queries of all G samples meet them in a single
-    dense product, with G * T * heads / kv_heads rows per key head. One softmax runs over both parts.
+    The prompt's keys are read once per group: one dense product serves the queries of all G samples, with G * T * H / N rows per
+    key head. One softmax covers both parts.
 
     Args:
-      q: [P, G, T, H, K] queries.
-      own: keys [P, G, N, K, C] and values [P, G, N, C, K]: the samples' own positions, N key/value heads. Each may be an Int8 whose
-        scale is [P, G, N, 1, C].
-      own_mask: bool, broadcastable to [P, G, T, C]; True where a query may look.
-      prompt: keys [P, N, K, S] and values [P, N, S, K], or None; Int8 with a scale [P, N, 1, S].
-      prompt_mask: bool, broadcastable to [P, G, T, S].
+      q: queries.
+      own: keys [P, G, N, K, C] and values [P, G, N, C, K] of the samples' own positions, with N key/value heads. An Int8 has a
+        scale [P, G, N, 1, C].
+      own_mask: True if the query sees the key.
+      prompt: keys [P, N, K, S] and values [P, N, S, K], or None. An Int8 has a scale [P, N, 1, S].
+      prompt_mask: True if the query sees the prompt's key.
       scale: factor on the scores.
-      dtype: dtype of the operands of the products; sums and the softmax are float32.
+      dtype: dtype of the operands of products; sums and the softmax are float32.
 
     Returns:
-      f32[P, G, T, H * K].
+      The attended values, in float32.
     """
     P, G, T, H, K = q.shape
     N = own[0].shape[2]
@@ -142,6 +180,7 @@ def group_attention(q, own, own_mask, prompt=None, prompt_mask=None, *, scale: f
     s_own = jnp.where(own_mask[:, :, None, :, None, :], s_own, _NEVER)
     top = s_own.max(axis=-1)  # [P, G, N, T, R]
     if prompt is not None:
+        assert prompt_mask is not None
         prompt_keys, prompt_values = (x.astype(dtype) for x in prompt)
         q_prompt = q.transpose(0, 3, 1, 2, 4, 5).reshape(P, N, G * T * R, K)
         s_prompt = _scaled(product("pnmk,pnks->pnms", q_prompt, prompt_keys), prompt[0]).reshape(P, N, G, T, R, -1)
@@ -163,6 +202,6 @@ def group_attention(q, own, own_mask, prompt=None, prompt_mask=None, *, scale: f
     return out.transpose(0, 1, 3, 2, 4, 5).reshape(P, G, T, H * K)
 
 
-def _scaled(x, of):
-    """x, times the scale of a rounded operand."""
-    return x * of.scale if isinstance(of, Int8) else x
+def _scaled(x: Array, operand: Array | Int8) -> Array:
+    """Returns x, times the scale of `operand` if that is rounded."""
+    return x * operand.scale if isinstance(operand, Int8) else x

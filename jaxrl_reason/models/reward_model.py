@@ -1,43 +1,72 @@
-"""Reward models: one weight vector on the decoder's last hidden state, scoring in batches, and the loss that trains it on pairs.
+"""Reward models: a score vector on the decoder's last hidden state, scores of batches, and the loss on pairs that trains them.
 
-A text's score is the dot product of that vector with the hidden state, final norm included, at the text's last token: what Hugging
-Face's *ForSequenceClassification computes with one label. Parameters are {"decoder": the decoder's without an output head,
-"score": f32[D]}. Completions are scored against the KV of their prompt, computed once a group, as the policy is trained.
+The score of a text is the dot product of the score vector and the hidden state, final norm included, at the last token of the text.
+Hugging Face's *ForSequenceClassification computes the same with one label. Parameters are {"decoder": the weights of a decoder
+without an output head, "score": f32[D]}. Completions are scored against the KV of their prompt, which is computed once per group.
 """
 
 import dataclasses
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from jaxrl_reason.models import decoder as decoder_lib
-from jaxrl_reason.models import sharding
+from jaxrl_reason.models import placement
 from jaxrl_reason.models.config import ModelConfig
+from jaxrl_reason.models.decoder import Params
+from jaxrl_reason.models.sharding import AnyMesh
 
-Params = dict  # a nested dict of arrays
+_INIT_STD = 0.02  # of a new score vector, as in Hugging Face: all scores begin near each other
 
-_INIT_STD = 0.02  # of the new score vector, as Hugging Face draws it: all scores begin near each other
+
+@runtime_checkable
+class Completions(Protocol):
+    """Prompts with G completions each: the fields of `rl.types.Rollout` and `data.preferences.PreferenceBatch` that are read here.
+
+    Attributes:
+      prompt_tokens: int[P, S].
+      prompt_mask: [P, S], 1 on real tokens; padding can be anywhere.
+      tokens: int[P, G, T].
+      mask: [P, G, T], 1 on real tokens, which come first. Tokens after the end of a completion change nothing.
+    """
+
+    @property
+    def prompt_tokens(self) -> Array: ...
+    @property
+    def prompt_mask(self) -> Array: ...
+    @property
+    def tokens(self) -> Array: ...
+    @property
+    def mask(self) -> Array: ...
 
 
 def abstract_params(config: ModelConfig) -> Params:
-    """Shapes and dtypes, as ShapeDtypeStruct, in the structure of the parameters."""
+    """Returns the shapes and dtypes of the weights as ShapeDtypeStruct, in the structure of the parameters."""
     score = jax.ShapeDtypeStruct((config.width,), jnp.float32)
     return {"decoder": decoder_lib.abstract_params(_headless(config)), "score": score}
 
 
 def logical_axes(config: ModelConfig) -> Params:
-    """A tuple of names a weight, see `models.logical_axes`."""
+    """Returns a tuple of names per weight, see `models.logical_axes`."""
     return {"decoder": decoder_lib.logical_axes(_headless(config)), "score": ("embed",)}
 
 
-def param_shardings(config: ModelConfig, mesh: jax.sharding.Mesh):
-    """A NamedSharding a weight; raises as `sharding.param_shardings`."""
-    of_decoder = sharding.param_shardings(_headless(config), mesh)
-    return {"decoder": of_decoder, "score": of_decoder["final_norm"]}  # the other weight with the one axis "embed"
+def param_shardings(config: ModelConfig, mesh: AnyMesh) -> Params:
+    """Returns a NamedSharding per weight; raises a ValueError if `placement.param_shardings` does."""
+    of_decoder = placement.param_shardings(_headless(config), mesh)
+    return {"decoder": of_decoder, "score": of_decoder["final_norm"]}  # a weight with the same axis, "embed"
 
 
-def init_params(config: ModelConfig, key: jax.Array, decoder: Params | None = None) -> Params:
-    """A random score vector on a copy of `decoder` (a policy's weights; its output head is left out), or on random weights."""
+def init_params(config: ModelConfig, key: Key[Array, ""], decoder: Params | None = None) -> Params:
+    """Draws a score vector.
+
+    Args:
+      config: the decoder.
+      key: key of the random weights.
+      decoder: weights of a policy, which are copied without their output head. None: random weights.
+    """
     decoder_key, score_key = jax.random.split(key)
     if decoder is None:
         decoder = decoder_lib.init_params(_headless(config), decoder_key)
@@ -46,28 +75,37 @@ def init_params(config: ModelConfig, key: jax.Array, decoder: Params | None = No
     return {"decoder": decoder, "score": _INIT_STD * jax.random.normal(score_key, (config.width,))}
 
 
-def scores(config: ModelConfig, params: Params, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Scores f32[B] of texts int[B, S]; mask [B, S] (1 = real token, padding on any side). A text without a token scores NaN."""
+def scores(
+    config: ModelConfig, params: Params, tokens: Int[Array, "B S"], mask: Shaped[Array, "B S"] | None = None
+) -> Float[Array, " B"]:
+    """Computes the scores of whole texts.
+
+    Args:
+      config, params: the reward model.
+      tokens: texts.
+      mask: 1 on real tokens; padding can be anywhere. None: all are real.
+
+    Returns:
+      Scores in float32; NaN for a text without a token.
+    """
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask
     hidden, _ = decoder_lib.bind(_headless(config), params["decoder"]).prefill(tokens, mask)
     return _at_last(hidden, mask, params["score"])
 
 
-def group_scores(config: ModelConfig, params: Params, rollout, *, parts: int = 1) -> jax.Array:
-    """Scores f32[P, G] of completions after their prompts, the end token included: `scores` of each whole text.
+def group_scores(config: ModelConfig, params: Params, rollout: Completions, *, parts: int = 1) -> Float[Array, "P G"]:
+    """Computes the scores of completions after their prompts, end token included: `scores` of each whole text.
 
     Args:
       config, params: the reward model.
-      rollout: a `rollout.Rollout` or a `data.preferences.PreferenceBatch`; of its fields, prompt_tokens int[P, S] with prompt_mask
-        (padding anywhere) and tokens int[P, G, T] with mask (real tokens first) are read. What lies behind a completion's end changes
-        nothing.
-      parts: microbatches of prompts, one after another: less memory, the same numbers. Divides P.
+      rollout: prompts and completions.
+      parts: microbatches of prompts, computed one after the other, for less memory. Divides P.
 
     Returns:
-      f32[P, G]; NaN for a completion without a token.
+      Scores in float32; NaN for a completion without a token.
 
     Raises:
-      ValueError: `parts` does not divide P.
+      ValueError: if `parts` does not divide P.
     """
     P, G, _ = rollout.tokens.shape
     if P % parts:
@@ -79,30 +117,32 @@ def group_scores(config: ModelConfig, params: Params, rollout, *, parts: int = 1
         _, prompt = model.prefill(prompt_tokens, prompt_mask)
         return _at_last(model.extend(tokens, prompt), mask, params["score"])
 
-    # By stride, so that on a sharded axis every device keeps its own.
+    # By stride: then each device keeps its own prompts if the axis is sharded.
     cut = lambda x: x.reshape(P // parts, parts, *x.shape[1:]).swapaxes(0, 1)
     ys = jax.lax.map(one, tuple(map(cut, (rollout.prompt_tokens, rollout.prompt_mask, rollout.tokens, rollout.mask))))
     return ys.swapaxes(0, 1).reshape(P, G)
 
 
-def pair_loss(config: ModelConfig, params: Params, pairs) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Bradley-Terry: the mean of -log sigmoid(score of the chosen - score of the rejected). arXiv 2203.02155, eq. 1; 1706.03741, 2.2.3.
+def pair_loss(
+    config: ModelConfig, params: Params, pairs: Completions
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Computes the Bradley-Terry loss, the mean of -log sigmoid(score of the chosen - score of the rejected).
+
+    arXiv 2203.02155, eq. 1; 1706.03741, 2.2.3.
 
     Args:
       config, params: the reward model.
-      pairs: as `rollout` in `group_scores`, with G = 2: the chosen completion first, then the rejected one.
+      pairs: prompts with two completions each: the chosen one first, then the rejected one.
 
     Returns:
-      (loss, metrics), f32 scalars: `reward_model/accuracy`, the share of pairs with the chosen one strictly above, and
+      (loss, metrics), f32 scalars: `reward_model/accuracy`, the share of pairs whose chosen completion has the higher score, and
       `reward_model/margin`, the mean difference.
 
     Raises:
-      ValueError: a group has not two completions.
+      ValueError: if a group does not have two completions.
     """
     if pairs.tokens.shape[1] != 2:
-        raise ValueError(
-            f"A pair is one chosen and one rejected completion; these groups have {pairs.tokens.shape[1]}."
-        )
+        raise ValueError(f"A pair is one chosen and one rejected completion; the groups have {pairs.tokens.shape[1]}.")
     chosen, rejected = group_scores(config, params, pairs).T
     margin = chosen - rejected
     metrics = {"reward_model/accuracy": (margin > 0).mean(dtype=jnp.float32), "reward_model/margin": margin.mean()}
@@ -110,14 +150,14 @@ def pair_loss(config: ModelConfig, params: Params, pairs) -> tuple[jax.Array, di
 
 
 def _headless(config: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(config, tied_embedding=True)  # an untied decoder would own an output head
+    return dataclasses.replace(config, tied_embedding=True)  # an untied decoder would have an output head
 
 
 def _at_last(hidden, mask, weight):
-    """The scores f32[...] at the last real token of hidden [..., T, D], mask [..., T]; NaN where there is none."""
+    """Returns the scores f32[...] at the last real token of hidden [..., T, D], mask [..., T]; NaN without a real token."""
     mask = mask.astype(bool)
     last = mask.shape[-1] - 1 - jnp.argmax(mask[..., ::-1], axis=-1)
     hidden = jnp.take_along_axis(hidden, last[..., None, None], axis=-2)[..., 0, :]
-    # A sum of products: as a matrix product a TPU would round its operands to bfloat16.
+    # A sum of products: in a matrix product, a TPU would round the operands to bfloat16.
     score = (hidden.astype(jnp.float32) * weight).sum(axis=-1)
     return jnp.where(mask.any(axis=-1), score, jnp.nan)

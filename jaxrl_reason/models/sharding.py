@@ -1,21 +1,23 @@
-"""Where arrays live: a mesh with four axes, and one table from logical axes to mesh axes.
+"""Meshes with four axes, and one table from the logical axes of arrays to mesh axes.
 
-slice   TPU slices joined by a data-centre network: as data, the slowest link
-data    copies of the weights, each with its share of the prompts
-fsdp    weights split, prompts split too; gathered layer by layer where they are used
-tensor  heads, MLP and vocabulary split; the same prompts on every device of the axis
+slice   TPU slices, joined by a data-centre network, the slowest link; prompts are split over them
+data    copies of the weights; each copy has its share of the prompts
+fsdp    weights are split, and gathered layer by layer when they are used; prompts are split too
+tensor  heads, MLP and vocabulary are split; all devices of the axis have the same prompts
 """
 
+from collections.abc import Callable, Sequence
 import functools
+from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from jaxrl_reason.models.config import ModelConfig
-
 AXES = ("slice", "data", "fsdp", "tensor")
+PROMPT_AXES = ("slice", "data", "fsdp")
+AnyMesh = Mesh | AbstractMesh
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # weights
@@ -29,43 +31,57 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "features": None,
     "prefix": None,
     "rank": None,
-    # everything with a prompt axis: rollouts, rewards, KV caches; groups stay whole
-    "prompts": ("slice", "data", "fsdp"),
-    # a group's samples, for a moment: where tokens are drawn from logits whose vocabulary was split
+    # all arrays with a prompt axis: rollouts, rewards, KV caches; a group is never split
+    "prompts": PROMPT_AXES,
+    # the samples of a group, only while tokens are drawn from logits whose vocabulary was split
     "samples": "tensor",
 }
 
 
 def spec(*axes: str | None) -> PartitionSpec:
-    """The PartitionSpec of logical axes; None: whole."""
+    """Returns the PartitionSpec of logical axes; None: not split."""
     return PartitionSpec(*(RULES[axis] if axis else None for axis in axes))
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, slices: int = 1, *, devices=None) -> Mesh:
-    """A mesh over all devices; -1 (at most once) stands for the devices that the others leave.
+# -- meshes ----------------------------------------------------------------------------------------
 
-    On TPUs neighbours in the mesh are neighbours in the slice's torus, and `slices` are what the data-centre network joins.
+
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, slices: int = 1, *, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Makes a mesh over all devices. On TPUs, neighbours in the mesh are neighbours in the torus of the slice.
+
+    Args:
+      data, fsdp, tensor: sizes of the axes of each slice.
+      slices: size of the axis "slice", the TPU slices that the data-centre network joins.
+        At most one size is -1: it takes all devices that the other sizes leave.
+      devices: the devices of the mesh; None: all.
+
+    Returns:
+      A mesh with the axes `AXES`.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices, or `slices` is not how many there are.
+      ValueError: if the product of the sizes is not the number of devices, or `slices` is not the number of TPU slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = dict(zip(AXES, (slices, data, fsdp, tensor)))
     text = ", ".join(f"mesh.{k}={v}" for k, v in sizes.items())
     if any(v < 1 and v != -1 for v in sizes.values()) or list(sizes.values()).count(-1) > 1:
-        raise ValueError(f"{text}: each size is at least 1, and at most one of them is -1 (the rest).")
+        raise ValueError(
+            f"{text}: each size must be at least 1, or -1 for the devices that are left; only one can be -1."
+        )
     known = int(np.prod([v for v in sizes.values() if v != -1]))
     if len(devices) % known or (-1 not in sizes.values() and known != len(devices)):
         raise ValueError(
-            f"{text} asks for {'a multiple of ' if -1 in sizes.values() else ''}{known} devices and there "
-            f"are {len(devices)}; set one of them to -1 to use them all."
+            f"{text} needs {'a multiple of ' if -1 in sizes.values() else ''}{known} devices, and there are {len(devices)}; "
+            "set one of them to -1 to use all devices."
         )
     shape = [len(devices) // known if v == -1 else v for v in sizes.values()]
     if devices[0].platform != "tpu":
         return Mesh(np.array(devices).reshape(shape), AXES)
     found = len({getattr(d, "slice_index", 0) for d in devices})
     if found != shape[0]:
-        raise ValueError(f"mesh.slice is {shape[0]}, and these devices lie on {found} TPU slices; set it to {found}.")
+        raise ValueError(f"mesh.slice is {shape[0]}, and the devices belong to {found} TPU slices; set it to {found}.")
     if found == 1:
         return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
     hybrid = mesh_utils.create_hybrid_device_mesh(
@@ -75,12 +91,17 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, slices: int = 1, *
 
 
 def rollout_mesh(mesh: Mesh, tensor: int) -> Mesh:
-    """The same devices in the order of `mesh`, for decoding: `tensor` of them share a prompt, and no weight is gathered while it runs.
+    """Makes the mesh for decoding: the devices of `mesh` in the same order, without `fsdp`.
 
-    What is split by fsdp for the update is whole here (or split by tensor): a decoding step would gather it for a single token.
+    The update gathers weights that are split by fsdp. A decoding step would gather them for a single token, so here weights are
+    whole, or split by tensor.
+
+    Args:
+      mesh: the mesh of the update.
+      tensor: devices that share a prompt.
 
     Raises:
-      ValueError: `tensor` does not divide the devices of a slice.
+      ValueError: if `tensor` does not divide the devices of a slice.
     """
     slices, rest = mesh.shape["slice"], mesh.devices.size // mesh.shape["slice"]
     if rest % tensor:
@@ -93,14 +114,27 @@ def rollout_mesh(mesh: Mesh, tensor: int) -> Mesh:
     return Mesh(mesh.devices.reshape(slices, rest // tensor, 1, tensor), AXES)
 
 
-def ways(mesh: Mesh) -> int:
-    """How many devices share the prompts of a batch."""
-    return int(np.prod([mesh.shape[axis] for axis in RULES["prompts"]]))
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
+    """Returns the sharding that splits only the leading (prompt) axis."""
+    return NamedSharding(mesh, spec("prompts"))
 
 
-def check_batch(mesh: Mesh, name: str, size: int) -> None:
-    """Raises a ValueError where the devices that share prompts cannot share `size` of them evenly."""
-    n = ways(mesh)
+def replicated(mesh: AnyMesh) -> NamedSharding:
+    """Returns the sharding that splits no axis."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+# -- batches ---------------------------------------------------------------------------------------
+
+
+def num_shards(mesh: AnyMesh) -> int:
+    """Returns into how many shards the mesh splits the prompts of a batch."""
+    return int(np.prod([mesh.shape[axis] for axis in PROMPT_AXES]))
+
+
+def check_batch(mesh: AnyMesh, name: str, size: int) -> None:
+    """Raises a ValueError if the mesh cannot split a batch of `size` prompts, configured as `name`, evenly."""
+    n = num_shards(mesh)
     if size % n:
         near = [x for x in (size // n * n, -(-size // n) * n) if x]
         raise ValueError(
@@ -109,19 +143,27 @@ def check_batch(mesh: Mesh, name: str, size: int) -> None:
         )
 
 
-def microbatches(mesh: Mesh, size: int, parts: int) -> int:
-    """The most microbatches of `size` prompts, a divisor of `parts`, that the devices can share evenly each."""
-    return next(n for n in range(parts, 0, -1) if parts % n == 0 and size % (n * ways(mesh)) == 0 or n == 1)
+def microbatches(mesh: AnyMesh, size: int, parts: int) -> int:
+    """Returns the largest divisor of `parts` that cuts `size` prompts into microbatches which the mesh splits evenly; at least 1."""
+    return next(n for n in range(parts, 0, -1) if parts % n == 0 and size % (n * num_shards(mesh)) == 0 or n == 1)
+
+
+# -- inside compiled programs ----------------------------------------------------------------------
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Tells the compiler where a traced array lives, by the ambient mesh (`jax.set_mesh`); without one it decides alone."""
+    """Constrains the sharding of a traced array on the ambient mesh (`jax.set_mesh`); without a mesh it returns `x`.
+
+    Args:
+      x: the array.
+      *axes: logical axes of its leading dimensions; None: not split.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, spec(*axes))
 
 
-def on_mesh(mesh: Mesh, function):
-    """`function`, traced with this mesh around it: what `constrain`, `by_prompt` and the attention kernels ask for."""
+def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `function` with `mesh` as the ambient mesh of its trace, which `constrain`, `by_prompt` and attention kernels read."""
 
     @functools.wraps(function)
     def traced(*args, **keywords):
@@ -131,19 +173,19 @@ def on_mesh(mesh: Mesh, function):
     return traced
 
 
-def by_prompt(function):
-    """`function(whole, *split)`, computed by each device for its own prompts, where the ambient mesh has several.
+def by_prompt(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `function(whole, *split)`, computed by each device for its own prompts if the ambient mesh splits prompts.
 
-    The first argument and leaves without a prompt axis (whose leading size is 1) are whole on every device, gathered once; all others are
-    split along their leading axis, as is what is returned. What flows back to the first is summed once.
+    The first argument, and leaves of the others whose leading size is 1, are gathered once and are whole on every device. All other
+    leaves, and all results, are split along their leading axis. The gradient of the first argument is summed once.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(a for a in RULES["prompts"] if a in mesh.shape and mesh.shape[a] > 1)
+    axes = tuple(a for a in PROMPT_AXES if a in mesh.shape and mesh.shape[a] > 1)
     if not axes:
         return function
 
     def own(whole, *split):
-        # From here on a device's own: gradients add up on it and are summed over the devices where this was one array.
+        # From here on each device has its own copy: gradients add up on the copy, and are summed over devices at the cast.
         return function(jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), whole), *split)
 
     def mapped(whole, *split):
@@ -154,45 +196,6 @@ def by_prompt(function):
     return mapped
 
 
-def tensor_ways() -> int:
-    """Over how many devices of the ambient mesh the vocabulary is split."""
+def num_vocab_shards() -> int:
+    """Returns into how many shards the ambient mesh splits the vocabulary."""
     return jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Splits the leading (prompt) axis; the others are whole."""
-    return NamedSharding(mesh, spec("prompts"))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def param_shardings(config: ModelConfig, mesh: Mesh):
-    """A NamedSharding a weight, in the structure of the parameters.
-
-    Raises:
-      ValueError: a mesh axis does not divide the dimension it splits (the size is named).
-    """
-    from jaxrl_reason.models import decoder  # which asks this module where its activations live
-
-    counts = {"heads": config.heads, "kv_heads": config.kv_heads}  # whole heads, not slices of one
-
-    def one(axes, shape):
-        split = []
-        for name, size in zip(axes, shape.shape):
-            axis = RULES[name]
-            n = mesh.shape[axis] if axis else 1
-            size = counts.get(name, size)
-            if size % n:
-                fits = [k for k in range(1, size + 1) if size % k == 0]
-                near = [*[k for k in fits if k < n][-3:], *[k for k in fits if k > n][:1]]
-                raise ValueError(
-                    f"mesh.{axis} is {n}, which does not divide the model's {name!r} dimension ({size}); sizes near it that do: {near}."
-                )
-            split.append(axis if n > 1 else None)
-        return NamedSharding(mesh, PartitionSpec(*split))
-
-    return jax.tree.map(
-        one, decoder.logical_axes(config), decoder.abstract_params(config), is_leaf=lambda x: isinstance(x, tuple)
-    )

@@ -232,14 +232,14 @@ def _pretrained_weights(
     base = models.place_weights(opened, _pretrained_shape(model, digits), mesh)
     if digits is not None:
         new = model.vocab_size - digits.text_size
-        placed = sharding.param_shardings(models.lora.base_of(model), mesh)
+        placed = models.param_shardings(models.lora.base_of(model), mesh)
         for name, axis in ({"embedding": 0} | ({} if model.tied_embedding else {"head": 1})).items():
             mean = base[name].astype("float32").mean(axis=axis, keepdims=True).astype(base[name].dtype)
             more = jnp.concatenate([jnp.repeat(mean, new, axis=axis), base[name]], axis=axis)
             base[name] = jax.device_put(more, placed[name])
     if not model.lora_rank:
         return base
-    shardings, _ = models.lora.split(model, sharding.param_shardings(model, mesh))
+    shardings, _ = models.lora.split(model, models.param_shardings(model, mesh))
     key = jax.random.key(c.seed)
     adapters = jax.jit(functools.partial(models.lora.init_adapters, model), out_shardings=shardings)(key)
     return models.lora.join(adapters, base)

@@ -1,6 +1,6 @@
-"""Writes the model directories beside this file and what `transformers` computes with them: python tests/golden/make.py
+"""Writes the model directories next to this file, and the outputs of `transformers` for them: python tests/golden/make.py
 
-Needs torch and transformers, which no test does. Weights are random, and larger than an initialisation so that every switch shows.
+Needs torch and transformers, which no test needs. Weights are random, and larger than initial ones, so that every switch matters.
 """
 
 import pathlib
@@ -76,7 +76,7 @@ def main():
         for side, mask in (("right", right), ("left", right.flip(1))):
             padded = torch.where(mask, tokens, 0)
             with torch.no_grad():
-                # Positions as generation counts them: padding takes none.
+                # Positions as in generation: padding has none.
                 positions = (mask.cumsum(1) - 1).clamp(min=0)
                 found = model(padded, attention_mask=mask.long(), position_ids=positions).logits.float().numpy()
             outputs |= {f"{side}_tokens": padded.numpy(), f"{side}_mask": mask.numpy(), f"{side}_output": found}

@@ -1,4 +1,4 @@
-"""The decoder again, in plain numpy and float64, one sequence and one head at a time: what the tests compare with."""
+"""The reference of the decoder: plain numpy, float64, one sequence and one head at a time."""
 
 import zlib
 
@@ -9,7 +9,7 @@ from jaxrl_reason import models
 
 
 def random_params(config, seed=0, scale=0.4):
-    """Weights in which nothing is 0 or 1 by construction; a weight depends on its name, shape and the seed only."""
+    """Draws weights of which none is 0 or 1 by construction; each depends only on its name, its shape and the seed."""
 
     def one(path, leaf):
         name = jax.tree_util.keystr(path)
@@ -51,7 +51,7 @@ def frequencies(config, sliding):
     return np.array(result)
 
 
-def rotate(x, angles):  # x [S, K], angles [S, K / 2]: pairs (i, i + K / 2) turn as complex numbers
+def rotate(x, angles):  # x [S, K], angles [S, K / 2]: pairs (i, i + K / 2) rotate as complex numbers
     half = x.shape[-1] // 2
     turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angles)
     return np.concatenate([turned.real, turned.imag], axis=-1)
@@ -87,11 +87,11 @@ def mlp(x, w, config):
 
 
 def forward(config, params, tokens):
-    """Logits f64[S, V] of one unpadded sequence int[S]; params in float64."""
+    """Returns the logits f64[S, V] of one unpadded sequence int[S]; params in float64."""
     x = params["embedding"][np.asarray(tokens)] * config.embedding_scale
     for i in range(config.layers):
         w = {name: value[i] for name, value in params["layers"].items()}
-        # Gemma's pattern: with a period, each period's last layer is global.
+        # As in Gemma: the last layer of each period is global.
         sliding = config.sliding_window > 0 and not (
             config.sliding_period and i % config.sliding_period == config.sliding_period - 1
         )
@@ -104,7 +104,7 @@ def forward(config, params, tokens):
 
 
 def completion_logits(config, params, prompt_tokens, prompt_mask, completions):
-    """Logits f64[P, G, T, V] that predict completions [P, G, T], each after its prompt's real tokens [P, S]."""
+    """Returns the logits f64[P, G, T, V] that predict completions [P, G, T], each after the real tokens of its prompt [P, S]."""
     rows = []
     for tokens, mask, group in zip(*map(np.asarray, (prompt_tokens, prompt_mask, completions)), strict=True):
         prompt = tokens[mask.astype(bool)]
@@ -112,7 +112,7 @@ def completion_logits(config, params, prompt_tokens, prompt_mask, completions):
     return np.array(rows)
 
 
-def law(logits, temperature, legal=None):
-    """Log-probabilities f64[..., V] of the law that samples."""
+def sampling_logprobs(logits, temperature, legal=None):
+    """Returns the log-probabilities f64[..., V] of the distribution that samples."""
     logits = logits / temperature
     return log_softmax(logits if legal is None else np.where(legal, logits, -np.inf))

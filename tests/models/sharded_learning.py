@@ -1,8 +1,8 @@
-"""Samples and one update on the mesh sizes given as data,fsdp,tensor: run by test_sharding in a process with 8 devices.
+"""Draws samples and does one update on meshes given as data,fsdp,tensor; test_sharding runs it in a process with 8 devices.
 
 python sharded_learning.py OUT.npz 1,1,1 8,1,1
 
-A fourth word changes what is done: 2,2,2,adapters trains adapters, 2,2,2,int8 decodes with rounded weights and caches.
+A fourth word selects a variant: 2,2,2,adapters trains adapters, 2,2,2,int8 decodes with rounded weights and caches.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ import optax
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from helpers import reference_decoder as reference
+from jaxrl_reason import models
 from jaxrl_reason.methods import PolicyLoss
 from jaxrl_reason.models import lora, ModelConfig, sharding
 from jaxrl_reason.rl import learner
@@ -45,7 +46,7 @@ def learn(sizes, kind):
     config = dataclasses.replace(CONFIG, lora_rank=2) if kind == "adapters" else CONFIG
     devices = jax.devices()[: int(np.prod(sizes))]
     mesh = sharding.make_mesh(*sizes, devices=devices)
-    weights, batch = sharding.param_shardings(config, mesh), sharding.batch_sharding(mesh)
+    weights, batch = models.param_shardings(config, mesh), sharding.batch_sharding(mesh)
     whole = sharding.replicated(mesh)
     params = jax.device_put(reference.random_params(config, scale=0.3), weights)
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Run with eight devices: every shard of a pretrained model is read on its own, and a mesh that does not divide is refused."""
+"""Checks in a process with eight devices that shards of a pretrained model are read one by one, and that an invalid mesh raises."""
 
 import pathlib
 import sys
@@ -30,10 +30,10 @@ for name in ("llama", "gemma3", "qwen2_reward"):
         policy = load(golden / name, mesh=sharding.make_mesh(**axes))
         jax.tree.map(np.testing.assert_array_equal, policy.params, whole.params)
         embedding = policy.params.get("decoder", policy.params)["embedding"]
-        ways = axes["fsdp"] * axes["tensor"]
-        assert embedding.addressable_shards[0].data.size == embedding.size // ways
-        assert max(sizes) == embedding.size // ways  # no more than a shard at once
-        assert sum(sizes) == total  # copies on several devices are read once
+        shards = axes["fsdp"] * axes["tensor"]
+        assert embedding.addressable_shards[0].data.size == embedding.size // shards
+        assert max(sizes) == embedding.size // shards  # no more than a shard at once
+        assert sum(sizes) == total  # a shard that several devices hold is read once
     print(name)
 
 try:
@@ -41,4 +41,4 @@ try:
 except PretrainedError as e:
     assert "does not divide the model's 'kv_heads' dimension" in str(e), e
 else:
-    raise AssertionError("a mesh that does not divide was taken")
+    raise AssertionError("a mesh that does not divide the heads was accepted")

@@ -1,4 +1,4 @@
-"""GGUF files: small ones written by the `gguf` package as llama.cpp's converter does, and SmolLM2 where its package is installed."""
+"""GGUF files: small ones that the package `gguf` writes like the converter of llama.cpp, and SmolLM2 if its package is installed."""
 
 import dataclasses
 import importlib.util
@@ -33,12 +33,12 @@ OURS = {
 
 
 def interleaved(weight, heads):
-    """Rows as llama.cpp's converter orders them: the two of a rotation beside each other."""
+    """Returns rows in the order of llama.cpp's converter: the two rows of a rotation are neighbours."""
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def write(path, config=CONFIG, params=None, kind=None, tokenizer=None, **fields):
-    """A GGUF file of a llama with these weights; `fields` override metadata, None leaves one out."""
+    """Writes a GGUF file of a Llama; `fields` override metadata, and None leaves a field out."""
     tokenizer = tokenizer or data.train_tokenizer(["ab ab ab 12"], 262)
     params = params or reference_decoder.random_params(config, scale=0.3)
     writer = gguf.GGUFWriter(path, fields.pop("architecture", "llama"))
@@ -101,7 +101,7 @@ def write(path, config=CONFIG, params=None, kind=None, tokenizer=None, **fields)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights_configuration_and_tokenizer(tied, tmp_path):
+def test_weights_configuration_and_tokenizer_are_read(tied, tmp_path):
     config = dataclasses.replace(CONFIG, tied_embedding=tied)
     tokenizer = data.train_tokenizer(["ab ab ab 12"], 262)
     params = write(tmp_path / "m.gguf", config, tokenizer=tokenizer)
@@ -113,7 +113,7 @@ def test_weights_configuration_and_tokenizer(tied, tmp_path):
     t = policy.tokenizer
     assert (t.eos_ids, t.bos_id, t.pad_id, t.chat_template) == ((2,), 1, 2, "{{ messages }}")
     assert t.decode(t.encode("ab<eos>")) == "ab"
-    # And out again in the other layout.
+    # The other layout holds the same model.
     models.save_pretrained(tmp_path / "out", policy)
     again = models.load_pretrained(tmp_path / "out")
     assert again.config == config and again.tokenizer.encode("ab ab 12") == tokenizer.encode("ab ab 12")
@@ -121,7 +121,7 @@ def test_weights_configuration_and_tokenizer(tied, tmp_path):
 
 
 @pytest.mark.parametrize("kind, atol", [("F16", 3e-3), ("Q8_0", 3e-2), ("Q4_1", 0.35)])
-def test_quantised_weights_are_near(kind, atol, tmp_path):
+def test_quantised_weights_are_close(kind, atol, tmp_path):
     params = write(tmp_path / "m.gguf", kind=gguf.GGMLQuantizationType[kind])
     found = models.load_pretrained(tmp_path / "m.gguf").params
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), found, params)
@@ -131,22 +131,22 @@ def test_quantised_weights_are_near(kind, atol, tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"architecture": "mamba"}, "of architecture 'mamba'; of GGUF files, llama's are read"),
+        ({"architecture": "mamba"}, "has architecture 'mamba'; only llama is read"),
         ({"llama.block_count": None}, "lacks the field llama.block_count"),
         ({"llama.embedding_length": 48}, "has shape"),
-        ({"tokenizer.ggml.pre": "other"}, "splitting text as 'other'"),
+        ({"tokenizer.ggml.pre": "other"}, "splits text as 'other'"),
         ({"tokenizer.ggml.model": "llama"}, "tokenizer of kind 'llama'"),
-        ({"tokenizer.ggml.eos_token_id": None}, "names no end token"),
+        ({"tokenizer.ggml.eos_token_id": None}, "has no end token"),
         ({"llama.rope.scaling.type": "yarn"}, "scales its rotary positions"),
     ],
 )
-def test_what_is_not_read_is_refused(fields, message, tmp_path):
+def test_unsupported_files_raise(fields, message, tmp_path):
     write(tmp_path / "m.gguf", **fields)
     with pytest.raises(PretrainedError, match=message):
         models.load_pretrained(tmp_path / "m.gguf")
 
 
-def test_damaged_files_are_refused(tmp_path):
+def test_damaged_files_raise(tmp_path):
     write(tmp_path / "m.gguf")
     whole = (tmp_path / "m.gguf").read_bytes()
     for content in (whole[: len(whole) // 2], b"GGUF" + bytes(50), b"", b"\x80\x04K\x01."):
@@ -166,7 +166,7 @@ def smollm2():
 
 
 @pytest.mark.slow
-def test_smollm2_computes_what_transformers_computes():
+def test_smollm2_outputs_equal_those_of_transformers():
     policy = models.load_pretrained(smollm2())
     golden = np.load(pathlib.Path(__file__).parents[1] / "golden" / "smollm2.npz")
     text = data.chat_template(data.get_template("{question}"), policy.tokenizer).render_prompt(
@@ -180,7 +180,7 @@ def test_smollm2_computes_what_transformers_computes():
 
 
 @pytest.mark.slow
-def test_a_few_steps_of_the_recipe_with_smollm2(tmp_path):
+def test_the_recipe_with_smollm2_runs_two_steps(tmp_path):
     smollm2()
     config = config_lib.load(pathlib.Path(__file__).parents[2] / "configs" / "smollm2_sums.py")
     config.steps, config.eval.prompts, config.eval.samples = 2, 4, 2

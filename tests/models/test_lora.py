@@ -1,4 +1,4 @@
-"""Adapters: what they compute, what is trained, what they are merged into, and how PEFT gets them."""
+"""Adapters: their function, their training, their merge, and their PEFT files."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ CONFIG = ModelConfig(
     lora_alpha=5.0,
     lora_projections=("q", "v", "down"),
 )
-TOKENS = np.arange(2 * 9).reshape(2, 9) % 20
+TOKENS = jnp.arange(2 * 9).reshape(2, 9) % 20
 
 
 def params_with_adapters(config=CONFIG):
@@ -62,7 +62,7 @@ def test_fresh_adapters_add_nothing():
     assert 0.5 < a.std() * np.sqrt(3 * 24) < 2 and not np.any(params["layers"]["down_b"])
 
 
-def test_merged_by_hand():
+def test_merge_equals_the_sum_by_hand():
     params = params_with_adapters()
     config, merged = lora.merge(CONFIG, params)
     assert config == lora.base_of(CONFIG) and config.lora_rank == 0
@@ -108,7 +108,7 @@ def batch():
 
 
 @pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_an_update_moves_the_adapters_as_their_gradient_says_and_nothing_else(accumulation):
+def test_an_update_moves_only_the_adapters_along_their_gradient(accumulation):
     params, rate = params_with_adapters(), 1e-2
     optimizer = optax.sgd(rate)
     trained, frozen = lora.split(CONFIG, params)
@@ -133,7 +133,7 @@ def test_an_update_moves_the_adapters_as_their_gradient_says_and_nothing_else(ac
     assert metrics["grad_norm"] == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-3)
 
 
-def test_the_optimizer_keeps_moments_of_the_adapters_alone():
+def test_the_optimizer_keeps_moments_of_the_adapters_only():
     from jaxrl_reason.config import Config
     from jaxrl_reason.methods import create
     from jaxrl_reason.rl import programs
@@ -150,9 +150,9 @@ def test_the_optimizer_keeps_moments_of_the_adapters_alone():
     assert moments == 2 * sum(x.size for x in jax.tree.leaves(trained))
 
 
-def test_adapters_as_peft_reads_them(tmp_path):
+def test_adapters_are_written_in_the_layout_of_peft(tmp_path):
     params = params_with_adapters()
-    pretrained.save_adapters(tmp_path / "out", models.Policy(CONFIG, params), "org/base")
+    models.save_adapters(tmp_path / "out", models.Policy(CONFIG, params), "org/base")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     content = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert content["peft_type"] == "LORA" and content["base_model_name_or_path"] == "org/base"
@@ -183,6 +183,6 @@ def test_adapters_as_peft_reads_them(tmp_path):
         (dict(lora_projections=("q", "q")), "each once"),
     ],
 )
-def test_bad_adapters_are_refused(changes, message):
+def test_invalid_adapters_raise(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **changes)

@@ -1,4 +1,4 @@
-"""Scores and the pairwise loss against the float64 reference; what neither may depend on."""
+"""Scores and the pairwise loss against the float64 reference, and their independence of padding and microbatches."""
 
 import functools
 
@@ -17,7 +17,7 @@ from jaxrl_reason.rl.types import Rollout
 P, G, S, T, V = 4, 3, 5, 6, 24
 SIZES = dict(vocab_size=V, width=16, layers=2, heads=4, kv_heads=2, mlp_width=24, head_dim=8)
 CONFIG = ModelConfig(**SIZES, qkv_bias=True, tied_embedding=False)
-# Windows shorter than the prompts, seen from the completions.
+# Windows are shorter than the prompts, and reach from the completions into them.
 GEMMA3 = ModelConfig(
     **SIZES, sliding_window=3, sliding_period=2, local_rope_theta=50.0, qk_norm=True, post_norms=True, norm_offset=1.0,
     activation="gelu", embedding_scale=4.0, query_scale=0.3, rope_scaling=RopeScaling(kind="linear", factor=8.0),
@@ -30,7 +30,7 @@ TOKENS = RNG.integers(0, V, (P, G, T)).astype(np.int32)
 LENGTHS = np.array([[1, 6, 3], [2, 2, 5], [6, 1, 4], [3, 5, 1]])
 MASK = np.arange(T) < LENGTHS[..., None]
 
-# Half the time of compiling these programs, which run a few times, would go into optimising them.
+# Compiles with few optimizations: for programs that run a few times.
 jit_once = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -41,14 +41,14 @@ def random_params(config, seed=0):
 
 
 def reference_score(config, params, tokens):
-    """The score f64 of one unpadded text: the reference's only "logit" with the score vector as an output head."""
+    """Returns the score f64 of one unpadded text: the only "logit" of the reference with the score vector as its output head."""
     untied = ModelConfig(**{**vars(config), "tied_embedding": False})
     params = reference.float64(params)
     return reference.forward(untied, {**params["decoder"], "head": params["score"][:, None]}, tokens)[-1, 0]
 
 
 def whole_texts():
-    """[P][G] lists of token arrays: each completion behind its prompt, without padding."""
+    """Returns [P][G] lists of token arrays: each completion after its prompt, without padding."""
     return [
         [np.concatenate([prompt[real], tokens[mask]]) for tokens, mask in zip(*group)]
         for prompt, real, *group in zip(PROMPTS, PROMPT_MASK, TOKENS, MASK)
@@ -82,7 +82,7 @@ def loss_and_gradient(config):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_scores_equal_the_references_with_padding_on_any_side(name):
+def test_scores_equal_the_reference_with_padding_on_any_side(name):
     config, params = CONFIGS[name], random_params(CONFIGS[name])
     texts = [np.arange(1, 8), np.array([3, 1, 4, 1, 5]), np.array([2, 7]), np.array([9])]
     want = [reference_score(config, params, text) for text in texts]
@@ -107,7 +107,7 @@ def test_without_a_mask_every_token_counts():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_group_scores_are_the_scores_of_the_whole_texts(name):
+def test_group_scores_equal_the_scores_of_the_whole_texts(name):
     config, params = CONFIGS[name], random_params(CONFIGS[name])
     got = scored(config)(params, rollout())
     assert got.shape == (P, G) and got.dtype == jnp.float32
@@ -121,7 +121,7 @@ def test_group_scores_are_the_scores_of_the_whole_texts(name):
     np.testing.assert_allclose(got.reshape(-1), want, atol=2e-5 * np.abs(want).max())
 
 
-def test_what_lies_behind_the_end_and_in_the_padding_changes_nothing():
+def test_tokens_after_the_end_and_padding_change_nothing():
     params = random_params(GEMMA3)
     want = scored(GEMMA3)(params, rollout())
     for garbage in (0, V - 1, -1, V + 5):
@@ -136,7 +136,7 @@ def test_what_lies_behind_the_end_and_in_the_padding_changes_nothing():
 
 
 def test_the_end_token_is_read():
-    """The same completions one token shorter score differently, wherever there is a token left."""
+    """Completions without their last token have other scores, if a token is left."""
     params = random_params(CONFIG)
     shorter = np.arange(T) < LENGTHS[..., None] - 1
     a, b = scored(CONFIG)(params, rollout()), scored(CONFIG)(params, rollout(mask=shorter))
@@ -144,7 +144,7 @@ def test_the_end_token_is_read():
     np.testing.assert_array_equal(np.isnan(b), LENGTHS == 1)
 
 
-def test_a_text_without_tokens_has_no_score_and_disturbs_no_other():
+def test_a_text_without_tokens_scores_nan_and_changes_no_other_score():
     params = random_params(CONFIG)
     empty = MASK & ~(np.arange(G) == 1)[None, :, None]
     got, want = np.array(scored(CONFIG)(params, rollout(mask=empty))), np.array(scored(CONFIG)(params, rollout()))
@@ -155,12 +155,12 @@ def test_a_text_without_tokens_has_no_score_and_disturbs_no_other():
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_parts_change_no_number_and_no_place(parts):
+def test_parts_change_neither_scores_nor_their_order(parts):
     params = random_params(CONFIG)
     np.testing.assert_allclose(scored(CONFIG, parts)(params, rollout()), scored(CONFIG)(params, rollout()), atol=1e-5)
 
 
-def test_parts_that_do_not_divide_the_prompts_are_refused():
+def test_parts_that_do_not_divide_the_prompts_raise():
     with pytest.raises(
         ValueError, match="^4 prompts cannot be scored in 3 equal parts; choose a number that divides 4.$"
     ):
@@ -168,14 +168,15 @@ def test_parts_that_do_not_divide_the_prompts_are_refused():
 
 
 def test_scores_of_a_bfloat16_decoder_are_float32_sums():
-    """Among numbers that bfloat16 would round to each other, the scores still tell texts apart exactly as float32 does."""
+    """The scores equal float32 sums of the hidden states; bfloat16 would round them."""
     config = ModelConfig(**SIZES, param_dtype="bfloat16", compute_dtype="bfloat16")
     params = random_params(config)
     assert params["decoder"]["embedding"].dtype == jnp.bfloat16
 
     def both(params):  # one program: two might round differently
-        hidden, _ = models.bind(config, params["decoder"]).prefill(PROMPTS, jnp.ones(PROMPTS.shape, bool))
-        return reward_model.scores(config, params, PROMPTS), hidden
+        prompts = jnp.asarray(PROMPTS)
+        hidden, _ = models.bind(config, params["decoder"]).prefill(prompts, jnp.ones(prompts.shape, bool))
+        return reward_model.scores(config, params, prompts), hidden
 
     got, hidden = jit_once(both)(params)
     want = np.asarray(hidden[:, -1], np.float64) @ np.asarray(params["score"], np.float64)
@@ -194,7 +195,7 @@ def reference_loss(params):
     return total / P
 
 
-def test_loss_and_metrics_by_hand():
+def test_loss_and_metrics_equal_hand_values():
     """Scores 2 and 0, 1 and 1, -1 and 3: -log sigmoid of 2, 0 and -4 is 0.126928, 0.693147 and 4.018150."""
     wanted = np.array([2.0, 0.0, 1.0, 1.0, -1.0, 3.0])
     # Layers that add nothing, and embeddings (cos, sin): a text scores 4 times the cosine of its last token.
@@ -208,14 +209,14 @@ def test_loss_and_metrics_by_hand():
     np.testing.assert_allclose(scored(config)(params, batch).reshape(-1), wanted, atol=1e-5)
     batch = batch._replace(
         tokens=np.array([[0, 1], [2, 2], [4, 5]])[..., None]
-    )  # token 2 and 3 need not score alike to the last bit
+    )  # equal tokens: tokens 2 and 3 have equal scores only up to rounding
     loss, metrics = jit_once(functools.partial(reward_model.pair_loss, config))(params, batch)
     assert float(loss) == pytest.approx((0.126928 + 0.693147 + 4.018150) / 3, abs=1e-5)
     assert float(metrics["reward_model/accuracy"]) == pytest.approx(1 / 3)
     assert float(metrics["reward_model/margin"]) == pytest.approx(-2 / 3, abs=1e-5)
 
 
-def test_loss_and_gradient_equal_the_references():
+def test_loss_and_gradient_equal_the_reference():
     # Scores of size ten would saturate the loss.
     params = random_params(CONFIG) | {"score": random_params(CONFIG)["score"] / 4}
     (loss, metrics), grads = loss_and_gradient(CONFIG)(params, pairs())
@@ -244,8 +245,8 @@ def test_a_large_margin_neither_overflows_nor_stops_the_gradient():
     assert np.isfinite(flat).all() and np.abs(flat).max() > 1
 
 
-def test_a_group_that_is_no_pair_is_refused():
-    with pytest.raises(ValueError, match="^A pair is one chosen and one rejected completion; these groups have 3.$"):
+def test_a_group_of_three_raises():
+    with pytest.raises(ValueError, match="^A pair is one chosen and one rejected completion; the groups have 3.$"):
         reward_model.pair_loss(CONFIG, random_params(CONFIG), rollout())
 
 
@@ -271,7 +272,7 @@ def test_one_structure_serves_shapes_axes_shardings_and_weights(name):
     assert shardings["decoder"]["layers"]["q"].shard_shape((2, 16, 32)) == (2, 8, 16)
 
 
-def test_a_reward_model_begins_as_a_copy_of_its_policy():
+def test_a_new_reward_model_is_a_copy_of_its_policy():
     policy = reference.random_params(CONFIG)
     params = reward_model.init_params(CONFIG, jax.random.key(0), policy)
     jax.tree.map(np.testing.assert_array_equal, params["decoder"], {k: v for k, v in policy.items() if k != "head"})
@@ -279,7 +280,7 @@ def test_a_reward_model_begins_as_a_copy_of_its_policy():
     assert np.isfinite(policy["embedding"]).all()
 
 
-def test_new_weights_follow_their_key_and_scores_begin_near_each_other():
+def test_new_weights_depend_on_their_key_and_scores_begin_near_each_other():
     init = jit_once(functools.partial(reward_model.init_params, CONFIG))
     a, b, c = init(jax.random.key(0)), init(jax.random.key(0)), init(jax.random.key(1))
     jax.tree.map(np.testing.assert_array_equal, a, b)

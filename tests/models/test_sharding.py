@@ -1,4 +1,4 @@
-"""The same samples, loss and weights on any mesh; meshes and shardings that do not fit are refused."""
+"""Samples, loss and weights are equal on every mesh; invalid meshes and shardings raise."""
 
 import os
 import pathlib
@@ -41,20 +41,20 @@ def abstract_mesh(data, fsdp, tensor):
         ((), (1, 8, 1)),
     ],
 )
-def test_minus_one_stands_for_the_devices_that_the_others_leave(sizes, shape):
+def test_minus_one_takes_the_devices_that_the_others_leave(sizes, shape):
     mesh = sharding.make_mesh(*sizes, devices=np.array(jax.devices()[:1] * 8))
     assert tuple(mesh.shape[axis] for axis in ("data", "fsdp", "tensor")) == shape
 
 
 @pytest.mark.parametrize("sizes", [(3, -1, 1), (2, 2, 1), (16, 1, 1), (-1, -1, 1), (0, 1, 1), (-2, 1, 1), (1, 1, 9)])
-def test_sizes_that_do_not_multiply_to_the_devices_are_refused_by_name(sizes):
+def test_sizes_whose_product_is_not_the_number_of_devices_raise(sizes):
     data, fsdp, tensor = sizes
     with pytest.raises(ValueError, match=rf"mesh\.data={data}, mesh\.fsdp={fsdp}, mesh\.tensor={tensor}.*\.$"):
         sharding.make_mesh(*sizes, devices=np.array(jax.devices()[:1] * 8))
 
 
-def test_weights_split_by_their_logical_axes():
-    specs = jax.tree.map(lambda s: s.spec, sharding.param_shardings(CONFIG, abstract_mesh(2, 2, 2)))
+def test_weights_are_split_by_their_logical_axes():
+    specs = jax.tree.map(lambda s: s.spec, models.param_shardings(CONFIG, abstract_mesh(2, 2, 2)))
     assert jax.tree.structure(specs) == jax.tree.structure(models.abstract_params(CONFIG))
     want = {
         "q": (None, "fsdp", "tensor"),
@@ -71,33 +71,29 @@ def test_weights_split_by_their_logical_axes():
     for name, spec in want.items():
         assert specs["layers"][name] == PartitionSpec(*spec), name
     assert specs["embedding"] == PartitionSpec("tensor", "fsdp") and specs["head"] == PartitionSpec("fsdp", "tensor")
-    alone = jax.tree.map(lambda s: s.is_fully_replicated, sharding.param_shardings(CONFIG, abstract_mesh(8, 1, 1)))
+    alone = jax.tree.map(lambda s: s.is_fully_replicated, models.param_shardings(CONFIG, abstract_mesh(8, 1, 1)))
     assert all(jax.tree.leaves(alone))  # `data` copies the weights
 
 
-def test_prompts_split_over_data_and_fsdp_and_not_over_tensor():
+def test_prompts_are_split_over_data_and_fsdp_and_not_over_tensor():
     assert sharding.batch_sharding(abstract_mesh(2, 2, 2)).shard_shape((8, 3, 5)) == (2, 3, 5)
     assert sharding.replicated(abstract_mesh(2, 2, 2)).shard_shape((8, 3, 5)) == (8, 3, 5)
 
 
 @pytest.mark.parametrize(
     "sizes, axis, dimension, size",
-    [
-        ((1, 3, 1), "fsdp", "embed", 16),
-        ((1, 1, 4), "tensor", "kv_heads", 2),
-        ((1, 1, 3), "tensor", "heads", 4),
-    ],
+    [((1, 3, 1), "fsdp", "embed", 16), ((1, 1, 4), "tensor", "kv_heads", 2), ((1, 1, 3), "tensor", "heads", 4)],
 )
-def test_a_mesh_axis_that_divides_no_dimension_is_refused_with_the_size(sizes, axis, dimension, size):
+def test_a_mesh_axis_that_does_not_divide_its_dimension_raises(sizes, axis, dimension, size):
     with pytest.raises(ValueError, match=rf"mesh\.{axis} is \d, which does not divide .*\((\d+)\)") as error:
-        sharding.param_shardings(CONFIG, abstract_mesh(*sizes))
+        models.param_shardings(CONFIG, abstract_mesh(*sizes))
     if axis == "fsdp":
         assert f"{dimension!r} dimension ({size})" in str(error.value)
 
 
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory):
-    """What sharded_learning gives on a mesh, from a process with 8 simulated devices."""
+    """Returns a function from meshes to the results of sharded_learning, from a process with 8 simulated devices."""
     folder = tmp_path_factory.mktemp("sharded")
     script = pathlib.Path(__file__).with_name("sharded_learning.py")
     root = str(pathlib.Path(models.__file__).resolve().parents[2])
@@ -132,10 +128,10 @@ def learnt(tmp_path_factory):
         pytest.param("1,8,1", (8, 8, 8), marks=pytest.mark.slow),
     ],
 )
-def test_eight_devices_give_the_samples_the_loss_and_the_weights_of_one(learnt, mesh, shards):
+def test_samples_loss_and_weights_of_eight_devices_equal_those_of_one(learnt, mesh, shards):
     one, eight = learnt(",".join(["1,1,1", *mesh.split(",")[3:]]), mesh)
     assert (one["devices"], eight["devices"]) == (1, 8) and tuple(eight["shards"]) == shards
-    assert 0 < one["truncated"].sum() < one["truncated"].size  # some end
+    assert 0 < one["truncated"].sum() < one["truncated"].size  # some completions end, others do not
     np.testing.assert_array_equal(eight["tokens"], one["tokens"])
     np.testing.assert_array_equal(eight["mask"], one["mask"])
     np.testing.assert_array_equal(eight["truncated"], one["truncated"])

@@ -1,4 +1,4 @@
-"""The splash kernels against plain attention: interpreted on small shapes, and compiled for TPUs that are not here."""
+"""The splash kernels against plain attention: interpreted on small shapes, and compiled for TPUs without running."""
 
 import dataclasses
 import functools
@@ -22,15 +22,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 V, P, G, S, T = 24, 2, 3, 6, 5
 SMALL = ModelConfig(
-    vocab_size=V,
-    width=16,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    mlp_width=16,
-    head_dim=8,
-    qk_norm=True,
-    tied_embedding=False,
+    vocab_size=V, width=16, layers=2, heads=4, kv_heads=2, mlp_width=16, head_dim=8, qk_norm=True, tied_embedding=False
 )
 PADDING = {
     "left": [[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]],
@@ -42,7 +34,7 @@ slow = lambda *values, id: pytest.param(*values, id=id, marks=pytest.mark.slow)
 
 
 def inputs(mask, length, config, seed=0):
-    """Prompt tokens, mask, completions and what the two hidden states are multiplied with: 0 on padding."""
+    """Returns prompts, mask, completions, cotangents of both hidden states (0 on padding), and features."""
     rng = np.random.default_rng(seed)
     mask = np.asarray(mask, bool)
     prompts, completions = rng.integers(0, V, mask.shape), rng.integers(0, V, (len(mask), G, length))
@@ -55,7 +47,7 @@ def inputs(mask, length, config, seed=0):
 
 @functools.partial(jax.jit, static_argnums=0)
 def hidden_and_gradients(config, params, prompts, mask, completions, of_prompts, of_completions, features):
-    """Logits of the prompts (0 on padding), hidden states of the completions, gradients of a sum over both."""
+    """Returns the gradients of a sum over both hidden states, the prompts' logits (0 on padding) and the completions' hidden states."""
 
     def total(params):
         model = models.bind(config, params)
@@ -79,7 +71,7 @@ def both(config, mask, length, params=None, seed=0):
 
 
 def assert_close(found, wanted):
-    """Within 2e-5 of the largest entry of each array."""
+    """Asserts equality within 2e-5 of the largest entry of each array."""
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted)):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
@@ -90,7 +82,7 @@ def assert_close(found, wanted):
 @pytest.mark.parametrize(
     "padding", ["between", slow("left", id="left"), slow("right", id="right"), slow("none", id="none")]
 )
-def test_logits_hidden_states_and_gradients_are_those_of_plain_attention_wherever_padding_is(padding):
+def test_values_and_gradients_equal_plain_attention_with_padding_anywhere(padding):
     assert_close(*both(SMALL, PADDING[padding], T))
 
 
@@ -111,14 +103,14 @@ FEATURES = dataclasses.replace(SMALL, features=3, prefix_length=2, encoder_width
         slow(dataclasses.replace(ALTERNATING, remat="dots"), id="all but products rematerialised"),
     ],
 )
-def test_so_they_are_for_other_decoders(config):
+def test_other_decoders_equal_plain_attention(config):
     assert_close(*both(config, PADDING["between"], T))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [0, 40, 150, 290])
 @pytest.mark.parametrize("prompt, completion", [(140, 130), (5, 300), (300, 40)])
-def test_so_they_are_over_several_blocks(prompt, completion, window):
+def test_several_blocks_equal_plain_attention(prompt, completion, window):
     config = dataclasses.replace(SMALL, layers=1, heads=2, kv_heads=1, sliding_window=window)
     mask = np.random.default_rng(1).random((P, prompt)) < [[0.8], [0.3]]
     mask[:, 2] = True
@@ -126,7 +118,7 @@ def test_so_they_are_over_several_blocks(prompt, completion, window):
 
 
 @pytest.mark.slow
-def test_bfloat16_operands_give_what_plain_attention_gives_to_their_precision():
+def test_bfloat16_operands_are_close_to_plain_attention():
     config = dataclasses.replace(SMALL, compute_dtype="bfloat16", remat="none", layers=1)
     (grads, (logits, hidden)), (plain_grads, (plain_logits, plain_hidden)) = both(config, PADDING["between"], T)
     assert hidden.dtype == plain_hidden.dtype and logits.dtype == plain_logits.dtype
@@ -135,8 +127,8 @@ def test_bfloat16_operands_give_what_plain_attention_gives_to_their_precision():
     assert np.linalg.norm(flat(grads) - flat(plain_grads)) < 0.03 * np.linalg.norm(flat(plain_grads))
 
 
-def test_padding_gives_no_nan_and_takes_part_in_no_gradient():
-    """A prompt without a token, too. Token 0 stands in padding only."""
+def test_padding_gives_neither_nan_nor_gradient():
+    """One prompt has no token at all. Only padding has token 0."""
     mask = np.array([[0, 1, 0, 1, 1, 0], [0] * S], bool)
     prompts, _, completions, of_prompts, of_completions, _ = inputs(mask, T, SMALL)
     prompts = jnp.where(mask, jnp.maximum(prompts, 1), 0)
@@ -147,7 +139,7 @@ def test_padding_gives_no_nan_and_takes_part_in_no_gradient():
     assert np.abs(grads["embedding"][0]).max() == 0 and np.abs(grads["embedding"][1:]).max() > 0.1
 
 
-def test_what_padding_holds_changes_nothing():
+def test_values_of_padding_change_nothing():
     mask = jnp.asarray(PADDING["between"], bool)
     prompts, _, *others = inputs(mask, T, SMALL)
     config, params = dataclasses.replace(SMALL, attention="splash"), reference.random_params(SMALL, scale=0.3)
@@ -156,7 +148,7 @@ def test_what_padding_holds_changes_nothing():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), one, two)
 
 
-def test_a_cache_holds_each_prompt_at_the_end():
+def test_the_cache_has_the_tokens_of_each_prompt_at_the_end():
     mask = jnp.asarray(PADDING["between"], bool)
     config, params = dataclasses.replace(SMALL, attention="splash"), reference.random_params(SMALL)
     _, cache = models.bind(config, params).prefill(jnp.zeros((P, S), int), mask)
@@ -172,7 +164,7 @@ def sampled(config, params, **options):
 
 
 @pytest.mark.parametrize("config", [pytest.param(ALTERNATING, id="alternating"), slow(SMALL, id="global")])
-def test_samples_are_those_of_plain_attention(config):
+def test_samples_equal_those_of_plain_attention(config):
     params = reference.random_params(config, scale=0.3)
     plain = sampled(config, params, with_prompt_logprobs=True)
     found = sampled(dataclasses.replace(config, attention="splash"), params, with_prompt_logprobs=True)
@@ -186,7 +178,7 @@ def test_samples_are_those_of_plain_attention(config):
 
 
 @pytest.mark.parametrize("window", [0, 1, 3, 7, 11, 100])
-def test_the_mask_is_the_sentence_that_describes_it(window):
+def test_the_mask_equals_its_definition(window):
     S, G, T, side = 8, 3, 12, 4
     mask = splash._GroupMask(S, G, T, window)
     want = np.zeros(mask.shape, bool)
@@ -200,7 +192,7 @@ def test_the_mask_is_the_sentence_that_describes_it(window):
         for q in range(0, mask.shape[0], side)
     ]
     np.testing.assert_array_equal(np.block(blocks), want)
-    # In blocks that are not empty, so do the kernels.
+    # The kernels compute the same mask in blocks that are not empty.
     queries, keys = np.broadcast_arrays(mask.q_sequence[:, None], np.arange(mask.shape[1], dtype=np.int32))
     computed = np.asarray(mask.mask_function(queries, keys))
     holds = np.repeat(np.repeat([[b.any() for b in row] for row in blocks], side, 0), side, 1)
@@ -208,7 +200,7 @@ def test_the_mask_is_the_sentence_that_describes_it(window):
 
 
 def test_masks_of_long_completions_are_small():
-    """8 completions of 3072 tokens behind a prompt of 1024: 629 million pairs."""
+    """8 completions of 3072 tokens after a prompt of 1024: 629 million pairs."""
     kernel = splash._kernel(splash._GroupMask(1024, 8, 3072), 4, 512, interpret=False)
     assert sum(x.nbytes for x in jax.tree.leaves(kernel)) < 2**19
 
@@ -223,11 +215,11 @@ def test_masks_of_long_completions_are_small():
         ((6, 2, 5), "bfloat16", 128),
     ],
 )
-def test_blocks_are_large_where_that_pads_little(sizes, dtype, side):
+def test_blocks_are_large_if_they_pad_little(sizes, dtype, side):
     assert splash._block_side(*sizes, dtype) == side
 
 
-def test_an_unknown_attention_is_refused():
+def test_an_unknown_attention_raises():
     with pytest.raises(ValueError, match=r"model\.attention is 'flash'; it must be .*\.$"):
         dataclasses.replace(SMALL, attention="flash")
 
@@ -238,7 +230,7 @@ PROMPTS_ON_DEVICES = np.arange(S) >= np.array([0, 1, 2, 3, 4, 5, 0, 3])[:, None]
 
 
 def on_devices(out):
-    """Run in a process with 8 devices: writes what a mesh gives and what one device gives."""
+    """Writes the results of a mesh and of one device; runs in a process with 8 devices."""
     results = {}
     params = reference.random_params(ALTERNATING, scale=0.3)
     config = dataclasses.replace(ALTERNATING, attention="splash")
@@ -247,10 +239,10 @@ def on_devices(out):
     mesh = models.sharding.make_mesh(2, 2, 2)
     batch = models.sharding.batch_sharding(mesh)
     with jax.set_mesh(mesh):
-        params = jax.device_put(params, models.sharding.param_shardings(config, mesh))
+        params = jax.device_put(params, models.param_shardings(config, mesh))
         placed = [x if x is None else jax.device_put(x, batch) for x in args]
         results["mesh"] = hidden_and_gradients(config, params, *placed)
-        # Three prompts are no multiple of the devices, and are computed on all of them.
+        # The mesh does not divide three prompts, so all devices compute them.
         results["three"] = hidden_and_gradients(config, params, *(x if x is None else x[:3] for x in args))[1][1]
         text = str(jax.make_jaxpr(functools.partial(hidden_and_gradients, config))(params, *placed))
     assert "shard_map" in text
@@ -263,7 +255,7 @@ def on_devices(out):
 
 
 @pytest.mark.slow
-def test_a_mesh_gives_what_one_device_gives(tmp_path):
+def test_results_of_a_mesh_equal_those_of_one_device(tmp_path):
     root, here = pathlib.Path(models.__file__).resolve().parents[2], pathlib.Path(__file__).resolve()
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -286,11 +278,11 @@ def test_a_mesh_gives_what_one_device_gives(tmp_path):
 
 
 def compiled_gradient(config, devices, sizes, prompt, completion):
-    """The text of the program of `hidden_and_gradients`' kind for a mesh of these devices."""
+    """Returns the text of a program like `hidden_and_gradients`, compiled for a mesh of devices."""
     mesh = models.sharding.make_mesh(*sizes, devices=devices[: int(np.prod(sizes))])
     batch = models.sharding.batch_sharding(mesh)
     like = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    params = jax.tree.map(like, models.abstract_params(config), models.sharding.param_shardings(config, mesh))
+    params = jax.tree.map(like, models.abstract_params(config), models.param_shardings(config, mesh))
     of = lambda dtype, *shape: jax.ShapeDtypeStruct((8, *shape), dtype, sharding=batch)
 
     def total(params, prompts, mask, completions):
@@ -322,8 +314,8 @@ LIKE_QWEN = ModelConfig(
         ),
     ],
 )
-def test_programs_for_tpus_hold_kernels_and_no_scores(tpu, topology, sizes, changes):
-    prompt, completion, ours = 75, 115, G * 128  # of no size that a model's dimension or a product of them has
+def test_programs_for_tpus_have_kernels_and_no_scores(tpu, topology, sizes, changes):
+    prompt, completion, ours = 75, 115, G * 128  # sizes that no dimension of the model and no product of dimensions has
     config = dataclasses.replace(LIKE_QWEN, **changes)
     keys, queries = {prompt, completion, ours, ours + 128}, {prompt, completion, ours}
     heads, rows = config.heads // config.kv_heads, set()
@@ -335,8 +327,8 @@ def test_programs_for_tpus_hold_kernels_and_no_scores(tpu, topology, sizes, chan
         return {tuple(x) for x in shapes if len(x) >= 3 and x[-1] in keys and x[-2] in rows}
 
     plain = compiled_gradient(config, tpu(topology), sizes, prompt, completion)
-    assert scores(plain), "the search finds no scores where there are some"
+    assert scores(plain), "the search does not find the scores of plain attention"
     text = compiled_gradient(dataclasses.replace(config, attention="splash"), tpu(topology), sizes, prompt, completion)
-    # Of prompts and of completions: forward, forward again for the gradient, and the gradients of queries and of keys.
+    # For prompts and for completions: forward, forward again for the gradient, gradient of queries, gradient of keys.
     assert text.count('custom_call_target="tpu_custom_call"') >= 8
     assert not scores(text), scores(text)

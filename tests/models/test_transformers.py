@@ -1,4 +1,4 @@
-"""In and out of `transformers` and PEFT themselves, with fresh random weights: opt-in, runs where torch and transformers are installed."""
+"""Models go to `transformers` and PEFT and back, with new random weights. Opt-in: needs torch and transformers."""
 
 import dataclasses
 import importlib.util
@@ -10,7 +10,6 @@ import pytest
 
 from jaxrl_reason import data, models
 from jaxrl_reason.models import lora
-from jaxrl_reason.models.formats import pretrained
 
 pytestmark = pytest.mark.slow
 torch = pytest.importorskip("torch")
@@ -72,14 +71,14 @@ def theirs(model, tokens=TOKENS, mask=MASK):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_there_and_back(name, dtype, tmp_path):
+def test_policies_survive_a_round_trip(name, dtype, tmp_path):
     model = randomised(FAMILIES[name]()).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "in", max_shard_size="200KB")
     policy = models.load_pretrained(tmp_path / "in")
     read = lambda path: t.AutoModelForCausalLM.from_pretrained(
         path, attn_implementation="eager", dtype=torch.float32
     ).eval()
-    expected = theirs(read(tmp_path / "in"))  # a cast model would keep its rotary frequencies rounded
+    expected = theirs(read(tmp_path / "in"))  # a cast of the model would leave its rotary frequencies rounded
     found = np.asarray(policy.apply(policy.params, TOKENS, MASK))
     np.testing.assert_allclose(found[MASK], expected[MASK], atol=2e-4)
     tokenizer = data.train_tokenizer(["abc 12"] * 9, 300)
@@ -89,7 +88,7 @@ def test_there_and_back(name, dtype, tmp_path):
             out, dataclasses.replace(policy, source=source, tokenizer=tokenizer), max_shard_bytes=100_000
         )
         again = read(out)
-        assert type(again) is type(model) or not source  # without a window a Mistral is a Llama
+        assert type(again) is type(model) or not source  # a Mistral without a window is written as a Llama
         np.testing.assert_allclose(theirs(again), expected, atol=1e-5)
         found = t.AutoTokenizer.from_pretrained(out)
         assert found("abc 12").input_ids == tokenizer.encode("abc 12")
@@ -98,7 +97,7 @@ def test_there_and_back(name, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["Qwen2", "Llama", "Gemma3Text"])
-def test_reward_models_there_and_back(kind, tmp_path):
+def test_reward_models_survive_a_round_trip(kind, tmp_path):
     sizes = GEMMA if kind == "Gemma3Text" else SIZES
     config = getattr(t, f"{kind}Config")(**sizes, num_labels=1)
     classifier = getattr(t, f"{kind}ForSequenceClassification", None)
@@ -118,7 +117,7 @@ def test_reward_models_there_and_back(kind, tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="PEFT is not installed")
-def test_adapters_in_peft(tmp_path):
+def test_adapters_in_peft_give_the_same_outputs(tmp_path):
     import peft
 
     model = randomised(FAMILIES["qwen3"]())
@@ -130,7 +129,7 @@ def test_adapters_in_peft(tmp_path):
         lora.init_adapters(config, jax.random.key(0)),
     )
     policy = models.Policy(config, lora.join(adapters, base.params))
-    pretrained.save_adapters(tmp_path / "adapters", policy, str(tmp_path / "base"))
+    models.save_adapters(tmp_path / "adapters", policy, str(tmp_path / "base"))
     with_adapters = peft.PeftModel.from_pretrained(model, tmp_path / "adapters").eval()
     found = np.asarray(policy.apply(policy.params, TOKENS, MASK))
     np.testing.assert_allclose(found[MASK], theirs(with_adapters)[MASK], atol=2e-4)

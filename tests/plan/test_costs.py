@@ -33,7 +33,7 @@ def lowered(program, config, P=P, G=G, S=S, T=T, mesh=None, *, options=None, **k
     of = lambda shape, dtype, place=split: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
     place = lambda tree, places: jax.tree.map(lambda x, at: of(x.shape, x.dtype, at), tree, places)
     params = models.abstract_params(config)
-    params = place(params, sharding.param_shardings(config, mesh)) if mesh else params
+    params = place(params, models.param_shardings(config, mesh)) if mesh else params
     features = of((P, config.features), jnp.float32) if config.features else None
     prompts = of((P, S), jnp.int32), of((P, S), bool)
     batch = Rollout(

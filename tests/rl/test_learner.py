@@ -55,7 +55,7 @@ jit_once = functools.partial(jax.jit, compiler_options={"xla_backend_optimizatio
 
 def reference_law(params=PARAMS, temperature=HOT, legal=LEGAL, tokens=TOKENS):
     logits = reference.completion_logits(CONFIG, reference.float64(params), PROMPTS, PROMPT_MASK, tokens)
-    return reference.law(logits, temperature, legal)
+    return reference.sampling_logprobs(logits, temperature, legal)
 
 
 def chosen(law, tokens=TOKENS):

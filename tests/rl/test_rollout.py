@@ -114,7 +114,9 @@ def test_sampled_logprobs_equal_the_trainers_and_the_references(temperature, kin
     assert out.mask.sum() > 40 and out.tokens.dtype == np.int32 and out.logprobs.dtype == np.float32
     trained = trainer(PARAMS, jax.tree.map(jnp.asarray, out), jnp.float32(temperature), allowed).logprobs
     np.testing.assert_allclose(out.logprobs[out.mask], np.asarray(trained)[out.mask], atol=1e-5)
-    law = reference.law(reference_logits(out.tokens), temperature, None if allowed is None else allowed[:, None])
+    law = reference.sampling_logprobs(
+        reference_logits(out.tokens), temperature, None if allowed is None else allowed[:, None]
+    )
     np.testing.assert_allclose(out.logprobs[out.mask], chosen(law, out.tokens)[out.mask], atol=5e-5)
     assert np.ptp(out.logprobs[out.mask]) > 1  # a law with something to get wrong
 
@@ -123,7 +125,7 @@ def test_each_member_of_a_group_can_have_its_temperature_and_one_of_them_be_gree
     temperatures = np.array([1.0, 0.0, 0.6, 1.3], np.float32)
     out = free(temperature=temperatures)
     logits = reference_logits(out.tokens)
-    law = reference.law(logits, np.array([1.0, 1.0, 0.6, 1.3])[:, None, None])
+    law = reference.sampling_logprobs(logits, np.array([1.0, 1.0, 0.6, 1.3])[:, None, None])
     np.testing.assert_allclose(out.logprobs[out.mask], chosen(law, out.tokens)[out.mask], atol=5e-5)
     greedy = out.mask[:, 1]
     np.testing.assert_array_equal(out.tokens[:, 1][greedy], logits[:, 1].argmax(axis=-1)[greedy])
@@ -191,10 +193,10 @@ def test_completions_follow_the_softmax_of_the_reference():
     first, second = np.concatenate(first), np.concatenate(second)
     texts = np.array([[[a, 0] for a in (1, 2, 3)]] * P)
     logits = reference_logits(texts)[0]
-    at_first = np.exp(reference.law(logits[0, 0, [1, 2, 3]], 1.0))
+    at_first = np.exp(reference.sampling_logprobs(logits[0, 0, [1, 2, 3]], 1.0))
     assert scipy.stats.chisquare([(first == a).sum() for a in (1, 2, 3)], at_first * len(first)).pvalue > 1e-4
     for i, a in enumerate((1, 2, 3)):  # the second token's law is conditional on the first
-        law = np.exp(reference.law(logits[i, 1], 1.0, NO_EOS[0, 1]))
+        law = np.exp(reference.sampling_logprobs(logits[i, 1], 1.0, NO_EOS[0, 1]))
         counts = np.bincount(second[first == a], minlength=V)
         top = np.argsort(law)[-3:]
         pool = lambda x: np.append(x[top], x.sum() - x[top].sum())
@@ -229,7 +231,7 @@ def random_law(rng, size, share=0.5, spread=3.0):
 def test_frequencies_match_the_softmax_to_the_resolution_of_the_noise(size, share):
     n = 8000
     logits = random_law(np.random.default_rng(size), size, share)
-    law = np.exp(reference.law(logits.astype(np.float64), 1.0))
+    law = np.exp(reference.sampling_logprobs(logits.astype(np.float64), 1.0))
     tokens, logprobs = draw(logits, (np.arange(n) + 0.5) / n)
     assert (np.diff(tokens) >= 0).all()
     counts = np.bincount(tokens, minlength=size)
@@ -241,7 +243,7 @@ def test_frequencies_match_the_softmax_to_the_resolution_of_the_noise(size, shar
 def test_frequencies_match_the_softmax_with_the_noise_that_is_used(size):
     noise = np.asarray(jax.jit(sampling_noise, static_argnums=(2, 3))(jax.random.key(1), jnp.arange(50), 8, 20)).ravel()
     logits = random_law(np.random.default_rng(size), size, spread=1.0)
-    law = np.exp(reference.law(logits.astype(np.float64), 1.0))
+    law = np.exp(reference.sampling_logprobs(logits.astype(np.float64), 1.0))
     counts = np.bincount(draw(logits, noise)[0], minlength=size)
     assert not counts[law == 0].any()
     assert scipy.stats.chisquare(counts[law > 0], law[law > 0] * len(noise)).pvalue > 1e-4
@@ -257,7 +259,7 @@ def test_frequencies_match_the_softmax_with_the_noise_that_is_used(size):
 def test_noise_at_the_edges_of_the_cumulative_law_lands_on_possible_tokens_only(seed, size, share, spread):
     rng = np.random.default_rng(seed)
     logits = random_law(rng, size, share, spread)
-    law = np.exp(reference.law(logits.astype(np.float64), 1.0))
+    law = np.exp(reference.sampling_logprobs(logits.astype(np.float64), 1.0))
     edges = rng.choice(np.cumsum(law), 200).astype(np.float32)
     noise = [edges * np.float32(1 + k * 2.0**-24) for k in (-4, -2, -1, 0, 1, 2, 4)] + [[0, 1e-30, 0.5, ONE]]
     noise = np.clip(np.concatenate(noise[:-1] + [np.float32(noise[-1])] + [np.zeros(20, np.float32)]), 0, ONE)
@@ -357,7 +359,7 @@ def test_the_parameters_given_are_used_and_nothing_compiles_twice():
     assert run._cache_size() == programs
     for out in results:
         assert (out.tokens != base.tokens).any()
-    law = reference.law(reference_logits(results[0].tokens, params=other), 1.0)
+    law = reference.sampling_logprobs(reference_logits(results[0].tokens, params=other), 1.0)
     np.testing.assert_allclose(
         results[0].logprobs[results[0].mask], chosen(law, results[0].tokens)[results[0].mask], atol=5e-5
     )
@@ -404,7 +406,7 @@ def test_groups_of_several_lengths_end_each_at_its_own_end_token():
         text = out.tokens[p, g, : ends[p, g]]
         assert not np.isin(text[:-1], EOS).any()
         assert np.isin(text[-1], EOS) != out.truncated[p, g]
-    law = reference.law(reference_logits(out.tokens), 30.0, only(t1=[5, 9, 1, 2], t3=[9, 1])[:, None])
+    law = reference.sampling_logprobs(reference_logits(out.tokens), 30.0, only(t1=[5, 9, 1, 2], t3=[9, 1])[:, None])
     np.testing.assert_allclose(out.logprobs[out.mask], chosen(law, out.tokens)[out.mask], atol=5e-5)
 
 
@@ -490,7 +492,7 @@ def test_attention_over_a_rounded_cache_is_attention_over_what_it_stands_for():
     q = shape(P, G, T, N * R, K)
     own, prompt = (shape(P, G, N, K, C), shape(P, G, N, C, K)), (shape(P, N, K, S), shape(P, N, S, K))
     masks = jnp.asarray(rng.random((P, G, T, C)) < 0.7).at[..., 0].set(True), jnp.ones((P, G, T, S), bool)
-    rounded_own, rounded_prompt = decoder._rounded(*own), decoder._rounded(*prompt)
+    rounded_own, rounded_prompt = cache.round_to_int8(*own), cache.round_to_int8(*prompt)
 
     def meant(pair):
         keys, values = (x.values.astype(jnp.float32) for x in pair)

@@ -114,7 +114,7 @@ def behind_the_end(rollout, temperature=1.0, token=PROBE):
     tokens, mask = (np.concatenate(x, axis=2).reshape(P * G, -1) for x in (rows, masks))
     logits = np.asarray(plain(tokens.shape)(PARAMS, tokens, mask), np.float64)
     last = mask.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)
-    law = reference.law(logits[np.arange(P * G), last], temperature)
+    law = reference.sampling_logprobs(logits[np.arange(P * G), last], temperature)
     return law[:, token].reshape(P, G)
 
 
@@ -249,7 +249,9 @@ def tabular_sample(side="left"):
 def test_features_stand_in_front_of_the_prompt_in_sampling_and_in_training():
     out = tabular_sample()
     np.testing.assert_array_equal(out.features, FEATURES)
-    law = reference.law(tabular_logits(reference.float64(TAB_PARAMS), FEATURES, *SIDES["left"], out.tokens), 1.0)
+    law = reference.sampling_logprobs(
+        tabular_logits(reference.float64(TAB_PARAMS), FEATURES, *SIDES["left"], out.tokens), 1.0
+    )
     np.testing.assert_allclose(out.logprobs[out.mask], chosen(law, out.tokens)[out.mask], atol=5e-5)
     trained = train(out, TAB_PARAMS, config=TABULAR).logprobs
     np.testing.assert_allclose(np.exp(trained - out.logprobs)[out.mask], 1, atol=1e-5)
@@ -401,7 +403,7 @@ def test_the_self_reward_loss_and_its_gradient_are_those_of_the_definition():
         return reference_methods.self_reward_loss(r, verdicts, judged)
 
     def loss(params):
-        law = reference.law(reference.completion_logits(CONFIG, params, prompts, mask, tokens), 1.0)
+        law = reference.sampling_logprobs(reference.completion_logits(CONFIG, params, prompts, mask, tokens), 1.0)
         return reinforce(law, tokens, live, adv) + 0.7 * self_reward(params)
 
     assert metrics["self_reward/loss"] == pytest.approx(self_reward(reference.float64(PARAMS)), rel=1e-4)
@@ -471,7 +473,7 @@ def test_the_expert_term_is_the_cross_entropy_of_its_targets():
     new, metrics = update(expert_batch(targets), options)
 
     def terms(params):
-        law = reference.law(reference.completion_logits(CONFIG, params, prompts, mask, tokens), 1.0)
+        law = reference.sampling_logprobs(reference.completion_logits(CONFIG, params, prompts, mask, tokens), 1.0)
         return reinforce(law, tokens, live, adv), -chosen(law, targets)[live].mean()
 
     _, cross_entropy = terms(reference.float64(PARAMS))
@@ -494,7 +496,9 @@ def test_features_reach_the_encoder_with_the_right_gradient():
     new, _ = update(batch_of(features=features), PLAIN, TAB_PARAMS, config=TABULAR)
 
     def loss(params):
-        return reinforce(reference.law(tabular_logits(params, features, prompts, mask, tokens), 1.0), tokens, live, adv)
+        return reinforce(
+            reference.sampling_logprobs(tabular_logits(params, features, prompts, mask, tokens), 1.0), tokens, live, adv
+        )
 
     for name in ENCODER:
         assert_gradient(TAB_PARAMS, new, loss, only=name, trials=1)
@@ -520,7 +524,9 @@ def test_legal_tokens_by_position_hold_in_sampling_and_in_training(temperature):
     np.testing.assert_allclose(trained[out.mask], out.logprobs[out.mask], atol=1e-5)
     law = reference.completion_logits(CONFIG, reference.float64(PARAMS), *SIDES["left"], out.tokens)
     np.testing.assert_allclose(
-        out.logprobs[out.mask], chosen(reference.law(law, temperature, LEGAL), out.tokens)[out.mask], atol=5e-5
+        out.logprobs[out.mask],
+        chosen(reference.sampling_logprobs(law, temperature, LEGAL), out.tokens)[out.mask],
+        atol=5e-5,
     )
 
 
@@ -553,7 +559,7 @@ def test_the_gradient_under_legal_tokens_is_exact():
 
     def loss(params):
         logits = reference.completion_logits(CONFIG, params, prompts, mask, tokens)
-        return reinforce(reference.law(logits, 0.8, legal), tokens, live, adv)
+        return reinforce(reference.sampling_logprobs(logits, 0.8, legal), tokens, live, adv)
 
     assert_gradient(PARAMS, new, loss)
     illegal = np.flatnonzero(~legal.any(axis=0))

@@ -1,1 +1,1 @@
-"""Models of others: their config.json, their tensors, their files."""
+"""Models of others, in and out: the families of config.json, tensors in files, directories, GGUF files, PEFT adapters."""

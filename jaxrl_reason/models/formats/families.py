@@ -1,6 +1,6 @@
-"""Model families: what Hugging Face's config.json says about the one decoder, and what it calls the tensors.
+"""Model families: Hugging Face's config.json to the configuration of the decoder, and back.
 
-A family is one entry of `FAMILIES`: the switches of `ModelConfig` that it always has, and what stands where config.json is silent.
+A family is one entry of `FAMILIES`: the switches of `ModelConfig` that it always has, and the meaning of keys that config.json lacks.
 """
 
 from collections.abc import Mapping
@@ -9,10 +9,7 @@ import math
 from typing import Any
 
 from jaxrl_reason.models.config import ModelConfig, RopeScaling
-
-
-class PretrainedError(ValueError):
-    """A model that cannot be read or written; the message is a sentence that names the file, field or tensor."""
+from jaxrl_reason.models.formats.types import PretrainedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +17,12 @@ class Family:
     """One `model_type` of config.json.
 
     Attributes:
-      model_type, prefix: "qwen2" and the Qwen2 of Qwen2ForCausalLM.
+      model_type: for example "qwen2".
+      prefix: of the architecture: the Qwen2 of Qwen2ForCausalLM.
       fixed: fields of ModelConfig that do not differ within the family.
-      absent: what an absent key of config.json means.
-      computes: keys whose other values ask for something that the decoder does not do.
-      sliding: how sliding layers are told: "none", "all" (where sliding_window is a number) or "layers".
+      absent: values of keys that config.json can lack.
+      computes: for some keys, the values that the decoder supports.
+      sliding: which layers can slide: "none", "all" (if sliding_window is a number) or "layers" (config.json names them).
     """
 
     model_type: str
@@ -35,63 +33,50 @@ class Family:
     sliding: str = "none"
 
 
-_LARGEST = 10_000_000  # of any size: what is beyond is no model, and would only use up memory
+_LARGEST = 10_000_000  # bound of any size: a file with a larger number would only exhaust the memory
 _SILU = {"hidden_act": ("silu", "swish")}
 _GELU = ("gelu_pytorch_tanh",)
 
-FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (
-        Family("llama", "Llama", computes=_SILU | {"attention_bias": (False,), "mlp_bias": (False,)}),
-        Family(
-            "mistral",
-            "Mistral",
-            absent={"sliding_window": 4096, "num_key_value_heads": 8},
-            computes=_SILU,
-            sliding="all",
-        ),
-        Family(
-            "qwen2",
-            "Qwen2",
-            fixed={"qkv_bias": True},
-            absent={"num_key_value_heads": 32},
-            computes=_SILU,
-            sliding="layers",
-        ),
-        Family(
-            "qwen3",
-            "Qwen3",
-            fixed={"qk_norm": True},
-            absent={"head_dim": 128, "num_key_value_heads": 32},
-            computes=_SILU | {"attention_bias": (False,)},
-            sliding="layers",
-        ),
-        Family(
-            "gemma3_text",
-            "Gemma3",
-            fixed={"qk_norm": True, "norm_offset": 1.0, "post_norms": True, "activation": "gelu"},
-            absent={
-                "num_key_value_heads": 4,
-                "head_dim": 256,
-                "query_pre_attn_scalar": 256,
-                "tie_word_embeddings": True,
-                "rope_theta": 1_000_000.0,
-                "rope_local_base_freq": 10_000.0,
-                "sliding_window": 4096,
-                "sliding_window_pattern": 6,
-            },
-            computes={
-                "hidden_activation": _GELU,
-                "hidden_act": _GELU,
-                "attention_bias": (False,),
-                "attn_logit_softcapping": (None,),
-                "final_logit_softcapping": (None,),
-                "use_bidirectional_attention": (False, None),
-            },
-            sliding="layers",
-        ),
-    )
-}
+_FAMILIES = (
+    Family("llama", "Llama", computes=_SILU | {"attention_bias": (False,), "mlp_bias": (False,)}),
+    Family(
+        "mistral", "Mistral", absent={"sliding_window": 4096, "num_key_value_heads": 8}, computes=_SILU, sliding="all"
+    ),
+    Family("qwen2", "Qwen2", {"qkv_bias": True}, {"num_key_value_heads": 32}, _SILU, "layers"),
+    Family(
+        "qwen3",
+        "Qwen3",
+        fixed={"qk_norm": True},
+        absent={"head_dim": 128, "num_key_value_heads": 32},
+        computes=_SILU | {"attention_bias": (False,)},
+        sliding="layers",
+    ),
+    Family(
+        "gemma3_text",
+        "Gemma3",
+        fixed={"qk_norm": True, "norm_offset": 1.0, "post_norms": True, "activation": "gelu"},
+        absent={
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "tie_word_embeddings": True,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 6,
+        },
+        computes={
+            "hidden_activation": _GELU,
+            "hidden_act": _GELU,
+            "attention_bias": (False,),
+            "attn_logit_softcapping": (None,),
+            "final_logit_softcapping": (None,),
+            "use_bidirectional_attention": (False, None),
+        },
+        sliding="layers",
+    ),
+)
+FAMILIES = {family.model_type: family for family in _FAMILIES}
 
 _SIZES = {
     "vocab_size": "vocab_size",
@@ -101,25 +86,28 @@ _SIZES = {
     "mlp_width": "intermediate_size",
 }
 
+# Fields of ModelConfig that a config.json does not hold, apart from the dtype of its weights.
+UNWRITTEN = ("param_dtype", "compute_dtype", "remat", "attention")
+
 # -- config.json -----------------------------------------------------------------------------------
 
 
 def read_config(source: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
-    """The decoder that a config.json describes, in the spelling of transformers 4 or 5.
+    """Reads the configuration of a decoder from a config.json, in the spelling of transformers 4 or 5.
 
     Args:
-      source: the file's content.
-      where: what messages call it.
+      source: the content of the file.
+      where: the name of the file in messages.
 
     Raises:
-      PretrainedError: an unknown architecture, a missing size, or something that the decoder does not compute.
+      PretrainedError: if the architecture is unknown, a size is missing, or the decoder does not support a value.
     """
     try:
         return _read_config(source, where)
     except PretrainedError:
         raise
     except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as e:  # a file can hold anything anywhere
-        raise PretrainedError(f"{where} describes a model that cannot be: {e}") from e
+        raise PretrainedError(f"{where} describes an invalid model: {e}") from e
 
 
 def _read_config(source: Mapping[str, Any], where: str) -> ModelConfig:
@@ -128,13 +116,11 @@ def _read_config(source: Mapping[str, Any], where: str) -> ModelConfig:
     for key, allowed in family.computes.items():
         if key in source and source[key] not in allowed:
             raise PretrainedError(
-                f"{where} has {key} {source[key]!r}, and only {', '.join(map(repr, allowed))} is computed here."
+                f"{where} has {key} {source[key]!r}, and only {' or '.join(map(repr, allowed))} is supported."
             )
     if source.get("quantization_config"):
-        raise PretrainedError(f"{where} has a quantization_config: take the model with weights in float32 or bfloat16.")
-    sizes = {}
-    for ours, theirs in _SIZES.items():
-        sizes[ours] = _number(source, theirs, where)
+        raise PretrainedError(f"{where} has a quantization_config: use a model with weights in float32 or bfloat16.")
+    sizes: dict[str, Any] = {ours: _number(source, theirs, where) for ours, theirs in _SIZES.items()}
     sizes["kv_heads"] = sizes["heads"]
     if get("num_key_value_heads") is not None:
         sizes["kv_heads"] = _number({"num_key_value_heads": get("num_key_value_heads")}, "num_key_value_heads", where)
@@ -144,14 +130,15 @@ def _read_config(source: Mapping[str, Any], where: str) -> ModelConfig:
         raise PretrainedError(f"{where} has tie_word_embeddings {tied!r}; it must be true or false.")
     theta, scaling = _rope(source, family, where, "full_attention")
     window, period, local = _sliding(source, family, where)
-    own = {}
+    own: dict[str, float] = {}
     if family.model_type == "gemma3_text":
         own = {
             "embedding_scale": math.sqrt(sizes["width"]),
             "query_scale": _positive(get("query_pre_attn_scalar"), "query_pre_attn_scalar", where) ** -0.5,
         }
+    fields: dict[str, Any] = sizes | dict(family.fixed) | own
     return ModelConfig(
-        **sizes,
+        **fields,
         head_dim=head_dim,
         rope_theta=theta,
         rope_scaling=scaling,
@@ -160,23 +147,21 @@ def _read_config(source: Mapping[str, Any], where: str) -> ModelConfig:
         local_rope_theta=local,
         norm_eps=_positive(get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
         tied_embedding=tied,
-        **family.fixed,
-        **own,
     )
 
 
 def write_config(config: ModelConfig, classifier: bool = False) -> dict[str, Any]:
-    """The config.json of the first family that describes this decoder, in the spelling that transformers 4 and 5 read.
+    """Returns the config.json of the first family that describes a decoder, in a spelling that transformers 4 and 5 read.
 
     Args:
-      config: dtypes and remat do not enter; the dtype of the weights is written.
-      classifier: for a reward model.
+      config: the decoder. Only the dtype of the weights is written; the choice of the family ignores dtypes, remat and attention.
+      classifier: whether the model is a reward model.
 
     Raises:
-      PretrainedError: no family has all of its switches.
+      PretrainedError: if no family has all switches of the decoder.
     """
     plain = ModelConfig(vocab_size=1, width=2, layers=1, heads=1, kv_heads=1, mlp_width=1)
-    free = {name: getattr(plain, name) for name in ("param_dtype", "compute_dtype", "remat", "attention")}
+    free: dict[str, Any] = {name: getattr(plain, name) for name in UNWRITTEN}
     wanted = dataclasses.replace(config, **free)
     for family in FAMILIES.values():
         found = _describe(family, wanted)
@@ -186,7 +171,7 @@ def write_config(config: ModelConfig, classifier: bool = False) -> dict[str, Any
             same = False
         if same:
             kind = "ForSequenceClassification" if classifier else "ForCausalLM"
-            # Gemma's text decoder of a multimodal family has a name of its own.
+            # The classifier of Gemma's text decoder has another name, because the family is multimodal.
             prefix = "Gemma3Text" if classifier and family.prefix == "Gemma3" else family.prefix
             return {"architectures": [prefix + kind], **found, "torch_dtype": config.param_dtype}
     raise PretrainedError(
@@ -198,10 +183,10 @@ def _family(source: Mapping[str, Any], where: str) -> Family:
     kind = str(source.get("model_type"))
     if kind == "gemma3":
         raise PretrainedError(
-            f"{where} has model_type 'gemma3', the model with a vision tower: take its text decoder, model_type 'gemma3_text'."
+            f"{where} has model_type 'gemma3', the model with a vision tower: use its text decoder, model_type 'gemma3_text'."
         )
     if kind not in FAMILIES:
-        raise PretrainedError(f"{where} has model_type {kind!r}; there are {', '.join(FAMILIES)}.")
+        raise PretrainedError(f"{where} has model_type {kind!r}; it must be one of {', '.join(FAMILIES)}.")
     return FAMILIES[kind]
 
 
@@ -218,12 +203,12 @@ def _positive(value: Any, key: str, where: str) -> float:
     return float(value)
 
 
-def _rope(source, family: Family, where: str, kind: str) -> tuple[float, RopeScaling | None]:
-    """Base and stretch of the rotary frequencies of layers of this kind."""
+def _rope(source: Mapping[str, Any], family: Family, where: str, kind: str) -> tuple[float, RopeScaling | None]:
+    """Returns the base and the scaling of the rotary frequencies of one kind of layers."""
     get = lambda key, default=None: source.get(key, family.absent.get(key, default))
     local = kind == "sliding_attention"
     base = get("rope_local_base_freq") if local else get("rope_theta", 10_000.0)
-    found = source.get("rope_parameters") or {}  # transformers 5: for all layers, or for each kind
+    found = source.get("rope_parameters") or {}  # transformers 5: for all layers, or per kind
     nested = any(isinstance(value, Mapping) for value in found.values())
     if nested:
         found = found.get(kind) or {}
@@ -247,14 +232,14 @@ def _rope(source, family: Family, where: str, kind: str) -> tuple[float, RopeSca
                 original_length=int(found["original_max_position_embeddings"]),
             )
     except KeyError as e:
-        raise PretrainedError(f"{where} asks for {scaling!r} rotary positions without {e}.") from e
+        raise PretrainedError(f"{where} has rotary positions of type {scaling!r} without {e}.") from e
     raise PretrainedError(
-        f"{where} asks for rotary positions of type {scaling!r}; there are default, linear and llama3."
+        f"{where} has rotary positions of type {scaling!r}; the type must be default, linear or llama3."
     )
 
 
-def _sliding(source, family: Family, where: str) -> tuple[int, int, float]:
-    """(sliding_window, sliding_period, local_rope_theta) of ModelConfig."""
+def _sliding(source: Mapping[str, Any], family: Family, where: str) -> tuple[int, int, float]:
+    """Returns (sliding_window, sliding_period, local_rope_theta) of ModelConfig."""
     get = lambda key, default=None: source.get(key, family.absent.get(key, default))
     layers, window = source["num_hidden_layers"], get("sliding_window")
     if family.sliding == "none" or (family.sliding == "all" and window is None):
@@ -282,21 +267,21 @@ def _sliding(source, family: Family, where: str) -> tuple[int, int, float]:
     local, scaling = _rope(source, family, where, "sliding_attention") if gemma else (0.0, None)
     if scaling is not None:
         raise PretrainedError(
-            f"{where} scales the rotary positions of sliding layers ({scaling.kind}), which is not computed here."
+            f"{where} scales the rotary positions of sliding layers ({scaling.kind}), which is not supported."
         )
-    if all(slides):  # a period beyond the last layer, where two rotary bases must be kept apart
+    if all(slides):  # Gemma: a period beyond the last layer keeps the two rotary bases apart
         return window, max(layers + 1, get("sliding_window_pattern", 0)) if gemma else 0, local
     period = slides.index(False) + 1
     if slides != [(i + 1) % period != 0 for i in range(layers)]:
         raise PretrainedError(
-            f"{where}: every n-th layer can be global and the others slide, and layer_types is not so."
+            f"{where} has layer_types without a period; it is supported that every n-th layer is global and the others slide."
         )
     return window, period, local
 
 
 def _describe(family: Family, c: ModelConfig) -> dict[str, Any]:
-    """What config.json would say if the decoder were of this family; `read_config` tells whether it is."""
-    out = {"model_type": family.model_type}
+    """Returns a config.json of this family for a decoder; it describes the decoder only if `read_config` gives it back."""
+    out: dict[str, Any] = {"model_type": family.model_type}
     out |= {theirs: getattr(c, ours) for ours, theirs in _SIZES.items()}
     out |= {
         "num_key_value_heads": c.kv_heads,
@@ -334,76 +319,3 @@ def _describe(family: Family, c: ModelConfig) -> dict[str, Any]:
 
 def _whole(x: float) -> float | int:
     return round(x) if math.isclose(x, round(x), rel_tol=1e-9) else x
-
-
-# -- tensors ---------------------------------------------------------------------------------------
-
-_NAMES = {
-    "embedding": "model.embed_tokens.weight",
-    "final_norm": "model.norm.weight",
-    "head": "lm_head.weight",
-    "score": "score.weight",
-}
-_LAYER_NAMES = {
-    "attention_norm": "input_layernorm.weight",
-    "q": "self_attn.q_proj.weight",
-    "k": "self_attn.k_proj.weight",
-    "v": "self_attn.v_proj.weight",
-    "o": "self_attn.o_proj.weight",
-    "q_bias": "self_attn.q_proj.bias",
-    "k_bias": "self_attn.k_proj.bias",
-    "v_bias": "self_attn.v_proj.bias",
-    "q_norm": "self_attn.q_norm.weight",
-    "k_norm": "self_attn.k_norm.weight",
-    "mlp_norm": "post_attention_layernorm.weight",
-    "gate": "mlp.gate_proj.weight",
-    "up": "mlp.up_proj.weight",
-    "down": "mlp.down_proj.weight",
-}
-_LAYER_NAMES_WITH_POST_NORMS = {
-    "post_attention_norm": "post_attention_layernorm.weight",
-    "mlp_norm": "pre_feedforward_layernorm.weight",
-    "post_mlp_norm": "post_feedforward_layernorm.weight",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """Where one weight of ours lies in a file of theirs.
-
-    Attributes:
-      names: one tensor, or one a layer for a weight that is stacked.
-      stacked: whether ours leads with a layer axis.
-      transposed: theirs is [out, in], ours [in, out].
-      shape: of each of their tensors.
-    """
-
-    names: tuple[str, ...]
-    stacked: bool
-    transposed: bool
-    shape: tuple[int, ...]
-
-
-def tensors_of(config: ModelConfig, abstract_params: Mapping[str, Any]) -> dict[str, Any]:
-    """A `Tensor` a weight, in the structure of the parameters (of a policy's decoder, or {"decoder": ..., "score": ...})."""
-    layer_names = _LAYER_NAMES | (_LAYER_NAMES_WITH_POST_NORMS if config.post_norms else {})
-
-    def walk(tree, stacked):
-        out = {}
-        for name, leaf in tree.items():
-            if isinstance(leaf, Mapping):
-                out[name] = walk(leaf, name == "layers")
-                continue
-            shape = leaf.shape[1:] if stacked else leaf.shape
-            transposed = len(shape) == 2 and name != "embedding"
-            shape = shape[::-1] if transposed else shape
-            if name == "score":
-                shape = (1, *shape)
-            if stacked:
-                names = tuple(f"model.layers.{i}.{layer_names[name]}" for i in range(config.layers))
-            else:
-                names = (_NAMES[name],)
-            out[name] = Tensor(names, stacked, transposed, shape)
-        return out
-
-    return walk(abstract_params, False)

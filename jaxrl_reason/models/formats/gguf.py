@@ -1,6 +1,6 @@
-"""GGUF files, llama.cpp's format, as a source of models: weights are dequantised tensor by tensor, the tokenizer is rebuilt.
+"""Models from GGUF files, the format of llama.cpp: weights are dequantised tensor by tensor, and the tokenizer is built again.
 
-Needs the package `gguf`, an extra: pip install 'jaxrl_reason[gguf]'.
+Needs the package `gguf`, an optional extra that is imported only when a file is read: pip install 'jaxrl_reason[gguf]'.
 """
 
 import pathlib
@@ -13,7 +13,7 @@ from tokenizers import models as tokenizer_models
 
 from jaxrl_reason.data.tokenizer import Tokenizer
 from jaxrl_reason.models.formats import families
-from jaxrl_reason.models.formats.families import PretrainedError
+from jaxrl_reason.models.formats.types import Opened, PretrainedError
 
 _NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -31,20 +31,20 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_FREQUENCIES = "rope_freqs.weight"  # of llama3 scaling
+_FREQUENCIES = "rope_freqs.weight"  # present with llama3 scaling
 _CONTROL, _USER_DEFINED = 3, 4  # types of tokens
 _PRE_TOKENIZERS = {
     "smollm": lambda: pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    ),
+    )
 }
 
 
-def open_file(path: pathlib.Path) -> dict[str, Any]:
-    """The fields of `pretrained.Opened`.
+def open_file(path: pathlib.Path) -> Opened:
+    """Reads all of a GGUF file but the values of its weights.
 
     Raises:
-      PretrainedError: the package is missing, the file is damaged, or it holds something that is not read here.
+      PretrainedError: if the package `gguf` is missing, the file is damaged, or its content is not supported.
     """
     try:
         import gguf
@@ -57,12 +57,10 @@ def open_file(path: pathlib.Path) -> dict[str, Any]:
         raise PretrainedError(f"{path} is not a whole GGUF file: {type(e).__name__}: {e}") from e
     architecture = fields.get("general.architecture")
     if architecture != "llama":
-        raise PretrainedError(
-            f"{path} holds a model of architecture {architecture!r}; of GGUF files, llama's are read."
-        )
+        raise PretrainedError(f"{path} has architecture {architecture!r}; only llama is read from GGUF files.")
     weights = _Weights(path, reader, fields)
     source = _config(path, fields, tied="lm_head.weight" not in weights.shapes)
-    return dict(
+    return Opened(
         config=families.read_config(source, str(path)),
         weights=weights,
         tokenizer=_tokenizer(path, fields),
@@ -72,7 +70,7 @@ def open_file(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _config(path: pathlib.Path, fields: dict[str, Any], tied: bool) -> dict[str, Any]:
-    """The file's metadata as a config.json."""
+    """Returns the metadata of the file as a config.json."""
 
     def get(name, default=None):
         value = fields.get(f"llama.{name}", default)
@@ -82,7 +80,7 @@ def _config(path: pathlib.Path, fields: dict[str, Any], tied: bool) -> dict[str,
 
     heads, width = get("attention.head_count"), get("embedding_length")
     if type(heads) is not int or heads < 1:
-        raise PretrainedError(f"{path} has llama.attention.head_count {heads}; one number for all layers is read.")
+        raise PretrainedError(f"{path} has llama.attention.head_count {heads}; it must be one number for all layers.")
     ids = {
         f"{name}_token_id": fields[f"tokenizer.ggml.{key}_token_id"]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
@@ -90,7 +88,9 @@ def _config(path: pathlib.Path, fields: dict[str, Any], tied: bool) -> dict[str,
     }
     scaling = fields.get("llama.rope.scaling.type", "none")
     if scaling != "none":
-        raise PretrainedError(f"{path} scales its rotary positions ({scaling!r}), which is not read from GGUF files.")
+        raise PretrainedError(
+            f"{path} scales its rotary positions ({scaling!r}), which is not supported for GGUF files."
+        )
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -102,7 +102,7 @@ def _config(path: pathlib.Path, fields: dict[str, Any], tied: bool) -> dict[str,
         "num_attention_heads": heads,
         "num_key_value_heads": get("attention.head_count_kv", heads),
         "head_dim": get("rope.dimension_count", width // heads),
-        # Stored in float32: 1e-5 is written 9.99e-6.
+        # Rounded, because the file has float32: 1e-5 is stored as 9.99e-6.
         "rms_norm_eps": float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),
         "rope_theta": float(get("rope.freq_base", 10_000.0)),
         "max_position_embeddings": get("context_length"),
@@ -114,13 +114,13 @@ def _config(path: pathlib.Path, fields: dict[str, Any], tied: bool) -> dict[str,
 
 
 class _Weights:
-    """See `weights.Weights`. A tensor is dequantised whole, whatever part of it is read."""
+    """See `types.Weights`. Each read dequantises the whole tensor."""
 
-    def __init__(self, path: pathlib.Path, reader, fields):
+    def __init__(self, path: pathlib.Path, reader: Any, fields: dict[str, Any]) -> None:
         import gguf
 
         self.where = str(path)
-        self._heads = {
+        self._heads: dict[str, Any] = {
             "q_proj": fields.get("llama.attention.head_count"),
             "k_proj": fields.get("llama.attention.head_count_kv", fields.get("llama.attention.head_count")),
         }
@@ -128,13 +128,13 @@ class _Weights:
         for tensor in reader.tensors:
             if tensor.name == _FREQUENCIES:
                 raise PretrainedError(
-                    f"{path} scales its rotary positions ({_FREQUENCIES}), which is not read from GGUF files."
+                    f"{path} scales its rotary positions ({_FREQUENCIES}), which is not supported for GGUF files."
                 )
-            try:  # one row, to know that the others can be read
+            try:  # one row, to check that the type is supported
                 gguf.dequantize(tensor.data[:1] if tensor.data.ndim > 1 else tensor.data, tensor.tensor_type)
             except NotImplementedError as e:
                 kind = tensor.tensor_type.name
-                raise PretrainedError(f"{path}: {tensor.name} is quantised as {kind}, which is not read.") from e
+                raise PretrainedError(f"{path}: {tensor.name} is quantised as {kind}, which is not supported.") from e
             self._tensors[_name(tensor.name)] = tensor
         self.shapes = {name: tuple(int(n) for n in t.shape[::-1]) for name, t in self._tensors.items()}
 
@@ -144,14 +144,14 @@ class _Weights:
         tensor = self._tensors[name]
         found = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(self.shapes[name])
         kind = name.split(".")[-2]
-        if kind in self._heads:  # llama.cpp keeps the pairs of a rotation together, Hugging Face the halves of a head
+        if kind in self._heads:  # llama.cpp interleaves the pairs of a rotation, Hugging Face splits a head into halves
             heads = self._heads[kind]
             found = found.reshape(heads, -1, 2, found.shape[-1]).swapaxes(1, 2).reshape(found.shape)
         return found[part]
 
 
 def _name(name: str) -> str:
-    """Hugging Face's name of a tensor; an unknown one keeps its own, and is refused as surplus."""
+    """Returns Hugging Face's name of a tensor; an unknown tensor keeps its name, and is reported as surplus."""
     if name in _NAMES:
         return _NAMES[name]
     parts = name.split(".")
@@ -164,15 +164,15 @@ def _tokenizer(path: pathlib.Path, fields: dict[str, Any]) -> Tokenizer:
     kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
         raise PretrainedError(
-            f"{path} has a tokenizer of kind {kind!r}, splitting text as {pre!r}; byte-pair tokenizers (gpt2) are read that split as "
-            f"{', '.join(_PRE_TOKENIZERS)}."
+            f"{path} has a tokenizer of kind {kind!r} that splits text as {pre!r}; the kind must be 'gpt2' (byte pairs), and the "
+            f"splitting must be one of {', '.join(_PRE_TOKENIZERS)}."
         )
     try:
         tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
         merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
         backend = tokenizers.Tokenizer(tokenizer_models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     except Exception as e:  # the library raises bare Exception
-        raise PretrainedError(f"{path} has a tokenizer that cannot be rebuilt: {type(e).__name__}: {e}") from e
+        raise PretrainedError(f"{path} has a tokenizer that cannot be built: {type(e).__name__}: {e}") from e
     backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     backend.decoder = decoders.ByteLevel()
     for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
@@ -182,7 +182,7 @@ def _tokenizer(path: pathlib.Path, fields: dict[str, Any]) -> Tokenizer:
         (backend.add_special_tokens if special else backend.add_tokens)(added)
     eos = fields.get("tokenizer.ggml.eos_token_id")
     if eos is None:
-        raise PretrainedError(f"{path} names no end token (tokenizer.ggml.eos_token_id).")
+        raise PretrainedError(f"{path} has no end token (tokenizer.ggml.eos_token_id).")
     return Tokenizer(
         backend,
         eos_ids=(eos,),

@@ -1,9 +1,9 @@
-"""Tensors in files, read one slice at a time and put straight where they are computed with; and written again."""
+"""Weights in safetensors files: checked, read one shard at a time onto their devices, and written."""
 
 from collections.abc import Iterator, Mapping
 import json
 import pathlib
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,37 +12,23 @@ import safetensors
 import safetensors.numpy
 
 from jaxrl_reason.data import hub
-from jaxrl_reason.models.formats.families import PretrainedError, Tensor
+from jaxrl_reason.models.formats.types import PretrainedError, Tensor, Weights
 
 _DTYPES = ("F32", "BF16", "F16")
 _INDEX = "model.safetensors.index.json"
-_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".masked_bias")  # of old files; computed, not learnt
-
-
-class Weights(Protocol):
-    """Named tensors somewhere.
-
-    Attributes:
-      where: what messages call the place.
-      shapes: name -> shape, known before anything is read.
-    """
-
-    where: str
-    shapes: Mapping[str, tuple[int, ...]]
-
-    def read(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
-        """A part of a tensor."""
+_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".masked_bias")  # in old files; computed, not trained
 
 
 class SafetensorsDirectory:
-    """The safetensors of a directory in the Hugging Face layout: one file, or several with an index. See `Weights`.
+    """The safetensors of a directory in the Hugging Face layout, one file or several with an index. See `Weights`.
 
     Raises:
-      PretrainedError: there are none, a file is damaged, or the index and the files disagree.
+      PretrainedError: if there are none, a file is damaged, or the index and the files disagree.
     """
 
-    def __init__(self, directory: pathlib.Path):
+    def __init__(self, directory: pathlib.Path) -> None:
         self.where = str(directory)
+        self.shapes: dict[str, tuple[int, ...]] = {}
         alone = inside(directory, "model.safetensors")
         if inside(directory, _INDEX).is_file():
             self._file_of = _read_index(directory)
@@ -50,29 +36,29 @@ class SafetensorsDirectory:
             self._file_of = dict.fromkeys(_names(alone), alone)
         else:
             pickles = [p.name for p in directory.glob("*.bin")] + [p.name for p in directory.glob("*.pt*")]
-            hint = f" It has {pickles[0]}, a pickle, which can run code when it is read: convert it." if pickles else ""
+            hint = f" It has {pickles[0]}, a pickle, which can run code: convert it to safetensors." if pickles else ""
             raise PretrainedError(f"There is no model.safetensors and no {_INDEX} in {directory}.{hint}")
-        self.shapes = {}
         for path in dict.fromkeys(self._file_of.values()):
-            with _open(path) as file:
-                held, indexed = set(file.keys()), {n for n, p in self._file_of.items() if p == path}
-                for name in sorted(held ^ indexed):
-                    fault = (
-                        "holds a tensor that the index does not put there"
-                        if name in held
-                        else "lacks a tensor of the index"
+            self._read_shapes(path)
+
+    def _read_shapes(self, path: pathlib.Path) -> None:
+        with _open(path) as file:
+            held, indexed = set(file.keys()), {n for n, p in self._file_of.items() if p == path}
+            for name in sorted(held - indexed):
+                raise PretrainedError(f"{path} holds a tensor that the index does not assign to it: {name}.")
+            for name in sorted(indexed - held):
+                raise PretrainedError(f"{path} lacks a tensor of the index: {name}.")
+            for name in indexed:
+                part = file.get_slice(name)
+                if part.get_dtype() not in _DTYPES:
+                    raise PretrainedError(
+                        f"{path}: {name} has dtype {part.get_dtype()}; weights must be one of {', '.join(_DTYPES)}."
                     )
-                    raise PretrainedError(f"{path} {fault}: {name}.")
-                for name in indexed:
-                    part = file.get_slice(name)
-                    if part.get_dtype() not in _DTYPES:
-                        raise PretrainedError(
-                            f"{path}: {name} has dtype {part.get_dtype()}; weights must be one of {', '.join(_DTYPES)}."
-                        )
-                    self.shapes[name] = tuple(part.get_shape())
+                self.shapes[name] = tuple(part.get_shape())
 
     def read(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
-        with _open(self._file_of[name]) as file:  # reopened each time: what was mapped is given back
+        """Reads a part of a tensor."""
+        with _open(self._file_of[name]) as file:  # opened anew each time: mapped memory is released
             return file.get_slice(name)[part]
 
 
@@ -91,11 +77,11 @@ def _names(path: pathlib.Path) -> list[str]:
 def _read_index(directory: pathlib.Path) -> dict[str, pathlib.Path]:
     index = read_json(directory / _INDEX).get("weight_map")
     if not isinstance(index, dict) or not index:
-        raise PretrainedError(f"{directory / _INDEX} has no weight_map from tensor names to files.")
+        raise PretrainedError(f"{directory / _INDEX} has no weight_map from tensor names to file names.")
     for name, file in index.items():
         if not isinstance(file, str) or pathlib.PurePath(file).name != file or not file.endswith(".safetensors"):
             raise PretrainedError(
-                f"{directory / _INDEX} puts {name} into {file!r}; it must be the name of a .safetensors file beside it."
+                f"{directory / _INDEX} puts {name} into {file!r}; it must be the name of a .safetensors file in the same directory."
             )
         if not inside(directory, file).is_file():
             raise PretrainedError(f"{directory / _INDEX} names {file}, and there is no such file.")
@@ -103,7 +89,7 @@ def _read_index(directory: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
-    """The path of a file in a model's directory; raises PretrainedError where it leads out of it, see `hub.inside`."""
+    """Returns the path of a file in a directory; raises a PretrainedError if it leads out of the directory, see `hub.inside`."""
     try:
         return hub.inside(directory, name)
     except hub.HubError as e:
@@ -111,7 +97,7 @@ def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file; raises PretrainedError where there is none."""
+    """Reads the object in a JSON file; raises a PretrainedError if there is none."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as e:
@@ -119,20 +105,20 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as e:
         raise PretrainedError(f"{path} is not JSON: {e}.") from e
     if not isinstance(content, dict):
-        raise PretrainedError(f"{path} holds a JSON {type(content).__name__}; it has to hold an object.")
+        raise PretrainedError(f"{path} holds a JSON {type(content).__name__}; it must hold an object.")
     return content
 
 
-def check(weights: Weights, table, *, tied: bool) -> None:
-    """Refuses missing, surplus and misshapen tensors.
+def check(weights: Weights, table: Mapping[str, Any], *, tied: bool) -> None:
+    """Checks that the tensors of a model are the expected ones.
 
     Args:
-      weights: what there is.
-      table: a `families.Tensor` a weight.
-      tied: a stored output head is then a copy of the embedding, which some writers keep; it must be one.
+      weights: the tensors.
+      table: a `Tensor` per weight.
+      tied: whether the output head is the embedding. Some writers store the head nevertheless; it must then equal the embedding.
 
     Raises:
-      PretrainedError: with the names.
+      PretrainedError: if tensors are missing, surplus or have another shape; the message has their names.
     """
     wanted = {name: t.shape for t in _leaves(table) for name in t.names}
     missing = [name for name in wanted if name not in weights.shapes]
@@ -140,37 +126,43 @@ def check(weights: Weights, table, *, tied: bool) -> None:
         raise PretrainedError(f"{weights.where} lacks {_listed(missing)}.")
     surplus = [name for name in weights.shapes if name not in wanted and not name.endswith(_BUFFERS)]
     if tied and surplus == ["lm_head.weight"] and weights.shapes[surplus[0]] == wanted["model.embed_tokens.weight"]:
-        rows, width = weights.shapes[surplus[0]]
-        for start in range(0, rows, 4096):
-            part = slice(start, min(start + 4096, rows)), slice(0, width)
-            if not np.array_equal(weights.read(surplus[0], part), weights.read("model.embed_tokens.weight", part)):
-                raise PretrainedError(
-                    f"{weights.where}: config.json ties the output head to the embedding, and lm_head.weight differs from it."
-                )
+        _check_tied_head(weights)
         surplus = []
     if surplus:
         raise PretrainedError(f"{weights.where} has {_listed(surplus)}, which its config.json has no place for.")
     for name, shape in wanted.items():
         if weights.shapes[name] != shape:
             raise PretrainedError(
-                f"{weights.where}: {name} has shape {list(weights.shapes[name])}, and by config.json it has {list(shape)}."
+                f"{weights.where}: {name} has shape {list(weights.shapes[name])}, and config.json requires {list(shape)}."
             )
 
 
-def place(weights: Weights, table, abstract, shardings):
-    """Reads every weight into its shards, cast on the way: on the host there is never more than one weight.
+def _check_tied_head(weights: Weights) -> None:
+    rows, width = weights.shapes["lm_head.weight"]
+    for start in range(0, rows, 4096):
+        part = slice(start, min(start + 4096, rows)), slice(0, width)
+        if not np.array_equal(weights.read("lm_head.weight", part), weights.read("model.embed_tokens.weight", part)):
+            raise PretrainedError(
+                f"{weights.where}: config.json ties the output head to the embedding, and lm_head.weight differs from it."
+            )
+
+
+def place(
+    weights: Weights, table: Mapping[str, Any], abstract: Mapping[str, Any], shardings: Mapping[str, Any]
+) -> dict:
+    """Reads every weight into its shards and casts it; the host holds at most one weight at a time.
 
     Args:
-      weights, table: see `check`, which comes first.
-      abstract: a ShapeDtypeStruct a weight.
-      shardings: a Sharding a weight.
+      weights, table: as for `check`, which must have passed.
+      abstract: a ShapeDtypeStruct per weight.
+      shardings: a Sharding per weight.
 
     Returns:
       The parameters.
     """
 
-    def one(tensor: Tensor, like, sharding):
-        seen = {}  # shards that several devices hold are read once
+    def one(tensor: Tensor, like: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
+        seen: dict[tuple, np.ndarray] = {}  # a shard that several devices hold is read once
 
         def shard(index):
             index = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, like.shape))
@@ -184,11 +176,11 @@ def place(weights: Weights, table, abstract, shardings):
     return jax.tree.map(one, table, abstract, shardings, is_leaf=lambda x: isinstance(x, Tensor))
 
 
-def _read(weights: Weights, tensor: Tensor, like, index: tuple[slice, ...]) -> np.ndarray:
-    """Part of a weight of ours."""
+def _read(weights: Weights, tensor: Tensor, like: jax.ShapeDtypeStruct, index: tuple[slice, ...]) -> np.ndarray:
+    """Reads part of one weight of the decoder."""
     inner = index[1:] if tensor.stacked else index
     part = inner[::-1] if tensor.transposed else inner
-    part = (slice(0, 1),) * (len(tensor.shape) - len(part)) + part  # the one row of a reward head
+    part = (slice(0, 1),) * (len(tensor.shape) - len(part)) + part  # a reward head has one row
     names = tensor.names[index[0]] if tensor.stacked else tensor.names
     out = np.empty([s.stop - s.start for s in index], jnp.dtype(like.dtype))
     for name, rows in zip(names, out if tensor.stacked else [out]):
@@ -197,17 +189,22 @@ def _read(weights: Weights, tensor: Tensor, like, index: tuple[slice, ...]) -> n
     return out
 
 
-def write(directory: pathlib.Path, params, table, max_shard_bytes: int) -> None:
-    """Writes model.safetensors, or several files and their index where it would be larger than `max_shard_bytes`.
+def write(directory: pathlib.Path, params: Mapping[str, Any], table: Mapping[str, Any], max_shard_bytes: int) -> None:
+    """Writes model.safetensors, or several files and their index. The host holds the tensors of one file at a time.
 
-    One file's tensors are on the host at once.
+    Args:
+      directory: an existing directory.
+      params: the weights.
+      table: a `Tensor` per weight.
+      max_shard_bytes: upper bound of the tensors in a file; a larger tensor has a file of its own.
     """
     sizes = [
         (name, leaf, i if t.stacked else None, t, int(np.prod(t.shape)) * leaf.dtype.itemsize)
         for t, leaf in zip(_leaves(table), jax.tree.leaves(params))
         for i, name in enumerate(t.names)
     ]
-    files, held = [[]], 0
+    files: list[list] = [[]]
+    held = 0
     for entry in sizes:
         if files[-1] and held + entry[-1] > max_shard_bytes:
             files.append([])
@@ -228,7 +225,7 @@ def write(directory: pathlib.Path, params, table, max_shard_bytes: int) -> None:
         safetensors.numpy.save_file(tensors, directory / file, metadata={"format": "pt"})
 
 
-def _leaves(table) -> Iterator[Tensor]:
+def _leaves(table: Mapping[str, Any]) -> Iterator[Tensor]:
     return iter(jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, Tensor)))
 
 

@@ -1,0 +1,144 @@
+"""Families: config.json in the spellings of transformers 4 and 5."""
+
+import json
+
+import pytest
+
+from helpers.golden import GOLDEN, NAMES
+from jaxrl_reason.models import PretrainedError, RopeScaling
+from jaxrl_reason.models.formats import families
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_spellings_of_a_config_give_the_same_decoder(name):
+    """Rewrites the directories, which transformers 5 wrote, into the spelling of transformers 4."""
+    new = json.loads((GOLDEN / name / "config.json").read_text())
+    old = {key: value for key, value in new.items() if key not in ("rope_parameters", "layer_types", "dtype")}
+    rope = new["rope_parameters"]
+    if name == "gemma3":
+        old |= {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"], "sliding_window_pattern": 2}
+        rope = rope["full_attention"]
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    old |= {"rope_theta": rope["rope_theta"], "torch_dtype": "float32"}
+    old["rope_scaling"] = None if scaling == {"rope_type": "default"} else scaling
+    assert families.read_config(old) == families.read_config(new)
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("qwen3", dict(rope_parameters={"rope_type": "default", "rope_theta": None}), "rope_theta None"),
+        ("qwen3", dict(rope_parameters="linear"), "config.json describes an invalid model"),
+        ("qwen3", dict(rope_parameters={"rope_type": "linear", "factor": 0}), "an invalid model: .*factor is 0"),
+        ("qwen3", dict(tie_word_embeddings="false"), "tie_word_embeddings 'false'; it must be true or false"),
+        ("qwen3", dict(rms_norm_eps=0), "rms_norm_eps 0; it must be a finite number above 0"),
+        ("qwen3", dict(layer_types=5), "an invalid model|layer_types"),
+        ("qwen3", dict(model_type=["qwen3"]), "has model_type"),
+        ("qwen3", dict(hidden_size=10**9), "hidden_size 1000000000; it must be a whole number from 1 to"),
+        ("gemma3", dict(query_pre_attn_scalar=0), "query_pre_attn_scalar 0"),
+        ("gemma3", dict(layer_types=None, sliding_window_pattern=0), "sliding_window_pattern 0"),
+        (
+            "gemma3",
+            dict(rope_parameters={"sliding_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+            "scales the rotary positions of sliding layers",
+        ),
+    ],
+)
+def test_an_invalid_config_raises_one_sentence(name, changes, message):
+    source = json.loads((GOLDEN / name / "config.json").read_text()) | changes
+    with pytest.raises(PretrainedError, match=message):
+        families.read_config(source)
+
+
+def test_defaults_of_absent_keys_depend_on_the_family():
+    source = json.loads((GOLDEN / "gemma3" / "config.json").read_text())
+    found = families.read_config(source | {"rope_parameters": {"full_attention": {"rope_type": "default"}}})
+    assert (found.rope_theta, found.local_rope_theta) == (1e6, 1e4)
+    found = families.read_config(source | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}})
+    assert (found.rope_theta, found.local_rope_theta) == (7.0, 1e4)
+    mistral = json.loads((GOLDEN / "mistral" / "config.json").read_text())
+    del mistral["sliding_window"]
+    assert families.read_config(mistral).sliding_window == 4096
+    assert families.read_config(mistral | {"sliding_window": None}).sliding_window == 0
+    qwen = json.loads((GOLDEN / "qwen2" / "config.json").read_text())
+    sliding = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9, "use_sliding_window": False}
+    assert families.read_config(qwen | sliding).sliding_window == 0
+    assert families.read_config(qwen | sliding | {"use_sliding_window": True}).sliding_window == 9
+
+
+def test_configs_in_the_spelling_of_transformers_4():
+    llama = families.read_config(
+        {
+            "model_type": "llama",
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 500000.0,
+            "rope_scaling": {
+                "factor": 32.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "mlp_bias": False,
+        }
+    )
+    assert llama.rope_scaling == RopeScaling(kind="llama3", factor=32.0) and llama.rope_theta == 500000.0
+    assert llama.tied_embedding and llama.head_dim == 64 and llama.norm_eps == 1e-5
+    qwen = {
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "max_window_layers": 21,
+        "use_sliding_window": False,
+        "tie_word_embeddings": True,
+    }
+    found = families.read_config(qwen)
+    assert found.qkv_bias and not found.sliding_window and found.head_dim == 128 and found.rope_theta == 1e6
+    found = families.read_config(qwen | {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 99})
+    assert found.sliding_window == 99 and all(found.sliding_layers)
+    with pytest.raises(PretrainedError, match="every n-th layer is global"):
+        families.read_config(qwen | {"use_sliding_window": True})
+    gemma = families.read_config(
+        {
+            "model_type": "gemma3_text",
+            "vocab_size": 262144,
+            "hidden_size": 1152,
+            "intermediate_size": 6912,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000,
+            "rope_local_base_freq": 10000,
+            "rope_scaling": None,
+            "sliding_window": 512,
+            "sliding_window_pattern": 6,
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+        }
+    )
+    assert gemma.tied_embedding and gemma.norm_offset == 1 and gemma.post_norms and gemma.qk_norm
+    assert gemma.embedding_scale == 1152**0.5 and gemma.query_scale == 1 / 16 and gemma.activation == "gelu"
+    assert (gemma.rope_theta, gemma.local_rope_theta) == (1e6, 1e4)
+    assert [i for i, slides in enumerate(gemma.sliding_layers) if not slides] == [5, 11, 17, 23]
