@@ -25,7 +25,6 @@ from jaxrl_reason import data, models, runs
 from jaxrl_reason.config import ConfigError
 from jaxrl_reason.methods import nearest
 from jaxrl_reason.models import sharding
-from jaxrl_reason.models.formats import pretrained
 from jaxrl_reason.rewards import model_files
 from jaxrl_reason.runs.workdir import model_source, tokenizer_of
 
@@ -111,7 +110,7 @@ def load_reward_model(workdir: pathlib.Path) -> models.RewardModel:
     host = sharding.make_mesh(1, 1, 1, devices=jax.local_devices(backend="cpu")[:1])
     digest = model_files.tokenizer_digest(tokenizer)
     model, params = model_files.load_reward_model(directory, digest, mesh=host)
-    return models.RewardModel(model, params, tokenizer, {}, pretrained.files_of(directory / "tokenizer"))
+    return models.RewardModel(model, params, tokenizer, {}, models.tokenizer_files(directory / "tokenizer"))
 
 
 def export(

@@ -22,7 +22,7 @@ from jaxrl_reason import config as config_lib
 from jaxrl_reason import data, models, tasks
 from jaxrl_reason.data import sources
 from jaxrl_reason.models import reward_model, sharding
-from jaxrl_reason.models.formats import families
+from jaxrl_reason.models.formats import families, tensors
 from jaxrl_reason.rewards import learned, model_training
 from jaxrl_reason.rl import experience, programs
 

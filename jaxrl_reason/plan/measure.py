@@ -207,9 +207,9 @@ def _grains(config: Config, devices: Sequence[jax.Device]) -> dict[str, int]:
     mesh = programs_lib.make_mesh(config, devices)
     decoding = sharding.rollout_mesh(mesh, config.mesh.rollout_tensor or mesh.shape["tensor"])
     pieces, parts = config.update.minibatches * config.update.accumulation, config.sampling.parts
-    ways = sharding.ways(mesh)
+    ways = sharding.num_shards(mesh)
     return {
-        "prompts_per_step": math.lcm(ways * pieces, ways * parts, sharding.ways(decoding) * parts),
+        "prompts_per_step": math.lcm(ways * pieces, ways * parts, sharding.num_shards(decoding) * parts),
         "group_size": 1,
         "max_completion_length": 128,
     }

@@ -94,7 +94,7 @@ def _rollout(step: Step) -> Part:
         S,
         T,
         attention=model.attention,
-        replicas=sharding.ways(step.decoding),
+        replicas=sharding.num_shards(step.decoding),
         prompt_logprobs=step.programs.needs.prompt_logprobs,
         probe=step.probe,
         int8=bool(config.sampling.quantize),
@@ -118,7 +118,7 @@ def _cache_bytes(step: Step) -> tuple[float, float]:
     P, G, S, T = step.rollout_sizes
     itemsize = jnp.dtype(model.compute_dtype).itemsize
     token = 2 * model.layers * model.kv_heads * model.head_dim * itemsize / decoding.shape["tensor"]
-    prompts, samples = (tokens * token / sharding.ways(decoding) for tokens in (P * S, P * G * T))
+    prompts, samples = (tokens * token / sharding.num_shards(decoding) for tokens in (P * S, P * G * T))
     if step.config.sampling.quantize:
         # One byte per number and a float32 scale per head and position. The prompts' unrounded cache stays in memory.
         rounded = (model.head_dim + 4) / (model.head_dim * itemsize)
@@ -134,7 +134,7 @@ def _reward_model(step: Step) -> Part | None:
     P, G, S, T = step.rollout_sizes
     pieces = sharding.microbatches(step.mesh, P, step.pieces)
     cost = functools.partial(
-        costs.reward_model, model, attention=model.attention, replicas=sharding.ways(step.mesh), parts=pieces
+        costs.reward_model, model, attention=model.attention, replicas=sharding.num_shards(step.mesh), parts=pieces
     )
     path, by_prompt = config.reward_model.path, step.programs.sharding
     if path and not model_files.is_ours(path):
@@ -171,7 +171,7 @@ def _score(step: Step) -> Part | None:
         model,
         *step.sizes,
         attention=model.attention,
-        replicas=sharding.ways(step.mesh),
+        replicas=sharding.num_shards(step.mesh),
         parts=step.pieces,
         logprob_chunk=config.update.logprob_chunk,
         probe=step.probe,
@@ -197,7 +197,7 @@ def _update(step: Step) -> Part:
         model,
         *step.sizes,
         attention=model.attention,
-        replicas=sharding.ways(mesh),
+        replicas=sharding.num_shards(mesh),
         copies=mesh.shape["slice"] * mesh.shape["data"],
         epochs=u.epochs,
         minibatches=u.minibatches,

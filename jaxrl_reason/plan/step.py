@@ -131,7 +131,7 @@ def open_step(config: Config, devices: Sequence[jax.Device]) -> Step:
     params = programs.abstract_state.params
     if programs.moves_weights:
         moved = jax.eval_shape(programs.jitted["reshard"], _bare(params))
-        params = _place(moved, sharding.param_shardings(model, decoding))
+        params = _place(moved, models.param_shardings(model, decoding))
     rollout, learnt = _step_shapes(config, method, programs, model)
     return Step(config, method, programs, model, mesh, decoding, params, rollout, learnt, reward_config, reward_params)
 

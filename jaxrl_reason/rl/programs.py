@@ -241,7 +241,7 @@ def _shardings(config: Config, method: Method, model: models.ModelConfig, mesh: 
         raise ConfigError(f"config.{e}") from e
     try:
         sharding.check_batch(decoding, "prompts_per_step / sampling.parts", chunk)
-        rollout_shardings = sharding.param_shardings(model, decoding)
+        rollout_shardings = models.param_shardings(model, decoding)
     except ValueError as e:
         raise ConfigError(
             f"With config.mesh.rollout_tensor={config.mesh.rollout_tensor} the mesh that samples is data={decoding.shape['data']}, "
@@ -352,7 +352,7 @@ def state_shardings(
       ValueError: a mesh axis does not divide the dimension it splits.
     """
     whole = sharding.replicated(mesh)
-    trained, frozen = models.lora.split(model, sharding.param_shardings(model, mesh))
+    trained, frozen = models.lora.split(model, models.param_shardings(model, mesh))
     abstract, _ = models.lora.split(model, models.abstract_params(model))
     opt_state = optimizer_shardings(optimizer, abstract, trained, whole)
     advantage_state = jax.tree.map(lambda _: whole, jax.eval_shape(method.advantage.init))

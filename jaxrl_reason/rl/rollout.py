@@ -207,7 +207,7 @@ def _sampler(noise: Float[Array, "P G T"], temperature, legal) -> Callable:
         legal_now = None if legal is None else legal[..., t, :].reshape(-1, 1, legal.shape[-1])
         logits = sharding.constrain(logits, "prompts", None, "vocab")  # each device computes its part of the vocabulary
         distribution = scale_logits(logits, temperature, legal_now)  # f32[P, G, V]
-        if G % sharding.tensor_ways() == 0 and distribution.shape[1] == G:
+        if G % sharding.num_vocab_shards() == 0 and distribution.shape[1] == G:
             # Each device of the tensor axis gets whole rows of some samples, instead of all rows of all samples.
             distribution = sharding.constrain(distribution, "prompts", "samples")
         drawn = sample_token(distribution, jax.lax.dynamic_index_in_dim(noise, t, 2, keepdims=False), temperature == 0)

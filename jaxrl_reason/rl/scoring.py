@@ -102,7 +102,7 @@ def _in_chunks(config: models.ModelConfig, chunk: int, distribution, hidden, tok
         scored = losses.token_logprobs(logits, tokens)
         return *scored, {name: losses.token_logprobs(logits, other)[0] for name, other in targets.items()}
 
-    chunk = chunk_length(P, G, T, -(-config.vocab_size // sharding.tensor_ways()), chunk)
+    chunk = chunk_length(P, G, T, -(-config.vocab_size // sharding.num_vocab_shards()), chunk)
     if chunk == T:
         return of_chunk(head, hidden, tokens, targets, legal)
     count = -(-T // chunk)

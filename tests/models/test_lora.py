@@ -14,7 +14,6 @@ from helpers import reference_decoder
 from jaxrl_reason import models
 from jaxrl_reason.methods import PolicyLoss
 from jaxrl_reason.models import lora, ModelConfig
-from jaxrl_reason.models.formats import pretrained
 from jaxrl_reason.rl import learner, scoring
 from jaxrl_reason.rl import optimizer as optimizers
 from jaxrl_reason.rl.learner import UpdateOptions

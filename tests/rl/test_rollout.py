@@ -13,7 +13,7 @@ import scipy.stats
 
 from helpers import reference_decoder as reference
 from jaxrl_reason import models
-from jaxrl_reason.models import decoder, layers, ModelConfig
+from jaxrl_reason.models import cache, layers, ModelConfig
 from jaxrl_reason.rl import scoring
 from jaxrl_reason.rl.rollout import generate
 from jaxrl_reason.rl.sampling import sample_token, sampling_noise

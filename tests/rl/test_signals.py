@@ -156,7 +156,9 @@ def test_a_probe_and_targets_change_no_score_whatever_the_chunk():
     targets = RNG.integers(0, V, out.tokens.shape)
     base = train(out)
     assert base.targets == {} and base.probe_logprobs is None
-    law = reference.law(reference.completion_logits(CONFIG, reference.float64(PARAMS), *SIDES["left"], out.tokens), 1.0)
+    law = reference.sampling_logprobs(
+        reference.completion_logits(CONFIG, reference.float64(PARAMS), *SIDES["left"], out.tokens), 1.0
+    )
     for chunk in (0, 2):
         run = jit_once(functools.partial(scoring.compute_logprobs, CONFIG, chunk=chunk, probe_token=PROBE))
         scored = run(PARAMS, out, jnp.float32(1.0), None, targets={"other": targets})
