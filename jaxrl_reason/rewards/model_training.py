@@ -45,7 +45,7 @@ _INIT = 101
 _PAIR_COLUMNS = {"answer": "question", "chosen": "chosen", "rejected": "rejected"}
 _HELD_OUT = "reward_model/held_out/"
 
-# (Rollout, its batch) -> scores f32[P, G] and metrics, see `Scorer.with_reward_model`.
+# (Rollout, its batch) -> scores f32[P, G] and metrics, see `RewardScorer.with_reward_model`.
 RolloutScorer = Callable[[Rollout, data.PromptBatch], tuple[jax.Array, dict[str, float]]]
 
 
