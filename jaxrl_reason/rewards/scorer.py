@@ -87,7 +87,7 @@ class RewardScorer:
         self.on_host = bool(self._host)
 
     def _open(self, spec: str, own: Callable[[], Pool]) -> str:
-        """Loads one entry of `config.reward.functions` and returns its name. `own` makes the pool of users' functions."""
+        """Loads one entry of `config.reward.functions` and returns its name. `own` makes the pool of own functions."""
         if spec == "match_answer":
             self._answers = _AnswerTokens(self._tokenizer)
             match = match_answer_tokens(self._answers.marker, eos_ids=self._tokenizer.eos_ids)
@@ -160,7 +160,7 @@ class RewardScorer:
         return host.compute_rewards(self._host, prompts, texts, ids, _columns(batch.rows), max_failure_share=1.0)
 
     def _check_failures(self, name: str, failures: Mapping[str, float], table: host.RewardTable) -> None:
-        """Raises RewardError if `failures`, the shares of all processes, are too large. Quotes an error that some process met."""
+        """Raises RewardError, quoting one process's error, if `failures`, the shares of all processes, are too large."""
         share = failures[f"rewards/{name}/error_rate"] + failures[f"rewards/{name}/timeout_rate"]
         if share <= self._max_failure_share + 1e-6:  # the mean over processes is rounded
             return
@@ -181,7 +181,7 @@ class RewardScorer:
         return other
 
     def answers_of(self, name: str) -> Callable[[list[list[str]], Sequence[Mapping[str, Any]]], list[list]] | None:
-        """Returns the function by which a host reward tells answers apart, None if it has no `answer_of(completion, row)`.
+        """Returns the function by which a host reward tells answers apart, or None if it has no `answer_of`.
 
         The function maps the completions of each row to their answers, which are equal if they mean the same; a
         completion without an answer gets None.
@@ -301,7 +301,7 @@ class _AnswerTokens:
 
 
 def _padded(answers: list[list[int]]) -> np.ndarray:
-    """Returns int32[P, A], padded with -1. A is the same in all processes, and a multiple of 8 to compile few shapes."""
+    """Returns int32[P, A], padded with -1. A is equal in all processes, and a multiple of 8 to compile few shapes."""
     width = -(-hosts.largest(max(map(len, answers))) // 8) * 8
     padded = np.full((len(answers), width), -1, np.int32)
     for row, ids in zip(padded, answers):
