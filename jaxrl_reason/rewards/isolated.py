@@ -37,9 +37,9 @@ class Isolated:
     """A host reward, by TRL's signature and with `Results`, that calls a function in the workers of a pool.
 
     The rows of a prompt are one call (`in_groups_of`; before that, all rows are). A call that raises, dies or exceeds a
-    limit is made again row by row, so that only the rows at fault go missing. The retries end early if more than
-    `max_failure_share` of the rows tried so far fail, and more than that share of all rows would fail if the others
-    did. A row that was not tried keeps the outcome of its prompt's call.
+    limit is made again row by row, so that only the rows at fault go missing. The retries end early when more than
+    `max_failure_share` of the rows tried have failed, unless success of all other rows could still meet that share. A
+    row that was not tried keeps the outcome of its prompt's call.
 
     Args:
       spec: the name by which the workers load the function; one of the pool's.

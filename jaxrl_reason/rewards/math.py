@@ -47,7 +47,7 @@ def math_verify_reward(completions: Sequence[str], answer: Sequence[str | int | 
 
     The final answer follows the last "#### " or is in the last "\boxed{}". A completion is incorrect if it has neither,
     or if math-verify cannot read the answer. Two plain numbers must be exactly equal. An answer is an error if it has
-    more than `MAX_ANSWER_LENGTH` characters or if the verifier dies on it, and a timeout if the verifier takes longer
+    more than `MAX_ANSWER_LENGTH` characters or if the verifier dies on it. It is a timeout if the verifier takes longer
     than `TIMEOUT_S`. Neither has a reward.
 
     Args:

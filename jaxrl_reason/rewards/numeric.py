@@ -47,11 +47,11 @@ _NOT_UNITS = frozenset(
     "pi oder und ou et k K M B T e i j n x y z".split()
 )
 _NOT_UNIT_CHARACTERS = frozenset("π或和与及半成倍")
-# A lump is a run of text that starts like a number. It includes everything that touches the number, so that a
-# look-alike is rejected whole instead of being cut short: digits of other scripts (\d on purpose), a second sign,
-# characters that look like signs or fractions, powers ("5²"), 0x10, marks that strike digits out, and, if a digit
-# follows, separators that the grammar does not know and invisible characters. A sign after a word or a digit ("10-4")
-# is a subtraction, not a sign. Quantifiers are possessive (*+): nothing is tried twice.
+# A lump is a run of text that starts like a number. It includes every character that touches the number, so that a
+# look-alike is rejected whole instead of being cut short. Such characters are digits of other scripts (\d on purpose),
+# a second sign, characters that look like signs or fractions, powers ("5²"), 0x10, and marks that strike digits out. If
+# a digit follows, they are also separators that the grammar does not know and invisible characters. A sign after a word
+# or a digit ("10-4") is a subtraction, not a sign. Quantifiers are possessive (*+): nothing is tried twice.
 _SIGNS = (
     "-+\u00af\u02c9\u02d7\u058a\u05be\u1806\u2010-\u2015\u2043\u207a\u207b\u208a\u208b\u2212\u2296\u23af\u2500\u2795\u2796\u2e3a\u30fc"
     "\ufe58\ufe62\ufe63\uff0b\uff0d"

@@ -96,9 +96,7 @@ class Pool:
         self._count, self._timeout_s, self._max_tasks = workers, timeout_s, max_tasks
         self._workers: list[_Worker] = []
         self._failure = ""  # why no worker can start; the pool does not try again for every item of a batch
-        self._lost_starts = (
-            0  # consecutive workers that died or timed out while starting, perhaps by a fault of the machine
-        )
+        self._lost_starts = 0  # consecutive workers that died or timed out while starting
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _stop_all, self._workers)  # also at the interpreter's exit
 

@@ -270,8 +270,8 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list]:
 class _AnswerTokens:
     """The tokens that match_answer compares: the marker, and after it the tokens of " " and the answer.
 
-    Both are cut out of one encoded text, on a line of its own as in the solutions, because a tokenizer may join the
-    space with the text after it: the embedded tokenizer splits " -3" into " -" and "3".
+    Both are cut out of one encoded text, on a line of its own as in the solutions. A tokenizer may join the space with
+    the text after it: the embedded tokenizer splits " -3" into " -" and "3".
 
     Attributes:
       marker: the token ids of the marker.
