@@ -1,7 +1,7 @@
 """Calls reward functions of the user's own in worker processes, so that a function that hangs or dies costs no run.
 
 A worker loads the function by the name in the configuration, so a lambda in a file works. One call has all completions
-of a prompt. State that a function keeps between calls is kept by each worker separately.
+of a prompt. Each worker has its own copy of any state that a function keeps between calls.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,5 +1,4 @@
-r"""Verdicts on mathematical answers by math-verify, which reads LaTeX: "\frac{\sqrt{3}}{3}" is "\frac{1}{\sqrt{3}}",
-"x=5" is "5".
+r"""Verdicts on LaTeX answers by math-verify: "\frac{\sqrt{3}}{3}" is "\frac{1}{\sqrt{3}}", and "x=5" is "5".
 
 Plain numbers are compared exactly in this process (`numeric`). Worker processes (`pool`) judge everything else, because
 math-verify computes the expressions of a model: "9^{9^{9^9}}" would not return, and nothing in its process could stop

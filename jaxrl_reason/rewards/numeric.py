@@ -77,13 +77,11 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 def extract_answer(text: str, *, fallback: str | None = None) -> str | None:
     r"""Returns the final answer of a completion as text.
 
-    The answer is in the last marker, of either kind: "#### x" (to the end of the line) or "\boxed{x}" (to the matching
-    brace).
+    The answer is in the last marker of either kind: "#### x" to the end of the line, or "\boxed{x}".
 
     Args:
       text: a completion or a worked solution.
-      fallback: "last_number" returns the last part of the text that looks like a number if there is no marker; None
-      returns None then.
+      fallback: None, or "last_number": if there is no marker, the last part of the text that looks like a number.
 
     Returns:
       The answer, stripped; None if there is no marker, if the last marker is empty, or if its brace is never closed.
@@ -105,10 +103,10 @@ def extract_answer(text: str, *, fallback: str | None = None) -> str | None:
 
 
 def parse_number(text: str) -> Fraction | None:
-    """Returns the exact value of a text that is one number and nothing else, or None. The module's docstring shows the
-    grammar.
+    """Returns the exact value of a text that is one number and nothing else, or None.
 
-    "50%" is 1/2. A text of more than `MAX_NUMBER_LENGTH` characters is not a number.
+    The module's docstring shows the grammar. "50%" is 1/2. A text of more than `MAX_NUMBER_LENGTH` characters is not a
+    number.
     """
     reading = _read(text)
     if reading is None:

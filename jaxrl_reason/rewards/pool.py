@@ -53,18 +53,17 @@ class Results(list[Any]):
 
 
 class Pool:
-    """Calls `function(item)`, which returns a finite number, a text, a list of numbers and texts, or None, in worker
-    processes.
+    """Calls `function(item)` in worker processes.
 
-    Workers start with the first `map`, at most one per item. A worker has JAX_PLATFORMS=cpu, ignores Ctrl-C and
-    SIGTERM, and prints to nowhere, except for its first `worker.MAX_STDERR` characters to stderr. Workers end with the
-    pool and with the process that made the pool, even if that process is killed. Any thread may call any method; one
-    `map` runs at a time.
+    The function returns a finite number, a text, a list of numbers and texts, or None. Workers start with the first
+    `map`, at most one per item. A worker has JAX_PLATFORMS=cpu, ignores Ctrl-C and SIGTERM, and prints to nowhere,
+    except for its first `worker.MAX_STDERR` characters to stderr. Workers end with the pool and with the process that
+    made the pool, even if that process is killed. Any thread may call any method; one `map` runs at a time.
 
     Args:
       function: a function at the top level of an importable module, or a `functools.partial` of such a function.
       workers: the maximum number of processes.
-      timeout_s: seconds per item. A worker that has not reported by then is killed, with its child processes.
+      timeout_s: seconds per item. Then the worker is killed, with its child processes.
       memory_mb: memory that a worker may add to its size when it became ready (enforced on Linux).
       max_tasks: items after which a worker is replaced; None: never.
       initializer: called in each worker before its first item, for slow imports; it has no limit of an item.

@@ -114,7 +114,7 @@ class RewardScorer:
 
         Raises:
           RewardError: a host reward breaks its contract (see `host.compute_rewards`), or match_answer cannot compare
-          the answer of a row.
+            the answer of a row.
         """
         return self.begin(rollout, batch)()
 
