@@ -28,6 +28,7 @@ LEARNED: dict[str, Callable[[jax.Array], jax.Array]] = {
 ANSWER_MARKER = "####"  # announces the answer that `match_answer` compares, after one space: "#### -3"
 
 Rewards = tuple[dict[str, jax.Array], dict[str, float]]  # name -> f32[P, G], NaN if missing; metrics
+# (rollout, its batch) -> scores f32[P, G], NaN if missing; and metrics.
 RewardModelScorer = Callable[[Rollout, PromptBatch], tuple[jax.Array, dict[str, float]]]
 
 
