@@ -24,7 +24,7 @@ from jaxrl_reason import models
 from jaxrl_reason.config import Config, Model, Optimizer, Update
 from jaxrl_reason.data import PromptBatch
 from jaxrl_reason.models import sharding
-from jaxrl_reason.rewards.host import HostReward, score
+from jaxrl_reason.rewards.host import compute_rewards, HostReward
 from jaxrl_reason.rl import programs as programs_lib
 from jaxrl_reason.rl.types import Groups
 
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> dict:
         times.append(time.perf_counter())
         ids = jax.device_get(rollout.tokens).tolist()
         texts = [[" ".join(map(str, row)) for row in group] for group in ids]
-        table = score([reward], [""] * args.prompts, texts, ids, {})
+        table = compute_rewards([reward], [""] * args.prompts, texts, ids, {})
         rewards = {"even": jax.device_put(table.per_reward["even"], programs.sharding)}
         times.append(time.perf_counter())
         groups = Groups(rollout, rewards)

@@ -41,7 +41,7 @@ from jaxrl_reason.data import PromptBatch
 from jaxrl_reason.data.values import held_out_values
 from jaxrl_reason.models import reward_model, sharding
 from jaxrl_reason.rewards import model_training, RewardError
-from jaxrl_reason.rewards.scorer import LEARNED, Scorer
+from jaxrl_reason.rewards.scorer import LEARNED, RewardScorer
 from jaxrl_reason.rl import programs as programs_lib
 from jaxrl_reason.rl.types import Rollout
 from jaxrl_reason.runs import writers
@@ -179,7 +179,7 @@ def _text_subject(c: Config, workdir: pathlib.Path, method: methods.Method, mesh
         add_bos=config_lib.begins_with_bos(c, tokenizer),
     )
     r = c.reward
-    scorer = Scorer(r, tokenizer=tokenizer, template=template, sharding=sharding.batch_sharding(mesh))
+    scorer = RewardScorer(r, tokenizer=tokenizer, template=template, sharding=sharding.batch_sharding(mesh))
     verdict = dict(zip(r.functions, scorer.names)).get(c.eval.verdict, scorer.verdict)
     for batch in batches:
         scorer.check(batch.rows)
@@ -329,7 +329,7 @@ def run(request: Request, command: str) -> dict[str, float]:
 
 
 def _learned_reward(c: Config, workdir: pathlib.Path, tokenizer: data.Tokenizer, mesh: jax.sharding.Mesh) -> Callable:
-    """Scores of the reward model that the run learnt from, see `Scorer.with_reward_model`."""
+    """Scores of the reward model that the run learnt from, see `RewardScorer.with_reward_model`."""
     directory = pathlib.Path(c.reward_model.path).expanduser() if c.reward_model.path else workdir / "reward_model"
     if c.reward_model.path and not model_training.is_ours(directory):
         opened = model_training.open_pretrained(c, mesh, workdir)

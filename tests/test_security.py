@@ -51,8 +51,9 @@ ALLOWED = {
     ("data/sources.py", "_tfds_source", "import_module"),  # a builder of ours, out of a table
     # A worker unpickles what the process that started it sends; that process never unpickles what a worker reports.
     ("rewards/pool.py", "", "multiprocessing.reduction"),
-    ("rewards/pool.py", "_serve", "recv"),
-    ("rewards/pool.py", "_serve", "loads"),
+    ("rewards/worker.py", "", "multiprocessing.reduction"),
+    ("rewards/worker.py", "_serve", "recv"),
+    ("rewards/worker.py", "_serve", "loads"),
 }
 
 

@@ -1,11 +1,16 @@
-"""Rewards: on the device (`device`), on the host (`host`, with the built-in `functions`), exact numeric verdicts (`numeric`).
+"""Rewards: completions in, numbers out.
 
-`rewards.scorer` puts them together for a run; it stands above `data` and `rollout` and is imported by its own name, and so is
-`device`: the processes that judge answers (`pool`) import this package and do without jax.
+* `numeric`: exact numeric verdicts. `functions`, `task_rewards` and `math`: the built-in host rewards.
+* `host`: loads and calls host rewards. `isolated`: calls a user's function in the worker processes of `pool`.
+* `device`: rewards that are traced into the step. `learned`: a pretrained reward model.
+* `scorer`: all rewards of a run.
+
+Import `device`, `learned` and `scorer` by their own names. They need JAX, and the worker processes of `pool`, which
+import this package, do without.
 """
 
 from jaxrl_reason.rewards.functions import accuracy_reward, format_reward, last_number_reward
-from jaxrl_reason.rewards.host import HostReward, load_reward, RewardError, RewardTable, score
+from jaxrl_reason.rewards.host import compute_rewards, HostReward, load_reward, RewardError, RewardTable
 from jaxrl_reason.rewards.numeric import extract_answer, numeric_verdict, parse_number
 
 __all__ = [
@@ -13,11 +18,11 @@ __all__ = [
     "RewardError",
     "RewardTable",
     "accuracy_reward",
+    "compute_rewards",
     "extract_answer",
     "format_reward",
     "last_number_reward",
     "load_reward",
     "numeric_verdict",
     "parse_number",
-    "score",
 ]

@@ -1,8 +1,8 @@
-"""Rewards that run on the device: pure functions of arrays, traced into the training step, without a trip to the host.
+"""Rewards that run on the device: pure functions of arrays, traced into the training step.
 
 f(completion_tokens, completion_mask, columns) -> rewards
 
-completion_tokens  int32[P,G,T]  sampled tokens, the end token included; anything beyond the mask
+completion_tokens  int32[P,G,T]  sampled tokens, end token included; any value after the mask
 completion_mask    [P,G,T]       1 on sampled tokens: a prefix of every row
 columns            name -> [P, ...], arrays of the data
 rewards            float32[P,G]
@@ -18,31 +18,31 @@ DeviceReward = Callable[[jax.Array, jax.Array, Mapping[str, jax.Array]], jax.Arr
 
 
 def match_answer_tokens(marker: tuple[int, ...], *, eos_ids: tuple[int, ...]) -> DeviceReward:
-    """A device reward: 1.0 where the tokens between the last marker and the end token are the reference, else 0.0.
+    """Returns a device reward: 1.0 if the tokens between the last marker and the end token are the reference, else 0.0.
 
-    The reference is the column `answer_tokens`, int32[P,A], padded with -1. A completion without a marker, or that does
-    not end in an end token (it was cut off), is wrong.
+    The reference is the column `answer_tokens`, int32[P,A], padded with -1. A completion is incorrect if it has no
+    marker, or if it was cut off before an end token.
 
     Args:
-      marker: the token ids that announce the answer, for instance those of "####". Tokenizers may merge a space with
-        what follows it, so the space between marker and answer belongs to the answer: " -3".
-      eos_ids: the token ids that end a completion.
+      marker: token ids that announce the answer, for instance the ids of "####". A tokenizer may merge a space with the
+        text after it, so the space between marker and answer is part of the answer: " -3".
+      eos_ids: token ids that end a completion.
 
     Raises:
-      ValueError: marker or eos_ids is empty or holds a negative id, or the marker holds an end token.
-      Of the returned function: KeyError without the column, AssertionError for arrays of the wrong shape.
+      ValueError: marker or eos_ids is empty or has a negative id, or the marker contains an end token.
+      KeyError, AssertionError: raised by the returned function if the column is missing or a shape is wrong.
     """
     marker, eos_ids = tuple(marker), tuple(eos_ids)
     for name, ids in (("marker", marker), ("eos_ids", eos_ids)):
         if not ids or min(ids) < 0:
             raise ValueError(f"{name} is {ids}; give at least one token id, none negative.")
     if set(marker) & set(eos_ids):
-        raise ValueError(f"The marker {marker} holds an end token ({eos_ids}), so no completion could contain it.")
+        raise ValueError(f"The marker {marker} contains an end token ({eos_ids}), so no completion could contain it.")
 
     def reward(completion_tokens: jax.Array, completion_mask: jax.Array, columns: Mapping[str, jax.Array]) -> jax.Array:
         if "answer_tokens" not in columns:
             raise KeyError(
-                f"This reward compares with the column 'answer_tokens', and the data has {sorted(columns)}; add the column."
+                f"This reward reads the column 'answer_tokens', and the data has {sorted(columns)}; add the column."
             )
         answer = jnp.asarray(columns["answer_tokens"])
         chex.assert_rank([completion_tokens, completion_mask, answer], [3, 3, 2])
@@ -52,9 +52,8 @@ def match_answer_tokens(marker: tuple[int, ...], *, eos_ids: tuple[int, ...]) ->
         def matches(tokens, mask, answer):
             return _matches(tokens, mask, answer, marker, eos_ids)
 
-        return jax.vmap(jax.vmap(matches, in_axes=(0, 0, None)))(completion_tokens, completion_mask, answer).astype(
-            jnp.float32
-        )
+        by_completion = jax.vmap(jax.vmap(matches, in_axes=(0, 0, None)))
+        return by_completion(completion_tokens, completion_mask, answer).astype(jnp.float32)
 
     return reward
 
@@ -62,11 +61,12 @@ def match_answer_tokens(marker: tuple[int, ...], *, eos_ids: tuple[int, ...]) ->
 def _matches(
     tokens: jax.Array, mask: jax.Array, answer: jax.Array, marker: tuple[int, ...], eos_ids: tuple[int, ...]
 ) -> jax.Array:
-    """tokens int32[T], mask [T], answer int32[A] -> bool scalar."""
-    end = jnp.sum(mask != 0) - 1  # where the end token stands; -1 for an empty completion
+    """Compares one completion, tokens int32[T] and mask [T], with its answer int32[A]. Returns a bool scalar."""
+    end = jnp.sum(mask != 0) - 1  # index of the end token; -1 for an empty completion
     ended = (end >= 0) & jnp.isin(tokens[end], jnp.array(eos_ids))
 
-    # Positions at which the marker starts. Rolling wraps around; what wraps lies beyond `end` and is cut by the comparison below.
+    # Positions at which the marker starts. A match that rolls over the end has a position after `end`; the comparison
+    # below drops it.
     starts = jnp.stack([jnp.roll(tokens, -offset) == token for offset, token in enumerate(marker)]).all(axis=0)
     position = jnp.arange(tokens.shape[0])
     starts &= position + len(marker) <= end

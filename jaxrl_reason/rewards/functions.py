@@ -1,17 +1,35 @@
-"""The built-in host rewards, by TRL's signature: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`.
+"""The built-in host rewards, by TRL's signature.
 
-They are called by keyword, so each names the arguments it uses and takes the rest as `**_`.
+    f(prompts, completions, completion_ids, **columns) -> list[float | None]
+
+A reward is called by keyword, so it names the arguments that it uses and takes the rest as `**_`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxrl_reason.rewards.numeric import extract_answer, numeric_verdict, parse_number
 
+F = TypeVar("F", bound=Callable)
+
+
+def with_answer_of(answer_of: Callable[[str, Mapping[str, Any]], Any]) -> Callable[[F], F]:
+    """Returns a decorator that sets `reward.answer_of`, by which evaluation tells answers apart.
+
+    Args:
+      answer_of: (completion, row) -> the answer, correct or not, or None. Completions with equal answers vote together.
+    """
+
+    def decorate(reward: F) -> F:
+        vars(reward)["answer_of"] = answer_of
+        return reward
+
+    return decorate
+
 
 def accuracy_reward(completions: Sequence[str], answer: Sequence[str | int | float], **_) -> list[float]:
-    """1.0 where the completion's final answer is exactly the reference number of the column `answer`, else 0.0.
+    """Returns 1.0 if a completion's final answer is exactly the reference number of the column `answer`, else 0.0.
 
     Args:
       completions: N texts.
@@ -20,17 +38,7 @@ def accuracy_reward(completions: Sequence[str], answer: Sequence[str | int | flo
     Raises:
       ValueError: a reference is not a number.
     """
-    return [
-        float(numeric_verdict(completion, reference)) for completion, reference in zip(completions, answer, strict=True)
-    ]
-
-
-def last_number_reward(completions: Sequence[str], answer: Sequence[str | int | float], **_) -> list[float]:
-    """`accuracy_reward` for models that mark no answer: without a marker, the last number of the completion counts."""
-    return [
-        float(numeric_verdict(completion, reference, fallback="last_number"))
-        for completion, reference in zip(completions, answer, strict=True)
-    ]
+    return [float(numeric_verdict(text, reference)) for text, reference in zip(completions, answer, strict=True)]
 
 
 def _last_number(completion: str, row: Mapping[str, Any]) -> Fraction | None:
@@ -39,13 +47,19 @@ def _last_number(completion: str, row: Mapping[str, Any]) -> Fraction | None:
     return None if text is None else parse_number(text)
 
 
-last_number_reward.answer_of = _last_number
+@with_answer_of(_last_number)
+def last_number_reward(completions: Sequence[str], answer: Sequence[str | int | float], **_) -> list[float]:
+    """Like `accuracy_reward`, but if a completion has no marker, its last number is the answer."""
+    return [
+        float(numeric_verdict(text, reference, fallback="last_number"))
+        for text, reference in zip(completions, answer, strict=True)
+    ]
 
 
 def format_reward(completions: Sequence[str], **_) -> list[float]:
-    r"""1.0 where the completion states one final answer in the agreed form, right or wrong, else 0.0.
+    r"""Returns 1.0 if a completion states one final answer in the agreed form, correct or not, else 0.0.
 
-    The agreed form is one marker in the whole text and a number in it: either "#### x" as the last line, or one "\boxed{x}".
+    The agreed form is one marker in the whole text, with a number: either "#### x" as the last line, or "\boxed{x}".
 
     Args:
       completions: N texts.

@@ -1,12 +1,13 @@
-"""Rewards that run on the host: functions by TRL's signature, called for a batch, or (`isolated`) for a prompt at a time.
+"""Rewards that run on the host: functions by TRL's signature.
 
     f(prompts, completions, completion_ids, **columns) -> list[float | None]
 
-All arguments are flat lists of one length and given by keyword; the completions of a prompt stand together. `None` means "no reward for
-this sample": it is kept as NaN and left out of every statistic, and is never 0. A list may say why a reward is missing: `pool.Results`.
+All arguments are flat lists of one length, given by keyword. The completions of a prompt are adjacent. One call has a
+whole batch, or with `isolated` one prompt. `None` means "no reward for this sample": it becomes NaN, is left out of
+every statistic, and is never 0. A `pool.Results` list also tells why a reward is missing.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import difflib
 import functools
@@ -19,6 +20,7 @@ import math
 from pathlib import Path
 import sys
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +29,9 @@ from jaxrl_reason.rewards.math import math_verify_reward, require_math_verify
 from jaxrl_reason.rewards.pool import Results
 from jaxrl_reason.rewards.task_rewards import judge_reward, many_answers_reward, strict_reward
 
-BUILT_IN = {
+RewardFunction = Callable[..., Sequence[float | None]]
+
+BUILT_IN: dict[str, RewardFunction] = {
     "accuracy": accuracy_reward,
     "last_number": last_number_reward,
     "format": format_reward,
@@ -36,55 +40,56 @@ BUILT_IN = {
     "judge": judge_reward,
     "math_verify": math_verify_reward,
 }
-COMPARING = (
-    "accuracy",
-    "last_number",
-    "many_answers",
-    "strict",
-    "judge",
-)  # those that cost nothing, with a reference of each row
+# Cheap rewards that compare with a reference of each row, so that all references can be tried before training.
+COMPARING: tuple[RewardFunction, ...] = (
+    accuracy_reward,
+    last_number_reward,
+    many_answers_reward,
+    strict_reward,
+    judge_reward,
+)
+
 _LARGEST = float(np.finfo(np.float32).max)
 _log = logging.getLogger(__name__)
 
 
 class RewardError(Exception):
-    """A reward that cannot be found, cannot be called, or breaks its contract. The message is a sentence for the user."""
+    """A reward cannot be found, cannot be called, or breaks its contract. The message is a sentence for the user."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HostReward:
-    """A reward function and the name it is logged under.
+    """A reward function and its name in the metrics.
 
     Attributes:
-      name: names the metrics `rewards/<name>/...`; None takes the function's own name (of a callable object, its
-        class's).
+      name: names the metrics `rewards/<name>/...`; empty: the function's own name (of a callable object, its class's).
       function: any callable by TRL's signature: function, lambda, partial, callable object.
 
     Raises:
       RewardError: `function` is not callable.
     """
 
-    name: str | None
-    function: Callable[..., Sequence[float | None]]
+    name: str
+    function: RewardFunction
 
     def __post_init__(self):
         if not callable(self.function):
             kind = type(self.function).__name__
             raise RewardError(f"Reward {self.name!r} is a {kind}, which cannot be called; give a function.")
-        if self.name is None:
+        if not self.name:
             object.__setattr__(self, "name", name_of(self.function))
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardTable:
-    """What the rewards said about P prompts x G completions.
+    """The rewards of P prompts x G completions, and how often each reward is missing.
 
     Attributes:
-      per_reward: name -> float32[P,G], unweighted; NaN where the function gave None or failed.
-      error_rate: name -> share of the rows on which the function raised, or that it reports as errors.
-      none_rate: name -> share of the rows to which it gave None.
-      timeout_rate: name -> share of the rows that it reports as timeouts.
-      error: name -> the last error in words, "" without one.
+      per_reward: name -> float32[P,G], unweighted; NaN if the function returned None or failed.
+      error_rate: name -> share of rows on which the function raised, or which it reports as errors.
+      none_rate: name -> share of rows for which it returned None.
+      timeout_rate: name -> share of rows which it reports as timeouts.
+      error: name -> the text of the last error, "" if there was none.
     """
 
     per_reward: dict[str, np.ndarray]
@@ -94,20 +99,20 @@ class RewardTable:
     error: dict[str, str]
 
     def failures(self) -> dict[str, float]:
-        """`rewards/<name>/{error_rate,none_rate,timeout_rate}`: the shares of the rows without a reward, by reason."""
+        """Returns `rewards/<name>/{error_rate,none_rate,timeout_rate}`, the shares of rows without a reward."""
         kinds = {"error_rate": self.error_rate, "none_rate": self.none_rate, "timeout_rate": self.timeout_rate}
         return {f"rewards/{name}/{kind}": rate for kind, rates in kinds.items() for name, rate in rates.items()}
 
 
-def load_reward(spec: str, besides: Sequence[str] = ()) -> Callable[..., Sequence[float | None]]:
-    """The reward function that a configuration names.
+def load_reward(spec: str, other_names: Sequence[str] = ()) -> RewardFunction:
+    """Returns the reward function that a configuration names.
 
     Args:
-      spec: "accuracy" or "format" (built in), "package.module:function", or "path/to/file.py:function".
-      besides: built-in names that the caller knows itself, for the message.
+      spec: a built-in name ("accuracy", "format", ...), "package.module:function", or "path/to/file.py:function".
+      other_names: built-in names that the caller handles itself, listed in the message.
 
     Raises:
-      RewardError: nothing by that name; the message gives the nearest name that exists. Or a package is missing.
+      RewardError: nothing has that name (the message gives the nearest existing name), or a package is missing.
     """
     place, colon, attribute = spec.rpartition(":")
     if not colon:
@@ -118,21 +123,21 @@ def load_reward(spec: str, besides: Sequence[str] = ()) -> Callable[..., Sequenc
                 raise RewardError(str(error)) from None
         if spec in BUILT_IN:
             return BUILT_IN[spec]
-        known = [*BUILT_IN, *besides]
+        known = [*BUILT_IN, *other_names]
         raise RewardError(
             f"There is no built-in reward {spec!r}{_nearest(spec, known)}. Built in are {', '.join(known)}; "
-            'a function of your own is "package.module:function" or "path/to/file.py:function".'
+            'name a function of your own as "package.module:function" or "path/to/file.py:function".'
         )
     module = _import_file(Path(place), spec) if place.endswith(".py") else _import_module(place, spec)
     function = getattr(module, attribute, None)
     if not callable(function):
-        what = "has no" if function is None else "has something that cannot be called by the name of"
+        problem = f"has no function {attribute!r}" if function is None else f"has {attribute!r}, which cannot be called"
         valid = [name for name, value in vars(module).items() if callable(value)]
-        raise RewardError(f"Reward {spec!r}: {place} {what} {attribute!r}{_nearest(attribute, valid)}.")
+        raise RewardError(f"Reward {spec!r}: {place} {problem}{_nearest(attribute, valid)}.")
     return function
 
 
-def score(
+def compute_rewards(
     rewards: Sequence[HostReward],
     prompts: Sequence[str],
     completions: Sequence[Sequence[str]],
@@ -142,23 +147,22 @@ def score(
 ) -> RewardTable:
     """Calls every reward on P prompts x G completions.
 
-    A function that raises is called again row by row, each row a call of its own of length 1, so that only the rows
-    that raise go missing and their neighbours keep their reward. (A reward that compares the rows of a batch must
-    therefore not rely on raising.) A function that returns `pool.Results` has counted its errors and timeouts itself.
-    Where more than `max_failure_share` of one function's rows fail, the function is at fault rather than the rows, and
-    this raises.
+    If a function raises, it is called again for each row alone. Only the rows that raise go missing, and all other rows
+    keep their reward. A reward that compares the rows of a batch must therefore not rely on raising. A function that
+    returns `pool.Results` has counted its errors and timeouts itself. If more than `max_failure_share` of a function's
+    rows fail, the fault is in the function rather than in the rows, and this raises.
 
     Args:
-      rewards: their names distinct, since the table is by name; `Scorer` sees to it.
+      rewards: rewards of distinct names, as `RewardScorer` makes sure.
       prompts: P texts.
       completions: P lists of G texts.
       completion_ids: P lists of G lists of token ids, end token included.
-      columns: name -> P values, the other columns of the data; repeated for the G samples of a prompt.
-      max_failure_share: in [0, 1].
+      columns: name -> P values, the other columns of the data, which are repeated for the G completions of a prompt.
+      max_failure_share: a number in [0, 1].
 
     Raises:
-      RewardError: a function fails too often, lacks an argument, or returns the wrong length or something that is not
-        a finite number or None; or the inputs do not fit each other. The message names the function.
+      RewardError: a function fails too often, lacks an argument, returns the wrong length, or returns a value that is
+        neither a finite number nor None; or the inputs do not fit each other. The message names the function.
     """
     shape = checked_shape(prompts, completions, completion_ids, columns)
     groups = shape[1]
@@ -183,14 +187,14 @@ def score(
 
 
 def _rewards_of_rows(reward: HostReward, rows: dict[str, list], max_failure_share: float) -> Results:
-    """One float a row, NaN for missing, and their outcomes."""
+    """Returns one float per row, NaN if missing, and the outcomes."""
     count = len(rows["completions"])
     check_signature(reward, rows)
     try:
         results = call(reward, rows, first_row=0)
     except (RewardError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # not Exception: time-outs of verifiers (math-verify's) derive from BaseException
+    except BaseException as error:  # not Exception: math-verify's timeouts derive from BaseException
         first_error = error
     else:
         failures = _check_failures(reward, results, count, max_failure_share)
@@ -213,7 +217,7 @@ def _rewards_of_rows(reward: HostReward, rows: dict[str, list], max_failure_shar
         results += one
         results.outcomes += one.outcomes
         results.error = one.error or results.error
-        # Now, not at the end: do not wait for the other rows of a function that is simply broken.
+        # Checked after every row, so that a broken function is not called for all rows.
         failures = _check_failures(reward, results, count, max_failure_share, cause)
     _log.warning(
         "Reward %r raised %s: %s; called row by row, it failed on %d of %d rows, which get no reward.",
@@ -225,7 +229,7 @@ def _rewards_of_rows(reward: HostReward, rows: dict[str, list], max_failure_shar
 def _check_failures(
     reward: HostReward, results: Results, count: int, max_share: float, cause: BaseException | None = None
 ) -> int:
-    """How many of the rows so far failed; raises where that is too large a share of all."""
+    """Returns how many rows have failed so far. Raises RewardError if they exceed the share of all `count` rows."""
     failures = sum(outcome in ("error", "timeout") for outcome in results.outcomes)
     if failures > max_share * count:
         raise RewardError(
@@ -236,31 +240,31 @@ def _check_failures(
 
 
 def call(reward: HostReward, rows: Mapping[str, Sequence], first_row: int) -> Results:
-    """One call: the rewards as floats, NaN for None, and their outcomes.
+    """Calls a reward once and returns its rewards as floats, NaN for None, with their outcomes.
 
     Args:
-      reward: whose function to call.
-      rows: its arguments, of one length.
+      reward: the reward to call.
+      rows: the arguments, lists of one length.
       first_row: the number of the first of these rows, for messages.
 
     Raises:
-      RewardError: what comes back breaks the contract. And whatever the function raises.
+      RewardError: the return value breaks the contract. Anything that the function itself raises passes through.
     """
     count = len(rows["completions"])
-    # Lists of its own: a function that sorts or pops its arguments disturbs no other.
+    # Each function gets its own lists, so that it may sort or clear them.
     result = reward.function(**{name: list(column) for name, column in rows.items()})
     try:
-        values = list(result)
+        returned = list(result)
     except TypeError:
         raise RewardError(
             f"Reward {reward.name!r} returned a {type(result).__name__}; it must return a list of {count} rewards."
         ) from None
-    if len(values) != count:
+    if len(returned) != count:
         raise RewardError(
-            f"Reward {reward.name!r} returned {len(values)} rewards for {count} completions; it must return one for each, in order, "
-            "and None where there is no reward."
+            f"Reward {reward.name!r} returned {len(returned)} rewards for {count} completions; it must return one reward "
+            "per completion, in order, and None for a missing reward."
         )
-    values = [_checked_value(reward, first_row + row, value) for row, value in enumerate(values)]
+    values = [_checked_value(reward, first_row + row, value) for row, value in enumerate(returned)]
     given = ["none" if math.isnan(value) else "ok" for value in values]
     if not isinstance(result, Results):
         return Results(values, given)
@@ -268,12 +272,13 @@ def call(reward: HostReward, rows: Mapping[str, Sequence], first_row: int) -> Re
         if outcome != present and (present != "none" or outcome not in ("error", "timeout")):
             raise RewardError(
                 f"Reward {reward.name!r} reports the outcome {outcome!r} for row {first_row + row}, which has "
-                f"{'a' if present == 'ok' else 'no'} reward; an outcome is 'ok' with a reward, and without one 'none', 'error' or 'timeout'."
+                f"{'a' if present == 'ok' else 'no'} reward; give 'ok' with a reward, and 'none', 'error' or 'timeout' "
+                "without one."
             )
     return Results(values, result.outcomes, result.error)
 
 
-def _checked_value(reward: HostReward, row: int, value) -> float:
+def _checked_value(reward: HostReward, row: int, value: Any) -> float:
     if value is None:
         return math.nan
     try:
@@ -282,48 +287,55 @@ def _checked_value(reward: HostReward, row: int, value) -> float:
         number = math.nan
     if not abs(number) <= _LARGEST:  # also true of NaN
         raise RewardError(
-            f"Reward {reward.name!r} returned {value!r:.80} for row {row}; a reward is a finite float32 number, and None stands for "
-            "a missing one."
+            f"Reward {reward.name!r} returned {value!r:.80} for row {row}; return a finite float32 number, or None for a "
+            "missing reward."
         )
     return number
 
 
-def check_signature(reward: HostReward, rows: dict[str, list]) -> None:
-    """Says what is missing before the call; afterwards a TypeError could as well come from inside the function."""
+def check_signature(reward: HostReward, rows: Mapping[str, Sequence]) -> None:
+    """Raises RewardError if the function cannot take these arguments.
+
+    Checked before the call, because a TypeError of the call could come from inside the function.
+    """
     try:
         signature = inspect.signature(reward.function)
-    except (TypeError, ValueError):  # callables written in C may not have one
+    except (TypeError, ValueError):  # some callables written in C have none
         return
     try:
         signature.bind(**rows)
     except TypeError as error:
         raise RewardError(
-            f"Reward {reward.name!r} cannot be called: {error}. It is given {', '.join(rows)}, by keyword; a reward names the ones it "
-            "uses and takes the others as **columns."
+            f"Reward {reward.name!r} cannot be called: {error}. It gets {', '.join(rows)}, by keyword; name the arguments "
+            "that it uses and take the others as **columns."
         ) from None
 
 
-def checked_shape(prompts, completions, completion_ids, columns) -> tuple[int, int]:
+def checked_shape(
+    prompts: Sequence[str],
+    completions: Sequence[Sequence[str]],
+    completion_ids: Sequence[Sequence[Sequence[int]]],
+    columns: Mapping[str, Sequence],
+) -> tuple[int, int]:
+    """Returns (P, G). Raises RewardError if the inputs of `compute_rewards` do not fit each other."""
     if len(prompts) == 0 or len(completions) != len(prompts) or len(completions[0]) == 0:
         raise RewardError(
-            f"There are {len(prompts)} prompts and {len(completions)} groups of completions; give one group, not empty, "
-            "a prompt."
+            f"There are {len(prompts)} prompts and {len(completions)} groups of completions; give one non-empty group per "
+            "prompt."
         )
     groups = len(completions[0])
     sizes, id_sizes = [len(group) for group in completions], [len(group) for group in completion_ids]
     if set(sizes) != {groups} or id_sizes != sizes:
         raise RewardError(
-            f"Every prompt needs the same number of completions and of completion_ids; the groups hold {_shown(sizes)} completions "
-            f"and {_shown(id_sizes)} completion_ids."
+            "Every prompt needs the same number of completions and of completion_ids; the groups have "
+            f"{_shown(sizes)} completions and {_shown(id_sizes)} completion_ids."
         )
     for name, values in columns.items():
         if name in ("prompts", "completions", "completion_ids"):
-            raise RewardError(
-                f"A data column is named {name!r}, which rewards receive from the run; rename the column."
-            )
+            raise RewardError(f"A data column is named {name!r}, a name that the run itself uses; rename the column.")
         if len(values) != len(prompts):
             raise RewardError(
-                f"Column {name!r} has {len(values)} values for {len(prompts)} prompts; give one a prompt."
+                f"Column {name!r} has {len(values)} values for {len(prompts)} prompts; give one value per prompt."
             )
     return len(prompts), groups
 
@@ -341,13 +353,13 @@ def _flatten(groups: Sequence[Sequence]) -> list:
 
 
 def name_of(function: Callable) -> str:
-    """What a reward is called that nobody has named."""
+    """Returns the name of a function, of the function in a partial, or of a callable object's class."""
     while isinstance(function, functools.partial):
         function = function.func
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _nearest(name: str, valid) -> str:
+def _nearest(name: str, valid: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
@@ -357,8 +369,8 @@ def _import_module(name: str, spec: str) -> ModuleType:
         return importlib.import_module(name)
     except Exception as error:
         raise RewardError(
-            f"Reward {spec!r}: importing {name!r} failed with {type(error).__name__}: {error}. The module must be installed or lie in "
-            'the directory the run starts in; for a file elsewhere write "path/to/file.py:function".'
+            f"Reward {spec!r}: importing {name!r} failed with {type(error).__name__}: {error}. Install the module or start "
+            'the run in its directory; name a file anywhere else as "path/to/file.py:function".'
         ) from error
 
 
@@ -366,11 +378,12 @@ def _import_file(path: Path, spec: str) -> ModuleType:
     if not path.is_file():
         nearby = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise RewardError(
-            f"Reward {spec!r}: there is no file {path}{_nearest(path.name, nearby)} (looked in {path.parent.resolve()})."
+            f"Reward {spec!r}: there is no file {path}{_nearest(path.name, nearby)} (in {path.parent.resolve()})."
         )
     module_spec = importlib.util.spec_from_file_location(f"jaxrl_reason_reward_{path.stem}", path)
+    assert module_spec is not None and module_spec.loader is not None  # true of every .py file
     module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # dataclasses look their own module up there
+    sys.modules[module_spec.name] = module  # dataclasses look up their module there
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:

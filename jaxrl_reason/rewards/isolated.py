@@ -1,10 +1,10 @@
-"""Reward functions of the user's own, called in worker processes: whatever one does to its process, the run goes on.
+"""Calls reward functions of the user's own in worker processes, so that a function that hangs or dies costs no run.
 
-A worker loads the function as the configuration names it (so that a lambda in a file will do), and gets one call for all
-completions of a prompt. What a function keeps from call to call, each worker keeps for itself.
+A worker loads the function by the name in the configuration, so a lambda in a file works. One call has all completions
+of a prompt. Each worker has its own copy of any state that a function keeps between calls.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import copy
 import functools
 import itertools
@@ -17,16 +17,16 @@ from jaxrl_reason.rewards import host
 from jaxrl_reason.rewards.pool import Pool, Results
 
 MAX_WORKERS = 8
-_SAMPLE = 16  # rows that are called singly at once, before the failures among them are counted
+_SAMPLE = 16  # rows that are called singly before the failures among them are counted
 
 
 def make_pool(specs: Sequence[str], *, workers: int, timeout_s: float, memory_mb: int) -> Pool:
-    """Workers that load these functions when they start, which is with the first call.
+    """Returns a pool whose workers start with the first call and load these functions then.
 
     Args:
       specs: "package.module:function" or "path/to/file.py:function".
-      workers: how many at most; 0: one a core, `MAX_WORKERS` at most.
-      timeout_s, memory_mb: what one call may take, see `Pool`.
+      workers: the maximum number of workers; 0: one per core, at most `MAX_WORKERS`.
+      timeout_s, memory_mb: limits of one call, see `Pool`.
     """
     load = functools.partial(_load_all, [_absolute(spec) for spec in specs])
     workers = workers or min(os.cpu_count() or 1, MAX_WORKERS)
@@ -36,30 +36,32 @@ def make_pool(specs: Sequence[str], *, workers: int, timeout_s: float, memory_mb
 class Isolated:
     """A host reward, by TRL's signature and with `Results`, that calls a function in the workers of a pool.
 
-    The rows of a prompt are one call (`in_groups_of`; all rows are until then). A call that raises, dies or takes too much is made
-    again row by row, so that only the rows at fault go missing. Where more than `max_failure_share` of the rows tried so fail, and of
-    all rows would if the others did, these are not tried: they keep what became of their prompt's call.
+    The rows of a prompt are one call (`in_groups_of`; before that, all rows are). A call that raises, dies or exceeds a
+    limit is made again row by row, so that only the rows at fault go missing. The retries end early when more than
+    `max_failure_share` of the rows tried have failed, unless success of all other rows could still meet that share. A
+    row that was not tried keeps the outcome of its prompt's call.
 
     Args:
-      spec: what the workers load the function by; one of the pool's.
-      function: the same, loaded here: for its name, its arguments, and whether it tells answers apart (`answer_of`).
-      pool: from `make_pool`.
-      max_failure_share: in [0, 1].
+      spec: the name by which the workers load the function; one of the pool's.
+      function: the same function, loaded in this process for its name, its arguments and its `answer_of`.
+      pool: the result of `make_pool`.
+      max_failure_share: a number in [0, 1].
 
-    Raises (when called):
-      RewardError: the function breaks its contract, or cannot be called: no worker starts, or the data cannot be sent to one.
+    Raises:
+      RewardError: raised by a call if the function breaks its contract, if no worker starts, or if the data cannot be
+        sent to a worker.
     """
 
-    def __init__(self, spec: str, function: Callable, pool: Pool, max_failure_share: float):
-        self.__wrapped__ = function  # where `inspect` looks for the signature,
-        self.__name__ = host.name_of(function)  # and `HostReward` for the name
+    def __init__(self, spec: str, function: host.RewardFunction, pool: Pool, max_failure_share: float):
+        self.__wrapped__ = function  # `inspect` reads the signature here,
+        self.__name__ = host.name_of(function)  # and `HostReward` the name
         self._spec, self._pool, self._max_failure_share = _absolute(spec), pool, max_failure_share
-        self._group = None
+        self._group: int | None = None
         if hasattr(function, "answer_of"):
             self.answers_of = self._answers_of
 
     def in_groups_of(self, rows: int) -> "Isolated":
-        """The same for so many rows a prompt."""
+        """Returns this reward for prompts of `rows` completions each."""
         other = copy.copy(self)
         other._group = rows
         return other
@@ -70,7 +72,7 @@ class Isolated:
         size = self._group or count
         groups = [range(first, first + size) for first in range(0, count, size)]
         failed = [rows for rows in self._call(groups, columns, results) if len(rows) > 1]
-        # The first row of every such prompt, then the second: soon a fair sample.
+        # The first row of every failed prompt, then the second: soon a fair sample.
         waiting = [row for rows in itertools.zip_longest(*failed) for row in rows if row is not None]
         tried = bad = 0
         while waiting:
@@ -84,7 +86,7 @@ class Isolated:
     def _call(
         self, calls: Sequence[Sequence[int]], columns: Mapping[str, Sequence], results: Results
     ) -> list[Sequence[int]]:
-        """Calls the function once for each of these lists of rows and enters what becomes of them; returns those that failed."""
+        """Calls the function once per list of rows and fills `results`. Returns the lists whose call failed."""
         items = [
             (
                 "reward",
@@ -102,7 +104,10 @@ class Isolated:
                 values, outcomes, words = answer
                 if not len(values) == len(outcomes) == len(rows):
                     raise ValueError
-            except (TypeError, ValueError):  # none, or what no call of ours would say: it took the process over
+            except (
+                TypeError,
+                ValueError,
+            ):  # no answer, or one that `_answer` cannot give: the function took over the process
                 failed.append(rows)
                 outcome = "error" if outcome == "ok" else outcome
                 values, outcomes, words = [None] * len(rows), [outcome] * len(rows), answers.error
@@ -112,7 +117,7 @@ class Isolated:
         return failed
 
     def _answers_of(self, texts: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]]) -> list[list]:
-        """The function's own `answer_of` of each row's texts: a text or a number; None also where that fails."""
+        """Returns `answer_of` each text of each row: a text or a number, None if there is none or the call fails."""
         items = [
             ("answer_of", self._spec, (text, dict(row)))
             for group, row in zip(texts, rows, strict=True)
@@ -143,10 +148,15 @@ def _load_all(specs: Sequence[str]) -> None:
         _loaded(spec)
 
 
-def _answer(item: tuple[str, str, tuple]):
-    """(values, outcomes, the last error) of a call of a reward, or the sentence of a broken contract; or an answer of `answer_of`."""
+def _answer(item: tuple[str, str, tuple]) -> list | str | float | None:
+    """Calls a reward or its `answer_of`.
+
+    Returns:
+      For a reward: [values, outcomes, the last error], or the message of a broken contract. For `answer_of`: the
+      answer.
+    """
     kind, spec, arguments = item
-    function = _loaded(spec)
+    function: Any = _loaded(spec)
     if kind == "answer_of":
         answer = function.answer_of(*arguments)
         return answer if answer is None or isinstance(answer, (str, int, float)) else repr(answer)

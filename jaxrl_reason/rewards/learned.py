@@ -1,41 +1,42 @@
-"""A pretrained reward model with a tokenizer of its own: completions are decoded, put into its chat template, and scored on the device."""
+"""Scores completions on the device by a pretrained reward model, in its own tokenizer and chat template."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_reason.data import chat_template, ChatTemplate, get_template, PromptBatch, Tokenizer
-from jaxrl_reason.models import ModelConfig, reward_model
+from jaxrl_reason.models import ModelConfig, Params, reward_model
 from jaxrl_reason.models.sharding import microbatches, on_mesh
 from jaxrl_reason.rewards.host import RewardError
+from jaxrl_reason.rewards.scorer import local_token_ids
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.types import Rollout
 
 _QUESTION = get_template("{question}")
-_BUCKET = 64  # texts are padded to a multiple: few lengths are compiled
+_BUCKET = 64  # texts are padded to a multiple of this length, so that few lengths are compiled
 
 
 class TextScorer:
-    """Rollouts in one tokenizer, scored by a reward model with another.
+    """Scores the rollouts of a policy by a reward model that has another tokenizer.
 
     Args:
-      config, params, tokenizer: of the reward model. With a chat template the question is the user's turn and the completion the
-        assistant's; without one they are joined.
-      policy_tokenizer: of the run; decodes completions.
-      system: system prompt of the reward model's chat.
-      max_length: tokens of a text. A longer one has no score: a missing reward, never a cut text.
-      parts: the groups of a batch are scored in so many parts, one after another, as far as these divide it.
-      sharding: of the leading axis.
+      config, params, tokenizer: the reward model. If its tokenizer has a chat template, the question is the user's turn
+        and the completion the assistant's; otherwise question and completion are joined by a line break.
+      policy_tokenizer: the tokenizer of the run, which decodes completions.
+      system: the system prompt of the reward model's chat.
+      max_length: maximum number of tokens of a text. A longer text is never cut; it has no score and no reward.
+      parts: the number of microbatches, as far as they divide the groups of a batch.
+      sharding: the sharding of the leading axis.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        params,
+        params: Params,
         tokenizer: Tokenizer,
         *,
         policy_tokenizer: Tokenizer,
@@ -50,7 +51,7 @@ class TextScorer:
         self._score = scoring_program(config, sharding)
 
     def __call__(self, rollout: Rollout, batch: PromptBatch) -> tuple[jax.Array, dict[str, float]]:
-        """Scores f32[P, G], NaN where a text is too long; and the share of these."""
+        """Returns scores f32[P, G], NaN for texts that are too long, and the share of such texts."""
         P, G, _ = rollout.tokens.shape
         encoded = hosts.agree(lambda: self._encode(rollout, batch), RewardError)
         fits = np.array([0 < len(ids) <= self._max_length for ids in encoded])
@@ -61,44 +62,43 @@ class TextScorer:
             lengths[i] = len(encoded[i])
             padded[i, : lengths[i]] = encoded[i]
         split = lambda x: hosts.put_share(x.reshape(-1, G, *x.shape[1:]), self._sharding, P)
-        parts = microbatches(self._sharding.mesh, P, self._parts)
+        parts = microbatches(_mesh(self._sharding), P, self._parts)
         scores = self._score(self._params, split(padded), split(lengths), parts)
         return scores, hosts.mean({"rewards/reward_model/too_long_ratio": float(1 - fits.mean())})
 
     def _encode(self, rollout: Rollout, batch: PromptBatch) -> list[list[int]]:
-        """The reward model's tokens of each text of this process's share."""
-        tokens, mask = (hosts.share(x, self._sharding) for x in (rollout.tokens, rollout.mask))
-        ids = [[row[live].tolist() for row, live in zip(*group)] for group in zip(tokens, mask)]
+        """Returns the reward model's tokens of each text in this process's rows."""
         texts = [
             self.text(row, completion)
-            for row, group in zip(batch.rows, ids)
+            for row, group in zip(batch.rows, local_token_ids(rollout, self._sharding))
             for completion in self._policy_tokenizer.decode_batch(group)
         ]
-        # A chat template writes the begin token itself, where there is to be one.
+        # A chat template writes the begin token itself if the model uses one.
         return self._tokenizer.encode_batch(texts, add_bos=self._chat is None and self._tokenizer.adds_bos)
 
     def text(self, row: Mapping[str, Any], completion: str) -> str:
-        """What the reward model reads: the question as the data have it, without what the policy's template puts around it."""
+        """Returns the text that the reward model reads. The question is without the policy's template."""
         question = _QUESTION.render_prompt(row)
         if self._chat is None:
             return f"{question}\n{completion}"
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": completion}]
         try:
             return self._chat.render(turns, add_generation_prompt=False)
-        except ValueError as e:  # some templates look into what was said
+        except ValueError as e:  # some templates depend on the content of the turns
             raise RewardError(f"The reward model's chat cannot be rendered around a completion: {e}") from e
 
 
 def chat_of(tokenizer: Tokenizer, system: str) -> ChatTemplate | None:
-    """The chat of a reward model, tried out on one conversation; None where its tokenizer has no chat template.
+    """Returns the chat of a reward model, tried on one conversation; None if its tokenizer has no chat template.
 
     Raises:
-      ValueError: a system prompt without a chat, or a template that cannot render.
+      ValueError: there is a system prompt without a chat, or the template cannot be rendered.
     """
     if not tokenizer.chat_template:
         if system:
             raise ValueError(
-                "config.reward_model.system is set, and the reward model's tokenizer has no chat template; leave it empty."
+                "config.reward_model.system is set, and the reward model's tokenizer has no chat template; leave the "
+                "field empty."
             )
         return None
     chat = chat_template(_QUESTION, tokenizer, system)
@@ -106,16 +106,19 @@ def chat_of(tokenizer: Tokenizer, system: str) -> ChatTemplate | None:
     return chat
 
 
-def scoring_program(config: ModelConfig, sharding: jax.sharding.NamedSharding):
-    """The jitted (params, texts int[P, G, L], lengths int[P, G], parts, static) -> scores f32[P, G], NaN where a length is 0."""
-    score = on_mesh(sharding.mesh, functools.partial(_in_parts, config))
+def scoring_program(config: ModelConfig, sharding: jax.sharding.NamedSharding) -> Callable[..., jax.Array]:
+    """Returns the jitted (params, texts int[P, G, L], lengths int[P, G], static parts) -> scores f32[P, G].
+
+    The score of a text is NaN if its length is 0.
+    """
+    score = on_mesh(_mesh(sharding), functools.partial(_in_parts, config))
     return jax.jit(score, static_argnums=3, out_shardings=sharding)
 
 
-def _in_parts(config: ModelConfig, params, tokens, lengths, parts: int) -> jax.Array:
-    """Scores f32[P, G] of texts int[P, G, L]; NaN where a length is 0."""
+def _in_parts(config: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, parts: int) -> jax.Array:
+    """Computes scores f32[P, G] of texts int[P, G, L] in `parts` microbatches; NaN if the length is 0."""
     P, G, L = tokens.shape
-    # By stride, so that on a sharded axis every device keeps its own.
+    # Strided, so that each device of a sharded axis keeps its own rows.
     cut = lambda x: x.reshape(P // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
     def one(part):
@@ -124,3 +127,7 @@ def _in_parts(config: ModelConfig, params, tokens, lengths, parts: int) -> jax.A
         return reward_model.scores(config, params, tokens.reshape(-1, L), mask.reshape(-1, L)).reshape(-1, G)
 
     return jax.lax.map(one, (cut(tokens), cut(lengths))).swapaxes(0, 1).reshape(P, G)
+
+
+def _mesh(sharding: jax.sharding.NamedSharding) -> jax.sharding.Mesh:
+    return cast(jax.sharding.Mesh, sharding.mesh)  # it is abstract only inside of traced functions

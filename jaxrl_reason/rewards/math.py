@@ -1,7 +1,8 @@
-r"""Verdicts on mathematical answers by math-verify, which reads LaTeX: "\frac{\sqrt{3}}{3}" is "\frac{1}{\sqrt{3}}", "x=5" is "5".
+r"""Verdicts on LaTeX answers by math-verify: "\frac{\sqrt{3}}{3}" is "\frac{1}{\sqrt{3}}", and "x=5" is "5".
 
-Plain numbers are compared exactly in this process (`numeric`). Everything else is judged in worker processes (`pool`),
-since math-verify computes what a model wrote: "9^{9^{9^9}}" would not return, and nothing in its process could stop it.
+Plain numbers are compared exactly in this process (`numeric`). Worker processes (`pool`) judge everything else, because
+math-verify computes the expressions of a model: "9^{9^{9^9}}" would not return, and nothing in its process could stop
+it.
 """
 
 from collections.abc import Sequence
@@ -13,39 +14,40 @@ import numbers
 import os
 import re
 
-from jaxrl_reason.rewards.numeric import extract_answer, is_unit, numeric_verdict, parse_number
+from jaxrl_reason.rewards.numeric import extract_answer, is_unit, numeric_verdict, parse_number, shortened
 from jaxrl_reason.rewards.pool import Pool, Results
 
 TIMEOUT_S = 2.0  # for one answer: a number takes 1 ms, LaTeX 5 ms
-MAX_ANSWER_LENGTH = 2_000  # characters; a longer answer is refused unread, since it would use up its time
+MAX_ANSWER_LENGTH = 2_000  # characters; a longer answer would use up its time, so it is an error and is not read
 MAX_WORKERS = 8
 
-# What LaTeX would misread: "1e-7" as Euler's number minus 7, and "1 1/2" as 1.
+# Forms that LaTeX would misread: "1e-7" as Euler's number minus 7, and "1 1/2" as 1.
 _EXPONENT = re.compile(r"(?<=[0-9.])[eE]([-+]?[0-9]+)")
 _MIXED_NUMBER = re.compile(r"([-+]?[0-9]+) +([0-9]+) ?/ ?([0-9]+)")
 _FLOAT = re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]{1,3}")
-# Nor is 5_000 the number 5 with an index, 1e9999 a product with e, or 0x10 one with x; and digits apart, "5 0", are no product.
+# Forms that are not LaTeX: 5_000 is not the number 5 with an index, 1e9999 no product with e, 0x10 no product with x,
+# "5 0" no product.
 _APART = r"(?:\s|~|\\[,;: ]|\\q?quad|\\[lc]?dots)+"
 _NOT_LATEX = re.compile(
     rf"[0-9]_[0-9]{{2}}|[0-9.][eE][-+]?[0-9]{{4}}|(?<![\w.])0[xX][0-9a-fA-F]|(?<!frac )[0-9.]{_APART}[0-9.]"
 )
 _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:\\[,;: ]|~)[0-9]{3})+(?![0-9])")  # as TeX spaces them
-# What math-verify takes out wherever it stands, and boxes, which it would take for the answer.
+# Commands that math-verify removes anywhere in an answer, and boxes, which it would take for the answer.
 _DROPPED = re.compile(r"""\\fbox|\\boxed|\\mathrm\{th\}|\\!\s*|\\text\s*\{\s*\}|\\?\$|["']|\\displaystyle""")
 _JOINED = re.compile(rf"[0-9.](?:{_DROPPED.pattern})+[0-9.]")
-# What math-verify leaves out as a unit is all from the first text to the end.
+# math-verify removes everything from the first text to the end as a unit.
 _TEXT = re.compile(r"\\(?:mbox|text(?:normal|bf|it|rm)?|math(?:rm|it|bf))\{")
 _UNIT = re.compile(rf"{_TEXT.pattern}([^{{}}]*)\}}(?:\^[0-9]|\^?\{{\^?[0-9]\}})?[ .$]*")
 _EQUALS = re.compile(r"(?<![\\<>!])=|\\equiv")
 
 
 def math_verify_reward(completions: Sequence[str], answer: Sequence[str | int | float], **_) -> Results:
-    r"""1.0 where the completion's final answer equals the reference of the column `answer`, else 0.0.
+    r"""Returns 1.0 if a completion's final answer equals the reference of the column `answer`, else 0.0.
 
-    The final answer is what follows the last "#### " or stands in the last "\boxed{}"; without either, or where
-    math-verify cannot read it, a completion is wrong. Where both are plain numbers, they must be exactly equal.
-    An answer of more than `MAX_ANSWER_LENGTH` characters, and one on which the verifier dies, is an error; one on which
-    it takes longer than `TIMEOUT_S` is a timeout. Both have no reward.
+    The final answer follows the last "#### " or is in the last "\boxed{}". A completion is incorrect if it has neither,
+    or if math-verify cannot read the answer. Two plain numbers must be exactly equal. An answer is an error if it has
+    more than `MAX_ANSWER_LENGTH` characters or if the verifier dies on it. It is a timeout if the verifier takes longer
+    than `TIMEOUT_S`. Neither has a reward.
 
     Args:
       completions: N texts.
@@ -55,18 +57,20 @@ def math_verify_reward(completions: Sequence[str], answer: Sequence[str | int | 
       N rewards, with `outcomes`.
 
     Raises:
-      ValueError: a reference that cannot be read. That is a fault of the data, not of the completion.
+      ValueError: a reference cannot be read. The fault is in the data, not in the completion.
       ImportError: math-verify is not installed.
     """
     results = Results([None] * len(completions), ["error"] * len(completions))
-    questions: dict[tuple[str, str | None], list[int]] = {}  # a group often gives the same answer: it is judged once
+    questions: dict[tuple[str, str | None], list[int]] = {}  # a group often repeats an answer: each is judged once
     for row, (completion, gold) in enumerate(zip(completions, answer, strict=True)):
         reference, is_number = _read_reference(gold, row)
         prediction = extract_answer(completion)
         if is_number and (prediction is None or parse_number(prediction) is not None):
             results[row], results.outcomes[row] = float(numeric_verdict(completion, gold)), "ok"
         elif prediction is not None and len(prediction) > MAX_ANSWER_LENGTH:
-            results.error = f"an answer of {len(prediction)} characters; at most {MAX_ANSWER_LENGTH} are read"
+            results.error = (
+                f"an answer has {len(prediction)} characters, more than the {MAX_ANSWER_LENGTH} that are read"
+            )
         else:
             questions.setdefault((reference, prediction), []).append(row)
     if not questions:
@@ -83,10 +87,11 @@ def math_verify_reward(completions: Sequence[str], answer: Sequence[str | int | 
 
 
 def require_math_verify() -> None:
-    """Raises ImportError, with a sentence, where math-verify is not installed. Imports nothing."""
+    """Raises ImportError if math-verify is not installed. Imports nothing."""
     if importlib.util.find_spec("math_verify") is None:
         raise ImportError(
-            "The reward 'math_verify' needs the package math-verify, which is not installed: pip install 'jaxrl_reason[math]'."
+            "The reward 'math_verify' needs the package math-verify, which is not installed: "
+            "pip install 'jaxrl_reason[math]'."
         )
 
 
@@ -97,11 +102,11 @@ def _pool() -> Pool:
 
 
 def _read_reference(answer: str | int | float, row: int) -> tuple[str, bool]:
-    """(the reference as text, whether it is a plain number)."""
+    """Returns (the reference as text, whether it is a plain number)."""
     if isinstance(answer, numbers.Rational) or isinstance(answer, numbers.Real) and math.isfinite(answer):
         try:
             return str(answer), True
-        except ValueError as error:  # Python writes whole numbers of at most 4300 digits
+        except ValueError as error:  # Python converts integers of at most 4300 digits
             raise ValueError(
                 f"Row {row}: the reference answer is too long a number: {error}; correct that row's answer."
             ) from None
@@ -113,12 +118,10 @@ def _read_reference(answer: str | int | float, row: int) -> tuple[str, bool]:
     return text, parse_number(text) is not None
 
 
-def _unreadable(answer, row: int) -> ValueError:
-    shown = repr(answer)
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+def _unreadable(answer: object, row: int) -> ValueError:
     return ValueError(
-        f"Row {row}: math-verify cannot read the reference answer {shown}, so no completion can be judged against it; "
-        "correct that row's answer."
+        f"Row {row}: math-verify cannot read the reference answer {shortened(answer)}, so no completion can be judged "
+        "against it; correct that row's answer."
     )
 
 
@@ -126,8 +129,8 @@ def _unreadable(answer, row: int) -> ValueError:
 
 
 def _judge(question: tuple[str, str | None]) -> float | None:
-    """1.0 or 0.0; None where the reference cannot be read."""
-    from math_verify import verify  # here: the run itself never loads sympy
+    """Returns 1.0 or 0.0; None if the reference cannot be read."""
+    from math_verify import verify  # imported here, so that only workers load sympy
 
     reference, prediction = question
     gold = _read_gold(reference)
@@ -136,16 +139,16 @@ def _judge(question: tuple[str, str | None]) -> float | None:
     if prediction is None:
         return 0.0
     predicted = _read(prediction)
-    # Gold first, the order matters. Without time limits of its own: what the pool's would do, they may fail to.
-    right = verify(gold, predicted, timeout_seconds=None) and not _differ_exactly(gold[0], predicted[0])
-    return float(right and (prediction == reference or not _contradicts_itself(prediction)))
+    # The order of the arguments matters: gold first. The pool limits the time; math-verify's own time limit can fail.
+    correct = verify(gold, predicted, timeout_seconds=None) and not _differ_exactly(gold[0], predicted[0])
+    return float(correct and (prediction == reference or not _contradicts_itself(prediction)))
 
 
 def _differ_exactly(a, b) -> bool:
-    """Whether two expressions, or the right sides of equations, are rational numbers and not the same.
+    """Returns whether two expressions, or the right-hand sides of two equations, are unequal rational numbers.
 
-    math-verify looks at the first 15 decimals of a difference, to which 1/2004! is 1/2006!. Percentages are left to it:
-    they are compared with and without the sign.
+    math-verify compares the first 15 decimals of a difference, by which 1/2004! equals 1/2006!. Percentages are left to
+    math-verify, which compares them with and without the sign.
     """
     from sympy import Equality, Expr, UnevaluatedExpr
 
@@ -157,7 +160,7 @@ def _differ_exactly(a, b) -> bool:
 
 
 def _contradicts_itself(answer: str) -> bool:
-    """Whether it equates numbers, or sets of them, that differ, as "2 = x = 5" does, of which math-verify takes the last."""
+    """Returns whether an answer equates different numbers or sets, like "2 = x = 5". math-verify takes the last."""
     from math_verify import verify
     from sympy import Set
 
@@ -172,16 +175,16 @@ def _contradicts_itself(answer: str) -> bool:
 
 
 def _read(answer: str) -> list:
-    """The answer as sympy expressions, and as text where it is none; empty where it cannot be read."""
+    """Returns the answer as sympy expressions, or as text if it is no expression; empty if it cannot be read."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
-    while _DROPPED.search(answer):  # again, since what is left may make another
+    while _DROPPED.search(answer):  # repeated, because a removal may create another match
         if _JOINED.search(answer):
             return []
         answer = _DROPPED.sub("", answer)
     answer = _THOUSANDS.sub(lambda number: re.sub(r"[^0-9]", "", number[0]), answer)
-    holds_all = extract_answer(rf"\boxed{{{answer}}}") == answer  # unless a brace in the answer closes the box
+    holds_all = extract_answer(rf"\boxed{{{answer}}}") == answer  # false if a brace in the answer closes the box
     mixed = _MIXED_NUMBER.fullmatch(answer)
     if not holds_all or not mixed and _NOT_LATEX.search(answer):
         return []
@@ -189,7 +192,7 @@ def _read(answer: str) -> list:
         answer = _EXPONENT.sub(r"\\cdot 10^{\1}", answer)
     elif mixed:
         answer = r"{}\frac{{{}}}{{{}}}".format(*mixed.groups())
-    # The whole box or nothing: by default a number or formula anywhere in it would be taken for the answer.
+    # Reads the whole box or nothing. By default, math-verify would take any number or formula in it for the answer.
     text = _TEXT.search(answer)
     unit = text and _UNIT.fullmatch(answer, text.start())
     normalization = NormalizationConfig(
@@ -210,6 +213,6 @@ def _read_gold(reference: str) -> list:
 
 
 def _warm_up() -> None:
-    """Imports sympy and compiles the grammar, which takes longer than an answer may."""
-    logging.disable()  # math-verify logs what it cannot read
+    """Imports sympy and compiles the grammar, which takes longer than the time limit of an answer."""
+    logging.disable()  # math-verify logs every answer that it cannot read
     _judge((r"\frac{1}{2}", r"\sqrt{x} + 1"))

@@ -30,6 +30,7 @@ from jaxrl_reason.rewards.model_files import (
     tokenizer_digest,
     write_description,
 )
+from jaxrl_reason.rewards.scorer import RewardModelScorer
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.optimizer import apply_gradients, init_opt_state, make_supervised_optimizer
 from jaxrl_reason.rl.programs import optimizer_shardings, with_attention
@@ -44,9 +45,6 @@ _INIT = 101
 # Sources require the column of an answer; a file of pairs need not have one, and nothing here reads it.
 _PAIR_COLUMNS = {"answer": "question", "chosen": "chosen", "rejected": "rejected"}
 _HELD_OUT = "reward_model/held_out/"
-
-# (Rollout, its batch) -> scores f32[P, G] and metrics, see `Scorer.with_reward_model`.
-RolloutScorer = Callable[[Rollout, data.PromptBatch], tuple[jax.Array, dict[str, float]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +180,7 @@ def scorer(
     decoder: models.Params,
     console: rich.console.Console,
     should_stop: Callable[[], bool] = lambda: False,
-) -> RolloutScorer:
+) -> RewardModelScorer:
     """Returns the scorer of the phase's reward model. Trains the model first if it is not trained yet.
 
     Arguments and errors: see `train_reward_model`.

@@ -1,19 +1,25 @@
 r"""Exact numeric verdicts on text that a model wrote, without evaluating it.
 
-The final answer is cut out of the completion, read by a small grammar into an exact `Fraction`, and compared for equality. Nothing is
-computed from the text: "2+3" is not a number, and "9**9**9**9" costs as much as "hello". All functions take time linear in the text
-and keep no state, so they work from any thread.
+`extract_answer` finds the final answer of a completion, a small grammar reads it into an exact `Fraction`, and
+fractions are compared for equality. Nothing is computed from the text: "2+3" is not a number, and "9**9**9**9" costs as
+much as "hello". Every function takes time linear in the text and keeps no state, so any thread can call it.
 
-What counts as a number, and what does not:
+Numbers are, for example:
 
-    18   -3   +3   1,234   0.50   .5   3/4   1e3   $18   -$18   \$18   18.   \frac{1}{2}   -\dfrac{1}{2}   5\text{ cm}   50%
+    18   -3   +3   1,234   0.50   .5   3/4   1e3   $18   -$18   \$18   18.   \frac{1}{2}   -\dfrac{1}{2}   5\text{ cm}
+    50%
+
+Not numbers are, for example:
+
     1,2,3   1,23   --5   3/0   1e101   1 1/2   2+3   nan   inf   5 apples   x = 5   digits that are not ASCII
     5\text{00}   5\text{ million}   5\mathrm{i}
 
-A percent sign is "divided by 100" to `parse_number`. To `numeric_verdict`, "50%" equals "50%" and "0.5", and it also equals "50", since
-the reference to "what percentage ...?" is usually written without the sign (and the same with the roles exchanged).
+`parse_number` divides by 100 if a percent sign follows. `numeric_verdict` accepts "50%" for the references "50%", "0.5"
+and "50", because the reference to "what percentage ...?" is usually written without the sign. It accepts "50" and "0.5"
+for the reference "50%", too.
 """
 
+import collections
 from fractions import Fraction
 import itertools
 import math
@@ -21,9 +27,7 @@ import numbers
 import re
 import unicodedata
 
-MAX_NUMBER_LENGTH = (
-    200  # characters; longer text is not read as a number, so a megabyte of digits never becomes an integer
-)
+MAX_NUMBER_LENGTH = 200  # characters; a longer text is not a number, so a megabyte of digits never becomes an integer
 MAX_EXPONENT = 100  # 1e100 is a number, 1e101 is not: exact arithmetic on 10**999999999 would not return
 
 _INTEGER = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)"  # [0-9], not \d: \d is every script's digits
@@ -34,7 +38,8 @@ _NUMBER = re.compile(
     rf"|\\[dt]?frac\{{(?P<above_tex>[-+]?{_INTEGER})\}}\{{(?P<below_tex>[-+]?{_INTEGER})\}})"
 )
 _TRAILING_UNIT = re.compile(r"\\(?:text|mathrm)\{([^{}]*)\}$")
-# Words that say how much, or that go on: "5\text{ million}" is not 5, nor is "5\text{ or six}", nor 5i. Also with an s.
+# Words that change the value or continue the text: "5\text{ million}", "5\text{ or six}" and 5i are not 5. A plural s
+# changes nothing.
 _NOT_UNITS = frozenset(
     "and or nor not but if to plus minus times over mod modulo choose point negative below base double half halve quarter third fourth "
     "fifth sixth seventh eighth ninth tenth hundredth thousandth millionth percent percentage permille pct factorial squared cubed score "
@@ -42,10 +47,11 @@ _NOT_UNITS = frozenset(
     "pi oder und ou et k K M B T e i j n x y z".split()
 )
 _NOT_UNIT_CHARACTERS = frozenset("π或和与及半成倍")
-# A lump that starts like a number. A sign glued to what precedes it ("10-4") is a subtraction, not a sign.
-# All that is glued to a number belongs to its lump, so that it is refused rather than cut short: digits of other scripts (\d on purpose),
-# a second sign, signs and fractions that only look alike, powers ("5²"), 0x10, marks that strike digits out, and, where a digit
-# follows, separators that the grammar does not know and characters that are not seen. Possessive (*+), so nothing is tried twice.
+# A lump is a run of text that starts like a number. It includes every character that touches the number, so that a
+# look-alike is rejected whole instead of being cut short. Such characters are digits of other scripts (\d on purpose),
+# a second sign, characters that look like signs or fractions, powers ("5²"), 0x10, and marks that strike digits out. If
+# a digit follows, they are also separators that the grammar does not know and invisible characters. A sign after a word
+# or a digit ("10-4") is a subtraction, not a sign. Quantifiers are possessive (*+): nothing is tried twice.
 _SIGNS = (
     "-+\u00af\u02c9\u02d7\u058a\u05be\u1806\u2010-\u2015\u2043\u207a\u207b\u208a\u208b\u2212\u2296\u23af\u2500\u2795\u2796\u2e3a\u30fc"
     "\ufe58\ufe62\ufe63\uff0b\uff0d"
@@ -69,19 +75,19 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 def extract_answer(text: str, *, fallback: str | None = None) -> str | None:
-    r"""The final answer of a completion, as text: what follows the last marker.
+    r"""Returns the final answer of a completion as text.
 
-    The markers are "#### x" (to the end of the line) and "\boxed{x}" (to the matching brace); the last one of either kind counts.
+    The answer is in the last marker of either kind: "#### x" to the end of the line, or "\boxed{x}".
 
     Args:
       text: a completion or a worked solution.
-      fallback: None, or "last_number": without any marker, the last thing in the text that looks like a number.
+      fallback: None, or "last_number": if there is no marker, the last part of the text that looks like a number.
 
     Returns:
-      The answer, stripped; None without a marker, after an empty one, and for a \boxed{ that is never closed.
+      The answer, stripped; None if there is no marker, if the last marker is empty, or if its brace is never closed.
 
     Raises:
-      ValueError: another `fallback`.
+      ValueError: any other `fallback`.
     """
     if fallback not in (None, "last_number"):
         raise ValueError(f'fallback is {fallback!r}; it must be None or "last_number".')
@@ -92,16 +98,15 @@ def extract_answer(text: str, *, fallback: str | None = None) -> str | None:
         return _to_matching_brace(text, box + len(r"\boxed{"))
     if fallback is None:
         return None
-    lump = None
-    for lump in _LUMP.finditer(text):
-        pass
-    return lump and lump.group().rstrip(".,/")
+    last = collections.deque(_LUMP.finditer(text), maxlen=1)
+    return last[0].group().rstrip(".,/") if last else None
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The exact value of a text that is one number and nothing else, or None. The module's docstring shows the grammar.
+    """Returns the exact value of a text that is one number and nothing else, or None.
 
-    "50%" is 1/2. Text of more than `MAX_NUMBER_LENGTH` characters is not a number.
+    The module's docstring shows the grammar. "50%" is 1/2. A text of more than `MAX_NUMBER_LENGTH` characters is not a
+    number.
     """
     reading = _read(text)
     if reading is None:
@@ -111,19 +116,20 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def numeric_verdict(completion: str, answer: str | int | float, *, fallback: str | None = None) -> bool:
-    r"""Whether the completion's final answer is exactly the reference number.
+    r"""Returns whether the completion's final answer is exactly the reference number.
 
     Args:
       completion: the text to judge; `extract_answer` finds its final answer.
-      answer: the reference: a number, a text that is one, or a worked solution that ends in "#### x" or "\boxed{x}" (so GSM8K's
-        `answer` column serves as it is). A float means the decimal it prints as: 0.1 is 1/10.
+      answer: the reference: a number, a text that is a number, or a worked solution that ends in "#### x" or
+        "\boxed{x}", as GSM8K's `answer` column does. A float means the decimal that it prints as: 0.1 is 1/10.
       fallback: as in `extract_answer`.
 
     Returns:
-      True where both are numbers and equal, "0.50" and "1/2" included. No answer, or one that is not a number, is False.
+      True if both are numbers and equal, "0.50" and "1/2" included. False if there is no answer or the answer is not a
+      number.
 
     Raises:
-      ValueError: the reference is not a number. That is a fault of the data, not of the completion.
+      ValueError: the reference is not a number. The fault is in the data, not in the completion.
     """
     reference, reference_percent = _read_reference(answer)
     extracted = extract_answer(completion, fallback=fallback)
@@ -138,7 +144,7 @@ def numeric_verdict(completion: str, answer: str | int | float, *, fallback: str
 
 
 def is_unit(words: str) -> bool:
-    r"""Whether what stands in \text{} behind a number leaves its value alone, as " cm" does and "00", "!" or " million" do not."""
+    r"""Returns whether \text{words} after a number is a unit: true for " cm", false for "00", "!" and " million"."""
     words = words.replace("\N{MICRO SIGN}", "\N{GREEK SMALL LETTER MU}")
     if unicodedata.normalize("NFKC", words) != words or not _NOT_UNIT_CHARACTERS.isdisjoint(words):
         return False
@@ -151,7 +157,7 @@ def is_unit(words: str) -> bool:
 
 def _to_matching_brace(text: str, start: int) -> str | None:
     depth = 1
-    for token in _BRACE.finditer(text, start):  # \{ and \} are characters of the answer, and match as the escape
+    for token in _BRACE.finditer(text, start):  # \{ and \} are part of the answer, and match as escapes
         found = token.group()
         if found == "{":
             depth += 1
@@ -163,7 +169,7 @@ def _to_matching_brace(text: str, start: int) -> str | None:
 
 
 def _read(text: str) -> tuple[Fraction, bool] | None:
-    """(the number as written, whether a percent sign follows), or None."""
+    """Returns (the number as written, whether a percent sign follows), or None."""
     text = text.strip()
     if len(text) > MAX_NUMBER_LENGTH:
         return None
@@ -194,19 +200,23 @@ def _read(text: str) -> tuple[Fraction, bool] | None:
 
 
 def _read_reference(answer: str | int | float) -> tuple[Fraction, bool]:
-    if isinstance(answer, numbers.Rational):  # not through a float, which 10**400 overflows
+    if isinstance(answer, numbers.Rational):  # exact: 10**400 would overflow a float
         return Fraction(int(answer.numerator), int(answer.denominator)), False
     if isinstance(answer, numbers.Real) and math.isfinite(answer):
-        return Fraction(str(answer)), False  # through the decimal it prints as: Fraction(0.1) is not 1/10
+        return Fraction(str(answer)), False  # by the decimal that it prints as: Fraction(0.1) is not 1/10
     reading = None
     if isinstance(answer, str):
         extracted = extract_answer(answer)
         reading = _read(answer if extracted is None else extracted)
     if reading is None:
-        shown = repr(answer)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
         raise ValueError(
-            f"The reference answer {shown} is not a number, so no completion can be judged against it; correct that row's "
-            "answer, or use another reward for answers that are not numbers."
+            f"The reference answer {shortened(answer)} is not a number, so no completion can be judged against it; "
+            "correct that row's answer, or use another reward for answers that are not numbers."
         )
     return reading
+
+
+def shortened(answer: object) -> str:
+    """Returns the repr of an answer for a message, cut to 80 characters."""
+    shown = repr(answer)
+    return shown if len(shown) <= 80 else shown[:77] + "..."

@@ -1,27 +1,25 @@
-"""A function in worker processes that can be killed: every item has its limit of time and memory, whatever it does.
+"""Calls a function in worker processes that can be killed, so that every item has a limit of time and memory.
 
     with Pool(judge, workers=4, timeout_s=2.0) as pool:
-        results = pool.map(items)  # a value for each, in order; None where there is none: results.outcomes says why
+        results = pool.map(items)  # one value per item, in order; None if it has no value, see results.outcomes
 
-A worker is this file, run as a script. `multiprocessing.Process` would import the main module of the run, and with it
-JAX and all else, into every worker and again after every kill; a worker imports only the module of its function.
+A worker runs `worker.py` as a script and imports only the module of its function. `multiprocessing.Process` would
+import the main module of the run, and JAX with it, into every worker and again after every kill.
 
-A worker holds one item at a time and reports after it, so the limit is that of the item, and a kill costs no other item.
+A worker has one item at a time and reports after it. The limits therefore apply to one item, and a kill costs no other
+item.
 """
 
 import collections
 from collections.abc import Callable, Iterable, Sequence
 import contextlib
-import fcntl
 import functools
-import io
 import json
 import math
 import multiprocessing.connection
 from multiprocessing.reduction import ForkingPickler
 import os
 import pathlib
-import resource
 import signal
 import socket
 import struct
@@ -32,19 +30,21 @@ import time
 from typing import Any
 import weakref
 
-START_LIMIT_S = 120.0  # for a worker to import its function's module, which may be slow the first time
-STARTS = 3  # of workers that die or take too long before they are ready, in a row, and then no more
-MAX_STDERR = 10_000  # characters of a worker
-MAX_REPORT_BYTES = 2**24  # a worker that a hostile item took over cannot fill the parent's memory
+from jaxrl_reason.rewards.worker import MAX_REPORT_BYTES
+
+START_LIMIT_S = 120.0  # time for a worker to import its function's module, which may be slow the first time
+STARTS = 3  # consecutive workers that may die or time out before they are ready; then the pool gives up
+_NEVER = math.inf  # the deadline of an idle worker
+_PROGRAM = str(pathlib.Path(__file__).with_name("worker.py"))
 
 
-class Results(list):
-    """What became of N items: a list of values, None where there is none.
+class Results(list[Any]):
+    """The values of N items, None for an item without a value, and the outcome of each.
 
     Attributes:
-      outcomes: of each item "ok", "none" (the function returned None), "error" (it raised, returned what cannot be
-        reported, or its process died) or "timeout". The value is None in all cases but "ok".
-      error: the last error or timeout in words; empty without one.
+      outcomes: per item "ok", "none" (the function returned None), "error" (the function raised or returned a value
+        that cannot be reported, or its process died) or "timeout". The value is None unless the outcome is "ok".
+      error: the text of the last error or timeout; empty if there was none.
     """
 
     def __init__(self, values: Iterable[Any], outcomes: Iterable[str], error: str = ""):
@@ -53,23 +53,24 @@ class Results(list):
 
 
 class Pool:
-    """Calls `function(item)` in worker processes, which returns a finite number, a text, a list of such, or None.
+    """Calls `function(item)` in worker processes.
 
-    Workers start with the first `map`, and no more of them than it has items. They see JAX_PLATFORMS=cpu, ignore
-    Ctrl-C and SIGTERM, print to nowhere (the first of what goes to stderr is kept), and end with the pool and with the process that made it, even if that is
-    killed. All methods may be called from any thread; one `map` runs at a time.
+    The function returns a finite number, a text, a list of numbers and texts, or None. Workers start with the first
+    `map`, at most one per item. A worker has JAX_PLATFORMS=cpu, ignores Ctrl-C and SIGTERM, and prints to nowhere,
+    except for its first `worker.MAX_STDERR` characters to stderr. Workers end with the pool and with the process that
+    made the pool, even if that process is killed. Any thread may call any method; one `map` runs at a time.
 
     Args:
-      function: defined at the top level of a module that can be imported, or a `functools.partial` of such a function.
-      workers: how many processes at most.
-      timeout_s: what one item may take. A worker that has not reported by then is killed, with all it started.
-      memory_mb: what a worker may take on top of what it holds when it is ready (enforced on Linux).
-      max_tasks: a worker is replaced after that many items; None: never.
-      initializer: called in each worker before its first item, under no item's limit: for slow imports.
+      function: a function at the top level of an importable module, or a `functools.partial` of such a function.
+      workers: the maximum number of processes.
+      timeout_s: seconds per item. Then the worker is killed, with its child processes.
+      memory_mb: memory that a worker may add to its size when it became ready (enforced on Linux).
+      max_tasks: items after which a worker is replaced; None: never.
+      initializer: called in each worker before its first item, for slow imports; it has no limit of an item.
 
     Raises:
       TypeError: the function cannot be sent to another process.
-      ValueError: a number out of range.
+      ValueError: a number is out of range.
     """
 
     def __init__(
@@ -86,19 +87,20 @@ class Pool:
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; a pool needs at least 1.")
         if not 0 < timeout_s < math.inf:
-            raise ValueError(f"timeout_s is {timeout_s}; give the seconds that one item may take.")
-        for sent in filter(None, (function, initializer)):
-            _check_importable(sent)
+            raise ValueError(f"timeout_s is {timeout_s}; give a finite number of seconds per item, above 0.")
+        _check_importable(function)
+        if initializer is not None:
+            _check_importable(initializer)
         self._setup = [_packed(list(sys.path)), _packed((function, initializer, memory_mb))]
         self._count, self._timeout_s, self._max_tasks = workers, timeout_s, max_tasks
         self._workers: list[_Worker] = []
-        self._failure = ""  # why no worker can start: that is not tried again for every item of a batch
-        self._lost_starts = 0  # in a row: those that died or took too long, which may be the machine's fault
+        self._failure = ""  # why no worker can start; the pool does not try again for every item of a batch
+        self._lost_starts = 0  # consecutive workers that died or timed out while starting
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _stop_all, self._workers)  # also at the interpreter's exit
 
     def map(self, items: Iterable[Any]) -> Results:
-        """The function's values, in the order of the items; numbers are floats. Nothing an item does raises here.
+        """Returns the function's values in the order of the items; numbers become floats. No item makes this raise.
 
         Raises:
           TypeError: an item cannot be sent to another process.
@@ -114,20 +116,20 @@ class Pool:
                 raise RuntimeError(self._failure)
             try:
                 self._work_off(payloads, results)
-            finally:  # an interrupt leaves items in flight, whose reports the next batch must not read as its own
+            finally:  # after an interrupt, the next batch must not read the reports of unfinished items as its own
                 for worker in [w for w in self._workers if w.item is not None]:
                     self._drop(worker)
         return results
 
     def close(self) -> None:
-        """Ends the workers. A closed pool stays closed; closing it again does nothing."""
+        """Ends the workers. A closed pool cannot be used again; closing it again does nothing."""
         with self._lock:
             self._finalizer()
 
     def __enter__(self) -> "Pool":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _work_off(self, payloads: Sequence[bytes], results: Results) -> None:
@@ -136,7 +138,7 @@ class Pool:
             for worker in [w for w in self._workers if w.idle]:
                 if not waiting:
                     break
-                if worker.connection.poll():  # one that waits has nothing to say: it died, which is no item's fault
+                if worker.connection.poll():  # an idle worker reports nothing, so it died; no item is at fault
                     self._drop(worker)
                     continue
                 worker.item, worker.deadline = waiting.popleft(), time.monotonic() + self._timeout_s
@@ -149,7 +151,7 @@ class Pool:
             self._listen(results)
 
     def _listen(self, results: Results) -> None:
-        """Waits for the next report or deadline, and takes all there are."""
+        """Waits for the next report or deadline, then takes all reports that are there."""
         awaited = {w.connection: w for w in self._workers if not w.idle}
         patience = min(w.deadline for w in awaited.values()) - time.monotonic()
         reported = multiprocessing.connection.wait(list(awaited), max(patience, 0))
@@ -160,7 +162,7 @@ class Pool:
                 kind, value, words = report
                 if kind == "died":
                     kind, words = "error", self._drop(worker)
-            elif worker.deadline <= now:  # also of one that sends its report in bits
+            elif worker.deadline <= now:  # even if it sends parts of a report
                 limit = START_LIMIT_S if worker.item is None else self._timeout_s
                 kind, value, words = "timeout", None, f"no result within {limit:g} s"
                 self._drop(worker)
@@ -174,11 +176,11 @@ class Pool:
             if kind == "failed" or self._lost_starts == STARTS:
                 self._failure = f"A worker process of the pool could not start: {words}."
                 raise RuntimeError(self._failure)
-            worker.deadline = None
+            worker.deadline = _NEVER
             return
         results[worker.item], results.outcomes[worker.item] = value, kind
         results.error = words or results.error
-        worker.item = worker.deadline = None
+        worker.item, worker.deadline = None, _NEVER
         worker.tasks += 1
         if worker.tasks == self._max_tasks and worker in self._workers:
             self._drop(worker)
@@ -189,47 +191,49 @@ class Pool:
 
 
 class _Worker:
-    """A process, this end of the connection to it, and what it is at.
+    """A worker process, the parent's end of the connection to it, and its current item.
 
     Attributes:
-      item: the index of the item it holds; None: none, it is idle or starting.
-      deadline: when its report is due, by time.monotonic(); None: it is idle.
-      tasks: how many items it has finished.
+      item: the index of its item; None if it is idle or starting.
+      deadline: the time, by time.monotonic(), at which its report is due; `_NEVER` if it is idle.
+      tasks: the number of items that it has finished.
     """
 
     def __init__(self, setup: Sequence[bytes], send_limit_s: float):
         self.connection, theirs = multiprocessing.Pipe()
-        # One that stopped reading must not hold up those who write to it.
+        # A worker that stops reading must not block the parent for longer than this.
         with socket.socket(fileno=os.dup(self.connection.fileno())) as end:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", math.ceil(send_limit_s), 0))
-        self._held = b""  # of a report that has not come to its end
+        self._held = b""  # the beginning of an incomplete report
         with theirs:
             self.process = subprocess.Popen(
-                # -P: this folder stays off the path, where math.py would be taken for the standard library's.
-                [sys.executable, "-P", __file__, str(theirs.fileno())],
+                # -P keeps this folder off the path, in which math.py would hide the standard library's.
+                [sys.executable, "-P", _PROGRAM, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.PIPE,  # never written; see _end_with_parent
                 stdout=subprocess.DEVNULL,
                 env=os.environ | {"JAX_PLATFORMS": "cpu"},
-                start_new_session=True,  # a group of its own: what it starts can be killed with it
+                start_new_session=True,  # a process group of its own, so that its child processes can be killed with it
             )
-        self.item, self.deadline, self.tasks = None, time.monotonic() + START_LIMIT_S, 0
+        self.item: int | None = None
+        self.deadline, self.tasks = time.monotonic() + START_LIMIT_S, 0
         for part in setup:
             self.send(part)
 
     @property
     def idle(self) -> bool:
-        return self.deadline is None
+        return self.deadline == _NEVER
 
     def send(self, payload: bytes) -> None:
-        """Where the process is no more, `receive` will say so; where it does not read, its deadline."""
+        """Sends a payload. Ignores errors: `receive` notices a dead process, the deadline one that does not read."""
         with contextlib.suppress(OSError):
             self.connection.send_bytes(payload)
 
     def receive(self) -> tuple[str, Any, str] | None:
-        """(kind, value, words) once a whole report is there, else None; the kind is "died" where the process did, or says what it must not.
+        """Returns (kind, value, words) of a complete report, None if the report is incomplete.
 
-        To be called when there is something to read: it takes that and waits for nothing, however little it is.
+        The kind is "died" if the process died or sent an invalid report. Call this when there is something to read: it
+        reads that much and does not wait for more.
         """
         try:
             read = os.read(self.connection.fileno(), 2**16)
@@ -249,19 +253,20 @@ class _Worker:
         return (kind, value, words) if kind in expected and isinstance(words, str) else ("died", None, "")
 
     def stop(self) -> str:
-        """Kills the process and all it started; says how it ended, which may have been before."""
+        """Kills the process and its child processes. Returns how it ended, perhaps before this call."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         code = self.process.wait()
-        self.process.stdin.close()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
         self.connection.close()
         return (
             f"its process was ended by {signal.Signals(-code).name}" if code < 0 else f"its process exited with {code}"
         )
 
 
-def _no_number(name: str):
-    raise ValueError(f"{name} is no number of JSON")
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _stop_all(workers: list[_Worker]) -> None:
@@ -274,125 +279,17 @@ def _packed(value: Any, what: str = "The function") -> bytes:
         return bytes(ForkingPickler.dumps(value))
     except Exception as error:  # PicklingError, AttributeError, TypeError, RecursionError, or what __reduce__ raises
         raise TypeError(
-            f"{what} cannot be sent to a worker process ({type(error).__name__}: {error}); functions must be defined at the "
-            "top level of a module, and items be made of plain values such as texts, numbers and tuples."
+            f"{what} cannot be sent to a worker process ({type(error).__name__}: {error}); define functions at the top level "
+            "of a module, and make items of plain values such as texts, numbers and tuples."
         ) from error
 
 
 def _check_importable(function: Callable) -> None:
-    """Workers do not run the main module, where multiprocessing's message would be about the worker's own."""
+    """Raises TypeError for a function of the main module, which workers do not run."""
     while isinstance(function, functools.partial):
         function = function.func
     if getattr(function, "__module__", None) == "__main__":
         raise TypeError(
-            f"{function!r} is defined in the script that is being run, which worker processes do not import; move it to a "
-            "module of its own and import it from there."
+            f"{function!r} is defined in the main script, which worker processes do not import; move it to a module of its "
+            "own and import it from there."
         )
-
-
-# -- in the worker -----------------------------------------------------------------------------------------------------
-
-_F_SETSIG = 10  # of Linux; Python's fcntl has no name for it
-
-
-def _serve(connection: multiprocessing.connection.Connection) -> None:
-    _end_with_parent()
-    sys.stderr = _Few(sys.stderr, MAX_STDERR)
-    try:
-        sys.path[:] = connection.recv()
-        function, initializer, memory_mb = connection.recv()
-        if initializer is not None:
-            initializer()
-        _limit_memory(memory_mb)
-    except BaseException as error:
-        _write(connection, _packed_report("failed", words=_words(error)))
-        return
-    _write(connection, _packed_report("ready"))
-    while True:
-        payload = connection.recv_bytes()
-        try:
-            value = function(ForkingPickler.loads(payload))
-            if not (value is None or isinstance(value, (str, list))):
-                value = float(value)
-                if not math.isfinite(value):
-                    raise ValueError(f"the function returned {value}, which is not a finite number")
-            report = _packed_report("none" if value is None else "ok", value)
-        except BaseException as error:  # not Exception: what verifiers raise (math-verify) may derive from that only
-            report = _packed_report("error", words=_words(error))
-        _write(connection, report)
-
-
-def _write(connection, report: bytes) -> None:
-    while report:
-        report = report[os.write(connection.fileno(), report) :]
-
-
-def _packed_report(kind: str, value: Any = None, words: str = "") -> bytes:
-    # JSON: a worker that a hostile item took over must not choose what the parent unpickles.
-    report = json.dumps([kind, value, words], allow_nan=False).encode()
-    if len(report) > MAX_REPORT_BYTES:
-        raise ValueError(f"the function returned {len(report)} bytes; at most {MAX_REPORT_BYTES} are read")
-    return report + b"\n"  # which JSON of one line does not hold
-
-
-def _words(error: BaseException) -> str:
-    try:
-        words = f"{type(error).__name__}: {error}"
-    except BaseException:  # the text of an error may fail as the item did
-        words = type(error).__name__
-    return words[:300].encode("ascii", "backslashreplace").decode()
-
-
-def _end_with_parent() -> None:
-    """The kernel ends this process and what it started when the parent's end of stdin closes, whatever they are at.
-
-    An idle worker would see its connection close; one in a long computation in C, which no thread or handler of Python's
-    interrupts, would go on for hours. SIGIO, sent when the state of stdin changes, ends a process by default; on Linux the whole group
-    gets SIGKILL instead, which also ends one that is stopped.
-    """
-    for asked_to_end in (signal.SIGINT, signal.SIGTERM):  # sent to all processes at once; the run decides when it ends
-        signal.signal(asked_to_end, signal.SIG_IGN)
-    signal.signal(signal.SIGIO, signal.SIG_DFL)
-    if sys.platform == "linux":
-        fcntl.fcntl(0, _F_SETSIG, signal.SIGKILL)
-    fcntl.fcntl(0, fcntl.F_SETOWN, -os.getpgrp())
-    fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
-
-
-class _Few(io.TextIOBase):
-    """A text stream that takes so many characters and forgets the rest: what an item prints must not fill the run's log."""
-
-    def __init__(self, stream, characters: int):
-        self._stream, self._left = stream, characters
-
-    def write(self, text: str) -> int:
-        if self._left > 0:
-            self._stream.write(text[: self._left])
-            self._left -= len(text)
-            if self._left <= 0:
-                self._stream.write("\n[a worker process has said enough]\n")
-        return len(text)
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-    def fileno(self) -> int:
-        return self._stream.fileno()
-
-
-def _limit_memory(memory_mb: int) -> None:
-    held = pathlib.Path("/proc/self/statm")
-    if held.exists():  # elsewhere systems do not enforce this limit
-        address_space = int(held.read_text().split()[0]) * resource.getpagesize() + memory_mb * 2**20
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        limit = address_space if hard == resource.RLIM_INFINITY else min(address_space, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
-if __name__ == "__main__":
-    try:
-        _serve(multiprocessing.connection.Connection(int(sys.argv[1])))
-    except (EOFError, OSError):  # the parent closed the connection
-        pass
-    finally:
-        os._exit(0)  # at once: threads that an item left running would hold up an orderly exit

@@ -1,4 +1,4 @@
-"""The rewards of a run, as its configuration names them: device rewards traced, host rewards called."""
+"""The rewards of a run, as its configuration names them: device rewards are traced, host rewards are called."""
 
 from collections.abc import Callable, Mapping, Sequence
 import copy
@@ -12,35 +12,43 @@ import jax
 import numpy as np
 
 from jaxrl_reason.config import Reward
-from jaxrl_reason.data import files, PromptBatch, PromptTemplate, Source, Tokenizer
+from jaxrl_reason.data import ChatTemplate, files, PromptBatch, PromptTemplate, Source, Tokenizer
 from jaxrl_reason.rewards import host, isolated
 from jaxrl_reason.rewards.device import match_answer_tokens
 from jaxrl_reason.rewards.numeric import extract_answer
+from jaxrl_reason.rewards.pool import Pool
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.types import Rollout
 
-# Learned rewards: the reward model's score, and its logistic function, which lies in (0, 1).
-LEARNED = {"reward_model": lambda x: x, "reward_model_probability": jax.nn.sigmoid}
+# Learned rewards: the score of the reward model, or the logistic function of the score, which is in (0, 1).
+LEARNED: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "reward_model": lambda x: x,
+    "reward_model_probability": jax.nn.sigmoid,
+}
 ANSWER_MARKER = "####"  # announces the answer that `match_answer` compares, after one space: "#### -3"
 
+Rewards = tuple[dict[str, jax.Array], dict[str, float]]  # name -> f32[P, G], NaN if missing; metrics
+# (rollout, its batch) -> scores f32[P, G], NaN if missing; and metrics.
+RewardModelScorer = Callable[[Rollout, PromptBatch], tuple[jax.Array, dict[str, float]]]
 
-class Scorer:
-    """Scores rollouts. Only token ids leave the device, and only for host rewards; only rewards come back.
+
+class RewardScorer:
+    """Computes the rewards of rollouts. Only host rewards transfer data: token ids to the host, and rewards back.
 
     Args:
-      settings: `config.reward`: of its functions "match_answer" runs on the device, the learned ones do too, those built in are
-        called here, and those of the user's own in worker processes (`isolated`).
-      tokenizer, template: turn ids and rows into the text that host rewards read.
-      sharding: where rewards [P, G] live.
+      settings: `config.reward`. "match_answer" and the learned functions run on the device, the other built-in
+        functions in this process, and the user's own functions in worker processes (`isolated`).
+      tokenizer, template: convert ids and rows to the text that host rewards read.
+      sharding: the sharding of rewards [P, G].
 
     Attributes:
-      names, weights, verdict: as configured, by the names that metrics use.
-      by_function: from the names in `functions` to these.
-      on_host: whether a score needs the host.
+      names, weights, verdict: as configured, by the names in the metrics.
+      by_function: maps the entries of `config.reward.functions` to names in the metrics.
+      on_host: whether any reward needs the host.
 
     Raises:
-      RewardError: a function that cannot be found, two of one name, weights that are not finite or all 0, or
-        match_answer with a tokenizer that it cannot work with.
+      RewardError: a function cannot be found, two have one name, a weight is not finite, all weights are 0, or
+        match_answer cannot work with the tokenizer.
     """
 
     def __init__(
@@ -48,84 +56,93 @@ class Scorer:
         settings: Reward,
         *,
         tokenizer: Tokenizer,
-        template: PromptTemplate,
+        template: PromptTemplate | ChatTemplate,
         sharding: jax.sharding.Sharding,
     ):
         functions = settings.functions
         weights = [float(w) for w in settings.weights] or [1.0] * len(functions)
         self._tokenizer, self._template, self._sharding = tokenizer, template, sharding
         self._max_failure_share = settings.max_failure_share
-        self._host, self._device, self._learned, names = [], {}, {}, {}
-        self._reward_model = None
-        limits = dict(workers=settings.workers, timeout_s=settings.timeout_s, memory_mb=settings.memory_mb)
-        pool = functools.cache(lambda: isolated.make_pool([spec for spec in functions if ":" in spec], **limits))
+        self._host: list[host.HostReward] = []
+        self._device: dict[str, Callable[..., jax.Array]] = {}
+        self._learned: dict[str, Callable[[jax.Array], jax.Array]] = {}
+        self._reward_model: RewardModelScorer | None = None
+        self.by_function: dict[str, str] = {}
+        own = functools.cache(lambda: _pool_of(settings))
         for spec, weight in zip(functions, weights, strict=True):
-            if spec == "match_answer":
-                name, self._answers = spec, _AnswerTokens(tokenizer)
-                function = match_answer_tokens(self._answers.marker, eos_ids=tokenizer.eos_ids)
-                self._device[name] = jax.jit(function, out_shardings=sharding)
-            elif spec in LEARNED:
-                name = spec
-                self._learned[name] = jax.jit(LEARNED[spec], out_shardings=sharding)
-            else:
-                function = host.load_reward(spec, besides=["match_answer", *LEARNED])
-                if spec not in host.BUILT_IN:
-                    function = isolated.Isolated(spec, function, pool(), settings.max_failure_share)
-                reward = host.HostReward(spec if spec in host.BUILT_IN else None, function)
-                self._host.append(reward)
-                name = reward.name
-            if name in names.values():
+            name = self._open(spec, own)
+            if name in self.by_function.values():
                 raise host.RewardError(
-                    f"Two rewards are named {name!r}; metrics are logged by name, so give each a name of its own."
+                    f"Two rewards are named {name!r}; metrics are logged by name, so rename one of them."
                 )
             if not math.isfinite(weight):
                 raise host.RewardError(f"The weight of reward {name!r} is {weight}; give a finite number.")
-            names[spec] = name
+            self.by_function[spec] = name
         if not any(weights):
             raise host.RewardError(
-                "No reward has a weight other than 0, so there is nothing to learn from; give at least one."
+                "No reward has a weight other than 0, so there is nothing to learn; weight at least one."
             )
-        self.names, self.weights = tuple(names.values()), dict(zip(names.values(), weights))
-        self.by_function, self.verdict = names, names[settings.verdict or functions[0]]
+        self.names = tuple(self.by_function.values())
+        self.weights = dict(zip(self.names, weights))
+        self.verdict = self.by_function[settings.verdict or functions[0]]
         self.on_host = bool(self._host)
 
-    def __call__(self, rollout: Rollout, batch: PromptBatch) -> tuple[dict[str, jax.Array], dict[str, float]]:
-        """Scores the completions of a batch, of which each process brings its share of the rows.
+    def _open(self, spec: str, own: Callable[[], Pool]) -> str:
+        """Loads one entry of `config.reward.functions` and returns its name. `own` makes the pool of own functions."""
+        if spec == "match_answer":
+            self._answers = _AnswerTokens(self._tokenizer)
+            match = match_answer_tokens(self._answers.marker, eos_ids=self._tokenizer.eos_ids)
+            self._device[spec] = jax.jit(match, out_shardings=self._sharding)
+            return spec
+        if spec in LEARNED:
+            self._learned[spec] = jax.jit(LEARNED[spec], out_shardings=self._sharding)
+            return spec
+        function = host.load_reward(spec, other_names=["match_answer", *LEARNED])
+        if spec in host.BUILT_IN:
+            reward = host.HostReward(spec, function)
+        else:
+            reward = host.HostReward("", isolated.Isolated(spec, function, own(), self._max_failure_share))
+        self._host.append(reward)
+        return reward.name
+
+    def __call__(self, rollout: Rollout, batch: PromptBatch) -> Rewards:
+        """Computes the rewards of the completions of a batch. Each process brings its share of the rows.
 
         Returns:
-          name -> f32[P, G] on the device, in the order of `names`, NaN where missing; and metrics of host rewards
-          (`rewards/<name>/{error_rate,none_rate,timeout_rate}`; `rewards/reward_model/too_long_ratio` of a pretrained one).
+          name -> f32[P, G] on the device, in the order of `names`, NaN if missing; and metrics of host rewards
+          (`rewards/<name>/{error_rate,none_rate,timeout_rate}`; `rewards/reward_model/too_long_ratio` of a pretrained
+          reward model).
 
         Raises:
-          RewardError: a host reward breaks its contract (see `host.score`), or match_answer meets a row whose answer
-            it cannot compare.
+          RewardError: a host reward breaks its contract (see `host.compute_rewards`), or match_answer cannot compare
+            the answer of a row.
         """
         return self.begin(rollout, batch)()
 
-    def begin(
-        self, rollout: Rollout, batch: PromptBatch
-    ) -> Callable[[], tuple[dict[str, jax.Array], dict[str, float]]]:
-        """Asks the host rewards, for which these completions have to be there; called, the result does the rest, and returns or raises as
-        `__call__`.
+    def begin(self, rollout: Rollout, batch: PromptBatch) -> Callable[[], Rewards]:
+        """Calls the host rewards, which wait for the completions, and returns a function that does the rest.
 
-        Between the two devices can go on with what was dispatched before: nothing here waits for other processes.
+        The returned function returns or raises as `__call__` does. Between the two calls, the device can go on with
+        work that was dispatched before: nothing here waits for other processes.
         """
-        asked = hosts.attempt(lambda: self._ask(rollout, batch), host.RewardError) if self._host else None
-        return functools.partial(self._finish, rollout, batch, asked)
+        called = hosts.attempt(lambda: self._call_host(rollout, batch), host.RewardError) if self._host else None
+        return functools.partial(self._finish, rollout, batch, called)
 
-    def _finish(self, rollout: Rollout, batch: PromptBatch, asked: Callable[[], host.RewardTable] | None):
-        rewards, metrics, size = {}, {}, len(rollout.tokens)
-        put = lambda x: hosts.put_share(x, self._sharding, size)
+    def _finish(self, rollout: Rollout, batch: PromptBatch, called: Callable[[], host.RewardTable] | None) -> Rewards:
+        rewards: dict[str, jax.Array] = {}
+        metrics: dict[str, float] = {}
+        size = len(rollout.tokens)
         if self._device:
             answers = hosts.agree(lambda: self._answers.encode(batch.rows), host.RewardError)
-            columns = {"answer_tokens": put(_padded(answers))}
+            columns = {"answer_tokens": hosts.put_share(_padded(answers), self._sharding, size)}
             for name, function in self._device.items():
                 rewards[name] = function(rollout.tokens, rollout.mask, columns)
         if self._learned:
+            assert self._reward_model is not None, "with_reward_model comes first"
             scores, metrics = self._reward_model(rollout, batch)
             rewards |= {name: function(scores) for name, function in self._learned.items()}
-        if asked:
-            table = hosts.agree(asked, host.RewardError)
+        if called:
+            table = hosts.agree(called, host.RewardError)
             for name, values in table.per_reward.items():
                 everyone = hosts.together(values, self._sharding, size)
                 rewards[name] = hosts.put(everyone, self._sharding)
@@ -135,41 +152,41 @@ class Scorer:
             metrics = metrics | failures
         return {name: rewards[name] for name in self.names}, metrics
 
-    def _ask(self, rollout: Rollout, batch: PromptBatch) -> host.RewardTable:
-        """What the host rewards say about this process's share."""
-        tokens, mask = (hosts.share(x, self._sharding) for x in (rollout.tokens, rollout.mask))
-        ids = [[row[live].tolist() for row, live in zip(*group)] for group in zip(tokens, mask)]
+    def _call_host(self, rollout: Rollout, batch: PromptBatch) -> host.RewardTable:
+        """Calls the host rewards on this process's share of the rows."""
+        ids = local_token_ids(rollout, self._sharding)
         texts = [self._tokenizer.decode_batch(group) for group in ids]
         prompts = [self._template.render_prompt(row) for row in batch.rows]
-        # How many may fail is asked of all processes' rows, in `_check_failures`.
-        return host.score(self._host, prompts, texts, ids, _columns(batch.rows), max_failure_share=1.0)
+        # `_check_failures` limits the failures among the rows of all processes.
+        return host.compute_rewards(self._host, prompts, texts, ids, _columns(batch.rows), max_failure_share=1.0)
 
     def _check_failures(self, name: str, failures: Mapping[str, float], table: host.RewardTable) -> None:
-        """Refuses too large a share of failures, in the words of a process that has met one; `failures` are of all of them."""
+        """Raises RewardError, quoting one process's error, if `failures`, the shares of all processes, are too large."""
         share = failures[f"rewards/{name}/error_rate"] + failures[f"rewards/{name}/timeout_rate"]
-        if share <= self._max_failure_share + 1e-6:  # rounded, as the mean over processes is
+        if share <= self._max_failure_share + 1e-6:  # the mean over processes is rounded
             return
 
-        def refuse():
+        def refuse() -> None:
             if table.error_rate[name] + table.timeout_rate[name]:
                 raise host.RewardError(
-                    f"Reward {name!r} failed on {share:.1%} of the completions, and config.reward.max_failure_share allows "
-                    f"{self._max_failure_share:.1%}; the last error is {table.error[name] or 'not told'}"
+                    f"Reward {name!r} failed on {share:.1%} of the completions, and config.reward.max_failure_share "
+                    f"allows {self._max_failure_share:.1%}; the last error is {table.error[name] or 'unknown'}"
                 )
 
         hosts.agree(refuse, host.RewardError)
 
-    def with_reward_model(
-        self, score: Callable[[Rollout, PromptBatch], tuple[jax.Array, dict[str, float]]]
-    ) -> "Scorer":
-        """This scorer with a reward model: (Rollout, its batch) -> f32[P, G] on the device, NaN where missing, and metrics."""
+    def with_reward_model(self, score: RewardModelScorer) -> "RewardScorer":
+        """Returns this scorer with a reward model: (rollout, batch) -> (f32[P, G], NaN if missing; metrics)."""
         other = copy.copy(self)
         other._reward_model = score
         return other
 
     def answers_of(self, name: str) -> Callable[[list[list[str]], Sequence[Mapping[str, Any]]], list[list]] | None:
-        """How a host reward tells answers apart, if it says so by an attribute `answer_of(completion, row)`: of each row's completions, the
-        answers, equal where they are the same; None where there is none."""
+        """Returns the function by which a host reward tells answers apart, or None if it has no `answer_of`.
+
+        The function maps the completions of each row to their answers, which are equal if they mean the same; a
+        completion without an answer gets None.
+        """
         for reward in self._host:
             if reward.name == name and hasattr(reward.function, "answers_of"):
                 return reward.function.answers_of
@@ -178,7 +195,7 @@ class Scorer:
         return None
 
     def check(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Refuses, before there are completions, the rows of a batch that `__call__` would refuse; calls no reward.
+        """Checks, before there are completions, that `__call__` will accept the rows of a batch. Calls no reward.
 
         Raises:
           RewardError: a host reward cannot take their columns, or match_answer cannot compare an answer.
@@ -195,55 +212,70 @@ class Scorer:
                 )
 
     def check_references(self, source: Source, first: int | None = None) -> None:
-        """Warns, by place and reason, of rows that a built-in reward cannot judge whatever is answered; they will have no reward.
+        """Warns of rows whose reference a built-in reward cannot read, by place and reason. They will have no reward.
 
         Args:
-          source: rows that are going to be scored.
-          first: only so many of them; None: all.
+          source: the rows that the run will use.
+          first: the number of rows to check; None: all.
 
         Raises:
-          RewardError: they are more than `max_failure_share` of the rows.
+          RewardError: such rows are more than `max_failure_share` of the rows.
         """
         for reward in self._host:
-            if reward.function not in [host.BUILT_IN[name] for name in host.COMPARING]:
+            if reward.function not in host.COMPARING:
                 continue
-            reports, count = [], 0
+            reports: list[str] = []
+            count = total = 0
             for i, row in enumerate(itertools.islice(source, first)):
-                asked = dict(prompts=[""], completions=[""], completion_ids=[[]])
+                total += 1
+                empty = dict(prompts=[""], completions=[""], completion_ids=[[]])
                 try:
-                    reward.function(**_columns([row]) | asked)
-                except (ValueError, TypeError) as e:  # what it reads is no number, or is not there
+                    reward.function(**_columns([row]) | empty)
+                except (ValueError, TypeError) as e:  # the reference is missing or cannot be read
                     count += 1
                     if len(reports) < files.REPORTED:
                         reports.append(f"{source.place(i)}: {e}")
             if not count:
                 continue
-            said = files.listed(f"Reward {reward.name!r} cannot judge {count} of {i + 1} rows", reports, count)
-            if count > self._max_failure_share * (i + 1):
-                raise host.RewardError(f"{said}\nCorrect them, or choose a reward for answers like these.")
-            warnings.warn(f"{said}\nThey will have no reward.", stacklevel=2)
+            report = files.listed(f"Reward {reward.name!r} cannot judge {count} of {total} rows", reports, count)
+            if count > self._max_failure_share * total:
+                raise host.RewardError(f"{report}\nCorrect these rows, or choose a reward that reads such answers.")
+            warnings.warn(f"{report}\nThese rows will have no reward.", stacklevel=2)
 
 
-def each(answer_of: Callable[[str, Mapping[str, Any]], Any]):
-    """(texts [P][K], rows) -> the answer of every text."""
+def each(answer_of: Callable[[str, Mapping[str, Any]], Any]) -> Callable[..., list[list]]:
+    """Returns the function (texts [P][K], rows) -> the answer of every text."""
     return lambda texts, rows: [
         [answer_of(text, row) for text in group] for group, row in zip(texts, rows, strict=True)
     ]
 
 
+def local_token_ids(rollout: Rollout, sharding: jax.sharding.Sharding) -> list[list[list[int]]]:
+    """Returns the sampled token ids [P][G][length] of this process's rows, end token included."""
+    tokens, mask = (hosts.share(x, sharding) for x in (rollout.tokens, rollout.mask))
+    return [[row[live].tolist() for row, live in zip(*group)] for group in zip(tokens, mask)]
+
+
+def _pool_of(settings: Reward) -> Pool:
+    """Returns the pool that calls the user's own functions."""
+    own = [spec for spec in settings.functions if ":" in spec]
+    workers, timeout_s, memory_mb = settings.workers, settings.timeout_s, settings.memory_mb
+    return isolated.make_pool(own, workers=workers, timeout_s=timeout_s, memory_mb=memory_mb)
+
+
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list]:
-    """column -> a value a row, None where a row lacks it."""
+    """Returns column -> one value per row, None if a row lacks the column."""
     return {key: [row.get(key) for row in rows] for key in sorted(set().union(*rows))}
 
 
 class _AnswerTokens:
-    """What match_answer looks for: the marker, and behind it the tokens of " " and the answer.
+    """The tokens that match_answer compares: the marker, and after it the tokens of " " and the answer.
 
-    Both are cut out of one encoded text, on a line of its own as solutions have it, since a tokenizer may join the
-    space with what follows: " -3" is " -" and "3" to the embedded one.
+    Both are cut out of one encoded text, on a line of its own as in the solutions. A tokenizer may join the space with
+    the text after it: the embedded tokenizer splits " -3" into " -" and "3".
 
     Attributes:
-      marker: its token ids.
+      marker: the token ids of the marker.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -257,7 +289,7 @@ class _AnswerTokens:
             )
 
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-        """The tokens of each row's answer."""
+        """Returns the tokens of each row's answer. Raises RewardError if there is none or it joins the marker."""
         answers = [_answer(row) for row in rows]
         encoded = self._tokenizer.encode_batch([f"\n{ANSWER_MARKER} {answer}" for answer in answers])
         for answer, ids in zip(answers, encoded):
@@ -270,7 +302,7 @@ class _AnswerTokens:
 
 
 def _padded(answers: list[list[int]]) -> np.ndarray:
-    """int32[P, A], padded with -1 to a multiple of 8 so that few shapes are compiled; one A for all processes."""
+    """Returns int32[P, A], padded with -1. A is equal in all processes, and a multiple of 8 to compile few shapes."""
     width = -(-hosts.largest(max(map(len, answers))) // 8) * 8
     padded = np.full((len(answers), width), -1, np.int32)
     for row, ids in zip(padded, answers):
@@ -279,7 +311,7 @@ def _padded(answers: list[list[int]]) -> np.ndarray:
 
 
 def _answer(row: Mapping[str, Any]) -> str:
-    """The final answer of a row, whose column `answer` may be a worked solution, as for `accuracy`."""
+    """Returns the final answer of a row. As for `accuracy`, the column `answer` may be a worked solution."""
     text = row.get("answer")
     if text is not None:
         text = str(text)

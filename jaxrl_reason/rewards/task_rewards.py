@@ -1,13 +1,16 @@
-"""Host rewards of the embedded data sets, by TRL's signature: what is right they read from columns.
+"""Host rewards of the embedded data sets, by TRL's signature: they read references and constraints from columns.
 
-`many_answers_reward` goes with `data.many_answers`, `strict_reward` and `judge_reward` with `data.answer_forms`.
+`many_answers_reward` belongs to `data.builders.many_answers`, `strict_reward` and `judge_reward` to
+`data.builders.answer_forms`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from numbers import Integral
 import re
+from typing import Any
 
+from jaxrl_reason.rewards.functions import with_answer_of
 from jaxrl_reason.rewards.numeric import extract_answer, MAX_NUMBER_LENGTH, parse_number
 
 _WHOLE = re.compile(r"-?[0-9]{1,9}")
@@ -23,26 +26,27 @@ _CONSTRAINTS = {
 
 
 def canonical_answer(completion: str, *, kind: str, target: int, low: int, high: int, **_) -> str | None:
-    """The one text of a right answer, the same for "7, 5" and "5 and 7", by which different right answers are counted.
+    """Returns the canonical text of a correct answer, by which distinct answers are counted: "5, 7" for "7 and 5".
 
     Args:
-      completion: a text; its final answer, as `extract_answer` finds it, is the whole numbers it names.
-      kind, target, low, high: the constraint, as the columns of `data.many_answers` have it.
+      completion: a text; its final answer, as `extract_answer` finds it, lists whole numbers.
+      kind, target, low, high: the constraint, as in the columns of the data set.
 
     Returns:
-      The numbers ascending, as "5, 7"; None where the answer breaks the constraint or cannot be read.
+      The numbers ascending, as "5, 7"; None if the answer violates the constraint or cannot be read.
 
     Raises:
-      ValueError: an unknown `kind`, or one of the others is not a whole number (for a multiple, of 0 at that).
+      ValueError: `kind` is unknown, another column is not a whole number, or the target of a multiple is 0.
     """
-    if kind not in tuple(_CONSTRAINTS):  # a tuple: also of what has no hash
+    if kind not in tuple(_CONSTRAINTS):  # a tuple, because a value in the data may have no hash
         raise ValueError(
             f"The column 'kind' holds {kind!r:.80}; many_answers can judge {', '.join(_CONSTRAINTS)}: correct that row."
         )
     for name, value in dict(target=target, low=low, high=high).items():
         if not isinstance(value, Integral) or (name, kind, value) == ("target", "multiple", 0):
             raise ValueError(
-                f"The column {name!r} holds {value!r:.80}, by which no answer of the kind {kind!r} can be judged; correct that row."
+                f"The column {name!r} holds {value!r:.80}, so no answer of the kind {kind!r} can be judged; "
+                "correct that row."
             )
     numbers = _named_numbers(completion)
     if not numbers or not low <= numbers[0] <= numbers[-1] <= high or not _CONSTRAINTS[kind](numbers, target):
@@ -50,6 +54,12 @@ def canonical_answer(completion: str, *, kind: str, target: int, low: int, high:
     return ", ".join(map(str, numbers))
 
 
+def _numbers_text(completion: str, row: Mapping[str, Any]) -> str | None:
+    del row
+    return ", ".join(map(str, _named_numbers(completion))) or None
+
+
+@with_answer_of(_numbers_text)
 def many_answers_reward(
     completions: Sequence[str],
     kind: Sequence[str],
@@ -58,7 +68,7 @@ def many_answers_reward(
     high: Sequence[int],
     **_,
 ) -> list[float]:
-    """1.0 where the numbers of the final answer meet the row's constraint, else 0.0.
+    """Returns 1.0 if the numbers of the final answer satisfy the row's constraint, else 0.0.
 
     Args:
       completions: N texts.
@@ -72,16 +82,16 @@ def many_answers_reward(
 
 
 def strict_reward(completions: Sequence[str], answer: Sequence[str], **_) -> list[float]:
-    """1.0 where the final answer is, character by character, the stripped reference of the column `answer`, else 0.0.
+    """Returns 1.0 if the final answer and the stripped reference of the column `answer` are equal texts, else 0.0.
 
-    A verifier by text, as many are: "0.75", "6/8" and "75%" are all refused where the reference is "3/4".
+    Like many verifiers, it compares characters: "0.75", "6/8" and "75%" are all incorrect if the reference is "3/4".
 
     Args:
       completions: N texts.
       answer: N references.
 
     Raises:
-      ValueError: a reference that is missing.
+      ValueError: a reference is missing.
     """
     if any(reference is None for reference in answer):
         raise ValueError("A row has no reference in its column 'answer', and \"None\" is no answer; correct that row.")
@@ -92,30 +102,30 @@ def strict_reward(completions: Sequence[str], answer: Sequence[str], **_) -> lis
 
 
 def judge_reward(completions: Sequence[str], answer: Sequence[str], **_) -> list[float]:
-    """1.0 where the final answer has exactly the value of the reference in the column `answer`, else 0.0.
+    """Returns 1.0 if the final answer has exactly the value of the reference in the column `answer`, else 0.0.
 
-    Reads every form that `parse_number` does, and mixed numbers ("1 1/2"). A percent sign divides by 100: 75% is 3/4
+    Reads every form that `parse_number` reads, and mixed numbers ("1 1/2"). A percent sign divides by 100: 75% is 3/4
     and is not 75.
 
     Args:
       completions: N texts.
-      answer: N references, in any of these forms.
+      answer: N references, each in any such form.
 
     Raises:
       ValueError: a reference is not a number.
     """
     verdicts = []
     for completion, reference in zip(completions, answer, strict=True):
-        right = _exact_value(str(reference))
-        if right is None:
+        correct = _exact_value(str(reference))
+        if correct is None:
             raise ValueError(f"The reference answer {reference!r:.80} is not a number; correct that row's answer.")
         extracted = extract_answer(completion)
-        verdicts.append(float(extracted is not None and _exact_value(extracted) == right))
+        verdicts.append(float(extracted is not None and _exact_value(extracted) == correct))
     return verdicts
 
 
 def _named_numbers(completion: str) -> list[int]:
-    """The whole numbers of the final answer, ascending; empty where it is anything but one or two of them."""
+    """Returns the whole numbers of the final answer, ascending; empty unless the answer is one or two whole numbers."""
     answer = extract_answer(completion)
     if answer is None or len(answer) > MAX_NUMBER_LENGTH:
         return []
@@ -126,17 +136,13 @@ def _named_numbers(completion: str) -> list[int]:
 
 
 def _exact_value(text: str) -> Fraction | None:
-    """The value of a number in any form, mixed numbers included; None for anything else."""
+    """Returns the value of a number in any form, mixed numbers included; None for anything else."""
     plain = text.strip().removesuffix(".").replace("\N{MINUS SIGN}", "-")
     mixed = _MIXED.fullmatch(plain) if len(text) <= MAX_NUMBER_LENGTH else None
     if mixed is None:
         return parse_number(text)
     part = parse_number(mixed["part"])
-    if part is None:  # over zero
+    if part is None:  # a division by zero
         return None
     value = int(mixed["whole"]) + part
     return -value if mixed["sign"] == "-" else value
-
-
-# Evaluation tells answers apart by this, right and wrong ones: what is voted for, and how many different ones are right.
-many_answers_reward.answer_of = lambda completion, row: ", ".join(map(str, _named_numbers(completion))) or None

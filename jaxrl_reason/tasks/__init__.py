@@ -21,7 +21,7 @@ from jaxrl_reason.data import numbers
 from jaxrl_reason.data.values import altered, held_out_values, read_values
 from jaxrl_reason.methods import Method
 from jaxrl_reason.models import sharding
-from jaxrl_reason.rewards.scorer import Scorer
+from jaxrl_reason.rewards.scorer import RewardScorer
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs.workdir import model_source, Workdir
 from jaxrl_reason.tasks import evaluation, regression
@@ -132,7 +132,7 @@ def _text(c: Config, method: Method, mesh: jax.sharding.Mesh, workdir) -> Task:
         models.check_weights(pretrained, _pretrained_shape(model))
     texts = dict(max_prompt_length=c.max_prompt_length, on_long=c.data.on_long_prompt)
     texts["add_bos"] = config_lib.begins_with_bos(c, tokenizer)
-    scorer = Scorer(c.reward, tokenizer=tokenizer, template=template, sharding=by_prompt)
+    scorer = RewardScorer(c.reward, tokenizer=tokenizer, template=template, sharding=by_prompt)
     judge = scorer.by_function[c.eval.verdict] if c.eval.verdict else scorer.verdict
     solutions = None
     if c.supervised.steps:

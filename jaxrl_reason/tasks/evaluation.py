@@ -11,7 +11,7 @@ from jaxrl_reason import data, metrics
 from jaxrl_reason.data import PromptBatch
 from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.rewards.numeric import extract_answer, parse_number
-from jaxrl_reason.rewards.scorer import each, Scorer
+from jaxrl_reason.rewards.scorer import each, RewardScorer
 from jaxrl_reason.rl import experience, hosts
 from jaxrl_reason.rl.types import Rollout
 
@@ -61,7 +61,7 @@ def final_answer(completion: str, row: Mapping[str, Any]) -> Hashable | None:
 def gather(
     generate: Callable[[PromptBatch], Rollout],
     batches: Sequence[PromptBatch],
-    scorer: Scorer,
+    scorer: RewardScorer,
     tokenizer: data.Tokenizer | None = None,
     *,
     answers_of: AnswersOf | None = None,

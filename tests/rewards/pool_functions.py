@@ -1,4 +1,4 @@
-"""What workers run in the tests of `Pool`. A module of its own, which imports little, since every worker imports it."""
+"""Functions that workers run in the tests of `Pool`. Every worker imports this module, so it imports little."""
 
 import ctypes
 import math
@@ -12,7 +12,7 @@ import time
 
 
 def act(item):
-    """What a worker does with an item: a number comes back as it is, a word is something done to the worker."""
+    """Returns a number unchanged; a text names something to do to the worker."""
     if not isinstance(item, str):
         return item
     match item.partition(" ")[0]:
@@ -31,10 +31,10 @@ def act(item):
             child = subprocess.Popen(["sleep", "1000"])
             pathlib.Path(item.split()[1]).write_text(str(child.pid))
             child.wait()
-        case "stopped":  # as soon as it has answered
+        case "stopped":  # right after its report
             threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGSTOP)).start()
             return 1.0
-        case "half":  # of a report, in its name
+        case "half":  # of a report
             os.write(int(sys.argv[1]), b'["ok", 1.0')
             time.sleep(1000)
         case "twice":
@@ -98,7 +98,7 @@ def size(item):
 
 
 def die(countdown):
-    """As often as the file says."""
+    """Kills the worker as often as the number in the file."""
     left = int(pathlib.Path(countdown).read_text())
     pathlib.Path(countdown).write_text(str(left - 1))
     if left > 0:

@@ -1,3 +1,5 @@
+"""`match_answer_tokens` against hand-made cases and a reference on lists."""
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
@@ -13,7 +15,7 @@ JITTED = jax.jit(REWARD)
 
 
 def reference(live, answer):
-    """The same on lists."""
+    """Computes the reward of one completion on lists."""
     if not live or live[-1] not in EOS:
         return 0.0
     body = live[:-1]
@@ -22,7 +24,7 @@ def reference(live, answer):
 
 
 def arrays(rows, answers, length, width, filler=3):
-    """[P][G] lists -> tokens, mask, columns; beyond the mask stands `filler`, which must not matter."""
+    """Returns tokens, mask and columns of [P][G] lists. Tokens after the mask are `filler`, which must not matter."""
     shape = (len(rows), len(rows[0]), length)
     tokens, mask = np.full(shape, filler, np.int32), np.zeros(shape, np.int32)
     for p, g in np.ndindex(*shape[:2]):
@@ -31,7 +33,7 @@ def arrays(rows, answers, length, width, filler=3):
     padded = np.full((len(rows), width), -1, np.int32)
     for p, answer in enumerate(answers):
         padded[p, : len(answer)] = answer
-    return jnp.array(tokens), jnp.array(mask), {"answer_tokens": jnp.array(padded)}
+    return tokens, mask, {"answer_tokens": padded}
 
 
 CASES = [  # completion, answer [5, 6], verdict
@@ -51,7 +53,7 @@ CASES = [  # completion, answer [5, 6], verdict
 
 
 @pytest.mark.parametrize("jit", [False, True])
-def test_hand_cases(jit):
+def test_hand_made_cases(jit):
     completions = [completion for completion, _ in CASES]
     for filler in (0, 3, 4, 5):
         rewards = (JITTED if jit else REWARD)(*arrays([completions], [[5, 6]], 8, 3, filler))
@@ -61,7 +63,7 @@ def test_hand_cases(jit):
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_agrees_with_lists(data):
+def test_agrees_with_the_reference(data):
     tokens = st.sampled_from([3, 4, 4, 5, 6])
     answers = data.draw(st.lists(st.lists(st.sampled_from([3, 5, 6]), max_size=3), min_size=2, max_size=2))
     rows = []
@@ -79,24 +81,24 @@ def test_agrees_with_lists(data):
     )
 
 
-def test_shapes_that_are_smaller_than_the_marker_or_the_answer():
+def test_shapes_smaller_than_the_marker_or_the_answer():
     rewards = jax.jit(match_answer_tokens((3, 4, 5), eos_ids=(0,)))(*arrays([[[3, 0], [0]]], [[5, 6, 7, 8]], 2, 4))
     np.testing.assert_array_equal(rewards, [[0, 0]])
 
 
-def test_bool_mask():
+def test_a_bool_mask_works():
     tokens, mask, columns = arrays([[[3, 4, 5, 0]]], [[5]], 6, 2)
     np.testing.assert_array_equal(JITTED(tokens, mask.astype(bool), columns), [[1]])
 
 
-def test_mistakes_are_refused():
+def test_mistakes_raise():
     with pytest.raises(ValueError, match=r"marker is \(\)"):
         match_answer_tokens((), eos_ids=(0,))
     with pytest.raises(ValueError, match=r"eos_ids is \(\)"):
         match_answer_tokens((3,), eos_ids=())
     with pytest.raises(ValueError, match="none negative"):
         match_answer_tokens((-1,), eos_ids=(0,))
-    with pytest.raises(ValueError, match="holds an end token"):
+    with pytest.raises(ValueError, match="contains an end token"):
         match_answer_tokens((3, 0), eos_ids=(0,))
     tokens, mask, columns = arrays([[[3, 4, 5, 0]]], [[5]], 6, 2)
     with pytest.raises(KeyError, match="answer_tokens.*'answer'"):

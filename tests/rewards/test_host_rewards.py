@@ -1,3 +1,5 @@
+"""Host rewards: rows and columns, missing rewards, failures, broken contracts, and how functions are found."""
+
 import functools
 import logging
 import math
@@ -7,7 +9,8 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from jaxrl_reason.rewards import accuracy_reward, format_reward, HostReward, load_reward, RewardError, score
+from jaxrl_reason.rewards import accuracy_reward, compute_rewards, format_reward, HostReward, load_reward, RewardError
+from jaxrl_reason.rewards.pool import Results
 
 PROMPTS = ["one?", "two?"]
 COMPLETIONS = [["#### 1", "#### 2", "1"], ["#### 2", "two", "#### 1"]]
@@ -17,7 +20,7 @@ COLUMNS = {"answer": ["1", "2"], "id": [10, 20]}
 
 def run(*rewards, **overrides):
     arguments = dict(prompts=PROMPTS, completions=COMPLETIONS, completion_ids=IDS, columns=COLUMNS) | overrides
-    return score(rewards, **arguments)
+    return compute_rewards(rewards, **arguments)
 
 
 def constant(value):
@@ -61,7 +64,7 @@ def test_every_value_keeps_its_row_and_none_is_nan(prompts, groups, data):
     value = st.none() | st.floats(-10, 10, width=32)
     values = data.draw(st.lists(st.lists(value, min_size=rows, max_size=rows), min_size=1, max_size=3))
     rewards = [HostReward(str(i), lambda completions, v=v, **_: v) for i, v in enumerate(values)]
-    table = score(rewards, ["p"] * prompts, [["c"] * groups] * prompts, [[[1]] * groups] * prompts, {})
+    table = compute_rewards(rewards, ["p"] * prompts, [["c"] * groups] * prompts, [[[1]] * groups] * prompts, {})
     assert list(table.per_reward) == [reward.name for reward in rewards]
     for i, v in enumerate(values):
         expected = np.reshape([math.nan if x is None else x for x in v], (prompts, groups))
@@ -96,7 +99,7 @@ def test_only_the_rows_that_raise_go_missing(exception, caplog):
     assert "three is too many" in caplog.text and "1 of 6" in caplog.text
 
 
-def test_a_function_that_mostly_fails_stops_the_run():
+def test_a_function_that_fails_too_often_raises():
     def broken(completions, **_):
         raise OSError("no route to host")
 
@@ -123,7 +126,7 @@ def test_none_and_failures_are_counted_apart():
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
-def test_an_interrupt_is_not_a_failure(interrupt):
+def test_an_interrupt_is_not_counted_as_a_failure(interrupt):
     def interrupted(completions, **_):
         raise interrupt
 
@@ -138,7 +141,10 @@ def test_an_interrupt_is_not_a_failure(interrupt):
         (lambda completions, **_: [1.0] * 7, "'bad' returned 7 rewards for 6 completions"),
         (lambda completions, **_: 1.0, "'bad' returned a float; it must return a list of 6"),
         (lambda completions, **_: None, "'bad' returned a NoneType"),
-        (lambda completions, **_: [1.0, 1.0, math.nan, 1.0, 1.0, 1.0], "'bad' returned nan for row 2.*None stands for"),
+        (
+            lambda completions, **_: [1.0, 1.0, math.nan, 1.0, 1.0, 1.0],
+            "'bad' returned nan for row 2.*or None for a missing",
+        ),
         (lambda completions, **_: [1.0, 1.0, 1.0, 1.0, 1.0, math.inf], "'bad' returned inf for row 5"),
         (lambda completions, **_: [1e39] * 6, "'bad' returned 1e.39 for row 0.*float32"),
         (lambda completions, **_: ["1.0"] * 6, "'bad' returned '1.0' for row 0"),
@@ -150,7 +156,7 @@ def test_an_interrupt_is_not_a_failure(interrupt):
         (lambda completions: [1.0] * 6, r"'bad' cannot be called: got an unexpected keyword argument.*\*\*columns"),
     ],
 )
-def test_a_broken_contract_is_a_sentence(function, message):
+def test_a_broken_contract_raises(function, message):
     with pytest.raises(RewardError, match=message):
         run(HostReward("bad", function), max_failure_share=1.0)
 
@@ -170,19 +176,19 @@ def test_a_broken_contract_row_by_row_names_the_row():
     [
         (dict(prompts=[]), "0 prompts and 2 groups"),
         (dict(completions=COMPLETIONS[:1]), "2 prompts and 1 groups"),
-        (dict(completions=[[], []]), "not empty"),
-        (dict(completions=[["a"], ["a", "b"]]), "hold 1, 2 completions"),
-        (dict(completion_ids=[[[1]], [[1]]]), "hold 3, 3 completions and 1, 1 completion_ids"),
+        (dict(completions=[[], []]), "non-empty"),
+        (dict(completions=[["a"], ["a", "b"]]), "have 1, 2 completions"),
+        (dict(completion_ids=[[[1]], [[1]]]), "have 3, 3 completions and 1, 1 completion_ids"),
         (dict(columns={"answer": ["1"]}), "'answer' has 1 values for 2 prompts"),
         (dict(columns={"prompts": ["1", "2"]}), "column is named 'prompts'"),
     ],
 )
-def test_inputs_that_do_not_fit_are_a_sentence(overrides, message):
+def test_inputs_that_do_not_fit_raise(overrides, message):
     with pytest.raises(RewardError, match=message):
         run(HostReward("one", constant(1.0)), **overrides)
 
 
-def test_what_cannot_be_called_is_refused():
+def test_a_reward_that_is_not_callable_raises():
     with pytest.raises(RewardError, match="'x' is a str, which cannot be called"):
         HostReward("x", "accuracy")
 
@@ -212,11 +218,11 @@ def scaled(scale, completion_ids, **_):
     return [scale * len(ids) for ids in completion_ids]
 
 
-def test_any_callable_and_any_number_will_do():
+def test_any_callable_and_any_number_works():
     callables = [
-        HostReward(None, LengthReward(2)),
-        HostReward(None, functools.partial(scaled, 2)),
-        HostReward(None, lambda completion_ids, **_: np.array([2 * len(ids) for ids in completion_ids])),
+        HostReward("", LengthReward(2)),
+        HostReward("", functools.partial(scaled, 2)),
+        HostReward("", lambda completion_ids, **_: np.array([2 * len(ids) for ids in completion_ids])),
         HostReward("tuple", lambda completion_ids, **_: tuple(np.float32(2 * len(ids)) for ids in completion_ids)),
     ]
     assert [reward.name for reward in callables] == ["LengthReward", "scaled", "<lambda>", "tuple"]
@@ -247,8 +253,11 @@ def test_load_built_in_module_and_file(tmp_path, monkeypatch):
         ),
         ("", "no built-in reward ''"),
         ("zzz", "no built-in reward 'zzz'. Built in"),
-        ("jaxrl_reason.rewards.functions:format_rewards", "has no 'format_rewards'; did you mean 'format_reward'"),
-        ("jaxrl_reason.rewards.host:BUILT_IN", "cannot be called by the name of 'BUILT_IN'"),
+        (
+            "jaxrl_reason.rewards.functions:format_rewards",
+            "has no function 'format_rewards'; did you mean 'format_reward'",
+        ),
+        ("jaxrl_reason.rewards.host:BUILT_IN", "has 'BUILT_IN', which cannot be called"),
         ("no_such_package.rewards:f", "importing 'no_such_package.rewards' failed with ModuleNotFoundError"),
         ("mien.py:short", "no file mien.py; did you mean 'mine.py'"),
         ("nowhere/mine.py:short", "no file nowhere/mine.py"),
@@ -256,9 +265,68 @@ def test_load_built_in_module_and_file(tmp_path, monkeypatch):
         (":short", "importing '' failed"),
     ],
 )
-def test_what_cannot_be_loaded_is_a_sentence(spec, message, tmp_path, monkeypatch):
+def test_a_reward_that_cannot_be_loaded_raises(spec, message, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("def short(completions, **_):\n    return [1.0] * len(completions)\n")
     (tmp_path / "broken.py").write_text("1 / 0\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RewardError, match=message):
         load_reward(spec)
+
+
+# -- functions that report outcomes ------------------------------------------------------------------------------------
+
+
+def table_of(results, max_failure_share=1.0):
+    reward = HostReward("mine", lambda completions, **_: results)
+    return compute_rewards([reward], ["a", "b"], [["x", "y", "z"]] * 2, [[[1]] * 3] * 2, {}, max_failure_share)
+
+
+def test_outcomes_become_rates_and_count_as_failures():
+    results = Results(
+        [1.0, None, None, 0.0, None, None], ["ok", "none", "error", "ok", "timeout", "timeout"], "too long"
+    )
+    table = table_of(results, max_failure_share=0.5)
+    np.testing.assert_array_equal(table.per_reward["mine"], [[1, np.nan, np.nan], [0, np.nan, np.nan]])
+    assert table.failures() == {
+        "rewards/mine/error_rate": pytest.approx(1 / 6),
+        "rewards/mine/none_rate": pytest.approx(1 / 6),
+        "rewards/mine/timeout_rate": pytest.approx(2 / 6),
+    }
+    with pytest.raises(RewardError, match="'mine' failed on 3 of the 6 rows tried, .*0.49 of 6 .*error is too long"):
+        table_of(results, max_failure_share=0.49)
+    assert table_of(Results([1.0] * 6, ["ok"] * 6)).failures()["rewards/mine/timeout_rate"] == 0
+    assert table_of([1.0] * 6).failures()["rewards/mine/timeout_rate"] == 0
+
+
+def test_outcomes_of_single_rows():
+    def picky(completions, completion_ids, **_):
+        if [2] in completion_ids:
+            raise ValueError("no twos")
+        outcomes = ["timeout" if text == "slow" else "ok" for text in completions]
+        return Results([None if outcome == "timeout" else 1.0 for outcome in outcomes], outcomes, "too slow")
+
+    def run(share):
+        ids, texts = [[[1], [2], [3], [4]]], [["x", "x", "slow", "x"]]
+        return compute_rewards([HostReward("picky", picky)], ["a"], texts, ids, {}, share)
+
+    table = run(0.5)
+    np.testing.assert_array_equal(table.per_reward["picky"], [[1, np.nan, np.nan, 1]])
+    rates = {"rewards/picky/error_rate": 0.25, "rewards/picky/none_rate": 0, "rewards/picky/timeout_rate": 0.25}
+    assert table.failures() == rates
+    with pytest.raises(RewardError, match="'picky' failed on 2 of the 3 rows tried.*too slow"):
+        run(0.25)
+
+
+@pytest.mark.parametrize(
+    "values, outcomes, message",
+    [
+        ([1.0] * 6, ["ok"] * 5, "outcome None for row 5, which has a reward"),
+        ([1.0] * 6, ["ok"] * 7, "outcome 'ok' for row 6, which has no reward"),
+        ([1.0] * 6, ["ok"] * 5 + ["timeout"], "outcome 'timeout' for row 5, which has a reward"),
+        ([1.0] * 5 + [None], ["ok"] * 6, "outcome 'ok' for row 5, which has no reward"),
+        ([None] * 6, ["none", "late"] * 3, "outcome 'late' for row 1, .* 'none', 'error' or 'timeout' without one"),
+    ],
+)
+def test_outcomes_that_contradict_the_rewards_raise(values, outcomes, message):
+    with pytest.raises(RewardError, match=f"'mine' reports the {message}"):
+        table_of(Results(values, outcomes))

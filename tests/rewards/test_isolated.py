@@ -1,4 +1,4 @@
-"""Reward functions that do their worst to the process that calls them, which is never the run's."""
+"""Reward functions that raise, hang, exit or take memory in worker processes: only the rows at fault go missing."""
 
 import functools
 import multiprocessing
@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from jaxrl_reason.rewards import HostReward, load_reward, RewardError, score
+from jaxrl_reason.rewards import compute_rewards, HostReward, load_reward, RewardError
 from jaxrl_reason.rewards.isolated import Isolated, make_pool
 
 LIMIT_S = 1.0
@@ -18,7 +18,7 @@ MINE = '''
 import os, pathlib, signal, sys, threading, time
 
 def act(completions, **_):
-    """Of each completion the number it is, or else something is done to the process."""
+    """Returns the number in each completion, or does to the process what the completion names."""
     return [ACTS[text]() if text in ACTS else float(text) for text in completions]
 
 def stay():
@@ -85,18 +85,18 @@ def mine(tmp_path, monkeypatch):
 
 def reward_of(name, share=1.0, workers=2, **limits):
     pool = make_pool([f"mine.py:{name}"], workers=workers, **dict(timeout_s=LIMIT_S, memory_mb=256) | limits)
-    return HostReward(None, Isolated(f"mine.py:{name}", load_reward(f"mine.py:{name}"), pool, share))
+    return HostReward("", Isolated(f"mine.py:{name}", load_reward(f"mine.py:{name}"), pool, share))
 
 
 def table_of(reward, groups, share=1.0, **columns):
-    """The table of [P][G] texts; ids are each text's place."""
+    """Returns the table of [P][G] texts; the ids of a text are its position."""
     ids = [[[p * len(group) + g] for g in range(len(group))] for p, group in enumerate(groups)]
     prompts = [f"p{p}" for p in range(len(groups))]
-    return score([reward], prompts, groups, ids, columns, share)
+    return compute_rewards([reward], prompts, groups, ids, columns, share)
 
 
 @pytest.mark.parametrize("act", ["raise", "exit", "kill", "leave", "memory", "compute", "stay"])
-def test_only_the_row_that_does_it_goes_missing(act):
+def test_only_the_row_at_fault_goes_missing(act):
     begin = time.monotonic()
     table = table_of(reward_of("act"), [["1", "2", "3"], ["4", act, "none"], ["5", "6", "7"]])
     values = table.per_reward["act"]
@@ -104,10 +104,10 @@ def test_only_the_row_that_does_it_goes_missing(act):
     late = act in ("compute", "stay")
     rates = {"error_rate": 0 if late else 1 / 9, "none_rate": 1 / 9, "timeout_rate": 1 / 9 if late else 0}
     assert table.failures() == {f"rewards/act/{kind}": pytest.approx(rate) for kind, rate in rates.items()}
-    assert time.monotonic() - begin < 2 * LIMIT_S + 10  # the prompt's call, and the row's own
+    assert time.monotonic() - begin < 2 * LIMIT_S + 10  # one call of the prompt, one of the row
 
 
-def test_a_call_is_all_completions_of_a_prompt_and_every_value_keeps_its_row():
+def test_one_call_has_the_completions_of_one_prompt():
     groups = [["x"] * 3] * 20
     table = table_of(reward_of("calls"), groups, row=list(range(20)))
     expected = np.arange(60).reshape(20, 3) * 100 + np.arange(20)[:, None]
@@ -116,47 +116,47 @@ def test_a_call_is_all_completions_of_a_prompt_and_every_value_keeps_its_row():
     assert calls == sorted(f"p{p} 3 1" for p in range(20))
 
 
-def test_groups_of_equal_prompts_stay_calls_of_their_own():
+def test_equal_prompts_are_separate_calls():
     reward, ids = reward_of("calls"), [[[1], [2]]] * 3
-    table = score([reward], ["p", "p", "q"], [["x", "y"]] * 3, ids, {"row": [0, 1, 2]})
+    table = compute_rewards([reward], ["p", "p", "q"], [["x", "y"]] * 3, ids, {"row": [0, 1, 2]})
     np.testing.assert_array_equal(table.per_reward["calls"], [[100, 200], [101, 201], [102, 202]])
     assert sorted(pathlib.Path("calls.txt").read_text().split("\n")[:-1]) == ["p 2 1", "p 2 1", "q 2 1"]
 
 
-def test_it_is_not_this_process():
+def test_functions_run_in_other_processes_that_stay():
     reward = reward_of("pid")
     first = set(table_of(reward, [["x"]] * 8).per_reward["pid"].flat)
     assert first and os.getpid() not in first
-    assert set(table_of(reward, [["x"]] * 8).per_reward["pid"].flat) <= first  # which stay
+    assert set(table_of(reward, [["x"]] * 8).per_reward["pid"].flat) <= first
 
 
-def test_a_lambda_in_a_file_will_do():
+def test_a_lambda_in_a_file_works():
     np.testing.assert_array_equal(table_of(reward_of("shortened"), [["a", "bbb"]]).per_reward["<lambda>"], [[1, 3]])
 
 
 def test_a_broken_contract_names_function_and_row():
     with pytest.raises(RewardError, match="'short' returned 1 rewards for 2 completions"):
         table_of(reward_of("short"), [["a", "b"]] * 3)
-    with pytest.raises(RewardError, match="'infinite' returned inf for row 5; a reward is a finite float32"):
+    with pytest.raises(RewardError, match="'infinite' returned inf for row 5; return a finite float32"):
         table_of(reward_of("infinite"), [["a", "b"], ["a", "b"], ["a", "x"]])
     with pytest.raises(RewardError, match="'calls' cannot be called: missing a required argument: 'row'"):
         table_of(reward_of("calls"), [["a", "b"]])
 
 
-def test_a_function_that_is_simply_broken_is_not_tried_on_every_row():
-    """64 prompts of 4: their calls, then a sample of single rows, not all 256."""
+def test_a_broken_function_is_not_tried_on_every_row():
+    """For 64 prompts of 4 completions: one call per prompt, then a sample of single rows, not all 256."""
     with pytest.raises(RewardError, match="'counted' failed on 256 of the 256 rows.*error is ValueError: always"):
         table_of(reward_of("counted", 0.5), [["x"] * 4] * 64, 0.5)
     assert pathlib.Path("counted.txt").read_text().count("x") == 64 + 16
 
 
-def test_many_rows_at_fault_are_tried_one_by_one_where_the_share_allows_it():
-    groups = [["1", "raise"]] * 20  # every prompt's call fails, and every second row
+def test_all_rows_are_tried_singly_if_the_share_allows_it():
+    groups = [["1", "raise"]] * 20  # the call of every prompt fails, and every second row
     table = table_of(reward_of("act", 0.5), groups, 0.5)
     np.testing.assert_array_equal(table.per_reward["act"], [[1, np.nan]] * 20)
 
 
-def test_a_file_that_a_worker_cannot_load_is_a_sentence():
+def test_a_file_that_a_worker_cannot_load_raises():
     reward = reward_of("act")
     pathlib.Path("mine.py").write_text("import nothing_like_this")
     with pytest.raises(
@@ -165,12 +165,12 @@ def test_a_file_that_a_worker_cannot_load_is_a_sentence():
         table_of(reward, [["1"]])
 
 
-def test_data_that_cannot_be_sent_is_a_sentence():
+def test_data_that_cannot_be_sent_raises():
     with pytest.raises(RewardError, match="'act' cannot be called: Item 0 cannot be sent to a worker process"):
         table_of(reward_of("act"), [["1"]], strange=[lambda: 0])
 
 
-def test_answers_are_told_apart_in_the_workers_too():
+def test_answer_of_runs_in_the_workers():
     answers_of = reward_of("voted").function.answers_of
     texts = [["a", "none", "raise"], ["exit", "stay", "b"], ["a", "a", "c"]]
     answers = answers_of(texts, [{"id": 1}, {"id": 2}, {"id": 1}])
@@ -206,7 +206,8 @@ def test_threads_get_their_own_values():
 
 
 @pytest.mark.parametrize("forged", ["[]", "[1]", '[[1.0], ["ok"], ""]', '[[1.0, 1.0], 7, ""]', "7"])
-def test_a_report_that_no_call_of_ours_would_make_is_a_failure(forged):
-    table = table_of(reward_of("forger", timeout_s=2), [["1", "2"], [forged, "2"]])
+def test_a_forged_report_is_a_failure(forged):
+    # One worker: the forger does not answer again, so it must get the row at fault and not another one.
+    table = table_of(reward_of("forger", workers=1), [["1", "2"], [forged, "2"]])
     np.testing.assert_array_equal(table.per_reward["forger"], [[1, 2], [np.nan, 2]])
-    assert table.error_rate["forger"] + table.timeout_rate["forger"] == 0.25  # its process does not answer again
+    assert table.error_rate["forger"] + table.timeout_rate["forger"] == 0.25

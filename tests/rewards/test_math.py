@@ -1,4 +1,4 @@
-"""math-verify's verdicts through real worker processes."""
+"""Verdicts of math-verify from real worker processes."""
 
 import functools
 import importlib.util
@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from jaxrl_reason.rewards import HostReward, load_reward, numeric_verdict, RewardError, score
+from jaxrl_reason.rewards import compute_rewards, HostReward, load_reward, numeric_verdict, RewardError
 from jaxrl_reason.rewards import math as math_rewards
 from jaxrl_reason.rewards.math import math_verify_reward, MAX_ANSWER_LENGTH, TIMEOUT_S
 
-if importlib.util.find_spec("math_verify") is None:  # not importorskip, which would import it here
+if importlib.util.find_spec("math_verify") is None:  # importorskip would import it in this process
     pytest.skip("math-verify is not installed", allow_module_level=True)
 
 
 def judge(*pairs):
-    """Results of (reference, completion) pairs."""
+    """Returns the results of (reference, completion) pairs."""
     references, completions = zip(*pairs)
     return math_verify_reward(prompts=["q"] * len(pairs), completions=list(completions), answer=list(references))
 
@@ -29,7 +29,7 @@ def boxed(answer):
     return rf"So the answer is $\boxed{{{answer}}}$."
 
 
-RIGHT = [
+CORRECT = [
     (r"\frac{1}{\sqrt{3}}", boxed(r"\frac{\sqrt{3}}{3}")),
     (r"\frac{1}{\sqrt{3}}", r"#### \frac{\sqrt{3}}{3}"),
     (r"$\frac{1}{2}$", boxed(r"\sin\frac{\pi}{6}")),
@@ -47,7 +47,7 @@ RIGHT = [
     ("9", boxed("9 percent")),
     ("3/2", boxed("1 1/2")),
     (r"-\frac{9}{4}", boxed("-2 1/4")),
-    ("9^{9^{9^{9}}}", boxed("9^{9^{9^{9}}}")),  # without computing it
+    ("9^{9^{9^{9}}}", boxed("9^{9^{9^{9}}}")),  # equal as expressions, not computed
     (r"\begin{pmatrix}1\\2\end{pmatrix}", boxed(r"\begin{pmatrix}1\\ 2\end{pmatrix}")),
     (r"\pi/4", boxed(r"\frac{\pi}{4}")),
     ("1e-7", boxed("10^{-7}")),
@@ -58,7 +58,7 @@ RIGHT = [
     (r"\sqrt{2}", r"\boxed{\sqrt{3}}, no: \boxed{\frac{2}{\sqrt{2}}}"),
     (r"\sqrt{2}", r"\boxed{\sqrt{3}}" + "\n#### $\\sqrt{2}$"),
 ]
-WRONG = [
+INCORRECT = [
     (r"\frac{1}{\sqrt{3}}", boxed(r"\frac{\sqrt{3}}{2}")),
     (r"\sqrt{2}", r"\boxed{\sqrt{2}}, no: \boxed{\sqrt{3}}"),  # the last counts
     (r"\{1,2\}", r"\boxed{1} and \boxed{2}"),  # and two boxes are not a set
@@ -69,7 +69,7 @@ WRONG = [
     (r"\sqrt{2}", "no idea"),
     (r"\sqrt{2}", ""),
     (r"\sqrt{2}", r"\boxed{\sqrt{2}"),
-    (r"\frac{3}{4}", boxed(r"\frac{1}{2} ( \frac{3}{4}")),  # a number in what cannot be read
+    (r"\frac{3}{4}", boxed(r"\frac{1}{2} ( \frac{3}{4}")),  # a number in an answer that cannot be read
     (r"\frac{1}{2004!}", boxed(r"\frac{1}{2006!}")),
     (r"\frac{1}{2004!}", boxed("0")),
     ("10^{-20}", boxed("10^{-21}")),
@@ -81,11 +81,11 @@ WRONG = [
 
 
 def test_verdicts():
-    results = judge(*RIGHT, *WRONG)
+    results = judge(*CORRECT, *INCORRECT)
     assert results.outcomes == ["ok"] * len(results), results.error
-    wrong = [pair for pair, verdict in zip(RIGHT, results) if verdict != 1.0]
-    wrong += [pair for pair, verdict in zip(WRONG, results[len(RIGHT) :]) if verdict != 0.0]
-    assert not wrong
+    misjudged = [pair for pair, verdict in zip(CORRECT, results) if verdict != 1.0]
+    misjudged += [pair for pair, verdict in zip(INCORRECT, results[len(CORRECT) :]) if verdict != 0.0]
+    assert not misjudged
 
 
 NUMBERS = st.sampled_from(["18", "-3", "1,234", "0.5", "1/2", r"\frac{1}{2}", "50%", "$18", "0.333333", "1/3", "1e3"])
@@ -102,7 +102,7 @@ def test_plain_numbers_are_judged_exactly_and_in_this_process(reference, answer,
     assert results.outcomes == ["ok"] * 3
 
 
-ENDLESS = {"timeout", "error", "ok"}  # whether the limit is of time, of memory or of recursion, or none is met
+ENDLESS = {"timeout", "error", "ok"}  # a limit of time, of memory or of recursion, or none
 HOSTILE = {
     "9^{9^{9^{9}}}": {"timeout"},
     "(" * 900 + "1" + ")" * 900: ENDLESS,
@@ -119,7 +119,7 @@ HOSTILE = {
 }
 
 
-def test_hostile_answers_cost_their_limit_at_most_and_disturb_no_other(tmp_path, monkeypatch):
+def test_hostile_answers_cost_at_most_their_limit_and_no_other_answer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     judge((r"\sqrt{2}", boxed("1")))  # starts the workers
     pairs = []
@@ -135,9 +135,9 @@ def test_hostile_answers_cost_their_limit_at_most_and_disturb_no_other(tmp_path,
     assert not (tmp_path / "hacked").exists()
 
 
-def test_from_a_thread():
+def test_verdicts_from_a_thread():
     results = []
-    thread = threading.Thread(target=lambda: results.extend(judge(*RIGHT[:3], *WRONG[:3])))
+    thread = threading.Thread(target=lambda: results.extend(judge(*CORRECT[:3], *INCORRECT[:3])))
     thread.start()
     thread.join()
     assert results == [1.0] * 3 + [0.0] * 3
@@ -164,7 +164,7 @@ def test_a_reference_that_cannot_be_read_names_its_row(reference, shown):
 
 
 class Spy:
-    """A pool that remembers what it was asked."""
+    """A pool that records its items."""
 
     def __init__(self, pool):
         self.pool, self.asked = pool, []
@@ -174,7 +174,7 @@ class Spy:
         return self.pool.map(items)
 
 
-def test_outcomes_become_metrics_and_the_same_answer_is_judged_once(monkeypatch):
+def test_outcomes_become_metrics_and_equal_answers_are_judged_once(monkeypatch):
     spy = Spy(math_rewards._pool())
     monkeypatch.setattr(math_rewards, "_pool", lambda: spy)
     completions = [
@@ -182,7 +182,7 @@ def test_outcomes_become_metrics_and_the_same_answer_is_judged_once(monkeypatch)
         ["no idea"] + ["#### 9^{9^{9^{9}}} + y"] * 2,
     ]
     reward = HostReward("math_verify", load_reward("math_verify"))
-    table = score([reward], ["a", "b"], completions, [[[1]] * 3] * 2, {"answer": [r"\sqrt{2}", "y"]})
+    table = compute_rewards([reward], ["a", "b"], completions, [[[1]] * 3] * 2, {"answer": [r"\sqrt{2}", "y"]})
     np.testing.assert_array_equal(table.per_reward["math_verify"], [[1, 1, np.nan], [0, np.nan, np.nan]])
     assert table.failures() == {
         "rewards/math_verify/error_rate": pytest.approx(1 / 6),
@@ -195,12 +195,12 @@ def test_outcomes_become_metrics_and_the_same_answer_is_judged_once(monkeypatch)
 def test_a_bad_reference_costs_its_own_rows_only():
     reward = HostReward("math_verify", math_verify_reward)
     completions = [[boxed(r"\frac{2}{\sqrt{2}}"), "none"], [boxed("3"), "none"]]
-    table = score([reward], ["a", "b"], completions, [[[1]] * 2] * 2, {"answer": [r"\sqrt{2}", ""]})
+    table = compute_rewards([reward], ["a", "b"], completions, [[[1]] * 2] * 2, {"answer": [r"\sqrt{2}", ""]})
     np.testing.assert_array_equal(table.per_reward["math_verify"], [[1, 0], [np.nan, np.nan]])
     assert table.error_rate == {"math_verify": 0.5} and table.timeout_rate == {"math_verify": 0}
 
 
-def test_without_the_package_it_is_a_sentence(monkeypatch):
+def test_a_missing_package_raises(monkeypatch):
     sentence = r"'math_verify' needs the package math-verify.*pip install 'jaxrl_reason\[math\]'"
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "math_verify" else find_spec(name))

@@ -1,4 +1,4 @@
-"""The verdict table, and that no text can make a verdict raise, hang or run anything."""
+"""A table of verdicts; no text makes a verdict raise, hang or run anything."""
 
 from decimal import Decimal
 from fractions import Fraction

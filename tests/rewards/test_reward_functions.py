@@ -1,3 +1,5 @@
+"""The built-in rewards `accuracy` and `format`."""
+
 import pytest
 
 from jaxrl_reason.rewards.functions import accuracy_reward, format_reward

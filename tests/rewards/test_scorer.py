@@ -1,4 +1,4 @@
-"""The scorer on a real tokenizer: order, mixing of device and host, and that match_answer says what accuracy says."""
+"""The scorer with a real tokenizer: order, device and host rewards together, `match_answer` against `accuracy`."""
 
 import functools
 import json
@@ -16,12 +16,12 @@ import pytest
 from jaxrl_reason import data
 from jaxrl_reason.config import Reward
 from jaxrl_reason.rewards import RewardError
-from jaxrl_reason.rewards.scorer import Scorer
+from jaxrl_reason.rewards.scorer import RewardScorer
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.experience import total_reward
 from jaxrl_reason.rl.types import Rollout
 
-# The first learns " -" as one token from these solutions, the second no merge at all.
+# MERGING learns " -" as one token from these solutions; BYTES learns no merges.
 SOLUTIONS = [f"{a} - {b} = {a - b}\n#### {a - b}" for a in range(12) for b in range(12)]
 MERGING = data.train_tokenizer(SOLUTIONS, vocab_size=300)
 BYTES = data.train_tokenizer([], vocab_size=259)
@@ -67,11 +67,11 @@ def make_scorer(*functions, weights=(), verdict="", max_failure_share=0.5, token
     settings = Reward(
         functions=list(functions), weights=list(weights), verdict=verdict, max_failure_share=max_failure_share
     )
-    return Scorer(settings, tokenizer=tokenizer, template=data.get_template("plain"), sharding=HERE)
+    return RewardScorer(settings, tokenizer=tokenizer, template=data.get_template("plain"), sharding=HERE)
 
 
 def batch_of(rows):
-    """Rows with whatever columns; of the arrays a scorer reads none."""
+    """Returns a batch of rows with any columns; a scorer reads none of its arrays."""
     P = len(rows)
     rows = [{"question": f"question {p}"} | row for p, row in enumerate(rows)]
     tokens, mask = np.zeros((P, 4), np.int32), np.ones((P, 4), bool)
@@ -79,7 +79,7 @@ def batch_of(rows):
 
 
 def rollout_of(texts, tokenizer=MERGING, cut=(), filler=None):
-    """[P][G] texts, each ended unless (p, g) is in `cut`; beyond the mask stands `filler`, by default padding."""
+    """Returns a rollout of [P][G] texts. Each ends unless (p, g) is in `cut`; tokens after the mask are `filler`."""
     P, G = len(texts), len(texts[0])
     ids = {(p, g): tokenizer.encode(texts[p][g]) for p, g in np.ndindex(P, G)}
     ids = {at: row if at in cut else [*row, tokenizer.eos_ids[0]] for at, row in ids.items()}
@@ -97,7 +97,7 @@ ROWS = [{"answer": "12", "id": 7}, {"answer": "-3", "id": 5}]
 TEXTS = [["#### 12", "#### 2", "12"], ["x\n#### -3", "#### -3", "#### 3"]]
 
 
-def test_device_and_host_rewards_mix():
+def test_device_and_host_rewards_together():
     scorer = make_scorer("accuracy", "match_answer", "mine.py:length", weights=[1, 0.5, 0], verdict="match_answer")
     assert scorer.names == ("accuracy", "match_answer", "length")
     assert scorer.weights == {"accuracy": 1.0, "match_answer": 0.5, "length": 0.0}
@@ -122,8 +122,9 @@ def test_weights_and_verdict_have_defaults():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 4), st.data())
-def test_the_weighted_total_of_what_is_present(P, G, data):
+@given(st.sampled_from([(1, 1), (1, 4), (4, 1), (2, 3)]), st.data())
+def test_the_total_is_the_weighted_sum_of_the_rewards_that_are_present(shape, data):
+    P, G = shape  # few shapes, so that little is compiled
     value = st.none() | st.floats(-10, 10, width=32)
     names = data.draw(st.lists(st.sampled_from("abc"), min_size=1, unique=True))
     values = {k: data.draw(st.lists(value, min_size=P * G, max_size=P * G)) for k in names}
@@ -131,7 +132,7 @@ def test_the_weighted_total_of_what_is_present(P, G, data):
     rewards = {k: jnp.array([math.nan if x is None else x for x in v]).reshape(P, G) for k, v in values.items()}
     total = np.ravel(total_reward(rewards, dict(zip(rewards, weights))))
     for row in range(P * G):
-        # A reward of weight 0 is a mere observer: it cannot make a missing reward look like 0.
+        # A reward of weight 0 does not count: it cannot turn a missing total into 0.
         present = [w * v[row] for w, v in zip(weights, values.values()) if w and v[row] is not None]
         np.testing.assert_allclose(total[row], sum(present) if present else math.nan, rtol=1e-5, atol=1e-5)
 
@@ -149,7 +150,7 @@ def test_rewards_stay_with_their_prompt_and_sample():
 def test_host_rewards_read_the_text_of_sampled_tokens_only(filler):
     scorer = make_scorer("mine.py:spy")
     scorer(rollout_of(TEXTS, cut=[(0, 1)], filler=filler), batch_of(ROWS))
-    calls = [json.loads(pathlib.Path(f"question {p}.json").read_text()) for p in range(2)]  # one a prompt
+    calls = [json.loads(pathlib.Path(f"question {p}.json").read_text()) for p in range(2)]  # one call per prompt
     seen = {name: calls[0][name] + calls[1][name] for name in calls[0]}
     assert seen["prompts"] == ["question 0\n"] * 3 + ["question 1\n"] * 3
     assert seen["completions"] == TEXTS[0] + TEXTS[1]
@@ -171,8 +172,8 @@ def test_missing_rewards_are_nan_and_counted():
         make_scorer("mine.py:picky", max_failure_share=0)(rollout_of(texts), batch_of(ROWS))
 
 
-def test_failures_are_a_share_of_all_processes_rows(monkeypatch):
-    """One of 6 rows here, none of 18 elsewhere: not more than a twentieth."""
+def test_the_share_of_failures_is_over_the_rows_of_all_processes(monkeypatch):
+    """One of 6 rows fails in this process, none of 18 in others: less than the limit of one in twenty."""
     score = make_scorer("mine.py:picky", max_failure_share=0.05)
     texts = [["fine", "fine", "picky"], ["fine"] * 3]
     with pytest.raises(RewardError, match="failed on 16.7%"):
@@ -182,7 +183,7 @@ def test_failures_are_a_share_of_all_processes_rows(monkeypatch):
     assert metrics["rewards/picky/error_rate"] == pytest.approx(1 / 24)
 
 
-def test_references_that_no_answer_can_equal_are_told_by_place_and_refused_where_they_are_too_many():
+def test_unreadable_references_are_listed_and_too_many_raise():
     answers = ["12", "x = 5", None, 3, "1/0"]
     rows = [{"question": "q", "answer": answer} for answer in answers] * 10
     source = data.Source(
@@ -194,7 +195,7 @@ def test_references_that_no_answer_can_equal_are_told_by_place_and_refused_where
         lines = str(said[0].message).splitlines()
         assert f"Reward {name!r} cannot judge 30 of 50 rows" in lines[0] and lines[-2:] == [
             "  and 20 more",
-            "They will have no reward.",
+            "These rows will have no reward.",
         ]
         assert lines[1].startswith("  line 2: The reference answer 'x = 5' is not a number") and "line 3: " in lines[2]
         with pytest.raises(RewardError, match="cannot judge 30 of 50 rows"):
@@ -208,7 +209,7 @@ def test_references_that_no_answer_can_equal_are_told_by_place_and_refused_where
         make_scorer("accuracy", "last_number", "strict", "judge", max_failure_share=0).check_references(good)
 
 
-def test_a_column_missing_in_some_rows_is_none_there():
+def test_a_missing_value_of_a_column_is_none():
     rewards, _ = make_scorer("mine.py:hinted")(rollout_of(TEXTS), batch_of([{"hint": 2}, {}]))
     np.testing.assert_array_equal(rewards["hinted"], [[2] * 3, [np.nan] * 3])
     with pytest.raises(RewardError, match="'hinted' cannot be called: missing a required argument: 'hint'"):
@@ -216,7 +217,7 @@ def test_a_column_missing_in_some_rows_is_none_there():
 
 
 @pytest.mark.parametrize("column", ["prompts", "completions", "completion_ids"])
-def test_a_column_may_not_take_a_name_that_the_run_uses(column):
+def test_a_column_with_a_name_that_the_run_uses_raises(column):
     with pytest.raises(RewardError, match=f"column is named '{column}'"):
         make_scorer("accuracy")(rollout_of(TEXTS), batch_of([row | {column: 1} for row in ROWS]))
 
@@ -237,7 +238,7 @@ def comparison(tokenizer):
 
 
 def both(texts, rows, tokenizer, **options):
-    """What match_answer and what accuracy say."""
+    """Returns the rewards of match_answer and of accuracy."""
     rewards, _ = comparison(tokenizer)(rollout_of(texts, tokenizer, **options), batch_of(rows))
     return np.asarray(rewards["match_answer"]), np.asarray(rewards["accuracy"])
 
@@ -249,7 +250,7 @@ def test_the_first_tokenizer_joins_the_space_with_a_minus():
 
 @TOKENIZERS
 def test_match_answer_agrees_with_accuracy(tokenizer):
-    """Every answer against every other, alone and at the end of a solution."""
+    """Compares every answer with every other, alone and at the end of a solution."""
     rows = [{"answer": answer} for answer in ANSWERS]
     for before in ("", "2 - 5 = -3\n", "It follows that:\n\n"):
         matched, accurate = both([[f"{before}#### {answer}" for answer in ANSWERS]] * len(rows), rows, tokenizer)
@@ -271,16 +272,16 @@ def test_match_answer_agrees_with_accuracy_on_integers(tokenizer, answers, guess
 
 
 @TOKENIZERS
-def test_match_answer_on_completions_that_are_not_an_answer(tokenizer):
-    wrong = ["-3", "### -3", "#### 3", "#### ", "####", "", "#### -3 4", "#### -34", "#### -3\n#### -4"]
-    matched, accurate = both([[*wrong, "#### -4\n#### -3"]], [{"answer": -3}], tokenizer)
+def test_match_answer_on_completions_without_the_answer(tokenizer):
+    incorrect = ["-3", "### -3", "#### 3", "#### ", "####", "", "#### -3 4", "#### -34", "#### -3\n#### -4"]
+    matched, accurate = both([[*incorrect, "#### -4\n#### -3"]], [{"answer": -3}], tokenizer)
     np.testing.assert_array_equal(matched, [[0] * 9 + [1]])
     np.testing.assert_array_equal(accurate, matched)
 
 
 @TOKENIZERS
-def test_match_answer_compares_spelling_and_wants_the_end(tokenizer):
-    """Where it is stricter than accuracy: another spelling of the number, text behind it, no end token."""
+def test_match_answer_compares_spelling_and_requires_the_end_token(tokenizer):
+    """It is stricter than accuracy: it rejects other spellings, text after the answer, and a missing end token."""
     texts = [["#### 12.0", "####12", "#### 12\n", "#### 12", "#### 12"]]
     matched, accurate = both(texts, [{"answer": "12"}], tokenizer, cut=[(0, 3)])
     np.testing.assert_array_equal(matched, [[0, 0, 0, 0, 1]])
@@ -294,8 +295,8 @@ def test_match_answer_takes_a_worked_solution_as_the_answer():
     np.testing.assert_array_equal(accurate, matched)
 
 
-def test_match_answer_on_the_word_problems(tmp_path):
-    problems = data.load_source("word_problems", "validation", data_dir=tmp_path)
+def test_match_answer_agrees_with_accuracy_on_the_word_problems(data_dir):
+    problems = data.load_source("word_problems", "validation", data_dir=data_dir)
     rows = problems.read(range(200))
     tokenizer = data.train_tokenizer(f"{row['question']}\n{row['solution']}" for row in rows)
     others = [*rows[1:], rows[0]]
@@ -307,19 +308,19 @@ def test_match_answer_on_the_word_problems(tmp_path):
 
 
 @pytest.mark.parametrize("row", [{}, {"answer": None}, {"answer": " "}])
-def test_match_answer_without_a_reference_is_a_sentence(row):
+def test_match_answer_without_a_reference_raises(row):
     with pytest.raises(RewardError, match="'match_answer' needs the column 'answer'.*its columns are .*question"):
         make_scorer("match_answer")(rollout_of(TEXTS), batch_of([{"answer": "1"}, row]))
 
 
 def tokenizer_that_joins(*texts):
-    """A tokenizer to which each of the texts is one token, whatever stands around it."""
+    """Returns a tokenizer for which each of the texts is one token in any context."""
     tokenizer = data.train_tokenizer([], vocab_size=259)
     tokenizer.backend.add_tokens(list(texts))
     return tokenizer
 
 
-def test_a_tokenizer_that_joins_the_answer_with_its_marker_is_a_sentence():
+def test_a_tokenizer_that_joins_the_answer_with_its_marker_raises():
     scorer = make_scorer("match_answer", tokenizer=tokenizer_that_joins("#### 1"))
     with pytest.raises(RewardError, match="joins the answer '12' with the '####' before it; use the reward 'accuracy'"):
         scorer(rollout_of(TEXTS), batch_of(ROWS))
@@ -327,7 +328,7 @@ def test_a_tokenizer_that_joins_the_answer_with_its_marker_is_a_sentence():
         make_scorer("match_answer", tokenizer=tokenizer_that_joins("\n####"))
 
 
-def test_device_rewards_need_no_host_transfer():
+def test_device_rewards_transfer_nothing():
     scorer, batch, rollout = make_scorer("match_answer"), batch_of(ROWS), rollout_of(TEXTS)
     assert not scorer.on_host and make_scorer("match_answer", "format").on_host
     with jax.transfer_guard("disallow"), jax.transfer_guard_device_to_host("disallow_explicit"):
@@ -341,7 +342,7 @@ def test_device_rewards_need_no_host_transfer():
         jax.jit(lambda rollout: make_scorer("format")(rollout, batch)[0])(rollout)
 
 
-def test_host_rewards_cross_explicitly():
+def test_host_rewards_transfer_explicitly():
     scorer, batch, rollout = make_scorer("match_answer", "accuracy"), batch_of(ROWS), rollout_of(TEXTS)
     with jax.transfer_guard("disallow"):
         rewards, _ = scorer(rollout, batch)
@@ -376,10 +377,10 @@ def test_new_answers_compile_nothing(caplog):
         (["match_answer", "mine.py:match_answer"], [], "Two rewards are named 'match_answer'"),
         (["accuracy", "acuracy"], [], "no built-in reward 'acuracy'; did you mean 'accuracy'"),
         (["match_answers"], [], "no built-in reward 'match_answers'; did you mean 'match_answer'.*, match_answer"),
-        (["mine.py:lenght"], [], "has no 'lenght'; did you mean 'length'"),
+        (["mine.py:lenght"], [], "has no function 'lenght'; did you mean 'length'"),
         (["mein.py:length"], [], "no file mein.py; did you mean 'mine.py'"),
     ],
 )
-def test_what_makes_no_sense_is_a_sentence(functions, weights, message):
+def test_configurations_that_make_no_sense_raise(functions, weights, message):
     with pytest.raises(RewardError, match=message):
         make_scorer(*functions, weights=weights)

@@ -1,4 +1,4 @@
-"""Tables of verdicts, and that no text can make a verdict raise, hang or run anything."""
+"""Tables of verdicts; no text makes a verdict raise, hang or run anything."""
 
 import time
 
@@ -51,7 +51,7 @@ CANONICAL = [  # completion, constraint, canonical form
     ("#### 24, 30", MULTIPLE, None),
 ]
 
-JUDGED = {  # final answer -> verdicts of (judge, strict) where the reference is 7/4
+JUDGED = {  # final answer -> verdicts of (judge, strict) for the reference 7/4
     "7/4": (1, 1),
     "14/8": (1, 0),
     "1 3/4": (1, 0),
@@ -127,17 +127,17 @@ def test_an_unknown_kind_is_named():
         many_answers_reward(["#### 3, 4"], kind=["product"], target=[12], low=[1], high=[9])
 
 
-def test_wrong_answers_vote_too():
-    """Or a majority vote would be right wherever one answer is."""
+def test_incorrect_answers_vote_too():
+    """Otherwise a majority vote would be correct whenever one answer is."""
     votes = [many_answers_reward.answer_of(text, {}) for text in ("#### 7, 5", "#### 5 and 7", "#### 1, 2", "#### x")]
     assert votes == ["5, 7", "5, 7", "1, 2", None]
 
 
 @given(st.integers(-50, 50), st.integers(-50, 50), st.sampled_from(["sum", "difference"]), st.integers(0, 60))
 def test_canonical_answer_against_brute_force(a, b, kind, target):
-    right = -20 <= a <= 30 and -20 <= b <= 30 and (a + b == target if kind == "sum" else abs(a - b) == target)
+    correct = -20 <= a <= 30 and -20 <= b <= 30 and (a + b == target if kind == "sum" else abs(a - b) == target)
     found = canonical_answer(f"#### {a}, {b}", kind=kind, target=target, low=-20, high=30)
-    assert found == (f"{min(a, b)}, {max(a, b)}" if right else None)
+    assert found == (f"{min(a, b)}, {max(a, b)}" if correct else None)
     assert found == canonical_answer(f"#### {b} and {a}", kind=kind, target=target, low=-20, high=30)
 
 
@@ -149,7 +149,7 @@ def test_judge_and_strict(text):
     )
 
 
-def test_judge_and_strict_want_the_marker_and_judge_row_by_row():
+def test_judge_and_strict_require_the_marker_and_judge_row_by_row():
     completions, answers = ["7/4", "#### 7/4", "#### 3/4", r"\boxed{7/4}"], ["7/4", "7/4", "7/4", 1.75]
     call = dict(prompts=["?"] * 4, completions=completions, completion_ids=[[1]] * 4, answer=answers, family=["f"] * 4)
     assert judge_reward(**call) == [0.0, 1.0, 0.0, 1.0]
@@ -163,7 +163,7 @@ def test_judge_raises_on_a_reference_that_is_not_a_number(reference):
 
 
 @given(st.integers(1, 999), st.integers(1, 99))
-def test_the_judge_accepts_a_value_however_it_is_written(above, below):
+def test_judge_accepts_every_form_of_a_value(above, below):
     forms = [
         f"{above}/{below}",
         f"{above * 6}/{below * 6}",
@@ -181,7 +181,7 @@ def test_built_in_by_name():
     assert load_reward("judge") is judge_reward
 
 
-def test_hostile_completions_are_wrong_and_cost_little():
+def test_hostile_completions_are_incorrect_and_cost_little():
     count = len(HOSTILE)
     begin = time.perf_counter()
     assert not any(judge_reward(HOSTILE, ["7/4"] * count))

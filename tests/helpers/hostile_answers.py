@@ -1,11 +1,18 @@
-r"""Answers that nobody means well: what they are worth, and texts that grow without end.
+r"""Hostile answers with their values, texts that repeat without end, and calls of every reader of completions.
 
-`ANSWERS` has the short ones by name. `value` is what the bare text is worth as an answer, None where it is no number. `last` is what an
-unmarked completion that says only this is worth by the rule of the last number.
+`ANSWERS` has short answers by name. `value` is the value of the text as an answer, None if it is not a number. `last` is the value of a
+completion that is only this text, without a marker, by the rule of the last number.
 """
 
 from fractions import Fraction
 from typing import NamedTuple
+
+from jaxrl_reason.rewards.functions import accuracy_reward, format_reward, last_number_reward
+from jaxrl_reason.rewards.numeric import extract_answer, numeric_verdict, parse_number
+from jaxrl_reason.rewards.task_rewards import judge_reward, many_answers_reward, strict_reward
+from jaxrl_reason.tasks import evaluation
+
+SUMS = dict(kind="sum", target=18, low=0, high=99)
 
 
 class Answer(NamedTuple):
@@ -15,16 +22,17 @@ class Answer(NamedTuple):
 
 
 def _nothing(**texts: str) -> dict[str, Answer]:
-    """Not a number, and nothing in it that looks like one to the end: a look-alike is refused whole, never cut short."""
+    """Returns texts that are not numbers and contain none: a look-alike is rejected whole, never cut short."""
     return {name: Answer(text, None, None) for name, text in texts.items()}
 
 
 def _ends(**texts: tuple[str, str | int]) -> dict[str, Answer]:
-    """Not a number, but there is one in it."""
+    """Returns texts that are not numbers but contain one."""
     return {name: Answer(text, None, Fraction(last)) for name, (text, last) in texts.items()}
 
 
 def _number(**texts: tuple[str, str | int]) -> dict[str, Answer]:
+    """Returns texts that are numbers."""
     return {name: Answer(text, Fraction(value), Fraction(value)) for name, (text, value) in texts.items()}
 
 
@@ -33,7 +41,7 @@ ANSWERS = {
         empty="", space=" ", tab="\t", point=".", points="...", minus="-", plus="+", dollar="$", dollars="$$", percent="%", comma=",", slash="/",
         backslash="\\", backslashes="\\" * 7, open_brace="{", braces="{}", close_brace="}", escaped_brace=r"\}", word="eighteen", none="None", true="True",
     ),
-    # something to compute, which nothing here does
+    # Expressions to compute. No reward computes them.
     **_ends(
         power=("9**9", 9), tower=("9**9**9**9", 9), caret=("9^9^9", 9), tex_tower=("9^{9^{9^{9}}}", 9), shift=("1<<10", 10), sum=("2+3", 3),
         difference=("23-5", 5), product=("3*6", 6), modulo=("38%20", 20), factorial=("5!", 5), call=("int(18)", 18), list=("[18]", 18),
@@ -49,7 +57,7 @@ ANSWERS = {
         tex_input=r"\input{/etc/passwd}", tex_define=r"\def\a{\a\a}\a", tex_loop=r"\loop\iftrue\repeat", markup="[/red][link=x]",
         terminal="\x1b]J;x\x07\x1b[J", json='{"reward": true}', pickled="cos\nsystem\n(S'true'\ntR.", yaml="!!python/object:os",
     ),
-    # what Python, C or a calculator would take
+    # Numbers for Python, C or a calculator.
     **_nothing(
         nan="nan", nan_mixed="NaN", nan_signed="-nan", inf="inf", inf_signed="-inf", infinity="Infinity", tex_infinity=r"\infty", grouped_python="1_000",
         hexadecimal="0x10", octal="0o17", binary="0b101", too_large="1e999", too_small="1e-999", above_1e100="1e101", below_1e_100="1e-101",
@@ -57,7 +65,7 @@ ANSWERS = {
         googol_cubed="1" + "0" * 300, tiny="0." + "0" * 300 + "1", long_fraction="1/" + "3" * 300,
     ),
     **_ends(imaginary=("1j", 1), suffix_l=("18L", 18), suffix_f=("18f", 18), fortran=("5d0", 0), open_exponent=("18e", 18), e3=("e3", 3)),
-    # signs and separators
+    # Signs and separators.
     **_nothing(
         two_signs="--5", mixed_signs="+-5", many_signs="-" * 99 + "5", two_minuses="-−5", list_glued="1,2,3", grouped_2="1,23", grouped_0="0,123",
         grouped_late="1234,567", two_points="1.2.3", version="10.0.0.1", two_bars="1/2/3", over_zero="3/0", over_zeros="3/000", date="2024/01/02",
@@ -69,7 +77,7 @@ ANSWERS = {
         ratio=("5:7", 7), negative_below=("3/ -4", -4), semicolon=("5;6", 6), money_after=("18$", 18), apples=("5 apples", 5), not_equal=("!=5", 5),
         about=("~5", 5), less=("<5", 5), plus_minus=("±5", 5), chain=("2=x=5", 5),
     ),
-    # texts behind a number that are no units, though TeX shows them
+    # Texts after a number that are not units, although TeX shows them.
     **_ends(
         text_zeros=(r"5\text{00}", "0"), text_point=(r"5\text{.5}", "1/2"), text_million=(r"5\text{ million}", 5), text_or=(r"5\text{ or six}", 5),
         text_half=(r"5\text{ and a half}", 5), text_factorial=(r"5\text{!}", 5), text_imaginary=(r"5\mathrm{i}", 5), text_e=(r"5\mathrm{e}", 5),
@@ -80,7 +88,7 @@ ANSWERS = {
         text_over_e=(r"5\mathrm{c/e}", 5), text_word=(r"5\text{ point five}", 5), text_base=(r"5\text{ base six}", 5), text_below_zero=(r"5\text{ below zero}", 5),
         text_twice=(r"5\text{ cm}\text{ cm}", 5), text_below=(r"5\mathrm{_2}", 2), text_sum=(r"5\text{ cm}+\frac{1}{2}", "1/2"),
     ),
-    # other scripts and look-alikes
+    # Other scripts and look-alikes.
     **_nothing(
         full_width="１８", arabic="١٨", arabic_extended="۱۸", devanagari="१८", thai="๑๘", bold="𝟏𝟖", double_struck="𝟙𝟠", monospace="𝟷𝟾", segmented="🯱🯸",
         mixed_scripts="1８", mixed_back="１8", superscripts="¹⁸", square="5²", subscript="5₂", half="½", one_and_half="1½", fraction_slash="3⁄4",
@@ -90,7 +98,7 @@ ANSWERS = {
         cyrillic="ооо", greek="ο", keycap="5\ufe0f\u20e3", struck="1\u03368\u0336", crossed="5\u0338", accent="5\u0301", enclosed="5\u20dd",
     ),
     **_ends(digit_o=("1O", 1), letter_l=("l8", 8), full_width_sum=("2＋3", 3), ring=("①8", 8), emoji=("💯5", 5), full_width_slash=("3／4", 4), colon=("3∶4", 4)),
-    # what is not seen
+    # Invisible characters.
     **_nothing(
         joined="1\u200d8", zero_width="1\u200b8", non_joiner="1\u200c8", word_joiner="1\u20608", soft_hyphen="1\u00ad8", bom_inside="1\ufeff8",
         override_inside="1\u202e8", isolate_inside="1\u20668", marks_inside="1\u200f\u200e8", nul="\0", controls="\x01\x02\x7f", surrogate="\ud800",
@@ -102,7 +110,7 @@ ANSWERS = {
         carriage_return=("17\r18", 18), vertical_tab=("17\v18", 18), form_feed=("17\f18", 18), next_line=("17\x8518", 18), line_separator=("17\u202818", 18),
         paragraph=("17\u202918", 18),
     ),
-    # numbers after all
+    # Numbers in unusual spellings.
     **_number(
         crlf=("18\r", 18), line_end=("18\u2028", 18), ideographic_space=("\u300018\u3000", 18), no_break=("\u00a018\u00a0", 18), zeros=("0" * 150 + "18", 18),
         unicode_minus=("−18", -18), minus_zero=("-0", 0), zero_exponent=("18e-0", 18), unicode_exponent=("18e−1", "9/5"), digits_200=("9" * 200, 10**200 - 1),
@@ -121,7 +129,7 @@ ANSWERS = {
     "thousands": Answer(r"1{,}234", Fraction(1234), Fraction(234)),
 }  # fmt: skip
 
-# Repeated to any length. What is read in linear time twice as long takes twice as long.
+# Texts to repeat to any length. A reader in linear time takes twice as long for twice the length.
 UNITS = {
     "digits": "9", "zeros": "0", "foreign_digits": "５", "open": "{", "close": "}", "pairs": "{}", "parentheses": "(", "hashes": "#", "markers": "####",
     "marked": "#### 1\n", "boxes": r"\boxed{", "boxed": r"\boxed{1}", "grouped": "1,", "groups": ",123", "python_groups": "1_", "points": ".", "decimals": "1.",
@@ -133,9 +141,44 @@ UNITS = {
     "narrow": "1\u202f", "nul": "\0", "surrogates": "\ud800", "emoji": "👩‍👩‍👧", "towers": "9**", "minuses": "- ", "looks": "–",
 }  # fmt: skip
 
-# A data set's own answers can be as bad. Each is either refused, by ValueError, or a reference that nothing hostile equals.
+# References of a data set can be hostile too. Each either raises ValueError, or is a reference that equals no hostile answer.
 REFERENCES = [
     None, "", " ", "nan", "inf", "-Infinity", float("nan"), float("inf"), "1e999", "--5", "1,2,3", "3/0", "9**9**9", "(" * 10_000, "9" * 1_000_000,
     "{" * 100_000, r"\boxed{" * 10_000, "#### ", r"\boxed{}", "\0", "\ud800", "１８", "__import__('os').system('touch hacked')", 10**400, 10**5000, -(10**400),
     Fraction(10**400, 3), Fraction(1, 10**400), 1e300, 5e-324, b"18", [18], {}, object, complex(1, 1),
 ]  # fmt: skip
+
+
+def call_reward(reward, texts, reference):
+    """Returns the rewards of texts, all with one reference."""
+    return reward(
+        prompts=[""] * len(texts), completions=texts, completion_ids=[[]] * len(texts), answer=[reference] * len(texts)
+    )
+
+
+def call_many_answers(texts, constraint):
+    """Returns the rewards `many_answers` of texts, all with one constraint."""
+    return many_answers_reward(completions=texts, **{name: [value] * len(texts) for name, value in constraint.items()})
+
+
+def call_all(text):
+    """Returns the results of every function that reads a completion in this process."""
+    return (
+        [extract_answer(text, fallback=fallback) for fallback in (None, "last_number")],
+        parse_number(text),
+        numeric_verdict(text, 18, fallback="last_number"),
+        accuracy_reward(completions=[text], answer=["18"]),
+        last_number_reward(completions=[text], answer=["18"]),
+        last_number_reward.answer_of(text, {}),
+        format_reward(completions=[text]),
+        strict_reward(completions=[text], answer=["18"]),
+        judge_reward(completions=[text], answer=["18"]),
+        call_many_answers([text], SUMS),
+        many_answers_reward.answer_of(text, {}),
+        evaluation.final_answer(text, {}),
+    )
+
+
+def braces_close(text):
+    """Returns whether every brace of a text is closed, so that a box around it ends after it."""
+    return text.count("{") == text.count("}") and not text.endswith("\\")

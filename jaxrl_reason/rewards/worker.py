@@ -1,0 +1,127 @@
+"""The program of a worker process, which `pool` runs as a script: `python worker.py FILE_DESCRIPTOR`.
+
+The worker receives its import path, then (function, initializer, memory limit), then one item after another. It answers
+each with one line of JSON, [kind, value, error text]: "ready" or "failed" after its start, "ok", "none" or "error"
+after an item.
+"""
+
+import fcntl
+import io
+import json
+import math
+import multiprocessing.connection
+from multiprocessing.reduction import ForkingPickler
+import os
+import pathlib
+import resource
+import signal
+import sys
+from typing import Any, TextIO
+
+MAX_STDERR = 10_000  # characters that a worker may print to stderr
+MAX_REPORT_BYTES = 2**24  # keeps a worker that a hostile item took over from filling the parent's memory
+_F_SETSIG = 10  # a Linux constant that Python's fcntl does not name
+
+
+def _serve(connection: multiprocessing.connection.Connection) -> None:
+    _end_with_parent()
+    sys.stderr = _Limited(sys.stderr, MAX_STDERR)
+    try:
+        sys.path[:] = connection.recv()
+        function, initializer, memory_mb = connection.recv()
+        if initializer is not None:
+            initializer()
+        _limit_memory(memory_mb)
+    except BaseException as error:
+        _write(connection, _packed_report("failed", words=_words(error)))
+        return
+    _write(connection, _packed_report("ready"))
+    while True:
+        payload = connection.recv_bytes()
+        try:
+            value = function(ForkingPickler.loads(payload))
+            if not (value is None or isinstance(value, (str, list))):
+                value = float(value)
+                if not math.isfinite(value):
+                    raise ValueError(f"the function returned {value}, which is not a finite number")
+            report = _packed_report("none" if value is None else "ok", value)
+        except BaseException as error:  # not Exception: math-verify's timeouts derive from BaseException
+            report = _packed_report("error", words=_words(error))
+        _write(connection, report)
+
+
+def _write(connection: multiprocessing.connection.Connection, report: bytes) -> None:
+    while report:
+        report = report[os.write(connection.fileno(), report) :]
+
+
+def _packed_report(kind: str, value: Any = None, words: str = "") -> bytes:
+    # JSON, because a worker that a hostile item took over must not make the parent unpickle anything.
+    report = json.dumps([kind, value, words], allow_nan=False).encode()
+    if len(report) > MAX_REPORT_BYTES:
+        raise ValueError(f"the function returned {len(report)} bytes; at most {MAX_REPORT_BYTES} are read")
+    return report + b"\n"  # marks the end: a line of JSON contains no line break
+
+
+def _words(error: BaseException) -> str:
+    try:
+        words = f"{type(error).__name__}: {error}"
+    except BaseException:  # the error's own __str__ may raise
+        words = type(error).__name__
+    return words[:300].encode("ascii", "backslashreplace").decode()
+
+
+def _end_with_parent() -> None:
+    """Makes the kernel end this process and its child processes when the parent's end of stdin closes.
+
+    An idle worker would notice that its connection closed. A worker in a long computation in C, which no thread or
+    Python handler can interrupt, would go on for hours. The kernel sends SIGIO when the state of stdin changes, and
+    SIGIO ends a process by default. On Linux the whole process group gets SIGKILL instead, which also ends a stopped
+    process.
+    """
+    for asked_to_end in (signal.SIGINT, signal.SIGTERM):  # sent to all processes at once; the run decides when to end
+        signal.signal(asked_to_end, signal.SIG_IGN)
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    if sys.platform == "linux":
+        fcntl.fcntl(0, _F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(0, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
+
+
+class _Limited(io.TextIOBase):
+    """A text stream that drops everything after some characters, so that the prints of an item fill no log."""
+
+    def __init__(self, stream: TextIO, characters: int):
+        self._stream, self._left = stream, characters
+
+    def write(self, text: str) -> int:
+        if self._left > 0:
+            self._stream.write(text[: self._left])
+            self._left -= len(text)
+            if self._left <= 0:
+                self._stream.write("\n[further output of this worker process is dropped]\n")
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+
+def _limit_memory(memory_mb: int) -> None:
+    held = pathlib.Path("/proc/self/statm")
+    if held.exists():  # other systems than Linux do not enforce this limit
+        address_space = int(held.read_text().split()[0]) * resource.getpagesize() + memory_mb * 2**20
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        limit = address_space if hard == resource.RLIM_INFINITY else min(address_space, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+if __name__ == "__main__":
+    try:
+        _serve(multiprocessing.connection.Connection(int(sys.argv[1])))
+    except (EOFError, OSError):  # the parent closed the connection
+        pass
+    finally:
+        os._exit(0)  # at once: an orderly exit would wait for threads that an item left running
