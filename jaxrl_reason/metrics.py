@@ -82,7 +82,7 @@ def value_density(correct: ArrayLike, values: ArrayLike, lengths: ArrayLike) -> 
       ValueError: the shapes differ, or a value is negative or not finite.
 
     Example:
-      >>> value_density([True, False], [0.3, 0.1], [10, 20])
+      >>> value_density([True, False], [0.5, 0.5], [5, 15])
       5.0
     """
     lengths, _ = _pair("lengths", lengths, "values", values)
