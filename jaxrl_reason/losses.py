@@ -142,8 +142,8 @@ def policy_loss(
 
     With rho = exp(logprobs - old_logprobs) and A the advantage, the loss of a token is, by `ratio`:
 
-      "token":    max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)), PPO, arXiv 1707.06347, eq. 7. With dual_clip c,
-                  tokens with A < 0 have min(that, -A c), arXiv 1912.09729, eq. 4.
+      "token":    l = max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)), PPO, arXiv 1707.06347, eq. 7. With
+                  dual_clip c, tokens with A < 0 have min(l, -A c), arXiv 1912.09729, eq. 4.
       "sequence": the same with rho = exp(mean log ratio of the completion's tokens), GSPO, arXiv 2507.18071, eq. 7.
       "cispo":    -stop_gradient(min(rho, 1 + clip_high)) A logprobs, arXiv 2506.13585, eq. 4. The clipped ratio is a
                   constant weight, so every token keeps a gradient. clip_low is not used.

@@ -161,7 +161,8 @@ def mix_self_reward(tau: float = 0.1, min_std: float = 0.1) -> AdvantageTransfor
     """Computes LaSeR's mixed advantage (1 - tau) A + tau A_s, arXiv 2510.14943.
 
     A_s standardizes (std1) the self-rewards, clipped to [0, 1], within each group. A group whose std is at most min_std
-    keeps A. A completion without a self-reward (truncated, or not finite) counts as 0, in the statistics and for itself.
+    keeps A. A completion without a self-reward (truncated, or not finite) counts as 0, in the statistics and for
+    itself.
 
     Args:
       tau: share of the self-reward, in [0, 1].

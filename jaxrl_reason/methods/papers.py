@@ -116,8 +116,8 @@ def laser(
 def rlev(estimator: Method, *, alpha: float = 10.0, clip: float = 1.0, scale_on: str = "") -> Extension:
     """Builds RLEV, arXiv 2510.20187: the human value v of a prompt scales its part, s = 1 + min(alpha v, clip).
 
-    s multiplies the reward. If the base divides by the std of a group or compares with a greedy reward, s multiplies the
-    advantage.
+    s multiplies the reward. If the base divides by the std of a group or compares with a greedy reward, s multiplies
+    the advantage.
     """
     needs_advantage = estimator.divides_by_group_std or "greedy_rewards" in estimator.signals
     place = _place_of_weight("rlev", "scale_on", scale_on, estimator, "advantage" if needs_advantage else "reward")

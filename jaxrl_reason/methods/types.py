@@ -46,8 +46,8 @@ class PolicyLoss:
       clip_low, clip_high, dual_clip, ratio, aggregation: see `losses.policy_loss`.
       constant: length that divides each completion with aggregation "constant"; None means T.
       self_reward: LaSeR's extra loss, or None.
-      expert_coefficient: weight of GenRe2's dense expert term: cross-entropy on the digits that bring a generated prefix
-        nearest to the target.
+      expert_coefficient: weight of GenRe2's dense expert term: cross-entropy on the digits that bring a generated
+        prefix nearest to the target.
     """
 
     clip_low: float = 0.2
