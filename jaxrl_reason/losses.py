@@ -1,15 +1,17 @@
-"""Policy losses, KL estimators and how tokens are averaged. Pure functions of log-probabilities.
+"""Policy losses, KL estimators and aggregations: pure functions of log-probabilities.
 
-Shapes: P prompts, G completions each, T tokens each. Denominators are global: a caller that sees only
-part of a batch (a microbatch) passes the `Totals` of the whole, and partial losses then add up to the
-loss of the whole batch, gradients and metrics included.
+P prompts have G completions of T tokens each, V is the size of the vocabulary. A mask is nonzero on the entries that
+count, in any dtype. Denominators are global: a caller with a part of a batch (a microbatch) passes the counts of the
+whole batch, and the losses, gradients and metrics of the parts add up to the batch's.
 """
 
 from typing import NamedTuple
 
 import chex
 import jax
+from jax import Array
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int, Shaped
 
 RATIOS = ("token", "sequence", "cispo", "none")
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")
@@ -17,35 +19,57 @@ KL_KINDS = ("k1", "k2", "k3")
 
 
 class Totals(NamedTuple):
-    """What the losses of a batch are divided by; f32 scalars, at least 1.
+    """The denominators of the losses of a batch, each at least 1.
 
     Attributes:
-      tokens: unmasked tokens.
-      sequences: completions with at least one unmasked token.
+      tokens: number of unmasked tokens.
+      sequences: number of completions with at least one unmasked token.
     """
 
-    tokens: jax.Array
-    sequences: jax.Array
+    tokens: Float[Array, ""]
+    sequences: Float[Array, ""]
 
 
-def totals(mask: jax.Array) -> Totals:
-    """Counts of mask [P, G, T]."""
+def totals(mask: Shaped[Array, "P G T"]) -> Totals:
+    """Returns the counts of a mask.
+
+    Example:
+      >>> tokens, sequences = totals(jnp.array([[[1, 1, 0], [0, 0, 0]]]))
+      >>> print(tokens, sequences)
+      2.0 1.0
+    """
     mask = mask.astype(bool)
     return Totals(
         jnp.maximum(mask.sum(), 1).astype(jnp.float32), jnp.maximum(mask.any(axis=-1).sum(), 1).astype(jnp.float32)
     )
 
 
-def masked_sum(values: jax.Array, mask: jax.Array, axis=None) -> jax.Array:
-    """Sum over unmasked entries; masked ones may hold NaN or inf."""
+def masked_sum(values: Shaped[Array, "..."], mask: Bool[Array, "..."], axis: int | None = None) -> Array:
+    """Sums the unmasked entries; masked ones may hold NaN or inf.
+
+    Example:
+      >>> print(masked_sum(jnp.array([1.0, jnp.nan, 2.0]), jnp.array([True, False, True])))
+      3.0
+    """
     return jnp.where(mask, values, 0.0).sum(axis=axis)
 
 
-def drop_nonfinite(mask: jax.Array, *logprobs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Masks completions that hold a non-finite log-probability on an unmasked token, and counts them.
+def drop_nonfinite(
+    mask: Shaped[Array, "P G T"], *logprobs: Float[Array, "P G T"]
+) -> tuple[Bool[Array, "P G T"], Float[Array, ""]]:
+    """Masks the completions that have a non-finite log-probability on an unmasked token.
+
+    Args:
+      mask: the tokens that count.
+      *logprobs: log-probabilities under any number of policies.
 
     Returns:
-      (bool[P, G, T], f32 scalar).
+      The mask without those completions, and their number.
+
+    Example:
+      >>> mask, dropped = drop_nonfinite(jnp.ones((1, 2, 2)), jnp.array([[[-1.0, -2.0], [-1.0, jnp.nan]]]))
+      >>> print(mask[0, :, 0], dropped)
+      [ True False] 1.0
     """
     mask = mask.astype(bool)
     broken = jnp.zeros((*mask.shape[:-1], 1), bool)
@@ -55,30 +79,39 @@ def drop_nonfinite(mask: jax.Array, *logprobs: jax.Array) -> tuple[jax.Array, ja
 
 
 def aggregate(
-    values: jax.Array, mask: jax.Array, kind: str, constant: float | None = None, total: Totals | None = None
-) -> jax.Array:
-    """Averages per-token values [P, G, T] over a batch.
+    values: Shaped[Array, "P G T"],
+    mask: Shaped[Array, "P G T"],
+    kind: str,
+    constant: float | None = None,
+    total: Totals | None = None,
+) -> Float[Array, ""]:
+    """Averages values of tokens over a batch. Completions without an unmasked token do not count.
 
     Args:
-      values: f32[P, G, T].
-      mask: [P, G, T].
-      kind: "token_mean": sum / tokens. "sequence_mean": mean over completions of their token means.
-        "sequence_sum": mean over completions of their sums. "constant": sum / constant.
-      constant: the denominator of "constant". None: completions * T, which is Dr.GRPO's (T is the
-        maximal completion length; a completion that is masked out entirely does not count).
-      total: the counts of the whole batch, where `values` is a part of it.
+      values: one number per token; masked tokens may hold NaN.
+      mask: the tokens that count.
+      kind: "token_mean": sum / tokens. "sequence_mean": mean over completions of the means over their tokens.
+        "sequence_sum": mean over completions of the sums over their tokens. "constant": sum / (completions * constant).
+      constant: the length that divides each completion, for "constant" only. None means T, the maximal length:
+        Dr.GRPO, arXiv 2503.20783.
+      total: counts of the whole batch, if `values` is a part of it.
 
-    Returns:
-      f32 scalar.
+    Raises:
+      ValueError: kind is unknown, or constant is not positive or given with another kind.
+
+    Example:
+      >>> losses, mask = jnp.array([[[4.0, 0.0], [1.0, 3.0]]]), jnp.array([[[1, 0], [1, 1]]])
+      >>> print(aggregate(losses, mask, "sequence_mean"), aggregate(losses, mask, "constant", constant=8))
+      3.0 0.5
     """
     chex.assert_rank([values, mask], 3)
     chex.assert_equal_shape([values, mask])
     mask = mask.astype(bool)
     total = totals(mask) if total is None else total
     if constant is not None and kind != "constant":
-        raise ValueError(
-            f"constant={constant} has no effect with aggregation={kind!r}; it goes with aggregation='constant'."
-        )
+        raise ValueError(f"constant={constant} has no effect with aggregation={kind!r}; set aggregation='constant'.")
+    if constant is not None and constant <= 0:
+        raise ValueError(f"constant is {constant}; it is a length in tokens and must be positive.")
     if kind == "token_mean":
         return masked_sum(values, mask) / total.tokens
     if kind == "sequence_mean":
@@ -87,17 +120,15 @@ def aggregate(
     if kind == "sequence_sum":
         return masked_sum(values, mask) / total.sequences
     if kind == "constant":
-        if constant is not None and constant <= 0:
-            raise ValueError(f"constant is {constant}; a denominator must be positive.")
-        return masked_sum(values, mask) / (total.sequences * mask.shape[-1] if constant is None else constant)
+        return masked_sum(values, mask) / (total.sequences * (mask.shape[-1] if constant is None else constant))
     raise ValueError(f"aggregation is {kind!r}; it must be one of {AGGREGATIONS}.")
 
 
 def policy_loss(
-    logprobs: jax.Array,
-    old_logprobs: jax.Array,
-    advantages: jax.Array,
-    mask: jax.Array,
+    logprobs: Float[Array, "P G T"],
+    old_logprobs: Float[Array, "P G T"],
+    advantages: Float[Array, "P G"] | Float[Array, "P G T"],
+    mask: Shaped[Array, "P G T"],
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
@@ -106,71 +137,47 @@ def policy_loss(
     aggregation: str = "token_mean",
     constant: float | None = None,
     total: Totals | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The clipped policy-gradient loss and its relatives.
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Computes the clipped policy-gradient loss. A completion with a non-finite log-probability is left out.
 
-    With rho = exp(logprobs - old_logprobs) and A the advantage, per token:
+    With rho = exp(logprobs - old_logprobs) and A the advantage, the loss of a token is, by `ratio`:
 
-      "token":    max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)), PPO, arXiv 1707.06347, eq. 7;
-                  with dual_clip c, where A < 0: min(that, -A c), arXiv 1912.09729, eq. 4.
-      "sequence": the same with rho = exp(mean over the completion's tokens of the log ratio), GSPO,
-                  arXiv 2507.18071, eq. 7.
-      "cispo":    -stop_gradient(min(rho, 1 + clip_high)) A logprobs, arXiv 2506.13585, eq. 4: the clipped
-                  ratio is a constant weight, so every token keeps a gradient. clip_low is not used.
-      "none":     -A logprobs (REINFORCE); nothing is clipped.
-
-    A completion with a non-finite log-probability on an unmasked token is left out and counted.
+      "token":    l = max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)), PPO, arXiv 1707.06347, eq. 7. With
+                  dual_clip c, tokens with A < 0 have min(l, -A c), arXiv 1912.09729, eq. 4.
+      "sequence": the same with rho = exp(mean log ratio of the completion's tokens), GSPO, arXiv 2507.18071, eq. 7.
+      "cispo":    -stop_gradient(min(rho, 1 + clip_high)) A logprobs, arXiv 2506.13585, eq. 4. The clipped ratio is a
+                  constant weight, so every token keeps a gradient. clip_low is not used.
+      "none":     -A logprobs, REINFORCE; nothing is clipped.
 
     Args:
-      logprobs: f32[P, G, T] under the policy being trained.
-      old_logprobs: f32[P, G, T] under the policy that sampled.
-      advantages: f32[P, G] or f32[P, G, T], constants.
-      mask: [P, G, T], 1 on tokens that count; masked positions may hold NaN.
+      logprobs: log-probabilities under the policy that is trained.
+      old_logprobs: log-probabilities under the policy that sampled, constants.
+      advantages: constants.
+      mask: the tokens that count; masked tokens may hold NaN.
       clip_low, clip_high, dual_clip, ratio: see above.
       aggregation, constant, total: see `aggregate`.
 
     Returns:
-      The loss, an f32 scalar, and metrics: `clip_ratio/low_mean`, `clip_ratio/high_mean`,
-      `clip_ratio/region_mean` (shares of tokens on which clipping stops the gradient, or caps the weight)
-      and `nonfinite_completions`.
+      The loss, and metrics: the number of completions left out (`nonfinite_completions`), and the shares of tokens on
+      which clipping stops the gradient or caps the weight (`clip_ratio/low_mean`, `high_mean`, `region_mean`).
 
     Raises:
-      ValueError: an unknown ratio or aggregation, or dual_clip <= 1.
+      ValueError: ratio or aggregation is unknown, or dual_clip <= 1.
+
+    Example:
+      >>> old, advantages = jnp.log(jnp.array([[[0.5, 0.5], [0.5, 0.5]]])), jnp.array([[1.0, -1.0]])
+      >>> loss, metrics = policy_loss(old + 0.3, old, advantages, jnp.ones((1, 2, 2)))
+      >>> print(loss.round(3), metrics["clip_ratio/high_mean"])
+      0.075 0.5
     """
-    if ratio not in RATIOS:
-        raise ValueError(f"ratio is {ratio!r}; it must be one of {RATIOS}.")
-    if dual_clip is not None and dual_clip <= 1:
-        raise ValueError(f"dual_clip is {dual_clip}; it must be greater than 1.")
     chex.assert_rank([logprobs, old_logprobs, mask], 3)
     chex.assert_equal_shape([logprobs, old_logprobs, mask])
     chex.assert_rank(advantages, {2, 3})
     chex.assert_equal_shape_prefix([logprobs, advantages], advantages.ndim)
-
     mask, dropped = drop_nonfinite(mask, logprobs, old_logprobs)
-    # Cleaned before anything is computed from them: a gradient through where() alone would still be NaN.
-    logprobs = jnp.where(mask, logprobs.astype(jnp.float32), 0.0)
-    old_logprobs = jax.lax.stop_gradient(jnp.where(mask, old_logprobs.astype(jnp.float32), 0.0))
-    advantages = advantages[..., None] if advantages.ndim == 2 else advantages
-    advantages = jax.lax.stop_gradient(jnp.where(mask, advantages.astype(jnp.float32), 0.0))
-
-    log_ratio = logprobs - old_logprobs
-    if ratio == "sequence":
-        lengths = jnp.maximum(mask.sum(axis=-1, keepdims=True), 1)
-        log_ratio = jnp.broadcast_to(log_ratio.sum(axis=-1, keepdims=True) / lengths, mask.shape)
-    rho = jnp.exp(jnp.minimum(log_ratio, 80.0))  # beyond it exp overflows, and 0 * inf is NaN
-    low, high = jnp.zeros_like(mask), jnp.zeros_like(mask)
-    if ratio == "none":
-        per_token = -advantages * logprobs
-    elif ratio == "cispo":
-        per_token = -jax.lax.stop_gradient(jnp.minimum(rho, 1 + clip_high)) * advantages * logprobs
-        high = rho > 1 + clip_high
-    else:
-        per_token = jnp.maximum(-advantages * rho, -advantages * jnp.clip(rho, 1 - clip_low, 1 + clip_high))
-        if dual_clip is not None:
-            per_token = jnp.where(advantages < 0, jnp.minimum(per_token, -advantages * dual_clip), per_token)
-        low = (rho < 1 - clip_low) & (advantages < 0)
-        high = (rho > 1 + clip_high) & (advantages > 0)
-
+    per_token, low, high = _token_losses(
+        logprobs, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip, ratio
+    )
     total = totals(mask) if total is None else total
     share = lambda x: masked_sum(x.astype(jnp.float32), mask) / total.tokens
     metrics = {
@@ -182,14 +189,68 @@ def policy_loss(
     return aggregate(per_token, mask, aggregation, constant, total), metrics
 
 
-def kl_penalty(logprobs: jax.Array, ref_logprobs: jax.Array, kind: str = "k3") -> jax.Array:
-    """Per-token estimate of KL(policy || reference) from sampled tokens; f32, shape of logprobs.
+def _token_losses(
+    logprobs: Float[Array, "P G T"],
+    old_logprobs: Float[Array, "P G T"],
+    advantages: Float[Array, "P G"] | Float[Array, "P G T"],
+    mask: Bool[Array, "P G T"],
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    ratio: str,
+) -> tuple[Float[Array, "P G T"], Bool[Array, "P G T"], Bool[Array, "P G T"]]:
+    """Computes the loss of each token by `policy_loss`, and whether the lower and the upper clip act on it."""
+    if ratio not in RATIOS:
+        raise ValueError(f"ratio is {ratio!r}; it must be one of {RATIOS}.")
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"dual_clip is {dual_clip}; it must be greater than 1.")
+    # Cleaned before anything is computed from them: a gradient through jnp.where alone would still be NaN.
+    logprobs = jnp.where(mask, logprobs.astype(jnp.float32), 0.0)
+    old_logprobs = jax.lax.stop_gradient(jnp.where(mask, old_logprobs.astype(jnp.float32), 0.0))
+    advantages = advantages[..., None] if advantages.ndim == 2 else advantages
+    advantages = jax.lax.stop_gradient(jnp.where(mask, advantages.astype(jnp.float32), 0.0))
+    log_ratio = logprobs - old_logprobs
+    if ratio == "sequence":
+        lengths = jnp.maximum(mask.sum(axis=-1, keepdims=True), 1)
+        log_ratio = jnp.broadcast_to(log_ratio.sum(axis=-1, keepdims=True) / lengths, mask.shape)
+    rho = jnp.exp(jnp.minimum(log_ratio, 80.0))  # beyond it exp overflows, and 0 * inf is NaN
+    never = jnp.zeros_like(mask)
+    if ratio == "none":
+        return -advantages * logprobs, never, never
+    if ratio == "cispo":
+        weight = jax.lax.stop_gradient(jnp.minimum(rho, 1 + clip_high))
+        return -weight * advantages * logprobs, never, rho > 1 + clip_high
+    per_token = jnp.maximum(-advantages * rho, -advantages * jnp.clip(rho, 1 - clip_low, 1 + clip_high))
+    if dual_clip is not None:
+        per_token = jnp.where(advantages < 0, jnp.minimum(per_token, -advantages * dual_clip), per_token)
+    return per_token, (rho < 1 - clip_low) & (advantages < 0), (rho > 1 + clip_high) & (advantages > 0)
 
-    With d = logprobs - ref_logprobs: k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1 (Schulman, "Approximating
-    KL divergence", 2020). All three have the *gradient* of k2, d * grad(logprobs), whose expectation
-    over the policy's samples is the gradient of KL(policy || reference). Differentiated naively, k1 has
-    gradient 0 in expectation and k3 that of KL(reference || policy) (arXiv 2506.09477). Where an input is
-    not finite the result is NaN, and its gradient 0.
+
+def kl_penalty(
+    logprobs: Float[Array, "P G T"], ref_logprobs: Float[Array, "P G T"], kind: str = "k3"
+) -> Float[Array, "P G T"]:
+    """Estimates KL(policy || reference) of each token from sampled tokens.
+
+    With d = logprobs - ref_logprobs: k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1 (Schulman, "Approximating KL
+    divergence", 2020). All three have the *gradient* of k2, d * grad(logprobs): its expectation over the policy's
+    samples is the gradient of KL(policy || reference). A naive derivative of k1 is 0 in expectation, and of k3 it is
+    that of KL(reference || policy) (arXiv 2506.09477).
+
+    Args:
+      logprobs: log-probabilities under the policy that is trained.
+      ref_logprobs: log-probabilities under the reference policy, constants.
+      kind: "k1", "k2" or "k3".
+
+    Returns:
+      float32. NaN with gradient 0 for a token with an input that is not finite.
+
+    Raises:
+      ValueError: kind is unknown.
+
+    Example:
+      >>> logprobs, ref_logprobs = jnp.array([[[-1.0, -1.3]]]), jnp.array([[[-1.3, -1.0]]])
+      >>> print(kl_penalty(logprobs, ref_logprobs, "k1").round(3))
+      [[[ 0.3 -0.3]]]
     """
     if kind not in KL_KINDS:
         raise ValueError(f"KL kind is {kind!r}; it must be one of {KL_KINDS}.")
@@ -203,12 +264,19 @@ def kl_penalty(logprobs: jax.Array, ref_logprobs: jax.Array, kind: str = "k3") -
     return jnp.where(finite, jax.lax.stop_gradient(value - k2) + k2, jnp.nan)
 
 
-def token_logprobs(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of each token and entropy of its law, in nats: f32[...], f32[...].
+def token_logprobs(
+    logits: Float[Array, "*batch V"], tokens: Int[Array, "*batch"]
+) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
+    """Computes the log-probability of each token and the entropy of its distribution, in nats and float32.
 
     Args:
-      logits: f32[..., V], already divided by the temperature, -inf on illegal tokens.
-      tokens: int[...].
+      logits: already divided by the temperature, -inf on illegal tokens.
+      tokens: the chosen tokens.
+
+    Example:
+      >>> logprob, entropy = token_logprobs(jnp.log(jnp.array([[0.5, 0.25, 0.25]])), jnp.array([0]))
+      >>> print(jnp.exp(logprob), entropy.round(2))
+      [0.5] [1.04]
     """
     logits = logits.astype(jnp.float32)
     top = jax.lax.stop_gradient(logits.max(axis=-1))
@@ -221,44 +289,62 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax
 
 
 class ClassTotals(NamedTuple):
-    """How many completions a class-balanced loss is over; f32 scalars.
+    """The denominators of a class-balanced loss.
 
     Attributes:
-      right, wrong: valid completions of each verdict.
+      correct, incorrect: number of valid completions with each verdict.
     """
 
-    right: jax.Array
-    wrong: jax.Array
+    correct: Float[Array, ""]
+    incorrect: Float[Array, ""]
 
 
-def class_totals(verdicts: jax.Array, valid: jax.Array) -> ClassTotals:
-    """Counts of verdicts bool[P, G] where valid [P, G]."""
+def class_totals(verdicts: Shaped[Array, "P G"], valid: Shaped[Array, "P G"]) -> ClassTotals:
+    """Counts valid completions by verdict.
+
+    Args:
+      verdicts: nonzero for correct completions.
+      valid: nonzero for completions that count.
+
+    Example:
+      >>> print(*class_totals(jnp.array([[True, True, False]]), jnp.array([[True, False, True]])))
+      1.0 1.0
+    """
     verdicts, valid = verdicts.astype(bool), valid.astype(bool)
     return ClassTotals((valid & verdicts).sum().astype(jnp.float32), (valid & ~verdicts).sum().astype(jnp.float32))
 
 
 def self_reward_loss(
-    self_rewards: jax.Array, verdicts: jax.Array, valid: jax.Array, *, total: ClassTotals | None = None
-) -> jax.Array:
-    """LaSeR's class-balanced squared error of self-rewards against verdicts, arXiv 2510.14943.
+    self_rewards: Float[Array, "P G"],
+    verdicts: Shaped[Array, "P G"],
+    valid: Shaped[Array, "P G"],
+    *,
+    total: ClassTotals | None = None,
+) -> Float[Array, ""]:
+    """Computes LaSeR's class-balanced squared error of self-rewards against verdicts, arXiv 2510.14943.
 
-    sum_i w_i (r_i - v_i)^2 / N over valid completions, w = N / (2 N_right) or N / (2 N_wrong): each class weighs one half,
-    an empty one 0.
+    sum_i w_i (r_i - v_i)^2 / N over the N valid completions, with w = N / (2 N_correct) or N / (2 N_incorrect). Each
+    class weighs one half, an empty class 0.
 
     Args:
-      self_rewards: f32[P, G]; the gradient flows through them. Invalid ones may hold NaN.
-      verdicts: bool[P, G].
-      valid: [P, G], 1 on completions that count: those that ended.
-      total: the counts of the whole batch, where these are a part of it.
+      self_rewards: the gradient flows through them; invalid ones may hold NaN.
+      verdicts: nonzero for correct completions.
+      valid: nonzero for completions that ended; only they count.
+      total: counts of the whole batch, if the completions are a part of it.
 
     Returns:
-      f32 scalar; 0 where nothing is valid.
+      The loss; 0 if no completion is valid.
+
+    Example:
+      >>> rewards, verdicts = jnp.array([[1.0, 0.0, 0.5, -0.2]]), jnp.array([[True, False, True, False]])
+      >>> print(self_reward_loss(rewards, verdicts, jnp.ones((1, 4))).round(4))
+      0.0725
     """
     chex.assert_rank([self_rewards, verdicts, valid], 2)
     chex.assert_equal_shape([self_rewards, verdicts, valid])
     verdicts, valid = verdicts.astype(bool), valid.astype(bool)
     total = class_totals(verdicts, valid) if total is None else total
     error = jnp.square(jnp.where(valid, self_rewards.astype(jnp.float32), 0.0) - verdicts)
-    right, wrong = masked_sum(error, valid & verdicts), masked_sum(error, valid & ~verdicts)
+    correct, incorrect = masked_sum(error, valid & verdicts), masked_sum(error, valid & ~verdicts)
     # N cancels: N / (2 N_class) / N.
-    return (right / jnp.maximum(total.right, 1) + wrong / jnp.maximum(total.wrong, 1)) / 2
+    return (correct / jnp.maximum(total.correct, 1) + incorrect / jnp.maximum(total.incorrect, 1)) / 2

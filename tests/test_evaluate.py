@@ -285,7 +285,7 @@ def test_every_number_follows_from_the_completions(trained, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_of_an_estimator_of_ones_own(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(methods, "_REGISTRY", dict(methods._REGISTRY))
+    monkeypatch.setattr(methods.registry, "_ESTIMATORS", dict(methods.registry._ESTIMATORS))
     rows = write_rows(tmp_path / "rows.jsonl", DIGITS)
     (tmp_path / "recipe.py").write_text(
         "from jaxrl_reason.advantages import center_by_group\nfrom jaxrl_reason.methods import Method, PolicyLoss, register\n"
@@ -293,7 +293,7 @@ def test_a_run_of_an_estimator_of_ones_own(tmp_path, monkeypatch, capsys):
     )
     config_lib.load_module(tmp_path / "recipe.py")
     train.train(train.setup(tiny(rows, steps=1, method={"name": "centered"}), tmp_path / "run"))
-    methods._REGISTRY.pop("centered")  # as in another process
+    methods.registry._ESTIMATORS.pop("centered")  # as in another process
     assert evaluate.main([f"--workdir={tmp_path / 'run'}"]) == 2
     assert "'centered'" in capsys.readouterr().err
     assert evaluate.main([f"--workdir={tmp_path / 'run'}", f"--config={tmp_path / 'recipe.py'}"]) == 0

@@ -1,4 +1,4 @@
-"""Losses against numbers worked by hand, float64 loops over tokens, and finite differences of those loops."""
+"""Losses against numbers worked by hand, float64 loops over tokens, and finite differences of the loops."""
 
 import functools
 import itertools
@@ -24,9 +24,10 @@ either_way = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "j
 every_ratio = pytest.mark.parametrize("ratio", ["token", "sequence", "cispo", "none"])
 every_aggregation = pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "sequence_sum", "constant"])
 BOTH = [dict(ratio=r, aggregation=a) for r, a in itertools.product(losses.RATIOS, losses.AGGREGATIONS)]
-SOME = [law for law in BOTH if law["ratio"] == "token" or law["aggregation"] == "token_mean"]
-every_law = pytest.mark.parametrize("law", BOTH, ids=lambda law: f"{law['ratio']}-{law['aggregation']}")
-some_laws = pytest.mark.parametrize("law", SOME, ids=lambda law: f"{law['ratio']}-{law['aggregation']}")
+BOTH.append(dict(ratio="token", aggregation="constant", constant=7.0))
+SOME = [case for case in BOTH if case["ratio"] == "token" or case["aggregation"] == "token_mean"]
+every_case = pytest.mark.parametrize("case", BOTH, ids=lambda case: "-".join(map(str, case.values())))
+some_cases = pytest.mark.parametrize("case", SOME, ids=lambda case: "-".join(map(str, case.values())))
 
 
 @functools.cache
@@ -38,13 +39,13 @@ def jitted(**options):
 
 
 def differentiate(batch, total=None, **options):
-    """(loss, d loss / d logprobs, metrics) of (logprobs, old, advantages, mask)."""
+    """Returns (loss, d loss / d logprobs, metrics) of (logprobs, old, advantages, mask)."""
     (loss, metrics), gradient = jitted(**options)(*map(jnp.asarray, batch), total)
     return float(loss), np.asarray(gradient), {k: float(v) for k, v in metrics.items()}
 
 
 def a_batch(seed=0, lengths=((3, 10), (1, 4), (7, 2), (5, 6)), T=10):
-    """float32 (logprobs, old, advantages [P, G], mask): ratios on both sides of every clip, A of both signs."""
+    """Returns float32 (logprobs, old, advantages [P, G], mask): ratios on both sides of every clip, A of both signs."""
     rng = np.random.default_rng(seed)
     mask = (np.arange(T) < np.array(lengths)[..., None]).astype(np.float32)
     logprobs = -rng.uniform(0.1, 3, mask.shape)
@@ -66,7 +67,7 @@ def reference(
     constant=None,
     weights=None,
 ):
-    """The loss in float64, a token at a time. `weights`: the log-probabilities that CISPO's weights are of."""
+    """Returns the loss in float64, token by token. CISPO's weights are those of the log-probabilities `weights`."""
     logprobs, old, adv = (np.asarray(x, np.float64) for x in (logprobs, old, adv))
     sums, lengths = [], []
     for p, g in np.ndindex(mask.shape[:2]):
@@ -98,7 +99,7 @@ def reference(
         return sum(s / n for s, n in zip(sums, lengths)) / len(sums)
     if aggregation == "sequence_sum":
         return sum(sums) / len(sums)
-    return sum(sums) / (constant or len(sums) * mask.shape[2])
+    return sum(sums) / (len(sums) * (constant or mask.shape[2]))
 
 
 def slope(function, x, step=1e-6):
@@ -158,19 +159,19 @@ def test_the_sequence_ratio_is_exp_of_the_mean_log_ratio(compiled):
 
 
 @pytest.mark.parametrize(
-    "law, extra",
-    [(law, {}) for law in BOTH]
+    "case, extra",
+    [(case, {}) for case in BOTH]
     + [
         ({"ratio": r, "aggregation": "token_mean"}, {"clip_low": 0.1, "clip_high": 0.4, "dual_clip": 1.5})
         for r in ("token", "sequence", "cispo")
     ],
     ids=lambda x: "-".join(map(str, x.values())),
 )
-def test_loss_and_gradient_are_those_of_the_definition(law, extra):
+def test_loss_and_gradient_follow_the_definition(case, extra):
     logprobs, old, adv, mask = batch = a_batch()
-    loss, gradient, _ = differentiate(batch, **law, **extra)
-    np.testing.assert_allclose(loss, reference(*batch, **law, **extra), rtol=1e-5, atol=1e-6)
-    moved = lambda x: reference(x, old, adv, mask, **law, **extra, weights=logprobs)
+    loss, gradient, _ = differentiate(batch, **case, **extra)
+    np.testing.assert_allclose(loss, reference(*batch, **case, **extra), rtol=1e-5, atol=1e-6)
+    moved = lambda x: reference(x, old, adv, mask, **case, **extra, weights=logprobs)
     np.testing.assert_allclose(gradient, slope(moved, logprobs), rtol=1e-4, atol=1e-6)
     assert np.abs(gradient).max() > 1e-3 and (gradient[mask == 0] == 0).all()
 
@@ -181,7 +182,7 @@ def test_advantages_may_be_per_token(ratio):
     adv = np.random.default_rng(1).normal(size=mask.shape).astype(np.float32)
     loss, gradient, _ = differentiate((logprobs, old, adv, mask), ratio=ratio, aggregation="token_mean")
     np.testing.assert_allclose(loss, reference(logprobs, old, adv, mask, ratio=ratio), rtol=1e-5, atol=1e-6)
-    if ratio != "sequence":  # there the ratio is the whole completion's, and a token's gradient every token's
+    if ratio != "sequence":  # its ratio is of the completion, so every token shares the gradient
         moved = lambda x: reference(x, old, adv, mask, ratio=ratio, weights=logprobs)
         np.testing.assert_allclose(gradient, slope(moved, logprobs), rtol=1e-4, atol=1e-6)
 
@@ -225,7 +226,7 @@ def test_dual_clip_bounds_negative_advantages_and_leaves_positive_ones_alone():
     np.testing.assert_allclose(dual[1][0, 0], [0, 0.18, 0.3, 0, 0], rtol=1e-5)
 
 
-def test_clip_ratios_are_shares_of_tokens_whose_gradient_stops():
+def test_clip_ratios_are_shares_of_tokens_without_gradient():
     rho = np.array([[[1.5, 1.5, 0.5, 1.0], [1.5, 0.5, 0.5, 9.0]]])
     batch = (np.log(rho), np.zeros((1, 2, 4)), np.array([[1.0, -1.0]]), np.array([[[1, 1, 1, 1], [1, 1, 1, 0]]]))
     _, gradient, metrics = differentiate([x.astype(np.float32) for x in batch])
@@ -248,7 +249,7 @@ def test_a_ratio_beyond_float32_is_clipped_like_any_other(A, dual_clip, loss):
     assert (gradient == 0).all()
 
 
-# -- how tokens are averaged -----------------------------------------------------------------------
+# -- aggregation -----------------------------------------------------------------------------------
 
 
 @either_way
@@ -262,7 +263,7 @@ def test_aggregation_by_hand_on_lengths_1_3_10(compiled):
         ("sequence_mean", None, 11.5 / 3),
         ("sequence_sum", None, 65 / 3),
         ("constant", None, 65 / 36),
-        ("constant", 20.0, 65 / 20),
+        ("constant", 20.0, 65 / (3 * 20)),
     ):
         f = functools.partial(losses.aggregate, kind=kind, constant=constant)
         np.testing.assert_allclose((jax.jit(f) if compiled else f)(values, mask), expected, rtol=1e-6)
@@ -271,21 +272,37 @@ def test_aggregation_by_hand_on_lengths_1_3_10(compiled):
         np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
-@every_law
-def test_microbatches_add_up_to_the_batch(law):
+@pytest.mark.parametrize("constant, expected", [(None, [0.5, 2.5, 1]), (2.0, [1, 5, 2]), (8.0, [0.25, 1.25, 0.5])])
+def test_a_constant_divides_each_completion_by_hand(constant, expected):
+    """The loss is sum of token losses / (completions * constant), for batches of 1, 2 and 4 completions alike."""
+    values = jnp.array([[[2.0, 0, 0, 0], [1, 2, 3, 4]], [[0, 0, 0, 0], [4, 0, 0, 0]]])
+    mask = jnp.array([[[1, 0, 0, 0], [1, 1, 1, 1]], [[1, 1, 0, 0], [1, 1, 1, 0]]])
+    average = functools.partial(losses.aggregate, kind="constant", constant=constant)
+    parts = [average(values[:1, :1], mask[:1, :1]), average(values[:1, 1:], mask[:1, 1:]), average(values, mask)]
+    np.testing.assert_allclose(parts, expected)  # token losses sum to 2, 10 and 16
+    for copies in (2, 4):
+        again = average(jnp.tile(values, (copies, 1, 1)), jnp.tile(mask, (copies, 1, 1)))
+        np.testing.assert_allclose(again, expected[2])
+    batch = (-values, -values, jnp.ones((2, 2)), mask)
+    loss, _, _ = differentiate(batch, ratio="none", aggregation="constant", constant=constant)
+    np.testing.assert_allclose(loss, expected[2])
+
+
+@every_case
+def test_microbatches_add_up_to_the_batch(case):
     batch = a_batch()
-    loss, gradient, metrics = differentiate(batch, **law)
+    loss, gradient, metrics = differentiate(batch, **case)
     total = losses.totals(jnp.asarray(batch[3]))
     assert (total.tokens, total.sequences) == (38, 8)
-    parts = [differentiate([x[i : i + 1] for x in batch], total, **law) for i in range(4)]
+    parts = [differentiate([x[i : i + 1] for x in batch], total, **case) for i in range(4)]
     np.testing.assert_allclose(sum(part[0] for part in parts), loss, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(np.concatenate([part[1] for part in parts]), gradient, rtol=1e-5, atol=1e-8)
     assert {k: sum(part[2][k] for part in parts) for k in metrics} == pytest.approx(metrics)
-    assert law["ratio"] == "none" or metrics["clip_ratio/region_mean"] > 0
+    assert case["ratio"] == "none" or metrics["clip_ratio/region_mean"] > 0
 
 
 @every_aggregation
-def test_the_slope_in_the_kl_coefficient_does_not_depend_on_accumulation(aggregation):
+def test_the_derivative_in_the_kl_coefficient_does_not_depend_on_accumulation(aggregation):
     logprobs, ref, _, mask = a_batch()
     whole = losses.aggregate(losses.kl_penalty(logprobs, ref), mask, aggregation)
     total = losses.totals(mask)
@@ -295,65 +312,65 @@ def test_the_slope_in_the_kl_coefficient_does_not_depend_on_accumulation(aggrega
     assert whole > 0.01
 
 
-@some_laws
-def test_masked_completions_change_nothing(law):
+@some_cases
+def test_masked_completions_change_nothing(case):
     logprobs, old, adv, mask = a_batch()
     mask[1, 0] = mask[2, 1] = 0
-    loss, gradient, metrics = differentiate((logprobs, old, adv, mask), **law)
-    np.testing.assert_allclose(loss, reference(logprobs, old, adv, mask, **law), rtol=1e-5, atol=1e-6)
+    loss, gradient, metrics = differentiate((logprobs, old, adv, mask), **case)
+    np.testing.assert_allclose(loss, reference(logprobs, old, adv, mask, **case), rtol=1e-5, atol=1e-6)
     other = [x.copy() for x in (logprobs, old, adv)]
     for x, value in zip(other, (-50.0, NAN, 1e9)):
         x[1, 0] = x[2, 1] = value
-    assert differentiate((*other, mask), **law)[::2] == (loss, metrics)
-    np.testing.assert_array_equal(differentiate((*other, mask), **law)[1], gradient)
+    assert differentiate((*other, mask), **case)[::2] == (loss, metrics)
+    np.testing.assert_array_equal(differentiate((*other, mask), **case)[1], gradient)
 
 
-@some_laws
-def test_padding_changes_nothing(law):
+@some_cases
+def test_padding_changes_nothing(case):
     logprobs, old, adv, mask = batch = a_batch()
-    if law["aggregation"] == "constant":
-        law = law | {"constant": 50.0}  # where none is given, T is in the denominator
-    loss, gradient, metrics = differentiate(batch, **law)
+    if case["aggregation"] == "constant":
+        case = {"constant": 50.0} | case  # None means T, which padding changes
+    loss, gradient, metrics = differentiate(batch, **case)
     for before in (0, 3):
         wide = lambda x, value: np.pad(x, [(0, 0), (0, 0), (before, 3 - before)], constant_values=value)
-        padded = differentiate((wide(logprobs, NAN), wide(old, -INF), adv, wide(mask, 0)), **law)
+        padded = differentiate((wide(logprobs, NAN), wide(old, -INF), adv, wide(mask, 0)), **case)
         np.testing.assert_allclose(padded[0], loss, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(padded[1], wide(gradient, 0), rtol=1e-5, atol=1e-7)
         assert padded[2] == pytest.approx(metrics)
 
 
-@some_laws
-def test_everything_masked_is_zero_and_finite(law):
+@some_cases
+def test_everything_masked_is_zero_and_finite(case):
     logprobs, old, adv, mask = a_batch()
     for x in (logprobs, np.full_like(logprobs, NAN), np.full_like(logprobs, -INF)):
-        loss, gradient, metrics = differentiate((x, old, adv, 0 * mask), **law)
+        loss, gradient, metrics = differentiate((x, old, adv, 0 * mask), **case)
         assert loss == 0 and (gradient == 0).all() and set(metrics.values()) == {0.0}
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(SOME), st.integers(0, 2**31))
-def test_nothing_at_masked_positions_is_noticed(law, seed):
+def test_masked_tokens_may_hold_anything(case, seed):
     rng = np.random.default_rng(seed)
     logprobs, old, _, mask = a_batch(seed)
     adv = rng.normal(size=mask.shape).astype(np.float32)
     mask = mask * (rng.random(mask.shape) < 0.8).astype(np.float32)  # holes too
-    loss, gradient, metrics = differentiate((logprobs, old, adv, mask), **law)
+    loss, gradient, metrics = differentiate((logprobs, old, adv, mask), **case)
     dirt = lambda x: np.where(mask > 0, x, rng.choice([NAN, INF, -INF, 1e30], mask.shape)).astype(np.float32)
-    dirty = differentiate((dirt(logprobs), dirt(old), dirt(adv), mask), **law)
+    dirty = differentiate((dirt(logprobs), dirt(old), dirt(adv), mask), **case)
     assert dirty[::2] == (loss, metrics) and np.isfinite(loss)
     np.testing.assert_array_equal(dirty[1], gradient)
     assert np.isfinite(gradient).all()
 
 
-@some_laws
+@some_cases
 @pytest.mark.parametrize("field", [0, 1], ids=["logprobs", "old_logprobs"])
-def test_a_completion_with_a_live_nonfinite_logprob_is_dropped_and_counted(law, field):
+def test_a_completion_with_a_live_nonfinite_logprob_is_dropped_and_counted(case, field):
     batch = a_batch()
     for value in (NAN, -INF, INF):
         broken, masked = [x.copy() for x in batch], [x.copy() for x in batch]
         broken[field][2, 0, 4] = broken[field][0, 1, 0] = broken[field][0, 1, 9] = value
         masked[3][2, 0] = masked[3][0, 1] = 0
-        got, expected = differentiate(broken, **law), differentiate(masked, **law)
+        got, expected = differentiate(broken, **case), differentiate(masked, **case)
         assert got[0] == expected[0] != 0
         np.testing.assert_array_equal(got[1], expected[1])
         assert got[2] == expected[2] | {"nonfinite_completions": 2}
@@ -367,14 +384,14 @@ def test_no_gradient_flows_into_advantages_old_logprobs_or_the_reference():
     assert (jax.grad(lambda ref: losses.kl_penalty(logprobs, ref, "k3").sum())(old) == 0).all()
 
 
-def test_losses_are_float32_whatever_the_logprobs_are():
+def test_losses_are_float32_for_bfloat16_logprobs():
     batch = [jnp.asarray(x, jnp.bfloat16) for x in a_batch()]
     loss, _ = losses.policy_loss(*batch)
     assert loss.dtype == jnp.float32 and losses.kl_penalty(*batch[:2]).dtype == jnp.float32
     np.testing.assert_allclose(loss, reference(*[np.asarray(x, np.float64) for x in batch]), rtol=1e-5)
 
 
-# -- refusals --------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -393,7 +410,7 @@ def test_losses_are_float32_whatever_the_logprobs_are():
         (3, (3, 3, 1)),
     ],
 )
-def test_a_wrong_shape_is_refused_where_prompts_completions_and_tokens_are_as_many(position, shape):
+def test_a_wrong_shape_raises_even_if_p_g_and_t_are_equal(position, shape):
     batch = [jnp.ones((3, 3, 3)), jnp.ones((3, 3, 3)), jnp.ones((3, 3)), jnp.ones((3, 3, 3))]
     jax.eval_shape(losses.policy_loss, *batch)
     batch[position] = jnp.ones(shape)
@@ -408,15 +425,18 @@ def test_a_wrong_shape_is_refused_where_prompts_completions_and_tokens_are_as_ma
         ({"aggregation": "mean"}, "aggregation is 'mean'; it must be one of"),
         ({"dual_clip": 1.0}, "dual_clip is 1.0; it must be greater than 1"),
         ({"constant": 3.0}, "constant=3.0 has no effect"),
-        ({"aggregation": "constant", "constant": 0.0}, "constant is 0.0; a denominator must be positive"),
+        (
+            {"aggregation": "constant", "constant": 0.0},
+            "constant is 0.0; it is a length in tokens and must be positive",
+        ),
     ],
 )
-def test_an_option_out_of_range_is_refused(options, message):
+def test_an_option_out_of_range_raises(options, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(functools.partial(losses.policy_loss, **options), *map(jnp.asarray, a_batch()))
 
 
-def test_kl_penalty_refuses_an_unknown_kind_and_other_shapes():
+def test_an_unknown_kind_of_kl_or_another_shape_raises():
     with pytest.raises(ValueError, match="KL kind is 'k4'; it must be one of"):
         losses.kl_penalty(jnp.zeros((1, 1, 2)), jnp.zeros((1, 1, 2)), "k4")
     with pytest.raises(AssertionError):
@@ -437,7 +457,7 @@ def test_kl_hand_numbers(kind, at_plus, at_minus, compiled):
 
 
 @pytest.mark.parametrize("kind", losses.KL_KINDS)
-def test_the_expected_gradient_of_the_penalty_is_that_of_the_divergence(kind):
+def test_the_expected_gradient_of_the_kl_penalty_is_the_gradient_of_the_divergence(kind):
     theta, ref = np.array([0.3, -1.0, 0.8, 0.1]), np.array([-0.5, 0.4, 0.2, -0.1])
     ref = scipy.special.log_softmax(ref)
 
@@ -458,7 +478,7 @@ def test_the_expected_gradient_of_the_penalty_is_that_of_the_divergence(kind):
 
 
 @pytest.mark.parametrize("kind", losses.KL_KINDS)
-def test_the_penalty_at_masked_positions_is_not_noticed(kind):
+def test_the_kl_penalty_of_masked_tokens_may_be_anything(kind):
     logprobs, ref, _, mask = a_batch()
 
     def penalty(logprobs, ref):
@@ -482,7 +502,7 @@ def entropy_of(logits):
 
 @settings(max_examples=30, deadline=None)
 @given(st.sampled_from([1e-3, 1.0, 30.0]), st.sampled_from([-1e4, 0.0, 1e4]), st.integers(0, 2**31))
-def test_token_logprobs_are_those_of_log_softmax(scale, shift, seed):
+def test_token_logprobs_equal_log_softmax(scale, shift, seed):
     rng = np.random.default_rng(seed)
     logits = (rng.normal(size=(2, 3, 4, 7)) * scale + shift).astype(np.float32)
     tokens = rng.integers(0, 7, (2, 3, 4))
@@ -504,7 +524,7 @@ def test_token_logprobs_by_hand(compiled):
     assert f(logits, jnp.array([3, 0]))[0].tolist() == [-INF, -INF]  # illegal tokens have probability 0
 
 
-def test_the_gradient_of_token_logprobs_and_entropy_is_right_and_illegal_tokens_get_none():
+def test_token_logprobs_and_entropy_have_correct_gradients_and_illegal_tokens_none():
     logits = np.array([[0.5, -INF, 2.0, -1.0, -INF], [3.0, 1.0, -INF, 0.0, 0.0]])
     legal, tokens = np.isfinite(logits), np.array([2, 0])
 
@@ -556,6 +576,8 @@ EIGHT_DEVICES = """
             for kind in losses.AGGREGATIONS if ratio == "token" else ("token_mean",):
                 f = lambda x: losses.policy_loss(x, old, out["group"], mask, ratio=ratio, aggregation=kind)
                 out[ratio + kind] = jax.value_and_grad(f, has_aux=True)(logprobs)
+        f = lambda x: losses.policy_loss(x, old, out["group"], mask, aggregation="constant", constant=5.0)[0]
+        out["constant of 5"] = jax.value_and_grad(f)(logprobs)
         return out
 
     batch = [x.astype(np.float32) for x in (logprobs, old, rewards, mask, kl)]
@@ -569,7 +591,7 @@ EIGHT_DEVICES = """
 """
 
 
-def test_the_same_numbers_on_eight_devices_as_on_one():
+def test_eight_devices_give_the_numbers_of_one():
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     script = [sys.executable, "-c", textwrap.dedent(EIGHT_DEVICES)]
     done = subprocess.run(script, env=env, capture_output=True, text=True, timeout=300)

@@ -24,7 +24,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(n, data):
 
 
 @given(st.integers(1, 2000), st.data())
-def test_pass_at_k_is_exact_where_binomials_overflow(n, data):
+def test_pass_at_k_is_exact_even_if_binomials_overflow(n, data):
     c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
     exact = 1 - math.comb(n - c, k) / math.comb(n, k)
     assert metrics.pass_at_k(n, c, k) == pytest.approx(exact, abs=1e-12)
@@ -51,7 +51,7 @@ def test_pass_at_k_broadcasts():
         (4, math.nan, 1, "c is nan"),
     ],
 )
-def test_pass_at_k_refuses(n, c, k, message):
+def test_pass_at_k_raises(n, c, k, message):
     with pytest.raises(ValueError, match=message):
         metrics.pass_at_k(n, c, k)
 
@@ -75,14 +75,14 @@ def test_value_density():
 
 
 def test_self_verification_f1():
-    scores = [0.9] * 9 + [0.1] + [0.2] * 6 + [0.8] * 4  # 9 of 10 correct and 6 of 10 wrong answers recognised
+    scores = [0.9] * 9 + [0.1] + [0.2] * 6 + [0.8] * 4  # 9 of 10 correct and 6 of 10 incorrect answers recognized
     correct = [1] * 10 + [0] * 10
     assert metrics.self_verification_f1(scores, correct) == pytest.approx(0.72)
     assert metrics.self_verification_f1([1, 0], [1, 0]) == 1
     assert metrics.self_verification_f1([0, 1], [1, 0]) == 0
     assert metrics.self_verification_f1([1, 1], [1, 0]) == 0
     assert metrics.self_verification_f1([0.5, 0.4], [1, 0], threshold=0.45) == 1
-    assert metrics.self_verification_f1([0.5, 0.4], [1, 0]) == 0  # at the threshold is not above it
+    assert metrics.self_verification_f1([0.5, 0.4], [1, 0]) == 0  # a score at the threshold does not exceed it
     assert metrics.self_verification_f1([1, math.nan], [1, 0]) == 1
     assert math.isnan(metrics.self_verification_f1([1, 0], [1, 1]))
     assert math.isnan(metrics.self_verification_f1([1, 0], [0, 0]))
@@ -178,7 +178,7 @@ def test_token_confidence_at_the_edges():
     [
         (["a", "b", "b", "a", "b"], 1),
         (["a", "b", "b", "a"], 0),  # a tie: the first seen
-        ([None, None, "c"], 2),  # most say nothing, and do not vote
+        ([None, None, "c"], 2),  # most samples do not vote
         ([Fraction(1, 2), "x", 0.5], 0),
         ([None, None], None),
         ([], None),
@@ -225,7 +225,7 @@ def test_means_by_quantile_by_hand():
     st.lists(st.tuples(st.integers(-9, 9), st.integers(0, 3)), min_size=1, max_size=12), st.integers(1, 6), st.randoms()
 )
 def test_means_by_quantile_agree_with_copied_items(items, parts, random):
-    """Every item `parts` times: then the shares are whole, and ties are levelled by their mean. Order changes nothing."""
+    """With every item copied `parts` times, shares hold whole items, and the mean of a tie replaces its items."""
     level = lambda value: np.mean([x for x, v in items if v == value])
     copies = sorted(value for _, value in items for _ in range(parts))
     expected = [np.mean([level(v) for v in copies[i * len(items) : (i + 1) * len(items)]]) for i in range(parts)]
@@ -260,7 +260,7 @@ def test_bootstrap_interval():
 
 
 @pytest.mark.slow
-def test_bootstrap_interval_covers_the_mean_as_often_as_it_says():
+def test_the_bootstrap_interval_has_its_nominal_coverage():
     rng = np.random.default_rng(0)
     inside = [
         low <= 0.3 <= high

@@ -744,7 +744,7 @@ def test_where_no_checkpoint_can_be_read_the_run_stops_in_a_sentence_and_leaves_
 @pytest.fixture
 def running_baseline(monkeypatch):
     """A method whose chain carries state: the reward minus a running mean of earlier steps' rewards."""
-    monkeypatch.setattr(methods, "_REGISTRY", dict(methods._REGISTRY))
+    monkeypatch.setattr(methods.registry, "_ESTIMATORS", dict(methods.registry._ESTIMATORS))
 
     @methods.register
     def running_baseline(*, momentum: float = 0.5):

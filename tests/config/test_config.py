@@ -353,7 +353,7 @@ def test_what_cannot_run_together_is_refused_in_a_sentence(changes, names):
 @pytest.fixture
 def registry(monkeypatch):
     """Methods that are registered in a test are gone after it."""
-    monkeypatch.setattr(methods, "_REGISTRY", dict(methods._REGISTRY))
+    monkeypatch.setattr(methods.registry, "_ESTIMATORS", dict(methods.registry._ESTIMATORS))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The methods again, in plain numpy and float64, one group at a time: what the tests compare with."""
+"""The methods again, in plain numpy and float64, one group at a time, for comparison."""
 
 import numpy as np
 
@@ -6,11 +6,11 @@ ESTIMATORS = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp"
 DIVIDES = ("grpo", "dapo", "gspo", "cispo")  # by the group's standard deviation
 
 
-def strata(scores, right, present, alpha=0.05, beta=0.05, eps=1e-6):
-    """HERO's reward; NaN where there is none."""
+def strata(scores, correct, present, alpha=0.05, beta=0.05, eps=1e-6):
+    """Returns HERO's reward; NaN for completions without one."""
     out = np.full(scores.shape, np.nan)
     for p, row in enumerate(np.asarray(scores, np.float64)):
-        for stratum, floor, width in ((right[p], 1 - beta, beta), (~right[p], -alpha, alpha)):
+        for stratum, floor, width in ((correct[p], 1 - beta, beta), (~correct[p], -alpha, alpha)):
             at = np.flatnonzero(stratum & present[p])
             if at.size:
                 low, high = row[at].min(), row[at].max()
@@ -19,7 +19,7 @@ def strata(scores, right, present, alpha=0.05, beta=0.05, eps=1e-6):
 
 
 def spread_weights(scores, present, mean=None, w_min=0.5, w_max=2.0, k=5.0, momentum=0.9):
-    """HERO's weights f64[P] and the running mean after this batch; None: no batch seen."""
+    """Returns HERO's weights f64[P] and the running mean after this batch; mean None: no batch before."""
     groups = [np.asarray(row, np.float64)[there] for row, there in zip(scores, present)]
     sigmas = np.array([g.std(ddof=1) if len(g) > 1 else 0.0 for g in groups])
     counted = sigmas[[len(g) > 1 for g in groups]]
@@ -33,7 +33,7 @@ def value_scale(values, alpha=10.0, clip=1.0):
 
 
 def mixed(advantages, self_rewards, truncated, present, tau=0.1, min_std=0.1):
-    """LaSeR's advantages from those of the verifier, [P, G] or [P, G, T]."""
+    """Returns LaSeR's advantages from advantages of the verifier, [P, G] or [P, G, T]."""
     out = np.array(advantages, np.float64)
     for p, there in enumerate(present):
         at = np.flatnonzero(there)
@@ -45,11 +45,11 @@ def mixed(advantages, self_rewards, truncated, present, tau=0.1, min_std=0.1):
     return out
 
 
-def reweighted(advantages, prompt_confidence, answer_confidence, right, present, alpha=0.3, skip_all_correct=False):
-    """ProGRPO's advantages."""
+def reweighted(advantages, prompt_confidence, answer_confidence, correct, present, alpha=0.3, skip_all_correct=False):
+    """Returns ProGRPO's advantages."""
     out = np.array(advantages, np.float64)
     for p, there in enumerate(present):
-        if not right[p][there].any() or (skip_all_correct and right[p][there].all()):
+        if not correct[p][there].any() or (skip_all_correct and correct[p][there].all()):
             continue
         for g in np.flatnonzero(there):
             out[p, g] += alpha * (float(prompt_confidence[p]) - float(answer_confidence[p, g]))
@@ -61,7 +61,7 @@ def overlong(lengths, max_length, cache_length):
 
 
 def estimate(base, rewards, x, eps=1e-6, kl_coef=0.0):
-    """An estimator's advantages f64[P, G] of rewards (NaN: none, advantage 0), or [P, G, T] with KL in the reward."""
+    """Returns an estimator's advantages f64[P, G] (0 for a NaN reward), or [P, G, T] with KL in the reward."""
     out = np.zeros(rewards.shape)
     for p, row in enumerate(rewards):
         there = np.flatnonzero(~np.isnan(row))
@@ -91,19 +91,19 @@ def estimate(base, rewards, x, eps=1e-6, kl_coef=0.0):
 
 
 def compose(base, parts, x, *, mean=None, mixes=True, places=None, base_options=None, **options):
-    """Advantages of the methods `parts` on an estimator, and HERO's running mean after this batch.
+    """Returns advantages of the methods `parts` on an estimator, and HERO's running mean after this batch.
 
     Args:
       x: AdvantageInputs of numpy arrays.
       mixes: whether LaSeR's warm-up is over.
-      places: {"hero" or "rlev": "reward" or "advantage"}, where not the usual place.
-      base_options: the estimator's.
-      options: a dict a part.
+      places: {"hero" or "rlev": "reward" or "advantage"}, if not the usual place.
+      base_options: options of the estimator.
+      options: a dict per part.
     """
     present = ~np.isnan(x.rewards)
     if "hero" in parts:
         present &= np.isfinite(x.model_scores)
-    right = (x.rewards > 0.5 if x.verdicts is None else x.verdicts) & present
+    correct = (x.rewards > 0.5 if x.verdicts is None else x.verdicts) & present
     own = {name: dict(options.get(name, {})) for name in parts}
     usual = {"hero": "advantage", "rlev": "advantage" if base in (*DIVIDES, "remax") else "reward"}
     places = usual | (places or {})
@@ -112,7 +112,7 @@ def compose(base, parts, x, *, mean=None, mixes=True, places=None, base_options=
     if "hero" in parts:
         names = ("alpha", "beta", "strata_eps")
         alpha, beta, eps = (own["hero"].pop(n, d) for n, d in zip(names, (0.05, 0.05, 1e-6)))
-        rewards = strata(x.model_scores, right, present, alpha, beta, eps)
+        rewards = strata(x.model_scores, correct, present, alpha, beta, eps)
         weights["hero"], mean = spread_weights(x.model_scores, present, mean, **own["hero"])
     if "rlev" in parts:
         weights["rlev"] = value_scale(x.values, **own["rlev"])
@@ -124,14 +124,14 @@ def compose(base, parts, x, *, mean=None, mixes=True, places=None, base_options=
         if places[name] == "advantage":
             out = out * weight.reshape(-1, *[1] * (out.ndim - 1))
     if "progrpo" in parts:
-        out = reweighted(out, x.prompt_confidence, x.answer_confidence, right, present, **own["progrpo"])
+        out = reweighted(out, x.prompt_confidence, x.answer_confidence, correct, present, **own["progrpo"])
     if "laser" in parts and mixes:
         out = mixed(out, x.self_rewards, x.truncated, present, **own["laser"])
     return np.where(present.reshape(present.shape + (1,) * (out.ndim - 2)), out, 0.0), mean
 
 
 def self_reward_loss(self_rewards, verdicts, valid):
-    """LaSeR's loss in the words of its definition: class weights N / 2 N_c, then the mean."""
+    """Returns LaSeR's loss by its definition: class weights N / 2 N_c, then the mean."""
     rows = [(float(s), bool(v)) for s, v, ok in zip(np.ravel(self_rewards), np.ravel(verdicts), np.ravel(valid)) if ok]
     total = 0.0
     for s, v in rows:

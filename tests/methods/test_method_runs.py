@@ -1,4 +1,4 @@
-"""The five methods through the real loop: trained, resumed, switched off, refused."""
+"""The five methods in the real loop: training, resuming, switched off, errors."""
 
 import json
 
@@ -125,7 +125,7 @@ def test_a_method_that_is_switched_off_gives_its_base(changes, rows, base_run, t
 
 
 def test_the_probe_is_read_at_the_temperature_of_training_whatever_samples(rows, tmp_path):
-    """As the trainer reads it, and where the constant was measured; the tokens of both rollouts are sampled at their own."""
+    """The trainer and the measurement of the constant use that temperature too; each rollout samples at its own."""
     config = tiny(rows, **LASER, sampling__temperature=0.6, eval__temperature=1.4, eval__every=1, eval__samples=16)
     change(config, group_size=16, max_completion_length=24)  # some end
     ready = train.setup(config, tmp_path / "run")
@@ -183,13 +183,13 @@ def test_an_exact_reference_for_self_rewards_keeps_the_start_and_is_evaluated_by
     ],
     ids=lambda x: "+".join(x) if isinstance(x, dict) else "",
 )
-def test_what_a_method_lacks_is_refused_before_data_is_read(changes, words, tmp_path):
+def test_a_method_without_its_needs_raises_before_data_is_read(changes, words, tmp_path):
     with pytest.raises(ConfigError) as caught:
         config_lib.validate(tiny(tmp_path / "none.jsonl", **changes))
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_values_that_are_missing_are_refused_naming_the_row(tmp_path):
+def test_the_error_of_a_missing_value_names_the_row(tmp_path):
     bad = [dict(row) for row in GRADED]
     del bad[7]["value"]
     path = write_rows(tmp_path / "rows.jsonl", bad)
@@ -198,7 +198,7 @@ def test_values_that_are_missing_are_refused_naming_the_row(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_start_that_was_not_kept_is_a_sentence(rows, tmp_path):
+def test_a_start_that_was_not_kept_raises(rows, tmp_path):
     with pytest.raises(ConfigError, match="start_from is .*no start/ in it.*config.checkpoint.keep_start"):
         train.setup(bare(rows, supervised__start_from=str(tmp_path)), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Methods as wholes: their numbers by hand, their keywords, their names, and a new one."""
+"""Whole methods: their numbers by hand, keywords and names, and a new estimator."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ ESTIMATORS = ORDER[:9]
 
 
 def a_batch():
-    """Two groups of three with ratios from e^-2.5 to e^2.5 on advantages of both signs."""
+    """Returns two groups of three with ratios from e^-2.5 to e^2.5 and advantages of both signs."""
     mask = (np.arange(5) < np.array([[2, 5, 3], [4, 1, 5]])[..., None]).astype(np.float32)
     log_ratio = np.linspace(-2.5, 2.5, 30).reshape(5, 2, 3).transpose(1, 2, 0) * mask
     rng = np.random.default_rng(0)
@@ -31,7 +31,7 @@ def a_batch():
 
 @functools.cache
 def outcome(name, **options):
-    """(advantages, (loss, d loss / d logprobs), dynamic_sampling) of the batch under a method, as numpy."""
+    """Returns (advantages, (loss, d loss / d logprobs), dynamic_sampling) of a method on the batch, as numpy."""
     method = methods.create(name, **options)
     (logprobs, old, mask), inputs = a_batch()
 
@@ -44,10 +44,10 @@ def outcome(name, **options):
     return [*map(np.asarray, jax.tree.leaves(run(inputs, logprobs))), np.array(method.dynamic_sampling)]
 
 
-# -- names and refusals ----------------------------------------------------------------------------
+# -- names and errors ------------------------------------------------------------------------------
 
 
-def test_names_come_in_order_and_none_is_missing():
+def test_names_are_complete_and_in_order():
     assert list(methods.names()) == ORDER
     for name in ORDER:
         assert methods.create(name).name == name
@@ -77,31 +77,31 @@ def test_names_come_in_order_and_none_is_missing():
     ],
     ids=lambda x: str(x)[:30],
 )
-def test_a_mistake_is_refused_in_a_sentence_that_names_the_nearest(name, options, message):
+def test_the_error_names_the_mistake_and_the_nearest_valid_names(name, options, message):
     with pytest.raises(ValueError, match=message):
         methods.create(name, **options)
 
 
 @pytest.mark.parametrize("name", ["grpo", "dapo", "gspo", "cispo"])
-def test_a_negative_eps_is_refused(name):
+def test_a_negative_eps_raises(name):
     with pytest.raises(ValueError, match="eps"):
         methods.create(name, eps=-1e-6)
 
 
-def test_keywords_of_an_unknown_method_are_refused():
+def test_keywords_of_an_unknown_method_raise():
     with pytest.raises(ValueError, match="Did you mean .*'grpo'"):
         methods.keywords("grpoo")
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp_baseline"])
-def test_group_estimators_refuse_a_group_of_one(name):
+def test_group_estimators_raise_for_a_group_of_one(name):
     method = methods.create(name)
     inputs = AdvantageInputs(jnp.ones((2, 1)), jnp.ones((2, 1, 3)))
     with pytest.raises(ValueError, match="group_size is 1"):
         jax.eval_shape(method.advantage.update, None, method.advantage.init(), inputs)
 
 
-def test_signals_say_what_the_chain_needs():
+def test_signals_are_the_fields_that_the_chain_needs():
     for name in ESTIMATORS:
         assert methods.create(name).signals == ({"greedy_rewards"} if name == "remax" else set())
     for name in ("reinforce_pp", "reinforce_pp_baseline"):
@@ -112,7 +112,7 @@ def test_signals_say_what_the_chain_needs():
             with pytest.raises(ValueError, match=f"{field}, which is None"):
                 method.advantage.update(None, method.advantage.init(), inputs._replace(**{field: None}))
         only = {f: None for f in set(inputs._fields) - {"rewards", "completion_mask"} - method.signals}
-        method.advantage.update(None, method.advantage.init(), inputs._replace(**only))  # and nothing beyond that
+        method.advantage.update(None, method.advantage.init(), inputs._replace(**only))  # it needs no other field
     with pytest.raises(ValueError, match="'humour'"):
         methods.Method(chain(), methods.PolicyLoss(), signals=frozenset({"humour"}))
 
@@ -176,7 +176,7 @@ def test_every_keyword_changes_what_the_method_does(name, key):
     assert any(a.shape != b.shape or np.abs(a - 1.0 * b).max() > 1e-4 for a, b in zip(base, changed))
 
 
-def test_the_overlong_penalty_of_dapo_is_off_unless_asked_for_and_needs_both_lengths():
+def test_the_overlong_penalty_of_dapo_is_off_by_default():
     plain, penalized = outcome("dapo"), outcome("dapo", overlong_max_length=5, overlong_cache_length=3)
     np.testing.assert_array_equal(plain[0], outcome("grpo")[0])
     rewards = np.array([[1, 0.2 - 1, -1 / 3], [-2 / 3, 1, 0]])  # lengths 2 5 3 | 4 1 5: penalties 0 1 1/3 | 2/3 0 1
@@ -197,19 +197,19 @@ def test_methods_and_losses_are_frozen_values():
         methods.create("grpo").name = "x"
 
 
-# -- a new one -------------------------------------------------------------------------------------
+# -- a new estimator -------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def registry(monkeypatch):
-    """What a test registers is gone after it."""
-    monkeypatch.setattr(methods, "_REGISTRY", dict(methods._REGISTRY))
+    """Restores the registered methods after a test."""
+    monkeypatch.setattr(methods.registry, "_ESTIMATORS", dict(methods.registry._ESTIMATORS))
 
 
 def test_an_estimator_is_added_in_under_fifteen_lines(registry):
     @methods.register
     def running_baseline(*, momentum: float = 0.5, clip: float = 0.3):
-        """r - group mean + how the group mean moved, a state that the chain carries."""
+        """Subtracts a running mean of the rewards, which is the state of the chain."""
 
         def update(advantages, mean, inputs):
             return advantages - mean, momentum * mean + (1 - momentum) * inputs.rewards.mean()
@@ -236,7 +236,7 @@ def test_signals_may_be_any_collection_of_names(kind):
     assert method.signals == frozenset({"verdicts"}) and isinstance(hash(method), int)
 
 
-def test_what_cannot_be_configured_is_not_registered(registry):
+def test_an_estimator_that_cannot_be_configured_is_not_registered(registry):
     def grpo(*, eps=1.0):
         return methods.Method(chain(center_by_group()), methods.PolicyLoss())
 

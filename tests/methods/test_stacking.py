@@ -1,4 +1,4 @@
-"""Every stack of the five methods on every estimator: the composition of its parts in numpy, or a refusal and why."""
+"""Every stack of the five methods on every estimator: the composition of its parts in numpy, or an error."""
 
 import dataclasses
 import functools
@@ -12,8 +12,9 @@ import pytest
 
 from helpers import reference_decoder
 from helpers import reference_methods as reference
+from helpers.shapes import check_fields
 from jaxrl_reason import methods
-from jaxrl_reason.advantages import AdvantageInputs, stateless
+from jaxrl_reason.advantages import AdvantageInputs, chain, stateless
 from jaxrl_reason.models import ModelConfig
 from jaxrl_reason.rl import learner
 from jaxrl_reason.rl import optimizer as optimizers
@@ -23,7 +24,7 @@ from jaxrl_reason.rl.types import Groups, Rollout, TrainState
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 FIVE = ("genre2", "hero", "laser", "rlev", "progrpo")
-JUDGES = {"hero", "laser", "progrpo"}  # need right and wrong
+JUDGES = {"hero", "laser", "progrpo"}  # need verdicts
 SETS = [parts for n in range(1, 6) for parts in itertools.combinations(FIVE, n)]
 SOUND = [parts for parts in SETS if "genre2" not in parts or not JUDGES & set(parts)]
 UNSOUND = [parts for parts in SETS if parts not in SOUND]
@@ -42,11 +43,11 @@ P, G, T = 4, 5, 4
 
 
 def a_batch(seed=0):
-    """Everything a chain can read: groups all right and all wrong, a missing reward, a score that is not finite."""
+    """Returns every field of AdvantageInputs: groups all correct and all incorrect, a missing reward, a non-finite score."""
     rng = np.random.default_rng(seed)
-    right = rng.random((P, G)) < 0.5
-    right[0], right[1] = True, False
-    rewards = right.astype(np.float32)
+    correct = rng.random((P, G)) < 0.5
+    correct[0], correct[1] = True, False
+    rewards = correct.astype(np.float32)
     rewards[2, 3] = np.nan
     scores = rng.normal(size=(P, G)).astype(np.float32) * np.float32([[0.3], [1], [3], [1]])
     scores[3, 1] = np.inf
@@ -56,7 +57,7 @@ def a_batch(seed=0):
     return AdvantageInputs(
         rewards,
         mask,
-        verdicts=right,
+        verdicts=correct,
         greedy_rewards=np.float32([1, 0, 1, 0]),
         model_scores=scores,
         values=np.float32([0, 0.02, 0.05, 0.5]),
@@ -81,8 +82,8 @@ def run(method, batches):
     return seen
 
 
-def can_stand(parts, base):
-    """Options that a sound stack needs on this base."""
+def needed_options(parts, base):
+    """Returns the options that a sound stack needs on this base."""
     return {"dynamic_sampling": False} if base == "dapo" and "genre2" in parts else {}
 
 
@@ -96,8 +97,8 @@ BATCHES = [a_batch(seed) for seed in range(2)]
 @pytest.mark.parametrize("parts", SOUND, ids=named)
 def test_a_sound_stack_is_the_composition_of_its_parts(parts, base):
     options = {name: AT_ONCE[name] for name in parts if name in AT_ONCE}
-    method = methods.stack(*parts, base=base, **options, **can_stand(parts, base))
-    plain = methods.create(base, **can_stand(parts, base))
+    method = methods.stack(*parts, base=base, **options, **needed_options(parts, base))
+    plain = methods.create(base, **needed_options(parts, base))
     assert method.signals == plain.signals.union(*(NEEDS[name] for name in parts))
     assert method.dynamic_sampling == plain.dynamic_sampling
     mean = None
@@ -128,7 +129,7 @@ def test_stacks_on_advantages_per_token(parts, base):
 
 @pytest.mark.parametrize("base", ["dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"])
 @pytest.mark.parametrize("hero, rlev", list(itertools.product(["reward", "advantage"], repeat=2)))
-def test_weights_may_go_on_the_reward_where_no_group_std_divides(base, hero, rlev):
+def test_weights_may_multiply_the_reward_if_no_group_std_divides(base, hero, rlev):
     places = {"hero": hero, "rlev": rlev}
     method = methods.stack("hero", "rlev", base=base, hero={"weight_on": hero}, rlev={"scale_on": rlev})
     mean = None
@@ -137,7 +138,7 @@ def test_weights_may_go_on_the_reward_where_no_group_std_divides(base, hero, rle
         np.testing.assert_allclose(got, expected, rtol=3e-5, atol=3e-6)
 
 
-def test_the_places_differ_where_the_estimator_is_not_linear_in_the_group():
+def test_weights_of_reward_and_advantage_differ_if_the_estimator_is_not_linear_in_the_group():
     for key, name in (("weight_on", "hero"), ("scale_on", "rlev")):
         on = {
             place: run(methods.create(name, base="reinforce_pp", **{key: place}), BATCHES)[1]
@@ -146,7 +147,7 @@ def test_the_places_differ_where_the_estimator_is_not_linear_in_the_group():
         assert np.abs(on["reward"] - on["advantage"]).max() > 0.01
 
 
-def test_the_penalty_of_dapo_meets_the_reward_that_hero_gave():
+def test_the_penalty_of_dapo_adds_to_the_reward_of_hero():
     method = methods.stack("hero", "rlev", base="dapo", overlong_max_length=4, overlong_cache_length=2)
     x = BATCHES[0]
     present = ~np.isnan(x.rewards) & np.isfinite(x.model_scores)
@@ -161,7 +162,7 @@ ORDERS = [parts for parts in SOUND if len(parts) > 1]
 
 
 @pytest.mark.parametrize("parts", ORDERS, ids=named)
-def test_the_order_of_naming_does_not_matter(parts):
+def test_the_order_of_names_does_not_matter(parts):
     for base in ("grpo", "rloo", "remax"):
         ways = [
             methods.stack(*order, base=base, **AT_ONCE if "laser" in parts else {})
@@ -178,7 +179,7 @@ def test_the_order_of_naming_does_not_matter(parts):
 
 
 @pytest.mark.parametrize("parts", ORDERS, ids=named)
-def test_the_order_of_naming_does_not_choose_the_base(parts):
+def test_the_order_of_names_does_not_choose_the_base(parts):
     bases = {methods.keywords("+".join(order))["base"] for order in itertools.permutations(parts)}
     assert len(bases) == 1
 
@@ -197,7 +198,7 @@ def test_a_stack_can_be_written_as_a_name():
 
 
 def test_options_reach_the_part_they_are_for():
-    """Three parts have a parameter alpha, and so it is with eps."""
+    """Three parts have a parameter alpha, two have eps."""
     options = dict(
         hero=dict(alpha=0.2, beta=0.1, strata_eps=0.5, w_min=0.8, w_max=3.0, k=2.0, momentum=0.5),
         rlev=dict(alpha=4.0, clip=0.7),
@@ -219,7 +220,7 @@ def test_options_reach_the_part_they_are_for():
         np.testing.assert_allclose(got, expected, rtol=3e-5, atol=3e-6)
 
 
-def test_a_stack_says_what_parameters_it_has():
+def test_keywords_of_a_stack():
     known = methods.keywords("hero+rlev", base="gspo")
     assert known["hero"]["weight_on"] == "" and known["rlev"] == dict(alpha=10.0, clip=1.0, scale_on="")
     assert known["base"] == "gspo" and known["clip_low"] == 3e-4
@@ -227,23 +228,25 @@ def test_a_stack_says_what_parameters_it_has():
     assert methods.keywords("rlev")["base"] == "reinforce_pp" and methods.keywords("genre2")["base"] == "remax"
 
 
-# -- refusals --------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 
 @every_base
 @pytest.mark.parametrize("parts", UNSOUND, ids=named)
-def test_a_reward_without_right_and_wrong_is_refused_beside_what_judges(parts, base):
+def test_a_reward_without_verdicts_raises_with_a_method_that_needs_them(parts, base):
     for order in (parts, parts[::-1]):
         judge = next(name for name in order if name in JUDGES)
-        message = f"contradicts itself: {judge} needs verdicts, right or wrong, and the reward of genre2 is a distance"
+        message = (
+            f"contradicts itself: {judge} needs verdicts .correct or incorrect., and the reward of genre2 is a distance"
+        )
         with pytest.raises(ValueError, match=message):
             methods.stack(*order, base=base)
 
 
 @pytest.mark.parametrize("parts", [("genre2",), ("genre2", "rlev")], ids=named)
-def test_dynamic_sampling_is_refused_for_a_reward_without_right_and_wrong(parts):
+def test_dynamic_sampling_raises_with_a_reward_without_verdicts(parts):
     with pytest.raises(
-        ValueError, match="dapo keeps groups with both right and wrong .* set dynamic_sampling to False"
+        ValueError, match="dapo keeps groups with both correct and incorrect .* set dynamic_sampling to False"
     ):
         methods.stack(*parts, base="dapo")
     assert not methods.stack(*parts, base="dapo", dynamic_sampling=False).dynamic_sampling
@@ -251,7 +254,7 @@ def test_dynamic_sampling_is_refused_for_a_reward_without_right_and_wrong(parts)
 
 @pytest.mark.parametrize("base", reference.DIVIDES)
 @pytest.mark.parametrize("name, option", [("hero", "weight_on"), ("rlev", "scale_on")])
-def test_a_weight_that_the_group_std_would_cancel_is_refused(name, option, base):
+def test_a_weight_that_the_group_std_would_cancel_raises(name, option, base):
     message = (
         f"{name}: a weight on a prompt's rewards cancels when {base} divides them by the standard deviation .* {option}"
     )
@@ -262,7 +265,7 @@ def test_a_weight_that_the_group_std_would_cancel_is_refused(name, option, base)
 
 
 @pytest.mark.parametrize("base", reference.DIVIDES)
-def test_and_it_would_cancel(base):
+def test_the_group_std_cancels_a_weight_of_rewards(base):
     x = BATCHES[0]
     plain = reference.estimate(base, x.rewards.astype(np.float64), x)
     weighted = reference.estimate(base, x.rewards * np.array([[1.0], [1.2], [1.5], [2.0]]), x)
@@ -271,7 +274,7 @@ def test_and_it_would_cancel(base):
 
 
 @pytest.mark.parametrize("name, option", [("hero", "weight_on"), ("rlev", "scale_on")])
-def test_a_weight_that_the_greedy_reward_does_not_have_is_refused(name, option):
+def test_a_weight_that_the_greedy_reward_does_not_have_raises(name, option):
     with pytest.raises(
         ValueError, match=f"{name}: remax compares rewards with the greedy completion's.*{option} to 'advantage'"
     ):
@@ -289,8 +292,8 @@ def test_a_weight_that_the_greedy_reward_does_not_have_is_refused(name, option):
         ),
         (lambda: methods.create("rloo+hero"), "It is an estimator: give it as base='rloo'"),
         (lambda: methods.stack("grpo", base="rloo"), "grpo"),
-        (lambda: methods.stack("hero", base="rlev"), "method.base is 'rlev' .*stands on an estimator; use stack"),
-        (lambda: methods.create("hero", base="laser"), "stands on an estimator; use stack"),
+        (lambda: methods.stack("hero", base="rlev"), "method.base is 'rlev' .a base must be an estimator; use stack"),
+        (lambda: methods.create("hero", base="laser"), "a base must be an estimator; use stack"),
         (lambda: methods.create("hero", base="gpro"), "method.base is 'gpro' .unknown.. Did you mean .*'grpo'"),
         (lambda: methods.create("hero", base=3), "method.base is 3; it must be the name of an estimator"),
         (lambda: methods.create("grpo", base="rloo"), "'grpo' has no parameter 'base'"),
@@ -315,44 +318,44 @@ def test_a_weight_that_the_greedy_reward_does_not_have_is_refused(name, option):
         (lambda: methods.stack("hero", hero={"alhpa": 0.1}), "has no parameter 'alhpa'. Did you mean 'alpha'"),
     ],
 )
-def test_a_mistake_is_refused_in_a_sentence(build, message):
+def test_the_error_names_the_mistake(build, message):
     with pytest.raises(ValueError, match=message):
         build()
 
 
-# -- what is registered ----------------------------------------------------------------------------
+# -- registration ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def registry(monkeypatch):
-    """What a test registers is gone after it."""
-    monkeypatch.setattr(methods, "_REGISTRY", dict(methods._REGISTRY))
-    monkeypatch.setattr(methods, "_EXTENSIONS", dict(methods._EXTENSIONS))
+    """Restores the registered methods after a test."""
+    monkeypatch.setattr(methods.registry, "_ESTIMATORS", dict(methods.registry._ESTIMATORS))
+    monkeypatch.setattr(methods.registry, "_EXTENSIONS", dict(methods.registry._EXTENSIONS))
 
 
 def test_an_extension_is_added_in_a_few_lines_and_stacks(registry):
     @methods.register_extension(base="dr_grpo")
     def doubled(estimator, *, factor: float = 2.0):
-        """Advantages times a factor, of estimators that do not divide."""
+        """Multiplies the advantages of an estimator that does not divide."""
         if estimator.divides_by_group_std:
-            raise ValueError("doubled does not stand on what divides.")
-        return methods.Extension(advantage=((0, stateless(lambda adv, inputs: factor * adv)),))
+            raise ValueError("doubled needs an estimator that does not divide.")
+        return methods.Extension(scale_advantage=stateless(lambda adv, inputs: factor * adv))
 
     assert methods.names()[-1] == "doubled" and methods.keywords("doubled")["base"] == "dr_grpo"
     plain, twice = methods.create("dr_grpo"), methods.create("doubled", factor=3.0)
     np.testing.assert_allclose(run(twice, BATCHES), 3 * np.array(run(plain, BATCHES)), rtol=1e-6)
-    both = methods.stack("progrpo", "doubled", base="rloo")  # what is added comes behind what multiplies
+    both = methods.stack("progrpo", "doubled", base="rloo")  # scale_advantage, then add
     expected, _ = reference.compose("rloo", (), BATCHES[0])
     there = ~np.isnan(BATCHES[0].rewards)
     x = BATCHES[0]
-    right = x.verdicts & there
-    expected = reference.reweighted(2 * expected, x.prompt_confidence, x.answer_confidence, right, there)
+    correct = x.verdicts & there
+    expected = reference.reweighted(2 * expected, x.prompt_confidence, x.answer_confidence, correct, there)
     np.testing.assert_allclose(run(both, [x])[0], np.where(there, expected, 0), rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="does not stand on what divides"):
+    with pytest.raises(ValueError, match="needs an estimator that does not divide"):
         methods.stack("doubled", base="grpo")
 
 
-def test_what_cannot_be_configured_is_not_registered(registry):
+def test_a_factory_that_cannot_be_configured_is_not_registered(registry):
     def hero(estimator, *, x=1.0):
         return methods.Extension()
 
@@ -369,7 +372,10 @@ def test_what_cannot_be_configured_is_not_registered(registry):
         methods.register(hero)
     with pytest.raises(TypeError, match="parameter 'x' must be keyword-only and have a default"):
         methods.register_extension(base="grpo")(positional)
-    assert methods.names() == (*methods._REGISTRY, *methods._EXTENSIONS) and "positional" not in methods.names()
+    assert (
+        methods.names() == (*methods.registry._ESTIMATORS, *methods.registry._EXTENSIONS)
+        and "positional" not in methods.names()
+    )
 
 
 # -- a whole update --------------------------------------------------------------------------------
@@ -380,12 +386,12 @@ CONFIG = ModelConfig(
 )
 PARAMS = reference_decoder.random_params(CONFIG, scale=0.4)
 OPTIMIZER = optax.sgd(0.1)
-# Programs that run a few times: half the time of compiling them would go into optimising them.
+# These programs run a few times: optimizing them would take half the time of compilation.
 jit_once = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def scored_groups(greedy):
-    """Groups as the training loop hands them on, with everything that any method reads; on policy they are not."""
+    """Returns off-policy groups as the training loop has them, with every signal."""
     rng = np.random.default_rng(0)
     x, G1 = BATCHES[0], G + greedy
     lengths = rng.integers(1, T + 1, (P, G1))
@@ -419,7 +425,9 @@ def one_update(parts, base):
     options = {name: AT_ONCE[name] for name in parts if name in AT_ONCE}
     if "genre2" in parts:
         options["genre2"] = {"expert_coefficient": 0.05}
-    method = methods.stack(*parts, base=base, **options, **can_stand(parts, base))
+    method = methods.stack(*parts, base=base, **options, **needed_options(parts, base))
+    checking = stateless(lambda adv, inputs: check_fields(inputs) or adv)
+    method = dataclasses.replace(method, advantage=chain(checking, method.advantage))
     groups = scored_groups(greedy="greedy_rewards" in method.signals)
     expert = (lambda tokens, digits: jnp.broadcast_to(digits, tokens.shape)) if "genre2" in parts else None
     weights = {"right": 1.0, "reward_model": 0.0}
@@ -435,7 +443,7 @@ def one_update(parts, base):
     return state, {k: float(v) for k, v in (metrics | learnt).items()}, batch
 
 
-SOME = dict(  # each pair and each base once; the rest takes longer
+SOME = dict(  # each pair and each base once; all others are slow
     grpo=("hero", "laser"),
     dr_grpo=("rlev", "progrpo"),
     dapo=("hero", "progrpo"),

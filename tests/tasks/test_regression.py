@@ -210,7 +210,7 @@ def test_the_dense_expert_term_is_in_the_loss(table, tmp_path):
             ["digit", "digits"],
         ),
         (dict(regression=Regression(tokenizer="normalized", target="z")), ["'z'", "'y'"]),
-        (dict(method={"name": "dapo"}), ["'dapo'", "both right and wrong", "dynamic_sampling"]),
+        (dict(method={"name": "dapo"}), ["'dapo'", "both correct and incorrect", "dynamic_sampling"]),
         (
             dict(
                 regression=Regression(tokenizer="p10", target="y"),

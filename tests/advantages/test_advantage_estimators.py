@@ -87,7 +87,7 @@ def test_whitening_with_kl_by_hand(compiled):
 
 @either_way
 def test_subtract_greedy_by_hand(compiled):
-    # the decoded numbers .5 .75 .25 .4 of a unit interval that stands for [-1.5, 2.5], truth .5, greedy .6
+    # the decoded numbers .5 .75 .25 .4 of a unit interval for [-1.5, 2.5], truth .5, greedy .6
     inputs = make_inputs([[0, -1, -1, -0.16], [1, 0, 1, NAN]], greedy_rewards=[-0.16, 0])
     expected = [[0.16, -0.84, -0.84, 0], [1, 0, 1, 0]]
     np.testing.assert_allclose(compute(GREEDY, inputs, compiled), expected, atol=1e-6)
@@ -130,7 +130,7 @@ def reference_group(name, rewards, eps=1e-6):
 
 
 def reference_whitened(rewards, mask, kl=None, kl_coef=0.0):
-    """Per token, f64[P, G, T]: what REINFORCE++ says of every unmasked token of a completion with a reward."""
+    """Returns REINFORCE++'s advantages per token, f64[P, G, T], and the tokens that have one."""
     returns, live = np.zeros(mask.shape), np.zeros(mask.shape, bool)
     for p, g in np.ndindex(rewards.shape):
         if np.isnan(rewards[p, g]):
@@ -157,7 +157,7 @@ def batches(draw, missing=True):
 
 @settings(max_examples=25, deadline=None)
 @given(batches())
-def test_group_statistics_are_those_of_the_rewards_present(batch):
+def test_missing_rewards_enter_no_group_statistic(batch):
     rewards, lengths = batch
     inputs = make_inputs(rewards, lengths, T=5)
     for name, transform in GROUPWISE.items():
@@ -177,7 +177,7 @@ def test_whitening_weights_completions_by_their_tokens(batch):
 
 @settings(max_examples=25, deadline=None)
 @given(batches(), st.integers(0, 2**31))
-def test_whitening_with_kl_is_of_returns_to_go_and_masked_kl_does_not_leak(batch, seed):
+def test_whitening_with_kl_is_of_returns_to_go_without_masked_kl(batch, seed):
     rewards, lengths = batch
     mask, rng = mask_of(lengths, 5), np.random.default_rng(seed)
     noise = rng.choice([NAN, INF, -INF, 1e30, 7.0], mask.shape)
@@ -200,13 +200,13 @@ def test_padding_changes_no_advantage(batch):
     per_token = compute(WHITEN_KL, long)
     np.testing.assert_allclose(per_token[..., :5], compute(WHITEN_KL, short), rtol=1e-4, atol=1e-5)
     assert (per_token[..., 5:] == 0).all()
-    left = jax.tree.map(lambda x: jnp.roll(x, 2, axis=-1) if x.ndim == 3 else x, long)  # padding in front
+    left = jax.tree.map(lambda x: jnp.roll(x, 2, axis=-1) if x.ndim == 3 else x, long)  # padding on the left
     np.testing.assert_allclose(compute(WHITEN_KL, left)[..., 2:], per_token[..., :5], rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.sampled_from([0, 0.25, 1, NAN]), min_size=6, max_size=6))
-def test_a_group_does_not_see_its_neighbours(values):
+def test_a_group_does_not_depend_on_other_groups(values):
     rewards = np.array(values).reshape(2, 3)
     rewards = np.concatenate([rewards, rewards[:1]])  # the same prompt twice stays two groups
     for name, transform in GROUPWISE.items():
@@ -219,7 +219,7 @@ def test_a_group_does_not_see_its_neighbours(values):
 
 
 def test_a_huge_spread_does_not_overflow():
-    """Minus 1e20 beside three small ones: -1.5 and three times .5, as in exact arithmetic."""
+    """Minus 1e20 and three small rewards: -1.5 and three times .5, as in exact arithmetic."""
     got = compute(GROUPWISE["standardize"], make_inputs([[-0.1, -0.2, -0.3, -1e20]]))
     np.testing.assert_allclose(got, [[0.5, 0.5, 0.5, -1.5]], rtol=1e-5)
 
@@ -287,7 +287,7 @@ def test_reward_zero_is_a_reward():
 
 
 @pytest.mark.parametrize("rewards", [[[NAN, NAN, NAN], [1, 0, 0]], [[NAN, 5, NAN], [1, 0, 0]]], ids=["none", "one"])
-def test_a_group_with_nothing_to_compare_is_zero_and_harms_no_other(rewards):
+def test_a_group_with_nothing_to_compare_is_zero(rewards):
     for name, transform in GROUPWISE.items():
         got = compute(transform, make_inputs(rewards))
         assert (got[0] == 0).all(), name
@@ -304,16 +304,16 @@ def test_everything_missing_is_zero_everywhere():
     assert np.isfinite(compute(WHITEN, empty)).all()
 
 
-def test_a_missing_greedy_reward_leaves_its_prompt_out():
+def test_the_advantages_of_a_prompt_without_a_greedy_reward_are_zero():
     inputs = make_inputs([[1, 0], [1, 0]], greedy_rewards=[NAN, 1])
     np.testing.assert_array_equal(compute(GREEDY, inputs), [[0, 0], [0, -1]])
 
 
-# -- refusals --------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", GROUPWISE)
-def test_a_group_of_one_is_refused_in_a_sentence(name):
+def test_a_group_of_one_raises(name):
     with pytest.raises(ValueError, match="group_size is 1; it must be at least 2"):
         compute(GROUPWISE[name], make_inputs([[1], [0]]), False)
 
@@ -326,12 +326,12 @@ def test_a_group_of_one_is_refused_in_a_sentence(name):
         (lambda: advantages.soft_overlong_penalty(10, 0), "cache_length is 0"),
     ],
 )
-def test_parameters_out_of_range_are_refused(build, message):
+def test_a_parameter_out_of_range_raises(build, message):
     with pytest.raises(ValueError, match=message):
         build()
 
 
-def test_a_missing_signal_is_named():
+def test_the_error_names_a_missing_signal():
     with pytest.raises(ValueError, match="greedy_rewards, which is None"):
         compute(GREEDY, make_inputs([[1, 0]]))
     with pytest.raises(ValueError, match="kl, which is None"):
@@ -357,7 +357,7 @@ def test_a_missing_signal_is_named():
     ],
     ids=lambda change: " ".join(f"{k}{v.shape}" for k, v in change.items()),
 )
-def test_a_wrong_shape_is_refused_where_prompts_completions_and_tokens_are_as_many(change):
+def test_a_wrong_shape_raises_even_if_p_g_and_t_are_equal(change):
     inputs = make_inputs(np.eye(3), np.full((3, 3), 3), kl=np.ones((3, 3, 3)), greedy_rewards=np.ones(3))
     both = advantages.chain(advantages.subtract_greedy(), advantages.whiten_by_token(0.1))
     shape = lambda inputs: jax.eval_shape(both.update, None, both.init(), inputs)[0].shape
@@ -366,72 +366,6 @@ def test_a_wrong_shape_is_refused_where_prompts_completions_and_tokens_are_as_ma
         shape(inputs._replace(**{name: jnp.asarray(value) for name, value in change.items()}))
 
 
-def test_greedy_rewards_of_other_prompts_are_refused_for_a_single_prompt():
+def test_greedy_rewards_of_two_prompts_raise_for_one_prompt():
     with pytest.raises((AssertionError, ValueError, TypeError)):
         compute(GREEDY, make_inputs([[1, 0]], greedy_rewards=[1, 0]), False)
-
-
-# -- the chain -------------------------------------------------------------------------------------
-
-
-def test_the_chain_starts_from_the_rewards_and_applies_in_order():
-    inputs = make_inputs([[3, 1, 2]], [[1, 2, 3]])
-    plus = advantages.stateless(lambda adv, inputs: adv + inputs.rewards)
-    double = advantages.stateless(lambda adv, inputs: 2 * adv)
-    np.testing.assert_array_equal(compute(advantages.chain(), inputs), [[3, 1, 2]])
-    np.testing.assert_array_equal(compute(advantages.chain(plus, double), inputs), [[12, 4, 8]])
-    np.testing.assert_array_equal(compute(advantages.chain(double, plus), inputs), [[9, 3, 6]])
-    chain = advantages.chain(double)
-    np.testing.assert_array_equal(chain.update(jnp.array([[1.0, 0, 5]]), chain.init(), inputs)[0], [[2, 0, 10]])
-
-
-@either_way
-def test_the_chain_carries_the_state_of_each_part(compiled):
-    def counting(step):
-        return advantages.AdvantageTransform(lambda: jnp.int32(0), lambda adv, n, inputs: (adv + n, n + step))
-
-    chain = advantages.chain(counting(1), advantages.chain(counting(10), advantages.center_by_group()))
-    update = jax.jit(chain.update) if compiled else chain.update
-    state, inputs = chain.init(), make_inputs([[1, 0]])
-    for _ in range(3):
-        adv, state = update(None, state, inputs)
-    assert jax.tree.leaves(state) == [3, 30]
-    np.testing.assert_array_equal(adv, [[0.5, -0.5]])
-    with pytest.raises(ValueError, match="1 parts and the chain 2"):
-        chain.update(None, state[:1], inputs)
-
-
-def test_no_gradient_flows_through_advantages():
-    rewards = jnp.array([[1.0, 0.25, -2.0]])
-
-    def total(rewards, kl, greedy):
-        inputs = advantages.AdvantageInputs(rewards, jnp.ones((1, 3, 2)), greedy_rewards=greedy, kl=kl)
-        chain = advantages.chain(
-            advantages.subtract_greedy(), advantages.standardize_by_group(), advantages.whiten_by_token(0.1)
-        )
-        return (chain.update(None, chain.init(), inputs)[0] * jnp.arange(6.0).reshape(1, 3, 2)).sum()
-
-    kl, greedy = jnp.arange(6.0).reshape(1, 3, 2), jnp.array([0.5])
-    value, gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(rewards, kl, greedy)
-    assert value != 0
-    for gradient in gradients:
-        assert (gradient == 0).all()
-
-
-def test_advantages_are_float32_whatever_the_rewards_are():
-    for dtype in (jnp.bfloat16, jnp.float16, jnp.int32, bool):
-        inputs = make_inputs([[1, 0, 0, 1]])
-        inputs = inputs._replace(rewards=inputs.rewards.astype(dtype), completion_mask=jnp.ones((1, 4, 2), bool))
-        got = compute(GROUPWISE["standardize"], inputs)
-        assert got.dtype == np.float32
-        np.testing.assert_allclose(got, [[0.866024, -0.866024, -0.866024, 0.866024]], atol=2e-6)
-
-
-def test_the_same_under_vmap():
-    rewards = np.random.default_rng(0).integers(0, 2, (4, 2, 3)).astype(np.float32)
-    mask, greedy = np.ones((4, 2, 3, 5), np.float32), np.random.default_rng(1).random((4, 2)).astype(np.float32)
-    chain = advantages.chain(advantages.subtract_greedy(), advantages.center_by_group(), advantages.whiten_by_token())
-    update = lambda r, m, g: chain.update(None, chain.init(), advantages.AdvantageInputs(r, m, greedy_rewards=g))[0]
-    alone = jax.jit(update)
-    one_by_one = [alone(r, m, g) for r, m, g in zip(rewards, mask, greedy)]
-    np.testing.assert_allclose(jax.jit(jax.vmap(update))(rewards, mask, greedy), one_by_one, atol=1e-6)
