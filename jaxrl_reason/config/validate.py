@@ -74,7 +74,7 @@ def _misweighted(c: Config) -> str:
 
 
 def _uses(m: Method, *signals: str) -> str:
-    """Returns the signals among these that the method uses, or ""."""
+    """Returns those of `signals` that the method uses, or ""."""
     return ", ".join(name for name in signals if name in m.signals)
 
 
