@@ -178,5 +178,5 @@ def _describe(section: Any, prefix: str) -> list[str]:
         else:
             choices = f.metadata["choices"]
             text = f.metadata["help"] + (f" ({' | '.join(choices)})" if choices else "")
-            lines.append(f"  --{name}={value!r:<12} {text}")
+            lines.append(f"  {f'--{name}={value!r}':<44} {text}")
     return lines

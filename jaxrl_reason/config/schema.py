@@ -36,7 +36,7 @@ class Model:
     path: str = _field(
         "",
         "pretrained model: a directory in the Hugging Face layout, an id of the Hugging Face hub, or a .gguf file. The model "
-        "brings its own sizes, switches and tokenizer. Empty: random weights",
+        "defines sizes, switches and tokenizer. Empty: random weights",
     )
     width: int = _field(128, "size of the residual stream", low=1)
     layers: int = _field(4, "number of layers", low=1)
@@ -159,7 +159,7 @@ class RewardModel:
     )
     system: str = _field("", "system prompt in the chat of a pretrained reward model")
     max_length: int = _field(
-        2048, "most tokens that a pretrained reward model reads; longer texts have no score", low=1
+        2048, "maximum tokens per text of a pretrained reward model; longer texts have no score", low=1
     )
     data: str = _field("", "training pairs: a source with question, chosen, rejected; empty: data.train")
     split: str = _field("", "split of the training pairs; empty: data.train_split")
@@ -216,7 +216,7 @@ class Sampling:
         low=0,
     )
     mask_truncated_completions: bool = _field(False, "exclude completions without an end token from the loss")
-    max_batches: int = _field(8, "dynamic sampling: most prompt batches drawn per step", low=1)
+    max_batches: int = _field(8, "dynamic sampling: maximum prompt batches drawn per step", low=1)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -308,8 +308,8 @@ class Config:
     steps: int = _field(100, "RL steps", low=1)
     prompts_per_step: int = _field(16, "prompts per step (P)", low=1)
     group_size: int = _field(8, "completions per prompt (G)", low=1)
-    max_prompt_length: int = _field(64, "most tokens per prompt (S)", low=1)
-    max_completion_length: int = _field(64, "most tokens per completion, end token included (T)", low=1)
+    max_prompt_length: int = _field(64, "maximum tokens per prompt (S)", low=1)
+    max_completion_length: int = _field(64, "maximum tokens per completion, end token included (T)", low=1)
     model: Model = dataclasses.field(default_factory=Model)
     lora: Lora = dataclasses.field(default_factory=Lora)
     data: Data = dataclasses.field(default_factory=Data)
