@@ -1,7 +1,12 @@
-"""GenRe2 (arXiv 2512.06533): regression by decoding binary digits, cross-entropy first, then ReMax on the squared error.
+"""GenRe2 (arXiv 2512.06533) on a synthetic table of known noise: regression by decoding binary digits.
 
-The table is synthetic with known noise; other tables: --config.data.train=diabetes, or a .csv with --config.regression.target=COLUMN
-and slices as splits.
+    python -m jaxrl_reason.compare --config=configs/genre2.py --workdir=/tmp/genre2
+
+Takes minutes on two CPU cores: 1,500 steps of cross-entropy, then 300 steps of ReMax on the squared error. Expect the spread
+of the samples to halve, and the error of their mean to change little.
+
+Other tables: --config.data.train=diabetes (needs the extra `tables`), or a .csv with --config.regression.target=COLUMN and
+slices as splits.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,11 @@
-"""GenRe2 (arXiv 2512.06533), rows as text: Qwen3-0.6B reads "bmi 25.3, sex 1" and writes a number in tokens of its own.
+"""GenRe2 (arXiv 2512.06533) on text: Qwen3-0.6B reads "bmi 25.3, sex 1" and writes a number in new tokens.
 
-From the paper: IEEE-style numbers, 16 samples, temperature 1, learning rate 1e-5, no KL, the heavy-tailed reward, ReMax; cross-entropy first. For one
-TPU v5e-8; needs the extra `tables`, and the internet once. Other tables: --config.data.train=FILE.csv --config.regression.target=COLUMN with
-slices as splits.
+    python -m jaxrl_reason.train --config=configs/genre2_text_qwen3_0_6b.py --workdir=DIR
+
+For one TPU v5e-8. Needs the extra `tables`, and the internet once. It was never run to the end.
+
+From the paper: IEEE-style numbers, 16 samples, temperature 1, learning rate 1e-5, no KL, the heavy-tailed reward, ReMax, and
+cross-entropy first. Other tables: --config.data.train=FILE.csv --config.regression.target=COLUMN, with slices as splits.
 """
 
 from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Model, Optimizer, Regression, Reward, Supervised

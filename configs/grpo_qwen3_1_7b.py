@@ -1,6 +1,9 @@
-"""GRPO on grade-school mathematics with Qwen3-1.7B, for a TPU v5e-8: needs the internet once, for the model and GSM8K.
+"""GRPO with Qwen3-1.7B on GSM8K, for 8 TPU chips; grpo_qwen3_1_7b_v5e8.py has their layout.
 
-Without thinking turned on, so that completions are short; both clip ratios and the token-mean loss are DAPO's (arXiv 2503.14476).
+    python -m jaxrl_reason.train --config=configs/grpo_qwen3_1_7b.py --workdir=DIR
+
+Needs the internet once, for the model and the data. Thinking is off, so completions are short. Both clip ratios and the
+token-mean loss are from DAPO (arXiv 2503.14476). It was never run to the end.
 """
 
 from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Model, Optimizer, Reward, Update

@@ -1,6 +1,10 @@
-"""HERO (arXiv 2510.07242): sums whose answers are right in several forms, a verifier that misses half of them, a learned reward model.
+"""HERO (arXiv 2510.07242) on sums with answers in several forms: a strict verifier and a learned reward model.
 
-A held-out judge that accepts every form tells what was really right: it is what `eval/accuracy` counts, and training never sees it.
+    python -m jaxrl_reason.compare --config=configs/hero.py --workdir=/tmp/hero
+
+Takes minutes on two CPU cores. The verifier misses half of the correct answers. A held-out judge, which accepts every form,
+gives `eval/accuracy`; training never uses it.
+Expect HERO to be a few points ahead of the verifier alone, and about equal to the naive mix.
 """
 
 from collections.abc import Mapping

@@ -1,9 +1,13 @@
-"""HERO (arXiv 2510.07242) in the paper's setting: Qwen3-4B-Base, OpenMathReasoning, AceMath-7B-RM and math-verify.
+"""HERO (arXiv 2510.07242) in the setting of the paper: Qwen3-4B-Base, OpenMathReasoning, AceMath-7B-RM and math-verify.
 
-From the paper: 8 completions a prompt, 512 prompts a step in minibatches of 128, learning rate 1e-6, clip 0.2 / 0.28, no KL, alpha = beta =
-0.05, temperature 1, and a cold start: 4,000 worked solutions once, where the paper takes 2,000 twice. Lengths are ours; rows whose solution
-is longer than a completion may be are left out. For 32 chips and more; needs the extra `math`, and the internet once, for the models and one
-file of the data (--config.data.train names more of them).
+    python -m jaxrl_reason.train --config=configs/hero_qwen3_4b.py --workdir=DIR
+
+For 32 chips or more. Needs the extra `math`, and the internet once, for the models and one file of the data; set
+--config.data.train to name more files. It was never run to the end.
+
+From the paper: 8 completions per prompt, 512 prompts per step in minibatches of 128, learning rate 1e-6, clip 0.2 / 0.28, no
+KL, alpha = beta = 0.05, temperature 1, and a cold start. The cold start has 4,000 worked solutions once; the paper takes 2,000
+twice. Lengths are ours; rows with a solution longer than a completion can be are left out.
 """
 
 from jaxrl_reason.config import (

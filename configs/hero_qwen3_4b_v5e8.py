@@ -1,13 +1,21 @@
-"""HERO with Qwen3-4B-Base and AceMath-7B-RM, laid out for one TPU v5e-8: 8 chips with 16 GB each, of which 15.75 GiB are usable.
+"""HERO with Qwen3-4B-Base and AceMath-7B-RM, laid out for one TPU v5e-8: 8 chips of 16 GB, of which 15.75 GiB are usable.
 
-Adapters are trained in place of the weights. All weights would take 14 bytes a parameter, 7.0 GB a chip, and another 2.0 GB for the sums of their
-gradients; beside the reward model's 1.8 GB that leaves too little for the activations of a group. With adapters a chip holds 1.3 GB of weights,
-adapters and moments, and the reward model; while sampling, also the weights over 4 chips, 2.1 GB, and keys and values, 144 KiB a token over 8 chips:
-5.1 GB for 16 prompts of 1,024 tokens with 8 completions of 2,048.
+    python -m jaxrl_reason.plan --config=configs/hero_qwen3_4b_v5e8.py --topology=v5e:2x4
+    python -m jaxrl_reason.train --config=configs/hero_qwen3_4b_v5e8.py --workdir=DIR
 
-Smaller than in the paper are therefore the prompts of a step (16 for 512, in one update) and the completions (2,048 tokens, where the recipe this one is
-derived from has 4,096). Learning rates are ten times those for all weights. Heads are split over 4 chips: a chip cannot hold the attention scores of a
-group under all of them.
+Adapters are trained instead of the weights. Memory per chip:
+
+* 1.3 GB: weights, adapters and moments
+* 1.8 GB: the reward model
+* 2.1 GB while sampling: the weights over 4 chips
+* 5.1 GB while sampling: keys and values, 144 KiB per token over 8 chips, for 16 prompts of 1,024 tokens with 8 completions of
+  2,048 tokens
+
+Training all weights would take 7.0 GB (14 bytes per parameter) and 2.0 GB for the sums of their gradients. Next to the reward
+model, too little would be left for the activations of a group.
+
+Differences from hero_qwen3_4b.py: 16 prompts per step, in one update; completions of 2,048 tokens; learning rates ten times
+those for all weights. Heads are split over 4 chips, because a chip cannot hold the attention scores of a group for all heads.
 """
 
 import pathlib

@@ -1,6 +1,9 @@
-"""LaSeR (arXiv 2510.14943): word problems, and a policy that learns to judge its own answers by one log-probability.
+"""LaSeR (arXiv 2510.14943) on word problems: the policy also learns to judge its answers by one log-probability.
 
-The warm-ups are the paper's 200 steps each, scaled to a run of 100.
+    python -m jaxrl_reason.compare --config=configs/laser.py --workdir=/tmp/laser
+
+Takes minutes on two CPU cores. The warm-ups of the paper, 200 steps each, are scaled to a run of 100 steps. Expect the
+accuracy of GRPO, and a self-verification F1 that rises from 0.1 to 0.5.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,11 @@
-"""LaSeR (arXiv 2510.14943) in the paper's setting: Qwen2.5-7B, DeepMath-103K and math-verify.
+"""LaSeR (arXiv 2510.14943) in the setting of the paper: Qwen2.5-7B, DeepMath-103K and math-verify.
 
-From the paper: 8 completions a prompt, 128 prompts a step, learning rate 1e-6, clip 0.2, temperature 1, beta and alpha 0.1, tau 0.1,
-warm-ups of 200 steps each; the self-reward is read at a token that text never uses. Lengths are ours. For 32 chips and more; needs the
-extra `math`, and the internet once.
+    python -m jaxrl_reason.train --config=configs/laser_qwen2_5_7b.py --workdir=DIR
+
+For 32 chips or more. Needs the extra `math`, and the internet once. It was never run to the end.
+
+From the paper: 8 completions per prompt, 128 prompts per step, learning rate 1e-6, clip 0.2, temperature 1, beta and alpha 0.1,
+tau 0.1, warm-ups of 200 steps each. The self-reward is read at a token that text never uses. Lengths are ours.
 """
 
 from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Model, Optimizer, Reward, Update

@@ -1,7 +1,11 @@
-"""ProGRPO (arXiv 2602.05281): Qwen2.5-7B on DAPO-Math-17k.
+"""ProGRPO (arXiv 2602.05281) with Qwen2.5-7B on DAPO-Math-17k.
 
-From the paper: clip 0.2 / 0.28, token-mean loss, no KL. It does not say alpha: 0.3 is a start. Group, batch, learning rate and lengths are
-ours. For 32 chips and more; needs the extra `math`, and the internet once.
+    python -m jaxrl_reason.train --config=configs/progrpo_qwen2_5_7b.py --workdir=DIR
+
+For 32 chips or more. Needs the extra `math`, and the internet once. It was never run to the end.
+
+From the paper: clip 0.2 / 0.28, token-mean loss, no KL. The paper does not give alpha; 0.3 is a first guess. Group size, batch
+size, learning rate and lengths are ours.
 """
 
 from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Model, Optimizer, Reward, Update

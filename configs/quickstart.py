@@ -1,4 +1,11 @@
-"""Word problems from scratch on two CPU cores: a minute of supervised start, then GRPO."""
+"""GRPO on word problems, from random weights, on two CPU cores.
+
+    python -m jaxrl_reason.train --config=configs/quickstart.py --workdir=/tmp/quickstart
+
+Takes about 3 minutes: 900 supervised steps, then 40 steps of RL. In the training data, half of the solutions are worked and
+half are bare answers. Expect the accuracy on held-out problems to rise from about 55 % to 95 %, and the mean length from 17
+to 31 tokens: the policy learns that working an answer out pays.
+"""
 
 from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Model, Optimizer, Supervised
 

@@ -1,4 +1,9 @@
-"""RLEV (arXiv 2510.20187): exams whose questions are worth different points, and a policy too small to master every topic."""
+"""RLEV (arXiv 2510.20187) on exams with questions of different values, for a policy too small to learn every topic.
+
+    python -m jaxrl_reason.compare --config=configs/rlev.py --workdir=/tmp/rlev
+
+Takes minutes on two CPU cores. Expect about the accuracy of the baselines, with 3 to 4 points more of the exams' total.
+"""
 
 from collections.abc import Mapping
 

@@ -1,8 +1,12 @@
-"""RLEV (arXiv 2510.20187) in the paper's setting: Qwen2.5-7B on exam questions that are worth different points.
+"""RLEV (arXiv 2510.20187) in the setting of the paper: Qwen2.5-7B on exam questions of different values.
 
-From the paper: one epoch, 128 prompts a step, learning rate 5e-7, prompts and responses of 1,024 tokens, alpha 10. The paper lets a
-language model judge the answers; here the final answer has to be the reference's words, so name a judge of your own in
---config.reward.functions=FILE.py:FUNCTION. The data are the paper's, as JSONL with question, answer, score and exam. For 32 chips and more.
+    python -m jaxrl_reason.train --config=configs/rlev_qwen2_5_7b.py --workdir=DIR
+
+For 32 chips or more. Needs the internet once. It was never run to the end.
+
+From the paper: one epoch, 128 prompts per step, learning rate 5e-7, prompts and responses of 1,024 tokens, alpha 10. The data
+come from the paper too: JSONL with question, answer, score and exam. In the paper a language model judges the answers. Here
+the final answer must have the words of the reference; --config.reward.functions=FILE.py:FUNCTION names another judge.
 """
 
 from collections.abc import Sequence
@@ -13,7 +17,7 @@ from jaxrl_reason.rewards import extract_answer
 
 
 def same_words(completions: Sequence[str], answer: Sequence[str | int | float], **_) -> list[float]:
-    """1.0 where the final answer is the reference, up to spaces, case and punctuation, else 0.0."""
+    """Returns 1.0 if the final answer equals the reference up to spaces, case and punctuation, else 0.0."""
     words = lambda text: re.findall(r"\w+", str(text).lower())
     found = [extract_answer(completion) for completion in completions]
     return [float(text is not None and words(text) == words(gold)) for text, gold in zip(found, answer, strict=True)]

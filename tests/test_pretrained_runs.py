@@ -207,10 +207,10 @@ def test_prompts_stand_in_the_chat_template(rows, model, tmp_path):
     "changes, message",
     [
         (dict(model=Model(path="nowhere")), "There is no nowhere: give a directory"),
-        (dict(model__width=64), "config.model.width is 64, and the model of config.model.path brings its own"),
+        (dict(model__width=64), "config.model.width is 64; the model of config.model.path has its own"),
         (dict(model__qk_norm=True), "config.model.qk_norm is True"),
         (dict(lora=Lora(rank=2, projections=["query"])), "config.lora.projections is ['query']; it must name some of"),
-        (dict(lora=Lora(alpha=3.0)), "config.lora is set and config.lora.rank is 0"),
+        (dict(lora=Lora(alpha=3.0)), "config.lora.rank is 0; set it, or leave out"),
         (
             dict(data__system="Hello"),
             "config.data.system and config.data.chat_options belong to the model's chat template",

@@ -45,7 +45,7 @@ UNPICKLES = {"recv", "loads"}  # of multiprocessing's connections and of its For
 
 # What is done on purpose: (file, function, what).
 ALLOWED = {
-    ("config.py", "load_module", "exec_module"),  # a recipe is a Python file that the user names
+    ("config/command_line.py", "load_module", "exec_module"),  # a recipe is a Python file that the user names
     ("rewards/host.py", "_import_file", "exec_module"),  # a reward function is in a Python file that the user names,
     ("rewards/host.py", "_import_module", "import_module"),  # or in a module
     ("data/sources.py", "_tfds_source", "import_module"),  # a builder of ours, out of a table

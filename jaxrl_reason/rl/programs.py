@@ -189,7 +189,7 @@ def build(
     decoding, shardings, rollout_shardings = _shardings(config, method, model, mesh, optimizer)
     model = with_attention(model, config, mesh)
     needs = requirements(config, method)
-    options = _update_options(config, method, probe_token)
+    options = update_options(config, method, probe_token)
     by_prompt, by_prompt_decoding = sharding.batch_sharding(mesh), sharding.batch_sharding(decoding)
     whole, whole_decoding = sharding.replicated(mesh), sharding.replicated(decoding)
     root = jax.random.key(config.seed)
@@ -336,7 +336,7 @@ def _matrices_for_products(model: models.ModelConfig, params: models.Params) -> 
     return params | {name: params[name].astype(model.compute_dtype) for name in params.keys() & {"head"}}
 
 
-def _update_options(config: Config, method: Method, probe_token: int | None) -> learner.UpdateOptions:
+def update_options(config: Config, method: Method, probe_token: int | None) -> learner.UpdateOptions:
     cap = config.sampling.importance_cap if config.sampling.quantize else 0.0
     return learner.UpdateOptions(
         loss=method.loss, probe_token=probe_token, importance_cap=cap, **dataclasses.asdict(config.update)

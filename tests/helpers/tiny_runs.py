@@ -1,8 +1,11 @@
 """Runs small enough for tests: twenty rows, a model of width 16, programs that compile in seconds."""
 
+from collections.abc import Callable
+import dataclasses
 import json
 
 from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Log, Model, Supervised
+from jaxrl_reason.rl.programs import Programs
 
 ROWS = [{"question": f"Write {i}.", "solution": f"#### {i}", "answer": str(i), "row": i} for i in range(20)]
 
@@ -41,3 +44,8 @@ def change(config: Config, **changes) -> Config:
             raise AttributeError(name)
         setattr(at, field, value)
     return config
+
+
+def with_program(programs: Programs, name: str, wrap: Callable) -> Programs:
+    """Returns the programs with `jitted[name]` replaced by `wrap(jitted[name])`."""
+    return dataclasses.replace(programs, jitted={**programs.jitted, name: wrap(programs.jitted[name])})

@@ -1,0 +1,182 @@
+"""Reads recipes and the flags of the command line, and writes the help text."""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import pathlib
+import types
+from typing import Any, get_type_hints
+
+from jaxrl_reason import methods
+from jaxrl_reason.config.schema import Config, ConfigError, field_names, with_article
+
+
+def load_module(path: str | pathlib.Path) -> types.ModuleType:
+    """Returns a recipe file as a module.
+
+    Raises:
+      ConfigError: there is no such file, or it cannot be run.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.glob("*.py")], n=3)
+        hint = " Did you mean " + " or ".join(near) + "?" if near else ""
+        raise ConfigError(f"There is no configuration file {path}.{hint}")
+    spec = importlib.util.spec_from_file_location(f"jaxrl_reason_recipe_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is not a recipe; a recipe is a Python file whose name ends in .py.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:  # a recipe is a program: it can fail in any way
+        raise _not_a_recipe(path, e) from e
+    return module
+
+
+def load(path: str | pathlib.Path) -> Config:
+    """Returns the configuration that `get_config()` of a recipe file returns.
+
+    Raises:
+      ConfigError: the file is not a recipe.
+    """
+    module = load_module(path)
+    try:
+        config = module.get_config()
+    except ConfigError:
+        raise
+    except Exception as e:
+        raise _not_a_recipe(path, e) from e
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"{path}: get_config() returned {type(config).__name__}; it must return a jaxrl_reason.config.Config."
+        )
+    return config
+
+
+def _not_a_recipe(path: str | pathlib.Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{path} could not be read as a recipe with a get_config() function: {type(error).__name__}: {error}."
+    )
+
+
+def parse_args(argv: list[str]) -> tuple[Config, str]:
+    """Reads --config=FILE --workdir=DIR --config.section.field=value ...
+
+    Args:
+      argv: flags, as `--flag=value` or `--flag value`.
+
+    Returns:
+      The configuration, and the work directory; without --workdir, `runs/` and the name of the recipe.
+
+    Raises:
+      ConfigError: a flag or field does not exist, or a value has the wrong type.
+    """
+    values, path, workdir = [], None, None
+    argv = list(argv)
+    while argv:
+        flag, equals, text = argv.pop(0).partition("=")
+        if not equals and argv and not argv[0].startswith("--"):
+            text = argv.pop(0)
+        elif not equals:
+            raise ConfigError(f"{flag} needs a value: {flag}=...")
+        if flag == "--config":
+            path = text
+        elif flag == "--workdir":
+            workdir = text
+        elif flag.startswith("--config."):
+            values.append((flag.removeprefix("--config."), text))
+        else:
+            raise ConfigError(
+                f"There is no flag {flag!r}; the flags are --config=FILE, --workdir=DIR, --config.section.field=value and --help."
+            )
+    if not path:
+        raise ConfigError("--config=FILE is missing.")
+    config = load(path)
+    for name, text in values:
+        override(config, name, text)
+    return config, workdir or f"runs/{pathlib.Path(path).stem}"
+
+
+def override(config: Config, name: str, text: str) -> None:
+    """Sets one field in place.
+
+    Args:
+      config: configuration to change.
+      name: `field`, `section.field`, or `method.keyword`.
+      text: the new value, as written on the command line.
+
+    Raises:
+      ConfigError: there is no such field, or the value has the wrong type.
+    """
+    *sections, leaf = name.split(".")
+    at: Any = config
+    path = "config"
+    for part in sections:
+        at = at.setdefault(part, {}) if isinstance(at, dict) else _child(at, part, path)
+        path += "." + part
+        if not (dataclasses.is_dataclass(at) or isinstance(at, dict)):
+            raise ConfigError(f"--{path} is a single value and has no field {leaf!r}.")
+    if isinstance(at, dict):
+        at[leaf] = _literal(text)
+        return
+    current = _child(at, leaf, path)
+    if dataclasses.is_dataclass(current):
+        raise ConfigError(f"--{path}.{leaf} is a section; set one of its fields: {', '.join(field_names(current))}.")
+    setattr(at, leaf, _convert(text, get_type_hints(type(at))[leaf], f"{path}.{leaf}"))
+
+
+def _child(section: Any, name: str, path: str) -> Any:
+    known = field_names(section)
+    if name not in known:
+        raise ConfigError(f"{path} has no field {name!r}.{methods.nearest(name, known)}")
+    return getattr(section, name)
+
+
+def _literal(text: str) -> Any:
+    """Returns the Python literal that the text spells, or the text."""
+    try:
+        return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _convert(text: str, kind: type, name: str) -> Any:
+    """Returns the text as a value of type `kind`; lists may be written as a,b,c."""
+    if kind is str:
+        return text
+    value = _literal(text)
+    if kind is list and isinstance(value, str):
+        value = [v.strip() for v in value.split(",") if v.strip()]
+    elif kind is list and isinstance(value, (tuple, int, float)):
+        value = list(value) if isinstance(value, tuple) else [value]
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not kind:
+        raise ConfigError(f"--{name}={text}: expected {with_article(kind)}.")
+    return value
+
+
+def help_text() -> str:
+    """Returns one line per field (default, help, choices) and one line per method (keywords, defaults)."""
+    lines = _describe(Config(), "config")
+    lines.append("\nMethods (config.method.name) and their keywords (config.method.*):")
+    for name in methods.names():
+        keywords = ", ".join(f"{k}={v}" for k, v in methods.keywords(name).items())
+        lines.append(f"  {name:<22} {keywords}")
+    return "\n".join(lines)
+
+
+def _describe(section: Any, prefix: str) -> list[str]:
+    lines = []
+    for f in dataclasses.fields(section):
+        value, name = getattr(section, f.name), f"{prefix}.{f.name}"
+        if dataclasses.is_dataclass(value):
+            lines += ["", *_describe(value, name)]
+        else:
+            choices = f.metadata["choices"]
+            text = f.metadata["help"] + (f" ({' | '.join(choices)})" if choices else "")
+            lines.append(f"  {f'--{name}={value!r}':<44} {text}")
+    return lines

@@ -1,0 +1,278 @@
+"""Checks a configuration before anything compiles: types and ranges, signals, then the rules across fields."""
+
+from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+import math
+from typing import Any, get_type_hints, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxrl_reason import methods
+from jaxrl_reason.advantages import AdvantageInputs
+from jaxrl_reason.config.build import make_method, model_config, OVERRIDES
+from jaxrl_reason.config.schema import (
+    Config,
+    ConfigError,
+    field_names,
+    Lora,
+    Model,
+    Regression,
+    RewardModel,
+    Sampling,
+    with_article,
+)
+from jaxrl_reason.methods import Method
+
+# Signals that the training loop supplies to every method.
+ALWAYS = frozenset({"rewards", "completion_mask", "verdicts", "truncated"})
+
+
+class Rule(NamedTuple):
+    """A combination of fields that cannot run.
+
+    The error is "config.FIELD is VALUE; ADVICE." In `field` and `advice`, {found} is the value of `broken`, and {c} is
+    the configuration.
+
+    Attributes:
+      field: the field that the error names, such as "update.minibatches".
+      broken: (configuration, method) -> a true value if they cannot run.
+      advice: the reason, and the change that makes them run.
+    """
+
+    field: str
+    broken: Callable[[Config, Method], Any]
+    advice: str
+
+
+def _changed(section: Any, names: Iterable[str]) -> str:
+    """Returns the first of these fields that does not have its default, or ""."""
+    default = type(section)()
+    return next((name for name in names if getattr(section, name) != getattr(default, name)), "")
+
+
+def _all_text(columns: Mapping[Any, Any]) -> bool:
+    return all(isinstance(name, str) for item in columns.items() for name in item)
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    """Returns a hint at known names, or "" if the name is empty or known."""
+    return "" if not name or name in known else methods.nearest(name, known)
+
+
+def _learned(c: Config) -> str:
+    """Returns the first learned reward of `reward.functions`, or ""."""
+    return next((name for name in c.reward.functions if name.startswith("reward_model")), "")
+
+
+def _misweighted(c: Config) -> str:
+    """Returns the reward functions that have a weight, but are not the verdict; and the verdict, if it has none."""
+    functions = c.reward.functions
+    weights = c.reward.weights or [1.0] * len(functions)
+    verdict = c.reward.verdict or functions[0]
+    return ", ".join(name for name, weight in zip(functions, weights) if bool(weight) != (name == verdict))
+
+
+def _uses(m: Method, *signals: str) -> str:
+    """Returns those of `signals` that the method uses, or ""."""
+    return ", ".join(name for name in signals if name in m.signals)
+
+
+# The first broken rule is the error, so a rule can rely on the rules before it.
+# fmt: off
+RULES = (
+    # method
+    Rule("group_size", lambda c, m: m.dynamic_sampling and c.group_size < 2,
+         "config.method.dynamic_sampling keeps groups with both correct and incorrect completions: set it to at least 2"),
+    Rule("method.name", lambda c, m: "genre2" in m.name.split("+") and not c.regression.tokenizer,
+         "it predicts numbers: set config.regression.tokenizer, and name a table in config.data.train"),
+    # update
+    Rule("update.minibatches", lambda c, m: c.prompts_per_step % c.update.minibatches,
+         "it must divide config.prompts_per_step ({c.prompts_per_step})"),
+    Rule("update.accumulation",
+         lambda c, m: (per_update := c.prompts_per_step // c.update.minibatches) % c.update.accumulation and per_update,
+         "it must divide the {found} prompts per update (config.prompts_per_step / config.update.minibatches)"),
+    # data
+    Rule("data.chat", lambda c, m: not c.data.chat and (c.data.system or c.data.chat_options),
+         "config.data.system and config.data.chat_options belong to the model's chat template: set config.data.chat=true"),
+    Rule("data.columns", lambda c, m: not _all_text(c.data.columns),
+         "it must map column names to column names, all of them text"),
+    Rule("data.eval_columns", lambda c, m: not _all_text(c.data.eval_columns),
+         "it must map column names to column names, all of them text"),
+    # reward
+    Rule("reward.functions", lambda c, m: any(not isinstance(name, str) for name in c.reward.functions),
+         "each must be the name of a reward"),
+    Rule("reward.functions", lambda c, m: not c.reward.functions,
+         "name at least one reward"),
+    Rule("reward.weights", lambda c, m: c.reward.weights and len(c.reward.weights) != len(c.reward.functions),
+         "give one weight to each of config.reward.functions, which are {c.reward.functions}"),
+    Rule("reward.weights",
+         lambda c, m: any(not isinstance(w, (int, float)) or isinstance(w, bool) for w in c.reward.weights),
+         "each must be a number"),
+    Rule("reward.verdict", lambda c, m: _unknown(c.reward.verdict, c.reward.functions),
+         "it must be one of config.reward.functions.{found}"),
+    Rule("eval.verdict", lambda c, m: _unknown(c.eval.verdict, c.reward.functions),
+         "it must be one of config.reward.functions.{found}"),
+    # optimizer, sampling, supervised
+    Rule("optimizer.float32_master",
+         lambda c, m: c.optimizer.float32_master and (c.model.param_dtype == "float32" or c.lora.rank),
+         "it keeps a float32 copy of bfloat16 weights, and this run trains float32 weights: leave it out"),
+    Rule("sampling.parts", lambda c, m: c.prompts_per_step % c.sampling.parts,
+         "it must divide config.prompts_per_step ({c.prompts_per_step})"),
+    Rule("sampling.importance_cap",
+         lambda c, m: not c.sampling.quantize and c.sampling.importance_cap != Sampling().importance_cap,
+         "only config.sampling.quantize uses it: set both, or leave it out"),
+    Rule("sampling.quantize",
+         lambda c, m: c.sampling.quantize and _uses(m, "self_rewards", "answer_confidence"),
+         "config.method.name {c.method[name]!r} needs exact log-probabilities for {found}: leave it empty"),
+    Rule("supervised.steps", lambda c, m: c.supervised.start_from and c.supervised.steps,
+         "config.supervised.start_from takes the supervised start of another run: leave one of the two out"),
+    # regression: a table of numbers instead of text problems
+    Rule("regression.tokenizer", lambda c, m: not c.regression.tokenizer and c.regression != Regression(),
+         "set it, or leave out the other fields of config.regression"),
+    Rule("method.name", lambda c, m: c.regression.tokenizer and m.dynamic_sampling,
+         "it keeps groups with both correct and incorrect completions, and a regression run has neither: "
+         "set config.method.dynamic_sampling=false"),
+    Rule("lora.rank", lambda c, m: c.regression.tokenizer and c.lora.rank,
+         "a regression run learns new number tokens, and adapters cannot: set it to 0"),
+    Rule("data.{found}", lambda c, m: c.regression.tokenizer and _changed(c.data, ("template", "chat", "add_bos")),
+         "a regression run (config.regression.tokenizer) does not use it: leave it out"),
+    Rule("data.tokenizer", lambda c, m: c.regression.tokenizer and c.model.path and c.data.tokenizer,
+         "a regression run uses the tokenizer of config.model.path: leave it empty"),
+    Rule("model.path", lambda c, m: c.regression.tokenizer and c.model.path and c.regression.inputs != "text",
+         "a pretrained model reads text: set config.regression.inputs='text'"),
+    Rule("method.name", lambda c, m: c.regression.tokenizer and "values" in m.signals and not c.regression.value,
+         "it uses the values of rows, and this regression run has none: name their column in config.regression.value"),
+    Rule("data.values", lambda c, m: c.regression.tokenizer and c.data.values != "own",
+         "it is for questions, and a regression run has rows: leave it out"),
+    Rule("method.name",
+         lambda c, m: c.regression.tokenizer and _uses(m, "answer_confidence", "model_scores", "self_rewards"),
+         "it needs {found}, and a regression run has none: choose another method, or leave config.regression out"),
+    Rule("reward.functions", lambda c, m: c.regression.tokenizer and _learned(c),
+         "{found!r} reads text, and a regression run has none: leave it out"),
+    # signals
+    Rule("method.name", lambda c, m: "model_scores" in m.signals and "reward_model" not in c.reward.functions,
+         "it needs a reward model: add 'reward_model' to config.reward.functions, with weight 0"),
+    Rule("reward.weights", lambda c, m: "model_scores" in m.signals and _misweighted(c),
+         "config.method.name {c.method[name]!r} replaces the sum of rewards, so the weights of {found} do not fit: "
+         "give the function of config.reward.verdict the weight 1, and all others 0"),
+    Rule("method.name", lambda c, m: "self_rewards" in m.signals and not m.loss.find("self_reward"),
+         "it needs self-rewards: give its loss a SelfReward"),
+    Rule("data.values", lambda c, m: c.data.values != "own" and "values" not in m.signals,
+         "config.method.name {c.method[name]!r} uses no values: leave it out, or use rlev"),
+    Rule("reward.functions", lambda c, m: c.reward_model != RewardModel() and not _learned(c),
+         "config.reward_model is set, and none of them is learned: add 'reward_model', or leave config.reward_model out"),
+    # model, lora
+    Rule("model.{found}",
+         lambda c, m: c.model.path and _changed(c.model, sorted({*field_names(Model)} - {"path", "attention", *OVERRIDES})),
+         "the model of config.model.path has its own: leave one of the two out"),
+    Rule("lora.rank", lambda c, m: not c.lora.rank and c.lora != Lora(),
+         "set it, or leave out the other fields of config.lora"),
+)
+# fmt: on
+
+
+def validate(config: Config) -> Method:
+    """Checks everything that can be known before data are read, and returns the method.
+
+    Raises:
+      ConfigError: a field, or a combination of fields, cannot run.
+    """
+    _check_fields(config)
+    method = make_method(config)
+    _check_signals(config, method)
+    for rule in RULES:
+        if found := rule.broken(config, method):
+            name, advice = (text.format(c=config, found=found) for text in (rule.field, rule.advice))
+            raise ConfigError(f"config.{name} is {_value(config, name)!r}; {advice}{'' if advice[-1] in '.?' else '.'}")
+    new_model = dataclasses.replace(config, model=Model()) if config.model.path else config
+    model_config(new_model, vocab_size=300)
+    return method
+
+
+def _value(config: Config, name: str) -> Any:
+    at: Any = config
+    for part in name.split("."):
+        at = at[part] if isinstance(at, dict) else getattr(at, part)
+    return at
+
+
+def _check_fields(section: Any, prefix: str = "config") -> None:
+    """Raises ConfigError if a field has not its type, or is outside its range. Converts ints of float fields."""
+    for f in dataclasses.fields(section):
+        value, name, kind = getattr(section, f.name), f"{prefix}.{f.name}", get_type_hints(type(section))[f.name]
+        if dataclasses.is_dataclass(kind):
+            assert isinstance(kind, type)
+            if not isinstance(value, kind):
+                raise ConfigError(f"{name} is {value!r}; it must be a {kind.__name__} section.")
+            _check_fields(value, name)
+            continue
+        if kind is float and type(value) is int:
+            value = float(value)
+            setattr(section, f.name, value)
+        if type(value) is not kind and not (kind is list and type(value) is tuple):
+            raise ConfigError(f"{name} is {value!r}; it must be {with_article(kind)}.")
+        allowed = _violated_bound(value, **{k: v for k, v in f.metadata.items() if k != "help"})
+        if allowed:
+            raise ConfigError(f"{name} is {value!r}; it must be {allowed}.")
+
+
+def _violated_bound(value: Any, low: Any, above: Any, high: Any, below: Any, choices: Any) -> str:
+    """Returns the first bound that the value violates, in words, or ""."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
+    if low is not None and value < low:
+        return f"at least {low}"
+    if above is not None and value <= above:
+        return f"greater than {above}"
+    if high is not None and value > high:
+        return f"at most {high}"
+    if below is not None and (value >= below or np.float32(value) >= below):  # 1 - 1e-9 is 1 in float32
+        return f"less than {below} in float32"
+    if choices and value not in choices:
+        return f"one of {', '.join(choices)}"
+    return ""
+
+
+def _check_signals(config: Config, method: Method) -> None:
+    """Raises ConfigError if the advantage chain does not run with the signals that its method declares."""
+    error = _chain_error(config, method, method.signals)
+    if error is None:
+        return
+    undeclared = _undeclared_signals(config, method)
+    if undeclared:
+        raise ConfigError(
+            f"config.method.name {method.name!r} reads the signals {undeclared}, which its Method does not declare; "
+            "name them in Method(signals=...)."
+        ) from error
+    reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    raise ConfigError(
+        f"config.method.name {method.name!r} with config.group_size {config.group_size}: {reason.partition(chr(10))[0]}"
+    ) from error
+
+
+def _chain_error(config: Config, method: Method, signals: frozenset[str]) -> Exception | None:
+    """Returns the exception that the advantage chain raises on these signals, or None.
+
+    The chain is traced with shapes and dtypes only; nothing is compiled.
+    """
+    P, G, T = config.prompts_per_step, config.group_size, config.max_completion_length
+    shapes = dict(completion_mask=(P, G, T), greedy_rewards=(P,), values=(P,), prompt_confidence=(P,), kl=(P, G, T))
+    dtypes = dict.fromkeys(("completion_mask", "verdicts", "truncated"), "bool")
+    inputs: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct(shapes.get(name, (P, G)), dtypes.get(name, "float32")) for name in ALWAYS | signals
+    }
+    inputs = dict.fromkeys(AdvantageInputs._fields) | inputs
+    try:
+        jax.eval_shape(method.advantage.update, None, jax.eval_shape(method.advantage.init), AdvantageInputs(**inputs))
+    except (ValueError, AssertionError, TypeError, AttributeError) as e:
+        return e
+    return None
+
+
+def _undeclared_signals(config: Config, method: Method) -> list[str]:
+    """Returns the undeclared signals that the chain needs; none if the chain fails even with all signals."""
+    every = frozenset(AdvantageInputs._fields)
+    if _chain_error(config, method, every):
+        return []
+    return [name for name in sorted(every - method.signals) if _chain_error(config, method, every - {name})]
