@@ -122,11 +122,15 @@ def test_the_whole_batch_has_the_gradient_that_replay_says(method, tmp_path):
     _, groups, batch, _, metrics = train.train_step(
         run, jax.tree.map(jax.numpy.copy, state), None, train.Clock(), c_ref
     )
-    assert batch.judged is None or batch.judged.any()
-    train.save_for_replay(run, 1, state, groups, batch)
+    valid = lambda batch: batch.auxiliary["self_reward"]["valid"] if batch.auxiliary else None
+    assert valid(batch) is None or valid(batch).any()
+    train.save_for_replay(run.work.path, 1, state, groups, batch)
     params, loaded, rewards = replay.load(run, 1)
-    assert loaded.judged is None or not loaded.judged.any()
-    saved = batch._replace(judged=loaded.judged)
+    assert valid(loaded) is None or not valid(loaded).any()
+    saved = batch
+    if loaded.auxiliary:
+        data = batch.auxiliary["self_reward"] | {"valid": valid(loaded)}
+        saved = batch._replace(auxiliary={"self_reward": data})
     jax.tree.map(np.testing.assert_array_equal, (params, loaded, rewards), (state.params, saved, groups.rewards))
     whole, *prompts = replay.examine(run, params, loaded)
     assert metrics["skipped_update_ratio"] == 0 < metrics["grad_norm"]

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from helpers import reference_decoder
-from helpers.tiny_runs import ROWS, tiny, write_rows
+from helpers.tiny_runs import ROWS, tiny, with_program, write_rows
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import data, evaluate, export, models, reward_training, runs, train
 from jaxrl_reason.config import Lora, Model, Regression, Reward, RewardModel
@@ -291,13 +291,15 @@ def test_a_kl_in_the_reward_is_of_the_policy_not_of_its_rounding(rows, model, tm
     method = {"name": "reinforce_pp", "kl_coef": 0.1}
     run = train.setup(a_config(rows, model, sampling__quantize="int8", method=method), tmp_path / "run")
     seen = {}
-    prepare = run.programs.prepare
 
-    def spy(groups, state, kl, c_ref):
-        seen["kl"] = np.asarray(kl)
-        return prepare(groups, state, kl, c_ref)
+    def spy(make_experience):
+        def call(groups, state, kl, c_ref):
+            seen["kl"] = np.asarray(kl)
+            return make_experience(groups, state, kl, c_ref)
 
-    programs = dataclasses.replace(run.programs, prepare=spy)
+        return call
+
+    programs = with_program(run.programs, "make_experience", spy)
     state = train.first_state(run)
     reference = jax.tree.map(jax.numpy.copy, state.params)
     train.train_step(dataclasses.replace(run, programs=programs), state, reference, train.Clock())

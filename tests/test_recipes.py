@@ -24,7 +24,8 @@ from jaxrl_reason.data import sources
 from jaxrl_reason.models import reward_model, sharding
 from jaxrl_reason.models.formats import families, tensors
 from jaxrl_reason.rewards import learned, model_training
-from jaxrl_reason.rl import experience, programs
+from jaxrl_reason.rl import programs
+from jaxrl_reason.rl.types import Groups
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 MODELS = json.loads((pathlib.Path(__file__).parent / "recipes" / "models.json").read_text())
@@ -145,10 +146,10 @@ def step_shapes(config, method, task, built):
     rollout = jax.eval_shape(built.jitted["rollout"], state.params, *prompts, state.step, shape(G))
     assert rollout.tokens.shape[:2] == (P, G)
     rewards = {name: shape(P, G) for name in task.scorer.names}
-    columns = {name: abstract(batch.columns[name]) for name in programs.columns_of(method)}
-    groups = experience.Groups(rollout, rewards, columns)
-    c_ref = shape() if method.loss.self_reward else None
-    learnt, _, _ = jax.eval_shape(built.prepare, groups, state.advantage_state, None, c_ref)
+    columns = {name: abstract(batch.columns[name]) for name in built.needs.columns}
+    groups = Groups(rollout, rewards, columns)
+    c_ref = shape() if built.needs.probe else None
+    learnt, *_ = jax.eval_shape(built.make_experience, groups, state.advantage_state, None, c_ref)
     if config.update.epochs * config.update.minibatches > 1:
         learnt = learnt._replace(old_logprobs=jax.eval_shape(built.score, state.params, learnt.rollout).logprobs)
     return state, batch, learnt

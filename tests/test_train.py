@@ -18,15 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helpers.tiny_runs import change, ROWS, tiny, write_rows
+from helpers.tiny_runs import change, ROWS, tiny, with_program, write_rows
 from jaxrl_reason import data, methods, train
 from jaxrl_reason.advantages import AdvantageTransform, chain
 from jaxrl_reason.config import ConfigError, to_dict
 from jaxrl_reason.methods import Method, PolicyLoss
 from jaxrl_reason.rewards import RewardError
-from jaxrl_reason.runs import checkpoints
+from jaxrl_reason.runs import checkpoints, loop
 from jaxrl_reason.runs.progress import Clock
 from jaxrl_reason.runs.writers import read_metrics
+from jaxrl_reason.tasks import summary
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -293,7 +294,7 @@ def test_dynamic_sampling_refills_the_batch(rows, rewards, tmp_path):
         group = samples[start : start + 4]
         assert len({s["prompt"] for s in group}) == 1 and {s["total"] for s in group} == {0.0, 1.0}
     _, state = final_state(config, tmp_path / "run")
-    assert state.batches == sum(drawn) and state.step == 6
+    assert state.data_position == sum(drawn) and state.step == 6
 
 
 def test_dynamic_sampling_gives_up_where_no_group_is_mixed(rows, rewards, tmp_path):
@@ -356,7 +357,7 @@ def test_a_part_is_scored_while_the_next_is_sampled(rows, rewards, tmp_path, mon
         return call
 
     ready.scorer.begin = told("score", ready.scorer.begin)
-    programs = dataclasses.replace(ready.programs, generate=told("sample", ready.programs.generate))
+    programs = with_program(ready.programs, "rollout", lambda sample: told("sample", sample))
     ready = dataclasses.replace(ready, programs=programs)
     state = programs.init()
     monkeypatch.setattr(jax, "block_until_ready", told("wait", jax.block_until_ready))
@@ -578,22 +579,23 @@ def test_nothing_compiles_after_the_first_step(method, rows, rewards, tmp_path):
     prepared = train.setup(config, tmp_path / "run")
     after = []
     with compilations() as names:
-        advance = train.Progress.advance
+        advance = loop.Progress.advance
 
-        class Watched(train.Progress):
+        class Watched(loop.Progress):
             def advance(self, text):
                 advance(self, text)
                 after.append(len(names))
 
-        before, train.Progress = train.Progress, Watched
+        before, loop.Progress = loop.Progress, Watched
         try:
             train.train(prepared)
         finally:
-            train.Progress = before
+            loop.Progress = before
     assert names and len(after) == 5
     # The second step may still find new kinds of input (a state that came from an update); from then on there are none.
     assert after[1:] == [after[1]] * 4, names[after[1] :]
-    assert not set(names[after[0] :]) & {"jit(generate)", "jit(update_step)", "jit(prepare)"}, names[after[0] :]
+    step = {"jit(generate)", "jit(update_step)", "jit(make_experience)"}
+    assert step <= set(names[: after[0]]) and not step & set(names[after[0] :]), names
 
 
 # -- going on --------------------------------------------------------------------------------------
@@ -614,14 +616,14 @@ def test_a_finished_run_says_so_and_trains_nothing(rows, tmp_path, capsys):
 
 def test_a_finished_run_without_its_picture_is_reported_after_all(rows, tmp_path, capsys, monkeypatch):
     """Killed between the last checkpoint and the report; the second time with a picture of a shorter run in place."""
-    picture, report = tmp_path / "learning_curve.png", train.report
+    picture, report = tmp_path / "learning_curve.png", summary.report
     for steps in (1, 2):
         config = tiny(rows, steps=steps, eval__every=1)
-        monkeypatch.setattr(train, "report", lambda *_: 1 / 0)
+        monkeypatch.setattr(summary, "report", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train.train(train.setup(config, tmp_path))
         assert not picture.exists()
-        monkeypatch.setattr(train, "report", report)
+        monkeypatch.setattr(summary, "report", report)
         capsys.readouterr()
         result = train.train(train.setup(config, tmp_path))
         out = capsys.readouterr().out

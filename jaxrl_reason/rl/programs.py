@@ -251,7 +251,7 @@ def _shardings(config: Config, method: Method, model: models.ModelConfig, mesh: 
 
 
 def _sample_fn(config: Config, model: models.ModelConfig, root: jax.Array, group_size: int, options: dict) -> Callable:
-    def sample(params, tokens, mask, prompt_ids, features, step, temperature):
+    def generate(params, tokens, mask, prompt_ids, features, step, temperature):
         return rollout.generate(
             model,
             params,
@@ -267,7 +267,7 @@ def _sample_fn(config: Config, model: models.ModelConfig, root: jax.Array, group
             **options,
         )
 
-    return sample
+    return generate
 
 
 def _experience_programs(config, method, weights, verdict, expert, by_prompt, whole) -> dict[str, Any]:
