@@ -34,7 +34,7 @@ from jaxrl_reason.runs.loop import Loop, run_loop
 from jaxrl_reason.runs.progress import Clock
 from jaxrl_reason.runs.records import describe_mismatch, save_for_replay, write_samples
 from jaxrl_reason.runs.watch import NonFiniteError, Watch
-from jaxrl_reason.tasks import self_reward, summary, Task
+from jaxrl_reason.tasks import self_reward, summary, TrainingTask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Run:
 
     config: Config
     method: Method
-    task: Task
+    task: TrainingTask
     programs: programs_lib.Programs
     reward_phase: model_training.Phase | None = None
 
@@ -86,19 +86,7 @@ def _setup(config: Config, workdir: str | pathlib.Path) -> Run:
     method = config_lib.validate(config)
     mesh = programs_lib.make_mesh(config)
     task = tasks.open_task(config, method, mesh, workdir)
-    programs = programs_lib.build(
-        config,
-        method,
-        task.model,
-        mesh,
-        eos_ids=task.tokenizer.eos_ids,
-        pad_id=task.tokenizer.pad_id,
-        weights=task.scorer.weights,
-        verdict=task.scorer.verdict,
-        probe_token=tasks.probe_token(method, task.tokenizer),
-        legal=task.legal,
-        expert=task.expert,
-    )
+    programs = tasks.build_programs(config, method, task, mesh)
     reward_phase = None
     if LEARNED.keys() & set(config.reward.functions):
         reward_phase = model_training.setup(
@@ -368,7 +356,7 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> dict[str, dict[str, flo
     if run.reward_phase:
         decoder = models.lora.merge(run.model, state.params)[1]
         score = model_training.scorer(run.reward_phase, decoder, console, should_stop)
-        run = dataclasses.replace(run, task=dataclasses.replace(run.task, scorer=run.scorer.with_reward_model(score)))
+        run = dataclasses.replace(run, task=run.task.with_reward_model(score))
     reinforce(run, state, reference, c_ref, saver, console, should_stop)
     saver.close()
     return summary.report(work.path, c, run.method, console)

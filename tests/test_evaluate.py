@@ -1,6 +1,5 @@
-"""The figures against numbers worked by hand, and the command on tiny runs: what it writes, refuses and leaves alone."""
+"""The evaluate command on tiny runs: the files it writes, its errors, and that the run stays unchanged."""
 
-from fractions import Fraction
 import hashlib
 import json
 import math
@@ -13,139 +12,22 @@ import sys
 import jax
 import numpy as np
 import pytest
+import rich.console
 
 from helpers.tiny_runs import tiny, write_rows
 from jaxrl_reason import config as config_lib
-from jaxrl_reason import evaluate, methods, runs, train
+from jaxrl_reason import data, evaluate, methods, runs, train
+from jaxrl_reason.data.preferences import PreferenceBatch
 from jaxrl_reason.metrics import pass_at_k
+from jaxrl_reason.models import reward_model
+from jaxrl_reason.rewards import model_training
 from jaxrl_reason.rewards.numeric import extract_answer, numeric_verdict, parse_number
 from jaxrl_reason.runs import checkpoints
 from jaxrl_reason.runs.writers import read_metrics
-from jaxrl_reason.tasks import evaluation
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 DIGITS = [{"question": str(i), "solution": f"#### {i % 10}", "answer": str(i % 10)} for i in range(20)]
-
-
-def found(right, **fields) -> evaluation.Evaluated:
-    """An evaluation of these verdicts; every other field has some value of the right shape."""
-    right = np.array(right, bool)
-    N, K = right.shape
-    defaults = dict(
-        rows=[{}] * N,
-        numbers=np.arange(N),
-        right=right,
-        lengths=np.ones((N, K), int),
-        truncated=np.zeros((N, K), bool),
-        logprobs=np.zeros((N, K), np.float32),
-        rewards={"accuracy": right.astype(np.float32)},
-        total=right.astype(np.float32),
-        texts=[[""] * K] * N,
-        answers=[[None] * K] * N,
-    )
-    return evaluation.Evaluated(**defaults | fields)
-
-
-# -- figures ---------------------------------------------------------------------------------------
-
-
-def test_figures_by_hand():
-    three, four, seven = map(Fraction, (3, 4, 7))
-    figures = evaluation.figures(
-        found(
-            [[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]],
-            answers=[[three, four, three, None], [None, seven, "x", "x"], [three, four, four, three]],
-            texts=[["a", "b", "c", "d"], ["a", "b", "c", "c"], ["a", "a", "a", "a"]],
-            lengths=np.array([[1, 2, 3, 4], [5, 5, 6, 6], [2, 2, 2, 10]]),
-            truncated=np.array([[0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 1]], bool),
-            logprobs=np.array([[-1, -2, -3, -4], [-1, -1, -1, -1], [-2, -2, -2, -3]], np.float32),
-            total=np.array([[1, np.nan, 0, 2], [1, 1, 1, 1], [0, 0, 0, np.nan]], np.float32),
-        ),
-        temperature=1.0,
-    )
-    expected = {
-        "accuracy": 3 / 12,
-        "avg@4": 3 / 12,
-        "pass@1": 3 / 12,
-        "pass@2": (5 / 6 + 3 / 6) / 3,  # of the six pairs one, three and six are all wrong
-        "pass@4": 2 / 3,
-        "maj@1": 1 / 3,  # three; nobody; three, which is wrong there
-        "maj@2": 2 / 3,  # three before four; seven; three before four
-        "maj@4": 1 / 3,  # three; x; three before four
-        "reward": 7 / 10,
-        "rewards/accuracy": 3 / 12,
-        "mean_length": 48 / 12,
-        "mean_length_right": (1 + 3 + 5) / 3,
-        "mean_length_wrong": (48 - 9) / 9,
-        "clipped_ratio": 2 / 12,
-        "answered_ratio": 10 / 12,
-        "entropy": 23 / 48,
-        "prompts": 3,
-        "distinct_right_answers": (1 + 1 + 0) / 3,
-        "distinct_right_completions": (2 + 1 + 0) / 3,
-        # The mean of three draws of 1/2, 1/4, 0 is 0 in 1 of 27 cases, and 1/2 in as many.
-        "accuracy_low": 0.0,
-        "accuracy_high": 0.5,
-    }
-    assert figures == {name: pytest.approx(value) for name, value in expected.items()}
-
-
-def test_where_nothing_can_be_averaged_there_is_nan():
-    figures = evaluation.figures(found([[0, 0]], total=np.full((1, 2), np.nan, np.float32)), temperature=0.0)
-    assert math.isnan(figures["mean_length_right"]) and math.isnan(figures["reward"])
-    assert figures["mean_length_wrong"] == 1 and figures["maj@2"] == 0 and figures["accuracy_high"] == 0
-    assert "entropy" not in figures  # a greedy law has none
-    assert math.isnan(evaluation.figures(found([[1, 1]]), temperature=1.0)["mean_length_wrong"])
-
-
-@pytest.mark.parametrize("samples, ks", [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
-def test_curves_run_over_powers_of_two_to_the_last_sample(samples, ks):
-    figures = evaluation.figures(found([[1] * samples]), temperature=1.0)
-    for kind in ("pass", "maj"):
-        assert [name for name in figures if name.startswith(kind)] == [f"{kind}@{k}" for k in ks]
-
-
-def test_the_majority_is_judged_by_the_first_that_gave_its_answer():
-    """Equal answers, unequal verdicts: a reward may ask for more than the answer."""
-    figures = evaluation.figures(found([[0, 1], [1, 0]], answers=[["a", "a"], ["a", "a"]]), temperature=1.0)
-    assert figures["maj@2"] == 0.5
-
-
-def test_human_values():
-    """The values .1 .. .5 out of order: H-Acc (.2 + 1 * .5 + .5 * .1) / 1.5 where every sample counts half."""
-    values = np.array([0.2, 0.5, 0.4, 0.1, 0.3])
-    right = [[1, 1], [1, 1], [0, 0], [0, 1], [0, 0]]
-    lengths = np.array([[2, 2], [4, 6], [8, 8], [1, 1], [3, 5]])
-    metrics = evaluation.method_metrics(found(right, values=values, lengths=lengths, texts=None, answers=None))
-    assert metrics == {
-        "h_accuracy": pytest.approx(0.75 / 1.5),
-        "value_density": pytest.approx(50 / 4),
-        "high_value_accuracy": 1.0,
-        "low_value_accuracy": pytest.approx(0.5),
-        **{f"mean_length_value_fifth_{i}": pytest.approx(x) for i, x in enumerate((1, 2, 4, 8, 5), start=1)},
-    }
-
-
-@pytest.mark.parametrize(
-    "texts, same",
-    [
-        (["#### 3/4", "so #### 0.75", r"\boxed{\frac{3}{4}}", "#### 75%"], True),
-        (["#### 3/4", "#### 0.7"], False),
-        (["#### x + 1", r"\boxed{x + 1}"], True),
-        (["#### x + 1", "#### x + 2"], False),
-    ],
-)
-def test_answers_vote_together_where_they_are_the_same(texts, same):
-    assert (len({evaluation.final_answer(text, {}) for text in texts}) == 1) == same
-
-
-@pytest.mark.parametrize("text", ["", "18", "####", r"\boxed{1", "the answer is 3"])
-def test_without_a_marked_answer_there_is_no_vote(text):
-    assert evaluation.final_answer(text, {}) is None
-
-
-# -- the command on a run --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +50,7 @@ def broken(completions, **_):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, rewards, quick_compilation):
-    """A run that is right now and then: (configuration, work directory, a copy of it from half way)."""
+    """A run with an accuracy between 0 and 1: (configuration, work directory, a copy after one of two steps)."""
     folder = tmp_path_factory.mktemp("trained")
     config = tiny(
         write_rows(folder / "rows.jsonl", [row | {"value": 1 / (i + 1)} for i, row in enumerate(DIGITS)]),
@@ -195,7 +77,7 @@ def trained(tmp_path_factory, rewards, quick_compilation):
 
 
 def command(workdir, out, *flags) -> dict:
-    """Runs the command line to its end; evaluation.json."""
+    """Runs the command; returns the content of evaluation.json."""
     assert evaluate.main([f"--workdir={workdir}", f"--out={out}", *flags]) == 0
     return json.loads((out / "evaluation.json").read_text())
 
@@ -205,7 +87,7 @@ def completions(out) -> list[dict]:
 
 
 def contents(directory) -> dict:
-    """Every file and folder below, with what it holds and when it was written."""
+    """Returns digest and time of modification of every file and folder below, without the folder of results."""
     below = [path for path in directory.rglob("*") if (directory / "evaluation") not in (path, *path.parents)]
     digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
     return {str(path): (path.stat().st_mtime_ns, digest(path)) for path in below}
@@ -223,7 +105,7 @@ def test_the_command_agrees_with_the_evaluation_in_the_run_and_changes_nothing_t
     ]
     record = json.loads((workdir / "evaluation" / "evaluation.json").read_text())
     last = read_metrics(workdir / "metrics.jsonl")[-1]
-    assert 0 < last["eval/accuracy"] < 1  # or nothing below shows anything
+    assert 0 < last["eval/accuracy"] < 1  # otherwise the comparisons below show nothing
     names = {name.removeprefix("eval/") for name in last if name.startswith("eval/")}
     assert names >= {"accuracy", "pass@3", "mean_length", "clipped_ratio", "prompts", "h_accuracy", "self_reward_f1"}
     assert {name: record["metrics"][name] for name in names} == {n: pytest.approx(last[f"eval/{n}"]) for n in names}
@@ -240,10 +122,10 @@ def test_the_command_agrees_with_the_evaluation_in_the_run_and_changes_nothing_t
 
 
 def test_every_number_follows_from_the_completions(trained, tmp_path):
-    """All figures again, in plain Python, from completions.jsonl alone."""
+    """All metrics are recomputed in plain Python from completions.jsonl."""
     record = command(trained[1], tmp_path, "--samples=5", "--split=[4:]", "--prompts=20", "--temperature=1.5")
     lines, numbers = completions(tmp_path), record["metrics"]
-    assert record["data"]["split"] == "[4:]" and record["prompts"] == 16  # all there are
+    assert record["data"]["split"] == "[4:]" and record["prompts"] == 16  # all rows
     assert [(line["row"], line["sample"]) for line in lines] == [(n, k) for n in range(16) for k in range(5)]
     for line in lines:
         row = DIGITS[line["row"] + 4]
@@ -284,7 +166,7 @@ def test_every_number_follows_from_the_completions(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_of_an_estimator_of_ones_own(tmp_path, monkeypatch, capsys):
+def test_a_run_with_an_estimator_of_its_recipe(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(methods.registry, "_ESTIMATORS", dict(methods.registry._ESTIMATORS))
     rows = write_rows(tmp_path / "rows.jsonl", DIGITS)
     (tmp_path / "recipe.py").write_text(
@@ -293,7 +175,7 @@ def test_a_run_of_an_estimator_of_ones_own(tmp_path, monkeypatch, capsys):
     )
     config_lib.load_module(tmp_path / "recipe.py")
     train.train(train.setup(tiny(rows, steps=1, method={"name": "centered"}), tmp_path / "run"))
-    methods.registry._ESTIMATORS.pop("centered")  # as in another process
+    methods.registry._ESTIMATORS.pop("centered")  # another process has not registered it
     assert evaluate.main([f"--workdir={tmp_path / 'run'}"]) == 2
     assert "'centered'" in capsys.readouterr().err
     assert evaluate.main([f"--workdir={tmp_path / 'run'}", f"--config={tmp_path / 'recipe.py'}"]) == 0
@@ -320,9 +202,12 @@ def test_an_older_checkpoint_and_greedy_completions(trained, tmp_path):
     assert other["phase"] == "RL step 1" and other["seed"] == 1 and texts[::2] == texts[1::2]
 
 
-def test_other_data_with_human_values(trained, tmp_path):
+def test_other_data_with_human_values(trained, tmp_path, monkeypatch):
+    names, load_source = [], data.load_source
+    monkeypatch.setattr(data, "load_source", lambda name, *a, **k: names.append(name) or load_source(name, *a, **k))
     rows = write_rows(tmp_path / "exam.jsonl", [row | {"value": (i + 1) / 10} for i, row in enumerate(DIGITS[:5])])
     record = command(trained[1], tmp_path / "out", f"--data={rows}", "--samples=8")
+    assert names == [str(rows)]  # no training row is read
     assert record["data"]["name"] == str(rows) and record["data"]["split"] == "all" and record["prompts"] == 5
     lines = completions(tmp_path / "out")
     share = [np.mean([line["right"] for line in lines if line["row"] == n]) for n in range(5)]
@@ -330,7 +215,7 @@ def test_other_data_with_human_values(trained, tmp_path):
     assert record["metrics"]["h_accuracy"] == pytest.approx(earned) and earned > 0
     assert record["metrics"]["low_value_accuracy"] == pytest.approx(share[0])
 
-    # Points of an exam are values too: the exam's total is that of all its rows, evaluated or not.
+    # Points of an exam are values too. The total of an exam includes rows that are not evaluated.
     rows = write_rows(
         tmp_path / "points.jsonl", [row | {"points": str(i + 1), "exam": "a"} for i, row in enumerate(DIGITS[:5])]
     )
@@ -338,7 +223,7 @@ def test_other_data_with_human_values(trained, tmp_path):
     assert again["metrics"]["h_accuracy"] == pytest.approx(earned)
 
 
-def test_values_stay_with_their_questions_where_a_row_is_left_out(trained, tmp_path):
+def test_values_stay_with_their_questions_if_a_row_is_left_out(trained, tmp_path):
     long = {"question": "too long a question", "solution": "#### 1", "answer": "1", "value": 1.0}
     given = [long] + [row | {"value": (i + 1) / 10} for i, row in enumerate(DIGITS[:5])]
     rows = write_rows(tmp_path / "exam.jsonl", given)
@@ -352,7 +237,7 @@ def test_values_stay_with_their_questions_where_a_row_is_left_out(trained, tmp_p
 
 @pytest.mark.slow
 def test_the_temperature_of_evaluation_leaves_the_self_rewards_on_their_scale(trained, tmp_path):
-    """One completion, whatever sampled it, has one self-reward."""
+    """A completion has the same self-reward at every temperature."""
     found = {}
     for temperature in ("1.0", "0.7"):
         command(trained[1], tmp_path / temperature, f"--temperature={temperature}", "--samples=16")
@@ -387,9 +272,73 @@ def test_training_goes_on_as_if_it_had_not_been_evaluated(trained, tmp_path):
     assert lines == expected and [line["step"] for line in lines] == [0, 1, 2]
 
 
+def test_a_reward_model_scores_in_microbatches_on_the_mesh_as_in_training(tmp_path, monkeypatch):
+    """The scoring program has the microbatches and the mesh of training; scores of one piece are equal."""
+    pairs = [row | {"chosen": row["solution"], "rejected": "#### 11"} for row in DIGITS]
+    config = tiny(
+        write_rows(tmp_path / "rows.jsonl", pairs),
+        prompts_per_step=8,
+        update__accumulation=4,
+        update__minibatches=2,
+        reward__functions=["reward_model"],
+        reward_model__steps=1,
+        reward_model__batch_size=4,
+    )
+    run = train.setup(config, tmp_path / "run")
+    model, params = model_training.get_reward_model(
+        run.reward_phase, run.programs.init().params, rich.console.Console(quiet=True)
+    )
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 7, (4, 2))
+    rollout = PreferenceBatch(
+        rng.integers(0, 99, (4, 16)),
+        np.arange(16) < 9,
+        rng.integers(0, 99, (4, 2, 6)),
+        np.arange(6) < lengths[..., None],
+    )
+    rollout = rollout._replace(prompt_mask=np.broadcast_to(rollout.prompt_mask, (4, 16)))
+    expected = reward_model.group_scores(model, params, rollout)
+
+    traced, group_scores = [], reward_model.group_scores
+
+    def watched(model, params, rollout, *, parts=1):
+        traced.append((parts, dict(jax.sharding.get_abstract_mesh().shape)))
+        return group_scores(model, params, rollout, parts=parts)
+
+    monkeypatch.setattr(reward_model, "group_scores", watched)
+    mesh = run.programs.sharding.mesh
+    score = model_training.load_scorer(config, tmp_path / "run", mesh, batch_size=4)
+    scores, metrics = score(rollout, None)
+    assert traced == [(4, dict(mesh.shape))] and metrics == {}  # of 4 prompts 4 microbatches, not 8
+    assert len(np.unique(scores)) == 8
+    np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
+
+
+def on_four_devices(workdir, out, shared_programs) -> None:
+    """Runs the command in a process with four devices, which share prompts and weights."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    env |= {name.upper(): str(value) for name, value in shared_programs.items()}
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2"]
+    arguments = [f"--workdir={workdir}", f"--out={out}", *mesh]
+    result = subprocess.run(
+        [sys.executable, "-m", "jaxrl_reason.evaluate", *arguments], env=env, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
 @pytest.mark.slow
-def test_a_learned_reward_and_a_verdict_of_its_own(tmp_path, rewards, capsys):
-    """The run's reward model scores again as it did in training."""
+def test_four_devices_find_the_same(trained, tmp_path, shared_programs):
+    record = command(trained[1], tmp_path / "one")
+    on_four_devices(trained[1], tmp_path / "four", shared_programs)
+    exact = lambda out: [{k: v for k, v in line.items() if k != "self_reward"} for line in completions(out)]
+    assert exact(tmp_path / "one") == exact(tmp_path / "four")
+    other = json.loads((tmp_path / "four" / "evaluation.json").read_text())
+    assert other["metrics"] == {name: pytest.approx(value, rel=1e-4) for name, value in record["metrics"].items()}
+
+
+@pytest.mark.slow
+def test_a_learned_reward_and_a_verdict_of_its_own(tmp_path, rewards, capsys, shared_programs):
+    """The reward model of the run gives the scores of training, on four devices too."""
     pairs = [row | {"chosen": row["solution"], "rejected": "#### 11"} for row in DIGITS]
     config = tiny(
         write_rows(tmp_path / "rows.jsonl", pairs),
@@ -398,6 +347,9 @@ def test_a_learned_reward_and_a_verdict_of_its_own(tmp_path, rewards, capsys):
         reward_model__steps=2,
         reward_model__batch_size=4,
         max_completion_length=8,
+        prompts_per_step=8,
+        update__accumulation=2,
+        eval__prompts=8,
     )
     train.train(train.setup(config, tmp_path / "run"))
     record = command(tmp_path / "run", tmp_path / "out")
@@ -405,30 +357,17 @@ def test_a_learned_reward_and_a_verdict_of_its_own(tmp_path, rewards, capsys):
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
     names = [name.removeprefix("eval/") for name in last if name.startswith("eval/")]
     assert {name: record["metrics"][name] for name in names} == {n: pytest.approx(last[f"eval/{n}"]) for n in names}
-    assert len({line["rewards"]["reward_model"] for line in completions(tmp_path / "out")}) > 1
+    scores = [line["rewards"]["reward_model"] for line in completions(tmp_path / "out")]
+    assert len(set(scores)) > 1
+    on_four_devices(tmp_path / "run", tmp_path / "four", shared_programs)
+    again = [line["rewards"]["reward_model"] for line in completions(tmp_path / "four")]
+    assert again == pytest.approx(scores, rel=1e-4, abs=1e-5)
     record = command(tmp_path / "run", tmp_path / "out", f"--config.eval.verdict={rewards}:even", "--samples=8")
     lines = completions(tmp_path / "out")
     assert record["verdict"] == "even" and 0 < record["metrics"]["accuracy"] < 1
     assert all(line["right"] == line["rewards"]["even"] == (len(line["completion"]) % 2 == 0) for line in lines)
     (tmp_path / "run" / "reward_model" / "reward_model.json").unlink()
     assert "no trained reward model" in refusal(capsys, f"--workdir={tmp_path / 'run'}")
-
-
-@pytest.mark.slow
-def test_four_devices_find_the_same(trained, tmp_path, shared_programs):
-    record = command(trained[1], tmp_path / "one")
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    env |= {name.upper(): str(value) for name, value in shared_programs.items()}
-    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2"]
-    arguments = [f"--workdir={trained[1]}", f"--out={tmp_path / 'four'}", *mesh]
-    result = subprocess.run(
-        [sys.executable, "-m", "jaxrl_reason.evaluate", *arguments], env=env, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    exact = lambda out: [{k: v for k, v in line.items() if k != "self_reward"} for line in completions(out)]
-    assert exact(tmp_path / "one") == exact(tmp_path / "four")
-    other = json.loads((tmp_path / "four" / "evaluation.json").read_text())
-    assert other["metrics"] == {name: pytest.approx(value, rel=1e-4) for name, value in record["metrics"].items()}
 
 
 # -- refusals --------------------------------------------------------------------------------------
@@ -467,7 +406,7 @@ def refusal(capsys, *flags) -> str:
     ],
     ids=str,
 )
-def test_what_cannot_be_evaluated_is_one_sentence(flags, names, trained, tmp_path, capsys):
+def test_a_wrong_flag_is_one_sentence(flags, names, trained, tmp_path, capsys):
     error = refusal(capsys, f"--workdir={trained[1]}", f"--out={tmp_path / 'out'}", *flags)
     assert all(name in error for name in names), error
     assert not (tmp_path / "out").exists()
@@ -479,7 +418,7 @@ def test_a_reward_that_fails_is_one_sentence(trained, rewards, tmp_path, capsys)
     assert "'broken'" in error and "nothing works" in error and not list(tmp_path.iterdir())
 
 
-def test_a_place_for_the_results_that_is_a_file(trained, tmp_path, capsys):
+def test_an_output_directory_that_is_a_file(trained, tmp_path, capsys):
     (tmp_path / "file").write_text("kept")
     assert "is a file" in refusal(capsys, f"--workdir={trained[1]}", f"--out={tmp_path / 'file'}")
     assert (tmp_path / "file").read_text() == "kept"
@@ -504,14 +443,16 @@ def test_a_directory_without_a_run_or_without_a_checkpoint(tmp_path, capsys):
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"config": 3}', '{"config": {"model": 3}}', '{"config": {"stepz": 3}}']
 )
-def test_a_configuration_that_no_run_wrote(text, tmp_path, capsys):
+def test_a_damaged_configuration_is_one_sentence(text, tmp_path, capsys):
     (tmp_path / "config.json").write_text(text)
     error = refusal(capsys, f"--workdir={tmp_path}")
     assert "config.json" in error or "'stepz'" in error
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the reader leaves callbacks behind
-def test_a_damaged_checkpoint_is_passed_over_unless_it_is_asked_for(trained, tmp_path, capsys, caplog):
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # the reader does not remove its callbacks
+def test_a_damaged_checkpoint_is_skipped_unless_the_flag_names_it(trained, tmp_path, capsys, caplog):
     workdir, newest = tmp_path / "run", tmp_path / "run" / "checkpoints" / "152"
     shutil.copytree(trained[1], workdir)
     for file in newest.rglob("d/*"):

@@ -356,7 +356,7 @@ def test_adapters_of_other_weights_are_refused(rows, model, adapted, tmp_path):
     expected, _ = models.lora.split(run.model, original.params)
     jax.tree.map(np.testing.assert_array_equal, adapters, expected)
     config.lora.alpha = 3.0
-    with pytest.raises(ValueError, match="a run with other config.lora: its adapters belong to other weights"):
+    with pytest.raises(ValueError, match="a run with another config.lora. Its adapters belong to other weights"):
         train.setup(config, tmp_path / "other")
 
 

@@ -120,19 +120,7 @@ def opened(recipe, tmp_path, mesh=None):
     method = config_lib.validate(config)
     mesh = mesh or mesh_of(recipe, config)
     task = tasks.open_task(config, method, mesh, tmp_path / "run")
-    weights, verdict = task.scorer.weights, task.scorer.verdict
-    built = programs.build(
-        config,
-        method,
-        task.model,
-        mesh,
-        eos_ids=task.tokenizer.eos_ids,
-        pad_id=task.tokenizer.pad_id,
-        weights=weights,
-        verdict=verdict,
-        probe_token=tasks.probe_token(method, task.tokenizer),
-        legal=task.legal,
-    )
+    built = tasks.build_programs(config, method, task, mesh)
     return config, method, task, built
 
 

@@ -38,7 +38,7 @@ from jaxrl_reason.rl.types import Rollout, TrainState
 from jaxrl_reason.runs import checkpoints, writers
 from jaxrl_reason.runs.loop import Loop, run_loop
 from jaxrl_reason.runs.progress import Clock
-from jaxrl_reason.runs.workdir import Workdir
+from jaxrl_reason.runs.workdir import tokenizer_of, Workdir
 
 # Folded into the seed for the score vector and, if no policy initialises it, the decoder; the purposes in `rl.programs` are other numbers.
 _INIT = 101
@@ -189,9 +189,35 @@ def scorer(
     if phase.pretrained:
         return pretrained_scorer(c, phase.pretrained, phase.tokenizer, phase.mesh)
     model, params = get_reward_model(phase, decoder, console, should_stop)
+    return _trained_scorer(c, model, params, phase.mesh, c.prompts_per_step // c.sampling.parts)
+
+
+def load_scorer(c: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, batch_size: int) -> RewardModelScorer:
+    """Returns the scorer of the reward model of a trained run.
+
+    Args:
+      c: of the run.
+      workdir: the work directory; its reward model is used unless config.reward_model.path names another.
+      mesh: the devices.
+      batch_size: prompts per batch. They are scored in as many microbatches as in training, if the devices can share them evenly.
+
+    Raises:
+      ConfigError, ValueError, OSError: there is no such reward model, or its tokenizer is another one.
+    """
+    tokenizer = tokenizer_of(workdir)
+    directory = pathlib.Path(c.reward_model.path).expanduser() if c.reward_model.path else workdir / "reward_model"
+    if c.reward_model.path and not is_ours(directory):
+        return pretrained_scorer(c, open_pretrained(c, mesh, workdir), tokenizer, mesh)
+    model, params = load_reward_model(directory, tokenizer_digest(tokenizer), mesh=mesh)
+    return _trained_scorer(c, model, params, mesh, batch_size)
+
+
+def _trained_scorer(
+    c: Config, model: models.ModelConfig, params: models.Params, mesh: jax.sharding.Mesh, batch_size: int
+) -> RewardModelScorer:
     microbatches = c.update.accumulation * c.update.minibatches  # as for the policy's log-probabilities
-    microbatches = sharding.microbatches(phase.mesh, c.prompts_per_step // c.sampling.parts, microbatches)
-    score = group_scoring_program(with_attention(model, c, phase.mesh), phase.mesh, microbatches)
+    microbatches = sharding.microbatches(mesh, batch_size, microbatches)
+    score = group_scoring_program(with_attention(model, c, mesh), mesh, microbatches)
     return lambda rollout, batch: (score(params, rollout), {})
 
 

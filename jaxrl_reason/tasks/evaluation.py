@@ -1,4 +1,4 @@
-"""Held-out completions and what they say: sampled and judged by `gather`, summed up by `evaluate` and `figures`."""
+"""Held-out completions: `sample_and_judge` collects them, `summary_metrics` and `all_metrics` average them."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 import math
@@ -8,14 +8,17 @@ import jax
 import numpy as np
 
 from jaxrl_reason import data, metrics
+from jaxrl_reason.config import Config
 from jaxrl_reason.data import PromptBatch
+from jaxrl_reason.models import sharding
 from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.rewards.numeric import extract_answer, parse_number
 from jaxrl_reason.rewards.scorer import each, RewardScorer
 from jaxrl_reason.rl import experience, hosts
 from jaxrl_reason.rl.types import Rollout
 
-AnswersOf = Callable[[list[list[str]], Sequence[Mapping[str, Any]]], list[list[Hashable | None]]]
+Answers = list[list[Hashable | None]]
+AnswersOf = Callable[[list[list[str]], Sequence[Mapping[str, Any]]], Answers]
 
 
 class Evaluated(NamedTuple):
@@ -23,42 +26,58 @@ class Evaluated(NamedTuple):
 
     Attributes:
       rows: the N rows of the data.
-      numbers: int[N], the positions of these rows in the data.
-      right: bool[N, K], the verdicts; a completion without one (missing reward) counts as wrong.
+      positions: int[N], positions of the rows in the data.
+      correct: bool[N, K], the verdicts; a completion with a missing reward is incorrect.
       lengths: int[N, K] in tokens, end token included.
       truncated: bool[N, K], no end token within the budget.
-      logprobs: f32[N, K], of whole completions under the law that sampled them.
-      rewards: name -> f32[N, K], NaN where missing.
-      total: f32[N, K], their weighted sum; NaN where all are missing.
-      texts: N lists of K completions; None where nothing was decoded.
-      answers: N lists of K final answers, None for a completion without one; None where nothing was decoded.
-      self_rewards: f32[N, K] of LaSeR, NaN where truncated; None where the policy gives none.
-      values: f32[N], what the questions are worth, or None.
+      logprobs: f32[N, K], of whole completions under the distribution that sampled them.
+      rewards: name -> f32[N, K], NaN if missing.
+      total: f32[N, K], their weighted sum; NaN if all are missing.
+      texts: N lists of K completions; None if nothing was decoded.
+      answers: N lists of K final answers, None for a completion without one; None if nothing was decoded.
+      self_rewards: f32[N, K] of LaSeR, NaN if truncated; None if the policy has no self-rewards.
+      values: f32[N], human values of the problems, or None.
     """
 
     rows: list[dict[str, Any]]
-    numbers: np.ndarray
-    right: np.ndarray
+    positions: np.ndarray
+    correct: np.ndarray
     lengths: np.ndarray
     truncated: np.ndarray
     logprobs: np.ndarray
     rewards: dict[str, np.ndarray]
     total: np.ndarray
     texts: list[list[str]] | None
-    answers: list[list[Hashable | None]] | None
+    answers: Answers | None
     self_rewards: np.ndarray | None = None
     values: np.ndarray | None = None
 
 
+def batch_size(config: Config, mesh: jax.sharding.Mesh, rows: int) -> int:
+    """Returns the number of held-out prompts per batch in the evaluate command.
+
+    A batch has about as many completions as a batch of training, which is known to fit into memory.
+
+    Args:
+      config: of the run.
+      mesh: the devices; they share a batch evenly, for scoring and for sampling.
+      rows: number of held-out rows.
+    """
+    decoding = sharding.rollout_mesh(mesh, config.mesh.rollout_tensor or mesh.shape["tensor"])
+    ways = math.lcm(sharding.num_shards(mesh), sharding.num_shards(decoding))
+    at_once = min(config.prompts_per_step * config.group_size // config.eval.samples, config.eval.prompts, rows)
+    return max(-(-at_once // ways), 1) * ways
+
+
 def final_answer(completion: str, row: Mapping[str, Any]) -> Hashable | None:
-    """What a completion votes for: its final answer as an exact number, or as text where it is none ("3/4" is "0.75")."""
-    del row  # for answers that only mean something together with the question
+    """Returns the final answer of a completion: an exact number if it is one ("3/4" equals "0.75"), else text."""
+    del row  # for rewards whose answers depend on the problem
     text = extract_answer(completion)
     number = None if text is None else parse_number(text)
     return text if number is None else number
 
 
-def gather(
+def sample_and_judge(
     generate: Callable[[PromptBatch], Rollout],
     batches: Sequence[PromptBatch],
     scorer: RewardScorer,
@@ -69,20 +88,19 @@ def gather(
     self_reward: Callable[[Rollout], np.ndarray] | None = None,
     values: np.ndarray | None = None,
 ) -> Evaluated:
-    """Samples and judges.
+    """Samples completions of held-out prompts and judges them.
 
     Args:
-      generate: samples K completions for the prompts of a batch, with keys that do not change between evaluations: two
-        policies are compared on the same noise.
-      batches: from `data.eval_prompts`; rows of weight 0 count for nothing.
-      scorer: its rewards.
-      tokenizer: decodes the completions; without one there are no texts and no answers, nor on other processes than the first, which
-        alone is asked what they say.
-      answers_of: (completions [P][K], rows) -> their final answers, equal and hashed alike where two are the same, or None; without
-        it what `final_answer` finds.
-      verdict: the reward whose value > 0.5 means right; empty: the scorer's verdict.
-      self_reward: LaSeR's self-rewards f32[P, K] of a rollout, or None.
-      values: of all rows of the data, from `data.values.held_out_values`, or None.
+      generate: samples K completions per prompt of a batch. Its keys are the same in every evaluation, so that two policies are
+        compared on the same noise.
+      batches: from `data.eval_prompts`; rows of weight 0 are left out.
+      scorer: computes rewards.
+      tokenizer: decodes completions, on the first process only; None: there are no texts and no answers.
+      answers_of: (completions [P][K], rows) -> final answers, equal and hashed alike if two are the same, or None; by default
+        `final_answer` of each completion.
+      verdict: the reward whose value > 0.5 means correct; empty: the scorer's verdict.
+      self_reward: computes LaSeR's self-rewards f32[P, K] of a rollout, or None.
+      values: human values of all rows of the data, from `data.values.held_out_values`, or None.
     """
     tokenizer = tokenizer if hosts.first() else None
     parts, rows, texts = [], [], []
@@ -93,7 +111,7 @@ def gather(
             hosts.whole, (rollout.tokens, rollout.mask, rollout.truncated, rollout.logprobs, rewards)
         )
         part = dict(
-            numbers=batch.prompt_ids,
+            positions=batch.prompt_ids,
             lengths=mask.sum(axis=-1),
             truncated=truncated,
             logprobs=np.where(mask, logprobs, 0.0).sum(axis=-1),
@@ -112,34 +130,34 @@ def gather(
     answers = hosts.agree(lambda: find(texts, rows) if texts else None, RewardError)
     return Evaluated(
         rows=rows,
-        right=together["rewards"][verdict or scorer.verdict] > 0.5,
+        correct=together["rewards"][verdict or scorer.verdict] > 0.5,
         total=np.asarray(experience.total_reward(together["rewards"], scorer.weights)),
         texts=None if tokenizer is None else texts,
         answers=None if tokenizer is None else answers,
-        values=None if values is None else values[together["numbers"]],
+        values=None if values is None else values[together["positions"]],
         **together,
     )
 
 
-def evaluate(found: Evaluated, temperature: float) -> dict[str, float]:
-    """The evaluation of a run in progress.
+def summary_metrics(found: Evaluated, temperature: float) -> dict[str, float]:
+    """Returns the metrics of a run in progress.
 
     Args:
-      found: from `gather`.
-      temperature: that sampled.
+      found: from `sample_and_judge`.
+      temperature: of sampling.
 
     Returns:
       `eval/accuracy` (mean over all completions), `eval/pass@K`, `eval/mean_length` (tokens, end token included),
-      `eval/clipped_ratio` (share without an end token), `eval/prompts`, with a tokenizer `eval/maj@K` (share of prompts whose
-      most frequent answer is right), `eval/entropy` as in `figures`, and what `method_metrics` adds.
+      `eval/clipped_ratio` (share without an end token), `eval/prompts`, `eval/maj@K` if completions are decoded (share of prompts
+      whose most frequent answer is correct), `eval/entropy` as in `all_metrics`, and the metrics of `method_metrics`.
     """
-    prompts, samples = found.right.shape
+    prompts, samples = found.correct.shape
     majority = {}
     if found.answers is not None:
-        majority[f"eval/maj@{samples}"] = _majority_accuracy(found.answers, found.right, samples)
+        majority[f"eval/maj@{samples}"] = _majority_accuracy(found.answers, found.correct, samples)
     return {
-        "eval/accuracy": float(found.right.mean()),
-        f"eval/pass@{samples}": float(metrics.pass_at_k(samples, found.right.sum(axis=1), samples).mean()),
+        "eval/accuracy": float(found.correct.mean()),
+        f"eval/pass@{samples}": float(metrics.pass_at_k(samples, found.correct.sum(axis=1), samples).mean()),
         "eval/mean_length": float(found.lengths.mean()),
         "eval/clipped_ratio": float(found.truncated.mean()),
         "eval/prompts": prompts,
@@ -149,17 +167,21 @@ def evaluate(found: Evaluated, temperature: float) -> dict[str, float]:
 
 
 def method_metrics(found: Evaluated) -> dict[str, float]:
-    """What the methods set out to improve, as far as the data and the rollout show it; {} where they show nothing.
+    """Returns the metrics that the methods improve, as far as the data and the rollout allow.
 
-    Where questions have values (RLEV, arXiv 2510.20187): `h_accuracy`, `value_density`, accuracy
-    on the fifth of the prompts of highest and of lowest value, and the mean length in each fifth, 1 being the lowest.
-    Where completions are decoded (ProGRPO, arXiv 2602.05281): how many distinct final answers, and distinct completions, are
-    right, per prompt.
+    Args:
+      found: from `sample_and_judge`.
+
+    Returns:
+      With human values (RLEV, arXiv 2510.20187): `h_accuracy`, `value_density`, accuracy on the fifth of the prompts of highest and
+      of lowest value, and the mean length in each fifth, 1 being the lowest. With decoded completions (ProGRPO, arXiv 2602.05281):
+      the number of distinct correct answers and of distinct correct completions per prompt. With self-rewards:
+      `self_reward_metrics`.
     """
     out = self_reward_metrics(found)
     if found.values is not None:
         values = found.values
-        accuracy, lengths = found.right.mean(axis=1), found.lengths.mean(axis=1)
+        accuracy, lengths = found.correct.mean(axis=1), found.lengths.mean(axis=1)
         by_value = metrics.mean_by_quantile(accuracy, values)
         out |= {
             "h_accuracy": metrics.human_aligned_accuracy(accuracy, values),
@@ -169,85 +191,104 @@ def method_metrics(found: Evaluated) -> dict[str, float]:
         }
         for fifth, length in enumerate(metrics.mean_by_quantile(lengths, values), start=1):
             out[f"mean_length_value_fifth_{fifth}"] = float(length)
-    for name, things in (("answers", found.answers), ("completions", found.texts)):
-        if things is not None:
-            right = [{x for x, ok in zip(*group) if ok and x is not None} for group in zip(things, found.right)]
-            out[f"distinct_right_{name}"] = float(np.mean([len(distinct) for distinct in right]))
+    if found.answers is not None:
+        out["distinct_right_answers"] = _distinct(found.answers, found.correct)
+    if found.texts is not None:
+        out["distinct_right_completions"] = _distinct(found.texts, found.correct)
     return out
 
 
 def self_reward_metrics(found: Evaluated) -> dict[str, float]:
-    """LaSeR, arXiv 2510.14943: how well self-rewards tell right from wrong, and what choosing by them gives; {} without them.
+    """Returns the metrics of LaSeR's self-rewards (arXiv 2510.14943): how well they tell correct from incorrect completions.
 
-    `self_reward_f1` (harmonic mean of the accuracies on right and on wrong completions), `self_reward_calibration_error`,
-    `best_of_K_accuracy` (the completion of highest self-reward) and, with answers, `weighted_vote`, to be compared with `maj@K`. A
-    truncated completion has none: it is never chosen and its vote weighs 0.
+    Args:
+      found: from `sample_and_judge`.
+
+    Returns:
+      `self_reward_f1` (harmonic mean of the accuracies on correct and on incorrect completions), `self_reward_calibration_error`,
+      `best_of_K_accuracy` (of the completion of highest self-reward) and, with answers, `weighted_vote`, comparable with `maj@K`.
+      A truncated completion has no self-reward: it is never chosen, and its vote has weight 0. {} without self-rewards.
     """
     if found.self_rewards is None:
         return {}
     known = ~np.isnan(found.self_rewards)
     scores = np.where(known, found.self_rewards, -np.inf)
     best = scores.argmax(axis=1)
-    samples = found.right.shape[1]
+    samples = found.correct.shape[1]
     out = {
-        "self_reward_f1": metrics.self_verification_f1(scores[known], found.right[known]),
-        "self_reward_calibration_error": metrics.calibration_error(scores[known], found.right[known]),
-        f"best_of_{samples}_accuracy": float(found.right[np.arange(len(best)), best].mean()),
+        "self_reward_f1": metrics.self_verification_f1(scores[known], found.correct[known]),
+        "self_reward_calibration_error": metrics.calibration_error(scores[known], found.correct[known]),
+        f"best_of_{samples}_accuracy": float(found.correct[np.arange(len(best)), best].mean()),
     }
     if found.answers is not None:
         weights = np.clip(scores, 0.0, 1.0)
         chosen = [metrics.majority_vote(group, w) for group, w in zip(found.answers, weights)]
-        won = [i is not None and ok[i] for i, ok in zip(chosen, found.right)]
+        won = [i is not None and ok[i] for i, ok in zip(chosen, found.correct)]
         out["weighted_vote"] = float(np.mean(won))
     return out
 
 
-def figures(found: Evaluated, temperature: float) -> dict[str, float]:
-    """Every number of an evaluation whose completions are decoded; NaN where there is nothing to average.
+def all_metrics(found: Evaluated, temperature: float) -> dict[str, float]:
+    """Returns every metric of decoded completions; NaN if there is nothing to average.
+
+    Args:
+      found: from `sample_and_judge`, with a tokenizer.
+      temperature: of sampling.
 
     Returns:
-      `accuracy` (the same as `avg@K`) with the 95 % interval `accuracy_low`, `accuracy_high` over prompts; for k = 1, 2, 4, ..., K
+      `accuracy` (equal to `avg@K`) with its 95 % interval over prompts, `accuracy_low` and `accuracy_high`; for k = 1, 2, 4, ..., K
       the unbiased `pass@k` and, over the first k samples, `maj@k`, the share of prompts whose most frequent final answer is
-      right; rewards; lengths, of right and of wrong completions too; `clipped_ratio`; `answered_ratio`, the share of completions
-      with a final answer; `entropy` in nats a token, estimated from the sampled tokens (not at temperature 0); `prompts`; and
-      what `method_metrics` adds.
+      correct; rewards; lengths of all, correct and incorrect completions; `clipped_ratio`; `answered_ratio`, the share of
+      completions with a final answer; `entropy` in nats per token, estimated from the sampled tokens (not at temperature 0);
+      `prompts`; and the metrics of `method_metrics`.
+
+    Raises:
+      ValueError: nothing was decoded.
     """
-    right, lengths = found.right, found.lengths
-    prompts, samples = right.shape
-    low, high = metrics.bootstrap_interval(right.mean(axis=1))
+    if found.answers is None:
+        raise ValueError("These completions are not decoded, so they have no answers to count.")
+    correct, lengths = found.correct, found.lengths
+    prompts, samples = correct.shape
+    low, high = metrics.bootstrap_interval(correct.mean(axis=1))
     out = {
-        "accuracy": float(right.mean()),
+        "accuracy": float(correct.mean()),
         "accuracy_low": low,
         "accuracy_high": high,
-        f"avg@{samples}": float(right.mean()),
-        **{f"pass@{k}": float(metrics.pass_at_k(samples, right.sum(axis=1), k).mean()) for k in powers(samples)},
-        **{f"maj@{k}": _majority_accuracy(found.answers, right, k) for k in powers(samples)},
+        f"avg@{samples}": float(correct.mean()),
+        **{f"pass@{k}": float(metrics.pass_at_k(samples, correct.sum(axis=1), k).mean()) for k in powers(samples)},
+        **{f"maj@{k}": _majority_accuracy(found.answers, correct, k) for k in powers(samples)},
         "reward": _mean(found.total),
         **{f"rewards/{name}": _mean(values) for name, values in found.rewards.items()},
         "mean_length": float(lengths.mean()),
-        "mean_length_right": _mean(lengths[right]),
-        "mean_length_wrong": _mean(lengths[~right]),
+        "mean_length_right": _mean(lengths[correct]),
+        "mean_length_wrong": _mean(lengths[~correct]),
         "clipped_ratio": float(found.truncated.mean()),
         "answered_ratio": float(np.mean([[answer is not None for answer in group] for group in found.answers])),
     }
     return out | _entropy(found, temperature) | {"prompts": prompts} | method_metrics(found)
 
 
+def powers(samples: int) -> list[int]:
+    """Returns 1, 2, 4, ... below `samples`, and `samples`."""
+    return [2**i for i in range(samples.bit_length()) if 2**i < samples] + [samples]
+
+
 def _entropy(found: Evaluated, temperature: float) -> dict[str, float]:
-    """Nats a token, estimated from the tokens that were sampled; {} where none were."""
+    """Returns the entropy in nats per token, estimated from the sampled tokens; {} for greedy completions."""
     if temperature == 0:
         return {}
     return {"entropy": float(-found.logprobs.sum(dtype=np.float64) / found.lengths.sum())}
 
 
-def powers(samples: int) -> list[int]:
-    """1, 2, 4, ... below `samples`, and `samples`."""
-    return [2**i for i in range(samples.bit_length()) if 2**i < samples] + [samples]
+def _distinct(things: Sequence[Sequence[Hashable | None]], correct: np.ndarray) -> float:
+    """Returns the mean number of distinct correct answers or completions per prompt."""
+    distinct = [{x for x, ok in zip(group, oks) if ok and x is not None} for group, oks in zip(things, correct)]
+    return float(np.mean([len(found) for found in distinct]))
 
 
-def _majority_accuracy(answers: Sequence[Sequence[Hashable | None]], right: np.ndarray, k: int) -> float:
+def _majority_accuracy(answers: Sequence[Sequence[Hashable | None]], correct: np.ndarray, k: int) -> float:
     chosen = [metrics.majority_vote(group[:k]) for group in answers]
-    return float(np.mean([position is not None and ok[position] for position, ok in zip(chosen, right)]))
+    return float(np.mean([position is not None and ok[position] for position, ok in zip(chosen, correct)]))
 
 
 def _mean(x: np.ndarray) -> float:

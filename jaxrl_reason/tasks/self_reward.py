@@ -1,23 +1,93 @@
-"""LaSeR's self-reward: its constant, measured once on the policy that RL begins with."""
+"""LaSeR's self-reward in a task: the probe token, the constant, and the rewards of a rollout (arXiv 2510.14943)."""
 
 from collections.abc import Callable
 import json
+import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxrl_reason import models
+from jaxrl_reason import data, models
 from jaxrl_reason.config import ConfigError
 from jaxrl_reason.methods import Method
 from jaxrl_reason.models import sharding
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.programs import Programs
-from jaxrl_reason.rl.types import TrainState
+from jaxrl_reason.rl.types import Rollout, TrainState
 from jaxrl_reason.runs import writers
 from jaxrl_reason.runs.workdir import Workdir
 
 BATCHES = 4  # prompt batches over whose completions the constant is averaged
+
+
+def probe_token(method: Method, tokenizer: data.Tokenizer) -> int | None:
+    """Returns the id of the token whose log-probability after the end token is the self-reward.
+
+    Args:
+      method: of the run.
+      tokenizer: of the run; its padding token is the default.
+
+    Returns:
+      The id; None if the method has no self-reward.
+
+    Raises:
+      ConfigError: the configured text is not one token, or the padding token is an end token.
+    """
+    settings = method.loss.find("self_reward")
+    if not settings:
+        return None
+    text = settings.token
+    if text:
+        ids = tokenizer.encode(text)
+        if len(ids) != 1:
+            raise ConfigError(
+                f"config.method.token is {text!r}, which this tokenizer encodes as {len(ids)} tokens; name an unused text that is a "
+                "single token."
+            )
+        return ids[0]
+    if tokenizer.pad_id in tokenizer.eos_ids:
+        raise ConfigError(
+            "LaSeR needs an unused token, and the padding token of this tokenizer is also an end token; name another token in "
+            "config.method.token."
+        )
+    return tokenizer.pad_id
+
+
+def self_reward_of(method: Method, c_ref: float | jax.Array | None) -> Callable[[Rollout], np.ndarray] | None:
+    """Returns a function that computes self-rewards.
+
+    Args:
+      method: of the run.
+      c_ref: LaSeR's constant, f32 scalar.
+
+    Returns:
+      Rollout -> f32[P, G], NaN for truncated completions; None if there is no constant or no self-reward.
+    """
+    settings = method.loss.find("self_reward")
+    if c_ref is None or not settings:
+        return None
+    beta, offset = settings.beta, float(c_ref)
+
+    def self_rewards(rollout: Rollout) -> np.ndarray:
+        assert rollout.probe_logprobs is not None  # the method has a probe token
+        probe = hosts.whole(rollout.probe_logprobs)
+        return np.where(hosts.whole(rollout.truncated), np.nan, beta * (probe - offset))
+
+    return self_rewards
+
+
+def read_constant(workdir: pathlib.Path) -> float | None:
+    """Returns LaSeR's constant c_ref of a run; None if the run has not measured it.
+
+    Raises:
+      ConfigError: the file self_reward.json of the run is damaged.
+    """
+    file = workdir / "self_reward.json"
+    try:
+        return float(json.loads(file.read_bytes())["c_ref"]) if file.exists() else None
+    except (ValueError, TypeError, KeyError) as e:
+        raise ConfigError(f"{file} is damaged ({type(e).__name__}: {e}); restore it.") from e
 
 
 def constant(
@@ -52,6 +122,7 @@ def constant(
         for i in range(BATCHES):
             for chunk in prompts.batch(i).split(programs.config.sampling.parts):
                 rollout = programs.generate(params, chunk, state.step)
+                assert rollout.probe_logprobs is not None  # the method has a probe token
                 values, truncated = hosts.whole(rollout.probe_logprobs), hosts.whole(rollout.truncated)
                 found.append(values[~truncated & np.isfinite(values)])
         logprobs = np.concatenate(found)

@@ -6,12 +6,12 @@ from typing import Any
 
 import rich.console
 
-from jaxrl_reason import tasks
 from jaxrl_reason.config import Config
 from jaxrl_reason.methods import Method
 from jaxrl_reason.models.formats.weights import read_json
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs import writers
+from jaxrl_reason.tasks.reporting import BASELINES, headlines
 
 
 def picture_of(workdir: pathlib.Path) -> pathlib.Path:
@@ -36,12 +36,13 @@ def report(
     if not hosts.first():
         return {}
     metrics_path, picture = workdir / "metrics.jsonl", picture_of(workdir)
-    evaluations, baselines = {}, {}
+    evaluations: dict[str, dict[str, float]] = {}
+    baselines: dict[str, float] = {}
     for line in writers.read_metrics(metrics_path):
         if any(name.startswith("eval/") for name in line):
             metrics = {k: v for k, v in line.items() if k.startswith("eval/") and k != "eval/prompts"}
             evaluations["after" if line["step"] else "before"] = metrics
-        baselines |= {k: v for k, v in line.items() if k.startswith(tasks.BASELINES)}
+        baselines |= {k: v for k, v in line.items() if k.startswith(BASELINES)}
     settings = workdir / "evaluation.json"
     if "before" in evaluations and not (settings.exists() and read_json(settings) == evaluation_settings(config)):
         console.print(
@@ -49,7 +50,7 @@ def report(
         )
         del evaluations["before"]
     if evaluations:
-        shown = tuple(f"eval/{name}" for name in tasks.headlines(method))
+        shown = tuple(f"eval/{name}" for name in headlines(method))
         before, after = (
             {k: v for k, v in evaluations.get(side, {}).items() if k.startswith(shown)} for side in ("before", "after")
         )

@@ -1,4 +1,4 @@
-"""GenRe2's task: the vocabulary, the rewards, and a policy that learns to predict."""
+"""The task of GenRe2: the vocabulary, the rewards, and a policy that learns to predict."""
 
 import json
 import types
@@ -18,6 +18,7 @@ from jaxrl_reason.data.numbers import IEEETokenizer, NormalizedTokenizer, P10Tok
 from jaxrl_reason.data.tables import TargetScaler
 from jaxrl_reason.models import sharding
 from jaxrl_reason.tasks import regression
+from jaxrl_reason.tasks.regression.evaluation import prediction_metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -27,7 +28,7 @@ EVERYWHERE = sharding.batch_sharding(sharding.make_mesh(1, 1, 1, devices=jax.dev
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """y = 2 a - b, and a column of no use."""
+    """Writes a table with y = 2 a - b, and an unrelated column c."""
     rng = np.random.default_rng(0)
     a, b, c = rng.normal(size=(3, 400)).round(3)
     lines = ["a,b,c,y"] + [f"{x},{y},{z},{2 * x - y:.4f}" for x, y, z in zip(a, b, c)]
@@ -73,7 +74,7 @@ def test_p10_writes_z_scores():
 
 
 def scored(function, unit_values, target):
-    """Rewards f32[1, G] of completions that write these numbers of the unit interval."""
+    """Returns digits, tokens int32[1, G, L] of numbers in the unit interval, their scorer, and a batch with the target."""
     digits = regression.Digits(NormalizedTokenizer(10, 3), SCALE)
     tokens = digits.number.encode(np.array(unit_values))[None]
     scorer = regression.NumberScorer([function], [], digits, EVERYWHERE)
@@ -94,7 +95,7 @@ def test_rewards_and_remax_advantages_by_hand():
     np.testing.assert_allclose(chain.update(None, chain.init(), inputs)[0], [[0.16, -0.84, -0.84, 0]], atol=1e-6)
 
 
-def test_the_heavy_tailed_reward_stops_at_50_and_punishes_what_spells_nothing():
+def test_the_heavy_tailed_reward_stops_at_50_and_is_100_for_no_number():
     digits = regression.Digits(P10Tokenizer(), SCALE)
     tokens = digits.encode(np.array([1.0, 9.0, 3.0]))[None]
     tokens[0, 2, 0] = digits.pad_id  # no sign
@@ -105,7 +106,7 @@ def test_the_heavy_tailed_reward_stops_at_50_and_punishes_what_spells_nothing():
     assert scorer.weights == {"heavy_tailed": 2.0}
 
 
-def test_a_policy_learns_to_predict_and_reports_what_others_reach(table, tmp_path):
+def test_a_policy_learns_to_predict_and_reports_the_pointwise_regressor(table, tmp_path):
     config = a_config(
         table,
         steps=10,
@@ -128,7 +129,7 @@ def test_a_policy_learns_to_predict_and_reports_what_others_reach(table, tmp_pat
     assert after["sampling/logp_difference_max"] < 1e-4
     assert (tmp_path / "run" / "learning_curve.png").exists()
 
-    # The evaluation command gives the same figures again, and what they are made of.
+    # The evaluation command repeats the metrics, and writes the predictions.
     assert evaluate.main([f"--workdir={tmp_path / 'run'}"]) == 0
     record = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
     names = {name.removeprefix("eval/") for name in after if name.startswith("eval/")}
@@ -147,7 +148,7 @@ def test_a_policy_learns_to_predict_and_reports_what_others_reach(table, tmp_pat
     assert (tmp_path / "run" / "evaluation" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_evaluation_of_numbers_refuses_another_training_table(table, tmp_path, capsys):
+def test_evaluation_of_numbers_raises_for_another_training_table(table, tmp_path, capsys):
     own = tmp_path / "line.csv"
     own.write_text(table.read_text())
     train.train(train.setup(a_config(own, steps=1), tmp_path / "run"))
@@ -158,7 +159,7 @@ def test_evaluation_of_numbers_refuses_another_training_table(table, tmp_path, c
     own.write_text(table.read_text().replace("y\n", "y\n0,0,0,99\n", 1))
     capsys.readouterr()
     assert evaluate.main(flags) == 2
-    assert "is not the table that the run" in capsys.readouterr().err
+    assert "is not the training table of the run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -178,9 +179,10 @@ def test_the_other_alphabets_as_text_with_the_group_estimator(table, tmp_path, n
     train.train(train.setup(config, tmp_path / "run"))
     last = lines_of(tmp_path / "run")[-1]
     assert last["completions/mean_length"] == length and -50 <= last["reward"] < 0
-    # The regressor beside it reads the columns, not their text.
+    # The pointwise regressor reads the columns, not their text.
+    opened = regression.open_tables(config)
     found = regression.pointwise_regressor(
-        regression.open_task(config), width=32, steps=300, batch_size=64, learning_rate=5e-3, seed=0
+        opened.train_rows(), opened.held_out_rows(), width=32, steps=300, batch_size=64, learning_rate=5e-3, seed=0
     )
     assert found["pointwise/r2"] > 0.9
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])
@@ -191,7 +193,7 @@ def test_the_other_alphabets_as_text_with_the_group_estimator(table, tmp_path, n
 def test_the_dense_expert_term_is_in_the_loss(table, tmp_path):
     config = a_config(table, method={"name": "genre2", "expert_coefficient": 0.05})
     train.train(train.setup(config, tmp_path / "run"))
-    # A fresh policy is near to uniform on two digits: ln 2 a digit.
+    # A fresh policy is almost uniform on two digits: ln 2 per digit.
     assert lines_of(tmp_path / "run")[0]["expert/loss"] == pytest.approx(np.log(2), abs=0.1)
 
 
@@ -222,14 +224,14 @@ def test_the_dense_expert_term_is_in_the_loss(table, tmp_path):
     ],
     ids=["length", "prompt", "reward", "weight", "option", "target", "dapo", "expert"],
 )
-def test_what_cannot_run_is_a_sentence(table, tmp_path, changes, words):
+def test_a_run_that_cannot_begin_raises_a_sentence(table, tmp_path, changes, words):
     with pytest.raises((ConfigError, ValueError)) as caught:
         train.setup(a_config(table, **changes), tmp_path / "run")
     assert all(word in str(caught.value) for word in words), str(caught.value)
     assert not (tmp_path / "run").exists()
 
 
-def test_numbers_far_off_have_a_finite_reward_and_finite_figures():
+def test_numbers_far_off_have_a_finite_reward_and_finite_metrics():
     digits = regression.Digits(IEEETokenizer(), SCALE)
     tokens = jnp.asarray(digits.number.encode(np.array([1e20, -1e20, 1.0])))[None]
     scorer = regression.NumberScorer(["squared_error"], [], digits, EVERYWHERE)
@@ -237,11 +239,11 @@ def test_numbers_far_off_have_a_finite_reward_and_finite_figures():
     rewards = np.asarray(scorer(types.SimpleNamespace(tokens=tokens), batch)[0]["squared_error"])
     assert np.isfinite(rewards).all() and rewards[0, 0] < -1e38 and rewards[0, 2] == -1
     samples = np.full((3, 2), 3.4e38, np.float32)
-    figures = regression.figures(samples, np.arange(3, dtype=np.float32))
-    assert all(np.isfinite(x) for name, x in figures.items() if "spearman" not in name)
+    found = prediction_metrics(samples, np.arange(3, dtype=np.float32))
+    assert all(np.isfinite(x) for name, x in found.items() if "spearman" not in name)
 
 
-def test_a_start_that_spells_numbers_otherwise_is_refused(table, tmp_path):
+def test_a_start_with_another_scale_of_numbers_raises(table, tmp_path):
     train.train(train.setup(a_config(table, steps=1, checkpoint__keep_start=True), tmp_path / "start"))
     begin = dict(supervised__start_from=str(tmp_path / "start"))
     train.setup(a_config(table, **begin), tmp_path / "same")
@@ -249,8 +251,8 @@ def test_a_start_that_spells_numbers_otherwise_is_refused(table, tmp_path):
         train.setup(a_config(table, **begin, data__train_split="[:50%]"), tmp_path / "other")
 
 
-def test_rows_of_different_worth_under_genre2_and_rlev(table, tmp_path):
-    """Worth 0 counts once, worth 1 twice: rloo's advantages, times 1 + min(alpha v, 1)."""
+def test_rows_with_human_values_under_genre2_and_rlev(table, tmp_path):
+    """Advantages of RLOO are multiplied by 1 + min(alpha v, 1): by 1 for the value 0, by 2 for the value 1."""
     header, *lines = table.read_text().splitlines()
     worth = tmp_path / "worth.csv"
     worth.write_text("\n".join([f"{header},v", *(f"{line},{i % 2}" for i, line in enumerate(lines))]) + "\n")
@@ -268,13 +270,13 @@ def test_rows_of_different_worth_under_genre2_and_rlev(table, tmp_path):
         config_lib.validate(a_config(worth, method={"name": "genre2+rlev", "base": "rloo"}))
     rows, values = regression.take_values(tables.load_table(str(worth), "all", target="y"), "v")
     assert rows.names == ("a", "b", "c") and values[:3].tolist() == [0, 1, 0] and rows.features.shape == (400, 3)
-    with pytest.raises(ConfigError, match=r"Row \d+ of .*worth.csv has .* in the column 'a'; a value lies in"):
+    with pytest.raises(ConfigError, match=r"Row \d+ of .*worth.csv has .* in the column 'a'; give a value from 0 to 1"):
         regression.take_values(tables.load_table(str(worth), "all", target="y"), "a")
     with pytest.raises(ConfigError, match="no such column of numbers"):
         regression.take_values(tables.load_table(str(worth), "all", target="y"), "w")
 
 
 @pytest.mark.parametrize("name", ["hero", "laser", "rlev", "progrpo"])
-def test_methods_that_need_text_or_verdicts_are_refused(table, name):
+def test_methods_that_need_text_or_verdicts_raise(table, name):
     with pytest.raises(ConfigError, match="regression run"):
         config_lib.validate(a_config(table, method={"name": name}))

@@ -1,0 +1,73 @@
+"""Opens the task of a configuration: for training, or for evaluation with held-out data only."""
+
+import pathlib
+
+import jax
+
+from jaxrl_reason import runs
+from jaxrl_reason.config import Config, ConfigError
+from jaxrl_reason.methods import Method
+from jaxrl_reason.models import sharding
+from jaxrl_reason.tasks import text
+from jaxrl_reason.tasks.regression import opening as numbers
+from jaxrl_reason.tasks.task import Task, TrainingTask
+
+
+def open_task(config: Config, method: Method, mesh: jax.sharding.Mesh, workdir: str | pathlib.Path) -> TrainingTask:
+    """Opens a task for training: reads and checks the data, and writes nothing.
+
+    Args:
+      config, method: of the run.
+      mesh: the devices that share the prompts of a batch.
+      workdir: the work directory; it need not exist.
+
+    Raises:
+      ConfigError, RewardError, ValueError, OSError: the run cannot begin; the message names the cause and its place.
+    """
+    sharding.check_batch(mesh, "config.prompts_per_step", config.prompts_per_step)
+    if config.supervised.steps:
+        sharding.check_batch(mesh, "config.supervised.batch_size", config.supervised.batch_size)
+    _check_start(config)
+    if config.regression.tokenizer:
+        return numbers.open_for_training(config, method, mesh, workdir)
+    return text.open_for_training(config, method, mesh, workdir)
+
+
+def open_for_evaluation(config: Config, method: Method, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> Task:
+    """Opens the task of a trained run with its held-out data only.
+
+    Text problems read no training row. Tables read the training rows again, because targets are scaled by them.
+
+    Args:
+      config, method: of the run.
+      mesh: the devices that share the prompts of a batch.
+      workdir: the work directory, which holds the tokenizer.
+
+    Raises:
+      ConfigError, RewardError, ValueError, OSError: the data cannot be judged; the message names the cause and its place.
+    """
+    if config.regression.tokenizer:
+        return numbers.open_for_evaluation(config, mesh, workdir)
+    return text.open_for_evaluation(config, method, mesh, workdir)
+
+
+def _check_start(config: Config) -> None:
+    """Raises ConfigError if config.supervised.start_from has no start, or adapters of other weights."""
+    if not config.supervised.start_from:
+        return
+    start = pathlib.Path(config.supervised.start_from).expanduser()
+    if not (start / "start").is_dir():
+        raise ConfigError(
+            f"config.supervised.start_from is {config.supervised.start_from!r}, which has no folder start/. Name the work directory of "
+            "a run that was made with config.checkpoint.keep_start."
+        )
+    if not config.lora.rank:
+        return
+    theirs = runs.load_config(start, {})
+    fields = ("model", "lora") if config.model.path else ("model", "lora", "seed")
+    other = [name for name in fields if getattr(config, name) != getattr(theirs, name)]
+    if other:
+        raise ConfigError(
+            f"config.supervised.start_from is {str(start)!r}, a run with another config.{other[0]}. Its adapters belong to other weights; "
+            "name a run with the same model."
+        )

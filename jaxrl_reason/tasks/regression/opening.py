@@ -1,0 +1,168 @@
+"""Opens the task of a regression run, for training or for evaluation."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import jax
+
+from jaxrl_reason import config as config_lib
+from jaxrl_reason import data, models
+from jaxrl_reason.config import Config, ConfigError
+from jaxrl_reason.data import numbers
+from jaxrl_reason.methods import Method
+from jaxrl_reason.models import sharding
+from jaxrl_reason.rl import hosts
+from jaxrl_reason.runs.workdir import model_source, Workdir
+from jaxrl_reason.tasks import evaluation, pretrained, reporting
+from jaxrl_reason.tasks.regression.evaluation import predict, prediction_metrics
+from jaxrl_reason.tasks.regression.pointwise import pointwise_regressor
+from jaxrl_reason.tasks.regression.reward import NumberScorer
+from jaxrl_reason.tasks.regression.rows import eval_batches, Rows, Stream
+from jaxrl_reason.tasks.regression.tables import open_tables, Tables
+from jaxrl_reason.tasks.regression.vocabulary import Digits
+from jaxrl_reason.tasks.task import Generate, Judged, SelfRewardConstant, Task, TrainingTask
+
+
+def open_for_training(
+    config: Config, method: Method, mesh: jax.sharding.Mesh, workdir: str | pathlib.Path
+) -> TrainingTask:
+    """Opens tables, streams of their rows, rewards and evaluation; see `tasks.open_task`."""
+    c, path = config, pathlib.Path(workdir).expanduser().resolve()
+    source, opened = pretrained.find(c, path)
+    text = None if opened is None else pretrained.tokenizer_of(c, opened)
+    if source is not None and text is None:
+        text = data.load_tokenizer(path / "tokenizer" / "text")
+    tables = open_tables(c, text, models.read_config(source).vocab_size if source else 0)
+    digits, train, held_out = tables.digits, tables.train_rows(), tables.held_out_rows()
+    model = _model(c, tables, source)
+    if opened is not None:
+        models.check_weights(opened, pretrained.base_shape(model, digits.text_size))
+    _check_start(c, digits)
+    expert = _expert(method, digits)
+    by_prompt = sharding.batch_sharding(mesh)
+    stream = lambda make, size: Stream(
+        len(train.targets), make, batch_size=size, seed=c.seed, places=hosts.places(by_prompt, size)
+    )
+    load = functools.partial(pretrained.load_weights, c, opened, source, model, mesh, digits.text_size)
+    return TrainingTask(
+        **vars(_task(c, mesh, tables, held_out, model, c.prompts_per_step)) | {"expert": expert},
+        work=Workdir(workdir, c, tables.fingerprint),
+        prompts=stream(train.prompts, c.prompts_per_step),
+        solutions=stream(lambda chosen, _: train.solutions(chosen), c.supervised.batch_size)
+        if c.supervised.steps
+        else None,
+        baselines=functools.partial(_baselines, c, tables.held_out.best_r2, train, held_out),
+        pretrained=opened,
+        load_weights=load if source else None,
+    )
+
+
+def open_for_evaluation(config: Config, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> Task:
+    """Opens the held-out table and its evaluation; see `tasks.open_for_evaluation`."""
+    c = config
+    text = data.load_tokenizer(workdir / "tokenizer" / "text") if c.regression.inputs == "text" else None
+    source = model_source(workdir)
+    tables = open_tables(c, text, models.read_config(source).vocab_size if source else 0)
+    if tables.digits.description() != json.loads((workdir / "tokenizer" / "digits.json").read_bytes()):
+        raise ConfigError(
+            f"{c.data.train} ({c.data.train_split}) is not the training table of the run in {workdir}: its targets have another scale. "
+            "Restore the table, or name it with --config.data.train."
+        )
+    rows = tables.held_out_rows()
+    batch_size = evaluation.batch_size(c, mesh, len(rows.targets))
+    return _task(c, mesh, tables, rows, _model(c, tables, source), batch_size)
+
+
+def _task(
+    c: Config, mesh: jax.sharding.Mesh, tables: Tables, rows: Rows, model: models.ModelConfig, batch_size: int
+) -> Task:
+    """Returns the task that judges predictions of held-out `rows`, in batches of `batch_size`."""
+    digits = tables.digits
+    batches = eval_batches(rows, c.eval.prompts, batch_size)
+    scorer = NumberScorer(c.reward.functions, c.reward.weights, digits, sharding.batch_sharding(mesh))
+
+    def judge(generate: Generate, scorer: NumberScorer, c_ref: SelfRewardConstant) -> Judged:
+        samples, z = predict(generate, batches, digits)
+        return Judged(
+            summary=lambda: {f"eval/{name}": x for name, x in prediction_metrics(samples, z).items()},
+            metrics=functools.partial(prediction_metrics, samples, z),
+            file="predictions.jsonl",
+            lines=functools.partial(reporting.prediction_lines, samples, z, rows.targets, digits.target),
+            draw=lambda metrics, path, title: reporting.plot_predictions(samples, z, path, title),
+        )
+
+    return Task(
+        tokenizer=digits,
+        model=model,
+        source=(c.data.eval or c.data.train, tables.fingerprint),
+        held_out=batches,
+        scorer=scorer,
+        verdict=scorer.verdict,
+        judge=judge,
+        legal=digits.legal,
+    )
+
+
+def _model(c: Config, tables: Tables, source: Mapping[str, Any] | None) -> models.ModelConfig:
+    """Returns the decoder of a regression run.
+
+    Args:
+      c: of the run.
+      tables: if rows enter as features, the decoder gets an encoder for them.
+      source: config.json of a pretrained model, whose vocabulary follows the tokens of numbers; None without one.
+    """
+    digits, r = tables.digits, c.regression
+    model = config_lib.model_config(c, 1 if source else digits.vocab_size, source)
+    if source:
+        return dataclasses.replace(model, vocab_size=digits.vocab_size)
+    if not tables.features:
+        return model
+    return dataclasses.replace(
+        model, features=tables.features, prefix_length=r.prefix_length, encoder_width=r.encoder_width
+    )
+
+
+def _check_start(c: Config, digits: Digits) -> None:
+    """Raises ConfigError if config.supervised.start_from spells or scales numbers differently."""
+    if not c.supervised.start_from:
+        return
+    file = pathlib.Path(c.supervised.start_from).expanduser() / "tokenizer" / "digits.json"
+    if not file.is_file() or json.loads(file.read_bytes()) != digits.description():
+        raise ConfigError(
+            f"config.supervised.start_from is {c.supervised.start_from!r}, whose weights spell numbers in another way or on another "
+            f"scale ({file}). Start from a run with the same config.regression and training table."
+        )
+
+
+def _expert(method: Method, digits: Digits) -> Callable | None:
+    """Returns the targets of GenRe2's dense expert term; None if its coefficient is 0."""
+    settings = method.loss.find("expert")
+    if not settings:
+        return None
+    if not isinstance(digits.number, numbers.NormalizedTokenizer):
+        raise ConfigError(
+            f"config.method.expert_coefficient is {settings.coefficient}, and the dense expert term is defined for "
+            "config.regression.tokenizer 'normalized' only; set it to 0."
+        )
+    return functools.partial(numbers.expert_targets, base=digits.number.base)
+
+
+def _baselines(c: Config, best_r2: float | None, train: Rows, held_out: Rows) -> dict[str, float]:
+    """Returns the metrics of the pointwise regressor, and the best possible R2 if it is known."""
+    s = c.supervised
+    if not s.steps:
+        return {}
+    found = pointwise_regressor(
+        train,
+        held_out,
+        width=c.regression.encoder_width,
+        steps=s.steps,
+        batch_size=s.batch_size,
+        learning_rate=s.learning_rate,
+        seed=c.seed,
+    )
+    return found | ({} if best_r2 is None else {"best_possible/r2": best_r2})

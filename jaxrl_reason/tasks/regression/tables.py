@@ -1,0 +1,161 @@
+"""The tables of a regression run, with the scales that its training table sets."""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from jaxrl_reason.config import Config, ConfigError
+from jaxrl_reason.data import load_tokenizer, numbers, streams, Tokenizer, train_tokenizer
+from jaxrl_reason.data.tables import FeatureScaler, fit_features, load_table, Table, TargetScaler
+from jaxrl_reason.methods import nearest
+from jaxrl_reason.tasks.regression.rows import Rows
+from jaxrl_reason.tasks.regression.vocabulary import Digits
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """The data of a regression run. `encode` turns a table into batches' rows.
+
+    Attributes:
+      digits: the vocabulary.
+      scaler: scales features as the training table does.
+      train, held_out: tables without the column of human values.
+      train_values, held_out_values: f32[N], human values of the rows, or None.
+      max_prompt_length: the most tokens per prompt.
+    """
+
+    digits: Digits
+    scaler: FeatureScaler
+    train: Table
+    held_out: Table
+    train_values: np.ndarray | None
+    held_out_values: np.ndarray | None
+    max_prompt_length: int
+
+    @property
+    def features(self) -> int:
+        """Numbers per prompt; 0 if rows enter as text."""
+        return 0 if self.digits.text else len(self.scaler.outputs)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies both tables and their split."""
+        return f"{self.train.fingerprint}/{self.held_out.fingerprint}"
+
+    def train_rows(self) -> Rows:
+        """Encodes the training table."""
+        return self._encode(self.train, self.train_values)
+
+    def held_out_rows(self) -> Rows:
+        """Encodes the held-out table."""
+        return self._encode(self.held_out, self.held_out_values)
+
+    def _encode(self, table: Table, values: np.ndarray | None) -> Rows:
+        prompts = self.digits.prompts(row_texts(table) if self.digits.text else None, len(table))
+        longest = max(map(len, prompts))
+        if longest > self.max_prompt_length:
+            raise ConfigError(
+                f"config.max_prompt_length is {self.max_prompt_length}, and a row of {table.name} has {longest} tokens; raise it."
+            )
+        features = self.scaler.transform(table)
+        return Rows(
+            padded=streams.Padded(prompts, self.max_prompt_length, self.digits.pad_id),
+            features=None if self.digits.text else features,
+            numeric=features,
+            digits=self.digits.encode(table.targets),
+            z=np.asarray(self.digits.target.to_z(table.targets), np.float32),
+            targets=table.targets,
+            values=values,
+        )
+
+
+def open_tables(config: Config, text: Tokenizer | None = None, text_size: int = 0) -> Tables:
+    """Opens the tables of a configuration with `regression.tokenizer`.
+
+    Args:
+      config: of the run.
+      text: tokenizer of rows as text; None: config.data.tokenizer, or a new one that is trained on the rows.
+      text_size: see `Digits`.
+
+    Raises:
+      ConfigError, ValueError, OSError: the tables cannot be used; the message names the cause and its place.
+    """
+    c, r = config, config.regression
+    number = _number_tokenizer(c)
+    load = functools.partial(
+        load_table, target=r.target, categorical=r.categorical, missing=r.missing, data_dir=c.data.data_dir or None
+    )
+    train, train_values = take_values(load(c.data.train, c.data.train_split), r.value)
+    held_out, held_out_values = take_values(load(c.data.eval or c.data.train, c.data.eval_split), r.value)
+    if r.inputs != "text":
+        text = None
+    elif text is None:
+        text = load_tokenizer(c.data.tokenizer) if c.data.tokenizer else None
+        text = text or train_tokenizer(row_texts(train)[:2000], c.data.vocab_size)
+    return Tables(
+        digits=Digits(number, TargetScaler.fit(train.targets), text, text_size),
+        scaler=fit_features(train),
+        train=train,
+        held_out=held_out,
+        train_values=train_values,
+        held_out_values=held_out_values,
+        max_prompt_length=c.max_prompt_length,
+    )
+
+
+def _number_tokenizer(config: Config) -> numbers.NumberTokenizer:
+    r = config.regression
+    try:
+        number = numbers.make_tokenizer(r.tokenizer, **r.tokenizer_options)
+    except (ValueError, TypeError) as e:
+        raise ConfigError(f"config.regression.tokenizer_options: {e}") from e
+    if config.max_completion_length != number.length:
+        raise ConfigError(
+            f"config.max_completion_length is {config.max_completion_length}, and the numbers of config.regression.tokenizer have "
+            f"{number.length} tokens; set it to {number.length}."
+        )
+    return number
+
+
+def row_texts(table: Table) -> list[str]:
+    """Returns rows as text: "bmi 25.3, sex 1, city Rome"."""
+
+    def one(features, labels):
+        pairs = [(n, f"{x:.5g}") for n, x in zip(table.names, features) if not np.isnan(x)]
+        pairs += [(n, label) for n, label in zip(table.label_names, labels) if label]
+        return ", ".join(f"{name} {value}" for name, value in pairs)
+
+    return [one(*row) for row in zip(table.features, table.labels)]
+
+
+def take_values(table: Table, column: str) -> tuple[Table, np.ndarray | None]:
+    """Takes the human values of the rows out of a table.
+
+    Args:
+      table: the table.
+      column: name of the column of values; "": none.
+
+    Returns:
+      The table without the column, and the values f32[N]; without a name the table itself, and None.
+
+    Raises:
+      ConfigError: there is no such column of numbers, or a value is missing or outside [0, 1].
+    """
+    if not column:
+        return table, None
+    if column not in table.names:
+        raise ConfigError(
+            f"config.regression.value is {column!r}, and {table.name} has no such column of numbers."
+            f"{nearest(column, table.names)}"
+        )
+    at = table.names.index(column)
+    values = table.features[:, at]
+    bad = np.flatnonzero(~((0 <= values) & (values <= 1)))
+    if bad.size:
+        raise ConfigError(
+            f"Row {bad[0]} of {table.name} has {values[bad[0]]:g} in the column {column!r}; give a value from 0 to 1."
+        )
+    names = tuple(name for name in table.names if name != column)
+    rest = dataclasses.replace(table, names=names, features=np.delete(table.features, at, axis=1))
+    return rest, values.astype(np.float32)

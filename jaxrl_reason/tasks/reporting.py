@@ -1,0 +1,201 @@
+"""The results of an evaluation for people: tables on the screen, pictures, and lines of files."""
+
+from collections.abc import Iterator, Mapping
+import json
+import math
+import pathlib
+from typing import Any, SupportsFloat
+
+from matplotlib.figure import Figure
+import numpy as np
+import rich.table
+
+from jaxrl_reason import data
+from jaxrl_reason.data.tables import TargetScaler
+from jaxrl_reason.methods import Method
+from jaxrl_reason.runs import writers
+from jaxrl_reason.tasks import evaluation
+from jaxrl_reason.tasks.task import Judged
+
+BASELINES = ("pointwise/", "best_possible/")  # prefixes of the metrics of other approaches
+
+
+def headlines(method: Method) -> tuple[str, ...]:
+    """Returns the prefixes of the held-out metrics that a summary of a run shows; metrics.jsonl has all metrics."""
+    shown = ["accuracy", "pass@", "mean_length", "r2", "median_r2", "rmse", "spearman", "spread"]
+    if "values" in method.signals:
+        shown += ["h_accuracy", "value_density", "high_value", "low_value"]
+    if method.loss.find("self_reward"):
+        shown += ["self_reward", "best_of", "maj@", "weighted_vote"]
+    if "answer_confidence" in method.signals:
+        shown += ["distinct_right_answers", "entropy"]
+    return tuple(shown)
+
+
+def write_results(
+    directory: pathlib.Path, judged: Judged, metrics: Mapping[str, float], record: Mapping[str, Any], title: str
+) -> list[str]:
+    """Writes the files of an evaluation.
+
+    Args:
+      directory: an existing directory for the files.
+      judged: gives lines and picture.
+      metrics: all metrics of `judged`.
+      record: the content of evaluation.json. It is written last: if it is there, the other files belong to the same evaluation.
+      title: of the picture.
+
+    Returns:
+      The names of the files.
+    """
+    lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in judged.lines())
+    scratch = directory / (judged.file + ".tmp")
+    # Half of a surrogate pair is no character; it is written as its escape.
+    scratch.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+    scratch.replace(directory / judged.file)
+    judged.draw(metrics, directory / "evaluation.png", title)
+    writers.write_json(directory / "evaluation.json", record)
+    return ["evaluation.json", "evaluation.png", judged.file]
+
+
+def finite(x: SupportsFloat) -> float | None:
+    """Returns a number for JSON, which has no NaN and no infinity: None in their place."""
+    return float(x) if math.isfinite(x) else None
+
+
+def completion_lines(
+    found: evaluation.Evaluated, template: data.PromptTemplate | data.ChatTemplate
+) -> Iterator[dict[str, Any]]:
+    """Yields the lines of completions.jsonl, one per completion.
+
+    Args:
+      found: decoded completions.
+      template: renders the prompts.
+    """
+    if found.answers is None or found.texts is None:
+        raise ValueError("These completions are not decoded, so they cannot be written.")
+    for n, k in np.ndindex(*found.correct.shape):
+        answer = found.answers[n][k]
+        record = {
+            "row": int(found.positions[n]),
+            "sample": k,
+            "prompt": template.render_prompt(found.rows[n]),
+            "completion": found.texts[n][k],
+            "answer": None if answer is None else str(answer),
+            "right": bool(found.correct[n, k]),
+            "rewards": {name: finite(values[n, k]) for name, values in found.rewards.items()},
+            "total": finite(found.total[n, k]),
+            "length": int(found.lengths[n, k]),
+            "truncated": bool(found.truncated[n, k]),
+        }
+        if found.self_rewards is not None:
+            record["self_reward"] = finite(found.self_rewards[n, k])
+        yield record
+
+
+def prediction_lines(
+    samples: np.ndarray, z: np.ndarray, targets: np.ndarray, scale: TargetScaler
+) -> Iterator[dict[str, Any]]:
+    """Yields the lines of predictions.jsonl, one per row of the table.
+
+    Args:
+      samples: f32[N, K], predictions as z-scores.
+      z: f32[N], targets as z-scores.
+      targets: float64[M], M >= N, targets in their own unit.
+      scale: converts z-scores to the unit of the targets.
+    """
+    for i, (drawn, z_score) in enumerate(zip(samples, z)):
+        yield {
+            "row": i,
+            "target": float(targets[i]),
+            "mean": finite(scale.from_z(float(drawn.mean()))),
+            "median": finite(scale.from_z(float(np.median(drawn)))),
+            "target_z": float(z_score),
+            "samples_z": [finite(x) for x in drawn],
+        }
+
+
+def metric_tables(metrics: Mapping[str, float], title: str) -> list[rich.table.Table]:
+    """Returns the tables for the screen: one row per metric, and pass@k next to maj@k. Shares are in percent, NaN is a dash."""
+    main = rich.table.Table("", title=title)
+    for heading in ("", "95 % interval"):
+        main.add_column(heading, justify="right")
+    curve = rich.table.Table("k", "pass@k", "maj@k")
+    for name, value in metrics.items():
+        kind, _, k = name.partition("@")
+        if kind == "pass":
+            curve.add_row(k, _cell(name, value), _cell(name, metrics[f"maj@{k}"]))
+        elif name == "accuracy":
+            interval = (100 * metrics[f"accuracy_{end}"] for end in ("low", "high"))
+            main.add_row(name, _cell(name, value), "{:.1f} to {:.1f} %".format(*interval))
+        elif kind != "maj" and name not in ("accuracy_low", "accuracy_high"):
+            main.add_row(name.replace("_", " "), _cell(name, value), "")
+    return [main, curve] if curve.row_count else [main]
+
+
+def _cell(name: str, value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    if isinstance(value, int):
+        return str(value)
+    if "@" in name or name.endswith(("accuracy", "_ratio", "_vote")):
+        return f"{100 * value:.1f} %"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def plot_completions(found: evaluation.Evaluated, metrics: Mapping[str, float], path: pathlib.Path, title: str) -> None:
+    """Draws pass@k and maj@k over k, and the number of prompts by their accuracy.
+
+    Args:
+      found: judged completions.
+      metrics: from `evaluation.all_metrics`.
+      path: of the PNG.
+      title: of the picture.
+    """
+    samples = found.correct.shape[1]
+    figure = Figure(figsize=(10, 4), layout="constrained")  # not pyplot, which needs global state and a display
+    figure.suptitle(title)
+    curves, histogram = figure.subplots(1, 2)
+    ks = evaluation.powers(samples)
+    for kind in ("pass", "maj"):
+        curves.plot(ks, [100 * metrics[f"{kind}@{k}"] for k in ks], "o-", label=f"{kind}@k")
+    low, high = (100 * metrics[f"accuracy_{end}"] for end in ("low", "high"))
+    curves.axhspan(low, high, alpha=0.2, color="tab:gray", label="accuracy, 95 % interval")
+    curves.set_xscale("log", base=2)
+    curves.set_xticks(ks, [str(k) for k in ks])
+    curves.set_xlabel("k, completions per prompt")
+    curves.set_ylabel("%")
+    curves.legend(loc="best")
+    counts = np.bincount(found.correct.sum(axis=1), minlength=samples + 1)
+    histogram.bar(100 * np.arange(samples + 1) / samples, counts, width=80 / (samples + 1))
+    histogram.set_xlabel(f"accuracy of a prompt over {samples} completions (%)")
+    histogram.set_ylabel("prompts")
+    for axis in (curves, histogram):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def plot_predictions(samples: np.ndarray, targets: np.ndarray, path: pathlib.Path, title: str) -> None:
+    """Draws the mean of the samples over the target, with a bar of one standard deviation, and a histogram of the errors.
+
+    Args:
+      samples: f32[N, K], in z-scores.
+      targets: f32[N], in z-scores.
+      path: of the PNG.
+      title: of the picture.
+    """
+    samples = samples.astype(np.float64)  # squares of numbers of the wide alphabets overflow float32
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure.suptitle(title)
+    scatter, histogram = figure.subplots(1, 2)
+    mean = samples.mean(axis=1)
+    scatter.errorbar(targets, mean, yerr=samples.std(axis=1), fmt="o", ms=2, lw=0.5, alpha=0.5)
+    scatter.axline((0, 0), slope=1, color="tab:gray", lw=1)
+    scatter.set_xlabel("target (z-score)")
+    scatter.set_ylabel(f"mean of {samples.shape[1]} samples (z-score)")
+    errors = mean - targets
+    histogram.hist(errors[np.isfinite(errors)], bins=40)
+    histogram.set_xlabel("error of the mean (z-score)")
+    histogram.set_ylabel("rows")
+    for axis in (scatter, histogram):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120, format="png")

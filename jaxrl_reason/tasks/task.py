@@ -1,0 +1,139 @@
+"""Task: the data, the rewards and the evaluation of a run. Training and the evaluate command share it."""
+
+from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+import pathlib
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from jaxrl_reason import data, models
+from jaxrl_reason.config import Config
+from jaxrl_reason.data import PromptBatch, SolutionBatch
+from jaxrl_reason.methods import Method
+from jaxrl_reason.rewards.scorer import RewardModelScorer, RewardScorer
+from jaxrl_reason.rl import programs
+from jaxrl_reason.rl.types import Rollout
+from jaxrl_reason.runs.workdir import Workdir
+from jaxrl_reason.tasks.regression import Digits, NumberScorer, Stream
+
+Generate = Callable[[PromptBatch], Rollout]
+SelfRewardConstant = float | jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """Judged samples of held-out prompts.
+
+    Attributes:
+      summary: () -> the metrics of a run in progress; their names begin with eval/.
+      metrics: () -> all metrics, NaN if there is nothing to average.
+      file: name of the file that holds `lines`.
+      lines: () -> JSON objects, one per sample or per row.
+      draw: (metrics, path, title) -> None; writes the picture, a PNG.
+    """
+
+    summary: Callable[[], dict[str, float]]
+    metrics: Callable[[], dict[str, float]]
+    file: str
+    lines: Callable[[], Iterator[dict[str, Any]]]
+    draw: Callable[[Mapping[str, float], pathlib.Path, str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Held-out data, and how a policy is judged on them.
+
+    Attributes:
+      tokenizer: maps ids to text, or to numbers.
+      model: shape of the decoder for this vocabulary.
+      source: name and fingerprint of the held-out data.
+      held_out: batches of held-out prompts, all of one size.
+      scorer: computes the rewards of a rollout.
+      verdict: the reward that judges held-out samples.
+      judge: samples and judges, see `evaluate`.
+      legal: bool[T, V], tokens allowed at each position; None: all.
+      expert: computes the targets of the expert term, see `experience.make_experience`; None without the term.
+      probe_token: id of LaSeR's probe token; None without self-rewards.
+    """
+
+    tokenizer: data.Tokenizer | Digits
+    model: models.ModelConfig
+    source: tuple[str, str]
+    held_out: list[PromptBatch]
+    scorer: RewardScorer | NumberScorer
+    verdict: str
+    judge: Callable[[Generate, Any, SelfRewardConstant], Judged]
+    legal: np.ndarray | None = None
+    expert: Callable | None = None
+    probe_token: int | None = None
+
+    def evaluate(
+        self, generate: Generate, scorer: RewardScorer | NumberScorer, c_ref: SelfRewardConstant = None
+    ) -> dict[str, float]:
+        """Evaluates a run in progress.
+
+        Args:
+          generate: samples completions for a batch; its keys are the same in every evaluation.
+          scorer: the task's scorer, with a reward model if the run has one.
+          c_ref: LaSeR's constant, f32 scalar, or None.
+
+        Returns:
+          Metrics named eval/...
+        """
+        return self.judge(generate, scorer, c_ref).summary()
+
+    def with_reward_model(self, score: RewardModelScorer) -> Self:
+        """Returns the task with a reward model in its scorer, see `RewardScorer.with_reward_model`."""
+        if not isinstance(self.scorer, RewardScorer):
+            raise TypeError("The rewards of numbers include no learned reward.")
+        return dataclasses.replace(self, scorer=self.scorer.with_reward_model(score))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingTask(Task):
+    """A task with its training data and its work directory.
+
+    Attributes:
+      work: the work directory, checked but not yet written to.
+      prompts: `batch(i)` returns the i-th PromptBatch for RL.
+      solutions: `batch(i)` returns the i-th SolutionBatch of the supervised phase; None without that phase.
+      baselines: () -> metrics of other approaches on the same data, measured once per run.
+      pretrained: the model that a new run begins with; None if there is none or the work directory records it already.
+      load_weights: () -> the pretrained weights, on the mesh; None if the run begins with random weights.
+    """
+
+    _: dataclasses.KW_ONLY
+    work: Workdir
+    prompts: data.PromptStream | Stream[PromptBatch]
+    solutions: data.SolutionStream | Stream[SolutionBatch] | None
+    baselines: Callable[[], dict[str, float]] = dict
+    pretrained: models.Opened | None = None
+    load_weights: Callable[[], models.Params] | None = None
+
+
+def build_programs(config: Config, method: Method, task: Task, mesh: jax.sharding.Mesh) -> programs.Programs:
+    """Builds the programs of a task; nothing is compiled before it is called.
+
+    Args:
+      config, method: what to run.
+      task: the vocabulary, the decoder and the rewards.
+      mesh: the devices.
+
+    Raises:
+      ConfigError: the mesh does not divide the prompts per step or the model.
+    """
+    return programs.build(
+        config,
+        method,
+        task.model,
+        mesh,
+        eos_ids=task.tokenizer.eos_ids,
+        pad_id=task.tokenizer.pad_id,
+        weights=task.scorer.weights,
+        verdict=task.scorer.verdict,
+        probe_token=task.probe_token,
+        legal=task.legal,
+        expert=task.expert,
+    )

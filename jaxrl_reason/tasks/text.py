@@ -1,0 +1,215 @@
+"""Opens the task of a run on text problems, for training or for evaluation."""
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrl_reason import config as config_lib
+from jaxrl_reason import data, methods, models
+from jaxrl_reason.config import Config
+from jaxrl_reason.data.values import altered, held_out_values, read_values
+from jaxrl_reason.methods import Method
+from jaxrl_reason.models import sharding
+from jaxrl_reason.rewards.scorer import RewardScorer
+from jaxrl_reason.rl import hosts
+from jaxrl_reason.runs.workdir import model_source, tokenizer_of, Workdir
+from jaxrl_reason.tasks import evaluation, pretrained, reporting
+from jaxrl_reason.tasks.self_reward import probe_token, self_reward_of
+from jaxrl_reason.tasks.task import Generate, Judged, SelfRewardConstant, Task, TrainingTask
+
+
+def open_for_training(
+    config: Config, method: Method, mesh: jax.sharding.Mesh, workdir: str | pathlib.Path
+) -> TrainingTask:
+    """Opens training rows, held-out rows, tokenizer, streams and rewards; see `tasks.open_task`."""
+    c = config
+    train_rows = _read(c, c.data.train, c.data.train_split, c.data.columns)
+    eval_rows = _held_out_rows(c)
+    data.warn_of_repeats(train_rows, eval_rows, data.get_template(c.data.template).render_prompt)
+    columns = {"values": _values(c, train_rows)} if "values" in method.signals else {}
+    work = Workdir(workdir, c, f"{train_rows.fingerprint}/{eval_rows.fingerprint}")
+    source, opened = pretrained.find(c, work.path)
+    tokenizer = work.tokenizer(functools.partial(_make_tokenizer, c, train_rows, opened))
+    model = config_lib.model_config(c, tokenizer.vocab_size, source)
+    if opened is not None:
+        models.check_weights(opened, pretrained.base_shape(model))
+    scorer = _scorer(c, tokenizer, mesh)
+    solutions, prompts = _streams(c, mesh, train_rows, tokenizer, columns)
+    values = held_out_values(eval_rows, "values" in method.signals) if c.eval.every else None
+    task = _task(c, method, eval_rows, tokenizer, model, scorer, batch_size=c.prompts_per_step, values=values)
+    for batch in (prompts.batch(0), *(task.held_out if c.eval.every else ())):
+        scorer.check(batch.rows)
+    scorer.check_references(train_rows)
+    if c.eval.every:
+        scorer.check_references(eval_rows, c.eval.prompts)
+    load = functools.partial(pretrained.load_weights, c, opened, source, model, mesh)
+    return TrainingTask(
+        **vars(task),
+        work=work,
+        prompts=prompts,
+        solutions=solutions,
+        pretrained=opened,
+        load_weights=load if c.model.path else None,
+    )
+
+
+def open_for_evaluation(config: Config, method: Method, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> Task:
+    """Opens held-out rows, the tokenizer of the run, and rewards; see `tasks.open_for_evaluation`."""
+    c, rows = config, _held_out_rows(config)
+    values = held_out_values(rows, "values" in method.signals)
+    tokenizer = tokenizer_of(workdir)
+    model = config_lib.model_config(c, tokenizer.vocab_size, model_source(workdir))
+    scorer = _scorer(c, tokenizer, mesh)
+    batch_size = evaluation.batch_size(c, mesh, len(rows))
+    task = _task(c, method, rows, tokenizer, model, scorer, batch_size=batch_size, values=values)
+    for batch in task.held_out:
+        scorer.check(batch.rows)
+    return task
+
+
+def _task(
+    c: Config,
+    method: Method,
+    rows: data.Source,
+    tokenizer: data.Tokenizer,
+    model: models.ModelConfig,
+    scorer: RewardScorer,
+    *,
+    batch_size: int,
+    values: np.ndarray | None,
+) -> Task:
+    """Returns the task that judges completions of held-out problems.
+
+    Args:
+      c, method, tokenizer, model, scorer: of the run.
+      rows: the held-out problems.
+      batch_size: held-out prompts per batch.
+      values: f32[N], human values of all `rows`, or None.
+    """
+    template = config_lib.prompt_template(c, tokenizer)
+    verdict = scorer.by_function.get(c.eval.verdict, scorer.verdict)
+    batches = data.eval_prompts(
+        rows, tokenizer, template, c.eval.prompts, batch_size=batch_size, **_prompt_options(c, tokenizer)
+    )
+
+    def judge(generate: Generate, scorer: RewardScorer, c_ref: SelfRewardConstant) -> Judged:
+        found = evaluation.sample_and_judge(
+            generate,
+            batches,
+            scorer,
+            tokenizer,
+            answers_of=scorer.answers_of(verdict),
+            verdict=verdict,
+            self_reward=self_reward_of(method, c_ref),
+            values=values,
+        )
+        return Judged(
+            summary=functools.partial(evaluation.summary_metrics, found, c.eval.temperature),
+            metrics=functools.partial(evaluation.all_metrics, found, c.eval.temperature),
+            file="completions.jsonl",
+            lines=functools.partial(reporting.completion_lines, found, template),
+            draw=functools.partial(reporting.plot_completions, found),
+        )
+
+    return Task(
+        tokenizer=tokenizer,
+        model=model,
+        source=(rows.name, rows.fingerprint),
+        held_out=batches,
+        scorer=scorer,
+        verdict=verdict,
+        judge=judge,
+        probe_token=probe_token(method, tokenizer),
+    )
+
+
+def _scorer(c: Config, tokenizer: data.Tokenizer, mesh: jax.sharding.Mesh) -> RewardScorer:
+    template = config_lib.prompt_template(c, tokenizer)
+    return RewardScorer(c.reward, tokenizer=tokenizer, template=template, sharding=sharding.batch_sharding(mesh))
+
+
+def _read(c: Config, name: str, split: str, columns: dict[str, str]) -> data.Source:
+    return data.load_source(
+        name, split, data_dir=c.data.data_dir or None, columns=columns, on_bad_row=c.data.on_bad_row
+    )
+
+
+def _held_out_rows(c: Config) -> data.Source:
+    return _read(c, c.data.eval or c.data.train, c.data.eval_split, c.data.eval_columns or c.data.columns)
+
+
+def _values(c: Config, rows: data.Source) -> np.ndarray:
+    """Returns the human values of the training rows, f32[N], as config.data.values alters them."""
+    given = c.method.get("rlev", c.method)
+    scale = {k: given.get(k, default) for k, default in methods.keywords("rlev").items() if k in ("alpha", "clip")}
+    return altered(read_values(rows), c.data.values, seed=c.seed, **scale)
+
+
+def _make_tokenizer(c: Config, rows: data.Source, opened: models.Opened | None) -> data.Tokenizer:
+    """Returns the tokenizer of a new run: of another run, by name, of a pretrained model, or trained on the rows."""
+    if c.supervised.start_from:
+        return data.load_tokenizer(pathlib.Path(c.supervised.start_from).expanduser() / "tokenizer")
+    if c.data.tokenizer:
+        return data.load_tokenizer(c.data.tokenizer)
+    if opened is not None:
+        return pretrained.tokenizer_of(c, opened)
+    template = data.get_template(c.data.template)
+    texts = [
+        template.render_prompt(row) + ("" if row.get("solution") is None else template.render_solution(row))
+        for row in rows.read(range(min(len(rows), 2000)))
+    ]
+    return data.train_tokenizer(texts, c.data.vocab_size)
+
+
+def _prompt_options(c: Config, tokenizer: data.Tokenizer) -> dict[str, Any]:
+    """Returns how streams encode prompts."""
+    return dict(
+        max_prompt_length=c.max_prompt_length,
+        on_long=c.data.on_long_prompt,
+        add_bos=config_lib.begins_with_bos(c, tokenizer),
+    )
+
+
+def _streams(
+    c: Config,
+    mesh: jax.sharding.Mesh,
+    rows: data.Source,
+    tokenizer: data.Tokenizer,
+    columns: dict[str, np.ndarray],
+) -> tuple[data.SolutionStream | None, data.PromptStream]:
+    """Returns the training batches: worked solutions if the run has a supervised phase, and prompts for RL.
+
+    Args:
+      c: of the run.
+      mesh: the devices; a stream reads the places of a batch that belong to this process.
+      rows: the training rows.
+      tokenizer: of the run.
+      columns: name -> [N, ...], arrays that prompts carry.
+    """
+    template = config_lib.prompt_template(c, tokenizer)
+    by_prompt = sharding.batch_sharding(mesh)
+    options = _prompt_options(c, tokenizer) | {"seed": c.seed}
+    solutions = None
+    if c.supervised.steps:
+        solutions = data.SolutionStream(
+            rows,
+            tokenizer,
+            template,
+            batch_size=c.supervised.batch_size,
+            max_completion_length=c.max_completion_length,
+            places=hosts.places(by_prompt, c.supervised.batch_size),
+            **options,
+        )
+    prompts = data.PromptStream(
+        rows,
+        tokenizer,
+        template,
+        batch_size=c.prompts_per_step,
+        columns=columns,
+        places=hosts.places(by_prompt, c.prompts_per_step),
+        **options,
+    )
+    return solutions, prompts
