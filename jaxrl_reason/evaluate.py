@@ -1,30 +1,17 @@
-"""Held-out evaluation of a run: python -m jaxrl_reason.evaluate --workdir=DIR [--data=NAME_OR_PATH]
+"""Evaluates a run on held-out data.
 
-Samples several completions a prompt, judges them as the run's configuration says, and prints a table. Writes evaluation.json
-(every number), evaluation.png and completions.jsonl (predictions.jsonl where a run predicts numbers); nothing else in the work
-directory is touched.
-
-  --workdir=DIR       the work directory of a run: its config.json, tokenizer and checkpoints
-  --data=NAME_OR_PATH another data set, as config.data.eval; its split is then "test", or all of a .jsonl, .parquet or .csv file
-  --split=SPLIT       as config.data.eval_split
-  --prompts=N         prompts at most; default config.eval.prompts
-  --samples=K         completions a prompt; default config.eval.samples, 1 at temperature 0
-  --temperature=T     default config.eval.temperature; 0: greedy
-  --config=FILE       the run's recipe, where it registers an estimator of its own
-  --checkpoint=N      a number under DIR/checkpoints; default the newest
-  --out=DIR           default: evaluation, in the work directory
-
-Other fields that the weights do not depend on are set as in training: --config.seed=1, --config.mesh.fsdp=-1 on another number of
-devices, --config.data.columns={} where the other data set has other names.
+Samples several completions per prompt, scores them by the run's rewards, and prints a table. Writes evaluation.json (every number),
+evaluation.png and completions.jsonl (predictions.jsonl if a run predicts numbers). Nothing else in the work directory changes. Fields of the
+configuration on which the weights do not depend can be set as in training: --config.seed=1, --config.mesh.fsdp=-1 on another
+number of devices, --config.data.columns={} if other data have other names.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
 import functools
 import json
 import math
 import pathlib
-import shlex
 import sys
 from typing import Any
 
@@ -44,19 +31,10 @@ from jaxrl_reason.rewards import model_training, RewardError
 from jaxrl_reason.rewards.scorer import LEARNED, RewardScorer
 from jaxrl_reason.rl import programs as programs_lib
 from jaxrl_reason.rl.types import Rollout
-from jaxrl_reason.runs import writers
+from jaxrl_reason.runs import command, files
 from jaxrl_reason.runs.progress import Progress
 from jaxrl_reason.runs.workdir import model_source, tokenizer_of
 from jaxrl_reason.tasks import evaluation, regression
-
-# Flags that are fields of the configuration by a shorter name.
-FIELDS = {
-    "--data": "data.eval",
-    "--split": "data.eval_split",
-    "--prompts": "eval.prompts",
-    "--samples": "eval.samples",
-    "--temperature": "eval.temperature",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,34 +54,6 @@ class Request:
     checkpoint: int | None
     out: pathlib.Path
     recipe: pathlib.Path | None = None
-
-
-def parse_args(argv: Sequence[str]) -> Request:
-    """Reads --flag=value and --flag value.
-
-    Raises:
-      ConfigError: an unknown flag, a flag without a value, or no --workdir.
-    """
-    known, argv, texts, fields = ["--workdir", "--config", "--checkpoint", "--out", *FIELDS], list(argv), {}, {}
-    while argv:
-        flag, equals, text = argv.pop(0).partition("=")
-        if flag not in known and not flag.startswith("--config."):
-            raise ConfigError(f"There is no flag {flag!r}.{methods.nearest(flag, known)}")
-        if not equals and (not argv or argv[0].startswith("--")):
-            raise ConfigError(f"{flag} needs a value: {flag}=...")
-        texts[flag] = text if equals else argv.pop(0)
-    for flag, text in texts.items():
-        if flag in FIELDS or flag.startswith("--config."):
-            fields[FIELDS.get(flag) or flag.removeprefix("--config.")] = text
-    if not texts.get("--workdir"):
-        raise ConfigError("--workdir=DIR is missing; name the work directory of a run.")
-    number = texts.get("--checkpoint")
-    if number is not None and not (number.isascii() and number.isdigit()):
-        raise ConfigError(f"--checkpoint={number}: expected the number of a checkpoint.")
-    workdir = pathlib.Path(texts["--workdir"]).expanduser().resolve()
-    out = pathlib.Path(texts.get("--out") or workdir / "evaluation").expanduser().resolve()
-    recipe = pathlib.Path(texts["--config"]).expanduser() if "--config" in texts else None
-    return Request(workdir, fields, None if number is None else int(number), out, recipe)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,12 +196,12 @@ def _numbers_subject(c: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh) 
     )
 
 
-def run(request: Request, command: str) -> dict[str, float]:
+def run(request: Request, command_line: str) -> dict[str, float]:
     """Evaluates, prints the table and writes the results.
 
     Args:
       request: what to evaluate.
-      command: the command line, for the record.
+      command_line: for the record.
 
     Returns:
       The figures.
@@ -303,7 +253,7 @@ def run(request: Request, command: str) -> dict[str, float]:
     name, fingerprint = subject.data
     title = f"{workdir.name}, {phase}, on {name} ({c.data.eval_split})"
     record = {
-        "command": command,
+        "command": command_line,
         "workdir": str(workdir),
         "checkpoint": number,
         "phase": phase,
@@ -321,7 +271,7 @@ def run(request: Request, command: str) -> dict[str, float]:
     _write(request.out / judged.records, "".join(lines))
     judged.draw(request.out / "evaluation.png", title=title)
     # Last: where it is, the others are of the same evaluation.
-    writers.write_json(request.out / "evaluation.json", record)
+    files.write_json(request.out / "evaluation.json", record)
     for table in tables(judged.figures, title):
         console.print(table)
     console.print(f"Written: {request.out}/evaluation.json, evaluation.png, {judged.records}", soft_wrap=True)
@@ -473,18 +423,46 @@ def plot_predictions(samples: np.ndarray, targets: np.ndarray, path: pathlib.Pat
     figure.savefig(path, dpi=120, format="png")
 
 
+COMMAND = command.Command(
+    "evaluate",
+    __doc__,
+    (
+        command.WORKDIR,
+        command.Flag(
+            "data",
+            "NAME_OR_PATH",
+            "other data, as config.data.eval; the split is then test, or all of a .jsonl, .parquet or .csv file",
+            field="data.eval",
+        ),
+        command.Flag("split", "SPLIT", "as config.data.eval_split", field="data.eval_split"),
+        command.Flag(
+            "prompts", "N", "the largest number of prompts; config.eval.prompts by default", field="eval.prompts"
+        ),
+        command.Flag(
+            "samples",
+            "K",
+            "completions per prompt; config.eval.samples by default, 1 at temperature 0",
+            field="eval.samples",
+        ),
+        command.Flag("temperature", "T", "0 is greedy; config.eval.temperature by default", field="eval.temperature"),
+        command.RECIPE,
+        command.CHECKPOINT,
+        command.Flag("out", "DIR", "the directory of the results; WORKDIR/evaluation by default", command.path),
+        command.Flag("config.", "FIELD=VALUE", "sets a field of the configuration"),
+    ),
+    "--workdir=/tmp/quickstart --samples=16",
+    errors=(RewardError,),
+)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or "--help" in argv or "-h" in argv:
-        print(__doc__)
-        return 0
-    try:
-        run(parse_args(argv), shlex.join(["python", "-m", "jaxrl_reason.evaluate", *argv]))
-    except (ConfigError, RewardError, ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    """Runs the command and returns its exit code."""
+
+    def prepare(a: command.Arguments) -> None:
+        request = Request(a.workdir, a.fields, a.checkpoint, a.out or a.workdir / "evaluation", a.config)
+        run(request, a.command_line)
+
+    return command.run(COMMAND, argv, prepare, lambda _: None)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ from jaxrl_reason import config as config_lib
 from jaxrl_reason import evaluate, methods, runs, train
 from jaxrl_reason.metrics import pass_at_k
 from jaxrl_reason.rewards.numeric import extract_answer, numeric_verdict, parse_number
-from jaxrl_reason.runs import checkpoints
-from jaxrl_reason.runs.writers import read_metrics
+from jaxrl_reason.runs import checkpoints, read_metrics
 from jaxrl_reason.tasks import evaluation
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -526,7 +525,7 @@ def test_a_damaged_checkpoint_is_passed_over_unless_it_is_asked_for(trained, tmp
 def test_help_names_every_flag(capsys):
     assert evaluate.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for flag in (*evaluate.FIELDS, "--workdir", "--checkpoint", "--out"):
+    for flag in (f"--{flag.name}" for flag in evaluate.COMMAND.flags if not flag.name.endswith(".")):
         assert re.search(rf"^  {flag}=", text, re.MULTILINE), flag
 
 

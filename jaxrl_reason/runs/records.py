@@ -9,11 +9,12 @@ import numpy as np
 from jaxrl_reason.data import Tokenizer
 from jaxrl_reason.rl import experience, hosts
 from jaxrl_reason.rl.types import Experience, Groups, Mismatch, TrainState
-from jaxrl_reason.runs import checkpoints, writers
+from jaxrl_reason.runs import checkpoints
+from jaxrl_reason.runs.metrics_file import SampleTable
 
 
 def write_samples(
-    table: writers.SampleTable,
+    table: SampleTable,
     step: int,
     groups: Groups,
     batch: Experience,

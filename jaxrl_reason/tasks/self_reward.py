@@ -14,7 +14,7 @@ from jaxrl_reason.models import sharding
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.programs import Programs
 from jaxrl_reason.rl.types import TrainState
-from jaxrl_reason.runs import writers
+from jaxrl_reason.runs.files import write_json
 from jaxrl_reason.runs.workdir import Workdir
 
 BATCHES = 4  # prompt batches over whose completions the constant is averaged
@@ -62,7 +62,7 @@ def constant(
             )
         c_ref = float(np.float32(logprobs.mean()))
         if hosts.first():
-            writers.write_json(file, {"c_ref": c_ref, "completions": int(logprobs.size)})
+            write_json(file, {"c_ref": c_ref, "completions": int(logprobs.size)})
     else:
         c_ref = json.loads(file.read_text())["c_ref"]
     return hosts.put(np.float32(c_ref), sharding.replicated(programs.sharding.mesh))

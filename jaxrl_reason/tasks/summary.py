@@ -11,7 +11,7 @@ from jaxrl_reason.config import Config
 from jaxrl_reason.methods import Method
 from jaxrl_reason.models.formats.weights import read_json
 from jaxrl_reason.rl import hosts
-from jaxrl_reason.runs import writers
+from jaxrl_reason.runs import pictures, read_metrics
 
 
 def picture_of(workdir: pathlib.Path) -> pathlib.Path:
@@ -37,7 +37,7 @@ def report(
         return {}
     metrics_path, picture = workdir / "metrics.jsonl", picture_of(workdir)
     evaluations, baselines = {}, {}
-    for line in writers.read_metrics(metrics_path):
+    for line in read_metrics(metrics_path):
         if any(name.startswith("eval/") for name in line):
             metrics = {k: v for k, v in line.items() if k.startswith("eval/") and k != "eval/prompts"}
             evaluations["after" if line["step"] else "before"] = metrics
@@ -53,11 +53,11 @@ def report(
         before, after = (
             {k: v for k, v in evaluations.get(side, {}).items() if k.startswith(shown)} for side in ("before", "after")
         )
-        console.print(writers.summary_table(before, after))
+        console.print(pictures.summary_table(before, after))
     if baselines:
-        console.print("Baselines: " + ", ".join(f"{name} {writers.cell(name, x)}" for name, x in baselines.items()))
+        console.print("Baselines: " + ", ".join(f"{name} {pictures.cell(name, x)}" for name, x in baselines.items()))
     scratch = picture.with_suffix(".tmp")
-    writers.plot_learning_curve(metrics_path, scratch, title=workdir.name)
+    pictures.plot_learning_curve(metrics_path, scratch, title=workdir.name)
     scratch.replace(picture)
     console.print(f"Learning curve: {picture}", soft_wrap=True)
     return evaluations
