@@ -30,7 +30,7 @@ from jaxrl_reason.rl import programs as programs_lib
 from jaxrl_reason.rl.types import Groups, TrainState
 from jaxrl_reason.runs import command
 
-SIZES: dict[str, tuple[int, dict[str, int]]] = {  # vocabulary size, and sizes of the model
+SIZES: dict[str, tuple[int, dict[str, Any]]] = {  # vocabulary size, and sizes of the model
     "tiny": (512, dict(width=128, layers=2, heads=4, kv_heads=2, mlp_width=384)),
     "mid": (2048, dict(width=256, layers=4, heads=8, kv_heads=4, mlp_width=768)),
     "small": (8192, dict(width=512, layers=8, heads=8, kv_heads=4, mlp_width=1536)),

@@ -12,7 +12,7 @@ import rich.console
 from jaxrl_reason import models, train
 from jaxrl_reason.config import ConfigError
 from jaxrl_reason.rewards import RewardError
-from jaxrl_reason.rewards.model_training import get_reward_model
+from jaxrl_reason.rewards.model_training import get_reward_model, Phase
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs import checkpoints, command
 
@@ -24,16 +24,15 @@ def start_decoder(run: train.Run, console: rich.console.Console) -> models.Param
     """
     c = run.config
     saver = checkpoints.Checkpoints(run.work.path / "checkpoints", c.checkpoint.keep)
-    number, state = saver.restore(run.programs.abstract_state) or (-1, None)
+    restored = saver.restore(run.programs.abstract_state)
     saver.close()
-    if number >= c.supervised.steps:
-        origin, params = saver.directory / str(number), state.params
+    if restored is not None and restored[0] >= c.supervised.steps:
+        origin, state = str(saver.directory / str(restored[0])), restored[1]
     else:
-        start = c.supervised.start_from and pathlib.Path(c.supervised.start_from).expanduser() / "start"
-        nothing = "random weights: the run has no policy yet that is past its supervised phase"
-        origin = start or c.model.path or nothing
-        params = train.first_state(run).params
-    _, params = models.lora.merge(run.model, params)
+        random = "random weights: the run has no policy yet that is past its supervised phase"
+        start, state = c.supervised.start_from, train.first_state(run)
+        origin = str(pathlib.Path(start).expanduser() / "start") if start else c.model.path or random
+    _, params = models.lora.merge(run.model, state.params)
     console.print(f"The reward model starts from {origin}.", soft_wrap=True)
     return params
 
@@ -48,8 +47,8 @@ COMMAND = command.Command(
 )
 
 
-def prepare(arguments: command.Arguments) -> train.Run:
-    """Sets the run up.
+def prepare(arguments: command.Arguments) -> tuple[train.Run, Phase]:
+    """Sets the run and the training of its reward model up.
 
     Raises:
       ConfigError, RewardError, ValueError, OSError: see `train.setup`; or the run has no reward model to train.
@@ -61,19 +60,19 @@ def prepare(arguments: command.Arguments) -> train.Run:
         )
     if run.reward_phase.pretrained:
         raise ConfigError("config.reward_model.path names a pretrained reward model, so there is none to train.")
-    return run
+    return run, run.reward_phase
 
 
-def work(run: train.Run) -> None:
+def work(run: train.Run, phase: Phase) -> None:
     """Trains the reward model of a run."""
     console = rich.console.Console(highlight=False, markup=False)
     with hosts.preemption() as should_stop:
-        get_reward_model(run.reward_phase, start_decoder(run, console), console, should_stop)
+        get_reward_model(phase, start_decoder(run, console), console, should_stop)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    return command.run(COMMAND, argv, prepare, work)
+    return command.run(COMMAND, argv, prepare, lambda prepared: work(*prepared))
 
 
 if __name__ == "__main__":

@@ -78,8 +78,9 @@ def run_loop(
     """
     c, say = loop.config, functools.partial(loop.console.print, soft_wrap=True)
     with contextlib.ExitStack() as stack:
-        resume = dict(resume_step=loop.begin or -1, enabled=hosts.first())
-        metrics_file = stack.enter_context(MetricsWriter(loop.directory, c.log.tensorboard, **resume))
+        metrics_file = stack.enter_context(
+            MetricsWriter(loop.directory, c.log.tensorboard, loop.begin or -1, enabled=hosts.first())
+        )
         heart = stack.enter_context(Heartbeat(say, c.log.heartbeat))
         if loop.begin == 0 and before:
             heart.step("The evaluation before training", Clock())
