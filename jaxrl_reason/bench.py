@@ -1,19 +1,20 @@
-"""How fast a step is: python -m jaxrl_reason.bench --size=small [--prompts=8 --group=8 --prompt-length=32 --new=64]
+"""Measures the speed of a training step, and prints it as one JSON line.
 
-A step is P prompts x G completions of exactly `new` tokens at temperature 1, a trivial reward from decoded
-text on the host, and one AdamW update over all of them, with random weights. Prints one JSON line: completion
-tokens/s of rollout, update and step, compile seconds, peak memory, and the share of the machine's float32 peak
-(measured by a 2048^3 product in the same process). Steps during which other processes took more than 6 % of
-the machine are left out where enough others remain.
+A step samples P prompts x G completions of exactly `new` tokens at temperature 1, computes a trivial reward from decoded text on the
+host, and makes one AdamW update over all of them, with random weights. The line holds completion tokens per second of rollout, update and
+step, compile seconds, peak memory, and the share of the machine's float32 peak (measured by a 2048^3 product in the same process).
+Steps during which other processes took more than 6 % of the machine are left out if enough others remain.
 """
 
-import argparse
+from collections.abc import Callable
+import dataclasses
 import json
 import os
 import resource
 import statistics
 import sys
 import time
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,27 +27,33 @@ from jaxrl_reason.data import PromptBatch
 from jaxrl_reason.models import sharding
 from jaxrl_reason.rewards.host import compute_rewards, HostReward
 from jaxrl_reason.rl import programs as programs_lib
-from jaxrl_reason.rl.types import Groups
+from jaxrl_reason.rl.types import Groups, TrainState
+from jaxrl_reason.runs import command
 
-SIZES = {  # vocabulary size and the rest of the model
+SIZES: dict[str, tuple[int, dict[str, Any]]] = {  # vocabulary size, and sizes of the model
     "tiny": (512, dict(width=128, layers=2, heads=4, kv_heads=2, mlp_width=384)),
     "mid": (2048, dict(width=256, layers=4, heads=8, kv_heads=4, mlp_width=768)),
     "small": (8192, dict(width=512, layers=8, heads=8, kv_heads=4, mlp_width=1536)),
     "smollm": (49152, dict(width=576, layers=30, heads=9, kv_heads=3, mlp_width=1536)),
 }
-UNDISTURBED = 0.06
+UNDISTURBED = 0.06  # share of the machine that other processes may take during a step
 
 
-def share_of_even_ids(completions, **_):
-    """The reward of the benchmark, from text as a user's would be."""
+def share_of_even_ids(completions: list[str], **_: Any) -> list[float]:
+    """Returns the reward of the benchmark, computed from text as a user's reward."""
     ids = [[int(word) for word in text.split()] for text in completions]
     return [sum(i % 2 == 0 for i in row) / max(len(row), 1) for row in ids]
 
 
 def step_flops(model: models.ModelConfig, prompts: int, group: int, prompt_length: int, new: int) -> dict[str, float]:
-    """Floating-point operations that a rollout and an update need, each prompt computed once a group.
+    """Returns the floating-point operations of a rollout and of an update, which compute each prompt once per group.
 
-    Two a multiply-add; half of the causal scores; backward twice the forward; no recomputation.
+    A multiply-add counts as two, causal scores count half, the backward pass costs twice the forward pass; nothing is recomputed.
+
+    Args:
+      model: the decoder.
+      prompts, group: P and G.
+      prompt_length, new: tokens per prompt and per completion.
     """
     c = model
     head = c.vocab_size * c.width
@@ -60,7 +67,7 @@ def step_flops(model: models.ModelConfig, prompts: int, group: int, prompt_lengt
 
 
 def measured_peak() -> float:
-    """float32 operations per second of a large product, the best of five."""
+    """Measures the float32 operations per second of a large product, the best of five."""
     x = jnp.ones((2048, 2048), jnp.float32)
     f = jax.jit(lambda x: jnp.dot(x, x, precision=jax.lax.Precision.HIGHEST))  # as the model multiplies float32
     f(x).block_until_ready()
@@ -73,7 +80,7 @@ def measured_peak() -> float:
 
 
 def _busy_seconds() -> float:
-    """CPU seconds that the whole machine has spent working; 0 where the system does not say."""
+    """Returns the CPU seconds that the whole machine has spent working; 0 if the system does not tell."""
     try:
         with open("/proc/stat") as f:
             v = [int(x) for x in f.readline().split()[1:9]]
@@ -82,129 +89,189 @@ def _busy_seconds() -> float:
     return (sum(v) - v[3] - v[4]) / os.sysconf("SC_CLK_TCK")
 
 
-def run(args: argparse.Namespace) -> dict:
-    """Builds the programs of a training run, runs steps, and returns the figures."""
-    vocab_size, sizes = SIZES[args.size]
+class Timing(NamedTuple):
+    """One measured step.
+
+    Attributes:
+      seconds: f64[3], of rollout, reward and update.
+      disturbance: share of the machine that other processes took.
+    """
+
+    seconds: np.ndarray
+    disturbance: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """A training step to measure.
+
+    Attributes:
+      config: of the run.
+      model: its decoder.
+      programs: its compiled functions.
+      max_steps: steps to measure at most.
+    """
+
+    config: Config
+    model: models.ModelConfig
+    programs: programs_lib.Programs
+    max_steps: int
+
+    def step(self, state: TrainState, number: int) -> tuple[TrainState, np.ndarray]:
+        """Makes one step on random prompts; returns the new state, and the seconds of rollout, reward and update."""
+        c, programs = self.config, self.programs
+        P, times = c.prompts_per_step, [time.perf_counter()]
+        shape = (P, c.max_prompt_length)
+        tokens = np.random.default_rng([c.seed, number]).integers(3, self.model.vocab_size - 1, shape).astype(np.int32)
+        ids = np.arange(P, dtype=np.int32) + number * P
+        batch = PromptBatch(tokens, np.ones(shape, bool), ids, np.ones(P, np.float32), [])
+        rollout = jax.block_until_ready(programs.generate(state.params, batch, state.step))
+        times.append(time.perf_counter())
+        completions = jax.device_get(rollout.tokens).tolist()
+        texts = [[" ".join(map(str, row)) for row in group] for group in completions]
+        table = compute_rewards([HostReward("even", share_of_even_ids)], [""] * P, texts, completions, {})
+        rewards = {"even": jax.device_put(table.per_reward["even"], programs.sharding)}
+        times.append(time.perf_counter())
+        groups = Groups(rollout, rewards)
+        learned, advantage_state, _ = programs.make_experience(groups, state.advantage_state)
+        updated = programs.update(state._replace(advantage_state=advantage_state), learned)
+        state = jax.block_until_ready(updated).state
+        times.append(time.perf_counter())
+        return state, np.diff(times)
+
+
+def prepare(arguments: command.Arguments) -> Bench:
+    """Builds the programs of a training run.
+
+    Raises:
+      ConfigError: the sizes do not fit together.
+    """
+    a = arguments
+    vocab_size, sizes = SIZES[a.size]
     config = Config(
-        seed=args.seed,
-        steps=args.steps,
-        prompts_per_step=args.prompts,
-        group_size=args.group,
-        max_prompt_length=args.prompt_length,
-        max_completion_length=args.new,
-        model=Model(**sizes, compute_dtype=args.compute_dtype, remat=args.remat),
+        seed=a.seed,
+        steps=a.steps,
+        prompts_per_step=a.prompts,
+        group_size=a.group,
+        max_prompt_length=a.prompt_length,
+        max_completion_length=a.new,
+        model=Model(**sizes, compute_dtype=a.compute_dtype, remat=a.remat),
         method={"name": "grpo"},
         optimizer=Optimizer(learning_rate=1e-4),
-        update=Update(accumulation=args.accumulation),
+        update=Update(accumulation=a.accumulation),
     )
     method = config_lib.validate(config)
     model = config_lib.model_config(config, vocab_size)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    reward = HostReward("even", share_of_even_ids)
     programs = programs_lib.build(
         config, method, model, mesh, eos_ids=(-1,), pad_id=0, weights={"even": 1.0}, verdict="even"
     )
-    state = programs.init()
-    rng = np.random.default_rng(args.seed)
-    shape = (args.prompts, args.prompt_length)
+    return Bench(config, model, programs, max(a.max_steps, a.steps))
 
-    def step(state, i):
-        times = [time.perf_counter()]
-        tokens = rng.integers(3, vocab_size - 1, shape).astype(np.int32)
-        batch = PromptBatch(
-            tokens,
-            np.ones(shape, bool),
-            np.arange(args.prompts, dtype=np.int32) + i * args.prompts,
-            np.ones(args.prompts, np.float32),
-            [],
-        )
-        rollout = jax.block_until_ready(programs.generate(state.params, batch, state.step))
-        times.append(time.perf_counter())
-        ids = jax.device_get(rollout.tokens).tolist()
-        texts = [[" ".join(map(str, row)) for row in group] for group in ids]
-        table = compute_rewards([reward], [""] * args.prompts, texts, ids, {})
-        rewards = {"even": jax.device_put(table.per_reward["even"], programs.sharding)}
-        times.append(time.perf_counter())
-        groups = Groups(rollout, rewards)
-        learnt, advantage_state, _ = programs.make_experience(groups, state.advantage_state)
-        state, *_ = jax.block_until_ready(programs.update(state._replace(advantage_state=advantage_state), learnt))
-        times.append(time.perf_counter())
-        return state, np.diff(times)
 
-    state, first = step(state, 0)
-    records = []
-    while len(records) < args.max_steps:
-        clean = [r for r in records if r[1] < UNDISTURBED]
-        if len(records) >= args.steps and len(clean) >= args.steps:
+def measure(bench: Bench) -> tuple[float, list[Timing]]:
+    """Returns the seconds of the first step, which compiles, and the timings of all later steps."""
+    state, first = bench.step(bench.programs.init(), 0)
+    timings: list[Timing] = []
+    while len(timings) < bench.max_steps:
+        if len(_undisturbed(timings)) >= bench.config.steps:
             break
-        before = time.perf_counter(), time.process_time(), _busy_seconds()
-        state, parts = step(state, len(records) + 1)
-        wall, cpu, busy = (b - a for a, b in zip(before, (time.perf_counter(), time.process_time(), _busy_seconds())))
-        records.append((parts, max(0.0, busy - cpu) / (wall * os.cpu_count())))
-    clean = [r for r in records if r[1] < UNDISTURBED]
-    used = clean or sorted(records, key=lambda r: r[1])[: max(1, len(records) // 3)]
-    rollout, reward_time, update = (statistics.median(r[0][i] for r in used) for i in range(3))
-    step_seconds = statistics.median(r[0].sum() for r in used)
-    tokens, peak = args.prompts * args.group * args.new, measured_peak()
-    flops = step_flops(model, args.prompts, args.group, args.prompt_length, args.new)
+        clocks: Callable[[], np.ndarray] = lambda: np.array([time.perf_counter(), time.process_time(), _busy_seconds()])
+        before = clocks()
+        state, seconds = bench.step(state, len(timings) + 1)
+        wall, own, busy = clocks() - before
+        timings.append(Timing(seconds, max(0.0, busy - own) / (wall * (os.cpu_count() or 1))))
+    return float(first.sum()), timings
+
+
+def _undisturbed(timings: list[Timing]) -> list[Timing]:
+    return [timing for timing in timings if timing.disturbance < UNDISTURBED]
+
+
+def results(bench: Bench, first: float, timings: list[Timing], size: str) -> dict[str, Any]:
+    """Returns the results, from the medians of the undisturbed steps.
+
+    Args:
+      bench: the step.
+      first, timings: from `measure`.
+      size: the name of the model's size.
+    """
+    c = bench.config
+    clean = _undisturbed(timings)
+    used = clean or sorted(timings, key=lambda t: t.disturbance)[: max(1, len(timings) // 3)]
+    rollout, reward, update = (statistics.median(float(t.seconds[i]) for t in used) for i in range(3))
+    step = statistics.median(float(t.seconds.sum()) for t in used)
+    P, G, S, T = c.prompts_per_step, c.group_size, c.max_prompt_length, c.max_completion_length
+    tokens, peak, flops = P * G * T, measured_peak(), step_flops(bench.model, P, G, S, T)
+    work = {"prompts": P, "group": G, "prompt_len": S, "new": T}
     return {
         "peer": "jaxrl_reason",
-        "size": args.size,
-        "compute_dtype": args.compute_dtype,
-        "n_params": models.param_count(model),
-        "work": dict(
-            prompts=args.prompts,
-            group=args.group,
-            prompt_len=args.prompt_length,
-            new=args.new,
-            micro=args.prompts * args.group // args.accumulation,
-            remat=args.remat,
-        ),
+        "size": size,
+        "compute_dtype": c.model.compute_dtype,
+        "n_params": models.param_count(bench.model),
+        "work": work | {"micro": P * G // c.update.accumulation, "remat": c.model.remat},
         "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
         "rollout_tokens_per_s": round(tokens / rollout, 1),
         "update_tokens_per_s": round(tokens / update, 1),
-        "step_tokens_per_s": round(tokens / step_seconds, 1),
-        "train_tokens_per_s": round(args.prompts * args.group * (args.prompt_length + args.new) / update, 1),
+        "step_tokens_per_s": round(tokens / step, 1),
+        "train_tokens_per_s": round(P * G * (S + T) / update, 1),
         "rollout_seconds": round(rollout, 4),
-        "reward_seconds": round(reward_time, 4),
+        "reward_seconds": round(reward, 4),
         "train_seconds": round(update, 4),
-        "step_seconds": round(step_seconds, 4),
-        "compile_seconds": round(float(first.sum()) - step_seconds, 2),
+        "step_seconds": round(step, 4),
+        "compile_seconds": round(first - step, 2),
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "peak_gflops": round(peak / 1e9, 1),
         "rollout_share_of_peak": round(flops["rollout"] / rollout / peak, 3),
         "update_share_of_peak": round(flops["update"] / update / peak, 3),
-        "timed_steps": len(records),
+        "timed_steps": len(timings),
         "clean_steps": len(clean),
-        "others_share": round(statistics.median(r[1] for r in used), 3),
+        "others_share": round(statistics.median(t.disturbance for t in used), 3),
     }
 
 
+COMMAND = command.Command(
+    "bench",
+    __doc__,
+    (
+        command.Flag("size", "SIZE", "the size of the model", default="tiny", choices=tuple(SIZES)),
+        command.Flag("prompts", "P", "prompts per step", command.number, 8),
+        command.Flag("group", "G", "completions per prompt", command.number, 8),
+        command.Flag("prompt-length", "S", "tokens per prompt", command.number, 32, alias="prompt-len"),
+        command.Flag("new", "T", "tokens per completion", command.number, 64),
+        command.Flag("accumulation", "N", "microbatches per update", command.number, 1),
+        command.Flag(
+            "compute-dtype",
+            "DTYPE",
+            "dtype of the operands of products",
+            str,
+            "float32",
+            choices=("float32", "bfloat16"),
+        ),
+        command.Flag(
+            "remat",
+            "POLICY",
+            "the activations to recompute in the backward pass",
+            str,
+            "layer",
+            choices=("none", "dots", "layer"),
+        ),
+        command.Flag("steps", "N", "undisturbed steps to measure", command.number, 6),
+        command.Flag("max-steps", "N", "steps at most; as many as --steps by default", command.number, 0),
+        command.Flag("seed", "N", "seed of weights, prompts and samples", command.number, 0),
+    ),
+    "--size=small --accumulation=4",
+)
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "jaxrl_reason.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--size", choices=list(SIZES), default="tiny")
-    parser.add_argument("--prompts", type=int, default=8, help="prompts a step")
-    parser.add_argument("--group", type=int, default=8, help="completions a prompt")
-    parser.add_argument("--prompt-length", "--prompt-len", type=int, default=32, help="tokens of a prompt")
-    parser.add_argument("--new", type=int, default=64, help="tokens of a completion")
-    parser.add_argument("--accumulation", type=int, default=1, help="microbatches an update")
-    parser.add_argument(
-        "--compute-dtype", choices=("float32", "bfloat16"), default="float32", help="operands of products"
-    )
-    parser.add_argument("--remat", choices=("none", "dots", "layer"), default="layer")
-    parser.add_argument("--steps", type=int, default=6, help="undisturbed steps wanted")
-    parser.add_argument("--max-steps", type=int, default=0, help="steps at most (0: no more than --steps)")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    args.max_steps = max(args.max_steps, args.steps)
-    try:
-        print(json.dumps(run(args)), flush=True)
-    except config_lib.ConfigError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    """Runs the command and returns its exit code."""
+
+    def work(prepared: tuple[Bench, str]) -> None:
+        bench, size = prepared
+        print(json.dumps(results(bench, *measure(bench), size)), flush=True)
+
+    return command.run(COMMAND, argv, lambda arguments: (prepare(arguments), arguments.size), work)
 
 
 if __name__ == "__main__":

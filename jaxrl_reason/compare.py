@@ -1,9 +1,9 @@
-"""A method beside its baselines: python -m jaxrl_reason.compare --config=configs/hero.py --workdir=DIR
+"""Trains a method and its baselines from the same start, and compares their held-out metrics.
 
-The recipe's `get_baselines()` names the others: {"verifier only": {"method": {"name": "grpo"}}, ...}, each a dict of configuration
-fields that differ. All runs have the same seed, data and budget, and begin with the same weights: the recipe's
-supervised start (and its reward model) is trained once, in DIR/method. A table is printed and kept in DIR/comparison.json;
-run the same command again and it goes on.
+The recipe's `get_baselines()` names the baselines: {"verifier only": {"method": {"name": "grpo"}}, ...}, each a dict of the
+configuration fields that differ. All runs have the same seed, data and budget, and begin with the same weights: the recipe's supervised
+start (and its reward model) is trained once, in DIR/method. A table is printed and written to DIR/comparison.json. The same command
+again resumes.
 """
 
 from collections.abc import Mapping
@@ -19,15 +19,34 @@ from jaxrl_reason import config as config_lib
 from jaxrl_reason import tasks, train
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.rewards import RewardError
-from jaxrl_reason.rl import hosts
-from jaxrl_reason.runs import checkpoints, writers
-from jaxrl_reason.runs.watch import NonFiniteError
+from jaxrl_reason.runs import command, pictures, read_metrics
+from jaxrl_reason.runs.files import write_json
 
+Rows = dict[str, dict[str, float]]  # row name -> metrics
 METHOD = "method"  # the directory and the row of the recipe itself
 
 
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Runs to compare.
+
+    Attributes:
+      workdir: holds the work directory of each run.
+      configs: row name -> configuration; the method comes first.
+      first: the method's run, set up.
+    """
+
+    workdir: pathlib.Path
+    configs: Mapping[str, Config]
+    first: train.Run
+
+
 def variant(config: Config, changes: Mapping[str, object]) -> Config:
-    """A copy of `config` with fields changed: {"method": {...}, "reward.weights": [...]}.
+    """Returns a copy of a configuration with other values for some fields.
+
+    Args:
+      config: the configuration.
+      changes: field -> value, such as {"method": {...}, "reward.weights": [...]}.
 
     Raises:
       ConfigError: there is no such field.
@@ -44,103 +63,112 @@ def variant(config: Config, changes: Mapping[str, object]) -> Config:
     return copy
 
 
-def compare(config: Config, baselines: Mapping[str, Mapping[str, object]], workdir: str | pathlib.Path) -> dict:
-    """Trains all of them, one after another.
+def compare(config: Config, baselines: Mapping[str, Mapping[str, object]], workdir: str | pathlib.Path) -> Rows:
+    """Trains a method and its baselines, one after another.
 
     Args:
       config: of the method.
       baselines: name -> configuration fields that differ.
-      workdir: gets a work directory for each.
+      workdir: gets a work directory for each run.
 
     Returns:
-      row name -> its figures; "start" is the policy that all begin with.
+      Row name -> metrics. The row "start" is the policy that all runs begin with.
     """
-    workdir = pathlib.Path(workdir).expanduser().resolve()  # kept in the configurations of the others
+    return train_all(prepare(config, baselines, workdir))
+
+
+def prepare(config: Config, baselines: Mapping[str, Mapping[str, object]], workdir: str | pathlib.Path) -> Comparison:
+    """Makes the configurations and sets the method's run up. Arguments: see `compare`.
+
+    Raises:
+      ConfigError: there is no evaluation to compare, or a baseline changes a field that does not exist.
+    """
+    workdir = pathlib.Path(workdir).expanduser().resolve()  # the configurations of the baselines hold it
     if not config.eval.every:
-        raise ConfigError("config.eval.every is 0, and a comparison is one of held-out figures; set it above 0.")
+        raise ConfigError("config.eval.every is 0, and a comparison needs held-out metrics; set it above 0.")
     config = variant(config, {"checkpoint.keep_start": True})
-    shared = {"supervised.steps": 0, "supervised.start_from": str(workdir / METHOD)}
+    shared: dict[str, object] = {"supervised.steps": 0, "supervised.start_from": str(workdir / METHOD)}
     if any(name.startswith("reward_model") for name in config.reward.functions) and not config.reward_model.path:
         shared["reward_model"] = config_lib.RewardModel(path=str(workdir / METHOD / "reward_model"))
-    runs = {METHOD: config}
+    configs = {METHOD: config}
     for name, changes in baselines.items():
         changed = variant(config, shared | dict(changes))
         if not any(n.startswith("reward_model") for n in changed.reward.functions):
             changed.reward_model = config_lib.RewardModel()
-        runs[name] = changed
-    rows = {}
-    for name, c in runs.items():
+        configs[name] = changed
+    return Comparison(workdir, configs, train.setup(config, workdir / METHOD))
+
+
+def train_all(comparison: Comparison) -> Rows:
+    """Trains all runs and writes comparison.json. Returns its content, see `compare`."""
+    workdir, rows = comparison.workdir, {}
+    for name, config in comparison.configs.items():
         directory = workdir / re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-        train.train(train.setup(c, directory))
-        evaluations = [
-            {k: v for k, v in line.items() if k.startswith(("eval/", *tasks.BASELINES))}
-            for line in writers.read_metrics(directory / "metrics.jsonl")
-        ]
-        evaluations = [e for e in evaluations if e]
+        train.train(comparison.first if name == METHOD else train.setup(config, directory))
+        lines = read_metrics(directory / "metrics.jsonl")
+        prefixes = ("eval/", *tasks.BASELINES)
+        evaluations = [e for line in lines if (e := {k: v for k, v in line.items() if k.startswith(prefixes)})]
         if name == METHOD:
             rows["start"] = evaluations[0]
+            rows |= _other_approaches(evaluations[0])
             name = config.method["name"]
-            rows |= {kind: beside for kind, beside in _beside(evaluations[0]).items()}
         rows[name] = evaluations[-1]
-    writers.write_json(workdir / "comparison.json", rows)
+    write_json(workdir / "comparison.json", rows)
     return rows
 
 
-def _beside(figures: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Rows of other approaches that a run measured: {"pointwise/r2": .6} is the figure eval/r2 of a row "pointwise"."""
-    rows: dict[str, dict[str, float]] = {}
-    for name, value in figures.items():
+def _other_approaches(metrics: Mapping[str, float]) -> Rows:
+    """Returns rows of other approaches that a run has measured: {"pointwise/r2": .6} is the metric eval/r2 of a row "pointwise"."""
+    rows: Rows = {}
+    for name, value in metrics.items():
         if name.startswith(tasks.BASELINES):
-            kind, _, figure = name.partition("/")
-            rows.setdefault(kind.replace("_", " "), {})[f"eval/{figure}"] = value
+            kind, _, metric = name.partition("/")
+            rows.setdefault(kind.replace("_", " "), {})[f"eval/{metric}"] = value
     return rows
 
 
 def table(rows: Mapping[str, Mapping[str, float]], shown: tuple[str, ...]) -> rich.table.Table:
-    """One row a figure, one column a run; `shown` are the beginnings of the figures' names."""
+    """Returns a table with one row per metric and one column per run.
+
+    Args:
+      rows: from `compare`.
+      shown: beginnings of the names of the metrics to show, without "eval/".
+    """
     names = dict.fromkeys(n for row in rows.values() for n in row if n.removeprefix("eval/").startswith(shown))
     out = rich.table.Table()
     out.add_column("")
     for row in rows:
         out.add_column(row, justify="right")
     for name in names:
-        figures = (writers.cell(name, row.get(name)) for row in rows.values())
-        out.add_row(name.removeprefix("eval/").replace("_", " "), *figures)
+        cells = (pictures.cell(name, row.get(name)) for row in rows.values())
+        out.add_row(name.removeprefix("eval/").replace("_", " "), *cells)
     return out
 
 
+COMMAND = command.Command(
+    "compare",
+    __doc__,
+    command.TRAINING,
+    "--config=configs/hero.py --workdir=/tmp/hero",
+    errors=(RewardError,),
+)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or "--help" in argv or "-h" in argv:
-        print(__doc__)
-        return 0
-    try:
-        config, workdir = config_lib.parse_args(argv)
-        words = [word for arg in argv for word in arg.split("=", 1)]  # --config=FILE and --config FILE
-        path = words[words.index("--config") + 1]
-        module = config_lib.load_module(path)
+    """Runs the command and returns its exit code."""
+
+    def begin(arguments: command.Arguments) -> Comparison:
+        module = config_lib.load_module(arguments.config)
         if not hasattr(module, "get_baselines"):
-            raise ConfigError(f"{path} has no get_baselines(); it names what the method is compared with.")
-        rows = compare(config, module.get_baselines(), workdir)
-    except (
-        ConfigError,
-        RewardError,
-        checkpoints.CheckpointError,
-        writers.MetricsError,
-        NonFiniteError,
-        ValueError,
-        OSError,
-    ) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except hosts.Preempted as e:
-        print(e, file=sys.stderr)
-        return e.exit_code
-    console = rich.console.Console(highlight=False, markup=False)
-    console.print(table(rows, tasks.headlines(config_lib.make_method(config))))
-    console.print(f"Written: {pathlib.Path(workdir) / 'comparison.json'}", soft_wrap=True)
-    return 0
+            raise ConfigError(f"{arguments.config} has no get_baselines(); it names the baselines of the method.")
+        return prepare(arguments.configuration(), module.get_baselines(), arguments.training_workdir())
+
+    def work(comparison: Comparison) -> None:
+        rows, console = train_all(comparison), rich.console.Console(highlight=False, markup=False)
+        console.print(table(rows, tasks.headlines(comparison.first.method)))
+        console.print(f"Written: {comparison.workdir / 'comparison.json'}", soft_wrap=True)
+
+    return command.run(COMMAND, argv, begin, work)
 
 
 if __name__ == "__main__":

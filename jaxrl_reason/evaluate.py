@@ -1,28 +1,15 @@
-"""Held-out evaluation of a run: python -m jaxrl_reason.evaluate --workdir=DIR [--data=NAME_OR_PATH]
+"""Evaluates a run on held-out data.
 
-Samples several completions a prompt, judges them as the run's configuration says, and prints a table. Writes evaluation.json
-(every number), evaluation.png and completions.jsonl (predictions.jsonl where a run predicts numbers); nothing else in the work
-directory is touched.
-
-  --workdir=DIR       the work directory of a run: its config.json, tokenizer and checkpoints
-  --data=NAME_OR_PATH another data set, as config.data.eval; its split is then "test", or all of a .jsonl, .parquet or .csv file
-  --split=SPLIT       as config.data.eval_split
-  --prompts=N         prompts at most; default config.eval.prompts
-  --samples=K         completions a prompt; default config.eval.samples, 1 at temperature 0
-  --temperature=T     default config.eval.temperature; 0: greedy
-  --config=FILE       the run's recipe, where it registers an estimator of its own
-  --checkpoint=N      a number under DIR/checkpoints; default the newest
-  --out=DIR           default: evaluation, in the work directory
-
-Other fields that the weights do not depend on are set as in training: --config.seed=1, --config.mesh.fsdp=-1 on another number of
-devices, --config.data.columns={} where the other data set has other names.
+Samples several completions per prompt, scores them by the run's rewards, and prints a table. Writes evaluation.json (every number),
+evaluation.png and completions.jsonl (predictions.jsonl if a run predicts numbers). Nothing else in the work directory changes. Fields of the
+configuration on which the weights do not depend can be set as in training: --config.seed=1, --config.mesh.fsdp=-1 on another
+number of devices, --config.data.columns={} if other data have other names.
 """
 
 from collections.abc import Sequence
 import dataclasses
 import math
 import pathlib
-import shlex
 import sys
 from typing import Any
 
@@ -39,15 +26,6 @@ from jaxrl_reason.rl import programs as programs_lib
 from jaxrl_reason.rl.types import Rollout
 from jaxrl_reason.runs.progress import Progress
 from jaxrl_reason.tasks import reporting, self_reward
-
-# Flags that are fields of the configuration by a shorter name.
-FIELDS = {
-    "--data": "data.eval",
-    "--split": "data.eval_split",
-    "--prompts": "eval.prompts",
-    "--samples": "eval.samples",
-    "--temperature": "eval.temperature",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,18 +147,46 @@ def _record(c: Config, task: tasks.Task, checkpoint: int, metrics: dict[str, flo
     }
 
 
+COMMAND = command.Command(
+    "evaluate",
+    __doc__,
+    (
+        command.WORKDIR,
+        command.Flag(
+            "data",
+            "NAME_OR_PATH",
+            "other data, as config.data.eval; the split is then test, or all of a .jsonl, .parquet or .csv file",
+            field="data.eval",
+        ),
+        command.Flag("split", "SPLIT", "as config.data.eval_split", field="data.eval_split"),
+        command.Flag(
+            "prompts", "N", "the largest number of prompts; config.eval.prompts by default", field="eval.prompts"
+        ),
+        command.Flag(
+            "samples",
+            "K",
+            "completions per prompt; config.eval.samples by default, 1 at temperature 0",
+            field="eval.samples",
+        ),
+        command.Flag("temperature", "T", "0 is greedy; config.eval.temperature by default", field="eval.temperature"),
+        command.RECIPE,
+        command.CHECKPOINT,
+        command.Flag("out", "DIR", "the directory of the results; WORKDIR/evaluation by default", command.path),
+        command.Flag("config.", "FIELD=VALUE", "sets a field of the configuration"),
+    ),
+    "--workdir=/tmp/quickstart --samples=16",
+    errors=(RewardError,),
+)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or "--help" in argv or "-h" in argv:
-        print(__doc__)
-        return 0
-    try:
-        run(parse_args(argv), shlex.join(["python", "-m", "jaxrl_reason.evaluate", *argv]))
-    except (ConfigError, RewardError, ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    """Runs the command and returns its exit code."""
+
+    def prepare(a: command.Arguments) -> None:
+        request = Request(a.workdir, a.fields, a.checkpoint, a.out or a.workdir / "evaluation", a.config)
+        run(request, a.command_line)
+
+    return command.run(COMMAND, argv, prepare, lambda _: None)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""Looks again at a step whose loss or gradient was not finite: python -m jaxrl_reason.replay --workdir=DIR [--step=N]
+"""Finds the cause of a step whose loss or gradient was not finite.
 
-A run that stops over such steps saves the last one's weights and batch under DIR/replay/N. This computes the loss and its gradient again,
-of the whole batch and of each prompt alone, and names the weights, prompts and completions at fault. It takes the devices of one machine:
---config.mesh.fsdp=-1 and the like, where these are others than the run's.
+A run that stops after such steps saves the weights and the batch of the last one under DIR/replay/N. This command computes the loss and
+its gradient again, of the whole batch and of each prompt alone, and names the weights, prompts and completions that are not finite. It
+runs on the devices of one machine: use --config.mesh.fsdp=-1 if the run had other devices.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 import dataclasses
 import math
-import pathlib
 import sys
 import textwrap
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,18 +23,18 @@ from jaxrl_reason.config import ConfigError
 from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.rl import auxiliary, hosts
 from jaxrl_reason.rl.types import Experience
-from jaxrl_reason.runs import checkpoints
+from jaxrl_reason.runs import checkpoints, command
 
-SHOWN = 3  # prompts at fault whose completions are printed
+SHOWN = 3  # number of faulty prompts whose completions are printed
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What became of a prompt, or of the whole batch.
+    """The loss and gradient of one prompt, or of the whole batch.
 
     Attributes:
-      prompt: its place in the batch; None: all of them.
-      loss, grad_norm: of it alone.
+      prompt: its index in the batch; None for the whole batch.
+      loss, grad_norm: of the prompt alone.
       weights: names of the weights whose gradient is not finite.
     """
 
@@ -47,7 +47,7 @@ class Found:
 
 
 def examine(run: train.Run, params: models.Params, batch: Experience) -> list[Found]:
-    """The loss and gradient of the whole batch, and then of each prompt alone, the others masked."""
+    """Computes the loss and gradient of the whole batch, and then of each prompt with all others masked."""
     sharding = run.programs.sharding
     found = []
     for prompt in (None, *range(len(batch.mask))):
@@ -66,17 +66,33 @@ def examine(run: train.Run, params: models.Params, batch: Experience) -> list[Fo
 _norms = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.linalg.norm(x.astype(jnp.float32).ravel()), tree))
 
 
-def _named(tree) -> Iterable[tuple[str, np.ndarray]]:
-    """(name, leaf) of every leaf."""
+def _named(tree: Any) -> Iterable[tuple[str, np.ndarray]]:
+    """Yields (name, leaf) for every leaf."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
 
 
-def load(run: train.Run, step: int) -> tuple[models.Params, Experience, dict[str, np.ndarray]]:
-    """What `train.save_for_replay` has written at a step: weights, batch, rewards by name.
+class Saved(NamedTuple):
+    """A step that a run has saved.
+
+    Attributes:
+      step: its number.
+      params: the weights before its update.
+      batch: the data of its update.
+      rewards: name -> f32[P,G].
+    """
+
+    step: int
+    params: models.Params
+    batch: Experience
+    rewards: dict[str, np.ndarray]
+
+
+def load(run: train.Run, step: int) -> Saved:
+    """Reads a step that a run has saved for replay.
 
     Raises:
-      CheckpointError: they cannot be read.
+      CheckpointError: the step cannot be read.
     """
     directory = run.work.path / "replay" / str(step)
     params = checkpoints.load_params(directory / "params", run.programs.abstract_state.params)
@@ -84,39 +100,41 @@ def load(run: train.Run, step: int) -> tuple[models.Params, Experience, dict[str
     put = lambda x: hosts.put(x, run.programs.sharding)
     batch = jax.tree.map(put, batch)
     active = auxiliary.at_step(run.method.loss, batch.auxiliary, batch.mask, step - 1)
-    return params, batch._replace(auxiliary=active), rewards
+    return Saved(step, params, batch._replace(auxiliary=active), rewards)
 
 
-def report(run: train.Run, step: int, console: rich.console.Console) -> list[Found]:
-    """Prints what `examine` finds out about a saved step, and returns it."""
-    params, batch, rewards = load(run, step)
+def report(run: train.Run, saved: Saved, console: rich.console.Console) -> list[Found]:
+    """Prints the results of `examine` for a saved step, and returns them."""
+    step, params, batch, rewards = saved
     bad = [name for name, x in _named(params) if not bool(jnp.isfinite(x).all())]
     if bad:
-        console.print(f"Weights that hold numbers which are not finite: {', '.join(bad)}.", soft_wrap=True)
+        console.print(f"Weights that are not finite: {', '.join(bad)}.", soft_wrap=True)
     whole, *prompts = examine(run, params, batch)
     console.print(f"Step {step}: loss {whole.loss:.4g}, gradient norm {whole.grad_norm:.4g}.")
     if whole.weights:
         console.print(f"Not finite in the gradient of {', '.join(whole.weights)}.", soft_wrap=True)
-    faulty = [found for found in prompts if not found.finite]
-    if not faulty:
+    if all(found.finite for found in prompts):
         console.print(
             "Each prompt alone has a finite loss and gradient" + ("." if whole.finite else "; their sum overflows.")
         )
     table = rich.table.Table("prompt", "loss", "gradient norm", "largest |advantage|")
     largest = np.abs(batch.advantages).reshape(len(prompts), -1).max(axis=1)
-    for found in sorted(prompts, key=lambda found: (found.finite, -np.nan_to_num(found.grad_norm, nan=np.inf)))[:10]:
-        numbers = (found.loss, found.grad_norm, float(largest[found.prompt]))
-        table.add_row(str(found.prompt), *(f"{x:.4g}" for x in numbers))
+    order = lambda p: (prompts[p].finite, -np.nan_to_num(prompts[p].grad_norm, nan=np.inf))
+    for p in sorted(range(len(prompts)), key=order)[:10]:
+        numbers = (prompts[p].loss, prompts[p].grad_norm, float(largest[p]))
+        table.add_row(str(p), *(f"{x:.4g}" for x in numbers))
     console.print(table)
-    for found in faulty[:SHOWN]:
-        _print_prompt(run, batch, rewards, found.prompt, console)
+    for p in [p for p, found in enumerate(prompts) if not found.finite][:SHOWN]:
+        _print_prompt(run, batch, rewards, p, console)
     return [whole, *prompts]
 
 
-def _print_prompt(run: train.Run, batch: Experience, rewards, p: int, console: rich.console.Console) -> None:
-    short = lambda text: textwrap.shorten(
-        repr(text), 200, placeholder="..."
-    )  # repr: what a terminal would obey is escaped
+def _print_prompt(
+    run: train.Run, batch: Experience, rewards: Mapping[str, np.ndarray], p: int, console: rich.console.Console
+) -> None:
+    """Prints a prompt of a batch and its completions with their rewards and advantages."""
+    # repr escapes characters that a terminal would obey.
+    short = lambda text: textwrap.shorten(repr(text), 200, placeholder="...")
     rollout = jax.device_get(jax.tree.map(lambda x: x[p], batch.rollout))
     (prompt,) = run.tokenizer.decode_batch([rollout.prompt_tokens[rollout.prompt_mask].tolist()])
     console.print(f"Prompt {p}: {short(prompt)}", soft_wrap=True)
@@ -127,35 +145,41 @@ def _print_prompt(run: train.Run, batch: Experience, rewards, p: int, console: r
         console.print(f"  {g}: {given}, advantage {advantage:.4g}: {short(text)}", soft_wrap=True)
 
 
+COMMAND = command.Command(
+    "replay",
+    __doc__,
+    (
+        command.WORKDIR,
+        command.Flag("step", "N", "a number under DIR/replay; the last by default", command.number),
+        command.Flag("config.mesh.", "NAME=SIZE", "another size of the mesh, such as --config.mesh.fsdp=-1"),
+    ),
+    "--workdir=/tmp/quickstart",
+    errors=(RewardError,),
+)
+
+
+def prepare(arguments: command.Arguments) -> tuple[train.Run, Saved]:
+    """Sets the run up and reads the saved step.
+
+    Raises:
+      ConfigError, CheckpointError, RewardError, ValueError, OSError: there is no such step, or it cannot be read.
+    """
+    workdir = arguments.workdir
+    config = runs.load_config(workdir, arguments.fields)
+    saved = runs.numbers_in(workdir / "replay")
+    if not saved:
+        raise ConfigError(f"{workdir} holds no step to replay: no run there has stopped at a step that is not finite.")
+    step = saved[0] if arguments.step is None else arguments.step
+    if step not in saved:
+        raise ConfigError(f"--step={step}: {workdir / 'replay'} holds {', '.join(map(str, saved))}.")
+    run = train.setup(config, workdir)
+    return run, load(run, step)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or "--help" in argv or "-h" in argv:
-        print(__doc__)
-        return 0
-    try:
-        texts = dict(argument.removeprefix("--").partition("=")[::2] for argument in argv)
-        mesh = {name for name in texts if name.startswith("config.mesh.")}
-        if not texts.get("workdir") or texts.keys() - {"workdir", "step"} - mesh:
-            raise ConfigError(
-                "Give --workdir=DIR, --step=N for another step than the last, and --config.mesh.NAME=SIZE for another mesh; not "
-                f"{' '.join(argv)}."
-            )
-        workdir = pathlib.Path(texts["workdir"]).expanduser().resolve()
-        config = runs.load_config(workdir, {name.removeprefix("config."): texts[name] for name in mesh})
-        saved = runs.numbers_in(workdir / "replay")
-        if not saved:
-            raise ConfigError(
-                f"{workdir} holds no step to replay: no run there has stopped over one that is not finite."
-            )
-        step = texts.get("step") or str(saved[0])
-        if step not in map(str, saved):
-            raise ConfigError(f"--step={step}: {workdir / 'replay'} holds {', '.join(map(str, saved))}.")
-        report(train.setup(config, workdir), int(step), rich.console.Console(highlight=False, markup=False))
-    except (RewardError, ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    """Runs the command and returns its exit code."""
+    console = rich.console.Console(highlight=False, markup=False)
+    return command.run(COMMAND, argv, prepare, lambda prepared: report(*prepared, console))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Trains a reward model on preference pairs: python -m jaxrl_reason.reward_training --config=configs/hero.py --workdir=DIR
+"""Trains a reward model on preference pairs.
 
-The decoder begins as the policy of the work directory if its supervised phase is done, else with random weights. The same command continues
-from the newest checkpoint.
+The decoder begins as the policy of the work directory if its supervised phase is done, else with the weights that the policy would begin
+with. The reward model is written to DIR/reward_model. The same command continues from the newest checkpoint.
 """
 
 import pathlib
@@ -9,64 +9,70 @@ import sys
 
 import rich.console
 
-from jaxrl_reason import config as config_lib
 from jaxrl_reason import models, train
 from jaxrl_reason.config import ConfigError
 from jaxrl_reason.rewards import RewardError
-from jaxrl_reason.rewards.model_training import get_reward_model
+from jaxrl_reason.rewards.model_training import get_reward_model, Phase
 from jaxrl_reason.rl import hosts
-from jaxrl_reason.runs import checkpoints, writers
-from jaxrl_reason.runs.watch import NonFiniteError
+from jaxrl_reason.runs import checkpoints, command
 
 
-def start_decoder(run, console: rich.console.Console) -> models.Params:
-    """What a `train.Run` has of a policy past its supervised phase: its newest weights, else those it would start from."""
+def start_decoder(run: train.Run, console: rich.console.Console) -> models.Params:
+    """Returns the weights that a reward model begins with, and prints their origin.
+
+    They are the newest weights of a policy past its supervised phase, else the weights that the policy would begin with.
+    """
     c = run.config
     saver = checkpoints.Checkpoints(run.work.path / "checkpoints", c.checkpoint.keep)
-    number, state = saver.restore(run.programs.abstract_state) or (-1, None)
+    restored = saver.restore(run.programs.abstract_state)
     saver.close()
-    if number >= c.supervised.steps:
-        origin, params = saver.directory / str(number), state.params
+    if restored is not None and restored[0] >= c.supervised.steps:
+        origin, state = str(saver.directory / str(restored[0])), restored[1]
     else:
-        start = c.supervised.start_from and pathlib.Path(c.supervised.start_from).expanduser() / "start"
-        nothing = "random weights: the run has no policy yet that is past its supervised phase"
-        origin = start or c.model.path or nothing
-        params = train.first_state(run).params
-    _, params = models.lora.merge(run.model, params)
+        random = "random weights: the run has no policy yet that is past its supervised phase"
+        start, state = c.supervised.start_from, train.first_state(run)
+        origin = str(pathlib.Path(start).expanduser() / "start") if start else c.model.path or random
+    _, params = models.lora.merge(run.model, state.params)
     console.print(f"The reward model starts from {origin}.", soft_wrap=True)
     return params
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or "--help" in argv or "-h" in argv:
-        print(
-            f"{__doc__}\nAny field of the configuration can be set as --config.section.field=value. Defaults:\n\n{config_lib.help_text()}"
+COMMAND = command.Command(
+    "reward_training",
+    __doc__,
+    command.TRAINING,
+    "--config=configs/hero.py --workdir=/tmp/hero",
+    details=command.configuration_help,
+    errors=(RewardError,),
+)
+
+
+def prepare(arguments: command.Arguments) -> tuple[train.Run, Phase]:
+    """Sets the run and the training of its reward model up.
+
+    Raises:
+      ConfigError, RewardError, ValueError, OSError: see `train.setup`; or the run has no reward model to train.
+    """
+    run = train.setup(arguments.configuration(), arguments.training_workdir())
+    if run.reward_phase is None:
+        raise ConfigError(
+            "config.reward.functions names no learned reward, so this run has no reward model to train; add 'reward_model' there."
         )
-        return 0
-    try:
-        run = train.setup(*config_lib.parse_args(argv))
-        if run.reward_phase is not None and run.reward_phase.pretrained:
-            raise ConfigError("config.reward_model.path names a pretrained reward model, so there is none to train.")
-        if run.reward_phase is None:
-            raise ConfigError(
-                "config.reward.functions names no learned reward, so this run has no reward model to train; add 'reward_model' there."
-            )
-    except (ConfigError, RewardError, ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    if run.reward_phase.pretrained:
+        raise ConfigError("config.reward_model.path names a pretrained reward model, so there is none to train.")
+    return run, run.reward_phase
+
+
+def work(run: train.Run, phase: Phase) -> None:
+    """Trains the reward model of a run."""
     console = rich.console.Console(highlight=False, markup=False)
-    try:
-        with hosts.preemption() as asked:
-            get_reward_model(run.reward_phase, start_decoder(run, console), console, asked)
-    except (ConfigError, checkpoints.CheckpointError, writers.MetricsError, NonFiniteError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    except hosts.Preempted as e:
-        print(e, file=sys.stderr)
-        return e.exit_code
-    return 0
+    with hosts.preemption() as should_stop:
+        get_reward_model(phase, start_decoder(run, console), console, should_stop)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return command.run(COMMAND, argv, prepare, lambda prepared: work(*prepared))
 
 
 if __name__ == "__main__":

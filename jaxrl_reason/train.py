@@ -1,4 +1,4 @@
-"""The training loop: python -m jaxrl_reason.train --config=configs/quickstart.py --workdir=DIR
+"""Trains a policy by reinforcement learning on groups of completions.
 
     data -> (supervised start) -> [ rollout -> rewards -> advantages -> update ] x steps -> table, picture
 
@@ -29,8 +29,10 @@ from jaxrl_reason.rewards.scorer import LEARNED
 from jaxrl_reason.rl import experience, hosts
 from jaxrl_reason.rl import programs as programs_lib
 from jaxrl_reason.rl.types import Experience, Groups, LogProbs, Mismatch, Rollout, TrainState
-from jaxrl_reason.runs import checkpoints, writers
+from jaxrl_reason.runs import checkpoints, command
+from jaxrl_reason.runs.files import write_json
 from jaxrl_reason.runs.loop import Loop, run_loop
+from jaxrl_reason.runs.metrics_file import SampleTable
 from jaxrl_reason.runs.progress import Clock
 from jaxrl_reason.runs.records import describe_mismatch, save_for_replay, write_samples
 from jaxrl_reason.runs.watch import NonFiniteError, Watch
@@ -389,7 +391,7 @@ def reinforce(
 
     def before() -> dict[str, float]:
         if hosts.first():
-            writers.write_json(work.path / "evaluation.json", summary.evaluation_settings(c))
+            write_json(work.path / "evaluation.json", summary.evaluation_settings(c))
         return evaluate(state) | run.task.baselines()
 
     def after(done: int, state: TrainState, metrics: dict, details: Step, clock: Clock) -> dict[str, float]:
@@ -398,7 +400,7 @@ def reinforce(
         with clock("evaluation"):
             return evaluate(state)
 
-    with writers.SampleTable(work.path, resume_step=begin or -1, enabled=hosts.first()) as samples:
+    with SampleTable(work.path, resume_step=begin or -1, enabled=hosts.first()) as samples:
 
         def observe(past: list[dict[str, float]]) -> Callable:
             watch = Watch(functools.partial(console.print, soft_wrap=True), mismatch_limit(run), past)
@@ -441,56 +443,30 @@ def mismatch_limit(run: Run) -> float:
     return run.config.sampling.mismatch_limit or (0.01 if run.programs.needs.exact_sampler else 1.0)
 
 
+COMMAND = command.Command(
+    "train",
+    __doc__,
+    command.TRAINING,
+    "--config=configs/quickstart.py --workdir=/tmp/quickstart",
+    details=command.configuration_help,
+    errors=(RewardError,),
+)
+
+
+def prepare(arguments: command.Arguments) -> Run:
+    """Connects the processes and sets the run up.
+
+    Raises:
+      ConfigError, RewardError, ValueError, OSError: see `setup`.
+    """
+    config = arguments.configuration()
+    hosts.initialize(config.mesh.host_timeout, config.mesh.initialization_timeout)
+    return setup(config, arguments.training_workdir())
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or "--help" in argv or "-h" in argv:
-        print(
-            f"{__doc__}\nAny field of the configuration can be set as --config.section.field=value. Defaults:\n\n{config_lib.help_text()}"
-        )
-        return 0
-    try:
-        config, workdir = config_lib.parse_args(argv)
-        hosts.initialize(config.mesh.host_timeout, config.mesh.initialization_timeout)
-    except ValueError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    with hosts.leaving_together():
-        return _main(config, workdir)
-
-
-def _main(config: Config, workdir: str) -> int:
-    try:
-        try:
-            run = setup(config, workdir)
-        except (ConfigError, *_REFUSALS) as e:
-            if jax.process_count() > 1 and hosts.came_from_devices(e):
-                raise  # another process has died
-            print(f"error: {e}", file=sys.stderr)
-            return 2
-        train(run)
-        hosts.barrier("end")
-    except (
-        ConfigError,
-        RewardError,
-        checkpoints.CheckpointError,
-        writers.MetricsError,
-        models.PretrainedError,
-        NonFiniteError,
-        OSError,
-    ) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return hosts.leave(1)
-    except hosts.Preempted as e:
-        hosts.barrier("preempted")
-        print(e, file=sys.stderr)
-        return hosts.leave(e.exit_code)
-    except (jax.errors.JaxRuntimeError, ValueError) as e:
-        if jax.process_count() == 1 or not hosts.came_from_devices(e):
-            raise
-        print(f"error: {hosts.why_it_stopped(e)}", file=sys.stderr)
-        return hosts.leave(1)
-    return 0
+    """Runs the command and returns its exit code."""
+    return command.run(COMMAND, argv, prepare, train)
 
 
 if __name__ == "__main__":

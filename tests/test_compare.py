@@ -1,4 +1,4 @@
-"""A recipe beside its baselines: the same start for all, a row for each."""
+"""A recipe and its baselines: one start for all, one row for each."""
 
 import json
 
@@ -50,7 +50,7 @@ def test_a_variant_changes_a_copy_and_knows_its_fields(tmp_path):
         compare.variant(config, {"reward.wieghts": [1.0]})
 
 
-def test_a_comparison_without_held_out_figures_is_refused_before_training(tmp_path):
+def test_a_comparison_without_held_out_metrics_is_refused_before_training(tmp_path):
     config = Config()
     config.eval.every = 0
     with pytest.raises(ConfigError, match="config.eval.every is 0"):
@@ -58,7 +58,7 @@ def test_a_comparison_without_held_out_figures_is_refused_before_training(tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_recipe_without_baselines_is_a_sentence(tmp_path, capsys):
+def test_a_recipe_without_baselines_is_one_sentence(tmp_path, capsys):
     recipe = tmp_path / "recipe.py"
     recipe.write_text("from jaxrl_reason.config import Config\ndef get_config():\n    return Config()\n")
     for flags in ([f"--config={recipe}"], ["--config", str(recipe)]):
@@ -77,12 +77,13 @@ def test_a_comparison_that_is_asked_to_end_says_that_it_goes_on(tmp_path, capsys
     def stopped(*_):
         raise hosts.Preempted("step 3")
 
-    monkeypatch.setattr(compare, "compare", stopped)
+    monkeypatch.setattr(compare, "prepare", lambda *_: None)
+    monkeypatch.setattr(compare, "train_all", stopped)
     assert compare.main([f"--config={recipe}", f"--workdir={tmp_path / 'run'}"]) == 143
     assert capsys.readouterr().err == "Asked to end, and saved after step 3: the same command continues from there.\n"
 
 
-def test_the_table_has_a_dash_where_a_row_lacks_a_figure():
+def test_the_table_has_a_dash_for_a_missing_metric():
     rows = {"start": {"eval/accuracy": 0.5, "eval/prompts": 4}, "pointwise": {"eval/r2": 0.25}}
     table = compare.table(rows, ("accuracy", "r2"))
     assert [c.header for c in table.columns] == ["", "start", "pointwise"]

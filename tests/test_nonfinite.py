@@ -1,4 +1,4 @@
-"""What is not finite never reaches the weights, is counted, and ends the run when nothing else comes; then it can be looked at again."""
+"""Non-finite updates never change the weights, are counted, and end the run if no other update comes; then replay finds the cause."""
 
 import json
 import re
@@ -10,13 +10,13 @@ import rich.console
 
 from helpers.tiny_runs import tiny, write_rows
 from jaxrl_reason import replay, train
+from jaxrl_reason.runs import read_metrics
 from jaxrl_reason.runs.checkpoints import Checkpoints
 from jaxrl_reason.runs.watch import NonFiniteError
-from jaxrl_reason.runs.writers import read_metrics
 
 REWARDS = """
 def wild(row, completion_ids, **_):
-    '''Rewards that no float32 gradient can bear, on some rows.'''
+    '''Rewards that overflow a float32 gradient, on some rows.'''
     return [3e38 * (i % 2) if r in (3, 7) else float(i % 2) for i, r in enumerate(row)]
 
 def sound(completion_ids, **_):
@@ -66,7 +66,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(updates, tmp_path):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params_of(config, tmp_path / "run")))
 
 
-def test_nothing_but_skipped_steps_end_the_run_and_the_last_can_be_replayed(tmp_path, capsys):
+def test_a_row_of_skipped_steps_ends_the_run_and_the_last_can_be_replayed(tmp_path, capsys):
     config = config_of(tmp_path, "wilder", optimizer__max_skipped=3, checkpoint__every=2)
     workdir = tmp_path / "run"
     with pytest.raises(NonFiniteError) as caught:
@@ -83,9 +83,9 @@ def test_nothing_but_skipped_steps_end_the_run_and_the_last_can_be_replayed(tmp_
 
     run = train.setup(config, workdir)
     capsys.readouterr()
-    whole, *prompts = replay.report(run, 3, rich.console.Console(markup=False))
+    whole, *prompts = replay.report(run, replay.load(run, 3), rich.console.Console(markup=False))
     printed = capsys.readouterr().out
-    params, batch, rewards = replay.load(run, 3)
+    _, params, batch, rewards = replay.load(run, 3)
     rows = [int(re.search(r"\d+", run.tokenizer.decode(t[m].tolist()))[0]) for t, m in zip(*batch.rollout[:2])]
     assert not whole.finite and "layers.q" in whole.weights
     assert [not found.finite for found in prompts] == [row % 2 == 1 for row in rows]
@@ -110,7 +110,7 @@ def test_a_step_that_cannot_be_saved_still_says_what_is_wrong(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [{"name": "dr_grpo"}, {"name": "laser", "self_reward_warmup": 3}])
 def test_the_whole_batch_has_the_gradient_that_replay_says(method, tmp_path):
-    """Of sound batches too; of LaSeR's inside its warm-up, where the update judges no completion."""
+    """Holds for finite batches too, and for LaSeR during its warm-up, when the update judges no completion."""
     answering = dict(supervised__steps=30, supervised__learning_rate=1e-2, supervised__batch_size=4)
     config = config_of(tmp_path, "sound", steps=1, method=method, **answering)
     run = train.setup(config, tmp_path / "run")
@@ -142,9 +142,9 @@ def test_replay_of_what_is_not_there_is_a_sentence(tmp_path, capsys):
     config = config_of(tmp_path, "wild", steps=1, reward__functions=["format"])
     for arguments, sentence in [
         ([f"--workdir={tmp_path}"], "is not the work directory of a run"),
-        (["--step=1"], "Give --workdir=DIR"),
-        ([f"--workdir={tmp_path}", "--other=1"], "Give --workdir=DIR"),
-        ([f"--workdir={tmp_path}", "--config.seed=1"], "Give --workdir=DIR"),
+        (["--step=1"], "--workdir=DIR is missing"),
+        ([f"--workdir={tmp_path}", "--other=1"], "There is no flag '--other'"),
+        ([f"--workdir={tmp_path}", "--config.seed=1"], "There is no flag '--config.seed'"),
     ]:
         assert replay.main(arguments) == 2 and sentence in capsys.readouterr().err
     train.setup(config, tmp_path / "run")

@@ -248,7 +248,7 @@ def test_a_model_that_does_not_fit_is_refused_at_setup(rows, model, tmp_path):
         (["--out=x"], "--workdir=DIR is missing"),
         (["--workdir=x", "--ot=y"], "There is no flag '--ot'. Did you mean '--out'"),
         (["--workdir=x", "--out"], "--out needs a value"),
-        (["--workdir=x", "--out=y", "--checkpoint=last"], "--checkpoint=last: expected the number"),
+        (["--workdir=x", "--out=y", "--checkpoint=last"], "--checkpoint=last: expected a number"),
         (["--workdir=x", "--out=y", "--dtype=int8"], "--dtype is 'int8'"),
         (["--workdir=x", "--out=y", "--adapters=yes"], "--adapters takes no value"),
         (["--workdir=x", "--out=y"], "is not the work directory of a run"),
@@ -538,7 +538,7 @@ def test_a_damaged_description_of_the_model_is_one_sentence(rows, model, adapted
         train.setup(config, tmp_path / "run")
     config.supervised.start_from = str(tmp_path / "run")
     (tmp_path / "run" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="config.json is not what a run writes"):
+    with pytest.raises(ValueError, match="config.json is damaged"):
         train.setup(config, tmp_path / "other")
 
 

@@ -20,7 +20,8 @@ import pytest
 
 from jaxrl_reason.rl.types import TrainState
 from jaxrl_reason.runs import checkpoints
-from jaxrl_reason.runs.writers import MetricsWriter, read_metrics, SampleTable, write_json
+from jaxrl_reason.runs.files import write_json
+from jaxrl_reason.runs.metrics_file import MetricsWriter, read_metrics, SampleTable
 
 # -- what tells that nothing differs ---------------------------------------------------------------
 
@@ -129,7 +130,9 @@ def test_a_line_for_which_there_is_half_the_room_is_a_sentence_and_no_torn_line_
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
         try:
-            with pytest.raises(OSError, match=rf"^{path} cannot be written: File too large\. Once it can, "):
+            with pytest.raises(
+                OSError, match=rf"^{path} cannot be written: File too large\. Once it can, give the same command again"
+            ):
                 for written in range(1000):
                     writer.write(written, {"reward": 0.123456789})
         finally:

@@ -22,8 +22,7 @@ from jaxrl_reason import data, reward_training, train
 from jaxrl_reason.config import ConfigError, to_dict
 from jaxrl_reason.models import reward_model, sharding
 from jaxrl_reason.rewards import model_training
-from jaxrl_reason.runs import checkpoints
-from jaxrl_reason.runs.writers import read_metrics
+from jaxrl_reason.runs import checkpoints, read_metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -11,6 +11,7 @@ import pytest
 import jaxrl_reason
 from jaxrl_reason import export, runs
 from jaxrl_reason.config import ConfigError
+from jaxrl_reason.runs.command import parse
 
 PACKAGE = pathlib.Path(jaxrl_reason.__file__).parent
 
@@ -129,8 +130,8 @@ def test_names_under_checkpoints_are_plain_numbers(tmp_path):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert runs.checkpoint_numbers(tmp_path) == [12, 7]
     for text in ("../../x", "/etc", "-1", "٣", "²", "1.0", ""):
-        with pytest.raises(ConfigError, match="expected the number of a checkpoint"):
-            export.parse_args(["--workdir=a", "--out=b", f"--checkpoint={text}"])
+        with pytest.raises(ConfigError, match="--checkpoint=.*: expected a number"):
+            parse(export.COMMAND, ["--workdir=a", "--out=b", f"--checkpoint={text}"])
 
 
 def test_a_checkpoint_that_is_a_link_to_elsewhere_is_not_read(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 
 from helpers.tiny_runs import ROWS, tiny, write_rows
 from jaxrl_reason.config import to_dict
-from jaxrl_reason.runs.writers import read_metrics
+from jaxrl_reason.runs import read_metrics
 
 # The command line, which writes down when something was compiled.
 WATCHED = """

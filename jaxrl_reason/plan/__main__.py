@@ -1,20 +1,10 @@
 """Predicts the memory, the FLOPs and the least time of a run's programs on TPUs before they are rented.
 
-  python -m jaxrl_reason.plan --config=configs/grpo_qwen3_1_7b_v5e8.py --topology=v5e:2x4 --search
-
-  --topology=NAME        generation and shape of a slice in chips: v5e:4x4, v6e:4x4, v5p:2x2x2, v4:2x2x2, tpu7x:2x2x1, ...
-  --slices=N             number of slices (config.mesh.slice); 1 by default
-  --search               also find the largest prompts_per_step, group_size and max_completion_length that fit, each with
-                         the others as configured
-  --out=FILE             JSON file for the numbers; plan.json by default
-  --config.field=value   as in training
-
 The programs are compiled by the TPU compiler, which needs no TPU (pip install -e '.[tpu]'). Nothing is run, and of
 pretrained models only config.json is read.
 """
 
 from collections.abc import Mapping
-import json
 import pathlib
 import sys
 from typing import Any
@@ -23,75 +13,74 @@ import jax
 import rich.console
 import rich.table
 
-from jaxrl_reason import config as config_lib
-from jaxrl_reason import models
 from jaxrl_reason.config import ConfigError
 from jaxrl_reason.plan.chips import devices_of
 from jaxrl_reason.plan.measure import find_largest, GIB, make_plan
+from jaxrl_reason.runs import command
+from jaxrl_reason.runs.files import write_json
+
+COMMAND = command.Command(
+    "plan",
+    __doc__,
+    (
+        command.TRAINING[0],
+        command.Flag(
+            "topology",
+            "NAME",
+            "generation and shape of a slice in chips: v5e:4x4, v6e:4x4, v5p:2x2x2, v4:2x2x2, tpu7x:2x2x1, ...",
+            required=True,
+        ),
+        command.Flag("slices", "N", "number of slices (config.mesh.slice)", command.number, 1),
+        command.Flag(
+            "search",
+            "",
+            "also finds the largest prompts_per_step, group_size and max_completion_length that fit, each with the others as configured",
+        ),
+        command.Flag("out", "FILE", "JSON file for the numbers", command.path, "plan.json"),
+        command.TRAINING[2],
+    ),
+    "--config=configs/grpo_qwen3_1_7b_v5e8.py --topology=v5e:2x4 --search",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit code: 0 also if the run does not fit, which is an answer."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or "--help" in argv or "-h" in argv:
-        print(__doc__)
-        return 0
-    try:
-        own, rest = _split_flags(argv)
-        write_plan(rest, own["topology"], own["slices"], own["out"], search="--search" in argv)
-    except (ConfigError, models.PretrainedError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    """Runs the command and returns its exit code: 0 also if the run does not fit, which is an answer."""
+    return command.run(COMMAND, argv, write_plan, lambda plan: print_plan(*plan))
 
 
-def _split_flags(argv: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Returns the values of the plan's own flags, and the flags of the configuration."""
-    own, rest, flags = {"topology": "", "slices": "1", "out": "plan.json"}, [], iter(argv)
-    for flag in flags:
-        name, equals, value = flag.removeprefix("--").partition("=")
-        if name in own:
-            own[name] = value if equals else next(flags, "")  # --flag value
-        elif flag != "--search":
-            rest.append(flag)
-    return own, rest
+def write_plan(arguments: command.Arguments) -> tuple[dict[str, Any], rich.console.Console, pathlib.Path]:
+    """Makes a plan and writes it as JSON.
 
-
-def write_plan(config_flags: list[str], topology: str, slices: str, out: str, *, search: bool = False) -> None:
-    """Makes a plan, writes it as JSON and prints it.
-
-    Args:
-      config_flags: --config=FILE and --config.field=value.
-      topology, slices, out, search: the command's flags.
+    Returns:
+      The arguments of `print_plan`.
 
     Raises:
-      ConfigError: if a flag or the configuration is invalid, or if the run cannot be planned.
+      ConfigError, OSError: a flag or the configuration is invalid, or the run cannot be planned.
     """
-    if not slices.isdigit() or not int(slices):
-        raise ConfigError(f"--slices is {slices!r}; give the number of slices, at least 1.")
+    topology, slices, path = arguments.topology, arguments.slices, pathlib.Path(arguments.out)
+    if not slices:
+        raise ConfigError("--slices is 0; give the number of slices, at least 1.")
     jax.config.update("jax_platforms", "cpu")  # nothing runs
-    path = pathlib.Path(out).expanduser()
     if not path.parent.is_dir() or path.is_dir():  # before the minutes that the compiler takes
-        raise ConfigError(f"--out is {out!r}; give a file in a directory that exists.")
-    devices = devices_of(topology, int(slices))
-    config, _ = config_lib.parse_args(config_flags)
-    if int(slices) > 1:
-        config.mesh.slice = int(slices)
+        raise ConfigError(f"--out is {str(path)!r}; give a file in a directory that exists.")
+    devices = devices_of(topology, slices)
+    config = arguments.configuration()
+    if slices > 1:
+        config.mesh.slice = slices
     console = rich.console.Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 140  # a file has no width
     say = lambda text: console.print(text, style="dim")
     plan = make_plan(config, topology, devices, say)
-    path.write_text(json.dumps(plan, indent=2) + "\n")
-    if search:
+    write_json(path, plan)
+    if arguments.search:
         plan["largest"] = find_largest(config, topology, devices, say)
-        path.write_text(json.dumps(plan, indent=2) + "\n")
-    print_plan(plan, console)
-    console.print(f"Numbers: {path}", soft_wrap=True)
+        write_json(path, plan)
+    return plan, console, path
 
 
-def print_plan(plan: Mapping[str, Any], console: rich.console.Console) -> None:
-    """Prints the table of a plan, the least time of a step and the largest sizes that fit."""
+def print_plan(plan: Mapping[str, Any], console: rich.console.Console, path: pathlib.Path) -> None:
+    """Prints the table of a plan, the least time of a step, the largest sizes that fit, and the path of the JSON file."""
     console.print(table(plan))
     step = plan["step"]
     fits = (
@@ -108,6 +97,7 @@ def print_plan(plan: Mapping[str, Any], console: rich.console.Console) -> None:
         console.print(f"  - {assumption}", soft_wrap=True)
     for name, value in plan.get("largest", {}).items():
         console.print(f"Largest {name} that fits, with the rest as configured: {value or 'none'}")
+    console.print(f"Numbers: {path}", soft_wrap=True)
 
 
 def table(plan: Mapping[str, Any]) -> rich.table.Table:

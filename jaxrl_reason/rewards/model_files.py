@@ -11,7 +11,8 @@ import jax
 
 from jaxrl_reason import data, models
 from jaxrl_reason.models import reward_model, sharding
-from jaxrl_reason.runs import checkpoints, writers
+from jaxrl_reason.runs import checkpoints
+from jaxrl_reason.runs.files import write_json
 
 DESCRIPTION = "reward_model.json"  # written last: if it exists, the weights are complete
 SOURCE = "source.json"  # path and config.json, with its commit, of a pretrained reward model
@@ -40,7 +41,7 @@ def write_description(
       facts: how it was trained and how well it ranks held-out pairs.
     """
     content = {"model": dataclasses.asdict(model), "tokenizer_digest": digest} | dict(facts)
-    writers.write_json(directory / DESCRIPTION, content)
+    write_json(directory / DESCRIPTION, content)
 
 
 def described(directory: str | pathlib.Path, digest: str | None = None) -> models.ModelConfig:

@@ -35,8 +35,10 @@ from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.optimizer import apply_gradients, init_opt_state, make_supervised_optimizer
 from jaxrl_reason.rl.programs import optimizer_shardings, with_attention
 from jaxrl_reason.rl.types import Rollout, TrainState
-from jaxrl_reason.runs import checkpoints, writers
+from jaxrl_reason.runs import checkpoints, read_metrics
+from jaxrl_reason.runs.files import write_json, writing
 from jaxrl_reason.runs.loop import Loop, run_loop
+from jaxrl_reason.runs.pictures import summary_table
 from jaxrl_reason.runs.progress import Clock
 from jaxrl_reason.runs.workdir import tokenizer_of, Workdir
 
@@ -169,10 +171,10 @@ def begin(phase: Phase, workdir: pathlib.Path) -> None:
       OSError: it cannot be written.
     """
     if phase.pretrained:
-        with writers.writing(workdir / "reward_model"):
+        with writing(workdir / "reward_model"):
             (workdir / "reward_model").mkdir(exist_ok=True)
         origin = {"path": phase.config.reward_model.path, "config": dict(phase.pretrained.source)}
-        writers.write_json(workdir / "reward_model" / SOURCE, origin)
+        write_json(workdir / "reward_model" / SOURCE, origin)
 
 
 def scorer(
@@ -336,7 +338,7 @@ def _report(phase: Phase, console: rich.console.Console) -> None:
     """Writes reward_model.json and prints the held-out metrics before and after the training."""
     lines = [
         {name: value for name, value in line.items() if name.startswith(_HELD_OUT)}
-        for line in writers.read_metrics(phase.directory / "metrics.jsonl")
+        for line in read_metrics(phase.directory / "metrics.jsonl")
     ]
     measured = [line for line in lines if line]
     held_out = {name.removeprefix(_HELD_OUT): value for name, value in measured[-1].items()}
@@ -346,7 +348,7 @@ def _report(phase: Phase, console: rich.console.Console) -> None:
         "held_out": held_out | {"pairs": phase.held_out.size},
     }
     write_description(phase.directory, phase.model, tokenizer_digest(phase.tokenizer), facts)
-    console.print(writers.summary_table(measured[0], measured[-1]))
+    console.print(summary_table(measured[0], measured[-1]))
 
 
 def make_update(config: models.ModelConfig, optimizer: optax.GradientTransformation) -> Callable:

@@ -1,84 +1,19 @@
-"""What a run left in its work directory: its configuration and its weights, for the commands that come after training."""
+"""The files of a run, and how the run resumes from them.
 
-from collections.abc import Mapping
-import json
-import logging
-import pathlib
+    files           JSON and append-only files that survive a kill
+    metrics_file    metrics.jsonl, samples.jsonl, TensorBoard events
+    pictures        the learning curve, tables
+    workdir         which configuration, data and tokenizer a work directory belongs to
+    checkpoints     the training state; `digests` finds a single wrong bit in it
+    saved           the configuration and weights of a finished run
+    watch           updates that are skipped too often, and warnings about metrics
+    progress        progress bar, heartbeat, timings
+    command         flags, --help, errors and exit codes of every command
 
-from jaxrl_reason import config as config_lib
-from jaxrl_reason import models
-from jaxrl_reason.config import Config, ConfigError
-from jaxrl_reason.runs import checkpoints
+README.md lists the files of a work directory.
+"""
 
-_log = logging.getLogger(__name__)
+from jaxrl_reason.runs.metrics_file import read_metrics
+from jaxrl_reason.runs.saved import checkpoint_numbers, load_config, load_weights, numbers_in
 
-
-def load_config(workdir: pathlib.Path, fields: Mapping[str, str]) -> Config:
-    """The configuration that a run began with, changed in `fields`, and checked.
-
-    Raises:
-      ConfigError: there is no run in this directory, or the configuration cannot run.
-    """
-    file = workdir / "config.json"
-    if not file.is_file():
-        missing = "it holds no config.json" if workdir.is_dir() else "there is no such directory"
-        raise ConfigError(f"{workdir} is not the work directory of a run: {missing}.")
-    try:
-        config = config_lib.from_dict(json.loads(file.read_bytes())["config"])
-    except ConfigError:
-        raise
-    except (ValueError, TypeError, KeyError) as e:
-        raise ConfigError(f"{file} is not what a run writes ({type(e).__name__}: {e}); restore it.") from e
-    for name, text in fields.items():
-        config_lib.override(config, name, text)
-    if "data.eval" in fields and "data.eval_split" not in fields:
-        config.data.eval_split = "all" if config.data.eval.endswith((".jsonl", ".parquet", ".csv")) else "test"
-    if config.eval.temperature == 0 and "eval.samples" not in fields:
-        config.eval.samples = 1  # greedy completions are all alike
-    config_lib.validate(config)
-    return config
-
-
-def checkpoint_numbers(workdir: pathlib.Path) -> list[int]:
-    """The numbers of the complete checkpoints of a run, newest first."""
-    return numbers_in(workdir / "checkpoints")
-
-
-def numbers_in(directory: pathlib.Path) -> list[int]:
-    """The names in a directory that are numbers, largest first; none where it does not exist."""
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    return sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True)
-
-
-def load_weights(
-    workdir: pathlib.Path, number: int | None, like: models.Params, model: models.ModelConfig
-) -> tuple[int, models.Params]:
-    """The policy's weights out of a checkpoint, read without its optimizer; the directory is left as it is.
-
-    Args:
-      workdir: of the run.
-      number: of the checkpoint; None for the newest that can be read.
-      like: ShapeDtypeStructs of the weights with shardings.
-      model: their decoder.
-
-    Returns:
-      The number of the checkpoint, and the weights.
-
-    Raises:
-      ConfigError: there is no such checkpoint, it cannot be read, or its weights are of other shapes.
-    """
-    numbers = checkpoint_numbers(workdir)
-    if not numbers:
-        raise ConfigError(f"The run in {workdir} has no checkpoint yet; train it first.")
-    if number is not None and number not in numbers:
-        raise ConfigError(f"The run in {workdir} has no checkpoint {number}; it has {', '.join(map(str, numbers))}.")
-    directory = workdir / "checkpoints"
-    trained, frozen = models.lora.split(model, like)
-    wanted = {"trained": trained} | ({"frozen": frozen} if frozen else {})
-    found, parts, faults = checkpoints.read_newest(directory, numbers if number is None else [number], wanted)
-    told = [f"Checkpoint {directory / str(bad)} cannot be read: {fault}" for bad, fault in faults.items()]
-    if found is None:
-        raise ConfigError(told[0])
-    for sentence in told:
-        _log.warning("%s", sentence)
-    return found, models.lora.join(parts["trained"], parts.get("frozen", {}))
+__all__ = ["checkpoint_numbers", "load_config", "load_weights", "numbers_in", "read_metrics"]

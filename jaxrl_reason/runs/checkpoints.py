@@ -1,10 +1,10 @@
-"""Checkpoints: orbax's manager around a TrainState, for both phases of a run.
+"""Checkpoints of a TrainState, by orbax's manager, for both phases of a run.
 
-Checkpoints are numbered through the whole run: supervised steps first, RL steps behind them. The RL
-phase begins with a checkpoint of its own (its step 0), which is never older than the supervised end.
+Checkpoints are numbered through the whole run: first the supervised steps, then the RL steps. The RL phase begins with a checkpoint
+of its own (its step 0), which is never older than the end of the supervised phase.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import functools
 import gc
@@ -26,18 +26,22 @@ from jaxrl_reason.rl.types import Experience, Rollout, TrainState
 from jaxrl_reason.runs import digests
 
 _log = logging.getLogger(__name__)
-# What orbax raises on damaged files.
+# Errors of orbax on damaged files.
 _UNREADABLE = (ValueError, KeyError, OSError, TypeError, AttributeError, RecursionError, NotImplementedError)
-_UNWRITABLE = (ValueError, OSError)  # and on full disks
-_DIGESTS = "digests"  # of the arrays, beside the parts of a state
+_UNWRITABLE = (ValueError, OSError)  # errors of orbax on full disks
+_DIGESTS = "digests"  # the name of the digests, next to the parts of a state
 
 
 class CheckpointError(ValueError):
-    """Weights that cannot be saved or read again; the message is a sentence that names them."""
+    """A checkpoint, weights or a batch cannot be written or read; the message names the file."""
 
 
 class Checkpoints:
-    """Saves and restores TrainStates under `directory`, keeping the newest `keep`.
+    """Saves and restores TrainStates.
+
+    Args:
+      directory: of the checkpoints; made if needed.
+      keep: the number of checkpoints to keep.
 
     Raises:
       CheckpointError: the directory cannot be made or read.
@@ -46,19 +50,20 @@ class Checkpoints:
     def __init__(self, directory: pathlib.Path, keep: int):
         self.directory = directory.resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
-        # Without a handler orbax infers one from the newest checkpoint, and a damaged one misleads it about all.
+        # Without a handler orbax infers one from the newest checkpoint; if that is damaged, it misreads all.
         handler = ocp.StandardCheckpointHandler()
         with _failing(_UNREADABLE, f"Checkpoints cannot be kept in {self.directory}"):
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
 
     def latest(self) -> int | None:
+        """Returns the number of the newest checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, number: int, state: TrainState) -> None:
-        """Saves, complete or not at all, and then removes what is more than `keep`.
+        """Saves a state, complete or not at all, and then removes the oldest checkpoints beyond `keep`.
 
         Raises:
-          CheckpointError: it cannot be written.
+          CheckpointError: the checkpoint cannot be written.
         """
         if number == self.latest():
             return
@@ -66,10 +71,16 @@ class Checkpoints:
             self._manager.save(number, args=ocp.args.StandardSave(_with_digests(state._asdict())))
 
     def restore(self, like: TrainState) -> tuple[int, TrainState] | None:
-        """The newest readable checkpoint in the shapes, dtypes and shardings of `like` (arrays or ShapeDtypeStructs), or None.
+        """Reads the newest readable checkpoint.
 
-        Newer ones that cannot be read, of several processes by one of them, are renamed to damaged-<number>, with a warning: they no
-        longer count among those that are kept, and the run writes their steps again.
+        A newer checkpoint that at least one process cannot read is renamed to damaged-<number>, with a warning. It no longer counts
+        among the kept checkpoints, and the run writes its step again.
+
+        Args:
+          like: arrays or ShapeDtypeStructs with the shapes, dtypes and shardings of the result.
+
+        Returns:
+          The number of the checkpoint and the state; None if there is no checkpoint.
 
         Raises:
           CheckpointError: there are checkpoints, and none can be read; all stay as they are.
@@ -88,7 +99,7 @@ class Checkpoints:
         return None
 
     def _put_aside(self, number: int, fault: str) -> None:
-        def rename():
+        def rename() -> None:
             path = self.directory / str(number)
             names = itertools.chain([f"damaged-{number}"], (f"damaged-{number}-{i}" for i in itertools.count(2)))
             aside = next(p for p in map(self.directory.joinpath, names) if not p.exists())
@@ -105,21 +116,22 @@ class Checkpoints:
 def read_newest(
     directory: pathlib.Path, numbers: Sequence[int], like: Mapping[str, Any]
 ) -> tuple[int | None, dict[str, Any], dict[int, str]]:
-    """Parts of the TrainState out of the first of some checkpoints that can be read.
+    """Reads fields of the TrainState from the first readable one of several checkpoints.
+
+    A checkpoint is unreadable if at least one process cannot read it, or if its arrays differ from the saved ones.
 
     Args:
       directory: of the checkpoints.
-      numbers: of those to try, in this order.
-      like: for each field that is wanted, arrays or ShapeDtypeStructs with the shardings to read it in.
+      numbers: of the checkpoints to try, in this order.
+      like: field of the TrainState -> arrays or ShapeDtypeStructs with the shapes, dtypes and shardings of the result.
 
     Returns:
-      The number of the checkpoint, or None; the fields by their names; and of those before it what is wrong with each: it cannot be
-      read, of several processes by one of them, or is not what was saved.
+      The number of the checkpoint, or None; its fields by name; and for each unreadable checkpoint before it, its fault.
     """
-    faults = {}
+    faults: dict[int, str] = {}
     for number in numbers:
 
-        def read():
+        def read() -> dict[str, Any]:
             with _failing((hub.HubError,)):
                 hub.inside(directory, str(number))
             return _restored(directory / str(number) / "default", like)
@@ -128,26 +140,26 @@ def read_newest(
             return number, _read_by_all(read, like), faults
         except CheckpointError as e:
             faults[number] = str(e)
-        gc.collect()  # arrays that were read hang in cycles of what has failed
+        gc.collect()  # reference cycles of the failed read hold arrays
     return None, {}, faults
 
 
-def save_params(directory: pathlib.Path, params) -> None:
-    """Weights alone, complete or absent; replaces what is there.
+def save_params(directory: pathlib.Path, params: Any) -> None:
+    """Writes weights alone, complete or absent; replaces an existing directory.
 
     Raises:
-      CheckpointError: they cannot be written.
+      CheckpointError: the weights cannot be written.
     """
     with _failing(_UNWRITABLE, f"The weights {directory} cannot be written"):
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(directory.resolve(), _with_digests({"params": params}), force=True)
 
 
-def load_params(directory: pathlib.Path, like):
-    """Weights in the shapes, dtypes and shardings of `like`.
+def load_params(directory: pathlib.Path, like: Any) -> Any:
+    """Reads weights in the shapes, dtypes and shardings of `like`.
 
     Raises:
-      CheckpointError: they cannot be read, of several processes by one of them, or are not what was saved.
+      CheckpointError: at least one process cannot read the weights, or they differ from the saved ones.
     """
     parts = {"params": like}
     with _failing((CheckpointError,), f"The weights {directory} cannot be read"):
@@ -155,33 +167,33 @@ def load_params(directory: pathlib.Path, like):
 
 
 def _read_by_all(read: Callable[[], dict[str, Any]], like: Mapping[str, Any]) -> dict[str, Any]:
-    """What `_restored` gives, if it is what was saved, in the dtypes of `like`; where one process fails, all do."""
+    """Calls `read` on every process, checks the digests, and converts to the dtypes of `like`; if one process fails, all raise."""
     parts = hosts.agree(read, CheckpointError)
     saved, found = parts.pop(_DIGESTS), digests.of(parts)
 
-    def compare():
+    def compare() -> None:
         if other := digests.first_difference(found, saved):
             name, i = other
             array = list(_by_name({name: parts[name]}))[i]
-            raise CheckpointError(f"{array} is not what was saved: its file is damaged.")
+            raise CheckpointError(f"{array} differs from the saved array: its file is damaged.")
 
-    hosts.agree(compare, CheckpointError)  # of the copies of an array one may be wrong, and only its process see it
+    hosts.agree(compare, CheckpointError)  # only one copy of an array may be wrong, and only its process sees that
     return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), parts, dict(like))
 
 
 def _restored(directory: pathlib.Path, like: Mapping[str, Any]) -> dict[str, Any]:
-    """The named parts of what a directory of orbax's holds, in the dtypes they have there, and all digests.
+    """Reads the fields in `like` and all digests from a directory of orbax, in the saved dtypes.
 
-    Every process reads for itself: where one fails, the others would wait for it in orbax.
+    Every process reads by itself: in orbax's common read the other processes wait for one that has failed.
 
     Raises:
-      CheckpointError: it cannot be read, or holds other shapes.
+      CheckpointError: the directory cannot be read, or holds other shapes.
     """
     mine = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=mine, active_processes={mine})
     handler = ocp.PyTreeCheckpointHandler(
         multiprocessing_options=alone,
-        # A registry of its own: the primary host above would also become that of what is saved with the common one.
+        # A registry of its own: in the common registry, `mine` would become the primary host of later saves as well.
         type_handler_registry=ocp.type_handlers.create_type_handler_registry(
             (jax.Array, ocp.type_handlers.ArrayHandler(primary_host=mine))
         ),
@@ -189,20 +201,9 @@ def _restored(directory: pathlib.Path, like: Mapping[str, Any]) -> dict[str, Any
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
         if not directory.is_dir():
             raise CheckpointError(f"There is no directory {directory}.")
-        with _failing(_UNREADABLE, "What describes its arrays cannot be read"):
+        with _failing(_UNREADABLE, "The description of its arrays cannot be read"):
             saved = handler.metadata(directory).tree
-        if _DIGESTS not in saved:
-            raise CheckpointError("It has no digests of its arrays, so that it was not written by this version.")
-        there, here = (_by_name({name: tree[name] for name in like}) for tree in (saved, like))
-        for name in here | there:
-            shapes = [tuple(side[name].shape) if name in side else "missing" for side in (there, here)]
-            if shapes[0] != shapes[1]:
-                raise CheckpointError(
-                    f"It holds other shapes than the configuration and the tokenizer ask for: {name} is {shapes[0]} there and "
-                    f"{shapes[1]} here."
-                )
-        as_saved = lambda path, x: jax.ShapeDtypeStruct(x.shape, there[_name(path)].dtype, sharding=x.sharding)
-        item = jax.tree_util.tree_map_with_path(as_saved, dict(like))
+        item = _as_saved(saved, like)
         item[_DIGESTS] = digests.abstract(item)
         restore = ocp.args.PyTreeRestore(
             item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
@@ -211,11 +212,30 @@ def _restored(directory: pathlib.Path, like: Mapping[str, Any]) -> dict[str, Any
             try:
                 return reader.restore(directory, args=restore)
             except Exception as e:
-                if type(e) is Exception and isinstance(
-                    e.__cause__, _UNREADABLE
-                ):  # so orbax says that a file is damaged
-                    raise e.__cause__
+                # orbax wraps the error of a damaged file in a bare Exception.
+                if type(e) is Exception and isinstance(e.__cause__, _UNREADABLE):
+                    raise e.__cause__ from None
                 raise
+
+
+def _as_saved(saved: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns ShapeDtypeStructs with the shapes and shardings of `like` and the saved dtypes.
+
+    Raises:
+      CheckpointError: the saved arrays have no digests, or other shapes.
+    """
+    if _DIGESTS not in saved:
+        raise CheckpointError("It has no digests of its arrays, so another version has written it.")
+    there, here = (_by_name({name: tree[name] for name in like}) for tree in (saved, like))
+    for name in here | there:
+        shapes = [tuple(side[name].shape) if name in side else "missing" for side in (there, here)]
+        if shapes[0] != shapes[1]:
+            raise CheckpointError(
+                f"It holds other shapes than the configuration and the tokenizer ask for: {name} is {shapes[0]} there and "
+                f"{shapes[1]} here."
+            )
+    as_saved = lambda path, x: jax.ShapeDtypeStruct(x.shape, there[_name(path)].dtype, sharding=x.sharding)
+    return jax.tree_util.tree_map_with_path(as_saved, dict(like))
 
 
 def _with_digests(parts: dict[str, Any]) -> dict[str, Any]:
@@ -223,7 +243,7 @@ def _with_digests(parts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_name(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays, or what describes them, by their names, whatever containers they stand in."""
+    """Returns arrays or their descriptions by name, for any kind of container."""
     return {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(dict(parts)) if hasattr(x, "shape")}
 
 
@@ -232,10 +252,15 @@ def _name(path: tuple) -> str:
 
 
 def save_batch(file: pathlib.Path, batch: Experience, rewards: Mapping[str, np.ndarray]) -> None:
-    """Writes what an update learnt from, and the rewards by name, to a .npz file that is complete or absent.
+    """Writes the batch of an update to a .npz file that is complete or absent.
+
+    Args:
+      file: the file to write.
+      batch: the batch, on the host.
+      rewards: name -> f32[P,G].
 
     Raises:
-      CheckpointError: it cannot be written.
+      CheckpointError: the file cannot be written.
     """
     parts = {"batch": batch, "rewards": dict(rewards)}
     leaves = jax.tree_util.tree_leaves_with_path(parts)
@@ -248,10 +273,13 @@ def save_batch(file: pathlib.Path, batch: Experience, rewards: Mapping[str, np.n
 
 
 def load_batch(file: pathlib.Path) -> tuple[Experience, dict[str, np.ndarray]]:
-    """Returns the batch and the rewards that `save_batch` has written.
+    """Reads a file of `save_batch`.
+
+    Returns:
+      The batch, and the rewards by name.
 
     Raises:
-      CheckpointError: they cannot be read.
+      CheckpointError: the file cannot be read.
     """
     parts: dict[str, Any] = {}
     try:
@@ -266,11 +294,15 @@ def load_batch(file: pathlib.Path) -> tuple[Experience, dict[str, np.ndarray]]:
 
 
 @contextlib.contextmanager
-def _failing(errors: tuple[type[Exception], ...], what: str = ""):
-    """Around what orbax does: where it raises one of `errors`, a CheckpointError says so.
+def _failing(errors: tuple[type[Exception], ...], what: str = "") -> Iterator[None]:
+    """Turns errors of the body into a CheckpointError.
+
+    Args:
+      errors: the classes to turn.
+      what: the beginning of the message; the error's own message follows.
 
     Raises:
-      CheckpointError: `what`, and why.
+      CheckpointError: the body has raised one of `errors`.
     """
     _silence_echoes()
     try:
@@ -279,35 +311,35 @@ def _failing(errors: tuple[type[Exception], ...], what: str = ""):
         raise CheckpointError(f"{what}: {_in_short(e)}" if what else _in_short(e)) from e
 
 
-# What orbax raises here its threads also log, and asyncio once it collects them: by logger, how these lines are known.
+# Threads of orbax also log the errors that it raises, as does asyncio when it collects them: logger -> text of such a line.
 _ECHOES = {"absl": "_SignalingThread.run() raised an exception", "asyncio": "exception was never retrieved"}
-# What those raise that nobody waits for any more, and those that finish later.
+# Beginnings of errors of orbax's threads that finish after the failed read.
 _LEFT_BEHIND = ("Event loop is closed", "Encountered error while reading array index")
 
 
 def _silence_echoes() -> None:
-    """From now on a checkpoint that cannot be read or written is one sentence, not a page of tracebacks around it."""
+    """Hides the tracebacks that orbax's threads print around an error: a damaged checkpoint is one sentence."""
     for name in _ECHOES:
-        logging.getLogger(name).addFilter(_no_echo)  # which adds the same filter once
+        logging.getLogger(name).addFilter(_no_echo)  # adds the same filter only once
     hook = sys.unraisablehook
-    if getattr(hook, "__name__", "") != _but_of_readers.__name__:
-        sys.unraisablehook = _but_of_readers(hook)
+    if getattr(hook, "__name__", "") != _except_of_readers.__name__:
+        sys.unraisablehook = _except_of_readers(hook)
 
 
 def _no_echo(record: logging.LogRecord) -> bool:
     return _ECHOES[record.name] not in record.getMessage()
 
 
-def _but_of_readers(hook):
-    def told(unraisable):
+def _except_of_readers(hook: Callable[[Any], object]) -> Callable[[Any], None]:
+    def filtered(unraisable: Any) -> None:
         if not str(unraisable.exc_value).startswith(_LEFT_BEHIND):
             hook(unraisable)
 
-    told.__name__ = _but_of_readers.__name__
-    return told
+    filtered.__name__ = _except_of_readers.__name__
+    return filtered
 
 
 def _in_short(error: Exception) -> str:
-    """The beginning of a message: those of tensorstore go on with pages of its settings."""
+    """Returns the beginning of a message: messages of tensorstore continue with pages of its settings."""
     text = f"KeyError: {error}" if isinstance(error, KeyError) else str(error)
     return textwrap.shorten(text, 300, placeholder=" ...") or type(error).__name__

@@ -11,7 +11,7 @@ import rich.console
 
 from jaxrl_reason.config import Config
 from jaxrl_reason.rl import hosts
-from jaxrl_reason.runs import writers
+from jaxrl_reason.runs.metrics_file import MetricsWriter
 from jaxrl_reason.runs.progress import Clock, Heartbeat, Progress
 from jaxrl_reason.runs.watch import history, SkippedUpdates
 
@@ -78,8 +78,9 @@ def run_loop(
     """
     c, say = loop.config, functools.partial(loop.console.print, soft_wrap=True)
     with contextlib.ExitStack() as stack:
-        resume = dict(resume_step=loop.begin or -1, enabled=hosts.first())
-        metrics_file = stack.enter_context(writers.MetricsWriter(loop.directory, c.log.tensorboard, **resume))
+        metrics_file = stack.enter_context(
+            MetricsWriter(loop.directory, c.log.tensorboard, loop.begin or -1, enabled=hosts.first())
+        )
         heart = stack.enter_context(Heartbeat(say, c.log.heartbeat))
         if loop.begin == 0 and before:
             heart.step("The evaluation before training", Clock())

@@ -1,21 +1,33 @@
-"""What a person sees while a run goes on, and how long its parts take."""
+"""Progress bar, heartbeat and timings of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
 import statistics
 import threading
 import time
+from typing import NamedTuple, Self
 
 import rich.console
 import rich.progress
 
 
 class Progress:
-    """A progress bar with a live text and the time left; a context manager. Off a terminal, a line about every tenth of the way."""
+    """A progress bar with a text and the remaining time; a context manager.
+
+    Without a terminal it prints one line per tenth of the steps.
+
+    Args:
+      console: prints the bar.
+      name: of the phase.
+      total: number of steps.
+      done: number of steps that are already done.
+      enabled: False prints nothing.
+    """
 
     def __init__(self, console: rich.console.Console, name: str, total: int, done: int = 0, *, enabled: bool = True):
         self._console, self._name, self._total, self._done = console, name, total, done
-        self._enabled, self._begin = enabled, None
+        self._enabled = enabled
+        self._begin: tuple[int, float] | None = None  # steps done and time, after the first step of this process
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
             rich.progress.BarColumn(),
@@ -29,12 +41,12 @@ class Progress:
         self._task = self._bar.add_task(name, total=total, completed=done, text="")
 
     def advance(self, text: str) -> None:
-        """One step is done; `text` is shown beside the bar."""
+        """Counts one step and shows `text` next to the bar."""
         self._done += 1
         self._bar.update(self._task, advance=1, text=text)
         if self._enabled and not self._console.is_terminal and self._done % max(self._total // 10, 1) == 0:
             self._console.print(f"{self._name} {self._done}/{self._total}  {text}{self._left()}", soft_wrap=True)
-        if self._begin is None:  # the first step compiles: it says nothing about those to come
+        if self._begin is None:  # the first step compiles, so its duration predicts nothing
             self._begin = self._done, time.monotonic()
 
     def _left(self) -> str:
@@ -43,94 +55,111 @@ class Progress:
         done, since = self._begin
         return f"  about {duration((time.monotonic() - since) / (self._done - done) * (self._total - self._done))} left"
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self._bar.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
 
 def duration(seconds: float) -> str:
-    """ "40 s", "5 min", "3 h 20 min"."""
+    """Returns a duration as text: "40 s", "5 min", "3 h 20 min"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
-class Heartbeat:
-    """Says, from a thread of its own, that a step is still going on when it takes long: `patience` seconds, and five times as long as usual.
+class _Step(NamedTuple):
+    name: str
+    begin: float
+    limit: float  # seconds
+    clock: "Clock"
 
-    A context manager. It says so again each time the step has taken twice as long as then.
+
+class Heartbeat:
+    """Prints, from a thread of its own, that a step takes long; a context manager.
+
+    A step takes long after `patience` seconds, if that is also five times the median of the last steps. The message is repeated
+    whenever the duration has doubled.
 
     Args:
-      say: takes a sentence.
-      patience: in seconds; 0: it never says anything.
+      say: prints a sentence.
+      patience: seconds; 0 prints nothing.
     """
 
     def __init__(self, say: Callable[[str], None], patience: float):
         self._say, self._patience = say, patience
-        self._times: list[float] = []  # of the last steps
-        self._step, self._ended = None, threading.Event()
+        self._times: list[float] = []  # seconds of the last steps
+        self._step: _Step | None = None
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def step(self, name: str, clock: "Clock") -> None:
-        """The next step begins; the one before is over."""
+        """Begins the next step, which ends the step before it."""
         now = time.monotonic()
         if self._step is not None:
-            self._times = [*self._times[-19:], now - self._step[1]]
+            self._times = [*self._times[-19:], now - self._step.begin]
         usual = statistics.median(self._times) if self._times else 0.0
-        self._step = name, now, max(self._patience, 5 * usual), clock
+        self._step = _Step(name, now, max(self._patience, 5 * usual), clock)
 
     def _watch(self) -> None:
-        told, due = None, 0.0
+        watched, due = None, 0.0
         while not self._ended.wait(min(1.0, self._patience / 4)):
-            if self._step is None:
+            step = self._step
+            if step is None:
                 continue
-            name, begin, limit, clock = self._step
-            if told != name:
-                told, due = name, limit
-            took = time.monotonic() - begin
+            if watched != step.name:
+                watched, due = step.name, step.limit
+            took = time.monotonic() - step.begin
             if took >= due:
                 due = 2 * took
-                where = f" in its {clock.part}" if clock.part else ""
+                part = f"is in its {step.clock.part}" if step.clock.part else "is not done"
                 compiling = "; the first step also compiles" if not self._times else ""
-                self._say(f"{name} has been going on for {duration(took)}, and is{where or ' not done'}{compiling}.")
+                self._say(f"{step.name} has been going on for {duration(took)}, and {part}{compiling}.")
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         if self._patience:
             self._thread.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
 
 
 class Clock:
-    """Wall-clock seconds of a step and of its named parts. Parts must end synchronised with the device.
+    """Measures the wall-clock seconds of a step and of its named parts, each of which must end synchronised with the device.
+
+        clock = Clock()
+        with clock("rollout"):
+            rollout = jax.block_until_ready(generate(params, batch))
+        clock.metrics()  # {"perf/step_seconds/rollout": ..., "perf/step_seconds": ...}
 
     Attributes:
-      part: the name of the part that goes on, or "".
+      part: the name of the current part, or "".
     """
 
-    def __init__(self):
-        self._begin, self._parts, self._tokens = time.perf_counter(), {}, {}
+    def __init__(self) -> None:
+        self._begin = time.perf_counter()
+        self._parts: dict[str, float] = {}
+        self._tokens: dict[str, int] = {}
         self.part = ""
 
     @contextlib.contextmanager
-    def __call__(self, part: str):
+    def __call__(self, part: str) -> Iterator[None]:
+        """Adds the duration of the body to a part."""
         begin, self.part = time.perf_counter(), part
         yield
         self._parts[part] = self._parts.get(part, 0.0) + time.perf_counter() - begin
         self.part = ""
 
     def count(self, part: str, tokens: int) -> None:
-        """A part has worked on so many more completion tokens."""
+        """Adds completion tokens that a part has processed."""
         self._tokens[part] = self._tokens.get(part, 0) + tokens
 
     def metrics(self) -> dict[str, float]:
-        """perf/* metrics: seconds of the step and of each part, tokens a second of the parts that have counted some."""
+        """Returns perf/* metrics: seconds of the step and of each part, and tokens per second of the parts with counted tokens."""
         seconds = {f"perf/step_seconds/{part}": s for part, s in self._parts.items()}
         speeds = {f"perf/{part}_tokens_per_s": n / self._parts[part] for part, n in self._tokens.items()}
         return seconds | speeds | {"perf/step_seconds": time.perf_counter() - self._begin}

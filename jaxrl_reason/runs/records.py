@@ -9,11 +9,12 @@ import numpy as np
 from jaxrl_reason.data import Tokenizer
 from jaxrl_reason.rl import experience, hosts
 from jaxrl_reason.rl.types import Experience, Groups, Mismatch, TrainState
-from jaxrl_reason.runs import checkpoints, writers
+from jaxrl_reason.runs import checkpoints
+from jaxrl_reason.runs.metrics_file import SampleTable
 
 
 def write_samples(
-    table: writers.SampleTable,
+    table: SampleTable,
     step: int,
     groups: Groups,
     batch: Experience,
@@ -48,7 +49,7 @@ def write_samples(
         step,
         tokenizer.decode_batch([t[m].tolist() for t, m in zip(rollout.prompt_tokens, rollout.prompt_mask)]),
         texts,
-        rewards=rewards,
+        rewards={name: np.asarray(r) for name, r in rewards.items()},
         total=np.asarray(experience.total_reward(rewards, weights)),
         advantages=advantages,
         lengths=rollout.mask.sum(-1),

@@ -133,7 +133,7 @@ def constant(
             )
         c_ref = float(np.float32(logprobs.mean()))
         if hosts.first():
-            writers.write_json(file, {"c_ref": c_ref, "completions": int(logprobs.size)})
+            write_json(file, {"c_ref": c_ref, "completions": int(logprobs.size)})
     else:
         c_ref = json.loads(file.read_text())["c_ref"]
     return hosts.put(np.float32(c_ref), sharding.replicated(programs.sharding.mesh))

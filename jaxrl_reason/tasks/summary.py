@@ -54,11 +54,11 @@ def report(
         before, after = (
             {k: v for k, v in evaluations.get(side, {}).items() if k.startswith(shown)} for side in ("before", "after")
         )
-        console.print(writers.summary_table(before, after))
+        console.print(pictures.summary_table(before, after))
     if baselines:
-        console.print("Baselines: " + ", ".join(f"{name} {writers.cell(name, x)}" for name, x in baselines.items()))
+        console.print("Baselines: " + ", ".join(f"{name} {pictures.cell(name, x)}" for name, x in baselines.items()))
     scratch = picture.with_suffix(".tmp")
-    writers.plot_learning_curve(metrics_path, scratch, title=workdir.name)
+    pictures.plot_learning_curve(metrics_path, scratch, title=workdir.name)
     scratch.replace(picture)
     console.print(f"Learning curve: {picture}", soft_wrap=True)
     return evaluations

@@ -4,7 +4,7 @@ from collections.abc import Callable
 import dataclasses
 import json
 
-from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Log, Model, Supervised
+from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Log, Model, Supervised, to_dict
 from jaxrl_reason.rl.programs import Programs
 
 ROWS = [{"question": f"Write {i}.", "solution": f"#### {i}", "answer": str(i), "row": i} for i in range(20)]
@@ -12,6 +12,19 @@ ROWS = [{"question": f"Write {i}.", "solution": f"#### {i}", "answer": str(i), "
 
 def write_rows(path, rows=ROWS):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_recipe(path, config: Config, baselines=None):
+    """Writes a recipe file that returns `config`, with `get_baselines()` if there are any; returns its path."""
+    lines = [
+        "from jaxrl_reason.config import from_dict",
+        "def get_config():",
+        f"    return from_dict({to_dict(config)!r})",
+    ]
+    if baselines is not None:
+        lines += ["def get_baselines():", f"    return {baselines!r}"]
+    path.write_text("\n".join(lines) + "\n")
     return path
 
 

@@ -117,10 +117,10 @@ def recipe(tmp_path, **changes):
     [
         (["--topology=v5e"], "such as v5e:4x4"),
         (["--topology=v9:4x4"], "Generations are v2, v3, v4, v5e, v5p, v6e, tpu7x"),
-        ([], "give a generation"),
-        (["--topology=v5e:2x2", "--slices=none"], "--slices is 'none'"),
+        ([], "--topology=NAME is missing"),
+        (["--topology=v5e:2x2", "--slices=none"], "--slices=none: expected a number"),
         (["--topology", "v9:4x4"], "--topology is 'v9:4x4'"),
-        (["--topology"], "--topology is ''"),
+        (["--topology"], "--topology needs a value"),
     ],
 )
 def test_invalid_flags_exit_with_2_and_a_sentence(flags, said, tmp_path, capsys):

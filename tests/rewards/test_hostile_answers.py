@@ -31,7 +31,7 @@ from jaxrl_reason.rewards.functions import accuracy_reward, format_reward, last_
 from jaxrl_reason.rewards.math import math_verify_reward
 from jaxrl_reason.rewards.numeric import numeric_verdict
 from jaxrl_reason.rewards.task_rewards import canonical_answer, judge_reward, strict_reward
-from jaxrl_reason.runs.writers import read_metrics, SampleTable
+from jaxrl_reason.runs.metrics_file import read_metrics, SampleTable
 from jaxrl_reason.tasks import evaluation
 
 TEXTS = [answer.text for answer in ANSWERS.values()]

@@ -19,8 +19,7 @@ from jaxrl_reason import train
 from jaxrl_reason.config import to_dict
 from jaxrl_reason.models import sharding
 from jaxrl_reason.rl import hosts
-from jaxrl_reason.runs import checkpoints
-from jaxrl_reason.runs.writers import read_metrics
+from jaxrl_reason.runs import checkpoints, read_metrics
 
 REWARDS = """
 import os
@@ -370,7 +369,7 @@ def test_where_one_copy_of_an_array_is_wrong_all_processes_skip_the_checkpoint(t
     (code, out, err), other = finish(launch(["-c", ONE_COPY_IS_WRONG, tmp_path / "checkpoints"], processes=2), limit=60)
     assert code == other[0] == 0, err + other[2]
     assert "restored 1 0.0 1.0 2.0 3.0" in out and "restored 1 0.0 1.0 2.0 3.0" in other[1]
-    assert "it is now damaged-2: On process 1: params.w is not what was saved" in err
+    assert "it is now damaged-2: On process 1: params.w differs from the saved array" in err
 
 
 def damage(checkpoint):
@@ -459,7 +458,7 @@ def test_a_work_directory_that_not_all_see_is_refused(folder, shared_programs, t
     _, path = recipe(folder, "unshared", mesh__fsdp=2)
     ended = finish(start(path, tmp_path / "run{process}", shared_programs, processes=2), limit=60)
     assert [code for code, *_ in ended] == [2, 2]
-    assert all("has to lie where all processes see it" in err and "Traceback" not in err for *_, err in ended)
+    assert all("all processes must see the same work directory" in err and "Traceback" not in err for *_, err in ended)
 
 
 def test_half_an_address_is_refused(monkeypatch):

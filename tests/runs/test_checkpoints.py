@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, and what is damaged is known for it."""
+"""Checkpoints are complete or absent, and damage is recognised."""
 
 import gc
 import logging
@@ -19,7 +19,7 @@ from jaxrl_reason.rl.types import TrainState
 from jaxrl_reason.runs import checkpoints, digests
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"  # the reader leaves callbacks behind
+    "ignore::pytest.PytestUnraisableExceptionWarning"  # of callbacks of the reader
 )
 
 
@@ -28,13 +28,13 @@ def checkpoint_names(workdir):
 
 
 def a_state():
-    """Large enough for a file of its own beside those of the tree, random enough not to be compressed."""
+    """Returns a state whose weights fill a file of their own: large, and too random to be compressed."""
     weights = {"large": jax.random.normal(jax.random.key(0), (200, 200)), "small": jnp.ones(3, jnp.bfloat16)}
     return TrainState(jnp.int32(1), weights, {}, ({"mu": jnp.zeros(3)},), (), jnp.int32(1))
 
 
 def flipped(content):
-    """A bit of the byte in the middle is wrong."""
+    """Returns the content with one wrong bit in the middle."""
     content = bytearray(content)
     content[len(content) // 2] ^= 1
     return bytes(content)
@@ -60,7 +60,7 @@ def saved(tmp_path_factory):
 
 
 def damaged_copies(saved, part, folder):
-    """(a copy, what was done to it): each file under `part` damaged in each way."""
+    """Yields (a copy, its damage): each file under `part` damaged in each way."""
     files = sorted(path.relative_to(saved) for path in (saved / part).rglob("*") if path.is_file())
     assert len(files) > 8
     for file in files:
@@ -72,7 +72,7 @@ def damaged_copies(saved, part, folder):
             yield copy, f"{file} {how}"
 
 
-def test_whatever_happens_to_a_file_it_is_noticed_or_does_not_matter(saved, tmp_path, caplog):
+def test_damage_of_any_file_is_noticed_or_harmless(saved, tmp_path, caplog):
     state, skipped = a_state(), set()
     for directory, what in damaged_copies(saved, "checkpoints/2", tmp_path):
         caplog.clear()
@@ -89,7 +89,7 @@ def test_whatever_happens_to_a_file_it_is_noticed_or_does_not_matter(saved, tmp_
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_data_file_that_is_damaged_is_a_sentence_wherever_it_is_read(how, saved, tmp_path, caplog):
+def test_a_damaged_data_file_is_one_sentence(how, saved, tmp_path, caplog):
     state = a_state()
     shutil.copytree(saved, tmp_path / "run")
     for part in ("checkpoints/2", "start"):
@@ -101,8 +101,8 @@ def test_a_data_file_that_is_damaged_is_a_sentence_wherever_it_is_read(how, save
     with pytest.raises(checkpoints.CheckpointError, match="^The weights .*start cannot be read: ") as fault:
         checkpoints.load_params(tmp_path / "run" / "start", state.params)
     if how == "flipped":
-        assert str(fault.value).endswith("params.large is not what was saved: its file is damaged.")
-        assert "params.large is not what was saved" in caplog.text
+        assert str(fault.value).endswith("params.large differs from the saved array: its file is damaged.")
+        assert "params.large differs from the saved array" in caplog.text
     gc.collect()
 
 
@@ -116,7 +116,7 @@ def test_other_shapes_and_other_weights_are_named(saved):
         checkpoints.load_params(saved / "start", {"large": a_state().params["large"]})
 
 
-def test_weights_come_in_the_dtypes_that_are_asked_for(saved):
+def test_weights_have_the_requested_dtypes(saved):
     like = {"large": jnp.zeros((200, 200), jnp.bfloat16), "small": jnp.zeros(3)}
     found = checkpoints.load_params(saved / "start", like)
     chex.assert_trees_all_equal_dtypes(found, like)
@@ -124,7 +124,7 @@ def test_weights_come_in_the_dtypes_that_are_asked_for(saved):
 
 
 @pytest.mark.parametrize("file", ["_METADATA", "_sharding", "array_metadatas/process_0", "manifest.ocdbt"])
-def test_no_bit_of_what_describes_the_arrays_costs_more_than_the_checkpoint(file, saved, tmp_path):
+def test_a_wrong_bit_in_a_description_costs_one_checkpoint_at_most(file, saved, tmp_path):
     state, rng = a_state(), np.random.default_rng(0)
     path, numbers = tmp_path / "checkpoints" / "2" / "default" / file, []
     for _ in range(12):
@@ -155,8 +155,8 @@ print(number, len(jax.live_arrays()) - before, len(faults))
 """
 
 
-def test_what_cannot_be_read_leaves_no_arrays_and_says_nothing_itself(tmp_path):
-    """Orbax reads several arrays at once, and leaves those behind that it does not wait for."""
+def test_an_unreadable_checkpoint_leaves_no_arrays_and_prints_nothing(tmp_path):
+    """Orbax reads several arrays at once, and does not wait for all of them after an error."""
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", LEFT_BEHIND, str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -164,7 +164,7 @@ def test_what_cannot_be_read_leaves_no_arrays_and_says_nothing_itself(tmp_path):
 
 
 def in_python(x):
-    """The digest, an element at a time, as its definition says."""
+    """Computes the digest element by element, from its definition."""
 
     def mixed(h):
         h = (h ^ h >> 16) * 0x85EBCA6B % 2**32
@@ -176,7 +176,7 @@ def in_python(x):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "int8", "bool"])
-def test_the_digest_is_of_bits_and_places(dtype):
+def test_the_digest_depends_on_bits_and_indices(dtype):
     x = 100 * jax.random.normal(jax.random.key(1), (4, 3, 5))
     x = x > 0 if dtype == "bool" else x.astype(dtype)
     digest = jax.jit(digests.digest)
@@ -227,7 +227,7 @@ def test_a_full_disk_is_a_sentence_and_costs_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"null", b"[" * 100_000])
-def test_nonsense_about_a_checkpoint_does_not_hide_the_others(content, tmp_path):
+def test_a_checkpoint_with_invalid_metadata_does_not_hide_the_others(content, tmp_path):
     state = TrainState(jnp.int32(1), {"weights": jnp.ones(3)}, {}, (), (), jnp.int32(1))
     saver = checkpoints.Checkpoints(tmp_path / "checkpoints", keep=2)
     for number in (1, 2):

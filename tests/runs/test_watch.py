@@ -1,4 +1,4 @@
-"""What a long run says about itself: warnings, heartbeats, the time left."""
+"""Messages of a long run: warnings, heartbeats, the remaining time."""
 
 import io
 import math
@@ -33,26 +33,27 @@ def said_of(steps, history=()):
     return said
 
 
-def test_groups_that_never_differ_are_told_once_and_again_after_it_was_over():
+def test_equal_rewards_give_one_warning_and_another_after_they_differed():
     assert said_of([TIED] * (PATIENCE - 1)) == []
     (sentence,) = said_of([GOOD, *[TIED] * 3 * PATIENCE])
     assert (
-        f"For {PATIENCE} steps no group's completions have differed in their reward (0.5 in the mean, now)" in sentence
+        f"For {PATIENCE} steps the completions of every group have had equal rewards (the mean reward is now 0.5)"
+        in sentence
     )
     assert len(said_of([*[TIED] * PATIENCE, GOOD, *[TIED] * PATIENCE])) == 2
     assert said_of([*[TIED] * (PATIENCE - 1), UNKNOWN, *[TIED] * (PATIENCE - 1)]) == []
 
 
-def test_rewards_that_are_all_missing_are_told_and_nothing_else():
+def test_missing_rewards_give_one_warning_only():
     (sentence,) = said_of([MISSING] * 2 * PATIENCE)
     assert f"For {PATIENCE} steps no completion has had a reward" in sentence and "none_rate" in sentence
     assert said_of([MISSING] * 3, history=[MISSING] * PATIENCE) == []
 
 
-def test_dynamic_sampling_that_finds_nothing_is_told_and_nothing_else():
+def test_dynamic_sampling_without_groups_gives_one_warning_only():
     (sentence,) = said_of([UNMIXED] * 2 * PATIENCE)
     assert (
-        "dynamic sampling has found no group with right and wrong completions (the mean reward is 0.25, now)"
+        "dynamic sampling has found no group with correct and incorrect completions (the mean reward is now 0.25)"
         in sentence
     )
     assert said_of([UNMIXED | {"dynamic_sampling/kept_ratio": 0.1, "dynamic_sampling/groups": 1}] * PATIENCE)[0].count(
@@ -60,14 +61,14 @@ def test_dynamic_sampling_that_finds_nothing_is_told_and_nothing_else():
     )
 
 
-def test_an_entropy_that_has_collapsed_is_told():
+def test_a_collapsed_entropy_gives_a_warning():
     (sentence,) = said_of([CERTAIN] * PATIENCE)
-    assert "entropy has been below 0.01 nats a token (now 0.009)" in sentence and "entropy_coefficient" in sentence
+    assert "entropy has been below 0.01 nats per token (now 0.009)" in sentence and "entropy_coefficient" in sentence
     assert said_of([*[CERTAIN] * (PATIENCE - 1), GOOD]) == []
 
 
 @pytest.mark.parametrize("difference", [0.011, math.inf, math.nan, None])
-def test_sampler_and_trainer_that_differ_are_told_at_once(difference):
+def test_a_mismatch_of_sampler_and_trainer_gives_a_warning_at_once(difference):
     bad = GOOD | {"sampling/logp_difference_max": difference}
     (sentence,) = said_of([GOOD, bad, bad])
     assert "more than config.sampling.mismatch_limit allows (0.01): worst of 1." in sentence
@@ -75,7 +76,7 @@ def test_sampler_and_trainer_that_differ_are_told_at_once(difference):
     assert said_of([bad], history=[bad]) == []
 
 
-def test_a_run_that_goes_on_counts_the_steps_before():
+def test_a_resumed_run_counts_the_earlier_steps():
     assert len(said_of([TIED], history=[TIED] * (PATIENCE - 1))) == 1
     assert said_of([TIED] * 5, history=[TIED] * PATIENCE) == []
 
@@ -95,7 +96,7 @@ def test_skipped_steps_count_in_a_row():
     assert not SkippedUpdates(3, [skipped, skipped, applied]).look(skipped)
 
 
-def test_a_step_that_takes_long_is_told_and_one_that_does_not_is_not():
+def test_only_a_step_that_takes_long_gives_a_message():
     said, clock = [], Clock()
     with Heartbeat(said.append, 0.2) as heart:
         heart.step("Step 1", clock)
@@ -118,7 +119,7 @@ def test_a_step_that_takes_long_is_told_and_one_that_does_not_is_not():
     assert len(said) == count
 
 
-def test_a_patience_of_zero_never_says_anything():
+def test_a_patience_of_zero_prints_nothing():
     said = []
     with Heartbeat(said.append, 0) as heart:
         heart.step("Step 1", Clock())
@@ -126,7 +127,7 @@ def test_a_patience_of_zero_never_says_anything():
     assert said == []
 
 
-def test_off_a_terminal_a_tenth_of_the_way_is_a_line_with_the_time_left():
+def test_without_a_terminal_every_tenth_of_the_steps_is_a_line_with_the_remaining_time():
     out = io.StringIO()
     with Progress(rich.console.Console(file=out, markup=False), "RL", 20, 10) as bar:
         time.sleep(0.3)  # the first step, which compiles, says nothing about the rest

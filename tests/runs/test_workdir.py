@@ -1,4 +1,4 @@
-"""The work directory: nothing is written before `begin`, nothing is torn by a kill, and another run is told by its fields."""
+"""The work directory: `begin` writes first, a kill tears nothing, and another run is refused by its fields."""
 
 import json
 
@@ -18,13 +18,13 @@ def not_needed():
 
 
 def test_a_directory_that_the_first_process_has_not_begun_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="has to lie where all processes see it"):
+    with pytest.raises(ConfigError, match="all processes must see the same work directory"):
         Workdir(tmp_path, Config(), "f").check_shared()
     Workdir(tmp_path, Config(), "f").begin(TOKENIZER)
     Workdir(tmp_path, Config(), "f").check_shared()
 
 
-def test_looking_writes_nothing_and_beginning_writes_both(tmp_path):
+def test_the_constructor_writes_nothing_and_begin_writes_both_files(tmp_path):
     work = Workdir(tmp_path / "runs" / "a", Config(), "f")
     assert work.tokenizer(lambda: TWO_ENDS) is TWO_ENDS
     assert not list(tmp_path.iterdir())
@@ -42,7 +42,7 @@ def test_a_run_keeps_the_tokenizer_it_began_with(tmp_path):
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
 def test_a_kill_while_the_tokenizer_is_written_leaves_none(file, tmp_path, monkeypatch):
-    """Whatever was on disk by then, the next beginning has a tokenizer with all of its end tokens."""
+    """After a kill at any file, the next `begin` writes a tokenizer with all of its end tokens."""
     save = data.Tokenizer.save
 
     def torn(self, directory):
@@ -73,7 +73,7 @@ def test_a_kill_while_the_tokenizer_is_written_leaves_none(file, tmp_path, monke
         dict(log__samples=1),
     ],
 )
-def test_what_may_change_is_taken_over(changes, tmp_path):
+def test_fields_that_may_change_are_taken_over(changes, tmp_path):
     Workdir(tmp_path, Config(), "f").begin(TOKENIZER)
     config = change(Config(), **changes)
     Workdir(tmp_path, config, "f").begin(TOKENIZER)
@@ -93,13 +93,13 @@ def test_what_may_change_is_taken_over(changes, tmp_path):
         (Config(method={"name": "rloo"}), "config.method.name was 'grpo' and is 'rloo'"),
     ],
 )
-def test_what_may_not_change_is_refused_and_nothing_is_written(other, difference, tmp_path):
+def test_other_changes_are_refused_and_nothing_is_written(other, difference, tmp_path):
     Workdir(tmp_path, Config(), "f").begin(TOKENIZER)
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(ConfigError) as error:
         Workdir(tmp_path, other, "f")
     assert str(error.value) == (
-        f"{tmp_path} holds another run: {difference}. Restore these, or choose another --workdir."
+        f"{tmp_path} holds another run: {difference}. Restore the old values, or choose another --workdir."
     )
     assert (tmp_path / "config.json").read_bytes() == before
 
@@ -114,9 +114,9 @@ def test_a_field_whose_name_only_begins_like_one_that_may_change_is_refused(tmp_
         Workdir(tmp_path, Config(), "f")
 
 
-def test_what_is_no_work_directory_is_left_alone(tmp_path):
+def test_other_directories_are_left_alone(tmp_path):
     (tmp_path / "tokenizer").mkdir()
-    with pytest.raises(ConfigError, match="tokenizer exists, and .*config.json.* does not; choose another --workdir"):
+    with pytest.raises(ConfigError, match="tokenizer exists without .*config.json, .*; choose another --workdir"):
         Workdir(tmp_path, Config(), "f")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="config.json is not valid JSON .*; restore it"):

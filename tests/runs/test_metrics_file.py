@@ -1,4 +1,5 @@
-import io
+"""metrics.jsonl, samples.jsonl and TensorBoard events: complete lines after a kill, and nothing twice after a resume."""
+
 import json
 import math
 import os
@@ -13,14 +14,13 @@ from hypothesis import strategies as st
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rich.console
 from tensorboardX.proto.event_pb2 import Event
 
-from jaxrl_reason.runs.writers import MetricsWriter, plot_learning_curve, read_metrics, SampleTable, summary_table
+from jaxrl_reason.runs.metrics_file import MetricsWriter, read_metrics, SampleTable
 
 
 def events(directory):
-    """Every event under a directory, in order: records of (8 bytes length, 4 bytes crc, data, 4 bytes crc)."""
+    """Returns the events under a directory in order; a record is 8 bytes of length, 4 bytes of checksum, data, 4 bytes of checksum."""
     found = []
     for path in sorted(directory.iterdir()):
         data = path.read_bytes()
@@ -35,7 +35,7 @@ def scalars(directory):
     return [(event.step, value.tag, value.simple_value) for event in events(directory) for value in event.summary.value]
 
 
-def test_a_line_a_step_and_the_same_events(tmp_path):
+def test_one_line_per_step_and_equal_events(tmp_path):
     with MetricsWriter(tmp_path / "new" / "run") as writer:
         writer.write(0, {"reward": 0.5, "eval/pass@4": np.float32(0.25), "tokens": 7, "kl": math.nan})
         writer.write(1, {"reward": jnp.float32(1.5), "kl": -math.inf, "flag": np.True_})
@@ -66,7 +66,7 @@ def test_without_tensorboard(tmp_path):
         ({"a": None}, "'a' is None"),
     ],
 )
-def test_what_is_not_a_metric_is_refused(tmp_path, metrics, message):
+def test_a_value_that_is_not_a_metric_is_refused(tmp_path, metrics, message):
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         with pytest.raises(ValueError, match=message):
             writer.write(0, {"fine": 1.0} | metrics)
@@ -117,7 +117,7 @@ def test_a_killed_run_leaves_whole_lines(tmp_path):
     script = textwrap.dedent(
         """
         import sys
-        from jaxrl_reason.runs.writers import MetricsWriter
+        from jaxrl_reason.runs.metrics_file import MetricsWriter
         writer = MetricsWriter(sys.argv[1], tensorboard=False)
         step = 0
         while True:
@@ -173,53 +173,3 @@ def test_any_text_is_read_back(text, tmp_path_factory):
     with SampleTable(directory) as table:
         table.write(0, [text], [[text, "next"]], **sample_arrays((1, 2)))
     assert [record["completion"] for record in read_metrics(directory / "samples.jsonl")] == [text, "next"]
-
-
-def test_learning_curve(tmp_path):
-    from matplotlib.image import imread
-
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
-        for step in range(60):
-            metrics = {"reward": step / 60 if step != 30 else math.nan, "completions/mean_length": 50 - step / 2}
-            writer.write(step, metrics | ({"eval/accuracy": step / 60} if step % 20 == 0 else {}))
-    plot_learning_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png", title="60 steps")
-    picture = imread(tmp_path / "curve.png")
-    assert picture.shape[0] > 400 and picture.std() > 0.05
-    for colour in ((31, 119, 180), (255, 127, 14), (44, 160, 44)):  # reward, accuracy, length are all drawn
-        assert np.isclose(picture[..., :3], np.array(colour) / 255, atol=0.01).all(axis=-1).any()
-
-
-@pytest.mark.parametrize(
-    "lines",
-    [
-        "",
-        '{"step": 0}\n',
-        '{"step": 0, "eval/accuracy": 0.5}\n',
-        '{"step": 0, "reward": null}\n{"step": 1, "reward": 1}\n',
-    ],
-)
-def test_learning_curve_of_very_little(tmp_path, lines):
-    (tmp_path / "metrics.jsonl").write_text(lines)
-    plot_learning_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png", title="little")
-    assert (tmp_path / "curve.png").stat().st_size > 0
-
-
-def test_summary_table():
-    before = {"eval/accuracy": 0.41, "eval/pass@4": 0.6, "eval/mean_length": 37.25, "eval/gone": 1.0}
-    after = {
-        "eval/accuracy": 0.73,
-        "eval/pass@4": 0.55,
-        "eval/mean_length": 40.0,
-        "eval/h_accuracy": 0.5,
-        "eval/gone": math.nan,
-    }
-    console = rich.console.Console(file=io.StringIO(), width=80)
-    console.print(summary_table(before, after))
-    rows = [line.strip("│ \n").split("│") for line in console.file.getvalue().splitlines() if "│" in line]
-    assert [[cell.strip() for cell in row] for row in rows] == [
-        ["accuracy", "41.0 %", "73.0 %", "+32.0 points"],
-        ["pass@4", "60.0 %", "55.0 %", "-5.0 points"],
-        ["mean length", "37.2", "40.0", "+2.8"],
-        ["gone", "1.0", "-", "-"],
-        ["h accuracy", "-", "50.0 %", "-"],
-    ]

@@ -1,0 +1,264 @@
+"""The skeleton of every command: a table of flags, --help, errors as sentences, exit codes.
+
+    COMMAND = Command("export", __doc__, (WORKDIR, Flag("out", "DIR", "the directory to write", path, required=True)), "--workdir=runs/a --out=a")
+
+    def main(argv: list[str] | None = None) -> int:
+        return run(COMMAND, argv, prepare, work)
+
+`prepare(arguments)` does everything that can refuse the command: it reads configuration and data. `work(prepared)` does the rest.
+Exit codes:
+
+    0    done
+    2    refused before it began: flags, configuration, data
+    1    failed while running: diverged, reward failures, checkpoint, disk
+    143  ended by SIGTERM, after saving
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import pathlib
+import shlex
+import sys
+import types
+from typing import Any, TypeVar
+
+import jax
+
+from jaxrl_reason import config as config_lib
+from jaxrl_reason import models
+from jaxrl_reason.config import Config, ConfigError
+from jaxrl_reason.methods import nearest
+from jaxrl_reason.rl import hosts
+from jaxrl_reason.runs.checkpoints import CheckpointError
+from jaxrl_reason.runs.files import MetricsError
+from jaxrl_reason.runs.watch import NonFiniteError
+
+T = TypeVar("T")
+
+# Errors of a running command whose message is a sentence for the user; any other error is a bug and keeps its traceback.
+_FAILURES = (ConfigError, CheckpointError, MetricsError, models.PretrainedError, NonFiniteError, OSError)
+
+
+def number(text: str) -> int:
+    """Returns the value of decimal digits."""
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError("a number")
+    return int(text)
+
+
+def path(text: str) -> pathlib.Path:
+    """Returns an absolute path; ~ is the home directory."""
+    if not text:
+        raise ValueError("a path")
+    return pathlib.Path(text).expanduser().resolve()
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """A flag of a command, written --name=VALUE or --name VALUE.
+
+    Attributes:
+      name: without the dashes. `config.` means all flags with this prefix: `--config.steps=3` sets the field `steps`.
+      value: the placeholder of the value in --help; "" for a switch, which takes no value.
+      help: the meaning.
+      read: text -> value; raises ValueError with the expected kind of text.
+      default: the value without the flag.
+      required: whether the command needs the flag.
+      choices: the allowed texts; () allows all.
+      field: the field of the configuration that the flag sets, or "".
+      alias: another name.
+    """
+
+    name: str
+    value: str
+    help: str
+    read: Callable[[str], Any] = str
+    default: Any = None
+    required: bool = False
+    choices: Sequence[str] = ()
+    field: str = ""
+    alias: str = ""
+
+    @property
+    def attribute(self) -> str:
+        """The name of the value among the arguments."""
+        return self.name.replace("-", "_")
+
+    def describe(self) -> tuple[str, str]:
+        """Returns the flag and its meaning for --help."""
+        value = "|".join(self.choices) or self.value
+        separator = "" if self.name.endswith(".") or not value else "="
+        shown = self.default is not None and self.value
+        note = " (required)" if self.required else f" (default: {self.default})" if shown else ""
+        return f"--{self.name}{separator}{value}", self.help + note
+
+
+def configuration_help() -> str:
+    """Returns all fields of the configuration, for `Command.details`."""
+    return f"Fields of the configuration and their defaults:\n\n{config_lib.help_text()}"
+
+
+WORKDIR = Flag("workdir", "DIR", "the work directory of a run", path, required=True)
+CHECKPOINT = Flag("checkpoint", "N", "a number under DIR/checkpoints; the newest by default", number)
+RECIPE = Flag("config", "FILE", "the run's recipe, needed if it registers an estimator of its own", path)
+# Flags of the commands that train.
+TRAINING = (
+    Flag("config", "FILE", "the recipe: a Python file with get_config()", required=True),
+    Flag("workdir", "DIR", "the work directory; runs/NAME by default, for a recipe NAME.py"),
+    Flag("config.", "FIELD=VALUE", "sets a field of the configuration, such as --config.optimizer.learning_rate=1e-5"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command.
+
+    Attributes:
+      name: `python -m jaxrl_reason.NAME` runs it.
+      doc: its purpose, for --help; the first sentence is the summary.
+      flags: all but --help.
+      example: the flags of an example.
+      details: returns text that ends --help.
+      errors: further classes of errors whose message is a sentence for the user.
+    """
+
+    name: str
+    doc: str | None
+    flags: Sequence[Flag]
+    example: str
+    details: Callable[[], str] | None = None
+    errors: tuple[type[Exception], ...] = ()
+
+    def help(self) -> str:
+        """Returns the text of --help."""
+        program = f"python -m jaxrl_reason.{self.name}"
+        needed = "".join(f" {flag.describe()[0]}" for flag in self.flags if flag.required)
+        rows = [flag.describe() for flag in self.flags]
+        width = max(len(left) for left, _ in rows) + 2
+        flags = "\n".join(f"  {left:<{width}}{right}" for left, right in rows)
+        text = f"{(self.doc or '').strip()}\n\nUsage: {program}{needed} [flags]\n\nFlags:\n{flags}\n\nExample:\n  {program} {self.example}"
+        return f"{text}\n\n{self.details()}" if self.details else text
+
+    def find(self, name: str) -> Flag:
+        """Returns the flag of an argument.
+
+        Args:
+          name: with its dashes.
+
+        Raises:
+          ConfigError: there is no such flag.
+        """
+        for flag in self.flags:
+            prefix = flag.name.endswith(".") and name.startswith(f"--{flag.name}")
+            if prefix or name in (f"--{flag.name}", f"--{flag.alias or flag.name}"):
+                return flag
+        known = [flag.describe()[0].partition("=")[0] for flag in self.flags]
+        raise ConfigError(f"There is no flag {name!r}.{nearest(name, known)}")
+
+
+class Arguments(types.SimpleNamespace):
+    """The values of a command's flags, by attribute.
+
+    Attributes:
+      command_line: the command as it was typed.
+      fields: field of the configuration -> text of its value.
+    """
+
+    command_line: str
+    fields: dict[str, str]
+
+    def configuration(self) -> Config:
+        """Returns the configuration of the recipe --config with the fields of the command line.
+
+        Raises:
+          ConfigError: the recipe cannot be read, there is no such field, or a value has another type.
+        """
+        config = config_lib.load(self.config)
+        for name, text in self.fields.items():
+            config_lib.override(config, name, text)
+        return config
+
+    def training_workdir(self) -> str:
+        """Returns the work directory of a run to train: --workdir, else runs/NAME for a recipe NAME.py."""
+        return self.workdir or f"runs/{pathlib.Path(self.config).stem}"
+
+
+def parse(command: Command, argv: Sequence[str]) -> Arguments:
+    """Reads the flags of a command.
+
+    Raises:
+      ConfigError: a flag is unknown or missing, or its value is missing or of another kind.
+    """
+    words, own = list(argv), [flag for flag in command.flags if not (flag.field or flag.name.endswith("."))]
+    arguments = Arguments(**{flag.attribute: flag.default for flag in own}, fields={})
+    arguments.command_line = shlex.join(["python", "-m", f"jaxrl_reason.{command.name}", *argv])
+    while words:
+        name, equals, text = words.pop(0).partition("=")
+        flag = command.find(name)
+        if not flag.value:
+            if equals:
+                raise ConfigError(f"{name} takes no value.")
+            setattr(arguments, flag.attribute, True)
+            continue
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise ConfigError(f"{name} needs a value: {name}=...")
+            text = words.pop(0)
+        if flag.choices and text not in flag.choices:
+            raise ConfigError(f"{name} is {text!r}; it must be one of {', '.join(flag.choices)}.")
+        if flag not in own:
+            arguments.fields[flag.field or name.removeprefix("--config.")] = text
+            continue
+        try:
+            setattr(arguments, flag.attribute, flag.read(text))
+        except ValueError as e:
+            raise ConfigError(f"{name}={text}: expected {e}.") from None
+    for flag in own:
+        if flag.required and not getattr(arguments, flag.attribute):
+            raise ConfigError(f"--{flag.name}={flag.value} is missing: {flag.help}.")
+    return arguments
+
+
+def run(
+    command: Command, argv: Sequence[str] | None, prepare: Callable[[Arguments], T], work: Callable[[T], object]
+) -> int:
+    """Runs a command, also on several processes, and returns its exit code.
+
+    Args:
+      command: the command.
+      argv: its arguments; None for the arguments of the process.
+      prepare: checks everything; the exit code of its errors is 2.
+      work: takes the result of `prepare`; the exit code of its errors is 1.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv or not argv and any(flag.required for flag in command.flags):
+        print(command.help())
+        return 0
+    refusals: tuple[type[Exception], ...] = (ValueError, OSError, *command.errors)
+    failures: tuple[type[Exception], ...] = (*_FAILURES, *command.errors)
+    with hosts.leaving_together():
+        try:
+            prepared = prepare(parse(command, argv))
+        except refusals as e:
+            if hosts.came_from_devices(e) and jax.process_count() > 1:
+                raise  # another process has ended
+            return _report(e, 2)
+        try:
+            work(prepared)
+            hosts.barrier("end")
+        except failures as e:
+            return hosts.leave(_report(e, 1))
+        except hosts.Preempted as e:
+            hosts.barrier("preempted")
+            print(e, file=sys.stderr)
+            return hosts.leave(e.exit_code)
+        except (jax.errors.JaxRuntimeError, ValueError) as e:
+            if jax.process_count() == 1 or not hosts.came_from_devices(e):
+                raise
+            return hosts.leave(_report(hosts.why_it_stopped(e), 1))
+    return 0
+
+
+def _report(error: Exception | str, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return code

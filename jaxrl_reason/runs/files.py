@@ -1,0 +1,149 @@
+"""Files of a run that survive a kill: JSON that is complete or absent, and JSON lines that only ever grow.
+
+A `.jsonl` file holds one JSON object per line, each with its `step`. Every append is one write to the system, so a killed run leaves
+at most its last line torn. Opening the file again removes the torn line. A run that resumes from a checkpoint of step k passes
+`resume_step=k`: the lines of later steps are dropped, because the run writes them again.
+
+A file that cannot be written (a full or a read-only disk) raises an OSError whose message names the file.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+import contextlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, SupportsFloat
+
+
+class MetricsError(ValueError):
+    """A `.jsonl` file of a run is damaged; the message names the file and the line."""
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Turns an OSError of the body into one whose message names `path`.
+
+    Raises:
+      OSError: the body cannot write the file.
+    """
+    try:
+        yield
+    except OSError as e:
+        raise OSError(
+            f"{path} cannot be written: {e.strerror or e}. Once it can, give the same command again; a run resumes from its newest checkpoint."
+        ) from e
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a file that is complete or absent; half of a surrogate pair becomes its escape.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    scratch = Path(path).with_suffix(".tmp")
+    with writing(path):
+        scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(scratch, path)
+
+
+def write_json(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
+    """Writes an indented JSON file that is complete or absent.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def finite(x: SupportsFloat) -> float | None:
+    """Returns x as a number for JSON, which has neither NaN nor infinity: None for both."""
+    number = float(x)
+    return number if math.isfinite(number) else None
+
+
+class AppendOnly:
+    """A file open for appending. After `append` returns, a kill of the process loses nothing of the content.
+
+    Raises:
+      OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "ab", buffering=0)  # unbuffered: one write() is one system call
+
+    def append(self, content: bytes) -> None:
+        """Writes `content` at the end.
+
+        Raises:
+          OSError: the file cannot be written.
+        """
+        with writing(self._path):
+            while content:  # a nearly full disk takes a part without an error; the next write raises it
+                content = content[self._file.write(content) :]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class JsonLines:
+    """A `.jsonl` file open for appending.
+
+    Args:
+      path: the file; its directory is made if needed.
+      resume_step: the last step whose lines are kept; None keeps every complete line.
+
+    Raises:
+      MetricsError: the existing file is damaged before its last line.
+      OSError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path, resume_step: int | None):
+        if path.exists():
+            kept = (r for r in read_json_lines(path) if resume_step is None or r["step"] <= resume_step)
+            content = b"".join(map(_line, kept))  # before anything is written: a damaged file stays as it is
+            scratch = path.with_name(path.name + ".tmp")
+            with writing(path):
+                scratch.write_bytes(content)
+                os.replace(scratch, path)
+        self._file = AppendOnly(path)
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Writes one line per record, all in one write."""
+        self._file.append(b"".join(map(_line, records)))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the records of a `.jsonl` file in order, without a torn last line.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      MetricsError: a line before the last is not a JSON object with a step.
+    """
+    with open(path, "rb") as lines:  # bytes: text mode also breaks lines at characters that completions may hold
+        torn = None
+        for number, line in enumerate(lines, start=1):
+            if torn is not None:
+                raise MetricsError(
+                    f"Line {torn} of {path} is not a JSON object with a step; repair or remove the line, or move the file away."
+                )
+            try:
+                record = json.loads(line)
+                valid = isinstance(record["step"], int)
+            except (ValueError, TypeError, KeyError):  # ValueError: also bytes that are not UTF-8
+                valid = False
+            if valid:
+                yield record
+            else:
+                torn = number  # an error only if another line follows
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    # backslashreplace: a lone surrogate of a byte-level tokenizer becomes its JSON escape instead of an error.
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"

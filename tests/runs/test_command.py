@@ -1,0 +1,159 @@
+"""The skeleton of the commands: flags, --help, and which error has which exit code."""
+
+import pathlib
+
+import pytest
+
+from helpers.tiny_runs import tiny, write_recipe
+from jaxrl_reason import models
+from jaxrl_reason.config import ConfigError
+from jaxrl_reason.rl import hosts
+from jaxrl_reason.runs import command
+from jaxrl_reason.runs.checkpoints import CheckpointError
+from jaxrl_reason.runs.command import Command, Flag, number, parse, path
+from jaxrl_reason.runs.files import MetricsError
+from jaxrl_reason.runs.watch import NonFiniteError
+
+
+class RewardError(Exception):
+    """An error of a later room, which a command names."""
+
+
+COMMAND = Command(
+    "cook",
+    "Cooks a meal.\n\nIt takes a while.",
+    (
+        Flag("out", "DIR", "the pot", path, required=True),
+        Flag("portions", "N", "number of portions", number, 2, alias="plates"),
+        Flag("spice", "NAME", "the spice", choices=("salt", "pepper")),
+        Flag("no-salt", "", "leaves the salt out"),
+        Flag("data", "NAME", "the recipe's data", field="data.eval"),
+        Flag("config.", "FIELD=VALUE", "a field"),
+    ),
+    "--out=pot",
+    details=lambda: "The details.",
+    errors=(RewardError,),
+)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--out=/pot", "--plates=3", "--no-salt", "--data=a=b", "--config.steps=", "--config.eval.every=-1"],
+        [
+            "--out",
+            "/pot",
+            "--portions",
+            "3",
+            "--no-salt",
+            "--data",
+            "a=b",
+            "--config.steps=",
+            "--config.eval.every",
+            "-1",
+        ],
+    ],
+)
+def test_flags_have_their_value_after_an_equals_sign_or_a_space(argv):
+    arguments = parse(COMMAND, argv)
+    assert (arguments.out, arguments.portions, arguments.spice, arguments.no_salt) == (
+        pathlib.Path("/pot"),
+        3,
+        None,
+        True,
+    )
+    assert arguments.fields == {"data.eval": "a=b", "steps": "", "eval.every": "-1"}
+    assert arguments.command_line.startswith("python -m jaxrl_reason.cook --out")
+
+
+def test_flags_have_defaults():
+    arguments = parse(COMMAND, ["--out=~/pot"])
+    assert arguments.out == pathlib.Path("~/pot").expanduser() and arguments.portions == 2 and not arguments.no_salt
+    assert arguments.fields == {}
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "^--out=DIR is missing: the pot.$"),
+        (["--out="], "^--out=: expected a path.$"),
+        (["--out"], "^--out needs a value: --out=...$"),
+        (["--out", "--no-salt"], "^--out needs a value"),
+        (["--out=a", "--portion=1"], "^There is no flag '--portion'. Did you mean '--portions'"),
+        (["--out=a", "pepper"], "^There is no flag 'pepper'."),
+        (["--out=a", "--portions=few"], "^--portions=few: expected a number.$"),
+        (["--out=a", "--portions=-1"], "expected a number"),
+        (["--out=a", "--portions=²"], "expected a number"),
+        (["--out=a", "--spice=mint"], "^--spice is 'mint'; it must be one of salt, pepper.$"),
+        (["--out=a", "--no-salt=yes"], "^--no-salt takes no value.$"),
+    ],
+)
+def test_an_invalid_flag_is_one_sentence(argv, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(COMMAND, argv)
+
+
+def test_the_configuration_of_the_training_flags(tmp_path):
+    recipe = write_recipe(tmp_path / "mine.py", tiny("rows.jsonl"))
+    training = Command("train", None, command.TRAINING, "")
+    arguments = parse(training, [f"--config={recipe}", "--config.steps=3", "--config.steps=7"])
+    assert arguments.configuration().steps == 7 and arguments.training_workdir() == "runs/mine"
+    assert parse(training, [f"--config={recipe}", "--workdir=w"]).training_workdir() == "w"
+    with pytest.raises(ConfigError, match="config has no field 'stepz'"):
+        parse(training, [f"--config={recipe}", "--config.stepz=7"]).configuration()
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["--nonsense", "--help"]])
+def test_help_has_the_purpose_the_flags_and_an_example(argv, capsys):
+    assert command.run(COMMAND, argv, lambda _: pytest.fail("ran"), print) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Cooks a meal.\n") and out.endswith("The details.\n")
+    assert "Usage: python -m jaxrl_reason.cook --out=DIR [flags]" in out
+    assert "\n  --out=DIR             the pot (required)\n" in out
+    assert "\n  --portions=N          number of portions (default: 2)\n" in out
+    assert "\n  --spice=salt|pepper   the spice\n" in out and "\n  --config.FIELD=VALUE  a field\n" in out
+    assert "\n  --no-salt             leaves the salt out\n" in out
+    assert "\nExample:\n  python -m jaxrl_reason.cook --out=pot\n" in out
+
+
+def raising(error):
+    def function(_):
+        raise error
+
+    return function
+
+
+ERRORS = [
+    *(kind("Too hot.") for kind in (ConfigError, CheckpointError, MetricsError, NonFiniteError, OSError, RewardError)),
+    models.PretrainedError("Too hot."),
+]
+
+
+@pytest.mark.parametrize(
+    "error", [*(e for e in ERRORS if not isinstance(e, NonFiniteError)), ValueError("Too hot.")], ids=repr
+)
+def test_errors_before_the_work_have_exit_code_2(error, capsys):
+    assert command.run(COMMAND, ["--out=a"], raising(error), lambda _: pytest.fail("ran")) == 2
+    assert capsys.readouterr().err == "error: Too hot.\n"
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
+def test_errors_of_the_work_have_exit_code_1(error, capsys):
+    assert command.run(COMMAND, ["--out=a"], lambda arguments: arguments, raising(error)) == 1
+    assert capsys.readouterr().err == "error: Too hot.\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("a bug"), RuntimeError("a bug")], ids=repr)
+def test_other_errors_of_the_work_keep_their_traceback(error):
+    with pytest.raises(type(error), match="a bug"):
+        command.run(COMMAND, ["--out=a"], lambda arguments: arguments, raising(error))
+
+
+def test_an_early_end_has_the_exit_code_of_its_signal(capsys):
+    assert command.run(COMMAND, ["--out=a"], lambda arguments: arguments, raising(hosts.Preempted("step 3"))) == 143
+    assert capsys.readouterr().err == "Asked to end, and saved after step 3: the same command goes on from there.\n"
+
+
+def test_done_is_0_and_the_work_gets_what_was_prepared(capsys):
+    assert command.run(COMMAND, ["--out=a"], lambda arguments: arguments.portions, print) == 0
+    assert capsys.readouterr() == ("2\n", "")

@@ -1,0 +1,153 @@
+"""Every command of the package runs: one tiny run is trained, and the other commands work on it."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from helpers.tiny_runs import tiny, write_recipe, write_rows
+from jaxrl_reason import bench, compare, evaluate, export, replay, reward_training, train
+from jaxrl_reason.plan import __main__ as plan
+from jaxrl_reason.runs.watch import NonFiniteError
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+PAIRS = [
+    {"question": f"Write {i}.", "answer": str(i), "chosen": str(i), "rejected": str((i + 1) % 10)} for i in range(10)
+]
+OVERFLOWING = """
+def overflowing(completion_ids, **_):
+    return [3e38 * (i % 2) for i, _ in enumerate(completion_ids)]
+"""
+
+
+COMMANDS = {  # command -> flags that it accepts; the first of them is required
+    "train": (train.main, ["--config=configs/quickstart.py", "--workdir=w"]),
+    "reward_training": (reward_training.main, ["--config=configs/hero.py", "--workdir=w"]),
+    "compare": (compare.main, ["--config=configs/hero.py", "--workdir=w"]),
+    "evaluate": (evaluate.main, ["--workdir=w", "--samples=2"]),
+    "export": (export.main, ["--workdir=w", "--out=o"]),
+    "replay": (replay.main, ["--workdir=w", "--step=1"]),
+    "plan": (plan.main, ["--config=configs/quickstart.py", "--topology=v5e:2x2"]),
+    "bench": (bench.main, ["--size", "--steps=1"]),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help(name, capsys):
+    main, flags = COMMANDS[name]
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    summary, _, rest = out.partition("\n\n")
+    assert re.fullmatch(r"[A-Z][a-z]+s [^.]+\.", summary.replace("\n", " ")), summary
+    for flag in flags:
+        assert re.search(rf"^  {flag.partition('=')[0]}=\S+  +\S", rest, re.MULTILINE), flag
+    assert f"\nExample:\n  python -m jaxrl_reason.{name} --" in rest
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_unknown_or_a_missing_flag_is_one_sentence(name, capsys):
+    main, flags = COMMANDS[name]
+    missing = flags[:1] if name == "bench" else flags[1:]  # bench has no required flag: there a value is missing
+    for arguments in ([*flags, "--nonsense=1"], missing):
+        assert main(arguments) == 2
+        captured = capsys.readouterr()
+        assert re.fullmatch(r"error: [^\n]+\n", captured.err) and not captured.out
+
+
+def test_the_process_has_the_exit_code_and_no_traceback(tmp_path):
+    arguments = [sys.executable, "-m", "jaxrl_reason.replay", f"--workdir={tmp_path}"]
+    result = subprocess.run(arguments, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    assert result.returncode == 2 and not result.stdout
+    assert re.fullmatch(r"error: .* is not the work directory of a run: .*\n", result.stderr)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """The work directory of a run that has trained a reward model and then a policy."""
+    folder = tmp_path_factory.mktemp("commands")
+    learned = dict(
+        reward__functions=["accuracy", "reward_model"],
+        reward__weights=[1.0, 0.0],
+        reward_model__steps=1,
+        reward_model__batch_size=4,
+    )
+    config = tiny(write_rows(folder / "pairs.jsonl", PAIRS), steps=1, eval__every=1, **learned)
+    flags = [f"--config={write_recipe(folder / 'recipe.py', config)}", f"--workdir={folder / 'run'}"]
+    assert reward_training.main(flags) == 0
+    assert (folder / "run" / "reward_model" / "reward_model.json").is_file()
+    assert train.main(flags) == 0
+    return folder / "run"
+
+
+def test_reward_training_and_train(workdir):
+    assert (workdir / "learning_curve.png").is_file()
+
+
+def test_evaluate(workdir, tmp_path):
+    assert evaluate.main([f"--workdir={workdir}", f"--out={tmp_path}", "--samples=2"]) == 0
+    assert json.loads((tmp_path / "evaluation.json").read_text())["samples"] == 2
+
+
+@pytest.mark.parametrize("switches", [[], ["--reward-model"]])
+def test_export(switches, workdir, tmp_path):
+    assert export.main([f"--workdir={workdir}", f"--out={tmp_path / 'model'}", *switches]) == 0
+    assert (tmp_path / "model" / "config.json").is_file()
+
+
+def test_compare(tmp_path):
+    config = tiny(write_rows(tmp_path / "rows.jsonl"), steps=1, eval__every=1)
+    recipe = write_recipe(tmp_path / "recipe.py", config, {"other seed": {"seed": 1}})
+    assert compare.main([f"--config={recipe}", f"--workdir={tmp_path / 'runs'}"]) == 0
+    assert list(json.loads((tmp_path / "runs" / "comparison.json").read_text())) == ["start", "grpo", "other seed"]
+
+
+def test_replay(tmp_path, capsys):
+    (tmp_path / "rewards.py").write_text(OVERFLOWING)
+    reward = f"{tmp_path / 'rewards.py'}:overflowing"
+    config = tiny(
+        write_rows(tmp_path / "rows.jsonl"),
+        method={"name": "dr_grpo"},
+        reward__functions=[reward],
+        optimizer__max_skipped=1,
+    )
+    flags = [f"--config={write_recipe(tmp_path / 'recipe.py', config)}", f"--workdir={tmp_path / 'run'}"]
+    assert train.main(flags) == 1
+    assert "error: At step 1 the loss or its gradient was not finite" in capsys.readouterr().err
+    assert replay.main([f"--workdir={tmp_path / 'run'}"]) == 0
+    assert "Step 1: loss" in capsys.readouterr().out
+
+
+def test_a_run_that_diverges_has_exit_code_1_from_compare_as_well(tmp_path, capsys, monkeypatch):
+    recipe = write_recipe(tmp_path / "recipe.py", tiny(write_rows(tmp_path / "rows.jsonl"), eval__every=1), {})
+
+    def diverging(_):
+        raise NonFiniteError("It diverged.")
+
+    monkeypatch.setattr(train, "train", diverging)
+    assert compare.main([f"--config={recipe}", f"--workdir={tmp_path / 'runs'}"]) == 1
+    assert capsys.readouterr().err.endswith("error: It diverged.\n")
+
+
+def test_bench(capsys):
+    sizes = ["--prompts=1", "--group=2", "--prompt-len=4", "--new=2", "--steps=1"]
+    assert bench.main(["--size=tiny", *sizes]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["work"]["prompt_len"] == 4 and math.isfinite(result["step_seconds"]) and result["timed_steps"] == 1
+
+
+def test_plan(tmp_path):
+    """In a process of its own, because libtpu stays loaded."""
+    pytest.importorskip("libtpu")
+    out = tmp_path / "plan.json"
+    recipe = write_recipe(tmp_path / "recipe.py", tiny("rows.jsonl"))
+    flags = [f"--config={recipe}", "--topology=v5e:2x2", f"--out={out}"]
+    result = subprocess.run(
+        [sys.executable, "-m", "jaxrl_reason.plan", *flags], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads(out.read_text())["fits"]
