@@ -162,7 +162,7 @@ def test_sizes_of_a_reward_model_trained_here_come_from_its_description(tmp_path
     policy, judge = sizes_of(config)
     assert (policy.width, judge) == (32, small)
     (part,) = (part for part in parts_of(config, jax.devices()[:1]) if part.name == "reward model")
-    assert part.filled["weights"] == 4 * sum(x.size for x in jax.tree.leaves(reward_model.abstract_params(small)))
+    assert part.contents["weights"] == 4 * sum(x.size for x in jax.tree.leaves(reward_model.abstract_params(small)))
     (tmp_path / "reward_model.json").write_text("{}")
     with pytest.raises(
         ConfigError, match="A plan needs the sizes .*reward_model.json does not describe a reward model"
