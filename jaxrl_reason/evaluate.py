@@ -6,7 +6,6 @@ configuration on which the weights do not depend can be set as in training: --co
 number of devices, --config.data.columns={} if other data have other names.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import math
 import pathlib
@@ -17,13 +16,14 @@ import jax
 import rich.console
 
 from jaxrl_reason import config as config_lib
-from jaxrl_reason import methods, models, runs, tasks
+from jaxrl_reason import models, runs, tasks
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data import PromptBatch
 from jaxrl_reason.rewards import model_training, RewardError
 from jaxrl_reason.rewards.scorer import LEARNED
 from jaxrl_reason.rl import programs as programs_lib
 from jaxrl_reason.rl.types import Rollout
+from jaxrl_reason.runs import command
 from jaxrl_reason.runs.progress import Progress
 from jaxrl_reason.tasks import reporting, self_reward
 
@@ -47,40 +47,12 @@ class Request:
     recipe: pathlib.Path | None = None
 
 
-def parse_args(argv: Sequence[str]) -> Request:
-    """Reads --flag=value and --flag value.
-
-    Raises:
-      ConfigError: an unknown flag, a flag without a value, or no --workdir.
-    """
-    known, argv, texts, fields = ["--workdir", "--config", "--checkpoint", "--out", *FIELDS], list(argv), {}, {}
-    while argv:
-        flag, equals, text = argv.pop(0).partition("=")
-        if flag not in known and not flag.startswith("--config."):
-            raise ConfigError(f"There is no flag {flag!r}.{methods.nearest(flag, known)}")
-        if not equals and (not argv or argv[0].startswith("--")):
-            raise ConfigError(f"{flag} needs a value: {flag}=...")
-        texts[flag] = text if equals else argv.pop(0)
-    for flag, text in texts.items():
-        if flag in FIELDS or flag.startswith("--config."):
-            fields[FIELDS.get(flag) or flag.removeprefix("--config.")] = text
-    if not texts.get("--workdir"):
-        raise ConfigError("--workdir=DIR is missing; name the work directory of a run.")
-    number = texts.get("--checkpoint")
-    if number is not None and not (number.isascii() and number.isdigit()):
-        raise ConfigError(f"--checkpoint={number}: expected the number of a checkpoint.")
-    workdir = pathlib.Path(texts["--workdir"]).expanduser().resolve()
-    out = pathlib.Path(texts.get("--out") or workdir / "evaluation").expanduser().resolve()
-    recipe = pathlib.Path(texts["--config"]).expanduser() if "--config" in texts else None
-    return Request(workdir, fields, None if number is None else int(number), out, recipe)
-
-
-def run(request: Request, command: str) -> dict[str, float]:
+def run(request: Request, command_line: str) -> dict[str, float]:
     """Evaluates a run, prints the table and writes the results.
 
     Args:
       request: the run, and what to change in its configuration.
-      command: the command line, for evaluation.json.
+      command_line: the command line, for evaluation.json.
 
     Returns:
       The metrics.
@@ -120,7 +92,7 @@ def run(request: Request, command: str) -> dict[str, float]:
         judged = task.judge(generate, task.scorer, c_ref)
 
     metrics = judged.metrics()
-    record = {"command": command, "workdir": str(workdir)} | _record(c, task, number, metrics)
+    record = {"command": command_line, "workdir": str(workdir)} | _record(c, task, number, metrics)
     title = f"{workdir.name}, {record['phase']}, on {task.source[0]} ({c.data.eval_split})"
     files = reporting.write_results(request.out, judged, metrics, record, title)
     for table in reporting.metric_tables(metrics, title):

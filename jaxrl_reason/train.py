@@ -35,7 +35,7 @@ from jaxrl_reason.runs.loop import Loop, run_loop
 from jaxrl_reason.runs.metrics_file import SampleTable
 from jaxrl_reason.runs.progress import Clock
 from jaxrl_reason.runs.records import describe_mismatch, save_for_replay, write_samples
-from jaxrl_reason.runs.watch import NonFiniteError, Watch
+from jaxrl_reason.runs.watch import Watch
 from jaxrl_reason.tasks import self_reward, summary, TrainingTask
 
 

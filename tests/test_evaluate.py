@@ -22,8 +22,7 @@ from jaxrl_reason.metrics import pass_at_k
 from jaxrl_reason.models import reward_model
 from jaxrl_reason.rewards import model_training
 from jaxrl_reason.rewards.numeric import extract_answer, numeric_verdict, parse_number
-from jaxrl_reason.runs import checkpoints
-from jaxrl_reason.runs.writers import read_metrics
+from jaxrl_reason.runs import checkpoints, read_metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

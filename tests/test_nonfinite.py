@@ -125,7 +125,7 @@ def test_the_whole_batch_has_the_gradient_that_replay_says(method, tmp_path):
     valid = lambda batch: batch.auxiliary["self_reward"]["valid"] if batch.auxiliary else None
     assert valid(batch) is None or valid(batch).any()
     train.save_for_replay(run.work.path, 1, state, groups, batch)
-    params, loaded, rewards = replay.load(run, 1)
+    _, params, loaded, rewards = replay.load(run, 1)
     assert valid(loaded) is None or not valid(loaded).any()
     saved = batch
     if loaded.auxiliary:

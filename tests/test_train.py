@@ -24,9 +24,8 @@ from jaxrl_reason.advantages import AdvantageTransform, chain
 from jaxrl_reason.config import ConfigError, to_dict
 from jaxrl_reason.methods import Method, PolicyLoss
 from jaxrl_reason.rewards import RewardError
-from jaxrl_reason.runs import checkpoints, loop
+from jaxrl_reason.runs import checkpoints, loop, read_metrics
 from jaxrl_reason.runs.progress import Clock
-from jaxrl_reason.runs.writers import read_metrics
 from jaxrl_reason.tasks import summary
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

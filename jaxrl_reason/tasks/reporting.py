@@ -13,7 +13,7 @@ import rich.table
 from jaxrl_reason import data
 from jaxrl_reason.data.tables import TargetScaler
 from jaxrl_reason.methods import Method
-from jaxrl_reason.runs import writers
+from jaxrl_reason.runs.files import write_json
 from jaxrl_reason.tasks import evaluation
 from jaxrl_reason.tasks.task import Judged
 
@@ -53,7 +53,7 @@ def write_results(
     scratch.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     scratch.replace(directory / judged.file)
     judged.draw(metrics, directory / "evaluation.png", title)
-    writers.write_json(directory / "evaluation.json", record)
+    write_json(directory / "evaluation.json", record)
     return ["evaluation.json", "evaluation.png", judged.file]
 
 

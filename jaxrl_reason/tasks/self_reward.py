@@ -15,7 +15,7 @@ from jaxrl_reason.models import sharding
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.programs import Programs
 from jaxrl_reason.rl.types import Rollout, TrainState
-from jaxrl_reason.runs import writers
+from jaxrl_reason.runs.files import write_json
 from jaxrl_reason.runs.workdir import Workdir
 
 BATCHES = 4  # prompt batches over whose completions the constant is averaged

@@ -10,7 +10,7 @@ from jaxrl_reason.config import Config
 from jaxrl_reason.methods import Method
 from jaxrl_reason.models.formats.weights import read_json
 from jaxrl_reason.rl import hosts
-from jaxrl_reason.runs import writers
+from jaxrl_reason.runs import pictures, read_metrics
 from jaxrl_reason.tasks.reporting import BASELINES, headlines
 
 
@@ -38,7 +38,7 @@ def report(
     metrics_path, picture = workdir / "metrics.jsonl", picture_of(workdir)
     evaluations: dict[str, dict[str, float]] = {}
     baselines: dict[str, float] = {}
-    for line in writers.read_metrics(metrics_path):
+    for line in read_metrics(metrics_path):
         if any(name.startswith("eval/") for name in line):
             metrics = {k: v for k, v in line.items() if k.startswith("eval/") and k != "eval/prompts"}
             evaluations["after" if line["step"] else "before"] = metrics
