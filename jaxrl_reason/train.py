@@ -9,7 +9,6 @@ continues from the newest checkpoint.
 from collections.abc import Callable
 import dataclasses
 import functools
-import itertools
 import pathlib
 import sys
 from typing import NamedTuple
@@ -26,7 +25,7 @@ from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.methods import Method
 from jaxrl_reason.rewards import model_training, RewardError
 from jaxrl_reason.rewards.scorer import LEARNED
-from jaxrl_reason.rl import experience, hosts
+from jaxrl_reason.rl import dynamic_sampling, experience, hosts
 from jaxrl_reason.rl import programs as programs_lib
 from jaxrl_reason.rl.types import Experience, Groups, LogProbs, Mismatch, Rollout, TrainState
 from jaxrl_reason.runs import checkpoints, command
@@ -171,30 +170,12 @@ def collect(run: Run, state: TrainState, weights: models.Params, clock: Clock) -
       run, state, clock: see `train_step`.
       weights: the policy's, from `Programs.rollout_weights`.
     """
-    first, programs = int(jax.device_get(state.data_position)), run.programs
-    groups, metrics = _sample_and_score(run, first, state.step, weights, clock)
-    if not run.method.dynamic_sampling:
-        return Collected(groups, metrics, first + 1)
-    buffer = _empty_like(programs.sharding)(groups)
-    filled = hosts.put(np.int32(0), state.data_position.sharding)
-    shares, means, drawn = [], [], [metrics]
-    while True:
-        means.append(programs.mean_reward(groups))
-        buffer, filled, share = programs.fill(buffer, filled, groups)
-        count, share = jax.device_get((filled, share))
-        shares.append(float(share))
-        if count == run.config.prompts_per_step or len(shares) == run.config.sampling.max_batches:
-            break
-        groups, metrics = _sample_and_score(run, first + len(shares), state.step, weights, clock)
-        drawn.append(metrics)
-    metrics = _means(drawn) | {
-        "dynamic_sampling/batches": len(shares),
-        "dynamic_sampling/groups": int(count),
-        "dynamic_sampling/kept_ratio": sum(shares) / len(shares),
-        # `reward` is the mean over the groups that are kept, each with correct and incorrect completions: this one shows how good the policy is.
-        "dynamic_sampling/reward": float(np.mean(jax.device_get(means))),
-    }
-    return Collected(buffer, metrics, first + len(shares))
+    first = int(jax.device_get(state.data_position))
+    sample = lambda i: _sample_and_score(run, first + i, state.step, weights, clock)
+    if run.method.dynamic_sampling:
+        groups, metrics, drawn = dynamic_sampling.collect(run.programs, sample, run.config.sampling.max_batches)
+        return Collected(groups, metrics, first + drawn)
+    return Collected(*sample(0), first + 1)
 
 
 def _sample_and_score(
@@ -211,7 +192,7 @@ def _sample_and_score(
     with clock("reward"):
         scorings.append(run.scorer.begin(rollouts[-1], chunks[-1]))
         scored = jax.block_until_ready([finish() for finish in scorings])
-    rewards, metrics = scored[0][0], _means([metrics for _, metrics in scored])
+    rewards, metrics = scored[0][0], dynamic_sampling.mean_metrics([metrics for _, metrics in scored])
     rollout = rollouts[0]
     if len(chunks) > 1:
         rollout, rewards = programs.join(*((r, rewards) for r, (rewards, _) in zip(rollouts, scored)))
@@ -220,18 +201,6 @@ def _sample_and_score(
         {name: batch.columns[name] for name in programs.needs.columns}, run.config.prompts_per_step
     )
     return Groups(rollout, rewards, columns), metrics
-
-
-def _means(several: list[dict[str, float]]) -> dict[str, float]:
-    """Returns the mean of every metric; a missing one counts as 0."""
-    names = dict.fromkeys(itertools.chain(*several))
-    return {name: sum(m.get(name, 0.0) for m in several) / len(several) for name in names}
-
-
-@functools.cache
-def _empty_like(sharding: jax.sharding.Sharding) -> Callable[[Groups], Groups]:
-    """Returns a compiled `experience.empty_like`. It copies: `fill` donates its buffer, which may share no array with the groups."""
-    return jax.jit(lambda groups: jax.tree.map(jnp.copy, experience.empty_like(groups)), out_shardings=sharding)
 
 
 _count = jax.jit(jnp.sum)
