@@ -251,12 +251,12 @@ def train_step(
         rollout = _drop_greedy(groups.rollout, run.method)
         old, ref = score_again(run, state, reference, rollout)
         kl = None
-        if programs.needs.kl:
+        if ref is not None and programs.needs.kl:
             kl = experience.log_ratio(rollout if old is None else rollout._replace(logprobs=old), ref.logprobs)
-        if c_ref is None and ref is not None:
+        if ref is not None and c_ref is None:
             c_ref = ref.probe_logprobs
         batch, advantage_state, prepared = programs.make_experience(groups, state.advantage_state, kl, c_ref)
-        batch = batch._replace(old_logprobs=old, ref_logprobs=ref.logprobs if programs.needs.kl else None)
+        batch = batch._replace(old_logprobs=old, ref_logprobs=None if ref is None or kl is None else ref.logprobs)
         state = state._replace(
             advantage_state=advantage_state, data_position=hosts.put(np.int32(position), state.data_position.sharding)
         )
@@ -312,11 +312,12 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> dict[str, dict[str, flo
         say(f"Going on from {saver.directory / str(number)}.")
     if hosts.first():
         summary.picture_of(work.path).unlink(missing_ok=True)  # the picture of a shorter run
+    state = first_state(run) if state is None else state
     if number is None or number < c.supervised.steps:
-        state = first_state(run) if state is None else state
         if run.solutions:
             state = supervised(run, state, saver, console, should_stop)
-        params, state = state.params, None  # frees the optimizer's state before another one is made
+        params = state.params
+        del state  # frees the optimizer's state before another one is made
         state = run.programs.restart(params)
         saver.save(c.supervised.steps, state)
     if int(state.step) == 0 and (needs.reference or c.checkpoint.keep_start):

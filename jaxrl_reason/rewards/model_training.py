@@ -7,6 +7,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -371,7 +372,8 @@ def state_shardings(
     config: models.ModelConfig, mesh: jax.sharding.Mesh, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """Returns the sharding of every leaf of the TrainState; optimizer moments are sharded like their weights."""
-    whole, params = sharding.replicated(mesh), reward_model.param_shardings(config, mesh)
+    whole: Any = sharding.replicated(mesh)
+    params = reward_model.param_shardings(config, mesh)
     opt_state = optimizer_shardings(optimizer, reward_model.abstract_params(config), params, whole)
     return TrainState(whole, params, {}, opt_state, (), whole)
 
@@ -387,7 +389,8 @@ def evaluate(score: Callable, pairs: PreferenceStream) -> dict[str, float]:
       `reward_model/held_out/accuracy`, the share of pairs with the chosen one strictly above, and `reward_model/held_out/margin`, the mean
       difference.
     """
-    scores, count = [], 0
+    scores: list[np.ndarray] = []
+    count = 0
     while count < pairs.size:
         scores.append(hosts.whole(score(pairs.batch(len(scores)))))
         count += len(scores[-1])

@@ -16,7 +16,7 @@ import sys
 import textwrap
 import threading
 import traceback
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from jax.experimental import multihost_utils
@@ -45,7 +45,7 @@ def initialize(timeout: int, patience: int) -> None:
         raise ValueError(
             f"A run on several processes needs an address and two numbers, and there are {listed}. Set all three, or none."
         )
-    limits = dict(
+    limits: dict[str, Any] = dict(
         initialization_timeout=patience + 60,  # after our own limit: jax ends the process without a sentence
         heartbeat_timeout_seconds=timeout,
         shutdown_timeout_seconds=timeout,
@@ -198,7 +198,7 @@ def preemption():
 @functools.lru_cache(maxsize=64)
 def _rows_of(sharding: jax.sharding.Sharding, size: int) -> tuple[tuple[int, ...], ...]:
     """Returns, for each process, the rows of [size, ...] that its devices hold, ascending."""
-    rows = [set() for _ in range(jax.process_count())]
+    rows: list[set[int]] = [set() for _ in range(jax.process_count())]
     for device, index in sharding.devices_indices_map((size,)).items():
         rows[device.process_index].update(range(*index[0].indices(size)))
     return tuple(tuple(sorted(found)) for found in rows)
@@ -303,7 +303,7 @@ def mean(metrics: dict[str, float]) -> dict[str, float]:
     """Returns the mean of every metric over the processes. Every process has all metrics."""
     if jax.process_count() == 1 or not metrics:
         return metrics
-    values = _gather(np.float32(list(metrics.values()))).mean(axis=0)
+    values = _gather(np.asarray(list(metrics.values()), np.float32)).mean(axis=0)
     return dict(zip(metrics, map(float, values)))
 
 
@@ -325,7 +325,8 @@ def agree(work: Callable[[], T], *errors: type[Exception]) -> T:
     """Returns `work()`. If it raises one of `errors` on one process, every process raises."""
     if jax.process_count() == 1:
         return work()
-    result = fault = None
+    result: Any = None
+    fault: Exception | None = None
     try:
         result = work()
     except errors as e:
@@ -333,7 +334,7 @@ def agree(work: Callable[[], T], *errors: type[Exception]) -> T:
     text = b"" if fault is None else (str(fault) or type(fault).__name__).encode()
     padded = np.zeros(largest(len(text)), np.uint8)
     padded[: len(text)] = np.frombuffer(text, np.uint8)
-    texts = _gather(padded) if padded.size else []
+    texts = _gather(padded) if padded.size else np.zeros((0, 0), np.uint8)
     if fault is not None:
         raise fault
     for process, text in enumerate(texts):

@@ -199,7 +199,7 @@ def make_update(
         _check(options, batch)
         batch = batch._replace(auxiliary=auxiliary.at_step(options.loss, batch.auxiliary, batch.mask, state.step))
         if updates == 1:
-            new, metrics, *worst = apply(state, batch, temperature)
+            new, metrics, difference, position = apply(state, batch, temperature)
             rows = jnp.arange(P)
         else:
             order = jnp.concatenate([jax.random.permutation(k, P) for k in jax.random.split(key, options.epochs)])
@@ -212,9 +212,9 @@ def make_update(
                 return (new.trained, new.opt_state), rest
 
             (trained, opt_state), (metrics, *worst) = jax.lax.scan(one, (state.trained, state.opt_state), order)
-            metrics, worst = jax.tree.map(jnp.mean, metrics), jax.tree.map(lambda x: x[0], worst)
+            metrics, (difference, position) = jax.tree.map(jnp.mean, metrics), jax.tree.map(lambda x: x[0], worst)
             new, rows = state._replace(trained=trained, opt_state=opt_state), order[0]
-        mismatch = _largest(*worst, rows)
+        mismatch = _largest(difference, position, rows)
         metrics["sampling/logp_difference_max"] = jnp.abs(mismatch.difference)
         return UpdateResult(new._replace(step=state.step + 1), metrics, mismatch)
 

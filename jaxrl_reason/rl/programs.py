@@ -291,7 +291,8 @@ def _experience_programs(config, method, weights, verdict, expert, by_prompt, wh
 
 def _learner_programs(config, method, model, mesh, options, optimizer, legal, root, shardings) -> dict[str, Any]:
     """Returns the programs that initialise, score and update."""
-    by_prompt, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    by_prompt: Any = sharding.batch_sharding(mesh)
+    whole: Any = sharding.replicated(mesh)
 
     def fresh(params) -> TrainState:
         trained, frozen = models.lora.split(model, params)
@@ -312,7 +313,7 @@ def _learner_programs(config, method, model, mesh, options, optimizer, legal, ro
         probe_token=options.probe_token,
     )
     supervised = learner.make_supervised_update(model, make_supervised_optimizer(config), legal)
-    gradient = lambda *args: learner.gradient(model, options, *args, legal=legal)
+    gradient = lambda params, batch, temperature: learner.gradient(model, options, params, batch, temperature, legal)
     init = lambda: fresh(models.init_params(model, jax.random.fold_in(root, INIT)))
     on_mesh = functools.partial(sharding.on_mesh, mesh)
     return {
@@ -351,7 +352,7 @@ def state_shardings(
     Raises:
       ValueError: a mesh axis does not divide the dimension it splits.
     """
-    whole = sharding.replicated(mesh)
+    whole: Any = sharding.replicated(mesh)
     trained, frozen = models.lora.split(model, models.param_shardings(model, mesh))
     abstract, _ = models.lora.split(model, models.abstract_params(model))
     opt_state = optimizer_shardings(optimizer, abstract, trained, whole)

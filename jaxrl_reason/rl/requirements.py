@@ -4,8 +4,8 @@ import dataclasses
 
 from jaxrl_reason.config import Config
 from jaxrl_reason.methods import Method
-from jaxrl_reason.rl.auxiliary import AUXILIARY, needs_probe
-from jaxrl_reason.rl.signals import SIGNALS
+from jaxrl_reason.rl.auxiliary import AUXILIARY, AuxiliaryLoss, needs_probe
+from jaxrl_reason.rl.signals import Signal, SIGNALS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,8 @@ def requirements(config: Config, method: Method) -> Requirements:
     """Returns the requirements of a run with this method."""
     signals = [signal for name, signal in SIGNALS.items() if name in method.signals]
     auxiliary = [AUXILIARY[settings.name] for settings in method.loss.auxiliary]
-    recorded = {entry.rollout for entry in (*signals, *auxiliary)}
+    entries: list[Signal | AuxiliaryLoss] = [*signals, *auxiliary]
+    recorded = {entry.rollout for entry in entries}
     quantized, model = bool(config.sampling.quantize), config.model
     kl = config.update.kl_coefficient > 0 or "kl" in method.signals
     self_reward = method.loss.find("self_reward")
@@ -46,7 +47,7 @@ def requirements(config: Config, method: Method) -> Requirements:
         greedy="greedy" in recorded,
         prompt_logprobs="prompt_logprobs" in recorded,
         probe=needs_probe(method.loss),
-        columns=tuple(dict.fromkeys(name for entry in (*signals, *auxiliary) for name in entry.columns)),
+        columns=tuple(dict.fromkeys(name for entry in entries for name in entry.columns)),
         old_logprobs=config.update.epochs * config.update.minibatches > 1 or (quantized and "kl" in method.signals),
         exact_sampler=model.compute_dtype == model.param_dtype == "float32" and not quantized,
         kl=kl,

@@ -67,7 +67,8 @@ def compute_logprobs(
 
     # Each device computes the logits of its own prompts: the head is gathered once, and its gradient summed once, instead of once per chunk.
     in_chunks = sharding.by_prompt(functools.partial(_in_chunks, config, chunk))
-    return LogProbs(*in_chunks((head, temperature), hidden, rollout.tokens, dict(targets or {}), legal), probe)
+    logprobs, entropy, others = in_chunks((head, temperature), hidden, rollout.tokens, dict(targets or {}), legal)
+    return LogProbs(logprobs, entropy, others, probe)
 
 
 def chunk_length(P: int, G: int, T: int, vocabulary: int, chunk: int = 0) -> int:
