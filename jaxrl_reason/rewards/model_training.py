@@ -236,6 +236,7 @@ def pretrained_scorer(
     c: Config, opened: models.Opened, tokenizer: data.Tokenizer, mesh: jax.sharding.Mesh
 ) -> TextScorer:
     """Returns the scorer of a pretrained reward model, with its weights on the mesh in the dtypes of the policy."""
+    assert opened.tokenizer is not None  # checked by `open_pretrained`
     model = dataclasses.replace(
         with_attention(opened.config, c, mesh),
         param_dtype=c.model.param_dtype,
@@ -288,12 +289,14 @@ def train_reward_model(
       Preempted: `should_stop` was true; the last step is saved.
     """
     c, r, directory = phase.config, phase.config.reward_model, phase.directory
+    work, pairs, held_out = phase.work, phase.pairs, phase.held_out
+    assert work is not None and pairs is not None and held_out is not None  # `setup` makes all three, or none
     key = jax.random.fold_in(jax.random.key(c.seed), _INIT)
     optimizer = make_supervised_optimizer(
         dataclasses.replace(c, supervised=config_lib.Supervised(steps=r.steps, learning_rate=r.learning_rate))
     )
     shardings, by_prompt = state_shardings(phase.model, phase.mesh, optimizer), sharding.batch_sharding(phase.mesh)
-    place = lambda pairs: jax.tree.map(lambda x: hosts.put_share(x, by_prompt, r.batch_size), pairs)
+    place = lambda batch: jax.tree.map(lambda x: hosts.put_share(x, by_prompt, r.batch_size), batch)
 
     def fresh(decoder) -> TrainState:
         params = reward_model.init_params(phase.model, key, decoder)
@@ -301,14 +304,14 @@ def train_reward_model(
 
     update = jax.jit(make_update(phase.model, optimizer), donate_argnums=0, out_shardings=(shardings, None))
     score = jax.jit(functools.partial(reward_model.group_scores, phase.model))
-    evaluation = lambda params: evaluate(lambda batch: score(params, place(batch)), phase.held_out)
+    evaluation = lambda params: evaluate(lambda batch: score(params, place(batch)), held_out)
 
     def step(i: int, state: TrainState, clock: Clock):
-        state, metrics = update(state, place(phase.pairs.batch(i)))
+        state, metrics = update(state, place(pairs.batch(i)))
         return state, {k: float(v) for k, v in jax.device_get(metrics).items()}, None
 
     if hosts.first():
-        phase.work.begin(phase.tokenizer)
+        work.begin(phase.tokenizer)
     hosts.barrier("reward model's directory")
     state = jax.jit(fresh, out_shardings=shardings)(decoder)
     saver = checkpoints.Checkpoints(directory / "checkpoints", c.checkpoint.keep)
@@ -343,6 +346,7 @@ def _report(phase: Phase, console: rich.console.Console) -> None:
     ]
     measured = [line for line in lines if line]
     held_out = {name.removeprefix(_HELD_OUT): value for name, value in measured[-1].items()}
+    assert phase.pairs is not None and phase.held_out is not None
     facts = {
         "steps": phase.config.reward_model.steps,
         "pairs": phase.pairs.size,
@@ -372,7 +376,7 @@ def state_shardings(
     config: models.ModelConfig, mesh: jax.sharding.Mesh, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """Returns the sharding of every leaf of the TrainState; optimizer moments are sharded like their weights."""
-    whole: Any = sharding.replicated(mesh)
+    whole: Any = sharding.replicated(mesh)  # shardings in the places of arrays
     params = reward_model.param_shardings(config, mesh)
     opt_state = optimizer_shardings(optimizer, reward_model.abstract_params(config), params, whole)
     return TrainState(whole, params, {}, opt_state, (), whole)

@@ -22,7 +22,9 @@ def sampling_noise(
 
 
 def scale_logits(
-    logits: Float[Array, "*batch V"], temperature: Float[Array, "*#batch"] | float, legal: Bool[Array, "*#batch V"] | None
+    logits: Float[Array, "*batch V"],
+    temperature: Float[Array, "*#batch"] | float,
+    legal: Bool[Array, "*#batch V"] | None,
 ) -> Float[Array, "*batch V"]:
     """Returns the unnormalised distribution that samples: f32 logits / temperature, -inf on illegal tokens.
 
