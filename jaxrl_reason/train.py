@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import pathlib
 import sys
-from typing import NamedTuple
+from typing import cast, NamedTuple
 import warnings
 
 import jax
@@ -22,6 +22,7 @@ import rich.console
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import models, tasks
 from jaxrl_reason.config import Config, ConfigError
+from jaxrl_reason.data import Tokenizer
 from jaxrl_reason.methods import Method
 from jaxrl_reason.rewards import model_training, RewardError
 from jaxrl_reason.rewards.scorer import LEARNED
@@ -72,11 +73,11 @@ def setup(config: Config, workdir: str | pathlib.Path) -> Run:
     Raises:
       ConfigError, RewardError, ValueError, OSError: a sentence that names the fault and its place.
     """
-    turns = [hosts.agree(lambda: _setup(config, workdir) if hosts.first() else None, ConfigError, *_REFUSALS)]
+    turns = [hosts.agree(lambda: _setup(config, workdir) if hosts.is_first() else None, ConfigError, *_REFUSALS)]
     with warnings.catch_warnings():
-        if not hosts.first():
+        if not hosts.is_first():
             warnings.simplefilter("ignore")  # the first process has printed them
-        turns += [hosts.agree(lambda: None if hosts.first() else _setup(config, workdir), ConfigError, *_REFUSALS)]
+        turns += [hosts.agree(lambda: None if hosts.is_first() else _setup(config, workdir), ConfigError, *_REFUSALS)]
     return next(run for run in turns if run)
 
 
@@ -91,9 +92,9 @@ def _setup(config: Config, workdir: str | pathlib.Path) -> Run:
     reward_phase = None
     if LEARNED.keys() & set(config.reward.functions):
         reward_phase = model_training.setup(
-            config, model=task.model, work=task.work, tokenizer=task.tokenizer, mesh=mesh
+            config, model=task.model, work=task.work, tokenizer=cast(Tokenizer, task.tokenizer), mesh=mesh
         )
-    if hosts.first():
+    if hosts.is_first():
         task.work.begin(task.tokenizer, task.pretrained)
         if reward_phase:
             model_training.begin(reward_phase, task.work.path)
@@ -301,7 +302,7 @@ def train(run: Run) -> dict[str, dict[str, float]]:
 
 def _train(run: Run, should_stop: Callable[[], bool]) -> dict[str, dict[str, float]]:
     c, work, needs = run.config, run.work, run.programs.needs
-    console = rich.console.Console(highlight=False, markup=False, quiet=not hosts.first())
+    console = rich.console.Console(highlight=False, markup=False, quiet=not hosts.is_first())
     say = functools.partial(console.print, soft_wrap=True)
     saver = checkpoints.Checkpoints(work.path / "checkpoints", c.checkpoint.keep)
     number, state = saver.restore(run.programs.abstract_state) or (None, None)
@@ -310,7 +311,7 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> dict[str, dict[str, flo
             say(f"This run is finished: all {c.steps} steps are done. Raise config.steps, or choose another --workdir.")
             return {} if summary.picture_of(work.path).exists() else summary.report(work.path, c, run.method, console)
         say(f"Going on from {saver.directory / str(number)}.")
-    if hosts.first():
+    if hosts.is_first():
         summary.picture_of(work.path).unlink(missing_ok=True)  # the picture of a shorter run
     state = first_state(run) if state is None else state
     if number is None or number < c.supervised.steps:
@@ -360,7 +361,7 @@ def reinforce(
         return run.task.evaluate(functools.partial(programs.generate_eval, weights), run.scorer, c_ref)
 
     def before() -> dict[str, float]:
-        if hosts.first():
+        if hosts.is_first():
             write_json(work.path / "evaluation.json", summary.evaluation_settings(c))
         return evaluate(state) | run.task.baselines()
 
@@ -370,7 +371,7 @@ def reinforce(
         with clock("evaluation"):
             return evaluate(state)
 
-    with SampleTable(work.path, resume_step=begin or -1, enabled=hosts.first()) as samples:
+    with SampleTable(work.path, resume_step=begin or -1, enabled=hosts.is_first()) as samples:
 
         def observe(past: list[dict[str, float]]) -> Callable:
             watch = Watch(functools.partial(console.print, soft_wrap=True), mismatch_limit(run), past)
@@ -378,7 +379,7 @@ def reinforce(
             def written(done: int, metrics: dict[str, float], details: Step) -> None:
                 describe = lambda: describe_mismatch(details.batch, details.mismatch, run.tokenizer, programs.sharding)
                 watch.look(metrics, describe)
-                if hosts.first() and c.log.samples_every and (done % c.log.samples_every == 0 or done == c.steps):
+                if hosts.is_first() and c.log.samples_every and (done % c.log.samples_every == 0 or done == c.steps):
                     write_samples(
                         samples,
                         done,

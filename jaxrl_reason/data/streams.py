@@ -93,7 +93,7 @@ class TextStream:
       shuffle: False keeps the order of the source in every epoch.
       on_long: the treatment of rows with no tokens or too many: "refuse" raises; "skip" leaves them out, counts them and warns.
       add_bos: whether prompts begin with the tokenizer's begin token.
-      places: int[n], the places of a batch that this process reads and returns; None: all.
+      local_rows: int[n], the rows of a batch that this process reads and returns; None: all.
 
     Attributes:
       size: the number of rows per epoch.
@@ -116,7 +116,7 @@ class TextStream:
         shuffle: bool = True,
         on_long: str = "refuse",
         add_bos: bool = False,
-        places: np.ndarray | None = None,
+        local_rows: np.ndarray | None = None,
     ):
         texts = render_rows(source, lambda row: (template.render_prompt(row), *self._completions(template, row)))
         prompts = tokenizer.encode_batch([prompt for prompt, *_ in texts], add_bos)
@@ -135,7 +135,7 @@ class TextStream:
         kept = [ids for i in self._kept for ids in completions[i]]
         self._padded_completions = Padded(kept, max_completion_length, tokenizer.pad_id)
         self._order = endless(self.size, batch_size, seed, shuffle)
-        self._places = np.arange(batch_size) if places is None else places
+        self._local_rows = np.arange(batch_size) if local_rows is None else local_rows
 
     def _completions(self, template: Template, row: Mapping[str, Any]) -> tuple[str, ...]:
         """Returns the texts of the completions of a row; every row has the same number."""
@@ -146,7 +146,7 @@ class TextStream:
 
     def _read(self, i: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
         """Returns the positions in `_kept` of batch `i`, the prompts and the completions, each as tokens and mask."""
-        chosen = batch_at(self._order, i)[self._places]
+        chosen = batch_at(self._order, i)[self._local_rows]
         k = self._per_row
         completions = (k * chosen[:, None] + np.arange(k)).ravel()
         return chosen, self._prompts.take(chosen), self._padded_completions.take(completions)
@@ -179,7 +179,7 @@ class PromptStream(TextStream):
         return PromptBatch(
             tokens=tokens,
             mask=mask,
-            prompt_ids=np.asarray(i * self._batch_size + self._places, np.int32),
+            prompt_ids=np.asarray(i * self._batch_size + self._local_rows, np.int32),
             weight=np.ones(len(chosen), np.float32),
             rows=_read_rows(self._source, rows),
             columns={name: column[rows] for name, column in self._columns.items()},

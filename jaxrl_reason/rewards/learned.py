@@ -61,7 +61,7 @@ class TextScorer:
         for i in np.flatnonzero(fits):
             lengths[i] = len(encoded[i])
             padded[i, : lengths[i]] = encoded[i]
-        split = lambda x: hosts.put_share(x.reshape(-1, G, *x.shape[1:]), self._sharding, P)
+        split = lambda x: hosts.put_rows(x.reshape(-1, G, *x.shape[1:]), self._sharding, P)
         parts = microbatches(_mesh(self._sharding), P, self._parts)
         scores = self._score(self._params, split(padded), split(lengths), parts)
         return scores, hosts.mean({"rewards/reward_model/too_long_ratio": float(1 - fits.mean())})

@@ -119,7 +119,7 @@ def setup(
         tokenizer=tokenizer,
         template=config_lib.prompt_template(c, tokenizer),
         batch_size=r.batch_size,
-        places=hosts.places(sharding.batch_sharding(mesh), r.batch_size),
+        local_rows=hosts.local_rows(sharding.batch_sharding(mesh), r.batch_size),
         max_prompt_length=c.max_prompt_length,
         max_completion_length=c.max_completion_length,
         seed=c.seed,
@@ -296,7 +296,7 @@ def train_reward_model(
         dataclasses.replace(c, supervised=config_lib.Supervised(steps=r.steps, learning_rate=r.learning_rate))
     )
     shardings, by_prompt = state_shardings(phase.model, phase.mesh, optimizer), sharding.batch_sharding(phase.mesh)
-    place = lambda batch: jax.tree.map(lambda x: hosts.put_share(x, by_prompt, r.batch_size), batch)
+    place = lambda batch: jax.tree.map(lambda x: hosts.put_rows(x, by_prompt, r.batch_size), batch)
 
     def fresh(decoder) -> TrainState:
         params = reward_model.init_params(phase.model, key, decoder)
@@ -310,7 +310,7 @@ def train_reward_model(
         state, metrics = update(state, place(pairs.batch(i)))
         return state, {k: float(v) for k, v in jax.device_get(metrics).items()}, None
 
-    if hosts.first():
+    if hosts.is_first():
         work.begin(phase.tokenizer)
     hosts.barrier("reward model's directory")
     state = jax.jit(fresh, out_shardings=shardings)(decoder)
@@ -331,7 +331,7 @@ def train_reward_model(
     )
     saver.close()
     checkpoints.save_params(directory / "params", state.params)
-    if hosts.first():
+    if hosts.is_first():
         _report(phase, console)
     hosts.barrier("reward model")
     console.print(f"Reward model: {directory}", soft_wrap=True)
@@ -396,7 +396,7 @@ def evaluate(score: Callable, pairs: PreferenceStream) -> dict[str, float]:
     scores: list[np.ndarray] = []
     count = 0
     while count < pairs.size:
-        scores.append(hosts.whole(score(pairs.batch(len(scores)))))
+        scores.append(hosts.to_host(score(pairs.batch(len(scores)))))
         count += len(scores[-1])
     table = np.concatenate(scores)[: pairs.size]
     margin = table[:, 0] - table[:, 1]

@@ -134,7 +134,7 @@ class RewardScorer:
         size = len(rollout.tokens)
         if self._device:
             answers = hosts.agree(lambda: self._answers.encode(batch.rows), host.RewardError)
-            columns = {"answer_tokens": hosts.put_share(_padded(answers), self._sharding, size)}
+            columns = {"answer_tokens": hosts.put_rows(_padded(answers), self._sharding, size)}
             for name, function in self._device.items():
                 rewards[name] = function(rollout.tokens, rollout.mask, columns)
         if self._learned:
@@ -144,7 +144,7 @@ class RewardScorer:
         if called:
             table = hosts.agree(called, host.RewardError)
             for name, values in table.per_reward.items():
-                everyone = hosts.together(values, self._sharding, size)
+                everyone = hosts.gather_rows(values, self._sharding, size)
                 rewards[name] = hosts.put(everyone, self._sharding)
             failures = hosts.mean(table.failures())
             for name in table.error:
@@ -252,7 +252,7 @@ def each(answer_of: Callable[[str, Mapping[str, Any]], Any]) -> Callable[..., li
 
 def local_token_ids(rollout: Rollout, sharding: jax.sharding.Sharding) -> list[list[list[int]]]:
     """Returns the sampled token ids [P][G][length] of this process's rows, end token included."""
-    tokens, mask = (hosts.share(x, sharding) for x in (rollout.tokens, rollout.mask))
+    tokens, mask = (hosts.rows_to_host(x, sharding) for x in (rollout.tokens, rollout.mask))
     return [[row[live].tolist() for row, live in zip(*group)] for group in zip(tokens, mask)]
 
 

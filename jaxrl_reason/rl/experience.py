@@ -125,8 +125,9 @@ def drop_greedy(rollout: Rollout, method: Method) -> Rollout:
     if "greedy_rewards" not in method.signals:
         return rollout
     grouped = ("tokens", "mask", "logprobs", "truncated", "probe_logprobs")
-    cut: dict[str, Any] = {name: getattr(rollout, name) for name in grouped}
-    return rollout._replace(**{name: None if x is None else x[:, :-1] for name, x in cut.items()})
+    values = {name: getattr(rollout, name) for name in grouped}
+    cut: dict[str, Any] = {name: None if x is None else x[:, :-1] for name, x in values.items()}
+    return rollout._replace(**cut)
 
 
 @jax.jit

@@ -4,7 +4,7 @@ Every process runs the same command. Arrays on devices are global. Data on a hos
 prompts), or it is this process's rows of a batch, the rows that its devices hold. A single process holds all rows, and nothing communicates.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import functools
 import glob
@@ -100,7 +100,7 @@ def _on_a_tpu_vm() -> bool:
     return not alone and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
-def first() -> bool:
+def is_first() -> bool:
     """Whether this is the process that writes files and prints."""
     return jax.process_index() == 0
 
@@ -199,21 +199,22 @@ def preemption():
 def _rows_of(sharding: jax.sharding.Sharding, size: int) -> tuple[tuple[int, ...], ...]:
     """Returns, for each process, the rows of [size, ...] that its devices hold, ascending."""
     rows: list[set[int]] = [set() for _ in range(jax.process_count())]
-    for device, index in sharding.devices_indices_map((size,)).items():
+    indices: Mapping[Any, Any] = sharding.devices_indices_map((size,))
+    for device, index in indices.items():
         rows[device.process_index].update(range(*index[0].indices(size)))
     return tuple(tuple(sorted(found)) for found in rows)
 
 
-def places(sharding: jax.sharding.Sharding, size: int) -> np.ndarray:
+def local_rows(sharding: jax.sharding.Sharding, size: int) -> np.ndarray:
     """Returns the indices of the rows of a batch that this process holds, int[n], ascending. A group is never split."""
     if jax.process_count() == 1:
         return np.arange(size)
     return np.array(_rows_of(sharding, size)[jax.process_index()])
 
 
-def places_of(x: jax.Array) -> np.ndarray:
+def local_rows_of(x: jax.Array) -> np.ndarray:
     """Returns the indices of the rows of an array that this process holds."""
-    return np.arange(len(x)) if jax.process_count() == 1 else places(x.sharding, len(x))
+    return np.arange(len(x)) if jax.process_count() == 1 else local_rows(x.sharding, len(x))
 
 
 def put(x, sharding: jax.sharding.Sharding) -> jax.Array:
@@ -227,23 +228,24 @@ def put(x, sharding: jax.sharding.Sharding) -> jax.Array:
     )
 
 
-def put_share(x, sharding: jax.sharding.Sharding, size: int) -> jax.Array:
+def put_rows(x, sharding: jax.sharding.Sharding, size: int) -> jax.Array:
     """Makes a global array [size, ...] from this process's rows [n, ...]."""
     if jax.process_count() == 1:
         return jax.device_put(x, sharding)
     x = np.asarray(x)
-    mine, shards = places(sharding, size), []
-    for device, index in sharding.addressable_devices_indices_map((size, *x.shape[1:])).items():
+    mine, shards = local_rows(sharding, size), []
+    indices: Mapping[Any, Any] = sharding.addressable_devices_indices_map((size, *x.shape[1:]))
+    for device, index in indices.items():
         rows = np.searchsorted(mine, np.arange(*index[0].indices(size)))
         shards.append(jax.device_put(x[rows][(slice(None), *index[1:])], device))
     return jax.make_array_from_single_device_arrays((size, *x.shape[1:]), sharding, shards)
 
 
-def share(x: jax.Array, sharding: jax.sharding.Sharding) -> np.ndarray:
+def rows_to_host(x: jax.Array, sharding: jax.sharding.Sharding) -> np.ndarray:
     """Returns this process's rows [n, ...] of a global array [size, ...], whatever the sharding of the array."""
     if jax.process_count() == 1:
         return jax.device_get(x)
-    mine = places(sharding, x.shape[0])
+    mine = local_rows(sharding, x.shape[0])
     out, filled = np.zeros((len(mine), *x.shape[1:]), x.dtype), np.zeros((len(mine), *x.shape[1:]), bool)
     for shard in x.addressable_shards:
         held = np.arange(*shard.index[0].indices(x.shape[0]))
@@ -261,14 +263,14 @@ def _gather(x, tiled: bool = False) -> np.ndarray:
         return multihost_utils.process_allgather(x, tiled=tiled)
 
 
-def whole(x: jax.Array) -> np.ndarray:
+def to_host(x: jax.Array) -> np.ndarray:
     """Returns a complete global array on every process."""
     if jax.process_count() == 1 or x.is_fully_replicated:
         return jax.device_get(x)
     return _gather(x, tiled=True)
 
 
-def together(x: np.ndarray, sharding: jax.sharding.Sharding, size: int) -> np.ndarray:
+def gather_rows(x: np.ndarray, sharding: jax.sharding.Sharding, size: int) -> np.ndarray:
     """Gathers every process's rows [n, ...] to [size, ...], on every process.
 
     If several processes hold a row, the first process decides: a reward function may answer differently each time.

@@ -78,7 +78,7 @@ class Programs:
     def generate_eval(self, weights: models.Params, batch: PromptBatch) -> Rollout:
         """Samples completions for an evaluation batch that every process has whole. Its random numbers never change."""
         size = len(batch.rows)
-        mine = batch.take(hosts.places(self.sharding, size))
+        mine = batch.take(hosts.local_rows(self.sharding, size))
         temperature = self._constant(self.config.eval.temperature)
         return self._sample("evaluation", size, weights, mine, self._constant(0, np.int32), temperature)
 
@@ -120,7 +120,7 @@ class Programs:
 
     def place(self, tree: Any, size: int) -> Any:
         """Puts this process's rows of [size, ...] arrays on the devices."""
-        return jax.tree.map(lambda x: hosts.put_share(x, self.sharding, size), tree)
+        return jax.tree.map(lambda x: hosts.put_rows(x, self.sharding, size), tree)
 
     def _sample(self, name: str, size: int, weights: models.Params, batch: PromptBatch, step, temperature) -> Rollout:
         prompts = self.place((batch.tokens, batch.mask, batch.prompt_ids, batch.features), size)

@@ -106,7 +106,7 @@ class Checkpoints:
             path.rename(aside)
             _log.warning("Checkpoint %s cannot be read and is skipped; it is now %s: %s", path, aside.name, fault)
 
-        hosts.agree(lambda: rename() if hosts.first() else None, OSError)
+        hosts.agree(lambda: rename() if hosts.is_first() else None, OSError)
         self._manager.reload()
 
     def close(self) -> None:

@@ -33,7 +33,7 @@ def abstract(parts: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
 def first_difference(found: Mapping[str, jax.Array], saved: Mapping[str, jax.Array]) -> tuple[str, int] | None:
     """Returns the part and the number of its first array whose digests differ; None if all are equal."""
     for name, digests in found.items():
-        other = hosts.whole(digests) != hosts.whole(saved[name])
+        other = hosts.to_host(digests) != hosts.to_host(saved[name])
         if other.any():
             return name, int(other.argmax())
     return None

@@ -36,7 +36,7 @@ def write_samples(
       sharding: of the prompt axis.
     """
     rollout, groups, advantages, mask = jax.tree.map(
-        lambda x: hosts.share(x, sharding)[:prompts], (batch.rollout, groups, batch.advantages, batch.mask)
+        lambda x: hosts.rows_to_host(x, sharding)[:prompts], (batch.rollout, groups, batch.advantages, batch.mask)
     )
     if advantages.ndim == 3:  # per token: their mean over the completion
         advantages = (advantages * mask).sum(-1) / np.maximum(mask.sum(-1), 1)
@@ -63,10 +63,10 @@ def describe_mismatch(
     """Returns a sentence about the token on which sampler and trainer differ most, with its text if this process has it."""
     difference, p, g, t = (x.item() for x in jax.device_get(mismatch))
     place = f"token {t} of completion {g} of prompt {p}"
-    mine = hosts.places_of(batch.mask)
+    mine = hosts.local_rows_of(batch.mask)
     if p not in mine:
         return f"{place}, which is on another process."
-    rollout = jax.tree.map(lambda x: hosts.share(x, sharding)[np.searchsorted(mine, p)], batch.rollout)
+    rollout = jax.tree.map(lambda x: hosts.rows_to_host(x, sharding)[np.searchsorted(mine, p)], batch.rollout)
     completion, token = tokenizer.decode_batch(
         [rollout.tokens[g][rollout.mask[g]].tolist(), [int(rollout.tokens[g, t])]]
     )
@@ -84,10 +84,10 @@ def save_for_replay(workdir: pathlib.Path, step: int, state: TrainState, groups:
     result = (
         f"Its weights and batch are in {directory}: python -m jaxrl_reason.replay --workdir={workdir} names the cause."
     )
-    batch, rewards = jax.tree.map(hosts.whole, (batch, groups.rewards))
+    batch, rewards = jax.tree.map(hosts.to_host, (batch, groups.rewards))
     try:
         checkpoints.save_params(directory / "params", state.params)
-        if hosts.first():
+        if hosts.is_first():
             checkpoints.save_batch(directory / "batch.npz", batch, rewards)
     except (checkpoints.CheckpointError, OSError) as e:
         result = f"It could not be saved for replay: {e}"

@@ -151,7 +151,7 @@ def history(directory: pathlib.Path, begin: int) -> list[dict[str, Any]]:
       directory: the directory of the phase's metrics.jsonl.
       begin: the number of completed steps; 0 gives an empty list, as do all processes but the first.
     """
-    lines = read_metrics(directory / "metrics.jsonl") if begin and hosts.first() else []
+    lines = read_metrics(directory / "metrics.jsonl") if begin and hosts.is_first() else []
     return [line for line in lines if line["step"] > 0]
 
 

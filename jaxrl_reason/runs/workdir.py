@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import shutil
-from typing import Any
+from typing import Any, Protocol
 
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import models
@@ -20,6 +20,13 @@ MAY_CHANGE = (
     *("reward.workers", "reward.timeout_s", "reward.memory_mb", "reward.max_failure_share"),
     *("sampling.mismatch_limit", "optimizer.max_skipped"),
 )
+
+
+class Savable(Protocol):
+    """A tokenizer, of text or of numbers."""
+
+    def save(self, directory: pathlib.Path) -> None:
+        """Writes its files."""
 
 
 class Workdir:
@@ -64,7 +71,7 @@ class Workdir:
         """Returns the tokenizer that the run began with; a new one, from `make`, if the run has not begun."""
         return tokenizer_of(self.path) if self._tokenizer.exists() else make()
 
-    def begin(self, tokenizer: Tokenizer, pretrained: models.Opened | None = None) -> None:
+    def begin(self, tokenizer: Savable, pretrained: models.Opened | None = None) -> None:
         """Writes the configuration and, if there is none, the tokenizer; each is complete or absent.
 
         Args:
@@ -95,7 +102,7 @@ class Workdir:
                 "the same work directory."
             )
 
-    def _write_tokenizer(self, tokenizer: Tokenizer, pretrained: models.Opened | None) -> None:
+    def _write_tokenizer(self, tokenizer: Savable, pretrained: models.Opened | None) -> None:
         scratch = self.path / "tokenizer.tmp"
         shutil.rmtree(scratch, ignore_errors=True)  # from a run that was killed here
         try:

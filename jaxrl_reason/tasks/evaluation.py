@@ -102,13 +102,13 @@ def sample_and_judge(
       self_reward: computes LaSeR's self-rewards f32[P, K] of a rollout, or None.
       values: human values of all rows of the data, from `data.values.held_out_values`, or None.
     """
-    tokenizer = tokenizer if hosts.first() else None
+    tokenizer = tokenizer if hosts.is_first() else None
     parts, rows, texts = [], [], []
     for batch in batches:
         rollout = generate(batch)
-        rewards, _ = scorer(rollout, batch.take(hosts.places_of(rollout.tokens)))
+        rewards, _ = scorer(rollout, batch.take(hosts.local_rows_of(rollout.tokens)))
         tokens, mask, truncated, logprobs, rewards = jax.tree.map(
-            hosts.whole, (rollout.tokens, rollout.mask, rollout.truncated, rollout.logprobs, rewards)
+            hosts.to_host, (rollout.tokens, rollout.mask, rollout.truncated, rollout.logprobs, rewards)
         )
         part = dict(
             positions=batch.prompt_ids,

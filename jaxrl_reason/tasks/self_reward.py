@@ -71,8 +71,8 @@ def self_reward_of(method: Method, c_ref: float | jax.Array | None) -> Callable[
 
     def self_rewards(rollout: Rollout) -> np.ndarray:
         assert rollout.probe_logprobs is not None  # the method has a probe token
-        probe = hosts.whole(rollout.probe_logprobs)
-        return np.where(hosts.whole(rollout.truncated), np.nan, beta * (probe - offset))
+        probe = hosts.to_host(rollout.probe_logprobs)
+        return np.where(hosts.to_host(rollout.truncated), np.nan, beta * (probe - offset))
 
     return self_rewards
 
@@ -123,7 +123,7 @@ def constant(
             for chunk in prompts.batch(i).split(programs.config.sampling.parts):
                 rollout = programs.generate(params, chunk, state.step)
                 assert rollout.probe_logprobs is not None  # the method has a probe token
-                values, truncated = hosts.whole(rollout.probe_logprobs), hosts.whole(rollout.truncated)
+                values, truncated = hosts.to_host(rollout.probe_logprobs), hosts.to_host(rollout.truncated)
                 found.append(values[~truncated & np.isfinite(values)])
         logprobs = np.concatenate(found)
         if not logprobs.size:
@@ -132,7 +132,7 @@ def constant(
                 "config.max_completion_length, or begin with config.supervised.steps."
             )
         c_ref = float(np.float32(logprobs.mean()))
-        if hosts.first():
+        if hosts.is_first():
             write_json(file, {"c_ref": c_ref, "completions": int(logprobs.size)})
     else:
         c_ref = json.loads(file.read_text())["c_ref"]

@@ -33,7 +33,7 @@ def report(
       {"before": the evaluation of step 0, "after": the last later one}, without evaluations that were not made, and without the first if
       config.eval has changed since. Empty on all processes but the first.
     """
-    if not hosts.first():
+    if not hosts.is_first():
         return {}
     metrics_path, picture = workdir / "metrics.jsonl", picture_of(workdir)
     evaluations: dict[str, dict[str, float]] = {}

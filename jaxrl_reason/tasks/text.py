@@ -184,7 +184,7 @@ def _streams(
 
     Args:
       c: of the run.
-      mesh: the devices; a stream reads the places of a batch that belong to this process.
+      mesh: the devices; a stream reads the rows of a batch that belong to this process.
       rows: the training rows.
       tokenizer: of the run.
       columns: name -> [N, ...], arrays that prompts carry.
@@ -200,7 +200,7 @@ def _streams(
             template,
             batch_size=c.supervised.batch_size,
             max_completion_length=c.max_completion_length,
-            places=hosts.places(by_prompt, c.supervised.batch_size),
+            local_rows=hosts.local_rows(by_prompt, c.supervised.batch_size),
             **options,
         )
     prompts = data.PromptStream(
@@ -209,7 +209,7 @@ def _streams(
         template,
         batch_size=c.prompts_per_step,
         columns=columns,
-        places=hosts.places(by_prompt, c.prompts_per_step),
+        local_rows=hosts.local_rows(by_prompt, c.prompts_per_step),
         **options,
     )
     return solutions, prompts

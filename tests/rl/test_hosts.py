@@ -360,7 +360,7 @@ checkpoints._restored = wrong
 if jax.process_index() == 1:  # where a directory is seen late
     saver._manager.all_steps = lambda: []
 number, state = saver.restore(state)
-print("restored", number, *hosts.whole(state.params["w"]))
+print("restored", number, *hosts.to_host(state.params["w"]))
 """
 
 
@@ -489,11 +489,11 @@ def test_alone_there_is_nothing_to_connect_and_a_share_is_everything(monkeypatch
     for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
         monkeypatch.delenv(name, raising=False)
     hosts.initialize(10, 20)
-    assert jax.process_count() == 1 and hosts.first()
+    assert jax.process_count() == 1 and hosts.is_first()
     split = sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:1]))
-    np.testing.assert_array_equal(hosts.places(split, 5), np.arange(5))
+    np.testing.assert_array_equal(hosts.local_rows(split, 5), np.arange(5))
     x = np.arange(10.0).reshape(5, 2)
-    np.testing.assert_array_equal(hosts.share(hosts.put_share(x, split, 5), split), x)
+    np.testing.assert_array_equal(hosts.rows_to_host(hosts.put_rows(x, split, 5), split), x)
 
 
 def test_sigterm_is_told_stays_told_and_ends_nothing_meanwhile():

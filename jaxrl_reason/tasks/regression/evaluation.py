@@ -29,7 +29,7 @@ def predict(
     samples, targets = [], []
     for batch in batches:
         real = batch.weight > 0
-        samples.append(hosts.whole(decode(generate(batch).tokens))[real])
+        samples.append(hosts.to_host(decode(generate(batch).tokens))[real])
         targets.append(batch.columns["z"][real])
     return np.concatenate(samples), np.concatenate(targets)
 

@@ -45,7 +45,7 @@ def open_for_training(
     expert = _expert(method, digits)
     by_prompt = sharding.batch_sharding(mesh)
     stream = lambda make, size: Stream(
-        len(train.targets), make, batch_size=size, seed=c.seed, places=hosts.places(by_prompt, size)
+        len(train.targets), make, batch_size=size, seed=c.seed, local_rows=hosts.local_rows(by_prompt, size)
     )
     load = functools.partial(pretrained.load_weights, c, opened, source, model, mesh, digits.text_size)
     return TrainingTask(

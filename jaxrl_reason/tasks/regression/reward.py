@@ -44,7 +44,7 @@ class NumberScorer:
 
     def __call__(self, rollout: Rollout, batch: PromptBatch) -> Scores:
         """Returns name -> f32[P, G], and no metrics of the host."""
-        z = hosts.put_share(batch.columns["z"], self._sharding, len(rollout.tokens))
+        z = hosts.put_rows(batch.columns["z"], self._sharding, len(rollout.tokens))
         return {self.verdict: self._reward(rollout.tokens, z)}, {}
 
     def begin(self, rollout: Rollout, batch: PromptBatch) -> Callable[[], Scores]:

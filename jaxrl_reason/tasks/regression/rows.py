@@ -70,7 +70,7 @@ class Stream(Generic[Batch]):
       make: (positions in the table int[P], prompt ids int32[P]) -> a batch.
       batch_size: rows per batch.
       seed: of the shuffle.
-      places: see `data.PromptStream`.
+      local_rows: see `data.PromptStream`.
     """
 
     skipped = 0
@@ -82,16 +82,16 @@ class Stream(Generic[Batch]):
         *,
         batch_size: int,
         seed: int,
-        places: np.ndarray | None = None,
+        local_rows: np.ndarray | None = None,
     ):
         self._make, self._batch_size = make, batch_size
         self._order = streams.endless(rows, batch_size, seed, shuffle=True)
-        self._places = np.arange(batch_size) if places is None else places
+        self._local_rows = np.arange(batch_size) if local_rows is None else local_rows
 
     def batch(self, i: int) -> Batch:
         """Returns batch `i`, for any i >= 0."""
-        chosen = streams.batch_at(self._order, i)[self._places]
-        return self._make(chosen, (i * self._batch_size + self._places).astype(np.int32))
+        chosen = streams.batch_at(self._order, i)[self._local_rows]
+        return self._make(chosen, (i * self._batch_size + self._local_rows).astype(np.int32))
 
 
 def eval_batches(rows: Rows, count: int, batch_size: int) -> list[PromptBatch]:
