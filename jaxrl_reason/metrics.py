@@ -290,8 +290,8 @@ def token_confidence(
       AssertionError: the shapes differ.
 
     Example:
-      >>> print(token_confidence(jnp.log(jnp.array([0.9, 0.2, 0.8])), jnp.ones(3)).round(2))
-      0.2
+      >>> print(token_confidence(jnp.log(jnp.array([0.9, 0.25, 0.8])), jnp.ones(3)).round(2))
+      0.25
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction is {fraction}; it must be in (0, 1].")

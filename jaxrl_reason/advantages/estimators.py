@@ -65,9 +65,9 @@ def leave_one_out() -> AdvantageTransform:
       ValueError: (from `update`) G < 2.
 
     Example:
-      >>> inputs = AdvantageInputs(jnp.array([[1.0, 0.0, 0.0]]), jnp.ones((1, 3, 4)))
+      >>> inputs = AdvantageInputs(jnp.array([[3.0, 0.0, 0.0]]), jnp.ones((1, 3, 4)))
       >>> print(leave_one_out().update(inputs.rewards, (), inputs)[0])
-      [[ 1.  -0.5 -0.5]]
+      [[ 3.  -1.5 -1.5]]
     """
 
     def update(advantages: PerCompletion, inputs: AdvantageInputs) -> PerCompletion:
