@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 import json
 import math
 import pathlib
-from typing import Any, SupportsFloat
+from typing import Any
 
 from matplotlib.figure import Figure
 import numpy as np
@@ -13,7 +13,7 @@ import rich.table
 from jaxrl_reason import data
 from jaxrl_reason.data.tables import TargetScaler
 from jaxrl_reason.methods import Method
-from jaxrl_reason.runs.files import write_json
+from jaxrl_reason.runs.files import finite, write_json, write_text
 from jaxrl_reason.tasks import evaluation
 from jaxrl_reason.tasks.task import Judged
 
@@ -48,18 +48,10 @@ def write_results(
       The names of the files.
     """
     lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in judged.lines())
-    scratch = directory / (judged.file + ".tmp")
-    # Half of a surrogate pair is no character; it is written as its escape.
-    scratch.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
-    scratch.replace(directory / judged.file)
+    write_text(directory / judged.file, "".join(lines))
     judged.draw(metrics, directory / "evaluation.png", title)
     write_json(directory / "evaluation.json", record)
     return ["evaluation.json", "evaluation.png", judged.file]
-
-
-def finite(x: SupportsFloat) -> float | None:
-    """Returns a number for JSON, which has no NaN and no infinity: None in their place."""
-    return float(x) if math.isfinite(x) else None
 
 
 def completion_lines(
