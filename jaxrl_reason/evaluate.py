@@ -1,16 +1,15 @@
 """Evaluates a run on held-out data.
 
 Samples several completions per prompt, scores them by the run's rewards, and prints a table. Writes evaluation.json (every number),
-evaluation.png and completions.jsonl (predictions.jsonl if a run predicts numbers). Nothing else in the work directory changes. Fields of the
-configuration on which the weights do not depend can be set as in training: --config.seed=1, --config.mesh.fsdp=-1 on another
+evaluation.png and completions.jsonl (predictions.jsonl if a run predicts numbers). Nothing else in the work directory changes. Fields of
+the configuration on which the weights do not depend can be set as in training: --config.seed=1, --config.mesh.fsdp=-1 on another
 number of devices, --config.data.columns={} if other data have other names.
 """
 
-import dataclasses
 import math
 import pathlib
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import rich.console
@@ -28,41 +27,40 @@ from jaxrl_reason.runs.progress import Progress
 from jaxrl_reason.tasks import reporting, self_reward
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What the command line asks for.
+class Evaluation(NamedTuple):
+    """An evaluation before its first prompt.
 
     Attributes:
-      workdir: of the run.
-      fields: configuration field -> text of its value.
-      checkpoint: a number, or None for the newest.
-      out: where the results go.
-      recipe: to be loaded first, or None.
+      config: of the run, with the fields of the command line.
+      task: held-out data and rewards.
+      programs: the compiled functions.
+      checkpoint: number of the checkpoint.
+      params: its weights, as rollouts read them.
+      c_ref: LaSeR's constant, or None.
+      out: the directory of the results.
+      record: the command line and the work directory, for evaluation.json.
     """
 
-    workdir: pathlib.Path
-    fields: dict[str, str]
-    checkpoint: int | None
+    config: Config
+    task: tasks.Task
+    programs: programs_lib.Programs
+    checkpoint: int
+    params: models.Params
+    c_ref: float | None
     out: pathlib.Path
-    recipe: pathlib.Path | None = None
+    record: dict[str, Any]
 
 
-def run(request: Request, command_line: str) -> dict[str, float]:
-    """Evaluates a run, prints the table and writes the results.
-
-    Args:
-      request: the run, and what to change in its configuration.
-      command_line: the command line, for evaluation.json.
-
-    Returns:
-      The metrics.
+def prepare(arguments: command.Arguments) -> Evaluation:
+    """Reads the run and the held-out data.
 
     Raises:
       ConfigError, RewardError, ValueError, OSError: the run cannot be evaluated; the message names the cause and its place.
     """
-    if request.recipe:
-        config_lib.load_module(request.recipe)
-    c, workdir = runs.load_config(request.workdir, request.fields), request.workdir
+    if arguments.config:
+        config_lib.load_module(arguments.config)
+    workdir, out = arguments.workdir, arguments.out or arguments.workdir / "evaluation"
+    c = runs.load_config(workdir, arguments.fields)
     method = config_lib.make_method(c)
     mesh = programs_lib.make_mesh(c)
     task = tasks.open_for_evaluation(c, method, mesh, workdir)
@@ -74,13 +72,22 @@ def run(request: Request, command_line: str) -> dict[str, float]:
         models.abstract_params(task.model),
         models.param_shardings(task.model, mesh),
     )
-    number, params = runs.load_weights(workdir, request.checkpoint, like, task.model)
-    params = programs.rollout_weights(params)
+    number, params = runs.load_weights(workdir, arguments.checkpoint, like, task.model)
     c_ref = self_reward.read_constant(workdir) if method.loss.find("self_reward") else None
-    if request.out.exists() and not request.out.is_dir():
-        raise ConfigError(f"--out={request.out} is a file; name a directory.")
-    request.out.mkdir(parents=True, exist_ok=True)  # before the work, which would be lost without a directory
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out={out} is a file; name a directory.")
+    out.mkdir(parents=True, exist_ok=True)  # before the work, which would be lost without a directory
+    record = {"command": arguments.command_line, "workdir": str(workdir)}
+    return Evaluation(c, task, programs, number, programs.rollout_weights(params), c_ref, out, record)
 
+
+def evaluate(evaluation: Evaluation) -> dict[str, float]:
+    """Samples and scores completions, prints the table and writes the results. Returns the metrics.
+
+    Raises:
+      RewardError, OSError: a reward fails, or a file cannot be written.
+    """
+    c, task, programs, checkpoint, params, c_ref, out, record = evaluation
     console = rich.console.Console(highlight=False, markup=False)
     with Progress(console, "evaluation", len(task.held_out), enabled=c.log.progress) as bar:
 
@@ -92,12 +99,12 @@ def run(request: Request, command_line: str) -> dict[str, float]:
         judged = task.judge(generate, task.scorer, c_ref)
 
     metrics = judged.metrics()
-    record = {"command": command_line, "workdir": str(workdir)} | _record(c, task, number, metrics)
-    title = f"{workdir.name}, {record['phase']}, on {task.source[0]} ({c.data.eval_split})"
-    files = reporting.write_results(request.out, judged, metrics, record, title)
+    record = record | _record(c, task, checkpoint, metrics)
+    title = f"{pathlib.Path(record['workdir']).name}, {record['phase']}, on {task.source[0]} ({c.data.eval_split})"
+    files = reporting.write_results(out, judged, metrics, record, title)
     for table in reporting.metric_tables(metrics, title):
         console.print(table)
-    console.print(f"Written: {request.out}/{', '.join(files)}", soft_wrap=True)
+    console.print(f"Written: {out}/{', '.join(files)}", soft_wrap=True)
     return metrics
 
 
@@ -153,12 +160,7 @@ COMMAND = command.Command(
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-
-    def prepare(a: command.Arguments) -> None:
-        request = Request(a.workdir, a.fields, a.checkpoint, a.out or a.workdir / "evaluation", a.config)
-        run(request, a.command_line)
-
-    return command.run(COMMAND, argv, prepare, lambda _: None)
+    return command.run(COMMAND, argv, prepare, evaluate)
 
 
 if __name__ == "__main__":

@@ -372,9 +372,9 @@ def test_a_learned_reward_and_a_verdict_of_its_own(tmp_path, rewards, capsys, sh
 # -- refusals --------------------------------------------------------------------------------------
 
 
-def refusal(capsys, *flags) -> str:
+def refusal(capsys, *flags, code=2) -> str:
     capsys.readouterr()
-    assert evaluate.main(list(flags)) == 2
+    assert evaluate.main(list(flags)) == code
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1, captured.err
     assert "Traceback" not in captured.err
@@ -413,7 +413,7 @@ def test_a_wrong_flag_is_one_sentence(flags, names, trained, tmp_path, capsys):
 
 def test_a_reward_that_fails_is_one_sentence(trained, rewards, tmp_path, capsys):
     flags = [f"--workdir={trained[1]}", f"--config.reward.functions={rewards}:broken", "--config.reward.weights=1"]
-    error = refusal(capsys, *flags, f"--out={tmp_path}")
+    error = refusal(capsys, *flags, f"--out={tmp_path}", code=1)  # while running
     assert "'broken'" in error and "nothing works" in error and not list(tmp_path.iterdir())
 
 

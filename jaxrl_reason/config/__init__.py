@@ -10,7 +10,7 @@ A recipe is a Python file whose `get_config()` returns a `Config`. The command l
 """
 
 from jaxrl_reason.config.build import begins_with_bos, make_method, model_config, prompt_template
-from jaxrl_reason.config.command_line import help_text, load, load_module, override, parse_args
+from jaxrl_reason.config.command_line import help_text, load, load_module, override
 from jaxrl_reason.config.schema import (
     Checkpoint,
     Config,
@@ -52,7 +52,6 @@ __all__ = [
     "model_config",
     "Optimizer",
     "override",
-    "parse_args",
     "prompt_template",
     "Regression",
     "Reward",

@@ -1,4 +1,4 @@
-"""Reads recipes and the flags of the command line, and writes the help text."""
+"""Reads recipes and the values of fields as text, and writes the help text."""
 
 import ast
 import dataclasses
@@ -58,44 +58,6 @@ def _not_a_recipe(path: str | pathlib.Path, error: Exception) -> ConfigError:
     return ConfigError(
         f"{path} could not be read as a recipe with a get_config() function: {type(error).__name__}: {error}."
     )
-
-
-def parse_args(argv: list[str]) -> tuple[Config, str]:
-    """Reads --config=FILE --workdir=DIR --config.section.field=value ...
-
-    Args:
-      argv: flags, as `--flag=value` or `--flag value`.
-
-    Returns:
-      The configuration, and the work directory; without --workdir, `runs/` and the name of the recipe.
-
-    Raises:
-      ConfigError: a flag or field does not exist, or a value has the wrong type.
-    """
-    values, path, workdir = [], None, None
-    argv = list(argv)
-    while argv:
-        flag, equals, text = argv.pop(0).partition("=")
-        if not equals and argv and not argv[0].startswith("--"):
-            text = argv.pop(0)
-        elif not equals:
-            raise ConfigError(f"{flag} needs a value: {flag}=...")
-        if flag == "--config":
-            path = text
-        elif flag == "--workdir":
-            workdir = text
-        elif flag.startswith("--config."):
-            values.append((flag.removeprefix("--config."), text))
-        else:
-            raise ConfigError(
-                f"There is no flag {flag!r}; the flags are --config=FILE, --workdir=DIR, --config.section.field=value and --help."
-            )
-    if not path:
-        raise ConfigError("--config=FILE is missing.")
-    config = load(path)
-    for name, text in values:
-        override(config, name, text)
-    return config, workdir or f"runs/{pathlib.Path(path).stem}"
 
 
 def override(config: Config, name: str, text: str) -> None:

@@ -8,6 +8,7 @@ from helpers.configurations import default, LEAVES, one_sentence
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import methods, train
 from jaxrl_reason.config import Config, ConfigError, validate
+from jaxrl_reason.runs.command import parse
 
 
 @pytest.fixture
@@ -17,27 +18,28 @@ def recipe(tmp_path):
     return path
 
 
+def configuration(recipe, *flags):
+    """Returns the configuration of the command train with these flags."""
+    return parse(train.COMMAND, [f"--config={recipe}", *flags]).configuration()
+
+
 def test_a_recipe_and_its_overrides(recipe):
-    config, workdir = config_lib.parse_args(
-        [
-            f"--config={recipe}",
-            "--workdir",
-            "/tmp/run",
-            "--config.steps=12",
-            "--config.optimizer.learning_rate=1e-3",
-            "--config.data.columns={'question': 'problem'}",
-            "--config.reward.functions=accuracy,format",
-            "--config.reward.weights=1,0.5",
-            "--config.model.qk_norm=true",
-            "--config.data.template={question}=",
-            "--config.method.name=dapo",
-            "--config.method.clip_high=0.3",
-            "--config.sampling.temperature=1",
-            "--config.seed",
-            "3",
-        ]
+    config = configuration(
+        recipe,
+        "--config.steps=12",
+        "--config.optimizer.learning_rate=1e-3",
+        "--config.data.columns={'question': 'problem'}",
+        "--config.reward.functions=accuracy,format",
+        "--config.reward.weights=1,0.5",
+        "--config.model.qk_norm=true",
+        "--config.data.template={question}=",
+        "--config.method.name=dapo",
+        "--config.method.clip_high=0.3",
+        "--config.sampling.temperature=1",
+        "--config.seed",
+        "3",
     )
-    assert workdir == "/tmp/run" and config.steps == 12 and config.seed == 3 and config.optimizer.learning_rate == 1e-3
+    assert config.steps == 12 and config.seed == 3 and config.optimizer.learning_rate == 1e-3
     assert config.data.columns == {"question": "problem"} and config.data.template == "{question}="
     assert config.reward.functions == ["accuracy", "format"] and config.reward.weights == [1, 0.5]
     assert config.model.qk_norm is True and config.method == {"name": "dapo", "clip_high": 0.3}
@@ -46,8 +48,7 @@ def test_a_recipe_and_its_overrides(recipe):
 
 
 def test_fields_without_an_override_come_from_the_recipe(recipe):
-    config, _ = config_lib.parse_args([f"--config={recipe}", "--workdir=w"])
-    assert config == Config(steps=7)
+    assert configuration(recipe) == Config(steps=7)
 
 
 @pytest.mark.parametrize(
@@ -67,8 +68,8 @@ def test_text_fields_take_their_value_verbatim(text, value):
         ("--config.updates.epochs=3", ["updates", "'update'"]),
         ("--config.model.width.size=3", ["config.model.width", "size"]),
         ("--config.optimizer=3", ["config.optimizer", "section", "learning_rate"]),
-        ("--confg.steps=3", ["--confg.steps", "--config.section.field=value"]),
-        ("--steps=3", ["--steps", "--config.section.field=value"]),
+        ("--confg.steps=3", ["--confg.steps", "'--config.FIELD'"]),
+        ("--steps=3", ["--steps", "--config.FIELD"]),
         ("--config.steps", ["--config.steps"]),
         ("--config.steps=many", ["config.steps", "many", "int"]),
         ("--config.steps=1.5", ["config.steps", "1.5", "int"]),
@@ -82,15 +83,9 @@ def test_text_fields_take_their_value_verbatim(text, value):
 )
 def test_invalid_flags_raise_one_sentence(recipe, flag, names):
     with pytest.raises(ConfigError) as error:
-        config_lib.parse_args([f"--config={recipe}", "--workdir=w", flag])
+        configuration(recipe, flag)
     text = one_sentence(error)
     assert all(name in text for name in names), text
-
-
-def test_config_is_required_and_workdir_defaults_to_the_name_of_the_recipe(recipe):
-    with pytest.raises(ConfigError, match="--config=FILE is missing"):
-        config_lib.parse_args(["--workdir=w"])
-    assert config_lib.parse_args([f"--config={recipe}"])[1] == f"runs/{recipe.stem}"
 
 
 def test_a_missing_recipe_raises_with_the_nearest_file(recipe):

@@ -99,6 +99,8 @@ def test_the_configuration_of_the_training_flags(tmp_path):
     arguments = parse(training, [f"--config={recipe}", "--config.steps=3", "--config.steps=7"])
     assert arguments.configuration().steps == 7 and arguments.training_workdir() == "runs/mine"
     assert parse(training, [f"--config={recipe}", "--workdir=w"]).training_workdir() == "w"
+    with pytest.raises(ConfigError, match="--config=FILE is missing"):
+        parse(training, ["--workdir=w"])
     with pytest.raises(ConfigError, match="config has no field 'stepz'"):
         parse(training, [f"--config={recipe}", "--config.stepz=7"]).configuration()
 
