@@ -107,14 +107,7 @@ def restrict(auxiliary: Mapping[str, Any], mask: Bool[Array, "P G T"]) -> dict[s
 
 
 def at_step(loss: PolicyLoss, auxiliary: Mapping[str, Any], mask: Bool[Array, "P G T"], step: Any) -> dict[str, Any]:
-    """Returns the data as a training step uses them: without all completions until the loss begins.
-
-    Args:
-      loss: the method's loss.
-      auxiliary: the data by name.
-      mask: tokens that count.
-      step: training steps done before this one.
-    """
+    """Returns the data as the training step after `step` others uses them: without all completions until the loss begins."""
     found = dict(auxiliary)
     for settings in loss.auxiliary:
         entry = AUXILIARY[settings.name]
@@ -143,12 +136,7 @@ def loss_and_metrics(
 ) -> tuple[Float[Array, ""] | float, dict[str, jax.Array]]:
     """Computes the weighted sum of the auxiliary losses, and each of them as the metric `<name>/loss`.
 
-    Args:
-      loss: the method's loss.
-      auxiliary: the data by name.
-      logprobs: of the policy that is trained.
-      mask: tokens that count.
-      totals, counts: counts of the whole minibatch; `counts` by the name of the auxiliary loss.
+    `totals` and `counts` are of the whole minibatch, `counts` by the name of the auxiliary loss; `mask` is True on tokens that count.
     """
     total, metrics = 0.0, {}
     for settings in loss.auxiliary:

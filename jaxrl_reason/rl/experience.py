@@ -159,8 +159,7 @@ def fill(
     shaped reward, which may differ between correct answers.
 
     Args:
-      buffer: groups to learn from.
-      filled: the number of groups in it.
+      buffer, filled: groups to learn from, and their number.
       new: freshly sampled groups.
       verdict: the name of the reward whose value > 0.5 means correct.
       group_size: the completions that decide are the first `group_size` (a greedy one may follow); None: all.

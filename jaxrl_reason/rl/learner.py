@@ -66,10 +66,8 @@ def loss_and_metrics(
     Args:
       config, options, params: what to compute.
       batch: the part.
-      total: counts of the whole minibatch.
-      counts: counts of the auxiliary losses, by name.
-      temperature: of the distribution that sampled.
-      legal: the tokens allowed at each position, or None.
+      total, counts: counts of the whole minibatch; `counts` of the auxiliary losses, by name.
+      temperature, legal: of the distribution that sampled.
 
     Returns:
       The loss, and (metrics, difference, position); the last two as in `Gradient`.
@@ -134,13 +132,7 @@ def gradient(
     """Computes the gradient of one minibatch, microbatch by microbatch.
 
     Completions with a log-probability in `batch` that is not finite are left out before anything is counted: they are in no numerator and in no
-    denominator.
-
-    Args:
-      config, options, params: what to compute.
-      batch: the minibatch.
-      temperature: of the distribution that sampled.
-      legal: the legal-token mask that sampled, or None.
+    denominator. `temperature` and `legal` are of the distribution that sampled.
     """
     known = (x for x in (batch.old_logprobs, batch.ref_logprobs) if x is not None)
     mask, dropped = losses.drop_nonfinite(batch.mask, *known)
@@ -173,16 +165,10 @@ def make_update(
     optimizer: optax.GradientTransformation,
     legal: Bool[Array, "T V"] | None = None,
 ) -> Callable[..., UpdateResult]:
-    """Makes the update step, a pure function; jit it with its first argument donated.
+    """Makes update(state, experience, temperature, key) -> UpdateResult, a pure function; jit it with its first argument donated.
 
-    Args:
-      config, options: what to run.
-      optimizer: turns gradients into updates.
-      legal: the legal-token mask that sampled, or None.
-
-    Returns:
-      update(state, experience, temperature, key) -> UpdateResult. Its metrics are means over the optimizer updates. Its mismatch is the one before
-      anything changed; the absolute difference is the metric `sampling/logp_difference_max`.
+    Its metrics are means over the optimizer updates. Its mismatch is the one before anything changed; the absolute difference is the metric
+    `sampling/logp_difference_max`. `legal` is the legal-token mask that sampled.
     """
     updates = options.epochs * options.minibatches
 
@@ -242,14 +228,9 @@ def _largest(difference: Float[Array, "P G"], position: Int[Array, "P G"], rows:
 def make_supervised_update(
     config: models.ModelConfig, optimizer: optax.GradientTransformation, legal: Bool[Array, "T V"] | None = None
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """Makes the update on given completions; its loss is the cross-entropy, averaged over tokens.
+    """Makes update(state, prompt_tokens [B, S], prompt_mask [B, S], tokens [B, T], mask [B, T], features=None) -> (state, metrics).
 
-    Args:
-      config, optimizer, legal: see `make_update`.
-
-    Returns:
-      update(state, prompt_tokens [B, S], prompt_mask [B, S], tokens [B, T], mask [B, T], features=None) -> (state, metrics). The end token
-      belongs to the completion.
+    The loss is the cross-entropy on the given completions, their end token included, averaged over tokens.
     """
 
     def loss_fn(trained, frozen, rollout):

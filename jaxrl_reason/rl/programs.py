@@ -64,12 +64,9 @@ class Programs:
         return self.jitted["reshard"](params) if self.moves_weights else params
 
     def generate(self, weights: models.Params, chunk: PromptBatch, step: jax.Array) -> Rollout:
-        """Samples training completions for a batch, or for one of its `config.sampling.parts`.
+        """Samples training completions for this process's rows of a batch, or of one of its `config.sampling.parts`.
 
-        Args:
-          weights: from `rollout_weights`.
-          chunk: this process's rows of the prompts.
-          step: int32 scalar on the device.
+        `weights` are from `rollout_weights`; `step` is an int32 scalar on the device.
         """
         temperatures = (self.config.sampling.temperature,) * self.config.group_size + (0.0,) * self.needs.greedy
         size = self.config.prompts_per_step // self.config.sampling.parts
@@ -175,12 +172,11 @@ def build(
     """Makes the programs of a configuration. Compiles nothing and puts nothing on a device before a program is called.
 
     Args:
-      config, method, model, mesh: what to run, and on which devices.
+      config, method, model, mesh: of the run.
       eos_ids, pad_id: of the tokenizer.
-      weights, verdict: of the rewards, see `experience.make_experience`.
+      weights, verdict, expert: see `experience.make_experience`.
       probe_token: the token of LaSeR's self-reward, if the method has one.
       legal: bool[T, V], tokens allowed at each position; None: all.
-      expert: see `experience.make_experience`.
 
     Raises:
       ConfigError: the mesh does not divide the prompts of a step or the model.

@@ -153,13 +153,8 @@ def _decode(
 ) -> Carry:
     """Runs the decoding loop until every completion has ended or has T tokens.
 
-    Args:
-      empty: the state before the first token.
-      first_logits: the prediction of the first token.
-      next_logits: reads the last tokens; returns the prediction of the next ones, and the cache.
-      sample: see `_sampler`.
-      after_end: logits -> log-probability of the probe token.
-      eos_ids, pad_id, T: see `generate`.
+    `first_logits` predict the first token. `next_logits` reads the last tokens and returns the prediction of the next ones, and the cache.
+    `after_end` maps logits to the log-probability of the probe token.
     """
     eos = jnp.asarray(eos_ids, jnp.int32)
 

@@ -35,11 +35,9 @@ def compute_logprobs(
     """Computes the log-probability of every completion token under the distribution that samples, and the entropy of that distribution.
 
     Args:
-      config: the decoder's configuration.
-      params: its weights.
+      config, params: the decoder.
       rollout: prompts and completions.
-      temperature: of the distribution.
-      legal: the tokens allowed at each position, or None.
+      temperature, legal: of the distribution.
       chunk: positions of T whose logits are in memory at the same time; 0 chooses.
       targets: further tokens to score at the same positions, from the same logits, by name.
       probe_token: a token to score after each end token. It takes one more position of the same forward.
@@ -72,27 +70,17 @@ def compute_logprobs(
 
 
 def chunk_length(P: int, G: int, T: int, vocabulary: int, chunk: int = 0) -> int:
-    """Returns the positions of T whose logits one device holds at the same time.
+    """Returns the positions of T whose logits one device holds at the same time, of its P prompts and its part of the vocabulary.
 
-    Args:
-      P: the prompts of the device.
-      G: completions per prompt.
-      T: tokens per completion.
-      vocabulary: the device's part of the vocabulary.
-      chunk: the result if it is not 0, at most T.
+    A `chunk` that is not 0 is the result, if T is not smaller.
     """
     return min(chunk or max(1, min(_CHUNK_ENTRIES // (P * G * vocabulary), -(-T // 2))), T)
 
 
 def _in_chunks(config: models.ModelConfig, chunk: int, distribution, hidden, tokens, targets, legal):
-    """Returns the log-probabilities, the entropy and the targets' log-probabilities, [P, G, T] each.
+    """Returns the log-probabilities, the entropy and the targets' log-probabilities, [P, G, T] each, of hidden [P, G, T, D].
 
-    Args:
-      config: the decoder's configuration.
-      chunk: see `compute_logprobs`.
-      distribution: the output head and the temperature.
-      hidden: [P, G, T, D].
-      tokens, targets, legal: see `compute_logprobs`.
+    `distribution` is the output head and the temperature; for the others see `compute_logprobs`.
     """
     (head, temperature), (P, G, T) = distribution, tokens.shape
     head = head.astype(jnp.float32)  # its gradient is summed over the chunks
