@@ -4,7 +4,7 @@ Every process runs the same command. Arrays on devices are global. Data on a hos
 prompts), or it is this process's rows of a batch, the rows that its devices hold. A single process holds all rows, and nothing communicates.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import functools
 import glob
@@ -70,7 +70,7 @@ def initialize(timeout: int, patience: int) -> None:
 
 
 @contextlib.contextmanager
-def _patient(seconds: int, listed: str):
+def _patient(seconds: int, listed: str) -> Iterator[None]:
     """Prints that this process waits for the others, and ends it after this many seconds. No exception could end the wait."""
     connected = threading.Event()
 
@@ -125,7 +125,7 @@ def leave(code: int) -> int:
 
 
 @contextlib.contextmanager
-def leaving_together():
+def leaving_together() -> Iterator[None]:
     """Ends one of several processes at once, with a traceback, if an unexpected exception leaves the block."""
     try:
         yield
@@ -164,13 +164,14 @@ class Preempted(Exception):
 
 
 @contextlib.contextmanager
-def preemption():
+def preemption() -> Iterator[Callable[[], bool]]:
     """Catches SIGTERM inside a `with` block, which gets should_stop: () -> whether to save and end.
 
     On several processes all calls of should_stop return True from the same step on, whichever process got the signal. So every process has to call
     it once per step.
     """
-    received, calls = [], itertools.count(1)
+    received: list[bool] = []
+    calls = itertools.count(1)
 
     def agreed():
         # jax catches the signal, and the processes agree on a call that none of them has reached.
@@ -217,7 +218,7 @@ def local_rows_of(x: jax.Array) -> np.ndarray:
     return np.arange(len(x)) if jax.process_count() == 1 else local_rows(x.sharding, len(x))
 
 
-def put(x, sharding: jax.sharding.Sharding) -> jax.Array:
+def put(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     """Makes a global array from a value that is complete on every process."""
     if jax.process_count() == 1:
         return jax.device_put(x, sharding)
@@ -228,7 +229,7 @@ def put(x, sharding: jax.sharding.Sharding) -> jax.Array:
     )
 
 
-def put_rows(x, sharding: jax.sharding.Sharding, size: int) -> jax.Array:
+def put_rows(x: Any, sharding: jax.sharding.Sharding, size: int) -> jax.Array:
     """Makes a global array [size, ...] from this process's rows [n, ...]."""
     if jax.process_count() == 1:
         return jax.device_put(x, sharding)

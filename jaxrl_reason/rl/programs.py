@@ -83,7 +83,13 @@ class Programs:
         """Joins the trees of the parts of a batch."""
         return self.jitted["join"](*parts)
 
-    def make_experience(self, groups: Groups, advantage_state: Any, kl=None, probe_reference=None) -> Prepared:
+    def make_experience(
+        self,
+        groups: Groups,
+        advantage_state: Any,
+        kl: jax.Array | None = None,
+        probe_reference: jax.Array | None = None,
+    ) -> Prepared:
         """See `experience.make_experience`."""
         return self.jitted["make_experience"](groups, advantage_state, kl, probe_reference)
 

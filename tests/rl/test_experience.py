@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers.shapes import check_fields
 from jaxrl_reason import methods
 from jaxrl_reason.advantages import AdvantageTransform, chain
 from jaxrl_reason.rl.experience import empty_like, fill, log_ratio, make_experience, mean_reward, total_reward
@@ -31,7 +32,10 @@ def make_groups(lengths, T, truncated=None, logprobs=None, **rewards):
         np.arange(P * 3).reshape(P, 3), np.ones((P, 3), bool), tokens, mask, np.asarray(logprobs, np.float32), truncated
     )
     rewards = {name: jnp.asarray(values, jnp.float32) for name, values in rewards.items()}
-    return Groups(jax.tree.map(jnp.asarray, rollout), rewards)
+    groups = Groups(jax.tree.map(jnp.asarray, rollout), rewards)
+    check_fields(groups.rollout)
+    check_fields(groups)
+    return groups
 
 
 def prepared(method, groups, weights=(1.0,), verdict="right", mask_truncated=False, kl=None, compiled=True, **options):
@@ -40,6 +44,7 @@ def prepared(method, groups, weights=(1.0,), verdict="right", mask_truncated=Fal
     keywords = dict(method=method, weights=weights, verdict=verdict, mask_truncated=mask_truncated)
     prepare = functools.partial(make_experience, **keywords)
     experience, _, metrics = (jax.jit(prepare) if compiled else prepare)(groups, method.advantage.init(), kl)
+    check_fields(experience)
     return experience, {name: float(value) for name, value in metrics.items()}
 
 

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from helpers import reference_decoder as reference
+from helpers.shapes import check_fields
 from jaxrl_reason import losses
 from jaxrl_reason.methods import PolicyLoss
 from jaxrl_reason.models import ModelConfig
@@ -102,7 +103,9 @@ def update(
         opt_state.hyperparams["learning_rate"] = jnp.float32(rate)
     state = TrainState(jnp.int32(3), params, {}, opt_state, (), jnp.int32(9))
     run = program(options, optimizer, config)
-    state, metrics, _ = run(legal, state, batch, jnp.float32(temperature), jax.random.key(key))
+    state, metrics, mismatch = run(legal, state, batch, jnp.float32(temperature), jax.random.key(key))
+    check_fields(mismatch)
+    check_fields(state)
     assert (int(state.step), int(state.data_position)) == (4, 9)
     return state, {name: float(value) for name, value in metrics.items()}
 
@@ -540,7 +543,9 @@ def test_score_equals_the_sampler_whatever_the_parts():
 def test_entropy_is_that_of_the_law_that_samples():
     run = jit_once(functools.partial(scoring.compute_logprobs, CONFIG))
     batch = experience()
-    logprobs, entropy, *others = run(PARAMS, batch.rollout, jnp.float32(0.7))  # legal tokens: see the metrics above
+    found = run(PARAMS, batch.rollout, jnp.float32(0.7))  # legal tokens: see the metrics above
+    check_fields(found)
+    logprobs, entropy, *others = found
     assert others == [{}, None]
     law = reference_law(temperature=0.7, legal=None)
     np.testing.assert_allclose(logprobs, chosen(law), atol=5e-5)
