@@ -63,8 +63,7 @@ TEMPLATES: dict[str, PromptTemplate] = {
         PromptTemplate("plain", prompt="{question}\n"),
         # The instruction of Qwen's mathematical models: a verifier finds the answer in the box.
         PromptTemplate(
-            "boxed",
-            prompt="{question}\nPlease reason step by step, and put your final answer within \\boxed{}.",
+            "boxed", prompt="{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
         ),
         # For a base model, which thinks first. The prompt ends after the opening mark.
         PromptTemplate(

@@ -33,17 +33,11 @@ _QUESTIONS = {
 
 
 def correct_answers(kind: str, target: int, low: int, high: int) -> list[Numbers]:
-    """Returns all correct answers of a constraint in ascending order, each with its numbers ascending.
+    """Returns all correct answers of a constraint in ascending order, each with its numbers in [low, high] and ascending.
 
     Args:
-      kind: "sum": two numbers with the sum `target`; "difference": two numbers `target` apart; "multiple": one multiple
-        of `target`.
-      target: see `kind`.
-      low: the smallest number that is allowed.
-      high: the largest number that is allowed.
-
-    Raises:
-      ValueError: if the kind is unknown.
+      kind: "sum", two numbers with the sum `target`; "difference", two numbers `target` apart; "multiple", one multiple of
+        `target`. Raises ValueError for another kind.
     """
     if kind == "sum":
         return [(a, target - a) for a in range(low, high + 1) if a <= target - a <= high]
@@ -63,9 +57,7 @@ def _constraints(kind: str) -> Iterator[Numbers]:
         bounds = ((low, high) for low in range(1, 6) for high in range(low + 8, 19))
         targets = range(2, 10) if kind == "difference" else range(6, 31)
         every = ((target, low, high) for low, high in bounds for target in targets)
-    return (
-        (target, low, high) for target, low, high in every if len(correct_answers(kind, target, low, high)) >= _LEAST
-    )
+    return (constraint for constraint in every if len(correct_answers(kind, *constraint)) >= _LEAST)
 
 
 def _incorrect_answer(kind: str, target: int, low: int, high: int, rng: random.Random) -> list[int]:

@@ -12,5 +12,3 @@ that no test row influences training:
 from jaxrl_reason.data.tables.load import load_table
 from jaxrl_reason.data.tables.scaling import FeatureScaler, fit_features, TargetScaler
 from jaxrl_reason.data.tables.table import Table
-
-__all__ = ["FeatureScaler", "Table", "TargetScaler", "fit_features", "load_table"]
