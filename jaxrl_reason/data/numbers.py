@@ -303,7 +303,7 @@ def _check_whole(name: str, value: Any, low: int, high: int, condition: str = ""
 
 
 def _check_digits(name: str, value: Any, base: int, most: int) -> None:
-    """Raises ValueError if the digits make more than `most` numbers."""
+    # So many digits that they make at most `most` numbers.
     _check_whole(name, value, 1, next(n for n in range(32) if base ** (n + 1) > most), f" in base {base}")
 
 

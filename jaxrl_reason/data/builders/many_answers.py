@@ -33,11 +33,10 @@ _QUESTIONS = {
 
 
 def correct_answers(kind: str, target: int, low: int, high: int) -> list[Numbers]:
-    """Returns all correct answers of a constraint in ascending order, each with its numbers in [low, high] and ascending.
+    """Returns all correct answers of a constraint in ascending order, each with ascending numbers of [low, high].
 
-    Args:
-      kind: "sum", two numbers with the sum `target`; "difference", two numbers `target` apart; "multiple", one multiple of
-        `target`. Raises ValueError for another kind.
+    Kinds are "sum", two numbers with the sum `target`; "difference", two numbers `target` apart; and "multiple", one
+    multiple of `target`. Raises ValueError for another kind.
     """
     if kind == "sum":
         return [(a, target - a) for a in range(low, high + 1) if a <= target - a <= high]
@@ -92,20 +91,18 @@ def _rows(split: str, size: int) -> Iterator[dict[str, Any]]:
     constraints = endless(rng, {kind: [c for c in _constraints(kind) if fits(kind, c)] for kind in _QUESTIONS})
     for kind in itertools.islice(itertools.cycle(_QUESTIONS), size):
         target, low, high = next(constraints[kind])
+        constraint = {"kind": kind, "target": target, "low": low, "high": high}
         answers = correct_answers(kind, target, low, high)
         is_correct = rng.random() >= _INCORRECT
         answer = list(rng.choice(answers))[:: 1 if kind == "sum" and rng.random() < 0.5 else -1]
         numbers = answer if is_correct else _incorrect_answer(kind, target, low, high, rng)
         yield {
-            "question": _QUESTIONS[kind].format(target=target, low=low, high=high),
+            "question": _QUESTIONS[kind].format(**constraint),
             "solution": _solution(kind, target, numbers),
             "solution_right": int(is_correct),
             "answer": ", ".join(map(str, sorted(answer))),
             "answers": len(answers),
-            "kind": kind,
-            "target": target,
-            "low": low,
-            "high": high,
+            **constraint,
         }
 
 

@@ -124,8 +124,8 @@ _SKILLS = {
 def split_of(skill: str, numbers: Numbers, thing: str = "") -> str:
     """Returns the only split that may use the numbers for the skill: 6/8 train, 1/8 validation, 1/8 test.
 
-    The order of the numbers does not matter, so that 3 + 4 and 4 + 3 share a split. A skill with few numbers is split by
-    numbers and things.
+    The order of the numbers does not matter, so that 3 + 4 and 4 + 3 share a split. A skill with few numbers is split
+    by numbers and things.
     """
     # hashlib, because `hash` differs between processes.
     key = " ".join(filter(None, [f"{skill}:", "-".join(map(str, sorted(numbers))), thing]))
