@@ -57,10 +57,9 @@ class ChatTemplate:
 def chat_template(
     inner: PromptTemplate, tokenizer: Tokenizer, system: str = "", options: Mapping[str, Any] | None = None
 ) -> ChatTemplate:
-    """Returns `inner` as the user's turn of the tokenizer's chat template. The fields of `ChatTemplate` explain the rest.
+    """Returns `inner` as the user's turn of the tokenizer's chat template; see the fields of `ChatTemplate`.
 
-    Raises:
-      ValueError: if the tokenizer has no chat template, the template is not Jinja, or an option has a reserved name.
+    Raises ValueError if the tokenizer has no chat template, the template is not Jinja, or an option has a reserved name.
     """
     if not tokenizer.chat_template:
         raise ValueError("config.data.chat is set, and the tokenizer has no chat template; set it to False.")

@@ -1,4 +1,4 @@
-"""JSONL and Parquet files as rows. Every row is checked when the file is read; a bad row is reported with its number."""
+"""JSONL and Parquet files as rows. Every row is checked when a file is read; a bad row is reported with its number."""
 
 import collections
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,8 +37,8 @@ def read_jsonl(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) 
 
     Args:
       path: the file; it may begin with a byte order mark.
-      columns: maps our names to the file's. `question`, `answer` and every column named here must be non-empty text or a
-        finite number.
+      columns: maps our names to the file's. `question`, `answer` and every column named here must be non-empty text or
+        a finite number.
       on_bad_row: "refuse" raises after the last line; "skip" leaves bad rows out, counts them and warns.
 
     Raises:
@@ -71,8 +71,8 @@ def read_jsonl(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) 
 def read_parquet(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) -> FileRows:
     """Reads and checks a Parquet file as `read_jsonl` does. Only columns that this package needs enter memory.
 
-    A needed column is a column in `columns` or one of our names (`question`, `answer`, `solution`, `value`, ...). Dots select a
-    field of a structured column: {"question": "prompt.0.content", "answer": "reward_model.ground_truth"}.
+    A needed column is a column in `columns` or one of our names (`question`, `answer`, `solution`, `value`, ...). Dots
+    select a field of a structured column: {"question": "prompt.0.content", "answer": "reward_model.ground_truth"}.
 
     Raises:
       FileNotFoundError: if the file does not exist.
@@ -121,7 +121,7 @@ class _FileReader:
             self.reports.append(f"{self.path}, {self.unit} {number}: {reason}")
 
     def settle(self, on_bad_row: str, digest: str) -> FileRows:
-        """Returns the rows after the file is read; raises ValueError or warns of bad rows, depending on `on_bad_row`."""
+        """Returns the rows of the whole file; raises ValueError or warns of bad rows, depending on `on_bad_row`."""
         bad = "1 bad row" if self.count == 1 else f"{self.count} bad rows"
         if self.count and on_bad_row == "refuse":
             remedy = "Correct the file, or set config.data.on_bad_row to 'skip' to leave such rows out."
@@ -152,8 +152,8 @@ def listed(summary: str, reports: Sequence[str], count: int) -> str:
 def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
     """Returns the row under our names: `columns` maps them to the row's, and other columns keep their names.
 
-    A name that the row lacks can be a path into a structured column: "prompt.0.content". Raises ValueError if `question`,
-    `answer` or a column in `columns` is missing.
+    A name that the row lacks can be a path into a structured column: "prompt.0.content". Raises ValueError if
+    `question`, `answer` or a column in `columns` is missing.
     """
     wanted = _REQUIRED | dict(columns)
     row = dict(row)
@@ -171,8 +171,8 @@ def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
 def slice_rows(rows: list[T], split: str, path: pathlib.Path | str) -> list[T]:
     """Returns a part of the rows by TFDS's slice notation: "all", "[:90%]", "[90%:]", "[100:200]", "[-50:]".
 
-    Percentages round to the nearest row, so that "[:90%]" and "[90%:]" share no row and miss none. Raises ValueError if the
-    notation is unknown, or the slice reaches outside the file or is empty.
+    Percentages round to the nearest row, so that "[:90%]" and "[90%:]" share no row and miss none. Raises ValueError if
+    the notation is unknown, or the slice reaches outside the file or is empty.
     """
     if split == "all":
         return rows

@@ -44,8 +44,8 @@ def at_revision(address: str, revision: str) -> str:
 def fetch(address: str, wanted: Sequence[str], *, kind: str = "model", ignored: Sequence[str] = ()) -> Fetched:
     """Downloads files of a repository, or finds them in the hub's cache. Prints their commit to stderr.
 
-    The hub's client compares sizes after a download. This function also compares contents with the hash in the name of the
-    cached file: git's hash for a small file, SHA-256 for a large one.
+    The hub's client compares sizes after a download. This function also compares contents with the hash in the name of
+    the cached file: git's hash for a small file, SHA-256 for a large one.
 
     Args:
       address: owner/name, or owner/name@revision.
@@ -78,8 +78,8 @@ def fetch(address: str, wanted: Sequence[str], *, kind: str = "model", ignored: 
 def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
     """Returns the path `directory/name`, whether or not the file exists.
 
-    Raises HubError if the path leads out of the directory, by its name or as a link. Links of the hub's cache may point to
-    the cache's blobs.
+    Raises HubError if the path leads out of the directory, by its name or as a link. Links of the hub's cache may point
+    to the cache's blobs.
     """
     path = directory / name
     try:

@@ -62,10 +62,8 @@ class NumberTokenizer(abc.ABC):
     def encode(self, values: np.ndarray) -> np.ndarray:
         """Returns the canonical tokens int32[N, L] of float[N], each rounded to the nearest number that has a spelling.
 
-        Numbers beyond the largest spelling take that spelling.
-
-        Raises:
-          ValueError: if a number is NaN or infinite, or the values do not have one axis.
+        Numbers beyond the largest spelling take that spelling. Raises ValueError if a number is NaN or infinite, or the
+        values do not have one axis.
         """
         values = np.asarray(values, np.float64)
         if values.ndim != 1:
@@ -80,11 +78,9 @@ class NumberTokenizer(abc.ABC):
     def decode(self, ids: jax.Array) -> jax.Array:
         """Returns the numbers float32[...] that tokens int[..., L] spell, within two units in the last place.
 
-        Traceable, so that a reward computes it on the device. Finite for every legal spelling, canonical or not: a number
-        beyond float32 becomes the largest float32, or 0. NaN if a token is not legal at its position.
-
-        Raises:
-          AssertionError, ValueError: if ids are not integers, or the last axis does not have L tokens.
+        Traceable, so that a reward computes it on the device. Finite for every legal spelling, canonical or not: a
+        number beyond float32 becomes the largest float32, or 0. NaN if a token is not legal at its position. Raises
+        AssertionError if ids are not integers, and ValueError if the last axis does not have L tokens.
         """
         ids = jnp.asarray(ids)
         chex.assert_type(ids, int)
@@ -218,8 +214,7 @@ _TOKENIZERS: dict[str, _Kind] = {"normalized": NormalizedTokenizer, "p10": P10To
 def make_tokenizer(name: str, **options: int) -> NumberTokenizer:
     """Returns the number tokenizer "normalized", "p10" or "ieee"; `options` are the fields of its class.
 
-    Raises:
-      ValueError: if the name or an option is unknown, or a value is out of range.
+    Raises ValueError if the name or an option is unknown, or a value is out of range.
     """
     if name not in _TOKENIZERS:
         raise ValueError(f"There is no number tokenizer {name!r}.{_suggestion(name, _TOKENIZERS)}")
@@ -234,9 +229,9 @@ def make_tokenizer(name: str, **options: int) -> NumberTokenizer:
 def expert_targets(tokens: jax.Array, truth: jax.Array, base: int) -> jax.Array:
     """Returns the digit that an expert would write next, at every position of a number (GenRe2, arXiv 2512.06533).
 
-    After the prefix of the truth, the expert writes the true digit; after a greater prefix the lowest digit, and after a
-    smaller prefix the highest. Each brings the number as near to the truth as the prefix allows. For `NormalizedTokenizer`,
-    whose ids are digits without a sign.
+    After the prefix of the truth, the expert writes the true digit; after a greater prefix the lowest digit, and after
+    a smaller prefix the highest. Each brings the number as near to the truth as the prefix allows. For
+    `NormalizedTokenizer`, whose ids are digits without a sign.
 
     Args:
       tokens, truth: int[..., L], the sampled digits and those of the target, most significant first. Axes of length 1

@@ -66,8 +66,7 @@ TEMPLATES: dict[str, PromptTemplate] = {template.name: template for template in 
 def get_template(name_or_inline: str | PromptTemplate) -> PromptTemplate:
     """Returns a template of `TEMPLATES`, or one from the text of a prompt with at least one column: "Q: {question} A: ".
 
-    Raises:
-      ValueError: if the name is unknown; the message names the nearest template.
+    Raises ValueError if the name is unknown; the message names the nearest template.
     """
     if isinstance(name_or_inline, PromptTemplate):
         return name_or_inline

@@ -34,9 +34,7 @@ class Source:
     skipped: int  # the number of bad rows left out; 0 unless on_bad_row="skip"
     read: Callable[[Sequence[int]], list[Row]]  # returns the rows at a list of positions
     length: int
-    where: Callable[[int], str] | None = (
-        None  # returns the file and line of a row; None if rows do not come from a file
-    )
+    where: Callable[[int], str] | None = None  # returns the file and line of a row; None without files
 
     def __len__(self) -> int:
         return self.length
@@ -64,21 +62,18 @@ def load_source(
     columns: Mapping[str, str] | None = None,
     on_bad_row: str = "refuse",
 ) -> Source:
-    """Opens a data set; TFDS prepares it on first use.
+    """Opens a data set; TFDS prepares it on first use. Text is str, numbers int or float; other values do not change.
 
     Args:
-      name: a data set of TFDS or of ours: "gsm8k", "word_problems", "word_problems/chains"; a path that ends in .jsonl or
-        .parquet; or such files on the Hugging Face hub: "hf://datasets/zwhe99/DeepMath-103K/data/train-*.parquet".
+      name: a data set of TFDS or of ours: "gsm8k", "word_problems", "word_problems/chains"; a path that ends in .jsonl
+        or .parquet; or such files on the Hugging Face hub: "hf://datasets/zwhe99/DeepMath-103K/data/train-*.parquet".
         "@REVISION" may follow the name of the data set on the hub.
       split: for TFDS, "train", "test[:100]" and so on; for a file, "all" or a slice such as "[:90%]".
-      data_dir: the directory of TFDS's prepared data; None means TFDS's default, ~/tensorflow_datasets.
-      columns: maps our names to the data's, such as {"question": "problem"}. Other columns keep their names. Parquet columns
-        are read only if they are needed (see `files.read_parquet`).
-      on_bad_row: "refuse" raises if a file has a bad row; "skip" leaves bad rows out, counts them and warns. Rows of TFDS
-        are not checked.
-
-    Returns:
-      A `Source`. Text is str and numbers are int or float; values of other types do not change.
+      data_dir: the directory of TFDS's prepared data; None means its default, ~/tensorflow_datasets. Unused for files.
+      columns: maps our names to the data's, such as {"question": "problem"}. Other columns keep their names. Parquet
+        columns are read only if they are needed (see `files.read_parquet`).
+      on_bad_row: "refuse" raises if a file has a bad row; "skip" leaves bad rows out, counts them and warns. Rows of
+        TFDS are not checked.
 
     Raises:
       FileNotFoundError: if the file does not exist.
@@ -104,11 +99,7 @@ def _files_source(name: str, paths: list[pathlib.Path], split: str, columns: dic
     if len(paths) == 1:
         (names,), (contents,) = names, contents
     fingerprint = _fingerprint(names, split, columns, len(part), contents)
-
-    def where(i: int) -> str:
-        file, _, number = part[i]
-        return f"{file.path}, {file.unit} {number}"
-
+    where = lambda i: "{0.path}, {0.unit} {2}".format(*part[i])
     rows = lambda indices: [dict(part[i][1]) for i in indices]
     return Source(name, fingerprint, sum(file.skipped for file in read), rows, len(part), where)
 
@@ -116,8 +107,8 @@ def _files_source(name: str, paths: list[pathlib.Path], split: str, columns: dic
 def warn_of_repeats(train: Source, held_out: Source, prompt: Callable[[Mapping[str, Any]], str]) -> None:
     """Warns of repeated prompts: within the training rows, and of training prompts among the held-out rows. All rows are kept.
 
-    Two rows repeat each other if the prompts that `prompt` renders are equal, up to white space at both ends. Data sets of
-    TFDS are not compared with each other: their builders control the splits, and may repeat a prompt on purpose.
+    Two rows repeat each other if the prompts that `prompt` renders are equal, up to white space at both ends. Data sets
+    of TFDS are not compared with each other: their builders control the splits, and may repeat a prompt on purpose.
     """
     if train.where is None and held_out.where is None:
         return
@@ -183,10 +174,10 @@ def open_prepared(name: str, split: str, data_dir: str | pathlib.Path | None, ki
         except FileExistsError:  # another process has prepared the data in the meantime
             data = open_it()
     except tfds.core.DatasetNotFoundError as error:
-        known = f"{', '.join(_BUILDER_MODULES)}, another name that TFDS knows"
-        raise ValueError(
-            f"There is no data set {name!r}: give {known}, or a path that ends in .jsonl or .parquet."
-        ) from error
+        known = (
+            f"{', '.join(_BUILDER_MODULES)}, another name that TFDS knows, or a path that ends in .jsonl or .parquet"
+        )
+        raise ValueError(f"There is no data set {name!r}: give {known}.") from error
     except ValueError as error:
         raise ValueError(f"Split {split!r} of {kind} {name!r} cannot be opened: {error}") from error
     if not len(data):
@@ -201,9 +192,7 @@ def _tfds_source(name: str, split: str, data_dir: str | pathlib.Path | None, col
 
     def read(indices: Sequence[int]) -> list[Row]:
         rows = data.__getitems__([int(i) for i in indices])
-        return [
-            files.rename_columns(adapt({key: _plain(value) for key, value in row.items()}), columns) for row in rows
-        ]
+        return [files.rename_columns(adapt({key: _plain(row[key]) for key in row}), columns) for row in rows]
 
     try:
         ends = read([0, len(data) - 1])

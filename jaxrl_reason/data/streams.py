@@ -1,6 +1,6 @@
 """Endless shuffled batches whose position is one integer: `stream.batch(i)` is a pure function of `i`.
 
-Prompts and completions are tokenised separately and joined as ids, so that RL uses exactly the prompt ids of the supervised phase.
+Prompts and completions are tokenised separately and joined as ids: RL uses exactly the prompt ids of the supervised phase.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -62,8 +62,8 @@ class SolutionBatch(NamedTuple):
 class TextStream:
     """Tokenises rows once and reads them in an endless order; the base of the streams of prompts, solutions and pairs.
 
-    Each epoch has another order. A batch may cross the end of an epoch: no row is dropped, or repeated within an epoch. An
-    epoch has `size` rows; `skipped` rows are left out.
+    Each epoch has another order. A batch may cross the end of an epoch: no row is dropped, or repeated within an epoch.
+    An epoch has `size` rows; `skipped` rows are left out.
 
     Args:
       source, tokenizer, template: the rows; the tokenizer encodes the texts that the template renders.
@@ -77,7 +77,7 @@ class TextStream:
       local_rows: int[n], the rows of a batch that this process reads and returns; None: all.
 
     Raises:
-      ValueError: if there are no rows, rows do not fit, a column of the template is missing, or an argument is out of range.
+      ValueError: if no row exists, rows do not fit, a column of the template is missing, or an argument is out of range.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class PromptStream(TextStream):
         self, source: Rows, tokenizer: Tokenizer, template: Template, *, columns: Arrays | None = None, **options: Any
     ):
         super().__init__(source, tokenizer, template, **options)
-        self._source, self._columns = source, columns or {}
+        self._source, self._columns = source, dict(columns or {})
 
     def batch(self, i: int) -> PromptBatch:
         """Returns batch `i` of the stream, for any i >= 0."""

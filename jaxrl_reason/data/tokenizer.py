@@ -72,7 +72,7 @@ class Tokenizer:
         return self.backend.decode_batch([list(row) for row in rows], skip_special_tokens=skip_special)
 
     def save(self, directory: str | pathlib.Path) -> None:
-        """Writes tokenizer.json, tokenizer_config.json, and generation_config.json if several tokens end a completion."""
+        """Writes tokenizer.json, tokenizer_config.json and, for several end tokens, generation_config.json."""
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(directory / "tokenizer.json"))
@@ -96,7 +96,7 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     """Reads a tokenizer from a directory in the Hugging Face layout, or from a tokenizer.json and the files next to it.
 
     Begin, end and padding tokens come from tokenizer_config.json, else from special_tokens_map.json.
-    generation_config.json, else the model's config.json, may add end tokens. Without a padding token, the first end token pads.
+    generation_config.json, else the model's config.json, may add end tokens. Without a padding token, eos_ids[0] pads.
 
     Raises:
       FileNotFoundError: if there is no tokenizer.json.
@@ -116,7 +116,6 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
         raise ValueError(f"{file} is not a tokenizer.json that the tokenizers library can read: {error}.") from error
     backend.no_truncation()  # the file may store both, and they change ids
     backend.no_padding()
-
     config = _read_json(file.parent / "special_tokens_map.json") | _read_json(file.parent / "tokenizer_config.json")
     bos, eos, pad = (_token_id(backend, x, config.get(f"{x}_token"), file.parent) for x in ("bos", "eos", "pad"))
     more = _read_json(file.parent / "generation_config.json").get("eos_token_id")
@@ -137,8 +136,7 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
 def fitted(tokenizer: Tokenizer, size: int) -> Tokenizer:
     """Returns the tokenizer without added tokens that an embedding of `size` rows lacks, such as Gemma 3's image token.
 
-    Raises:
-      ValueError: if the vocabulary itself, or the begin, end or padding token, exceeds the model's.
+    Raises ValueError if the vocabulary itself, or the begin, end or padding token, exceeds the model's.
     """
     if tokenizer.vocab_size <= size:
         return tokenizer
@@ -155,8 +153,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> Tokenizer:
 
     Args:
       texts: the texts to learn merges from; two thousand problems take a fraction of a second.
-      vocab_size: the upper bound of the vocabulary, which a few texts may not fill. Raises ValueError if it is below 259:
-        the bytes, `<pad>`, `<bos>`, `<eos>`.
+      vocab_size: the upper bound of the vocabulary, which a few texts may not fill. Raises ValueError if it is below
+        259: the bytes, `<pad>`, `<bos>`, `<eos>`.
     """
     special = ["<pad>", "<bos>", "<eos>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -165,9 +163,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> Tokenizer:
         need = f"256 bytes and {len(special)} special tokens need at least {least}"
         raise ValueError(f"vocab_size is {vocab_size}, but {need}.")
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False

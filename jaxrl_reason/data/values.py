@@ -15,8 +15,8 @@ KINDS = ("own", "uniform", "shuffled")
 def read_values(source: Source) -> np.ndarray:
     """Returns the value of every row, f32[N] in [0, 1].
 
-    The value is the column `value`; else `points` / `exam_total`; else `points` over the sum of the points of all rows with
-    the same `exam`. Raises ValueError if none of these columns exists, or a value is missing, not a number, negative or above 1.
+    The value is the column `value`; else `points` / `exam_total`; else `points` over the sum of the points of all rows
+    with the same `exam`. Raises ValueError without such columns, and for a value that is no number or not in [0, 1].
     """
     # The columns of all rows: a row that lacks a column of the others is reported by its number.
     columns = set(itertools.chain.from_iterable(source))

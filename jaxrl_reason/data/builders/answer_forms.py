@@ -39,7 +39,7 @@ def _decimal(value: Fraction) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-    """One kind of sum. Its numbers are (left, right, unit): left and right count parts, and `unit` parts make a whole."""
+    """One kind of sum. Numbers are (left, right, unit): left and right count parts, and `unit` parts make a whole."""
 
     numbers: Sequence[Numbers]  # all with left >= right
     write: Callable[[int, int], str | None]  # writes (count, unit) as questions and steps do
@@ -131,9 +131,9 @@ def _rows(split: str, size: int) -> Iterator[dict[str, Any]]:
 class AnswerForms(OfflineBuilder):
     """Sums and differences of fractions, decimals and percents, solved in mixed forms, with a preference pair each.
 
-    Columns: `question`; `solution`, a step and `#### x` with x in some form, one in three incorrect; `solution_right`, 1
-    or 0; `answer`, the correct fraction in lowest terms; `chosen` and `rejected`, a correct and an incorrect completion
-    with the same distribution of forms, so that the form tells little; `family`.
+    Columns: `question`; `solution`, a step and `#### x` with x in some form, one in three incorrect; `solution_right`,
+    1 or 0; `answer`, the correct fraction in lowest terms; `chosen` and `rejected`, a correct and an incorrect
+    completion with the same distribution of forms, so that the form tells little; `family`.
     """
 
     DESCRIPTION = "Sums with answers in several forms; no numbers of a thing occur in two splits of a family."

@@ -42,7 +42,6 @@ class OfflineBuilder(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(builder=self, description=self.DESCRIPTION, features=features)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        del dl_manager  # nothing to download
         return {split: self._generate_examples(split) for split in self.SIZES}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[str | int, dict[str, Any]]]:

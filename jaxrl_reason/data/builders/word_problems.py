@@ -172,7 +172,7 @@ def _problems(config: WordProblemsConfig, split: str, size: int) -> Iterator[dic
 class WordProblems(OfflineBuilder):
     """Short arithmetic word problems with worked solutions and integer answers: config "standard", or "chains" of sums.
 
-    Columns, all text: `question`; `solution`, one step per line and `#### N` at the end; `answer`, the number alone; `skill`.
+    Columns, all text: `question`; `solution`, one step per line and `#### N` at the end; `answer`, the number; `skill`.
     """
 
     VERSION = tfds.core.Version("2.0.0")

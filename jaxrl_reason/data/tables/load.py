@@ -67,16 +67,16 @@ def load_table(
     """Opens a table; TFDS prepares it on first use.
 
     Args:
-      name: "diabetes"; "synthetic", short for "synthetic/friedman", or another config of `Synthetic`; or a path that ends
-        in .csv.
-      split: for our data sets "train", "validation", "test[:100]" and so on; for a file, "all" or a slice in the order of
-        its rows, such as "[:90%]".
+      name: "diabetes"; "synthetic", short for "synthetic/friedman", or another config of `Synthetic`; or a path that
+        ends in .csv.
+      split: for our data sets "train", "validation", "test[:100]" and so on; for a file, "all" or a slice in the order
+        of its rows, such as "[:90%]".
       target: the column of a file to predict. Our data sets have a fixed one.
-      categorical: the treatment of a column of texts: "refuse" raises, "onehot" keeps it for `fit_features`, "drop" leaves
-        it out. A column of numbers and texts always raises.
-      missing: the treatment of a missing value (an empty cell, NA, N/A, NaN, null or ?): "refuse" raises, "mean" keeps the
-        gap for `fit_features` to fill, "drop" leaves the row out and warns. A target is never filled.
-      data_dir: the directory of TFDS's prepared data; None means TFDS's default, ~/tensorflow_datasets.
+      categorical: the treatment of a column of texts: "refuse" raises, "onehot" keeps it for `fit_features`, "drop"
+        leaves it out. A column of numbers and texts always raises.
+      missing: the treatment of a missing value (an empty cell, NA, N/A, NaN, null or ?): "refuse" raises, "mean" keeps
+        the gap for `fit_features` to fill, "drop" leaves the row out and warns. A target is never filled.
+      data_dir: the directory of TFDS's prepared data; None means its default, ~/tensorflow_datasets. Unused for files.
 
     Raises:
       FileNotFoundError, ImportError: if the file does not exist, or "diabetes" has to be prepared without scikit-learn,
@@ -105,7 +105,11 @@ def load_table(
 
 def _read_table(path: pathlib.Path, split: str, target: str, categorical: str, missing: str) -> Table:
     header, rows, lines = _read_csv(path)
-    _check_target_name(path, header, target)
+    if target not in header:
+        close = difflib.get_close_matches(target, header, n=1, cutoff=0.5)
+        hint = f"Did you mean {close[0]!r}?" if close else f"There are {files.quoted(header)}."
+        fault = f"has no column {target!r} to predict" if target else "needs `target`, the column to predict"
+        raise ValueError(f"{path} {fault}. {hint}")
     cells = {name: [row[i] for row in rows] for i, name in enumerate(header)}
     columns = {name: _parse_column(path, name, cells[name], lines) for name in header}
     numbers = {name: column for name, column in columns.items() if column is not None}
@@ -122,7 +126,6 @@ def _read_table(path: pathlib.Path, split: str, target: str, categorical: str, m
     if not names + texts:
         fault = f"no column to predict {target!r} from"
         raise ValueError(f"{path} has {fault}; it needs a header and cells separated by commas.")
-
     gaps = {name: [i for i, cell in enumerate(cells[name]) if _is_gap(cell)] for name in [*names, *texts, target]}
     kept = _kept_rows(path, gaps, lines, target, missing)
     if len({targets[i] for i in kept}) == 1:
@@ -134,14 +137,6 @@ def _read_table(path: pathlib.Path, split: str, target: str, categorical: str, m
     features, labels = features.reshape(len(part), len(names)), labels.reshape(len(part), len(texts))
     predicted = np.array([targets[i] for i in part], np.float64)
     return Table(str(path), tuple(names), features, tuple(texts), labels, target, predicted)
-
-
-def _check_target_name(path: pathlib.Path, header: Sequence[str], target: str) -> None:
-    if target not in header:
-        close = difflib.get_close_matches(target, header, n=1, cutoff=0.5)
-        hint = f"Did you mean {close[0]!r}?" if close else f"There are {files.quoted(header)}."
-        fault = f"has no column {target!r} to predict" if target else "needs `target`, the column to predict"
-        raise ValueError(f"{path} {fault}. {hint}")
 
 
 def _kept_rows(
@@ -180,9 +175,8 @@ def _read_csv(path: pathlib.Path) -> tuple[list[str], list[list[str]], list[int]
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}, line {line} is not UTF-8; save the file in that encoding.") from error
 
-    rows, lines = [], []
+    rows, lines, line = [], [], 1
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
-    line = 1
     try:
         for row in reader:
             rows.append([cell.strip() for cell in row])
