@@ -1,6 +1,6 @@
 """Endless shuffled batches whose position is one integer: `stream.batch(i)` is a pure function of `i`.
 
-Prompts and completions are tokenised separately and joined as ids: RL uses exactly the prompt ids of the supervised phase.
+Prompts and completions are tokenised separately and joined as ids: RL uses the exact prompt ids of the supervised phase.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -77,7 +77,7 @@ class TextStream:
       local_rows: int[n], the rows of a batch that this process reads and returns; None: all.
 
     Raises:
-      ValueError: if no row exists, rows do not fit, a column of the template is missing, or an argument is out of range.
+      ValueError: if no row exists, rows do not fit, the template's column is missing, or an argument is out of range.
     """
 
     def __init__(
