@@ -1,6 +1,6 @@
 """Endless shuffled batches whose position is one integer: `stream.batch(i)` is a pure function of `i`.
 
-Prompts and completions are tokenised separately and joined as ids: RL uses the exact prompt ids of the supervised phase.
+Prompts and completions are tokenised apart and joined as ids: RL uses exactly the prompt ids of the supervised phase.
 """
 
 from collections.abc import Callable, Mapping, Sequence
