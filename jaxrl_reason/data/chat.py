@@ -59,7 +59,7 @@ def chat_template(
 ) -> ChatTemplate:
     """Returns `inner` as the user's turn of the tokenizer's chat template; see the fields of `ChatTemplate`.
 
-    Raises ValueError if the tokenizer has no chat template, the template is not Jinja, or an option is named in `_GIVEN`.
+    Raises ValueError if the tokenizer has no chat template, the template is not Jinja, or an option's name is taken.
     """
     if not tokenizer.chat_template:
         raise ValueError("config.data.chat is set, and the tokenizer has no chat template; set it to False.")

@@ -174,10 +174,9 @@ def open_prepared(name: str, split: str, data_dir: str | pathlib.Path | None, ki
         except FileExistsError:  # another process has prepared the data in the meantime
             data = open_it()
     except tfds.core.DatasetNotFoundError as error:
-        known = (
-            f"{', '.join(_BUILDER_MODULES)}, another name that TFDS knows, or a path that ends in .jsonl or .parquet"
-        )
-        raise ValueError(f"There is no data set {name!r}: give {known}.") from error
+        names, paths = ", ".join(_BUILDER_MODULES), "a path that ends in .jsonl or .parquet"
+        fault = f"There is no data set {name!r}"
+        raise ValueError(f"{fault}: give {names}, another name that TFDS knows, or {paths}.") from error
     except ValueError as error:
         raise ValueError(f"Split {split!r} of {kind} {name!r} cannot be opened: {error}") from error
     if not len(data):
