@@ -22,27 +22,20 @@ _GIVEN = {"messages", "add_generation_prompt", "bos_token", "eos_token"}  # name
 class ChatTemplate:
     """A prompt template inside a model's own chat template, with the methods of a `PromptTemplate`.
 
-    Attributes:
-      inner: the template of the user's turn and of the worked solution.
-      text: the model's chat template: Jinja as Hugging Face writes it. It runs in a sandbox.
-      system: the system prompt; if empty, there is none. Some templates then insert their own.
-      options: further names that the template knows, such as {"enable_thinking": False} of Qwen 3.
-      bos: the text of the begin token, which a template may write.
-      eos: the text of the end token.
+    `options` are further names that the chat template knows, such as {"enable_thinking": False} of Qwen 3.
     """
 
-    inner: PromptTemplate
-    text: str
-    system: str = ""
+    inner: PromptTemplate  # of the user's turn and of the worked solution
+    text: str  # the model's chat template: Jinja as Hugging Face writes it; it runs in a sandbox
+    system: str = ""  # the system prompt; if empty, there is none, and some templates insert their own
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    bos: str = ""
-    eos: str = ""
+    bos: str = ""  # the text of the begin token, which a template may write
+    eos: str = ""  # the text of the end token
 
     def render_prompt(self, row: Mapping[str, Any]) -> str:
         """Returns the conversation up to the start of the assistant's turn.
 
-        Raises:
-          ValueError: if the row lacks a column, or the chat template fails.
+        Raises ValueError if the row lacks a column, or the chat template fails.
         """
         content = self.inner.render_prompt(row).strip()  # the template marks the end of a turn
         return self.render([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -54,14 +47,9 @@ class ChatTemplate:
     def render(self, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
         """Returns a conversation, after the system prompt; raises ValueError if the chat template fails."""
         messages = ([{"role": "system", "content": self.system}] if self.system else []) + turns
+        given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
-            return _compiled(self.text).render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                bos_token=self.bos,
-                eos_token=self.eos,
-                **self.options,
-            )
+            return _compiled(self.text).render(bos_token=self.bos, eos_token=self.eos, **given, **self.options)
         except Exception as e:  # a template is a program, which can fail in any way
             raise ValueError(f"The model's chat template cannot render a prompt: {e}.") from e
 
@@ -69,24 +57,16 @@ class ChatTemplate:
 def chat_template(
     inner: PromptTemplate, tokenizer: Tokenizer, system: str = "", options: Mapping[str, Any] | None = None
 ) -> ChatTemplate:
-    """Returns `inner` as the user's turn of the tokenizer's chat template.
+    """Returns `inner` as the user's turn of the tokenizer's chat template; see the fields of `ChatTemplate`.
 
-    Args:
-      inner: the template of the user's turn.
-      tokenizer: a tokenizer with a chat template.
-      system: the system prompt, or "".
-      options: further names for the template.
-
-    Raises:
-      ValueError: if the tokenizer has no chat template, the template is not Jinja, or an option has a reserved name.
+    Raises ValueError if the tokenizer has no chat template, the template is not Jinja, or an option's name is taken.
     """
     if not tokenizer.chat_template:
         raise ValueError("config.data.chat is set, and the tokenizer has no chat template; set it to False.")
     for name in options or {}:
         if not isinstance(name, str) or name in _GIVEN:
-            raise ValueError(
-                f"config.data.chat_options names {name!r}; a name must be text, and {', '.join(sorted(_GIVEN))} are given already."
-            )
+            rule = f"a name must be text, and {', '.join(sorted(_GIVEN))} are given already"
+            raise ValueError(f"config.data.chat_options names {name!r}; {rule}.")
     try:
         _compiled(tokenizer.chat_template)
     except jinja2.TemplateError as e:
@@ -109,9 +89,8 @@ class _Generation(jinja2.ext.Extension):
 @functools.lru_cache(maxsize=8)
 def _compiled(text: str) -> jinja2.Template:
     """Compiles a chat template with the settings of `transformers`."""
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-    )
+    extensions = ["jinja2.ext.loopcontrols", _Generation]
+    environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     # Jinja's own filter escapes HTML.
     environment.filters["tojson"] = lambda x, ensure_ascii=False, indent=None, separators=None, sort_keys=False: (
         json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,4 +1,4 @@
-"""JSONL and Parquet files as rows. Every row is checked when the file is read; a bad row is reported with its number and the reason."""
+"""JSONL and Parquet files as rows. Every row is checked when a file is read; a bad row is reported with its number."""
 
 import collections
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,23 +22,14 @@ REPORTED = 10  # messages list so many rows and count the rest
 
 @dataclasses.dataclass(frozen=True)
 class FileRows:
-    """The rows of a file.
-
-    Attributes:
-      path: the file.
-      unit: "line", counted from 1, or "row", counted from 0.
-      rows: the good rows under our column names; other columns are kept.
-      numbers: the number of the line or row in the file, for each of `rows`.
-      skipped: the number of bad rows left out.
-      digest: the SHA-256 of the file.
-    """
+    """The rows of a file."""
 
     path: pathlib.Path
-    unit: str
-    rows: list[Row]
-    numbers: list[int]
-    skipped: int
-    digest: str
+    unit: str  # "line", counted from 1, or "row", counted from 0
+    rows: list[Row]  # the good rows under our column names; other columns are kept
+    numbers: list[int]  # the number of the line or row in the file, for each of `rows`
+    skipped: int  # the number of bad rows left out
+    digest: str  # the SHA-256 of the file
 
 
 def read_jsonl(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) -> FileRows:
@@ -46,7 +37,8 @@ def read_jsonl(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) 
 
     Args:
       path: the file; it may begin with a byte order mark.
-      columns: maps our names to the file's. `question`, `answer` and every column named here must be non-empty text or a finite number.
+      columns: maps our names to the file's. `question`, `answer` and every column named here must be non-empty text or
+        a finite number.
       on_bad_row: "refuse" raises after the last line; "skip" leaves bad rows out, counts them and warns.
 
     Raises:
@@ -55,11 +47,8 @@ def read_jsonl(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) 
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no data file {path}.")
-    rows: list[Row] = []
-    numbers: list[int] = []
-    bad = _BadRows(path, "line")
+    reader, digest = _FileReader(path, "line"), hashlib.sha256()
     blank: list[int] = []  # lines that are bad only if a row follows
-    digest = hashlib.sha256()
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             digest.update(line)
@@ -70,23 +59,20 @@ def read_jsonl(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) 
                 blank.append(number)
                 continue
             for earlier in blank:
-                bad.report(earlier, "the line is blank")
+                reader.report(earlier, "the line is blank")
             blank.clear()
             try:
-                rows.append(_parse(line, columns))
-                numbers.append(number)
+                reader.keep(number, _parse(line, columns))
             except ValueError as error:
-                bad.report(number, str(error))
-
-    bad.settle(rows, on_bad_row)
-    return FileRows(path, "line", rows, numbers, bad.count, digest.hexdigest())
+                reader.report(number, str(error))
+    return reader.settle(on_bad_row, digest.hexdigest())
 
 
 def read_parquet(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) -> FileRows:
     """Reads and checks a Parquet file as `read_jsonl` does. Only columns that this package needs enter memory.
 
-    A needed column is a column in `columns` or one of our names (`question`, `answer`, `solution`, `value`, ...). Dots select a field of
-    a structured column: {"question": "prompt.0.content", "answer": "reward_model.ground_truth"}.
+    A needed column is a column in `columns` or one of our names (`question`, `answer`, `solution`, `value`, ...). Dots
+    select a field of a structured column: {"question": "prompt.0.content", "answer": "reward_model.ground_truth"}.
 
     Raises:
       FileNotFoundError: if the file does not exist.
@@ -97,57 +83,56 @@ def read_parquet(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str
 
     if not path.is_file():
         raise FileNotFoundError(f"There is no data file {path}.")
-    rows: list[Row] = []
-    numbers: list[int] = []
-    bad = _BadRows(path, "row")
+    reader = _FileReader(path, "row")
     theirs = set((_REQUIRED | dict(columns)).values())
     needed = _OURS | theirs | {name.split(".")[0] for name in theirs}
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(columns=[name for name in file.schema_arrow.names if name in needed]):
                 for i in range(len(batch)):
-                    number = len(rows) + bad.count
+                    number = len(reader.rows) + reader.count
                     try:
                         (row,) = batch.slice(i, 1).to_pylist()
-                        rows.append(_checked(row, columns))
-                        numbers.append(number)
+                        reader.keep(number, _checked(row, columns))
                     except (ValueError, OverflowError) as error:  # also text that is not UTF-8, a date beyond Python's
-                        bad.report(number, str(error))
+                        reader.report(number, str(error))
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a Parquet file that can be read: {error}.") from error
-    bad.settle(rows, on_bad_row)
     with path.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256")
-    return FileRows(path, "row", rows, numbers, bad.count, digest.hexdigest())
+        return reader.settle(on_bad_row, hashlib.file_digest(content, "sha256").hexdigest())
 
 
-class _BadRows:
-    """Counts the bad rows of a file and describes the first few."""
+class _FileReader:
+    """Collects the good rows of a file, counts the bad rows and describes the first few."""
 
     def __init__(self, path: pathlib.Path, unit: str):
-        self.path, self.unit = path, unit
-        self.count = 0
+        self.path, self.unit, self.count = path, unit, 0
+        self.rows: list[Row] = []
+        self.numbers: list[int] = []
         self.reports: list[str] = []
+
+    def keep(self, number: int, row: Row) -> None:
+        self.rows.append(row)
+        self.numbers.append(number)
 
     def report(self, number: int, reason: str) -> None:
         self.count += 1
         if len(self.reports) < REPORTED:
             self.reports.append(f"{self.path}, {self.unit} {number}: {reason}")
 
-    def settle(self, rows: list[Row], on_bad_row: str) -> None:
-        """Raises ValueError or warns, depending on `on_bad_row`, after the file is read."""
+    def settle(self, on_bad_row: str, digest: str) -> FileRows:
+        """Returns the rows of the whole file; raises ValueError or warns of bad rows, depending on `on_bad_row`."""
         bad = "1 bad row" if self.count == 1 else f"{self.count} bad rows"
         if self.count and on_bad_row == "refuse":
-            raise ValueError(
-                listed(f"{self.path} has {bad}", self.reports, self.count)
-                + "\nCorrect the file, or set config.data.on_bad_row to 'skip' to leave such rows out."
-            )
-        if not rows:
+            remedy = "Correct the file, or set config.data.on_bad_row to 'skip' to leave such rows out."
+            raise ValueError(f"{listed(f'{self.path} has {bad}', self.reports, self.count)}\n{remedy}")
+        if not self.rows:
             why = f"{bad} skipped, the first at {self.reports[0]}" if self.count else "the file is empty"
             raise ValueError(f"{self.path} has no usable row: {why}.")
         if self.count:
-            summary = f"{self.path}: {bad} skipped, {len(rows)} kept"
+            summary = f"{self.path}: {bad} skipped, {len(self.rows)} kept"
             warnings.warn(listed(summary, self.reports, self.count), stacklevel=4)
+        return FileRows(self.path, self.unit, self.rows, self.numbers, self.count, digest)
 
 
 def quoted(names: Iterable[str]) -> str:
@@ -165,15 +150,10 @@ def listed(summary: str, reports: Sequence[str], count: int) -> str:
 
 
 def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
-    """Returns the row under our names.
+    """Returns the row under our names: `columns` maps them to the row's, and other columns keep their names.
 
-    Args:
-      row: column -> value.
-      columns: maps our names to the row's; other columns keep their names. A name that the row lacks can be a path into a structured
-        column: "prompt.0.content".
-
-    Raises:
-      ValueError: if `question`, `answer` or a column in `columns` is missing.
+    A name that the row lacks can be a path into a structured column: "prompt.0.content". Raises ValueError if
+    `question`, `answer` or a column in `columns` is missing.
     """
     wanted = _REQUIRED | dict(columns)
     row = dict(row)
@@ -191,19 +171,16 @@ def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
 def slice_rows(rows: list[T], split: str, path: pathlib.Path | str) -> list[T]:
     """Returns a part of the rows by TFDS's slice notation: "all", "[:90%]", "[90%:]", "[100:200]", "[-50:]".
 
-    Percentages round to the nearest row, so that "[:90%]" and "[90%:]" share no row and miss none.
-
-    Raises:
-      ValueError: if the notation is unknown, or the slice reaches outside the file or is empty.
+    Percentages round to the nearest row, so that "[:90%]" and "[90%:]" share no row and miss none. Raises ValueError if
+    the notation is unknown, or the slice reaches outside the file or is empty.
     """
     if split == "all":
         return rows
     border = r"(-?\d+|\d\d?%|100%)?"
     match = re.fullmatch(rf"\[{border}:{border}\]", split)
     if not match:
-        raise ValueError(
-            f"The split {split!r} of {path} is not understood: a file takes 'all' or a slice such as '[:90%]', '[90%:]' or '[100:200]'."
-        )
+        forms = "a file takes 'all' or a slice such as '[:90%]', '[90%:]' or '[100:200]'"
+        raise ValueError(f"The split {split!r} of {path} is not understood: {forms}.")
     borders = [0, len(rows)]
     for side, text in enumerate(match.groups()):
         if text is not None:

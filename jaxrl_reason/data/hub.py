@@ -7,7 +7,7 @@ import os
 import pathlib
 import re
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # owner/name, then perhaps @ and a branch, a tag or a commit. No part begins with a dot: a revision becomes part of a path.
 _ADDRESS = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?", re.ASCII)
@@ -19,17 +19,11 @@ class HubError(ValueError):
 
 
 class Fetched(NamedTuple):
-    """Files of a repository on this machine.
+    """Files of a repository on this machine."""
 
-    Attributes:
-      directory: the directory of this revision in the hub's cache.
-      files: the requested files, sorted.
-      revision: their commit.
-    """
-
-    directory: pathlib.Path
-    files: list[pathlib.Path]
-    revision: str
+    directory: pathlib.Path  # of this revision in the hub's cache
+    files: list[pathlib.Path]  # the requested files, sorted
+    revision: str  # their commit
 
 
 def is_address(text: str) -> bool:
@@ -50,14 +44,13 @@ def at_revision(address: str, revision: str) -> str:
 def fetch(address: str, wanted: Sequence[str], *, kind: str = "model", ignored: Sequence[str] = ()) -> Fetched:
     """Downloads files of a repository, or finds them in the hub's cache. Prints their commit to stderr.
 
-    The hub's client compares sizes after a download. This function also compares contents with the hash in the name of the cached file:
-    git's hash for a small file, SHA-256 for a large one.
+    The hub's client compares sizes after a download. This function also compares contents with the hash in the name of
+    the cached file: git's hash for a small file, SHA-256 for a large one.
 
     Args:
       address: owner/name, or owner/name@revision.
-      wanted: patterns of the names of files to fetch.
+      wanted, ignored: patterns of the names of files to fetch, and to leave out.
       kind: "model" or "dataset".
-      ignored: patterns of the names of files to leave out.
 
     Raises:
       HubError: if the repository or revision does not exist, the network fails, or a file differs from the hub's.
@@ -65,18 +58,15 @@ def fetch(address: str, wanted: Sequence[str], *, kind: str = "model", ignored: 
     import huggingface_hub.utils  # costs a second; needed only for downloads
 
     name, revision = _parts(address)
+    patterns: dict[str, Any] = {"allow_patterns": list(wanted), "ignore_patterns": list(ignored)}
     try:
-        directory = pathlib.Path(
-            huggingface_hub.snapshot_download(
-                name, repo_type=kind, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(ignored)
-            )
-        )
+        found = huggingface_hub.snapshot_download(name, repo_type=kind, revision=revision, **patterns)
     except Exception as e:  # the network, the hub and the disk raise a dozen classes
         reason = str(e).strip().partition("\n")[0]
         raise HubError(f"{address} could not be had from the Hugging Face hub: {type(e).__name__}: {reason}") from e
+    directory = pathlib.Path(found)
     there = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-    names = huggingface_hub.utils.filter_repo_objects(there, allow_patterns=list(wanted), ignore_patterns=list(ignored))
-    files = [inside(directory, name) for name in names]
+    files = [inside(directory, name) for name in huggingface_hub.utils.filter_repo_objects(there, **patterns)]
     with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
         list(pool.map(_verify, files))
     commit = directory.name
@@ -88,8 +78,8 @@ def fetch(address: str, wanted: Sequence[str], *, kind: str = "model", ignored: 
 def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
     """Returns the path `directory/name`, whether or not the file exists.
 
-    Raises:
-      HubError: if the path leads out of the directory, by its name or as a link. Links of the hub's cache may point to the cache's blobs.
+    Raises HubError if the path leads out of the directory, by its name or as a link. Links of the hub's cache may point
+    to the cache's blobs.
     """
     path = directory / name
     try:
@@ -118,13 +108,10 @@ def _verify(path: pathlib.Path) -> None:
     expected = pathlib.PurePath(os.readlink(path)).name if path.is_symlink() else ""
     if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", expected):
         return
-    digest = (
-        hashlib.sha256() if len(expected) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-    )  # as git does
+    # SHA-1 as git computes it.
+    digest = hashlib.sha256() if len(expected) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
     with path.open("rb") as file:
         hashlib.file_digest(file, lambda: digest)
     if digest.hexdigest() != expected:
-        raise HubError(
-            f"{path} is not what the hub has under this name: its hash is {digest.hexdigest()}, not {expected}. "
-            f"Delete {path.resolve()} and try again."
-        )
+        fault = f"its hash is {digest.hexdigest()}, not {expected}. Delete {path.resolve()} and try again"
+        raise HubError(f"{path} is not what the hub has under this name: {fault}.")

@@ -32,13 +32,9 @@ _SIGNS = ("+", "-")
 
 
 class NumberTokenizer(abc.ABC):
-    """Encodes numbers as tokens and decodes them; the base of the three alphabets.
+    """Encodes numbers as tokens and decodes them; the base of the three alphabets."""
 
-    Attributes:
-      unit_interval: whether all numbers are in [0, 1]; otherwise any real number can be written.
-    """
-
-    unit_interval: ClassVar[bool] = False
+    unit_interval: ClassVar[bool] = False  # whether all numbers are in [0, 1]; otherwise any real number can be written
 
     @property
     @abc.abstractmethod
@@ -64,50 +60,33 @@ class NumberTokenizer(abc.ABC):
         """Returns the numbers float32[...] of legal tokens int32[..., L]."""
 
     def encode(self, values: np.ndarray) -> np.ndarray:
-        """Returns the canonical tokens of numbers, each rounded to the nearest number that has a spelling.
+        """Returns the canonical tokens int32[N, L] of float[N], each rounded to the nearest number that has a spelling.
 
-        Args:
-          values: float[N], finite. Numbers beyond the largest spelling take that spelling.
-
-        Returns:
-          int32[N, L].
-
-        Raises:
-          ValueError: if a number is NaN or infinite, or the values do not have one axis.
+        Numbers beyond the largest spelling take that spelling. Raises ValueError if a number is NaN or infinite, or the
+        values do not have one axis.
         """
         values = np.asarray(values, np.float64)
         if values.ndim != 1:
             raise ValueError(f"The numbers to encode have the shape {values.shape}; give one axis of them.")
         bad = np.flatnonzero(~np.isfinite(values))
         if bad.size:
-            raise ValueError(
-                f"Number {bad[0]} of the {len(values)} to encode is {values[bad[0]]}, which has no digits; correct the "
-                "data, or leave that row out."
-            )
+            number = f"Number {bad[0]} of the {len(values)} to encode is {values[bad[0]]}"
+            raise ValueError(f"{number}, which has no digits; correct the data, or leave that row out.")
         codes = [self._spell(Fraction(value)) for value in values.tolist()]
         return np.array(codes, np.int32).reshape(len(values), self.length)
 
     def decode(self, ids: jax.Array) -> jax.Array:
-        """Returns the numbers that tokens spell. Traceable, so that a reward computes it on the device.
+        """Returns the numbers float32[...] that tokens int[..., L] spell, within two units in the last place.
 
-        Args:
-          ids: int[..., L].
-
-        Returns:
-          float32[...], within two units in the last place. Finite for every legal spelling, canonical or not: a number
-          beyond float32 becomes the largest float32, or 0. NaN if a token is not legal at its position.
-
-        Raises:
-          AssertionError: if ids are not integers.
-          ValueError: if the last axis does not have L tokens.
+        Traceable, so that a reward computes it on the device. Finite for every legal spelling, canonical or not: a
+        number beyond float32 becomes the largest float32, or 0. NaN if a token is not legal at its position. Raises
+        AssertionError if ids are not integers, and ValueError if the last axis does not have L tokens.
         """
         ids = jnp.asarray(ids)
         chex.assert_type(ids, int)
         if ids.ndim == 0 or ids.shape[-1] != self.length:
-            raise ValueError(
-                f"The tokens to decode have the shape {ids.shape}, but this tokenizer writes {self.length} tokens per "
-                "number: the last axis has to have that length."
-            )
+            expected = f"this tokenizer writes {self.length} tokens per number: the last axis has to have that length"
+            raise ValueError(f"The tokens to decode have the shape {ids.shape}, but {expected}.")
         known = (ids >= 0) & (ids < len(self.tokens))
         ids = jnp.where(known, ids, 0).astype(jnp.int32)
         legal = known & jnp.asarray(self.legal)[np.arange(self.length), ids]
@@ -127,7 +106,6 @@ class NormalizedTokenizer(NumberTokenizer):
 
     base: int = 2
     digits: int = 8
-
     unit_interval: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -136,7 +114,7 @@ class NormalizedTokenizer(NumberTokenizer):
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        return _digit_names(self.base)
+        return tuple(map(str, range(self.base)))
 
     @property
     def legal(self) -> np.ndarray:
@@ -168,7 +146,7 @@ class P10Tokenizer(NumberTokenizer):
     @property
     def tokens(self) -> tuple[str, ...]:
         exponents = range(-self.exponent_range, self.exponent_range + 1)
-        return (*_SIGNS, *_digit_names(10), *(f"E{exponent}" for exponent in exponents))
+        return (*_SIGNS, *map(str, range(10)), *(f"E{exponent}" for exponent in exponents))
 
     @property
     def legal(self) -> np.ndarray:
@@ -177,10 +155,8 @@ class P10Tokenizer(NumberTokenizer):
 
     def _spell(self, value: Fraction) -> list[int]:
         mantissa, exponent = _nearest(abs(value), 10, self.digits, -self.exponent_range, self.exponent_range)
-        negative = value < 0 and mantissa > 0
-        exponent = exponent if mantissa else 0
         digits = [2 + digit for digit in _digits_of(mantissa, 10, self.digits)]
-        return [int(negative), *digits, 12 + self.exponent_range + exponent]
+        return [int(value < 0 < mantissa), *digits, 12 + self.exponent_range + (exponent if mantissa else 0)]
 
     def _read(self, ids: jax.Array) -> jax.Array:
         size = _scaled(_integer(ids[..., 1:-1] - 2, 10), ids[..., -1] - 12 - self.exponent_range, 10)
@@ -206,7 +182,7 @@ class IEEETokenizer(NumberTokenizer):
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        return (*_SIGNS, *_digit_names(self.base))
+        return (*_SIGNS, *map(str, range(self.base)))
 
     @property
     def legal(self) -> np.ndarray:
@@ -218,13 +194,10 @@ class IEEETokenizer(NumberTokenizer):
         largest = self.base**self.exponent_digits - 1
         shift = self.mantissa_digits - 1  # between the exponent of the first digit and that of the last
         mantissa, last = _nearest(abs(value), self.base, self.mantissa_digits, -largest - shift, largest - shift)
-        negative = value < 0 and mantissa > 0
         exponent = last + shift if mantissa else 0
-        digits = [
-            *_digits_of(abs(exponent), self.base, self.exponent_digits),
-            *_digits_of(mantissa, self.base, self.mantissa_digits),
-        ]
-        return [int(negative), int(exponent < 0), *(2 + digit for digit in digits)]
+        digits = _digits_of(abs(exponent), self.base, self.exponent_digits)
+        digits += _digits_of(mantissa, self.base, self.mantissa_digits)
+        return [int(value < 0 < mantissa), int(exponent < 0), *(2 + digit for digit in digits)]
 
     def _read(self, ids: jax.Array) -> jax.Array:
         digits = ids[..., 2:] - 2
@@ -234,22 +207,14 @@ class IEEETokenizer(NumberTokenizer):
         return jnp.where(ids[..., 0] == 1, -size, size)
 
 
-_TOKENIZERS: dict[str, type[NormalizedTokenizer | P10Tokenizer | IEEETokenizer]] = {
-    "normalized": NormalizedTokenizer,
-    "p10": P10Tokenizer,
-    "ieee": IEEETokenizer,
-}
+_Kind = type[NormalizedTokenizer | P10Tokenizer | IEEETokenizer]
+_TOKENIZERS: dict[str, _Kind] = {"normalized": NormalizedTokenizer, "p10": P10Tokenizer, "ieee": IEEETokenizer}
 
 
 def make_tokenizer(name: str, **options: int) -> NumberTokenizer:
-    """Returns a number tokenizer.
+    """Returns the number tokenizer "normalized", "p10" or "ieee"; `options` are the fields of its class.
 
-    Args:
-      name: "normalized", "p10" or "ieee".
-      **options: the fields of the tokenizer's class.
-
-    Raises:
-      ValueError: if the name or an option is unknown, or a value is out of range.
+    Raises ValueError if the name or an option is unknown, or a value is out of range.
     """
     if name not in _TOKENIZERS:
         raise ValueError(f"There is no number tokenizer {name!r}.{_suggestion(name, _TOKENIZERS)}")
@@ -264,17 +229,14 @@ def make_tokenizer(name: str, **options: int) -> NumberTokenizer:
 def expert_targets(tokens: jax.Array, truth: jax.Array, base: int) -> jax.Array:
     """Returns the digit that an expert would write next, at every position of a number (GenRe2, arXiv 2512.06533).
 
-    After the prefix of the truth, the expert writes the true digit; after a greater prefix the lowest digit, and after a
-    smaller prefix the highest. Each brings the number as near to the truth as the prefix allows. For
+    After the prefix of the truth, the expert writes the true digit; after a greater prefix the lowest digit, and after
+    a smaller prefix the highest. Each brings the number as near to the truth as the prefix allows. For
     `NormalizedTokenizer`, whose ids are digits without a sign.
 
     Args:
-      tokens: int[..., L], sampled digits, most significant first.
-      truth: int[..., L], the digits of the target. Axes of length 1 broadcast: [P, 1, L] with [P, G, L].
+      tokens, truth: int[..., L], the sampled digits and those of the target, most significant first. Axes of length 1
+        broadcast: [P, 1, L] with [P, G, L]. The result is int32[..., L].
       base: the base of the digits.
-
-    Returns:
-      int32[..., L].
 
     Raises:
       AssertionError: if ranks or lengths differ, or the digits are not integers.
@@ -295,18 +257,12 @@ def _nearest(value: Fraction, base: int, digits: int, lowest: int, highest: int)
 
     The exponent is the smallest of [lowest, highest] at which the rounded mantissa has at most `digits` digits.
     """
-
-    def mantissa(exponent: int) -> int:
-        return round(value / Fraction(base) ** exponent)
-
-    exponent = lowest + bisect.bisect_left(
-        range(lowest, highest), True, key=lambda exponent: mantissa(exponent) < base**digits
-    )
+    mantissa = lambda exponent: round(value / Fraction(base) ** exponent)
+    exponent = lowest + bisect.bisect_left(range(lowest, highest), True, key=lambda e: mantissa(e) < base**digits)
     return min(mantissa(exponent), base**digits - 1), exponent
 
 
 def _digits_of(value: int, base: int, digits: int) -> list[int]:
-    """Returns the digits of a whole number, most significant first."""
     return [value // base**place % base for place in reversed(range(digits))]
 
 
@@ -336,17 +292,13 @@ def _scaled(mantissa: jax.Array, exponent: jax.Array, base: int) -> jax.Array:
     return jnp.minimum(value, largest)
 
 
-def _digit_names(base: int) -> tuple[str, ...]:
-    return tuple(str(digit) for digit in range(base))
-
-
 def _check_whole(name: str, value: Any, low: int, high: int, condition: str = "") -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ValueError(f"{name} is {value!r}; it has to be a whole number from {low} to {high}{condition}.")
 
 
 def _check_digits(name: str, value: Any, base: int, most: int) -> None:
-    """Raises ValueError if the digits make more than `most` numbers."""
+    # So many digits that they make at most `most` numbers.
     _check_whole(name, value, 1, next(n for n in range(32) if base ** (n + 1) > most), f" in base {base}")
 
 

@@ -13,37 +13,29 @@ from jaxrl_reason.data.streams import place_of, Rows, TextStream
 
 
 class PreferenceBatch(NamedTuple):
-    """B prompts, each with a group of two completions: first the chosen one, then the rejected one. All are right padded.
+    """B prompts, each with a group of two completions: first the chosen one, then the rejected one. All are right padded."""
 
-    Attributes:
-      prompt_tokens: int32[B, S].
-      prompt_mask: bool[B, S], True on real tokens.
-      tokens: int32[B, 2, T].
-      mask: bool[B, 2, T], True on real tokens, the end token included.
-    """
-
-    prompt_tokens: np.ndarray
-    prompt_mask: np.ndarray
-    tokens: np.ndarray
-    mask: np.ndarray
+    prompt_tokens: np.ndarray  # int32[B, S]
+    prompt_mask: np.ndarray  # bool[B, S], True on real tokens
+    tokens: np.ndarray  # int32[B, 2, T]
+    mask: np.ndarray  # bool[B, 2, T], True on real tokens, the end token included
 
 
 class PreferenceStream(TextStream):
     """Pairs for training a reward model, with the arguments of `TextStream`.
 
-    The columns `chosen` and `rejected` are completions without their end token. The template renders each of them as a `solution`: a
-    template whose solutions begin with a space adds the space. A row fits if the longer of its two completions does.
+    The columns `chosen` and `rejected` are completions without their end token. The template renders each of them as a
+    `solution`: a template whose solutions begin with a space adds the space. A row fits if its longer completion does.
 
     Raises:
-      ValueError: as `TextStream`; also if a column is missing or not text, or the tokens of a pair are equal. The message names the row.
+      ValueError: as `TextStream`; also if a column is missing or not text, or the tokens of a pair are equal.
     """
 
     def _completions(self, template: Template, row: Mapping[str, Any]) -> tuple[str, ...]:
         for column in ("chosen", "rejected"):
             if column not in row:
-                raise ValueError(
-                    f"there is no column {column!r}, which preference pairs need; its columns are {', '.join(sorted(row))}."
-                )
+                fault = f"there is no column {column!r}, which preference pairs need"
+                raise ValueError(f"{fault}; its columns are {', '.join(sorted(row))}.")
             if not isinstance(row[column], str):
                 raise ValueError(f"column {column!r} is {row[column]!r:.80}; it has to be text.")
         return tuple(template.render_solution({**row, "solution": row[column]}) for column in ("chosen", "rejected"))

@@ -19,17 +19,11 @@ class Template(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class PromptTemplate:
-    """Two texts in which `{column}` is replaced by a column of the row. Other braces do not change.
+    """Two texts in which `{column}` is replaced by a column of the row. Other braces do not change."""
 
-    Attributes:
-      name: the name in error messages.
-      prompt: the text before the completion.
-      solution: the completion that the supervised phase teaches, without the end token.
-    """
-
-    name: str
-    prompt: str
-    solution: str = "{solution}"
+    name: str  # the name in error messages
+    prompt: str  # the text before the completion
+    solution: str = "{solution}"  # the completion that the supervised phase teaches, without the end token
 
     def render_prompt(self, row: Mapping[str, Any]) -> str:
         """Returns the prompt of a row. Raises ValueError if a column is missing, or is neither text nor a number."""
@@ -42,46 +36,37 @@ class PromptTemplate:
     def _render(self, text: str, row: Mapping[str, Any]) -> str:
         def written(match: re.Match) -> str:
             if match[1] not in row:
-                raise ValueError(
-                    f"Prompt template {self.name!r} names the column {match[1]!r}, which the data does not have; "
-                    f"its columns are {', '.join(sorted(row))}."
-                )
+                fault = f"names the column {match[1]!r}, which the data does not have"
+                raise ValueError(f"Prompt template {self.name!r} {fault}; its columns are {', '.join(sorted(row))}.")
             value = row[match[1]]
             if value is None or isinstance(value, list | dict):  # `str` would teach the policy the word "None"
-                raise ValueError(
-                    f"column {match[1]!r} is {value!r:.80}, and prompt template {self.name!r} writes it; it has to be text or a number."
-                )
+                use = f"prompt template {self.name!r} writes it; it has to be text or a number"
+                raise ValueError(f"column {match[1]!r} is {value!r:.80}, and {use}.")
             return str(value)
 
         # One pass over the template: braces inside values stay.
         return _FIELD.sub(written, text)
 
 
-TEMPLATES: dict[str, PromptTemplate] = {
-    template.name: template
-    for template in (
-        PromptTemplate("plain", prompt="{question}\n"),
-        # The instruction of Qwen's mathematical models: a verifier finds the answer in the box.
-        PromptTemplate(
-            "boxed",
-            prompt="{question}\nPlease reason step by step, and put your final answer within \\boxed{}.",
-        ),
-        # For a base model, which thinks first. The prompt ends after the opening mark.
-        PromptTemplate(
-            "think",
-            prompt="A conversation between a user and an assistant. The assistant first thinks the problem through between <think> and "
-            "</think>, and then gives the solution, with the final answer within \\boxed{}.\nUser: {question}\nAssistant: <think>",
-        ),
-        PromptTemplate("qa", prompt="Question: {question}\nAnswer:", solution=" {solution}"),
-    )
-}
+_TEMPLATES = (
+    PromptTemplate("plain", prompt="{question}\n"),
+    # The instruction of Qwen's mathematical models: a verifier finds the answer in the box.
+    PromptTemplate("boxed", "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."),
+    # For a base model, which thinks first. The prompt ends after the opening mark.
+    PromptTemplate(
+        "think",
+        prompt="A conversation between a user and an assistant. The assistant first thinks the problem through between <think> and "
+        "</think>, and then gives the solution, with the final answer within \\boxed{}.\nUser: {question}\nAssistant: <think>",
+    ),
+    PromptTemplate("qa", prompt="Question: {question}\nAnswer:", solution=" {solution}"),
+)
+TEMPLATES: dict[str, PromptTemplate] = {template.name: template for template in _TEMPLATES}
 
 
 def get_template(name_or_inline: str | PromptTemplate) -> PromptTemplate:
     """Returns a template of `TEMPLATES`, or one from the text of a prompt with at least one column: "Q: {question} A: ".
 
-    Raises:
-      ValueError: if the name is unknown; the message names the nearest template.
+    Raises ValueError if the name is unknown; the message names the nearest template.
     """
     if isinstance(name_or_inline, PromptTemplate):
         return name_or_inline
@@ -90,7 +75,6 @@ def get_template(name_or_inline: str | PromptTemplate) -> PromptTemplate:
     if _FIELD.search(name_or_inline):
         return PromptTemplate("inline", prompt=name_or_inline)
     nearest = difflib.get_close_matches(name_or_inline, TEMPLATES, n=1, cutoff=0.0)[0]
-    raise ValueError(
-        f"No prompt template is called {name_or_inline!r} (did you mean {nearest!r}? there are {', '.join(TEMPLATES)}), "
-        "and as the text of a prompt it names no {column}."
-    )
+    hint = f"(did you mean {nearest!r}? there are {', '.join(TEMPLATES)})"
+    fault = "and as the text of a prompt it names no {column}"
+    raise ValueError(f"No prompt template is called {name_or_inline!r} {hint}, {fault}.")

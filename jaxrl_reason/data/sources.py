@@ -18,37 +18,23 @@ from jaxrl_reason.data import files, hub
 from jaxrl_reason.data.files import Row
 
 # TFDS finds these data sets by name only after the import of their module.
-_BUILDER_MODULES = {
-    "word_problems": "jaxrl_reason.data.builders.word_problems",
-    "exam": "jaxrl_reason.data.builders.exam",
-    "many_answers": "jaxrl_reason.data.builders.many_answers",
-    "answer_forms": "jaxrl_reason.data.builders.answer_forms",
-    "sums": "jaxrl_reason.data.builders.sums",
-    "gsm8k": "tensorflow_datasets.text.gsm8k.gsm8k",
-}
+_OURS = ("word_problems", "exam", "many_answers", "answer_forms", "sums")
+_BUILDER_MODULES = {name: f"jaxrl_reason.data.builders.{name}" for name in _OURS}
+_BUILDER_MODULES["gsm8k"] = "tensorflow_datasets.text.gsm8k.gsm8k"
 _HUB = "hf://datasets/"
 _CHUNK = 1024  # rows that an iteration reads at once
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-    """A sequence of rows, each a dict from column to value, with at least `question` and `answer`.
+    """A sequence of rows, each a dict from column to value, with at least `question` and `answer`."""
 
-    Attributes:
-      name: the name given to `load_source`.
-      fingerprint: short hex that changes with the name, the split, the columns, the size or the content.
-      skipped: the number of bad rows left out; 0 unless on_bad_row="skip".
-      read: returns the rows at a list of positions.
-      length: the number of rows.
-      where: returns the file and line of the row at a position; None if the rows do not come from a file.
-    """
-
-    name: str
-    fingerprint: str
-    skipped: int
-    read: Callable[[Sequence[int]], list[Row]]
+    name: str  # the name given to `load_source`
+    fingerprint: str  # short hex that changes with the name, the split, the columns, the size or the content
+    skipped: int  # the number of bad rows left out; 0 unless on_bad_row="skip"
+    read: Callable[[Sequence[int]], list[Row]]  # returns the rows at a list of positions
     length: int
-    where: Callable[[int], str] | None = None
+    where: Callable[[int], str] | None = None  # returns the file and line of a row; None without files
 
     def __len__(self) -> int:
         return self.length
@@ -76,22 +62,18 @@ def load_source(
     columns: Mapping[str, str] | None = None,
     on_bad_row: str = "refuse",
 ) -> Source:
-    """Opens a data set; TFDS prepares it on first use.
+    """Opens a data set; TFDS prepares it on first use. Text is str, numbers int or float; other values do not change.
 
     Args:
-      name: one of
-        - a data set of TFDS or of ours: "gsm8k", "word_problems", "word_problems/chains";
-        - a path that ends in .jsonl or .parquet;
-        - such files on the Hugging Face hub: "hf://datasets/zwhe99/DeepMath-103K/data/train-*.parquet". "@REVISION" may follow
-          the name of the data set.
+      name: a data set of TFDS or of ours: "gsm8k", "word_problems", "word_problems/chains"; a path that ends in .jsonl
+        or .parquet; or such files on the Hugging Face hub: "hf://datasets/zwhe99/DeepMath-103K/data/train-*.parquet".
+        "@REVISION" may follow the name of the data set on the hub.
       split: for TFDS, "train", "test[:100]" and so on; for a file, "all" or a slice such as "[:90%]".
-      data_dir: the directory of TFDS's prepared data; None means TFDS's default, ~/tensorflow_datasets. Files do not use it.
-      columns: maps our names to the data's, such as {"question": "problem"}. Other columns keep their names.
-        Parquet columns are read only if they are needed (see `files.read_parquet`).
-      on_bad_row: "refuse" raises if a file has a bad row; "skip" leaves bad rows out, counts them and warns. Rows of TFDS are not checked.
-
-    Returns:
-      A `Source`. Text is str and numbers are int or float; values of other types do not change.
+      data_dir: the directory of TFDS's prepared data; None means its default, ~/tensorflow_datasets. Unused for files.
+      columns: maps our names to the data's, such as {"question": "problem"}. Other columns keep their names. Parquet
+        columns are read only if they are needed (see `files.read_parquet`).
+      on_bad_row: "refuse" raises if a file has a bad row; "skip" leaves bad rows out, counts them and warns. Rows of
+        TFDS are not checked.
 
     Raises:
       FileNotFoundError: if the file does not exist.
@@ -116,31 +98,17 @@ def _files_source(name: str, paths: list[pathlib.Path], split: str, columns: dic
     contents: Any = [file.digest for file in read]
     if len(paths) == 1:
         (names,), (contents,) = names, contents
-
-    def where(i: int) -> str:
-        file, _, number = part[i]
-        return f"{file.path}, {file.unit} {number}"
-
-    return Source(
-        name=name,
-        fingerprint=_fingerprint(names, split, columns, len(part), contents),
-        skipped=sum(file.skipped for file in read),
-        read=lambda indices: [dict(part[i][1]) for i in indices],
-        length=len(part),
-        where=where,
-    )
+    fingerprint = _fingerprint(names, split, columns, len(part), contents)
+    where = lambda i: "{0.path}, {0.unit} {2}".format(*part[i])
+    rows = lambda indices: [dict(part[i][1]) for i in indices]
+    return Source(name, fingerprint, sum(file.skipped for file in read), rows, len(part), where)
 
 
 def warn_of_repeats(train: Source, held_out: Source, prompt: Callable[[Mapping[str, Any]], str]) -> None:
     """Warns of repeated prompts: within the training rows, and of training prompts among the held-out rows. All rows are kept.
 
-    Two rows repeat each other if their prompts are equal, up to white space at both ends. Data sets of TFDS are not compared with each
-    other: their builders control the splits, and may repeat a prompt on purpose.
-
-    Args:
-      train: the training rows.
-      held_out: the rows for evaluation.
-      prompt: renders the prompt of a row.
+    Two rows repeat each other if the prompts that `prompt` renders are equal, up to white space at both ends. Data sets
+    of TFDS are not compared with each other: their builders control the splits, and may repeat a prompt on purpose.
     """
     if train.where is None and held_out.where is None:
         return
@@ -163,7 +131,8 @@ def warn_of_repeats(train: Source, held_out: Source, prompt: Callable[[Mapping[s
     leaks = [f"{held_out.place(i)} is {train.place(first[text])}" for i, _, text in texts(held_out) if text in first]
     again = f"earlier prompts repeat in {len(repeats)} of {len(train)} rows; the rows are kept and count again"
     differ = f"another answer in {len(others)} of the repeats; check which is correct"
-    leak = f"training prompts of {train.name} occur in {len(leaks)} of {len(held_out)} held-out rows, so held-out metrics are too high"
+    share = f"{len(leaks)} of {len(held_out)} held-out rows"
+    leak = f"training prompts of {train.name} occur in {share}, so held-out metrics are too high"
     for source, summary, reports in ((train, again, repeats), (train, differ, others), (held_out, leak, leaks)):
         if reports:
             warnings.warn(files.listed(f"{source.name}: {summary}", reports, len(reports)), stacklevel=2)
@@ -174,10 +143,9 @@ def _download(name: str) -> list[pathlib.Path]:
     parts = name.removeprefix(_HUB).split("/", 2)
     address = "/".join(parts[:2])
     if len(parts) < 3 or not hub.is_address(address) or not name.endswith((".jsonl", ".parquet")):
-        raise ValueError(
-            f"The address {name!r} is not understood: write {_HUB}OWNER/NAME/PATH or {_HUB}OWNER/NAME@REVISION/PATH. PATH ends in .jsonl "
-            "or .parquet, and * in it matches anything, as in hf://datasets/zwhe99/DeepMath-103K/data/train-*.parquet."
-        )
+        forms = f"write {_HUB}OWNER/NAME/PATH or {_HUB}OWNER/NAME@REVISION/PATH. PATH ends in .jsonl or .parquet, and"
+        example = f"* in it matches anything, as in {_HUB}zwhe99/DeepMath-103K/data/train-*.parquet"
+        raise ValueError(f"The address {name!r} is not understood: {forms} {example}.")
     pattern = parts[2]
     try:
         paths = hub.fetch(address, [pattern], kind="dataset").files
@@ -197,23 +165,18 @@ def open_prepared(name: str, split: str, data_dir: str | pathlib.Path | None, ki
     builder = re.split("[/:]", name)[0]  # name/config:version
     if builder in _BUILDER_MODULES:
         importlib.import_module(_BUILDER_MODULES[builder])
-    open_it = functools.partial(
-        tfds.data_source,
-        name,
-        split=split,
-        data_dir=None if data_dir is None else pathlib.Path(data_dir).expanduser(),
-        builder_kwargs={"file_format": "array_record"},  # the default format needs TensorFlow
-    )
+    folder = None if data_dir is None else pathlib.Path(data_dir).expanduser()
+    options = {"file_format": "array_record"}  # the default format needs TensorFlow
+    open_it = functools.partial(tfds.data_source, name, split=split, data_dir=folder, builder_kwargs=options)
     try:
         try:
             data = open_it()
         except FileExistsError:  # another process has prepared the data in the meantime
             data = open_it()
     except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(
-            f"There is no data set {name!r}: give {', '.join(_BUILDER_MODULES)}, another name that TFDS knows, or a path that ends in "
-            ".jsonl or .parquet."
-        ) from error
+        names, paths = ", ".join(_BUILDER_MODULES), "a path that ends in .jsonl or .parquet"
+        fault = f"There is no data set {name!r}"
+        raise ValueError(f"{fault}: give {names}, another name that TFDS knows, or {paths}.") from error
     except ValueError as error:
         raise ValueError(f"Split {split!r} of {kind} {name!r} cannot be opened: {error}") from error
     if not len(data):
@@ -228,9 +191,7 @@ def _tfds_source(name: str, split: str, data_dir: str | pathlib.Path | None, col
 
     def read(indices: Sequence[int]) -> list[Row]:
         rows = data.__getitems__([int(i) for i in indices])
-        return [
-            files.rename_columns(adapt({key: _plain(value) for key, value in row.items()}), columns) for row in rows
-        ]
+        return [files.rename_columns(adapt({key: _plain(row[key]) for key in row}), columns) for row in rows]
 
     try:
         ends = read([0, len(data) - 1])

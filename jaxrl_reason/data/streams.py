@@ -1,6 +1,6 @@
 """Endless shuffled batches whose position is one integer: `stream.batch(i)` is a pure function of `i`.
 
-Prompts and completions are tokenised separately and joined as ids, so that RL uses exactly the prompt ids of the supervised phase.
+Prompts and completions are tokenised apart and joined as ids: RL uses exactly the prompt ids of the supervised phase.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,43 +16,33 @@ from jaxrl_reason.data.sources import Source
 from jaxrl_reason.data.tokenizer import Tokenizer
 
 Rows = Sequence[Mapping[str, Any]] | Source
+Arrays = Mapping[str, np.ndarray]
 T = TypeVar("T")
 
 
 class PromptBatch(NamedTuple):
     """P prompts, right padded to S tokens.
 
-    Attributes:
-      tokens: int32[P, S].
-      mask: bool[P, S], True on real tokens.
-      prompt_ids: int32[P]. In training, the position in the endless stream, which never repeats; in evaluation, the row of the source.
-      weight: float32[P], 1 on real rows, 0 on the copies that fill up the last evaluation batch.
-      rows: the P rows of the source, for rewards.
-      features: float32[P, F], the numbers of a table's rows, or None.
-      columns: name -> [P, ...], arrays that a method or a device reward needs.
+    A prompt id is, in training, the position in the endless stream, which never repeats; in evaluation, the row of the
+    source.
     """
 
-    tokens: np.ndarray
-    mask: np.ndarray
-    prompt_ids: np.ndarray
-    weight: np.ndarray
-    rows: list[dict[str, Any]]
-    features: np.ndarray | None = None
-    columns: Mapping[str, np.ndarray] = {}
+    tokens: np.ndarray  # int32[P, S]
+    mask: np.ndarray  # bool[P, S], True on real tokens
+    prompt_ids: np.ndarray  # int32[P]
+    weight: np.ndarray  # float32[P], 1 on real rows, 0 on the copies that fill up the last evaluation batch
+    rows: list[dict[str, Any]]  # the P rows of the source, for rewards
+    features: np.ndarray | None = None  # float32[P, F], the numbers of a table's rows
+    columns: Arrays = {}  # name -> [P, ...], arrays that a method or a device reward needs
 
     def take(self, places: np.ndarray) -> "PromptBatch":
         """Returns the prompts at these places, int[n]."""
         if np.array_equal(places, np.arange(len(self.rows))):
             return self
-        return PromptBatch(
-            tokens=self.tokens[places],
-            mask=self.mask[places],
-            prompt_ids=self.prompt_ids[places],
-            weight=self.weight[places],
-            rows=[self.rows[i] for i in places],
-            features=None if self.features is None else self.features[places],
-            columns={name: column[places] for name, column in self.columns.items()},
-        )
+        tokens, mask, ids, weight = (array[places] for array in self[:4])
+        features = None if self.features is None else self.features[places]
+        columns = {name: column[places] for name, column in self.columns.items()}
+        return PromptBatch(tokens, mask, ids, weight, [self.rows[i] for i in places], features, columns)
 
     def split(self, parts: int) -> "list[PromptBatch]":
         """Returns the batch in `parts` strided parts, as `learner.split` splits arrays on the device."""
@@ -60,47 +50,34 @@ class PromptBatch(NamedTuple):
 
 
 class SolutionBatch(NamedTuple):
-    """B prompts and the completions to learn, right padded to S and T tokens.
+    """B prompts and the completions to learn, right padded to S and T tokens."""
 
-    Attributes:
-      prompt_tokens: int32[B, S].
-      prompt_mask: bool[B, S], True on real tokens.
-      completion_tokens: int32[B, T].
-      completion_mask: bool[B, T], True on real tokens, the end token included.
-      features: float32[B, F], as in `PromptBatch`, or None.
-    """
-
-    prompt_tokens: np.ndarray
-    prompt_mask: np.ndarray
-    completion_tokens: np.ndarray
-    completion_mask: np.ndarray
-    features: np.ndarray | None = None
+    prompt_tokens: np.ndarray  # int32[B, S]
+    prompt_mask: np.ndarray  # bool[B, S], True on real tokens
+    completion_tokens: np.ndarray  # int32[B, T]
+    completion_mask: np.ndarray  # bool[B, T], True on real tokens, the end token included
+    features: np.ndarray | None = None  # float32[B, F], as in `PromptBatch`
 
 
 class TextStream:
     """Tokenises rows once and reads them in an endless order; the base of the streams of prompts, solutions and pairs.
 
     Each epoch has another order. A batch may cross the end of an epoch: no row is dropped, or repeated within an epoch.
+    An epoch has `size` rows; `skipped` rows are left out.
 
     Args:
-      source: the rows.
-      tokenizer: encodes the rendered rows.
-      template: renders rows.
+      source, tokenizer, template: the rows; the tokenizer encodes the texts that the template renders.
       batch_size: rows per batch; it need not divide the number of rows.
       max_prompt_length: S, the most tokens of a prompt.
       max_completion_length: T, the most tokens of a completion with its end token. A stream of prompts does not use it.
       seed: the seed of the shuffle, in [0, 2**32).
       shuffle: False keeps the order of the source in every epoch.
-      on_long: the treatment of rows with no tokens or too many: "refuse" raises; "skip" leaves them out, counts them and warns.
+      on_long: the treatment of rows with no tokens or too many: "refuse" raises; "skip" leaves them out and warns.
       add_bos: whether prompts begin with the tokenizer's begin token.
       local_rows: int[n], the rows of a batch that this process reads and returns; None: all.
 
-    Attributes:
-      size: the number of rows per epoch.
-      skipped: the number of rows left out.
-
     Raises:
-      ValueError: if there are no rows, rows do not fit, a column of the template is missing, or an argument is out of range.
+      ValueError: if no row exists, rows do not fit, the template's column is missing, or an argument is out of range.
     """
 
     def __init__(
@@ -128,8 +105,7 @@ class TextStream:
         if k:
             limits["completion"] = ([max(group, key=len) for group in completions], max_completion_length)
         self._kept = fitting_rows(source, on_long, **limits)
-        self.size = len(self._kept)
-        self.skipped = len(source) - self.size
+        self.size, self.skipped = len(self._kept), len(source) - len(self._kept)
         self._batch_size = batch_size
         self._prompts = Padded([prompts[i] for i in self._kept], max_prompt_length, tokenizer.pad_id)
         kept = [ids for i in self._kept for ids in completions[i]]
@@ -146,8 +122,7 @@ class TextStream:
 
     def _read(self, i: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
         """Returns the positions in `_kept` of batch `i`, the prompts and the completions, each as tokens and mask."""
-        chosen = batch_at(self._order, i)[self._local_rows]
-        k = self._per_row
+        chosen, k = batch_at(self._order, i)[self._local_rows], self._per_row
         completions = (k * chosen[:, None] + np.arange(k)).ravel()
         return chosen, self._prompts.take(chosen), self._padded_completions.take(completions)
 
@@ -155,35 +130,22 @@ class TextStream:
 class PromptStream(TextStream):
     """Prompts for training, with the arguments of `TextStream`.
 
-    Args:
-      columns: name -> [rows of the source, ...], arrays whose rows every batch carries.
+    Every batch carries its rows of the arrays in `columns`, name -> [rows of the source, ...].
     """
 
     def __init__(
-        self,
-        source: Rows,
-        tokenizer: Tokenizer,
-        template: Template,
-        *,
-        columns: Mapping[str, np.ndarray] = {},
-        **options: Any,
+        self, source: Rows, tokenizer: Tokenizer, template: Template, *, columns: Arrays | None = None, **options: Any
     ):
         super().__init__(source, tokenizer, template, **options)
-        self._source = source
-        self._columns = dict(columns)
+        self._source, self._columns = source, dict(columns or {})
 
     def batch(self, i: int) -> PromptBatch:
         """Returns batch `i` of the stream, for any i >= 0."""
         chosen, (tokens, mask), _ = self._read(i)
         rows = [self._kept[k] for k in chosen]
-        return PromptBatch(
-            tokens=tokens,
-            mask=mask,
-            prompt_ids=np.asarray(i * self._batch_size + self._local_rows, np.int32),
-            weight=np.ones(len(chosen), np.float32),
-            rows=_read_rows(self._source, rows),
-            columns={name: column[rows] for name, column in self._columns.items()},
-        )
+        ids, weight = np.asarray(i * self._batch_size + self._local_rows, np.int32), np.ones(len(chosen), np.float32)
+        columns = {name: column[rows] for name, column in self._columns.items()}
+        return PromptBatch(tokens, mask, ids, weight, _read_rows(self._source, rows), columns=columns)
 
 
 class SolutionStream(TextStream):
@@ -211,10 +173,8 @@ def eval_prompts(
 ) -> list[PromptBatch]:
     """Returns the first `count` rows of the source, or all if it has fewer, in order, in batches of one size.
 
-    The last batch is filled up with copies of its first row, which have weight 0. Under on_long="skip", no later rows replace the rows
-    that do not fit.
-
-    The other arguments and errors are those of `TextStream`; `count` has to be at least 1.
+    The last batch is filled up with copies of its first row, which have weight 0. Under on_long="skip", no later rows
+    replace the rows that do not fit. `count` is at least 1. The other arguments and errors are as in `TextStream`.
     """
     _positive(count=count, batch_size=batch_size)
     count = min(count, len(source))
@@ -237,8 +197,7 @@ class Padded:
     def __init__(self, sequences: list[list[int]], length: int, pad_id: int):
         self._flat = np.array([token for ids in sequences for token in ids], np.int32)
         self._starts = np.cumsum([0, *map(len, sequences)])
-        self._length = length
-        self._pad_id = pad_id
+        self._length, self._pad_id = length, pad_id
 
     def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the sequences at `indices`, int[n], as tokens int32[n, length] and mask bool[n, length]."""
@@ -257,10 +216,8 @@ def endless(size: int, batch_size: int, seed: int, shuffle: bool) -> grain.MapDa
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}; it has to be at least 0 and below 2**32.")
     order = grain.MapDataset.range(size).seed(seed)
-    if shuffle:
-        order = order.shuffle()
     # Repeating before batching lets a batch continue into the next epoch, which grain shuffles differently.
-    return order.repeat().batch(batch_size)
+    return (order.shuffle() if shuffle else order).repeat().batch(batch_size)
 
 
 def batch_at(order: grain.MapDataset, i: int) -> np.ndarray:
@@ -295,8 +252,7 @@ def fitting_rows(source: Rows, on_long: str, **sequences: tuple[list[list[int]],
     """Returns the rows of which every sequence has between 1 and its limit of tokens.
 
     Args:
-      source: the rows, for their places in messages.
-      on_long: "refuse" or "skip".
+      source, on_long: the rows, for their places in messages; "refuse" or "skip".
       **sequences: kind -> (the ids of the first rows or of all rows, the limit).
 
     Raises:

@@ -12,34 +12,23 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from jaxrl_reason.data import hub
 
 # Files that `load_tokenizer` reads next to a tokenizer.json.
-_CONFIG_FILES = (
-    "special_tokens_map.json",
-    "tokenizer_config.json",
-    "generation_config.json",
-    "config.json",
-    "chat_template.jinja",
-)
+_CONFIG_FILES = ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json", "config.json")
+_CHAT_FILE = "chat_template.jinja"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
     """Converts text to ids and back. Ids are Python ints. Special tokens come only from the text or from `add_bos`.
 
-    Attributes:
-      backend: the `tokenizers.Tokenizer` that does the work.
-      eos_ids: the ids that end a completion, at least one. Supervised completions end with the first.
-      pad_id: the id at unused positions. It may equal an end token: masks are never inferred from ids.
-      bos_id: the id that begins a sequence, or None if the vocabulary has none.
-      chat_template: the Jinja text that came with the tokenizer, or None.
-      adds_bos: whether the tokenizer begins a text with the begin token when it is asked for special tokens, as other programs do.
-        Plain prompts then begin with the begin token.
+    `adds_bos` is whether the tokenizer begins a text with the begin token when it is asked for special tokens, as other
+    programs do. Plain prompts then begin with the begin token.
     """
 
     backend: tokenizers.Tokenizer
-    eos_ids: tuple[int, ...]
-    pad_id: int
-    bos_id: int | None = None
-    chat_template: str | None = None
+    eos_ids: tuple[int, ...]  # the ids that end a completion, at least one; supervised completions end with the first
+    pad_id: int  # the id at unused positions; it may equal an end token: masks are never inferred from ids
+    bos_id: int | None = None  # the id that begins a sequence, if the vocabulary has one
+    chat_template: str | None = None  # the Jinja text that came with the tokenizer
     adds_bos: bool = False
 
     def __post_init__(self) -> None:
@@ -49,9 +38,8 @@ class Tokenizer:
         special += [] if self.bos_id is None else [("bos_id", self.bos_id)]
         for field, token_id in special:
             if token_id < 0 or self.backend.id_to_token(token_id) is None:
-                raise ValueError(
-                    f"{field} holds {token_id}, which is not in the tokenizer's vocabulary of {self.vocab_size} tokens."
-                )
+                vocabulary = f"the tokenizer's vocabulary of {self.vocab_size} tokens"
+                raise ValueError(f"{field} holds {token_id}, which is not in {vocabulary}.")
 
     @property
     def vocab_size(self) -> int:
@@ -59,10 +47,9 @@ class Tokenizer:
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
-        """Returns the ids of a text, in which special tokens are recognised. `add_bos` adds the begin token, unless the text has it.
+        """Returns the ids of a text, in which special tokens are recognised.
 
-        Raises:
-          ValueError: if `add_bos` is True and there is no begin token.
+        `add_bos` adds the begin token, unless the text has it; raises ValueError if there is no begin token.
         """
         return self.encode_batch([text], add_bos)[0]
 
@@ -85,7 +72,7 @@ class Tokenizer:
         return self.backend.decode_batch([list(row) for row in rows], skip_special_tokens=skip_special)
 
     def save(self, directory: str | pathlib.Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, and generation_config.json if several tokens end a completion."""
+        """Writes tokenizer.json, tokenizer_config.json and, for several end tokens, generation_config.json."""
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(directory / "tokenizer.json"))
@@ -108,8 +95,8 @@ class Tokenizer:
 def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     """Reads a tokenizer from a directory in the Hugging Face layout, or from a tokenizer.json and the files next to it.
 
-    Begin, end and padding tokens come from tokenizer_config.json, else from special_tokens_map.json. generation_config.json, else the
-    model's config.json, may add end tokens. Without a padding token, the first end token pads.
+    Begin, end and padding tokens come from tokenizer_config.json, else from special_tokens_map.json.
+    generation_config.json, else the model's config.json, may add end tokens. Without a padding token, eos_ids[0] pads.
 
     Raises:
       FileNotFoundError: if there is no tokenizer.json.
@@ -118,50 +105,38 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     path = pathlib.Path(path).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(
-            f"No tokenizer at {file}: give a directory that contains a tokenizer.json, or the path of such a file."
-        )
+        need = "a directory that contains a tokenizer.json, or the path of such a file"
+        raise FileNotFoundError(f"No tokenizer at {file}: give {need}.")
     if path.is_dir():
-        for name in (file.name, *_CONFIG_FILES):
+        for name in (file.name, *_CONFIG_FILES, _CHAT_FILE):
             hub.inside(path, name)
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{file} is not a tokenizer.json that the tokenizers library can read: {error}.") from error
-    # The file may store both, and they change ids.
-    backend.no_truncation()
+    backend.no_truncation()  # the file may store both, and they change ids
     backend.no_padding()
-
     config = _read_json(file.parent / "special_tokens_map.json") | _read_json(file.parent / "tokenizer_config.json")
-    special = {
-        name: _token_id(backend, name, config.get(f"{name}_token"), file.parent) for name in ("bos", "eos", "pad")
-    }
+    bos, eos, pad = (_token_id(backend, x, config.get(f"{x}_token"), file.parent) for x in ("bos", "eos", "pad"))
     more = _read_json(file.parent / "generation_config.json").get("eos_token_id")
     more = _read_json(file.parent / "config.json").get("eos_token_id") if more is None else more
     more = more if isinstance(more, list) else [more]
     if any(i is not None and type(i) is not int for i in more):
         raise ValueError(f"The eos_token_id of {file.parent} is {more}; it must be a number or a list of numbers.")
-    eos_ids = tuple(dict.fromkeys(i for i in [special["eos"], *more] if i is not None))
+    eos_ids = tuple(dict.fromkeys(i for i in [eos, *more] if i is not None))
     if not eos_ids:
-        raise ValueError(
-            f'No end token is known for {file}: put a tokenizer_config.json with an "eos_token" next to it '
-            '(or a generation_config.json with an "eos_token_id").'
-        )
-    pad_id = eos_ids[0] if special["pad"] is None else special["pad"]
-    bos = special["bos"]
+        remedy = 'put a tokenizer_config.json with an "eos_token" next to it'
+        more_remedy = '(or a generation_config.json with an "eos_token_id")'
+        raise ValueError(f"No end token is known for {file}: {remedy} {more_remedy}.")
+    pad_id = eos_ids[0] if pad is None else pad
     adds_bos = bos is not None and backend.encode("a").ids[:1] == [bos]
     return Tokenizer(backend, eos_ids, pad_id, bos, _chat_template(file.parent, config), adds_bos)
 
 
 def fitted(tokenizer: Tokenizer, size: int) -> Tokenizer:
-    """Returns the tokenizer without added tokens that the model's embedding lacks, such as Gemma 3's image token.
+    """Returns the tokenizer without added tokens that an embedding of `size` rows lacks, such as Gemma 3's image token.
 
-    Args:
-      tokenizer: the model's tokenizer.
-      size: the number of rows of the model's embedding.
-
-    Raises:
-      ValueError: if the vocabulary itself, or the begin, end or padding token, exceeds the model's.
+    Raises ValueError if the vocabulary itself, or the begin, end or padding token, exceeds the model's.
     """
     if tokenizer.vocab_size <= size:
         return tokenizer
@@ -178,22 +153,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> Tokenizer:
 
     Args:
       texts: the texts to learn merges from; two thousand problems take a fraction of a second.
-      vocab_size: the upper bound of the vocabulary, which a few texts may not fill. At least 259: the bytes, `<pad>`, `<bos>`, `<eos>`.
-
-    Raises:
-      ValueError: if `vocab_size` is below 259.
+      vocab_size: the upper bound of the vocabulary, which a few texts may not fill. Raises ValueError if it is below
+        259: the bytes, `<pad>`, `<bos>`, `<eos>`.
     """
     special = ["<pad>", "<bos>", "<eos>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     least = len(alphabet) + len(special)
     if vocab_size < least:
-        raise ValueError(
-            f"vocab_size is {vocab_size}, but 256 bytes and {len(special)} special tokens need at least {least}."
-        )
+        need = f"256 bytes and {len(special)} special tokens need at least {least}"
+        raise ValueError(f"vocab_size is {vocab_size}, but {need}.")
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
@@ -212,15 +183,14 @@ def _token_id(backend: tokenizers.Tokenizer, name: str, token: Any, directory: p
         raise ValueError(f"The configuration in {directory} has {name}_token {token!r}; it must be a text.")
     token_id = backend.token_to_id(token)
     if token_id is None:
-        raise ValueError(
-            f"The configuration in {directory} names {name}_token {token!r}, which is not in the vocabulary of its tokenizer.json."
-        )
+        fault = f"{name}_token {token!r}, which is not in the vocabulary of its tokenizer.json"
+        raise ValueError(f"The configuration in {directory} names {fault}.")
     return token_id
 
 
 def _chat_template(directory: pathlib.Path, config: dict) -> str | None:
     """Reads chat_template.jinja, else tokenizer_config.json, whose template may be a list of named templates."""
-    file = directory / "chat_template.jinja"
+    file = directory / _CHAT_FILE
     if file.is_file():
         return file.read_text(encoding="utf-8")
     template = config.get("chat_template")

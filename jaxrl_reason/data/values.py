@@ -15,28 +15,22 @@ KINDS = ("own", "uniform", "shuffled")
 def read_values(source: Source) -> np.ndarray:
     """Returns the value of every row, f32[N] in [0, 1].
 
-    The value is the column `value`; else `points` / `exam_total`; else `points` over the sum of the points of all rows with the same
-    `exam`.
-
-    Raises:
-      ValueError: if none of these columns exists, or a value is missing, not a number, negative or above 1.
+    The value is the column `value`; else `points` / `exam_total`; else `points` over the sum of the points of all rows
+    with the same `exam`. Raises ValueError without such columns, and for a value that is no number or not in [0, 1].
     """
     # The columns of all rows: a row that lacks a column of the others is reported by its number.
     columns = set(itertools.chain.from_iterable(source))
     if "value" in columns:
         values = [_number(source, i, row, "value") for i, row in enumerate(source)]
     elif "points" in columns and "exam_total" in columns:
-        values = [
-            _share(source, i, _number(source, i, row, "points"), _number(source, i, row, "exam_total"))
-            for i, row in enumerate(source)
-        ]
+        pair = lambda i, row: (_number(source, i, row, "points"), _number(source, i, row, "exam_total"))
+        values = [_share(source, i, *pair(i, row)) for i, row in enumerate(source)]
     elif "points" in columns and "exam" in columns:
         values = _shares_of_exams(source)
     else:
-        raise ValueError(
-            f"Values of questions are needed, and {source.name} has neither a column 'value' nor 'points' with 'exam' or "
-            f"'exam_total', only {', '.join(sorted(columns))}; name them with config.data.columns."
-        )
+        fault = "has neither a column 'value' nor 'points' with 'exam' or 'exam_total'"
+        remedy = f"only {', '.join(sorted(columns))}; name them with config.data.columns"
+        raise ValueError(f"Values of questions are needed, and {source.name} {fault}, {remedy}.")
     for i, value in enumerate(values):
         if value > 1:
             raise ValueError(f"{source.place(i)} has the value {value:g}; a value is a share of an exam, in [0, 1].")
@@ -44,12 +38,7 @@ def read_values(source: Source) -> np.ndarray:
 
 
 def held_out_values(source: Source, needed: bool) -> np.ndarray | None:
-    """Returns the values that weight held-out metrics.
-
-    Args:
-      source: the held-out rows.
-      needed: whether the method needs values. If not, the result is None for data without values.
-    """
+    """Returns the values that weight held-out metrics, or None for data without values if the method needs none."""
     if not needed and not {"value", "points"} & set(source[0]):
         return None
     try:
@@ -67,9 +56,7 @@ def altered(values: Sequence[float] | np.ndarray, kind: str, *, alpha: float, cl
       values: f32[N].
       kind: "own"; "shuffled": the values in another order; "uniform": one value for all rows, for which RLEV's scale
         1 + min(alpha v, clip) is the mean scale of the rows.
-      alpha: the slope of the scale.
-      clip: the limit of the scale.
-      seed: the seed of the shuffle.
+      alpha, clip, seed: the slope and the limit of the scale, and the seed of the shuffle.
     """
     own = np.asarray(values, np.float32)
     if kind == "own":
@@ -105,9 +92,8 @@ def _number(source: Source, i: int, row: dict[str, Any], column: str) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number) or number < 0:
-        raise ValueError(
-            f"{source.place(i)} has {value!r:.80} in the column {column!r}; it must be a number and not negative."
-        )
+        cell = f"{value!r:.80} in the column {column!r}"
+        raise ValueError(f"{source.place(i)} has {cell}; it must be a number and not negative.")
     return number
 
 

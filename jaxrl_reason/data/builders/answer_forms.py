@@ -10,7 +10,7 @@ text and so rejects half of the correct solutions: one in ten for fractions, nin
 `judge_reward` accepts every form of the value. It does not take part in training and gives the true verdict.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 from fractions import Fraction
 import itertools
@@ -18,7 +18,6 @@ import random
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from jaxrl_reason.data.builders import word_problems
 from jaxrl_reason.data.builders.offline import endless, OfflineBuilder
@@ -40,36 +39,29 @@ def _decimal(value: Fraction) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-    """One kind of sum. Its numbers are (left, right, unit): left and right count parts, and `unit` parts make a whole.
+    """One kind of sum. Numbers are (left, right, unit): left and right count parts, and `unit` parts make a whole."""
 
-    Attributes:
-      numbers: yields all numbers with left >= right.
-      write: writes (count, unit) as questions and steps do.
-      slips: the errors of incorrect results, in parts.
-      forms: form of the answer -> relative frequency, among the forms that the value has.
-    """
-
-    numbers: Callable[[], Iterator[Numbers]]
-    write: Callable[[int, int], str | None]
-    slips: tuple[int, ...]
-    forms: dict[str, int]
+    numbers: Sequence[Numbers]  # all with left >= right
+    write: Callable[[int, int], str | None]  # writes (count, unit) as questions and steps do
+    slips: tuple[int, ...]  # the errors of incorrect results, in parts
+    forms: dict[str, int]  # form of the answer -> relative frequency, among the forms that the value has
 
 
 _FAMILIES = {
     "fractions": _Family(
-        lambda: ((a, b, unit) for unit in range(3, 10) for a in range(1, unit) for b in range(1, a + 1)),
+        [(a, b, unit) for unit in range(3, 10) for a in range(1, unit) for b in range(1, a + 1)],
         lambda count, unit: f"{count}/{unit}",
         (-2, -1, 1, 2),
         {"lowest": 16, "unreduced": 3, "mixed": 2, "decimal": 1},
     ),
     "decimals": _Family(
-        lambda: ((a, b, 10) for a in range(2, 14) for b in range(1, a + 1)),
+        [(a, b, 10) for a in range(2, 14) for b in range(1, a + 1)],
         lambda count, unit: _decimal(Fraction(count, unit)),
         (-10, -2, -1, 1, 2, 10),
         {"decimal": 15, "percent": 3, "lowest": 2},
     ),
     "percents": _Family(
-        lambda: ((a, b, 20) for a in range(2, 14) for b in range(1, a + 1)),
+        [(a, b, 20) for a in range(2, 14) for b in range(1, a + 1)],
         lambda count, unit: f"{count * 100 // unit}%",
         (-2, -1, 1, 2),
         {"percent": 15, "decimal": 3, "lowest": 2},
@@ -93,21 +85,20 @@ def _forms(count: int, unit: int) -> dict[str, str]:
 def _solution(family: str, numbers: Numbers, operator: str, correct: bool, rng: random.Random) -> str:
     """Returns one step and the answer in some form. An incorrect one is plausible: the slip is in the step or in the answer."""
     spec, (left, other, unit) = _FAMILIES[family], numbers
-    result = left + other if operator == "+" else left - other
-    answer = result
+    answer = result = left + other if operator == "+" else left - other
     if not correct:
         answer += rng.choice([slip for slip in spec.slips if result + slip > 0])
         result = result if rng.random() < _MISCOPIED else answer
     forms = _forms(answer, unit)
     names = [name for name in spec.forms if name in forms]
     (form,) = rng.choices(names, [spec.forms[name] for name in names])
-    step = f"{spec.write(left, unit)} {operator} {spec.write(other, unit)} = {spec.write(result, unit)}"
-    return f"{step}\n#### {forms[form]}"
+    left_text, right_text, result_text = (spec.write(count, unit) for count in (left, other, result))
+    return f"{left_text} {operator} {right_text} = {result_text}\n#### {forms[form]}"
 
 
 def _sums(family: str, split: str) -> Iterator[tuple[str, Numbers, str]]:
     """Yields the (operator, numbers, thing) of a split; results are positive and not whole numbers."""
-    for operator, numbers, thing in itertools.product("+-", _FAMILIES[family].numbers(), _THINGS):
+    for operator, numbers, thing in itertools.product("+-", _FAMILIES[family].numbers, _THINGS):
         left, right, unit = numbers
         result = left + right if operator == "+" else left - right
         if result % unit and word_problems.split_of(f"{family} {operator}", numbers, thing) == split:
@@ -140,13 +131,11 @@ def _rows(split: str, size: int) -> Iterator[dict[str, Any]]:
 class AnswerForms(OfflineBuilder):
     """Sums and differences of fractions, decimals and percents, solved in mixed forms, with a preference pair each.
 
-    Columns: `question`; `solution`, a step and `#### x` with x in some form, one in three incorrect; `solution_right`, 1
-    or 0; `answer`, the correct fraction in lowest terms; `chosen` and `rejected`, a correct and an incorrect completion
-    with the same distribution of forms, so that the form tells little; `family`.
+    Columns: `question`; `solution`, a step and `#### x` with x in some form, one in three incorrect; `solution_right`,
+    1 or 0; `answer`, the correct fraction in lowest terms; `chosen` and `rejected`, a correct and an incorrect
+    completion with the same distribution of forms, so that the form tells little; `family`.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "Initial release."}
     DESCRIPTION = "Sums with answers in several forms; no numbers of a thing occur in two splits of a family."
     SIZES = {"train": 12_000, "validation": 1_000, "test": 1_000}
     COLUMNS = {

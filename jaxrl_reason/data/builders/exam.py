@@ -14,14 +14,13 @@ The last two topics ask the same questions, and a question does not tell which c
 correct on both: a policy rewarded by answers learns the more frequent nights, a policy rewarded by points the days.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import itertools
 import random
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from jaxrl_reason.data.builders import word_problems
 from jaxrl_reason.data.builders.offline import endless, OfflineBuilder
@@ -34,95 +33,47 @@ _CARELESS = 0.3  # share of solutions whose last step, and so the answer, is inc
 
 @dataclasses.dataclass(frozen=True)
 class _Topic:
-    """One kind of question, asked `count` times per exam.
+    """One kind of question, asked `count` times per exam. `changes` turns numbers into the arguments of `sum_up`.
 
-    `steps` turns numbers into (left, operator, right, result) lines; the last result is the answer. Topics of one `group`
-    share their questions, and so the numbers and `things` of a split.
+    Topics of one `group` share their questions, and so the numbers and `things` of a split.
     """
 
     group: str
     count: int
     points: tuple[int, int]
-    numbers: Callable[[], Iterator[Numbers]]
-    steps: Callable[..., list[tuple[int, str, int, int]]]
-    things: tuple[str, ...]
+    numbers: Sequence[Numbers]
+    changes: Callable[..., Numbers]
     template: str
-
-
-def _dates() -> Iterator[Numbers]:
-    return ((a, b) for a in range(1, 13) for b in range(a + 2, a + 11))
+    things: tuple[str, ...] = OBJECTS
 
 
 _DATES = "{o} stays from day {a} to day {b}. How long?"
+_TWO = list(itertools.product(range(2, 13), repeat=2))
+_MISSING = [(a, b) for b in range(6, 17) for a in range(2, b - 1)]
+_THREE = list(itertools.product(range(2, 8), repeat=3))
+_CHAIN = [(a, b, c) for a in range(4, 13) for b in range(2, a - 1) for c in range(2, 8)]
+_DAYS = [(a, b) for a in range(1, 13) for b in range(a + 2, a + 11)]
 
 _TOPICS = {
-    "add": _Topic(
-        group="add",
-        count=2,
-        points=_CHEAP,
-        numbers=lambda: itertools.product(range(2, 13), repeat=2),
-        steps=lambda a, b: [(a, "+", b, a + b)],
-        things=OBJECTS,
-        template="{a} {o} and {b} more. How many?",
-    ),
-    "missing": _Topic(
-        group="missing",
-        count=1,
-        points=_DEAR,
-        numbers=lambda: ((a, b) for b in range(6, 17) for a in range(2, b - 1)),
-        steps=lambda a, b: [(b, "-", a, b - a)],
-        things=OBJECTS,
-        template="{a} {o} and how many more are {b}?",
-    ),
-    "three": _Topic(
-        group="three",
-        count=2,
-        points=_DEAR,
-        numbers=lambda: itertools.product(range(2, 8), repeat=3),
-        steps=lambda a, b, c: [(a, "+", b, a + b), (a + b, "+", c, a + b + c)],
-        things=OBJECTS,
-        template="{a} {o}, {b} more and {c} more. How many?",
-    ),
+    "add": _Topic("add", 2, _CHEAP, _TWO, lambda a, b: (a, b), "{a} {o} and {b} more. How many?"),
+    "missing": _Topic("missing", 1, _DEAR, _MISSING, lambda a, b: (b, -a), "{a} {o} and how many more are {b}?"),
+    "three": _Topic("three", 2, _DEAR, _THREE, lambda a, b, c: (a, b, c), "{a} {o}, {b} more and {c} more. How many?"),
     "chain": _Topic(
-        group="chain",
-        count=2,
-        points=_CHEAP,
-        numbers=lambda: ((a, b, c) for a in range(4, 13) for b in range(2, a - 1) for c in range(2, 8)),
-        steps=lambda a, b, c: [(a, "-", b, a - b), (a - b, "+", c, a - b + c)],
-        things=OBJECTS,
-        template="{a} {o}, {b} fewer and {c} more. How many?",
+        "chain", 2, _CHEAP, _CHAIN, lambda a, b, c: (a, -b, c), "{a} {o}, {b} fewer and {c} more. How many?"
     ),
-    "nights": _Topic(
-        group="dates",
-        count=3,
-        points=_CHEAP,
-        numbers=_dates,
-        steps=lambda a, b: [(b, "-", a, b - a)],
-        things=NAMES,
-        template=_DATES,
-    ),
-    "days": _Topic(
-        group="dates",
-        count=2,
-        points=_DEAR,
-        numbers=_dates,
-        steps=lambda a, b: [(b, "-", a, b - a), (b - a, "+", 1, b - a + 1)],
-        things=NAMES,
-        template=_DATES,
-    ),
+    "nights": _Topic("dates", 3, _CHEAP, _DAYS, lambda a, b: (b, -a), _DATES, NAMES),
+    "days": _Topic("dates", 2, _DEAR, _DAYS, lambda a, b: (b, -a, 1), _DATES, NAMES),
 }
 
 
 def _question(topic: str, numbers: Numbers, thing: str, rng: random.Random) -> dict[str, Any]:
     """Returns a question with its answer and a pupil's solution."""
     spec = _TOPICS[topic]
-    steps = spec.steps(*numbers)
-    answer = steps[-1][-1]
-    written = answer
+    steps = word_problems.sum_up(*spec.changes(*numbers))
+    answer = written = steps[-1][-1]
     if rng.random() < _CARELESS:
         written += rng.choice([slip for slip in (-10, -2, -1, 1, 2, 10) if answer + slip > 0])
-    lines = [f"{left} {operator} {right} = {result}" for left, operator, right, result in steps[:-1]]
-    lines.append("{} {} {} = {}".format(*steps[-1][:3], written))
+    lines = ["{} {} {} = {}".format(*step) for step in [*steps[:-1], (*steps[-1][:3], written)]]
     lines = lines if rng.random() < _WORKED else []
     return {
         "question": spec.template.format(**dict(zip("abc", numbers)), o=thing),
@@ -138,7 +89,7 @@ def _exams(split: str, count: int) -> Iterator[dict[str, Any]]:
     """Yields the questions of `count` exams, one exam after the other. Within an exam no question repeats."""
     rng = random.Random(split)
     fits = lambda topic, pair: word_problems.split_of(topic.group, *pair) == split
-    every = {name: itertools.product(topic.numbers(), topic.things) for name, topic in _TOPICS.items()}
+    every = {name: itertools.product(topic.numbers, topic.things) for name, topic in _TOPICS.items()}
     pairs = endless(rng, {name: [p for p in every[name] if fits(topic, p)] for name, topic in _TOPICS.items()})
     for number in range(count):
         exam: dict[str, dict[str, Any]] = {}
@@ -161,8 +112,6 @@ class Exam(OfflineBuilder):
     the points over the exam's total, so that the values of an exam sum to 1 (in float32, as TFDS stores numbers).
     """
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "Initial release."}
     DESCRIPTION = "Exams whose questions are worth different points; no question occurs in two splits."
     SIZES = {"train": 1_000, "validation": 84, "test": 84}  # exams
     COLUMNS = {

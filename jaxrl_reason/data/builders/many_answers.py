@@ -33,17 +33,10 @@ _QUESTIONS = {
 
 
 def correct_answers(kind: str, target: int, low: int, high: int) -> list[Numbers]:
-    """Returns all correct answers of a constraint in ascending order, each with its numbers ascending.
+    """Returns all correct answers of a constraint in ascending order, each with ascending numbers of [low, high].
 
-    Args:
-      kind: "sum": two numbers with the sum `target`; "difference": two numbers `target` apart; "multiple": one multiple
-        of `target`.
-      target: see `kind`.
-      low: the smallest number that is allowed.
-      high: the largest number that is allowed.
-
-    Raises:
-      ValueError: if the kind is unknown.
+    Kinds are "sum", two numbers with the sum `target`; "difference", two numbers `target` apart; and "multiple", one
+    multiple of `target`. Raises ValueError for another kind.
     """
     if kind == "sum":
         return [(a, target - a) for a in range(low, high + 1) if a <= target - a <= high]
@@ -63,9 +56,7 @@ def _constraints(kind: str) -> Iterator[Numbers]:
         bounds = ((low, high) for low in range(1, 6) for high in range(low + 8, 19))
         targets = range(2, 10) if kind == "difference" else range(6, 31)
         every = ((target, low, high) for low, high in bounds for target in targets)
-    return (
-        (target, low, high) for target, low, high in every if len(correct_answers(kind, target, low, high)) >= _LEAST
-    )
+    return (constraint for constraint in every if len(correct_answers(kind, *constraint)) >= _LEAST)
 
 
 def _incorrect_answer(kind: str, target: int, low: int, high: int, rng: random.Random) -> list[int]:
@@ -100,20 +91,18 @@ def _rows(split: str, size: int) -> Iterator[dict[str, Any]]:
     constraints = endless(rng, {kind: [c for c in _constraints(kind) if fits(kind, c)] for kind in _QUESTIONS})
     for kind in itertools.islice(itertools.cycle(_QUESTIONS), size):
         target, low, high = next(constraints[kind])
+        constraint = {"kind": kind, "target": target, "low": low, "high": high}
         answers = correct_answers(kind, target, low, high)
         is_correct = rng.random() >= _INCORRECT
         answer = list(rng.choice(answers))[:: 1 if kind == "sum" and rng.random() < 0.5 else -1]
         numbers = answer if is_correct else _incorrect_answer(kind, target, low, high, rng)
         yield {
-            "question": _QUESTIONS[kind].format(target=target, low=low, high=high),
+            "question": _QUESTIONS[kind].format(**constraint),
             "solution": _solution(kind, target, numbers),
             "solution_right": int(is_correct),
             "answer": ", ".join(map(str, sorted(answer))),
             "answers": len(answers),
-            "kind": kind,
-            "target": target,
-            "low": low,
-            "high": high,
+            **constraint,
         }
 
 

@@ -20,17 +20,13 @@ def endless(rng: random.Random, choices: Mapping[str, Iterable[T]]) -> dict[str,
 
 
 class OfflineBuilder(tfds.core.GeneratorBasedBuilder):
-    """A builder that generates its rows and downloads nothing.
+    """A builder that generates its rows and downloads nothing."""
 
-    Attributes:
-      DESCRIPTION: one sentence about the data.
-      SIZES: split -> size; the unit is the subclass's.
-      COLUMNS: column -> str or a NumPy number type.
-    """
-
-    DESCRIPTION: ClassVar[str]
-    SIZES: Mapping[str, int]
-    COLUMNS: Mapping[str, type]
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "Initial release."}
+    DESCRIPTION: ClassVar[str]  # one sentence about the data
+    SIZES: Mapping[str, int]  # split -> size; the unit is the subclass's
+    COLUMNS: Mapping[str, type]  # column -> str or a NumPy number type
 
     @abc.abstractmethod
     def rows(self, split: str) -> Iterator[dict[str, Any]]:
@@ -41,16 +37,11 @@ class OfflineBuilder(tfds.core.GeneratorBasedBuilder):
         return f"{split}-{i}"
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = {
-            name: tfds.features.Text() if kind is str else tfds.features.Scalar(kind)
-            for name, kind in self.COLUMNS.items()
-        }
-        return tfds.core.DatasetInfo(
-            builder=self, description=self.DESCRIPTION, features=tfds.features.FeaturesDict(features)
-        )
+        feature = lambda kind: tfds.features.Text() if kind is str else tfds.features.Scalar(kind)
+        features = tfds.features.FeaturesDict({name: feature(kind) for name, kind in self.COLUMNS.items()})
+        return tfds.core.DatasetInfo(builder=self, description=self.DESCRIPTION, features=features)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        del dl_manager  # nothing to download
         return {split: self._generate_examples(split) for split in self.SIZES}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[str | int, dict[str, Any]]]:

@@ -5,8 +5,6 @@ import hashlib
 import itertools
 from typing import Any
 
-import tensorflow_datasets as tfds
-
 from jaxrl_reason.data.builders.offline import OfflineBuilder
 
 
@@ -22,8 +20,6 @@ class Sums(OfflineBuilder):
     Columns, all text: `question` ("What is 7 + 5?"); `solution` ("7 + 5 = 12"); `answer` ("12").
     """
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "Initial release."}
     DESCRIPTION = "All sums of two digits; a + b and b + a are in the same split."
     SIZES = {"train": 71, "test": 29}
     COLUMNS = dict.fromkeys(("question", "solution", "answer"), str)

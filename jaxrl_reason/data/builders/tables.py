@@ -23,21 +23,16 @@ class Diabetes(OfflineBuilder):
     1/10 validation, 2/10 test.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "Initial release."}
     DESCRIPTION = "Diabetes progression by ten measurements (Efron et al., Least Angle Regression, 2004)."
     SIZES = {"train": 317, "validation": 35, "test": 90}
-    COLUMNS = dict.fromkeys(
-        ("age", "sex", "bmi", "bp", "s1", "s2", "s3", "s4", "s5", "s6", TARGETS["diabetes"]), np.float32
-    )
+    COLUMNS = dict.fromkeys([*"age sex bmi bp s1 s2 s3 s4 s5 s6".split(), TARGETS["diabetes"]], np.float32)
 
     def rows(self, split: str) -> Iterator[dict[str, float]]:
         try:
             from sklearn import datasets
         except ImportError as error:
-            raise ImportError(
-                "The data set 'diabetes' is prepared, once, from the copy in scikit-learn: pip install scikit-learn."
-            ) from error
+            source = "is prepared, once, from the copy in scikit-learn: pip install scikit-learn"
+            raise ImportError(f"The data set 'diabetes' {source}.") from error
         data = datasets.load_diabetes(scaled=False)
         for features, target in zip(data.data.tolist(), data.target.tolist(), strict=True):
             bucket = int.from_bytes(hashlib.sha256(repr(features).encode()).digest()[:8], "big") % 10
@@ -70,15 +65,12 @@ _BETWEEN_MODES = 0.95  # share of the standard deviation; sqrt(1 - 0.95**2) = 0.
 
 @dataclasses.dataclass
 class SyntheticConfig(tfds.core.BuilderConfig):
-    """The function, and the number of modes of its noise.
+    """The function, and the number of modes of its noise."""
 
-    Attributes:
-      function: a key of `_FUNCTIONS`.
-      bimodal: whether the noise is on either side of the function and seldom near it, rather than Gaussian.
-    """
-
-    function: str = ""
-    bimodal: bool = False
+    function: str = ""  # a key of `_FUNCTIONS`
+    bimodal: bool = (
+        False  # whether the noise is on either side of the function and seldom near it, rather than Gaussian
+    )
 
 
 def _synthetic_rows(config: SyntheticConfig, split: str, size: int) -> Iterator[dict[str, float]]:
@@ -100,8 +92,6 @@ class Synthetic(OfflineBuilder):
     Columns: `x1` ..., `y` to predict, and `noise_std`, the standard deviation of y given the features.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "Initial release."}
     DESCRIPTION = "Smooth functions with noise of known, uneven size, so that the best reachable R2 is known."
     SIZES = {"train": 3000, "validation": 500, "test": 1000}
     BUILDER_CONFIGS = [

@@ -9,8 +9,5 @@ that no test row influences training:
     features.transform(test), scaler.to_unit(test.targets)
 """
 
-from jaxrl_reason.data.tables.load import load_table
+from jaxrl_reason.data.tables.load import load_table, Table
 from jaxrl_reason.data.tables.scaling import FeatureScaler, fit_features, TargetScaler
-from jaxrl_reason.data.tables.table import Table
-
-__all__ = ["FeatureScaler", "Table", "TargetScaler", "fit_features", "load_table"]

@@ -1,14 +1,58 @@
-"""Tables by name: our TFDS builders and CSV files."""
+"""Tables by name: our TFDS builders and CSV files. A fault in a file is reported with its line and column."""
 
+from collections.abc import Mapping, Sequence
+import csv
+import dataclasses
+import difflib
+import functools
+import hashlib
+import io
+import json
+import math
 import pathlib
 import re
+from typing import Any
+import warnings
 
 import numpy as np
 
-from jaxrl_reason.data import sources
+from jaxrl_reason.data import files, sources
 from jaxrl_reason.data.builders.tables import NOISE, TARGETS
-from jaxrl_reason.data.tables.csv_files import CATEGORICAL, MISSING, read_table
-from jaxrl_reason.data.tables.table import Table
+
+_OPTIONS = {"categorical": ("refuse", "onehot", "drop"), "missing": ("refuse", "mean", "drop")}
+_GAPS = frozenset({"", "?", "na", "n/a", "nan", "null"})  # cells without a value, in lower case
+_NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")  # float() also reads 1_000
+_INFINITY = re.compile(r"[-+]?inf(?:inity)?", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Table:
+    """N rows of F numbers and C texts, with one number per row to predict."""
+
+    name: str  # the name given to `load_table`
+    names: tuple[str, ...]  # the F columns of numbers
+    features: np.ndarray  # float64[N, F]; NaN if a value is missing, which only missing="mean" allows
+    label_names: tuple[str, ...]  # the C columns of texts; empty unless categorical="onehot"
+    labels: np.ndarray  # str[N, C], "" if a value is missing
+    target: str  # the column to predict
+    targets: np.ndarray  # float64[N]
+    noise_std: np.ndarray | None = None  # float64[N], the standard deviation of the target given the features, if known
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of columns and cells; it does not depend on the file."""
+        digest = hashlib.sha256(json.dumps([self.names, self.label_names, self.target, self.labels.tolist()]).encode())
+        for numbers in (self.features, self.targets):
+            digest.update(np.ascontiguousarray(numbers, "<f8").tobytes())
+        return digest.hexdigest()
+
+    @property
+    def best_r2(self) -> float | None:
+        """The expected R2 of the true function on these rows, which no regressor exceeds; None if it is unknown."""
+        return None if self.noise_std is None else float(1 - np.mean(self.noise_std**2) / np.var(self.targets))
 
 
 def load_table(
@@ -32,44 +76,175 @@ def load_table(
         leaves it out. A column of numbers and texts always raises.
       missing: the treatment of a missing value (an empty cell, NA, N/A, NaN, null or ?): "refuse" raises, "mean" keeps
         the gap for `fit_features` to fill, "drop" leaves the row out and warns. A target is never filled.
-      data_dir: the directory of TFDS's prepared data; None means TFDS's default, ~/tensorflow_datasets. Files do not
-        use it.
+      data_dir: the directory of TFDS's prepared data; None means its default, ~/tensorflow_datasets. Unused for files.
 
     Raises:
-      FileNotFoundError: if the file does not exist.
-      ImportError: if "diabetes" has to be prepared and scikit-learn, which contains the data, is not installed.
-      ValueError: if the name, the split or an option is unknown, or the file is not such a table. The message names
-        file, line and column.
+      FileNotFoundError, ImportError: if the file does not exist, or "diabetes" has to be prepared without scikit-learn,
+        which contains the data.
+      ValueError: if the name, the split or an option is unknown, or the file is not such a table.
     """
-    for option, value, allowed in (("categorical", categorical, CATEGORICAL), ("missing", missing, MISSING)):
-        if value not in allowed:
-            raise ValueError(f"{option} is {value!r}; it has to be one of {', '.join(map(repr, allowed))}.")
+    for option, value in (("categorical", categorical), ("missing", missing)):
+        if value not in _OPTIONS[option]:
+            raise ValueError(f"{option} is {value!r}; it has to be one of {', '.join(map(repr, _OPTIONS[option]))}.")
     if name.endswith(".csv"):
-        return read_table(pathlib.Path(name).expanduser(), split, target, categorical, missing)
+        return _read_table(pathlib.Path(name).expanduser(), split, target, categorical, missing)
     builder = re.split("[/:]", name)[0]
     if builder not in TARGETS:
         raise ValueError(f"There is no table {name!r}: give {', '.join(TARGETS)}, or a path that ends in .csv.")
-    if target not in ("", TARGETS[builder]):
-        raise ValueError(
-            f"The table {name!r} predicts {TARGETS[builder]!r}, not {target!r}; leave `target` empty, it is for files."
-        )
-    return _prepared_table(name, split, TARGETS[builder], data_dir)
-
-
-def _prepared_table(name: str, split: str, target: str, data_dir: str | pathlib.Path | None) -> Table:
+    own = TARGETS[builder]
+    if target not in ("", own):
+        raise ValueError(f"The table {name!r} predicts {own!r}, not {target!r}; leave `target` empty, it is for files.")
     data = sources.open_prepared(name, split, data_dir, kind="table")
     rows = data.__getitems__(list(range(len(data))))
     # TFDS stores float32. Its shortest decimal restores 32.1, which would otherwise be 32.0999985.
     columns = {key: np.array([float(str(np.float32(row[key]))) for row in rows]) for key in sorted(rows[0])}
-    noise_std = columns.pop(NOISE, None)
-    targets = columns.pop(target)
-    return Table(
-        name=name,
-        names=tuple(columns),
-        features=np.column_stack(list(columns.values())),
-        label_names=(),
-        labels=np.empty((len(rows), 0), str),
-        target=target,
-        targets=targets,
-        noise_std=noise_std,
-    )
+    noise_std, targets = columns.pop(NOISE, None), columns.pop(own)
+    features, labels = np.column_stack(list(columns.values())), np.empty((len(rows), 0), str)
+    return Table(name, tuple(columns), features, (), labels, own, targets, noise_std)
+
+
+def _read_table(path: pathlib.Path, split: str, target: str, categorical: str, missing: str) -> Table:
+    header, rows, lines = _read_csv(path)
+    if target not in header:
+        close = difflib.get_close_matches(target, header, n=1, cutoff=0.5)
+        hint = f"Did you mean {close[0]!r}?" if close else f"There are {files.quoted(header)}."
+        fault = f"has no column {target!r} to predict" if target else "needs `target`, the column to predict"
+        raise ValueError(f"{path} {fault}. {hint}")
+    cells = {name: [row[i] for row in rows] for i, name in enumerate(header)}
+    columns = {name: _parse_column(path, name, cells[name], lines) for name in header}
+    numbers = {name: column for name, column in columns.items() if column is not None}
+    texts = [name for name in header if name not in numbers]
+    if target in texts:
+        line = lines[next(i for i, cell in enumerate(cells[target]) if not _is_gap(cell))]
+        raise ValueError(f"The target {target!r} of {path} holds text (line {line}); regression needs numbers.")
+    if texts and categorical == "refuse":
+        remedy = "set categorical to 'onehot' for one 0/1 column per text, or to 'drop' to leave such columns out"
+        raise ValueError(f"{path} holds text in {_counted('column', texts)}: {remedy}.")
+    texts = texts if categorical == "onehot" else []
+    targets = numbers.pop(target)
+    names = list(numbers)
+    if not names + texts:
+        fault = f"no column to predict {target!r} from"
+        raise ValueError(f"{path} has {fault}; it needs a header and cells separated by commas.")
+    gaps = {name: [i for i, cell in enumerate(cells[name]) if _is_gap(cell)] for name in [*names, *texts, target]}
+    kept = _kept_rows(path, gaps, lines, target, missing)
+    if len({targets[i] for i in kept}) == 1:
+        value = targets[kept[0]]
+        raise ValueError(f"The target {target!r} of {path} is {value} in every row, so there is nothing to predict.")
+    part = files.slice_rows(kept, split, path)
+    features = np.array([[numbers[name][i] for name in names] for i in part], np.float64)
+    labels = np.array([["" if _is_gap(cells[name][i]) else cells[name][i] for name in texts] for i in part], str)
+    features, labels = features.reshape(len(part), len(names)), labels.reshape(len(part), len(texts))
+    predicted = np.array([targets[i] for i in part], np.float64)
+    return Table(str(path), tuple(names), features, tuple(texts), labels, target, predicted)
+
+
+def _kept_rows(
+    path: pathlib.Path, gaps: Mapping[str, list[int]], lines: Sequence[int], target: str, missing: str
+) -> list[int]:
+    """Returns the rows to keep; `gaps` maps columns to the rows in which they have no value."""
+    rows = list(range(len(lines)))
+    if not any(gaps.values()):
+        return rows
+    reports = {name: _counted("line", [lines[i] for i in missed]) for name, missed in gaps.items() if missed}
+    if missing == "refuse":
+        columns = "".join(f"\n  column {name!r}, {report}" for name, report in reports.items())
+        remedy = "set missing to 'mean' to fill them with training means, or to 'drop' to leave such rows out"
+        raise ValueError(f"{path} has missing values:{columns}\nCorrect the file, or {remedy}.")
+    if missing == "mean":
+        if target in reports:
+            remedy = "a target cannot be filled in; correct the file, or set missing to 'drop'"
+            raise ValueError(f"The target {target!r} of {path} is missing in {reports[target]}, and {remedy}.")
+        return rows
+    dropped = {i for missed in gaps.values() for i in missed}
+    kept = [i for i in rows if i not in dropped]
+    if not kept:
+        raise ValueError(f"Every row of {path} has a missing value; set missing to 'mean', or correct the file.")
+    warnings.warn(f"{path}: rows with missing values left out: {len(dropped)}, kept: {len(kept)}.", stacklevel=4)
+    return kept
+
+
+def _read_csv(path: pathlib.Path) -> tuple[list[str], list[list[str]], list[int]]:
+    """Returns the header, the rows of stripped cells, and the first line of each row: quoted cells can hold line breaks."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no data file {path}.")
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line} is not UTF-8; save the file in that encoding.") from error
+
+    rows, lines, line = [], [], 1
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
+    try:
+        for row in reader:
+            rows.append([cell.strip() for cell in row])
+            lines.append(line)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {line} is not readable as CSV: {error}.") from error
+    while rows and rows[-1] in ([], [""]):  # blank lines at the end
+        rows.pop()
+        lines.pop()
+    if len(rows) < 2:
+        raise ValueError(f"{path} has {'a header and no rows' if rows else 'no header: it is empty'}.")
+    header = rows[0]
+    _check_header(path, header, lines[0])
+    for row, line in zip(rows, lines, strict=True):
+        if len(row) != len(header):
+            cells = "1 cell" if len(row) == 1 else f"{len(row) or 'no'} cells"
+            raise ValueError(f"{path}, line {line} has {cells}, but the header names {len(header)} columns.")
+    return header, rows[1:], lines[1:]
+
+
+def _check_header(path: pathlib.Path, header: Sequence[str], line: int) -> None:
+    if not header:
+        raise ValueError(f"{path}, line 1 is blank; the first line has to name every column.")
+    first: dict[str, int] = {}
+    for i, name in enumerate(header):
+        if not name:
+            fault = f"column {i + 1} has no name"
+            raise ValueError(f"{path}, line {line}: {fault}; the first line has to name every column.")
+        if first.setdefault(name, i) < i:
+            fault = f"columns {first[name] + 1} and {i + 1} are both named {name!r:.80}"
+            raise ValueError(f"{path}, line {line}: {fault}; rename one of them.")
+
+
+def _parse_column(path: pathlib.Path, name: str, cells: Sequence[str], lines: Sequence[int]) -> list[float] | None:
+    """Returns the numbers of a column, NaN for gaps, or None for texts. The whole column decides, so that all splits agree."""
+    values, texts = [], []
+    for cell, line in zip(cells, lines, strict=True):
+        if _is_gap(cell):
+            values.append(math.nan)
+        elif _NUMBER.fullmatch(cell) and math.isfinite(float(cell)):
+            values.append(float(cell))
+        elif _NUMBER.fullmatch(cell) or _INFINITY.fullmatch(cell):
+            raise ValueError(f"{path}, line {line}, column {name!r} is {_short(cell)}, not a finite number.")
+        else:
+            texts.append((cell, line))
+    only_gaps = all(map(math.isnan, values))
+    if not texts and only_gaps:
+        raise ValueError(f"Column {name!r} of {path} has no value in any row; remove it.")
+    if not texts:
+        return values
+    if not only_gaps:
+        # Otherwise one typing error would turn a column of numbers into hundreds of texts.
+        text = f"text, such as {_short(texts[0][0])!r}, in {_counted('line', [line for _, line in texts])}"
+        raise ValueError(f"Column {name!r} of {path} holds both numbers and {text}; correct the cells.")
+    return None
+
+
+def _is_gap(cell: str) -> bool:
+    return cell.lower() in _GAPS
+
+
+def _short(cell: str) -> str:
+    return cell if len(cell) <= 20 else f"{cell[:17]}..."
+
+
+def _counted(noun: str, items: Sequence[Any]) -> str:
+    """Returns "line 3", "lines 3, 5" or "lines 3, 5, ... and 7 more"."""
+    shown = ", ".join(map(repr, items[: files.REPORTED]))
+    more = f" and {len(items) - files.REPORTED} more" if len(items) > files.REPORTED else ""
+    return f"{noun}{'s' if len(items) > 1 else ''} {shown}{more}"

@@ -7,7 +7,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-from jaxrl_reason.data.tables.table import Table
+from jaxrl_reason.data.tables.load import Table
 
 Numbers = TypeVar("Numbers", float, np.ndarray, jax.Array)
 
@@ -17,20 +17,13 @@ class FeatureScaler:
     """Converts tables with the columns of the training table to inputs of a model; made by `fit_features`.
 
     All fields are lists, so that `dataclasses.asdict` can be saved as JSON and restored as `FeatureScaler(**saved)`.
-
-    Attributes:
-      names: the columns of numbers.
-      means: their training means, over the values that are not missing.
-      stds: their training standard deviations (ddof 0), 0 for a constant column.
-      label_names: the columns of texts.
-      levels: the different training texts of each.
     """
 
-    names: list[str]
-    means: list[float]
-    stds: list[float]
-    label_names: list[str]
-    levels: list[list[str]]
+    names: list[str]  # the columns of numbers
+    means: list[float]  # their training means, over the values that are not missing
+    stds: list[float]  # their training standard deviations (ddof 0), 0 for a constant column
+    label_names: list[str]  # the columns of texts
+    levels: list[list[str]]  # the different training texts of each
 
     @property
     def outputs(self) -> list[str]:
@@ -42,20 +35,13 @@ class FeatureScaler:
         """Returns z-scores of the numbers, then one 0/1 column per known text: float32[N, len(outputs)].
 
         A constant column is 0. A missing value is 0, the training mean. A text that is missing, or that no training row
-        has, is 0 in all columns.
-
-        Raises:
-          ValueError: if the table has other columns, or a number that overflows float32.
+        has, is 0 in all columns. Raises ValueError if the table has other columns, or a number that overflows float32.
         """
-        for kind, expected, found in (
-            ("numbers", self.names, table.names),
-            ("texts", self.label_names, table.label_names),
-        ):
-            if sorted(expected) != sorted(found):
-                raise ValueError(
-                    f"{table.name} has the columns of {kind} {list(found)}, but the training table had {expected}; "
-                    "both need the same."
-                )
+        expected, found = {"numbers": self.names, "texts": self.label_names}, (table.names, table.label_names)
+        for (kind, ours), theirs in zip(expected.items(), found, strict=True):
+            if sorted(ours) != sorted(theirs):
+                fault = f"the columns of {kind} {list(theirs)}, but the training table had {ours}"
+                raise ValueError(f"{table.name} has {fault}; both need the same.")
         features = table.features[:, [table.names.index(name) for name in self.names]]
         stds = np.array(self.stds)
         with np.errstate(over="ignore"):
@@ -63,11 +49,9 @@ class FeatureScaler:
         scores = np.where((stds == 0) | np.isnan(features), 0, scores)
         rows, columns = np.nonzero(np.abs(scores) > np.finfo(np.float32).max)
         if rows.size:
-            value = features[rows[0], columns[0]]
-            raise ValueError(
-                f"Column {self.names[columns[0]]!r} of {table.name} is {value} in row {rows[0]}, too far from the "
-                "training mean for float32; correct or remove that row."
-            )
+            row, column = rows[0], columns[0]
+            cell = f"Column {self.names[column]!r} of {table.name} is {features[row, column]} in row {row}"
+            raise ValueError(f"{cell}, too far from the training mean for float32; correct or remove that row.")
         indicators = [
             table.labels[:, table.label_names.index(name)] == level
             for name, levels in zip(self.label_names, self.levels, strict=True)
@@ -79,17 +63,14 @@ class FeatureScaler:
 def fit_features(train: Table) -> FeatureScaler:
     """Learns the scaling of features from the training table.
 
-    Raises:
-      ValueError: if a column has no value in any row, or values too large for a standard deviation.
+    Raises ValueError if a column has no value in any row, or values too large for a standard deviation.
     """
     means, stds = [], []
     for name, column in zip(train.names, train.features.T, strict=True):
         known = column[~np.isnan(column)]
         if not known.size:
-            raise ValueError(
-                f"Column {name!r} of {train.name} has no value in any of the {len(train)} training rows; remove it, or "
-                "train on more rows."
-            )
+            fault = f"has no value in any of the {len(train)} training rows"
+            raise ValueError(f"Column {name!r} of {train.name} {fault}; remove it, or train on more rows.")
         mean, std = _mean_and_std(known, f"Column {name!r} of {train.name}")
         means.append(mean)
         stds.append(std)
@@ -99,40 +80,30 @@ def fit_features(train: Table) -> FeatureScaler:
 
 @dataclasses.dataclass(frozen=True)
 class TargetScaler:
-    """Scales targets to z-scores and, by the range of the training z-scores, to [0, 1] (GenRe2, arXiv 2512.06533).
+    """Scales targets to z-scores and, by the range of the training z-scores, to [0, 1] (GenRe2, arXiv 2512.06533)."""
 
-    Attributes:
-      mean: the mean of the training targets.
-      std: their standard deviation, ddof 0.
-      low: the smallest training z-score.
-      high: the largest training z-score.
-    """
-
-    mean: float
-    std: float
-    low: float
-    high: float
+    mean: float  # of the training targets
+    std: float  # of the training targets, ddof 0
+    low: float  # the smallest training z-score
+    high: float  # the largest training z-score
 
     @classmethod
     def fit(cls, targets: np.ndarray) -> "TargetScaler":
         """Learns the scaling from the training targets, float[N].
 
-        Raises:
-          ValueError: if targets do not have one axis, are not finite, are all equal, or are too far apart to scale.
+        Raises ValueError if targets do not have one axis, are not finite, are all equal, or are too far apart to scale.
         """
         targets = np.asarray(targets, np.float64)
         if targets.ndim != 1 or not targets.size:
-            raise ValueError(
-                f"The training targets have the shape {targets.shape}; give one axis of at least two different numbers."
-            )
+            need = "one axis of at least two different numbers"
+            raise ValueError(f"The training targets have the shape {targets.shape}; give {need}.")
         bad = np.flatnonzero(~np.isfinite(targets))
         if bad.size:
             raise ValueError(f"Training target {bad[0]} is {targets[bad[0]]}; targets have to be finite numbers.")
         mean, std = _mean_and_std(targets, "The training target")
         if std == 0:
-            raise ValueError(
-                f"The training target is {targets[0]} in all {len(targets)} rows, so there is nothing to learn."
-            )
+            same = f"{targets[0]} in all {len(targets)} rows"
+            raise ValueError(f"The training target is {same}, so there is nothing to learn.")
         return cls(mean, std, float((targets.min() - mean) / std), float((targets.max() - mean) / std))
 
     def to_z(self, targets: Numbers) -> Numbers:
@@ -159,8 +130,6 @@ def _mean_and_std(values: np.ndarray, name: str) -> tuple[float, float]:
     with np.errstate(over="ignore", invalid="ignore"):
         mean, std = float(values.mean()), float(values.std())
     if not math.isfinite(std) or std == 0:
-        raise ValueError(
-            f"{name} goes from {values.min()} to {values.max()}, for which float64 has no standard deviation; change "
-            "its unit."
-        )
+        span = f"{name} goes from {values.min()} to {values.max()}"
+        raise ValueError(f"{span}, for which float64 has no standard deviation; change its unit.")
     return mean, std
