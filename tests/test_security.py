@@ -11,6 +11,7 @@ import pytest
 import jaxrl_reason
 from jaxrl_reason import export, runs
 from jaxrl_reason.config import ConfigError
+from jaxrl_reason.models import ModelConfig
 from jaxrl_reason.runs.command import parse
 
 PACKAGE = pathlib.Path(jaxrl_reason.__file__).parent
@@ -49,7 +50,7 @@ ALLOWED = {
     ("config/command_line.py", "load_module", "exec_module"),  # a recipe is a Python file that the user names
     ("rewards/host.py", "_import_file", "exec_module"),  # a reward function is in a Python file that the user names,
     ("rewards/host.py", "_import_module", "import_module"),  # or in a module
-    ("data/sources.py", "_tfds_source", "import_module"),  # a builder of ours, out of a table
+    ("data/sources.py", "open_prepared", "import_module"),  # a builder of ours, out of a table
     # A worker unpickles what the process that started it sends; that process never unpickles what a worker reports.
     ("rewards/pool.py", "", "multiprocessing.reduction"),
     ("rewards/worker.py", "", "multiprocessing.reduction"),
@@ -140,4 +141,4 @@ def test_a_checkpoint_that_is_a_link_to_elsewhere_is_not_read(tmp_path):
     (tmp_path / "run" / "checkpoints" / "7").symlink_to(tmp_path / "elsewhere")
     for number in (None, 7):
         with pytest.raises(ConfigError, match="7 cannot be read: .*7 leads to .*elsewhere, outside of .*checkpoints"):
-            runs.load_weights(tmp_path / "run", number, {})
+            runs.load_weights(tmp_path / "run", number, {"embedding": 0}, ModelConfig(vocab_size=8))

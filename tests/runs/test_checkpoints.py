@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from jaxrl_reason import runs
+from jaxrl_reason.models import ModelConfig
 from jaxrl_reason.rl.types import TrainState
 from jaxrl_reason.runs import checkpoints, digests
 
@@ -95,7 +96,7 @@ def test_a_damaged_data_file_is_one_sentence(how, saved, tmp_path, caplog):
     for part in ("checkpoints/2", "start"):
         DAMAGES[how](max((tmp_path / "run" / part).rglob("d/*"), key=lambda path: path.stat().st_size))
     with caplog.at_level(logging.WARNING):
-        number, params = runs.load_weights(tmp_path / "run", None, state.params)
+        number, params = runs.load_weights(tmp_path / "run", None, state.params, ModelConfig(vocab_size=8))
     assert number == 1 and f"{tmp_path / 'run/checkpoints/2'} cannot be read: " in caplog.text
     chex.assert_trees_all_equal(params, state.params)
     with pytest.raises(checkpoints.CheckpointError, match="^The weights .*start cannot be read: ") as fault:
@@ -141,8 +142,8 @@ def test_a_wrong_bit_in_a_description_costs_one_checkpoint_at_most(file, saved, 
 
 
 LEFT_BEHIND = """
-import pathlib, sys
-import jax, jax.numpy as jnp
+import gc, pathlib, sys, time
+import jax
 from jaxrl_reason.runs import checkpoints
 folder = pathlib.Path(sys.argv[1])
 weights = {f"w{i}": jax.random.normal(jax.random.key(i), (100, 100)) for i in range(9)}
@@ -151,6 +152,11 @@ checkpoints.save_params(folder / "7" / "default", weights)
 largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])  # half of the arrays can be read
 before = len(jax.live_arrays())
 number, _, faults = checkpoints.read_newest(folder, [7], {"params": weights})
+for _ in range(300):  # orbax may still be reading
+    gc.collect()
+    if len(jax.live_arrays()) == before:
+        break
+    time.sleep(0.1)
 print(number, len(jax.live_arrays()) - before, len(faults))
 """
 
