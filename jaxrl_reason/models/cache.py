@@ -14,21 +14,15 @@ from jaxrl_reason.models.layers import Int8, KeysValues, quantize
 class PromptCache(NamedTuple):
     """Keys and values of P prompts, computed once per prompt and shared by its group. N key/value heads of size K.
 
+    Keys are rotated. After `Decoder.unstack`, keys and values are tuples with one entry [P, N, K, S] or [P, N, S, K] per layer.
     With config.attention "splash", padding comes first and the tokens of each prompt are at the end, wherever the caller had padding.
-
-    Attributes:
-      keys: rotated keys, stacked over layers; after `Decoder.unstack` a tuple with one entry [P, N, K, S] per layer.
-      values: values, stacked over layers; after `Decoder.unstack` a tuple with one entry [P, N, S, K] per layer.
-      mask: True on real tokens.
-      positions: positions of the tokens; padding repeats a position of its neighbour.
-      lengths: real tokens per prompt.
     """
 
     keys: Float[Array, "layers P N K S"] | tuple[Array | Int8, ...]
     values: Float[Array, "layers P N S K"] | tuple[Array | Int8, ...]
-    mask: Bool[Array, "P S"]
-    positions: Int[Array, "P S"]
-    lengths: Int[Array, " P"]
+    mask: Bool[Array, "P S"]  # True on real tokens
+    positions: Int[Array, "P S"]  # padding repeats a position of its neighbour
+    lengths: Int[Array, " P"]  # real tokens per prompt
 
 
 class SampleCache(NamedTuple):
@@ -36,14 +30,10 @@ class SampleCache(NamedTuple):
 
     Keys have the layout of the product with a query, because each step of decoding reads all of them for a few rows of queries. An
     entry can be an Int8 with one scale per position.
-
-    Attributes:
-      keys: rotated keys, [P, G, N, K, T] per layer.
-      values: values, [P, G, N, T, K] per layer.
     """
 
-    keys: tuple[Array | Int8, ...]
-    values: tuple[Array | Int8, ...]
+    keys: tuple[Array | Int8, ...]  # rotated, [P, G, N, K, T] per layer
+    values: tuple[Array | Int8, ...]  # [P, G, N, T, K] per layer
 
 
 def empty_cache(config: ModelConfig, prompts: int, group: int, length: int, int8: bool = False) -> SampleCache:
@@ -63,12 +53,9 @@ def empty_cache(config: ModelConfig, prompts: int, group: int, length: int, int8
 
 
 def write(cache: KeysValues, new: tuple[Array, Array], index: Int[Array, ""] | int) -> KeysValues:
-    """Returns the cache of one layer with new keys and values, rounded if the cache is.
+    """Returns the cache of one layer, keys [P, G, N, K, C] and values [P, G, N, C, K], with new entries, rounded if the cache is.
 
-    Args:
-      cache: keys [P, G, N, K, C] and values [P, G, N, C, K].
-      new: keys and values of the next positions, with a smaller C.
-      index: the first of the new positions along C.
+    New keys and values have a smaller C, and begin at position `index` along C.
     """
     update = jax.lax.dynamic_update_slice_in_dim
 

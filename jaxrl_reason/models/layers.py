@@ -15,19 +15,13 @@ _NEVER = -1e30  # finite: if a query sees nothing, its softmax is uniform, never
 
 
 class Int8(NamedTuple):
-    """A rounded array, values * scale. Decoding reads it many times; no gradient flows through it.
+    """A rounded array, values * scale. Decoding reads it many times; no gradient flows through it."""
 
-    Attributes:
-      values: int8.
-      scale: float32, with size 1 along the axis whose entries share a scale.
-    """
-
-    values: Int[Array, "..."]
-    scale: Float[Array, "..."]
+    values: Int[Array, "..."]  # int8
+    scale: Float[Array, "..."]  # float32, with size 1 along the axis whose entries share a scale
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the values."""
         return self.values.shape
 
     def astype(self, dtype: str) -> Array:
@@ -36,6 +30,7 @@ class Int8(NamedTuple):
 
 
 KeysValues = tuple[Array | Int8, Array | Int8]
+Rotary = tuple[Float[Array, "*batch half_head_dim"], Float[Array, "*batch half_head_dim"]]  # cosines and sines
 
 
 def quantize(x: Float[Array, "..."], axis: int) -> Int8:
@@ -68,13 +63,7 @@ _dot_bfloat16.defvjp(_dot_bfloat16_fwd, _dot_bfloat16_bwd)
 
 
 def dot(x: Float[Array, "*batch D"], w: Float[Array, "D F"] | Int8, dtype: str) -> Float[Array, "*batch F"]:
-    """Returns x @ w in float32.
-
-    Args:
-      x: the left operand.
-      w: the matrix; an Int8 matrix has one scale per column.
-      dtype: dtype of the operands; sums are float32.
-    """
+    """Returns x @ w in float32, with operands in `dtype` and float32 sums. An Int8 matrix has one scale per column."""
     if isinstance(w, Int8):
         return dot(x, w.astype(dtype), dtype) * w.scale[0]
     # Two dimensions only: XLA on CPU has no bfloat16 product with two contracted dimensions, and the weight gradient would be one.
@@ -105,18 +94,14 @@ def rotary_frequencies(config: ModelConfig, sliding: bool) -> Float[Array, " hal
     if scaling.kind == "linear":
         return freqs / scaling.factor
     wavelengths = 2 * math.pi / freqs
-    low = scaling.original_length / scaling.low_freq_factor
-    high = scaling.original_length / scaling.high_freq_factor
-    smooth = (scaling.original_length / wavelengths - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
+    low, high, length = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_length
+    smooth = (length / wavelengths - low) / (high - low)
     blended = (1 - smooth) * freqs / scaling.factor + smooth * freqs
-    return jnp.where(wavelengths > low, freqs / scaling.factor, jnp.where(wavelengths < high, freqs, blended))
+    kept = jnp.where(wavelengths < length / high, freqs, blended)
+    return jnp.where(wavelengths > length / low, freqs / scaling.factor, kept)
 
 
-def rotary_angles(
-    positions: Int[Array, "*batch"], config: ModelConfig, sliding: bool
-) -> tuple[Float[Array, "*batch half_head_dim"], Float[Array, "*batch half_head_dim"]]:
+def rotary_angles(positions: Int[Array, "*batch"], config: ModelConfig, sliding: bool) -> Rotary:
     """Returns cosines and sines of the rotary angles at `positions`, of sliding or of global layers."""
     angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(config, sliding)
     return jnp.cos(angles), jnp.sin(angles)
@@ -125,14 +110,9 @@ def rotary_angles(
 def rotate(
     x: Float[Array, "*batch heads head_dim"], cos: Float[Array, "..."], sin: Float[Array, "..."]
 ) -> Float[Array, "*batch heads head_dim"]:
-    """Rotates pairs (i, i + head_dim / 2) of each head, as Llama does.
+    """Rotates pairs (i, i + head_dim / 2) of each head of queries or keys, as Llama does, in float32.
 
-    Args:
-      x: queries or keys.
-      cos, sin: f32, broadcastable to [*batch, head_dim / 2].
-
-    Returns:
-      The rotated array in float32.
+    Cosines and sines are f32, broadcastable to [*batch, head_dim / 2].
     """
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
@@ -152,20 +132,16 @@ def group_attention(
     """Computes softmax attention of G samples per prompt over their own keys and one shared prompt.
 
     The prompt's keys are read once per group: one dense product serves the queries of all G samples, with G * T * H / N rows per
-    key head. One softmax covers both parts.
+    key head. One softmax covers both parts. Sums, the softmax and the result are float32.
 
     Args:
       q: queries.
       own: keys [P, G, N, K, C] and values [P, G, N, C, K] of the samples' own positions, with N key/value heads. An Int8 has a
         scale [P, G, N, 1, C].
-      own_mask: True if the query sees the key.
+      own_mask, prompt_mask: True if the query sees the key.
       prompt: keys [P, N, K, S] and values [P, N, S, K], or None. An Int8 has a scale [P, N, 1, S].
-      prompt_mask: True if the query sees the prompt's key.
       scale: factor on the scores.
-      dtype: dtype of the operands of products; sums and the softmax are float32.
-
-    Returns:
-      The attended values, in float32.
+      dtype: dtype of the operands of products.
     """
     P, G, T, H, K = q.shape
     N = own[0].shape[2]

@@ -9,21 +9,13 @@ import warnings
 from jaxrl_reason.data import hub
 from jaxrl_reason.data.tokenizer import fitted, load_tokenizer
 from jaxrl_reason.models.formats import families, gguf
-from jaxrl_reason.models.formats.types import Opened, PretrainedError
+from jaxrl_reason.models.formats.tensors import Opened, PretrainedError
 from jaxrl_reason.models.formats.weights import inside, read_json, SafetensorsDirectory
 
 # Files of the tokenizer next to the weights; an export writes them unchanged.
 _FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("chat_template.json", "generation_config.json", "vocab.json", "merges.txt", "tokenizer.model"),
 )
 # The commit of a model of the hub, kept in our copy of its config.json under the name that `transformers` uses.
 REVISION = "_commit_hash"
@@ -38,8 +30,7 @@ def open_model(path_or_hub_id: str | pathlib.Path) -> Opened:
     path, revision = _find(path_or_hub_id)
     if path.suffix == ".gguf":
         return gguf.open_file(path)
-    files = tokenizer_files(path)
-    source = _read_config(path)
+    files, source = tokenizer_files(path), _read_config(path)
     config = families.read_config(source, str(path / "config.json"))
     if revision:
         source[REVISION] = revision
@@ -78,10 +69,7 @@ def pinned(path_or_hub_id: str, source: Mapping[str, Any]) -> str:
 
 
 def tokenizer_files(directory: pathlib.Path) -> dict[str, bytes]:
-    """Reads the tokenizer's files of a directory; leaves out code that tokenizer_config.json names.
-
-    Returns:
-      Content by file name, see `pretrained.Policy`.
+    """Reads the content of the tokenizer's files in a directory, by name; leaves out code that tokenizer_config.json names.
 
     Raises:
       PretrainedError: if a file is a link that leads out of the directory.
@@ -121,8 +109,6 @@ def _read_config(directory: pathlib.Path) -> dict[str, Any]:
     file = inside(directory, "config.json")
     source = read_json(file)
     if "auto_map" in source:
-        warnings.warn(
-            f"{file} names code of the model's own (auto_map), which is never run: only its model_type decides how the model is read.",
-            stacklevel=3,
-        )
+        note = "names code of the model's own (auto_map), which is never run: only its model_type decides how the model is read."
+        warnings.warn(f"{file} {note}", stacklevel=3)
     return source
