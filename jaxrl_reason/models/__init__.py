@@ -1,7 +1,6 @@
 """The policy network: one decoder, its configuration, its shardings and its adapters; pretrained models in and out. See README.md."""
 
 from jaxrl_reason.models import lora, sharding
-from jaxrl_reason.models.cache import PromptCache, SampleCache
 from jaxrl_reason.models.config import ModelConfig, PROJECTIONS, RopeScaling
 from jaxrl_reason.models.decoder import (
     abstract_params,
@@ -28,3 +27,4 @@ from jaxrl_reason.models.formats.pretrained import (
 )
 from jaxrl_reason.models.formats.source import open_model, pinned, read_source, tokenizer_files
 from jaxrl_reason.models.formats.tensors import Opened, PretrainedError
+from jaxrl_reason.models.layers import PromptCache, SampleCache

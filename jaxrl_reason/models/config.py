@@ -98,7 +98,6 @@ class ModelConfig:
                 raise ValueError(f"model.{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
         object.__setattr__(self, "lora_projections", tuple(self.lora_projections))
         self._check_additions()
-        self._check_windows()
 
     def _check_sizes(self) -> None:
         for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "mlp_width"):
@@ -111,8 +110,7 @@ class ModelConfig:
             raise ValueError(f"model.rope_theta is {self.rope_theta}; it must be greater than 0.")
         if self.heads % self.kv_heads:
             raise ValueError(
-                f"model.heads ({self.heads}) must be a multiple of model.kv_heads ({self.kv_heads}): "
-                "each key/value head serves as many query heads."
+                f"model.heads ({self.heads}) must be a multiple of model.kv_heads ({self.kv_heads}): each serves as many query heads."
             )
         if not self.head_dim and self.width % self.heads:
             raise ValueError(
@@ -120,7 +118,7 @@ class ModelConfig:
             )
 
     def _check_additions(self) -> None:
-        """Checks the adapters and the encoder of features."""
+        """Checks the adapters, the encoder of features and the windows."""
         if self.lora_rank < 0 or self.lora_alpha <= 0:
             raise ValueError(
                 f"lora.rank is {self.lora_rank} and lora.alpha {self.lora_alpha}; rank must not be negative, alpha must be above 0."
@@ -136,13 +134,9 @@ class ModelConfig:
                 f"model.features, model.prefix_length and model.encoder_width are {self.features}, {self.prefix_length} and "
                 f"{self.encoder_width}; set all of them above 0, or none."
             )
-
-    def _check_windows(self) -> None:
         if not self.sliding_window and (self.sliding_period or self.local_rope_theta):
-            raise ValueError(
-                "model.sliding_period and model.local_rope_theta act on sliding layers only: "
-                "set model.sliding_window, or leave them 0."
-            )
+            both = "model.sliding_period and model.local_rope_theta"
+            raise ValueError(f"{both} act on sliding layers only: set model.sliding_window, or leave them 0.")
         if self.local_rope_theta and not self.sliding_period:
             raise ValueError(
                 "model.local_rope_theta is for models with sliding and global layers, and all layers slide without "

@@ -17,12 +17,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, Shaped
 
-from jaxrl_reason.models import cache as cache_lib
 from jaxrl_reason.models import layers as L
 from jaxrl_reason.models import sharding, splash
-from jaxrl_reason.models.cache import PromptCache, SampleCache
 from jaxrl_reason.models.config import ModelConfig, PROJECTIONS
 from jaxrl_reason.models.decoder_layer import constant_weight, DecoderLayer, normal_weight
+from jaxrl_reason.models.layers import PromptCache, SampleCache
 
 Params = dict[str, Any]  # a nested dict of arrays
 Head = Float[Array, "D V"] | L.Int8
@@ -51,10 +50,8 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "P S D"], PromptCache]:
         """Computes the hidden states of prompts after the final norm, and their cache.
 
-        Args:
-          tokens: prompts.
-          mask: 1 on real tokens; padding can be anywhere.
-          features: numbers of each prompt, for a model with `features`. Their embeddings precede the tokens, only in the cache.
+        The mask is 1 on real tokens; padding can be anywhere. In a model with features, the embeddings of each prompt's numbers precede
+        its tokens: they are in the cache, and not in the hidden states.
         """
         mask = mask.astype(bool)
         x = self._embed(tokens[:, None])
@@ -105,10 +102,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "P G D"], SampleCache]:
         """Computes the hidden state of one token per sample after the final norm, and the cache with the new token.
 
-        Args:
-          tokens, index: the tokens, and their position in the completions.
-          blocks, prompt: layers and cache of `unstack`, which is called once before the loop.
-          cache: keys and values of the samples' earlier tokens.
+        The tokens are at position `index` of the completions. `unstack`, called once before the loop, gives layers and prompt cache.
         """
         at = (prompt.lengths[:, None] + index)[:, None]  # [P, 1, 1]
         places = jnp.arange(cache.keys[0].shape[-1])
@@ -138,13 +132,13 @@ class Decoder(nnx.Module):
             for block in blocks:
                 for name in PROJECTIONS:
                     setattr(block, name, nnx.Param(L.quantize(getattr(block, name)[...], axis=0)))
-            cache = [cache_lib.round_to_int8(*kv) for kv in cache]
+            cache = [L.round_to_int8(*kv) for kv in cache]
         keys, values = zip(*cache)
         return blocks, prompt._replace(keys=keys, values=values)
 
     def empty_cache(self, prompts: int, group: int, length: int, int8: bool = False) -> SampleCache:
-        """Makes the cache of `step` before the first token, see `cache.empty_cache`."""
-        return cache_lib.empty_cache(self.config, prompts, group, length, int8)
+        """Makes the cache of `step` before the first token, see `layers.empty_cache`."""
+        return L.empty_cache(self.config, prompts, group, length, int8)
 
     def head_matrix(self, int8: bool = False) -> Head:
         """Returns the output head; with int8 rounded, with one scale per token of the vocabulary."""
@@ -206,10 +200,7 @@ class Decoder(nnx.Module):
         return near | jnp.logical_not(sliding)
 
     def _attend(self, at, sliding, real=None, prompt=None):
-        """Returns the causal attention of a layer, a function of queries and of own keys and values, both at positions `at` [P, 1, T].
-
-        `sliding` is a Python or a traced bool, `real` [P, T] is True on tokens, and all queries see the layer's cache `prompt`.
-        """
+        """Returns the causal attention of a layer, a function of queries and of own keys and values, both at positions `at` [P, 1, T]."""
         c = self.config
         if c.attention == "splash":
             kv = () if prompt is None else ((prompt.keys, prompt.values), prompt.mask)
@@ -253,8 +244,7 @@ def logical_axes(config: ModelConfig) -> Params:
 def param_shardings(config: ModelConfig, mesh: sharding.AnyMesh) -> Params:
     """Returns a NamedSharding per weight, in the structure of the parameters: its logical axes by `sharding.RULES`.
 
-    Raises:
-      ValueError: if a mesh axis does not divide the dimension that it splits; heads are counted whole.
+    Raises ValueError if a mesh axis does not divide the dimension that it splits; heads are counted whole.
     """
     counts = {"heads": config.heads, "kv_heads": config.kv_heads}
 
@@ -289,10 +279,7 @@ def bind(config: ModelConfig, params: Params) -> Decoder:
 def apply(
     config: ModelConfig, params: Params, tokens: Int[Array, "B S"], mask: Shaped[Array, "B S"] | None = None
 ) -> Float[Array, "B S V"]:
-    """Computes the logits of texts in float32; they have no meaning on padding.
-
-    The mask is 1 on real tokens; padding can be anywhere. None: all are real.
-    """
+    """Computes logits in float32, without meaning on padding. The mask is 1 on real tokens, which can be anywhere; None: on all."""
     model = bind(config, params)
     return model.logits(model.prefill(tokens, jnp.ones(tokens.shape, bool) if mask is None else mask)[0])
 

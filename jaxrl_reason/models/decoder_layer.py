@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxrl_reason.models import cache as cache_lib
 from jaxrl_reason.models import layers as L
 from jaxrl_reason.models.config import ModelConfig
 
@@ -42,8 +41,7 @@ class DecoderLayer(nnx.Module):
         self.o = weight(c.heads * K, D, ("heads", "embed"), residual_scale)
         if c.qkv_bias:
             self.q_bias = bias(c.heads * K, "heads")
-            self.k_bias = bias(c.kv_heads * K, "kv_heads")
-            self.v_bias = bias(c.kv_heads * K, "kv_heads")
+            self.k_bias, self.v_bias = bias(c.kv_heads * K, "kv_heads"), bias(c.kv_heads * K, "kv_heads")
         if c.qk_norm:
             self.q_norm, self.k_norm = norm(K, "head_dim"), norm(K, "head_dim")
         self.mlp_norm = norm(D, "embed")
@@ -70,7 +68,6 @@ class DecoderLayer(nnx.Module):
         """Computes one layer.
 
         Args:
-          x: residual stream.
           rotary: f32, broadcastable to [P, G, T, head_dim / 2].
           attend: function of queries [P, G, T, H, K] and of own keys and values (as returned) to [P, G, T, H * K].
           cache: own keys and values, updated with those of this call. None: own positions are the positions of this call.
@@ -94,7 +91,7 @@ class DecoderLayer(nnx.Module):
             q, k = norm(q, self.q_norm), norm(k, self.k_norm)
         q, k = L.rotate(q, *rotary), L.rotate(k, *rotary)
         new = k.transpose(0, 1, 3, 4, 2).astype(c.compute_dtype), v.swapaxes(2, 3).astype(c.compute_dtype)
-        own: L.KeysValues = new if cache is None else cache_lib.write(cache, new, index)
+        own: L.KeysValues = new if cache is None else L.write_cache(cache, new, index)
         y = dot(attend(q, own), "o").astype(x.dtype)
         x = x + (norm(y, self.post_attention_norm) if c.post_norms else y)
 

@@ -67,10 +67,7 @@ def init_params(config: ModelConfig, key: Key[Array, ""], decoder: Params | None
 def scores(
     config: ModelConfig, params: Params, tokens: Int[Array, "B S"], mask: Shaped[Array, "B S"] | None = None
 ) -> Float[Array, " B"]:
-    """Computes the scores of whole texts in float32; NaN for a text without a token.
-
-    The mask is 1 on real tokens; padding can be anywhere. None: all are real.
-    """
+    """Computes the scores of whole texts in float32, NaN for a text without a token. For the mask see `models.apply`."""
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask
     hidden, _ = decoder_lib.bind(_headless(config), params["decoder"]).prefill(tokens, mask)
     return _at_last(hidden, mask, params["score"])
@@ -80,9 +77,7 @@ def group_scores(config: ModelConfig, params: Params, rollout: Completions, *, p
     """Computes the scores of completions after their prompts, end token included, in float32: `scores` of each whole text.
 
     The score of a completion without a token is NaN. For less memory, `parts` microbatches of prompts are computed one after the other.
-
-    Raises:
-      ValueError: if `parts` does not divide P.
+    Raises ValueError if `parts` does not divide P.
     """
     P, G, _ = rollout.tokens.shape
     if P % parts:
@@ -105,14 +100,9 @@ def pair_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Computes the Bradley-Terry loss, the mean of -log sigmoid(score of the chosen - score of the rejected).
 
-    arXiv 2203.02155, eq. 1; 1706.03741, 2.2.3. Each group has two completions: the chosen one first, then the rejected one.
-
-    Returns:
-      (loss, metrics): `reward_model/accuracy`, the share of pairs whose chosen completion has the higher score, and
-      `reward_model/margin`, the mean difference.
-
-    Raises:
-      ValueError: if a group does not have two completions.
+    arXiv 2203.02155, eq. 1; 1706.03741, 2.2.3. Raises ValueError if a group does not have two completions, first the chosen one. The
+    metrics are `reward_model/accuracy`, the share of pairs whose chosen completion has the higher score, and `reward_model/margin`, the
+    mean difference.
     """
     if pairs.tokens.shape[1] != 2:
         raise ValueError(f"A pair is one chosen and one rejected completion; the groups have {pairs.tokens.shape[1]}.")

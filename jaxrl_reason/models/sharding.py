@@ -46,17 +46,10 @@ def spec(*axes: str | None) -> PartitionSpec:
 def make_mesh(
     data: int = 1, fsdp: int = -1, tensor: int = 1, slices: int = 1, *, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """Makes a mesh over all devices. On TPUs, neighbours in the mesh are neighbours in the torus of the slice.
+    """Makes a mesh over all devices, or the given ones. On TPUs, neighbours in the mesh are neighbours in the torus of the slice.
 
-    At most one size is -1: it takes all devices that the other sizes leave.
-
-    Args:
-      data, fsdp, tensor: sizes of the axes of each slice.
-      slices: size of the axis "slice", the TPU slices that the data-centre network joins.
-      devices: the devices of the mesh; None: all.
-
-    Raises:
-      ValueError: if the product of the sizes is not the number of devices, or `slices` is not the number of TPU slices.
+    `data`, `fsdp` and `tensor` are sizes of axes of each slice, `slices` of the axis "slice". At most one size is -1: it takes all devices
+    that the other sizes leave. Raises ValueError if the product is not the number of devices, or `slices` not the number of TPU slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = dict(zip(AXES, (slices, data, fsdp, tensor)))
@@ -85,10 +78,7 @@ def rollout_mesh(mesh: Mesh, tensor: int) -> Mesh:
     """Makes the mesh for decoding: the devices of the update's mesh in the same order, without `fsdp`.
 
     The update gathers weights that are split by fsdp. A decoding step would gather them for a single token, so here weights are
-    whole, or split by tensor: `tensor` devices share a prompt.
-
-    Raises:
-      ValueError: if `tensor` does not divide the devices of a slice.
+    whole, or split by tensor: `tensor` devices share a prompt. Raises ValueError if `tensor` does not divide the devices of a slice.
     """
     slices, rest = mesh.shape["slice"], mesh.devices.size // mesh.shape["slice"]
     if rest % tensor:
@@ -133,10 +123,7 @@ def microbatches(mesh: AnyMesh, size: int, parts: int) -> int:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Constrains the sharding of a traced array on the ambient mesh (`jax.set_mesh`); without a mesh it returns `x`.
-
-    The axes are logical axes of the leading dimensions; None: not split.
-    """
+    """Constrains the leading dimensions of a traced array to logical axes (None: not split) on the mesh of `jax.set_mesh`, if any."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, spec(*axes))
 

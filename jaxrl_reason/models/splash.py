@@ -3,9 +3,8 @@
 A prompt and its G completions form one sequence of keys, [prompt | completion 1 | ... | completion G]. The prompt's tokens are at the
 end of their part, and the tokens of each completion at the beginning of theirs. Whether a query sees a key is then a static function
 of their places, also under a sliding window. Segment ids tell which places of the prompt hold tokens, because that is not static.
-Without a prompt, attention is causal.
-
-The kernels are compiled if the program is lowered for TPUs, and interpreted otherwise: slow, for tests.
+Without a prompt, attention is causal. The kernels are compiled if the program is lowered for TPUs, and interpreted otherwise: slow, for
+tests.
 """
 
 import dataclasses
@@ -44,13 +43,10 @@ def group_attention(
     as the kernels choose, which is less exact than `layers.group_attention`.
 
     Args:
-      q: queries.
       own: keys and values of the same positions, with N key/value heads. A query sees its own key and earlier ones.
       own_real: True on tokens, which must be at the end (G = 1). Tokens see tokens; padding sees padding, so that its results are
         numbers too. None: all are tokens.
-      prompt: keys and values that every query sees.
-      prompt_real: True on the prompt's tokens, which must be at the end.
-      config: the decoder.
+      prompt, prompt_real: keys and values that every query sees, and True on tokens, which must be at the end.
       sliding: whether the layer slides, for a model with sliding and global layers.
     """
     P, G, T, H, K = q.shape

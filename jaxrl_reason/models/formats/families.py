@@ -68,10 +68,7 @@ UNWRITTEN = ("param_dtype", "compute_dtype", "remat", "attention")
 def read_config(source: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
     """Reads the configuration of a decoder from the content of a config.json, in the spelling of transformers 4 or 5.
 
-    Messages name the file as `where`.
-
-    Raises:
-      PretrainedError: if the architecture is unknown, a size is missing, or the decoder does not support a value.
+    Raises PretrainedError, naming the file as `where`, if the architecture is unknown, a size is missing, or a value is not supported.
     """
     try:
         return _read_config(source, where)
@@ -113,10 +110,7 @@ def write_config(config: ModelConfig, classifier: bool = False) -> dict[str, Any
     """Returns the config.json of the first family that describes a decoder, in a spelling that transformers 4 and 5 read.
 
     The choice of the family ignores dtypes, remat and attention; of them only the dtype of the weights is written. A `classifier` is a
-    reward model.
-
-    Raises:
-      PretrainedError: if no family has all switches of the decoder.
+    reward model. Raises PretrainedError if no family has all switches of the decoder.
     """
     plain = ModelConfig(vocab_size=1, width=2, layers=1, heads=1, kv_heads=1, mlp_width=1)
     free: dict[str, Any] = {name: getattr(plain, name) for name in UNWRITTEN}
@@ -177,9 +171,8 @@ def _rope(source: Mapping[str, Any], where: str, kind: str) -> tuple[float, Rope
     if scaling == "default":
         return theta, None
     if scaling not in ("linear", "llama3"):
-        raise PretrainedError(
-            f"{where} has rotary positions of type {scaling!r}; it must be default, linear or llama3."
-        )
+        types = "the type must be default, linear or llama3"
+        raise PretrainedError(f"{where} has rotary positions of type {scaling!r}; {types}.")
     try:
         values: dict[str, Any] = {name: float(found[name]) for name in _ROPE_FACTORS[scaling]}
         if scaling == "llama3":

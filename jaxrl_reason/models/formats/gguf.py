@@ -36,11 +36,7 @@ _PRE_TOKENIZERS = {
 
 
 def open_file(path: pathlib.Path) -> Opened:
-    """Reads all of a GGUF file but the values of its weights.
-
-    Raises:
-      PretrainedError: if the package `gguf` is missing, the file is damaged, or its content is not supported.
-    """
+    """Reads all of a GGUF file but the values of its weights. Raises PretrainedError, also if the package `gguf` is missing."""
     try:
         import gguf
     except ImportError as e:
@@ -53,6 +49,10 @@ def open_file(path: pathlib.Path) -> Opened:
     architecture = fields.get("general.architecture")
     if architecture != "llama":
         raise PretrainedError(f"{path} has architecture {architecture!r}; only llama is read from GGUF files.")
+    scaling = fields.get("llama.rope.scaling.type", "none")
+    if scaling != "none" or any(tensor.name == _FREQUENCIES for tensor in reader.tensors):
+        scaling = _FREQUENCIES if scaling == "none" else repr(scaling)
+        raise PretrainedError(f"{path} scales its rotary positions ({scaling}), which is not supported for GGUF files.")
     weights = _Weights(path, reader, fields, gguf.dequantize)
     source = _config(path, fields, tied="lm_head.weight" not in weights.shapes)
     return Opened(families.read_config(source, str(path)), weights, _tokenizer(path, fields), source, files={})
@@ -75,9 +75,6 @@ def _config(path: pathlib.Path, fields: dict[str, Any], tied: bool) -> dict[str,
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
         if f"tokenizer.ggml.{key}_token_id" in fields
     }
-    scaling = fields.get("llama.rope.scaling.type", "none")
-    if scaling != "none":
-        raise _scaled_rope(path, repr(scaling))
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -101,7 +98,7 @@ def _config(path: pathlib.Path, fields: dict[str, Any], tied: bool) -> dict[str,
 
 
 class _Weights:
-    """See `types.Weights`. Each read dequantises the whole tensor."""
+    """See `tensors.Weights`. Each read dequantises the whole tensor."""
 
     def __init__(self, path: pathlib.Path, reader: Any, fields: dict[str, Any], dequantize: Callable) -> None:
         self.where, self._dequantize = str(path), dequantize
@@ -109,8 +106,6 @@ class _Weights:
         self._heads = {"q_proj": heads, "k_proj": fields.get("llama.attention.head_count_kv", heads)}
         self._tensors = {}
         for tensor in reader.tensors:
-            if tensor.name == _FREQUENCIES:
-                raise _scaled_rope(path, _FREQUENCIES)
             try:  # one row, to check that the type is supported
                 dequantize(tensor.data[:1] if tensor.data.ndim > 1 else tensor.data, tensor.tensor_type)
             except NotImplementedError as e:
@@ -127,10 +122,6 @@ class _Weights:
             heads = self._heads[kind]
             found = found.reshape(heads, -1, 2, found.shape[-1]).swapaxes(1, 2).reshape(found.shape)
         return found[part]
-
-
-def _scaled_rope(path: pathlib.Path, scaling: str) -> PretrainedError:
-    return PretrainedError(f"{path} scales its rotary positions ({scaling}), which is not supported for GGUF files.")
 
 
 def _name(name: str) -> str:

@@ -26,7 +26,7 @@ from jaxrl_reason.models import reward_model as reward_model_lib
 from jaxrl_reason.models.config import ModelConfig
 from jaxrl_reason.models.formats import families
 from jaxrl_reason.models.formats import weights as weights_lib
-from jaxrl_reason.models.formats.source import open_model, REVISION
+from jaxrl_reason.models.formats.source import Address, open_model, REVISION
 from jaxrl_reason.models.formats.tensors import Opened, PretrainedError, tensors_of
 
 Tokens = Int[Array | np.ndarray, "B S"]
@@ -63,29 +63,24 @@ _logits = jax.jit(decoder.apply, static_argnums=0)
 _scores = jax.jit(reward_model_lib.scores, static_argnums=0)
 
 
-def load_pretrained(path_or_hub_id: str | pathlib.Path, dtype: str = "float32", mesh: Mesh | None = None) -> Policy:
-    """Reads a language model.
+def load_pretrained(path_or_hub_id: Address, dtype: str = "float32", mesh: Mesh | None = None) -> Policy:
+    """Reads a language model. Raises PretrainedError if that is not possible; nothing is placed on a device then.
 
     Args:
       path_or_hub_id: a directory with config.json, safetensors and tokenizer.json; the id of a model on the Hugging Face hub
         ("Qwen/Qwen3-0.6B", or with a branch, tag or commit "Qwen/Qwen3-0.6B@c1899de"); or a .gguf file.
       dtype: of the weights and of the operands of products, "float32" or "bfloat16".
       mesh: the mesh that the weights are placed on, see `models.sharding`; None: the first device.
-
-    Raises:
-      PretrainedError: with a sentence that names the file, field or tensor. Nothing is placed on a device then.
     """
     return _load(path_or_hub_id, dtype, mesh, Policy)
 
 
-def load_reward_model(
-    path_or_hub_id: str | pathlib.Path, dtype: str = "float32", mesh: Mesh | None = None
-) -> RewardModel:
+def load_reward_model(path_or_hub_id: Address, dtype: str = "float32", mesh: Mesh | None = None) -> RewardModel:
     """Reads a sequence classifier with one label, such as Qwen2ForSequenceClassification; see `load_pretrained`."""
     return _load(path_or_hub_id, dtype, mesh, RewardModel)
 
 
-def _load(path_or_hub_id: str | pathlib.Path, dtype: str, mesh: Mesh | None, kind: type[_Kind]) -> _Kind:
+def _load(path_or_hub_id: Address, dtype: str, mesh: Mesh | None, kind: type[_Kind]) -> _Kind:
     opened = open_model(path_or_hub_id)
     try:
         config = dataclasses.replace(opened.config, param_dtype=dtype, compute_dtype=dtype)
@@ -98,8 +93,7 @@ def _load(path_or_hub_id: str | pathlib.Path, dtype: str, mesh: Mesh | None, kin
 def check_weights(opened: Opened, config: ModelConfig, kind: type[Policy] = Policy) -> None:
     """Checks that an opened model has the tensors of `config`, and is a policy or a reward model as `kind` requires.
 
-    Raises:
-      PretrainedError: if not; the message has the names of missing, surplus or misshapen tensors.
+    Raises PretrainedError if not; the message has the names of missing, surplus or misshapen tensors.
     """
     classifier = issubclass(kind, RewardModel)
     found = opened.source.get("architectures")
@@ -116,8 +110,7 @@ def place_weights(
 ) -> decoder.Params:
     """Reads the weights of an opened model onto a mesh, or the first device, in the dtype of `config`.
 
-    Raises:
-      PretrainedError: if `check_weights` raises or the mesh does not divide the weights; nothing is placed then.
+    Raises PretrainedError if `check_weights` raises or the mesh does not divide the weights; nothing is placed then.
     """
     check_weights(opened, config, kind)
     classifier = issubclass(kind, RewardModel)
@@ -145,10 +138,8 @@ def _table(config: ModelConfig, classifier: bool) -> dict[str, Any]:
 def save_pretrained(directory: str | pathlib.Path, policy: Policy, *, max_shard_bytes: int = 4 * 2**30) -> None:
     """Writes config.json, safetensors, the tokenizer's files and generation_config.json; all of them or nothing.
 
-    A tensor larger than `max_shard_bytes` has a file of its own.
-
-    Raises:
-      PretrainedError: if the directory is not empty, the policy has adapters, or no family describes the decoder.
+    A tensor larger than `max_shard_bytes` has a file of its own. Raises PretrainedError if the directory is not empty, the policy has
+    adapters, or no family describes the decoder.
     """
     if policy.config.lora_rank:
         raise PretrainedError(
@@ -169,9 +160,7 @@ def save_adapters(directory: str | pathlib.Path, policy: Policy, base_model: str
     """Writes the adapters of a policy in the layout of PEFT, and the tokenizer's files; all of them or nothing.
 
     PEFT adds the adapters to `base_model`, a directory or an id of the hub. An id is written with the commit that the policy began with.
-
-    Raises:
-      PretrainedError: if the directory exists and is not empty.
+    Raises PretrainedError if the directory is not empty.
     """
     revision = policy.source.get(REVISION)
     table = _table(lora.base_of(policy.config), False)["layers"]

@@ -9,12 +9,9 @@ import numpy as np
 from jaxrl_reason.data.tokenizer import Tokenizer
 from jaxrl_reason.models.config import ModelConfig
 
-_NAMES = {
-    "embedding": "model.embed_tokens.weight",
-    "final_norm": "model.norm.weight",
-    "head": "lm_head.weight",
-    "score": "score.weight",
-}
+_NAMES = dict(
+    embedding="model.embed_tokens.weight", final_norm="model.norm.weight", head="lm_head.weight", score="score.weight"
+)
 _LAYER_NAMES = (
     {name: f"self_attn.{name}_proj.weight" for name in "qkvo"}
     | {f"{name}_bias": f"self_attn.{name}_proj.bias" for name in "qkv"}
@@ -35,15 +32,12 @@ class PretrainedError(ValueError):
 
 @runtime_checkable
 class Weights(Protocol):
-    """A readable source of named tensors."""
+    """A readable source of named tensors. Its shapes are known before any tensor is read."""
 
     @property
-    def where(self) -> str:
-        """The source's name in messages."""
-
+    def where(self) -> str: ...  # its name in messages
     @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape by name; known before any tensor is read."""
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...  # by name
 
     def read(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
         """Reads a part of a tensor."""

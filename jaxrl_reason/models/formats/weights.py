@@ -23,8 +23,7 @@ _BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".masked_bias")  # in old files
 class SafetensorsDirectory:
     """The safetensors of a directory in the Hugging Face layout, one file or several with an index. See `Weights`.
 
-    Raises:
-      PretrainedError: if there are none, a file is damaged, or the index and the files disagree.
+    Raises PretrainedError if there are none, a file is damaged, or the index and the files disagree.
     """
 
     def __init__(self, directory: pathlib.Path) -> None:
@@ -54,7 +53,8 @@ class SafetensorsDirectory:
                 part = file.get_slice(name)
                 dtype = part.get_dtype()
                 if dtype not in _DTYPES:
-                    raise PretrainedError(f"{path}: {name} has dtype {dtype}; it must be one of {', '.join(_DTYPES)}.")
+                    allowed = f"weights must be one of {', '.join(_DTYPES)}"
+                    raise PretrainedError(f"{path}: {name} has dtype {dtype}; {allowed}.")
                 self.shapes[name] = tuple(part.get_shape())
 
     def read(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
@@ -109,9 +109,7 @@ def check(weights: Weights, table: Tree, *, tied: bool) -> None:
     """Checks that the tensors of a model are the expected ones, given a `Tensor` per weight.
 
     If the output head is the embedding (`tied`), some writers store the head nevertheless. It must then equal the embedding.
-
-    Raises:
-      PretrainedError: if tensors are missing, surplus or have another shape; the message has their names.
+    Raises PretrainedError if tensors are missing, surplus or have another shape; the message has their names.
     """
     wanted = {name: t.shape for t in _leaves(table) for name in t.names}
     missing = [name for name in wanted if name not in weights.shapes]
