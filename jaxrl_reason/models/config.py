@@ -70,7 +70,7 @@ class ModelConfig:
     query_scale: float = 0.0  # factor on the attention scores; 0: head_dim ** -0.5
     param_dtype: str = "float32"  # dtype of the stored weights and of the residual stream
     compute_dtype: str = "float32"  # dtype of the operands of matrix products; sums are always float32
-    remat: str = "layer"  # what the backward pass computes again: "none", "dots" (all but matrix products), "layer"
+    remat: str = "layer"  # values computed again in the backward pass: "none", "dots" (all but products), "layer"
     # Attention to whole prompts and completions; decoding is always plain. "plain" holds all scores of a layer. "splash", the kernels
     # for TPUs, holds no scores and skips blocks that no query sees; on other devices it is interpreted: slow, for tests.
     attention: str = "plain"

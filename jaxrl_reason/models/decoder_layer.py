@@ -70,7 +70,7 @@ class DecoderLayer(nnx.Module):
         Args:
           rotary: f32, broadcastable to [P, G, T, head_dim / 2].
           attend: function of queries [P, G, T, H, K] and of own keys and values (as returned) to [P, G, T, H * K].
-          cache: own keys and values, updated with those of this call. None: own positions are the positions of this call.
+          cache: own keys and values, updated with the keys and values of this call. None: own positions are the positions of this call.
           index: the first of this call's positions along C.
 
         Returns:

@@ -24,7 +24,8 @@ _INIT_STD = 0.02  # of a new score vector, as in Hugging Face: all scores begin 
 class Completions(Protocol):
     """Prompts with G completions each: the fields of `rl.types.Rollout` and `data.preferences.PreferenceBatch` that are read here.
 
-    Masks are 1 on real tokens. Padding of prompts can be anywhere; tokens after the end of a completion change nothing.
+    Masks are 1 on real tokens. Padding of prompts can be anywhere; real tokens of completions come first, and tokens after them change
+    nothing.
     """
 
     @property
