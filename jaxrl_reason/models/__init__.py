@@ -1,7 +1,6 @@
 """The policy network: one decoder, its configuration, its shardings and its adapters; pretrained models in and out. See README.md."""
 
 from jaxrl_reason.models import lora, sharding
-from jaxrl_reason.models.cache import PromptCache, SampleCache
 from jaxrl_reason.models.config import ModelConfig, PROJECTIONS, RopeScaling
 from jaxrl_reason.models.decoder import (
     abstract_params,
@@ -11,11 +10,11 @@ from jaxrl_reason.models.decoder import (
     init_params,
     logical_axes,
     param_count,
+    param_shardings,
     Params,
     project,
 )
 from jaxrl_reason.models.formats.families import read_config
-from jaxrl_reason.models.formats.peft import save_adapters
 from jaxrl_reason.models.formats.pretrained import (
     check_weights,
     load_pretrained,
@@ -23,8 +22,9 @@ from jaxrl_reason.models.formats.pretrained import (
     place_weights,
     Policy,
     RewardModel,
+    save_adapters,
     save_pretrained,
 )
 from jaxrl_reason.models.formats.source import open_model, pinned, read_source, tokenizer_files
-from jaxrl_reason.models.formats.types import Opened, PretrainedError
-from jaxrl_reason.models.placement import param_shardings
+from jaxrl_reason.models.formats.tensors import Opened, PretrainedError
+from jaxrl_reason.models.layers import PromptCache, SampleCache

@@ -14,16 +14,18 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, Shaped
 
-from jaxrl_reason.models import cache as cache_lib
 from jaxrl_reason.models import layers as L
 from jaxrl_reason.models import sharding, splash
-from jaxrl_reason.models.cache import PromptCache, SampleCache
 from jaxrl_reason.models.config import ModelConfig, PROJECTIONS
 from jaxrl_reason.models.decoder_layer import constant_weight, DecoderLayer, normal_weight
+from jaxrl_reason.models.layers import PromptCache, SampleCache
 
 Params = dict[str, Any]  # a nested dict of arrays
+Head = Float[Array, "D V"] | L.Int8
+Blocks = list[DecoderLayer]  # one entry per layer
 
 
 class Decoder(nnx.Module):
@@ -43,20 +45,13 @@ class Decoder(nnx.Module):
             self.encoder_out = normal_weight(rngs, c, (W, N, c.width), ("mlp", "prefix", "embed"), W**-0.5)
             self.encoder_out_bias = constant_weight(c, (N, c.width), ("prefix", "embed"), 0.0)
 
-    # -- the three forwards ------------------------------------------------------------------------
-
     def prefill(
         self, tokens: Int[Array, "P S"], mask: Shaped[Array, "P S"], features: Float[Array, "P F"] | None = None
     ) -> tuple[Float[Array, "P S D"], PromptCache]:
-        """Computes prompts and their cache.
+        """Computes the hidden states of prompts after the final norm, and their cache.
 
-        Args:
-          tokens: prompts.
-          mask: 1 on real tokens; padding can be anywhere.
-          features: numbers of each prompt, for a model with `features`. Their embeddings precede the tokens.
-
-        Returns:
-          Hidden states of the tokens after the final norm, and the cache, which includes the embeddings of the features.
+        The mask is 1 on real tokens; padding can be anywhere. In a model with features, the embeddings of each prompt's numbers precede
+        its tokens: they are in the cache, and not in the hidden states.
         """
         mask = mask.astype(bool)
         x = self._embed(tokens[:, None])
@@ -86,17 +81,10 @@ class Decoder(nnx.Module):
         return self._final(x[:, -tokens.shape[1] :]), cache
 
     def extend(self, tokens: Int[Array, "P G T"], prompt: PromptCache) -> Float[Array, "P G T D"]:
-        """Computes completions, each after its prompt.
+        """Computes the hidden states of completions after the final norm, each completion after its prompt.
 
         Tokens after the end of a completion see the tokens before it, and no token before the end sees them. No mask is needed here,
         because the loss leaves them out.
-
-        Args:
-          tokens: completions.
-          prompt: the cache of `prefill`.
-
-        Returns:
-          Hidden states after the final norm.
         """
         T = tokens.shape[-1]
         at = (prompt.lengths[:, None] + jnp.arange(T))[:, None]  # [P, 1, T]
@@ -110,50 +98,30 @@ class Decoder(nnx.Module):
         return self._final(x)
 
     def step(
-        self,
-        tokens: Int[Array, "P G"],
-        index: Int[Array, ""],
-        blocks: list[DecoderLayer],
-        prompt: PromptCache,
-        cache: SampleCache,
+        self, tokens: Int[Array, "P G"], index: Int[Array, ""], blocks: Blocks, prompt: PromptCache, cache: SampleCache
     ) -> tuple[Float[Array, "P G D"], SampleCache]:
-        """Computes one token per sample.
+        """Computes the hidden state of one token per sample after the final norm, and the cache with the new token.
 
-        Args:
-          tokens: the tokens.
-          index: their position in the completions.
-          blocks, prompt: layers and cache of `unstack`, which is called once before the loop.
-          cache: keys and values of the samples' earlier tokens.
-
-        Returns:
-          Hidden states after the final norm, and the cache with the new token.
+        The tokens are at position `index` of the completions. `unstack`, called once before the loop, gives layers and prompt cache.
         """
         at = (prompt.lengths[:, None] + index)[:, None]  # [P, 1, 1]
         places = jnp.arange(cache.keys[0].shape[-1])
         own_at = prompt.lengths[:, None, None] + places  # [P, 1, T]
         x = self._embed(tokens[:, :, None])
-        keys, values = [], []
+        updated = []
         for i, block in enumerate(blocks):
             sliding = self.config.sliding_layers[i]
             own_mask = (places <= index)[None, None, None] & self._window(at, own_at, sliding)
             one = prompt._replace(keys=prompt.keys[i], values=prompt.values[i])
             attend = self._attend_under(own_mask, at, sliding, one)
-            x, (k, v) = block(x, self._rotary(at, sliding), attend, (cache.keys[i], cache.values[i]), index)
-            keys.append(k)
-            values.append(v)
-        return self._final(x)[:, :, 0], SampleCache(tuple(keys), tuple(values))
+            x, kv = block(x, self._rotary(at, sliding), attend, (cache.keys[i], cache.values[i]), index)
+            updated.append(kv)
+        return self._final(x)[:, :, 0], SampleCache(*zip(*updated))
 
-    # -- for decoding ------------------------------------------------------------------------------
+    def unstack(self, prompt: PromptCache, int8: bool = False) -> tuple[Blocks, PromptCache]:
+        """Splits the layers and the cache of `prefill` into one entry per layer, and casts matrices once, for a decoding loop.
 
-    def unstack(self, prompt: PromptCache, int8: bool = False) -> tuple[list[DecoderLayer], PromptCache]:
-        """Splits the layers and the prompt cache into one entry per layer, and casts matrices once, for a decoding loop.
-
-        Args:
-          prompt: the cache of `prefill`.
-          int8: also round the layers' matrices, with one scale per column, and the cache, with one scale per position.
-
-        Returns:
-          The layers, and the cache with tuples of keys and values.
+        With int8, the layers' matrices are also rounded, with one scale per column, and the cache, with one scale per position.
         """
         c = self.config
         graphdef, stacked = nnx.split(self.layers)
@@ -164,15 +132,15 @@ class Decoder(nnx.Module):
             for block in blocks:
                 for name in PROJECTIONS:
                     setattr(block, name, nnx.Param(L.quantize(getattr(block, name)[...], axis=0)))
-            cache = [cache_lib.round_to_int8(*kv) for kv in cache]
+            cache = [L.round_to_int8(*kv) for kv in cache]
         keys, values = zip(*cache)
         return blocks, prompt._replace(keys=keys, values=values)
 
     def empty_cache(self, prompts: int, group: int, length: int, int8: bool = False) -> SampleCache:
-        """Makes the cache of `step` before the first token, see `cache.empty_cache`."""
-        return cache_lib.empty_cache(self.config, prompts, group, length, int8)
+        """Makes the cache of `step` before the first token, see `layers.empty_cache`."""
+        return L.empty_cache(self.config, prompts, group, length, int8)
 
-    def head_matrix(self, int8: bool = False) -> Float[Array, "D V"] | L.Int8:
+    def head_matrix(self, int8: bool = False) -> Head:
         """Returns the output head; with int8 rounded, with one scale per token of the vocabulary."""
         head = self.embedding[...].T if self.config.tied_embedding else self.head[...]
         return L.quantize(head, axis=0) if int8 else head
@@ -180,8 +148,6 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Returns the logits of hidden states in float32."""
         return project(hidden, self.head_matrix(), self.config)
-
-    # -- parts -------------------------------------------------------------------------------------
 
     def _embed(self, tokens):
         # Gathers whole rows of the embedding. Otherwise the partitioner gathers the activations, which are larger.
@@ -212,10 +178,8 @@ class Decoder(nnx.Module):
             weights, sliding, xs = slices
             return layer(nnx.merge(graphdef, weights), x, sliding, xs)
 
-        if c.remat == "layer":
-            body = jax.checkpoint(body, prevent_cse=False)
-        elif c.remat == "dots":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        if c.remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if c.remat == "dots" else None
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         return jax.lax.scan(body, x, (stacked, jnp.array(c.sliding_layers), xs))
 
@@ -236,14 +200,7 @@ class Decoder(nnx.Module):
         return near | jnp.logical_not(sliding)
 
     def _attend(self, at, sliding, real=None, prompt=None):
-        """Returns the causal attention of a layer, a function of queries and of own keys and values.
-
-        Args:
-          at: int[P, 1, T], positions of the queries and own keys.
-          sliding: whether the layer slides, a Python or a traced bool.
-          real: bool[P, T], True on tokens; None: on all.
-          prompt: the cache of this layer, which all queries see, or None.
-        """
+        """Returns the causal attention of a layer, a function of queries and of own keys and values, both at positions `at` [P, 1, T]."""
         c = self.config
         if c.attention == "splash":
             kv = () if prompt is None else ((prompt.keys, prompt.values), prompt.mask)
@@ -263,12 +220,7 @@ class Decoder(nnx.Module):
         return lambda q, own: L.group_attention(q, own, own_mask, *kv, scale=c.query_scale, dtype=c.compute_dtype)
 
 
-# -- functions around the module -------------------------------------------------------------------
-
-
-def project(
-    hidden: Float[Array, "*batch D"], head: Float[Array, "D V"] | L.Int8, config: ModelConfig
-) -> Float[Array, "*batch V"]:
+def project(hidden: Float[Array, "*batch D"], head: Head, config: ModelConfig) -> Float[Array, "*batch V"]:
     """Returns the float32 logits of hidden states through the output head, see `Decoder.head_matrix`."""
     return L.dot(hidden, head, config.compute_dtype)
 
@@ -289,6 +241,31 @@ def logical_axes(config: ModelConfig) -> Params:
     return nnx.traversals.unflatten_mapping(flat)
 
 
+def param_shardings(config: ModelConfig, mesh: sharding.AnyMesh) -> Params:
+    """Returns a NamedSharding per weight, in the structure of the parameters: its logical axes by `sharding.RULES`.
+
+    Raises ValueError if a mesh axis does not divide the dimension that it splits; heads are counted whole.
+    """
+    counts = {"heads": config.heads, "kv_heads": config.kv_heads}
+
+    def one(axes, shape):
+        split = []
+        for name, size in zip(axes, shape.shape):
+            axis = sharding.RULES[name]
+            n = mesh.shape[axis] if axis else 1
+            size = counts.get(name, size)
+            if size % n:
+                fits = [k for k in range(1, size + 1) if size % k == 0]
+                near = [*[k for k in fits if k < n][-3:], *[k for k in fits if k > n][:1]]
+                raise ValueError(
+                    f"mesh.{axis} is {n}, which does not divide the model's {name!r} dimension ({size}); sizes near it that do: {near}."
+                )
+            split.append(axis if n > 1 else None)
+        return NamedSharding(mesh, PartitionSpec(*split))
+
+    return jax.tree.map(one, logical_axes(config), abstract_params(config), is_leaf=lambda x: isinstance(x, tuple))
+
+
 def init_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
     """Draws random weights. Traceable: under `jax.jit` with output shardings, each device makes its own shards."""
     return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(key))))
@@ -302,20 +279,9 @@ def bind(config: ModelConfig, params: Params) -> Decoder:
 def apply(
     config: ModelConfig, params: Params, tokens: Int[Array, "B S"], mask: Shaped[Array, "B S"] | None = None
 ) -> Float[Array, "B S V"]:
-    """Computes the logits of texts.
-
-    Args:
-      config, params: the decoder.
-      tokens: texts.
-      mask: 1 on real tokens; padding can be anywhere. None: all are real.
-
-    Returns:
-      Logits in float32; they have no meaning on padding.
-    """
+    """Computes logits in float32, without meaning on padding. The mask is 1 on real tokens, which can be anywhere; None: on all."""
     model = bind(config, params)
-    mask = jnp.ones(tokens.shape, bool) if mask is None else mask
-    hidden, _ = model.prefill(tokens, mask)
-    return model.logits(hidden)
+    return model.logits(model.prefill(tokens, jnp.ones(tokens.shape, bool) if mask is None else mask)[0])
 
 
 def param_count(config: ModelConfig) -> int:

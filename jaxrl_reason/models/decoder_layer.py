@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxrl_reason.models import cache as cache_lib
 from jaxrl_reason.models import layers as L
 from jaxrl_reason.models.config import ModelConfig
 
@@ -42,18 +41,15 @@ class DecoderLayer(nnx.Module):
         self.o = weight(c.heads * K, D, ("heads", "embed"), residual_scale)
         if c.qkv_bias:
             self.q_bias = bias(c.heads * K, "heads")
-            self.k_bias = bias(c.kv_heads * K, "kv_heads")
-            self.v_bias = bias(c.kv_heads * K, "kv_heads")
+            self.k_bias, self.v_bias = bias(c.kv_heads * K, "kv_heads"), bias(c.kv_heads * K, "kv_heads")
         if c.qk_norm:
-            self.q_norm = norm(K, "head_dim")
-            self.k_norm = norm(K, "head_dim")
+            self.q_norm, self.k_norm = norm(K, "head_dim"), norm(K, "head_dim")
         self.mlp_norm = norm(D, "embed")
         self.gate = weight(D, F, ("embed", "mlp"))
         self.up = weight(D, F, ("embed", "mlp"))
         self.down = weight(F, D, ("mlp", "embed"), residual_scale)
         if c.post_norms:
-            self.post_attention_norm = norm(D, "embed")
-            self.post_mlp_norm = norm(D, "embed")
+            self.post_attention_norm, self.post_mlp_norm = norm(D, "embed"), norm(D, "embed")
         for name in c.lora_projections if c.lora_rank else ():
             (_, i, o), (_, of_in, of_out) = getattr(self, name).shape, getattr(self, name).get_metadata()["axes"]
             wide = dataclasses.replace(c, param_dtype="float32")  # trained weights are float32
@@ -64,7 +60,7 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "P G T D"],
-        rotary: tuple[Float[Array, "..."], Float[Array, "..."]],
+        rotary: L.Rotary,
         attend: Callable[[Array, L.KeysValues], Array],
         cache: L.KeysValues | None = None,
         index: Int[Array, ""] | int = 0,
@@ -72,11 +68,9 @@ class DecoderLayer(nnx.Module):
         """Computes one layer.
 
         Args:
-          x: residual stream.
-          rotary: cosines and sines, each f32 and broadcastable to [P, G, T, head_dim / 2].
+          rotary: f32, broadcastable to [P, G, T, head_dim / 2].
           attend: function of queries [P, G, T, H, K] and of own keys and values (as returned) to [P, G, T, H * K].
-          cache: keys [P, G, N, K, C] and values [P, G, N, C, K], updated with the keys and values of this call. None: own positions
-            are the positions of this call.
+          cache: own keys and values, updated with the keys and values of this call. None: own positions are the positions of this call.
           index: the first of this call's positions along C.
 
         Returns:
@@ -92,13 +86,12 @@ class DecoderLayer(nnx.Module):
         if c.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         q = q.reshape(P, G, T, c.heads, c.head_dim)
-        k = k.reshape(P, G, T, c.kv_heads, c.head_dim)
-        v = v.reshape(P, G, T, c.kv_heads, c.head_dim)
+        k, v = (y.reshape(P, G, T, c.kv_heads, c.head_dim) for y in (k, v))
         if c.qk_norm:
             q, k = norm(q, self.q_norm), norm(k, self.k_norm)
         q, k = L.rotate(q, *rotary), L.rotate(k, *rotary)
         new = k.transpose(0, 1, 3, 4, 2).astype(c.compute_dtype), v.swapaxes(2, 3).astype(c.compute_dtype)
-        own: L.KeysValues = new if cache is None else cache_lib.write(cache, new, index)
+        own: L.KeysValues = new if cache is None else L.write_cache(cache, new, index)
         y = dot(attend(q, own), "o").astype(x.dtype)
         x = x + (norm(y, self.post_attention_norm) if c.post_norms else y)
 

@@ -1,4 +1,4 @@
-"""Parts of the decoder as pure functions: matrix products, RMSNorm, rotary positions, group attention."""
+"""Parts of the decoder as pure functions: matrix products, RMSNorm, rotary positions, group attention; caches of keys and values."""
 
 import functools
 import math
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_reason.models import sharding
 from jaxrl_reason.models.config import ModelConfig
 
 _FLOAT32 = jax.lax.Precision.HIGHEST  # accelerators would multiply float32 operands in bfloat16 or TF32
@@ -15,19 +16,13 @@ _NEVER = -1e30  # finite: if a query sees nothing, its softmax is uniform, never
 
 
 class Int8(NamedTuple):
-    """A rounded array, values * scale. Decoding reads it many times; no gradient flows through it.
+    """A rounded array, values * scale. Decoding reads it many times; no gradient flows through it."""
 
-    Attributes:
-      values: int8.
-      scale: float32, with size 1 along the axis whose entries share a scale.
-    """
-
-    values: Int[Array, "..."]
-    scale: Float[Array, "..."]
+    values: Int[Array, "..."]  # int8
+    scale: Float[Array, "..."]  # float32, with size 1 along the axis whose entries share a scale
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the values."""
         return self.values.shape
 
     def astype(self, dtype: str) -> Array:
@@ -36,6 +31,7 @@ class Int8(NamedTuple):
 
 
 KeysValues = tuple[Array | Int8, Array | Int8]
+Rotary = tuple[Float[Array, "*batch half_head_dim"], Float[Array, "*batch half_head_dim"]]  # cosines and sines
 
 
 def quantize(x: Float[Array, "..."], axis: int) -> Int8:
@@ -68,13 +64,7 @@ _dot_bfloat16.defvjp(_dot_bfloat16_fwd, _dot_bfloat16_bwd)
 
 
 def dot(x: Float[Array, "*batch D"], w: Float[Array, "D F"] | Int8, dtype: str) -> Float[Array, "*batch F"]:
-    """Returns x @ w in float32.
-
-    Args:
-      x: the left operand.
-      w: the matrix; an Int8 matrix has one scale per column.
-      dtype: dtype of the operands; sums are float32.
-    """
+    """Returns x @ w in float32, with operands in `dtype` and float32 sums. An Int8 matrix has one scale per column."""
     if isinstance(w, Int8):
         return dot(x, w.astype(dtype), dtype) * w.scale[0]
     # Two dimensions only: XLA on CPU has no bfloat16 product with two contracted dimensions, and the weight gradient would be one.
@@ -105,18 +95,14 @@ def rotary_frequencies(config: ModelConfig, sliding: bool) -> Float[Array, " hal
     if scaling.kind == "linear":
         return freqs / scaling.factor
     wavelengths = 2 * math.pi / freqs
-    low = scaling.original_length / scaling.low_freq_factor
-    high = scaling.original_length / scaling.high_freq_factor
-    smooth = (scaling.original_length / wavelengths - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
+    low, high, length = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_length
+    smooth = (length / wavelengths - low) / (high - low)
     blended = (1 - smooth) * freqs / scaling.factor + smooth * freqs
-    return jnp.where(wavelengths > low, freqs / scaling.factor, jnp.where(wavelengths < high, freqs, blended))
+    kept = jnp.where(wavelengths < length / high, freqs, blended)
+    return jnp.where(wavelengths > length / low, freqs / scaling.factor, kept)
 
 
-def rotary_angles(
-    positions: Int[Array, "*batch"], config: ModelConfig, sliding: bool
-) -> tuple[Float[Array, "*batch half_head_dim"], Float[Array, "*batch half_head_dim"]]:
+def rotary_angles(positions: Int[Array, "*batch"], config: ModelConfig, sliding: bool) -> Rotary:
     """Returns cosines and sines of the rotary angles at `positions`, of sliding or of global layers."""
     angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(config, sliding)
     return jnp.cos(angles), jnp.sin(angles)
@@ -125,15 +111,7 @@ def rotary_angles(
 def rotate(
     x: Float[Array, "*batch heads head_dim"], cos: Float[Array, "..."], sin: Float[Array, "..."]
 ) -> Float[Array, "*batch heads head_dim"]:
-    """Rotates pairs (i, i + head_dim / 2) of each head, as Llama does.
-
-    Args:
-      x: queries or keys.
-      cos, sin: f32, broadcastable to [*batch, head_dim / 2].
-
-    Returns:
-      The rotated array in float32.
-    """
+    """Rotates pairs (i, i + head_dim / 2) of each head, as Llama does, in float32; cos and sin broadcast to [*batch, head_dim / 2]."""
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
@@ -152,20 +130,14 @@ def group_attention(
     """Computes softmax attention of G samples per prompt over their own keys and one shared prompt.
 
     The prompt's keys are read once per group: one dense product serves the queries of all G samples, with G * T * H / N rows per
-    key head. One softmax covers both parts.
+    key head. One softmax covers both parts. Sums, the softmax and the result are float32.
 
     Args:
-      q: queries.
       own: keys [P, G, N, K, C] and values [P, G, N, C, K] of the samples' own positions, with N key/value heads. An Int8 has a
         scale [P, G, N, 1, C].
-      own_mask: True if the query sees the key.
+      own_mask, prompt_mask: True if the query sees the key.
       prompt: keys [P, N, K, S] and values [P, N, S, K], or None. An Int8 has a scale [P, N, 1, S].
-      prompt_mask: True if the query sees the prompt's key.
-      scale: factor on the scores.
-      dtype: dtype of the operands of products; sums and the softmax are float32.
-
-    Returns:
-      The attended values, in float32.
+      scale, dtype: factor on the scores, and dtype of the operands of products.
     """
     P, G, T, H, K = q.shape
     N = own[0].shape[2]
@@ -205,3 +177,66 @@ def group_attention(
 def _scaled(x: Array, operand: Array | Int8) -> Array:
     """Returns x, times the scale of `operand` if that is rounded."""
     return x * operand.scale if isinstance(operand, Int8) else x
+
+
+class PromptCache(NamedTuple):
+    """Keys and values of P prompts, computed once per prompt and shared by its group. N key/value heads of size K.
+
+    Keys are rotated. After `Decoder.unstack`, keys and values are tuples with one entry [P, N, K, S] or [P, N, S, K] per layer.
+    With config.attention "splash", padding comes first and the tokens of each prompt are at the end, wherever the caller had padding.
+    """
+
+    keys: Float[Array, "layers P N K S"] | tuple[Array | Int8, ...]
+    values: Float[Array, "layers P N S K"] | tuple[Array | Int8, ...]
+    mask: Bool[Array, "P S"]  # True on real tokens
+    positions: Int[Array, "P S"]  # padding repeats a position of its neighbour
+    lengths: Int[Array, " P"]  # real tokens per prompt
+
+
+class SampleCache(NamedTuple):
+    """Keys and values of the samples' own tokens, one entry per layer.
+
+    Keys have the layout of the product with a query, because each step of decoding reads all of them for a few rows of queries. An
+    entry can be an Int8 with one scale per position.
+    """
+
+    keys: tuple[Array | Int8, ...]  # rotated, [P, G, N, K, T] per layer
+    values: tuple[Array | Int8, ...]  # [P, G, N, T, K] per layer
+
+
+def empty_cache(config: ModelConfig, prompts: int, group: int, length: int, int8: bool = False) -> SampleCache:
+    """Makes the cache of zeros for `group` samples of `length` tokens per prompt; with int8, of rounded entries."""
+    lead = prompts, group, config.kv_heads
+
+    def split(shape, dtype):
+        return sharding.constrain(jnp.zeros(shape, dtype), "prompts", None, "kv_heads")
+
+    def zeros(*shape):
+        if int8:
+            return Int8(split((*lead, *shape), jnp.int8), split((*lead, 1, length), jnp.float32))
+        return split((*lead, *shape), config.compute_dtype)
+
+    empty = lambda *shape: tuple(zeros(*shape) for _ in range(config.layers))
+    return SampleCache(empty(config.head_dim, length), empty(length, config.head_dim))
+
+
+def write_cache(cache: KeysValues, new: tuple[Array, Array], index: Int[Array, ""] | int) -> KeysValues:
+    """Returns the cache of one layer, keys [P, G, N, K, C] and values [P, G, N, C, K], with new entries, rounded if the cache is.
+
+    New keys and values have a smaller C, and begin at position `index` along C.
+    """
+    update = jax.lax.dynamic_update_slice_in_dim
+
+    def put(old, new, axis):
+        if not isinstance(old, Int8):
+            return update(old, new, index, axis)
+        return Int8(update(old.values, new.values, index, axis), update(old.scale, new.scale, index, 4))
+
+    keys, values = round_to_int8(*new) if isinstance(cache[0], Int8) else new
+    return put(cache[0], keys, 4), put(cache[1], values, 3)
+
+
+def round_to_int8(keys: Float[Array, "*lead K C"], values: Float[Array, "*lead C K"]) -> tuple[Int8, Int8]:
+    """Rounds keys and values, each with one scale per position in the shape [*lead, 1, C]."""
+    rounded = quantize(values, axis=-1)
+    return quantize(keys, axis=-2), rounded._replace(scale=rounded.scale.swapaxes(-1, -2))

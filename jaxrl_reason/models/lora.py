@@ -33,9 +33,7 @@ def split(config: ModelConfig, params: decoder.Params) -> tuple[decoder.Params, 
 
 def join(trained: decoder.Params, frozen: decoder.Params) -> decoder.Params:
     """Joins the two parts of `split` to the parameters."""
-    if not frozen:
-        return trained
-    return {**frozen, "layers": {**frozen["layers"], **trained["layers"]}}
+    return {**frozen, "layers": frozen["layers"] | trained["layers"]} if frozen else trained
 
 
 def base_of(config: ModelConfig) -> ModelConfig:
@@ -50,23 +48,16 @@ def init_adapters(config: ModelConfig, key: Key[Array, ""]) -> decoder.Params:
 
 
 def merge(config: ModelConfig, params: decoder.Params) -> tuple[ModelConfig, decoder.Params]:
-    """Merges the adapters into their matrices, summed in float32.
-
-    Args:
-      config, params: a decoder with adapters.
-
-    Returns:
-      Configuration and weights of a decoder without adapters that computes the same function.
-    """
+    """Merges the adapters into their matrices, summed in float32: a decoder without adapters that computes the same function."""
     if not config.lora_rank:
         return config, params
     adapters, base = split(config, params)
 
     def add(name):
-        if name not in config.lora_projections:
-            return base["layers"][name]
-        a, b = (adapters["layers"][f"{name}_{side}"].astype(jnp.float32) for side in "ab")
         weight = base["layers"][name]
+        if name not in config.lora_projections:
+            return weight
+        a, b = (adapters["layers"][f"{name}_{side}"].astype(jnp.float32) for side in "ab")
         more = jnp.einsum("nir,nro->nio", a, b, precision=jax.lax.Precision.HIGHEST)
         return (weight.astype(jnp.float32) + config.lora_scale * more).astype(weight.dtype)
 

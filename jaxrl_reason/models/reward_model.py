@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from jaxrl_reason.models import decoder as decoder_lib
-from jaxrl_reason.models import placement
 from jaxrl_reason.models.config import ModelConfig
 from jaxrl_reason.models.decoder import Params
 from jaxrl_reason.models.sharding import AnyMesh
@@ -25,21 +24,18 @@ _INIT_STD = 0.02  # of a new score vector, as in Hugging Face: all scores begin 
 class Completions(Protocol):
     """Prompts with G completions each: the fields of `rl.types.Rollout` and `data.preferences.PreferenceBatch` that are read here.
 
-    Attributes:
-      prompt_tokens: int[P, S].
-      prompt_mask: [P, S], 1 on real tokens; padding can be anywhere.
-      tokens: int[P, G, T].
-      mask: [P, G, T], 1 on real tokens, which come first. Tokens after the end of a completion change nothing.
+    Masks are 1 on real tokens. Padding of prompts can be anywhere; real tokens of completions come first, and tokens after them change
+    nothing.
     """
 
     @property
-    def prompt_tokens(self) -> Array: ...
+    def prompt_tokens(self) -> Int[Array, "P S"]: ...
     @property
-    def prompt_mask(self) -> Array: ...
+    def prompt_mask(self) -> Shaped[Array, "P S"]: ...
     @property
-    def tokens(self) -> Array: ...
+    def tokens(self) -> Int[Array, "P G T"]: ...
     @property
-    def mask(self) -> Array: ...
+    def mask(self) -> Shaped[Array, "P G T"]: ...
 
 
 def abstract_params(config: ModelConfig) -> Params:
@@ -54,19 +50,13 @@ def logical_axes(config: ModelConfig) -> Params:
 
 
 def param_shardings(config: ModelConfig, mesh: AnyMesh) -> Params:
-    """Returns a NamedSharding per weight; raises a ValueError if `placement.param_shardings` does."""
-    of_decoder = placement.param_shardings(_headless(config), mesh)
+    """Returns a NamedSharding per weight; raises a ValueError if `models.param_shardings` does."""
+    of_decoder = decoder_lib.param_shardings(_headless(config), mesh)
     return {"decoder": of_decoder, "score": of_decoder["final_norm"]}  # a weight with the same axis, "embed"
 
 
 def init_params(config: ModelConfig, key: Key[Array, ""], decoder: Params | None = None) -> Params:
-    """Draws a score vector.
-
-    Args:
-      config: the decoder.
-      key: key of the random weights.
-      decoder: weights of a policy, which are copied without their output head. None: random weights.
-    """
+    """Draws a score vector, next to a copy of the decoder of a policy without its output head; None: next to random weights."""
     decoder_key, score_key = jax.random.split(key)
     if decoder is None:
         decoder = decoder_lib.init_params(_headless(config), decoder_key)
@@ -78,34 +68,17 @@ def init_params(config: ModelConfig, key: Key[Array, ""], decoder: Params | None
 def scores(
     config: ModelConfig, params: Params, tokens: Int[Array, "B S"], mask: Shaped[Array, "B S"] | None = None
 ) -> Float[Array, " B"]:
-    """Computes the scores of whole texts.
-
-    Args:
-      config, params: the reward model.
-      tokens: texts.
-      mask: 1 on real tokens; padding can be anywhere. None: all are real.
-
-    Returns:
-      Scores in float32; NaN for a text without a token.
-    """
+    """Computes the scores of whole texts in float32, NaN for a text without a token. For the mask see `models.apply`."""
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask
     hidden, _ = decoder_lib.bind(_headless(config), params["decoder"]).prefill(tokens, mask)
     return _at_last(hidden, mask, params["score"])
 
 
 def group_scores(config: ModelConfig, params: Params, rollout: Completions, *, parts: int = 1) -> Float[Array, "P G"]:
-    """Computes the scores of completions after their prompts, end token included: `scores` of each whole text.
+    """Computes the scores of completions after their prompts, end token included, in float32: `scores` of each whole text.
 
-    Args:
-      config, params: the reward model.
-      rollout: prompts and completions.
-      parts: microbatches of prompts, computed one after the other, for less memory. Divides P.
-
-    Returns:
-      Scores in float32; NaN for a completion without a token.
-
-    Raises:
-      ValueError: if `parts` does not divide P.
+    The score of a completion without a token is NaN. For less memory, `parts` microbatches of prompts are computed one after the other.
+    Raises ValueError if `parts` does not divide P.
     """
     P, G, _ = rollout.tokens.shape
     if P % parts:
@@ -128,18 +101,9 @@ def pair_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Computes the Bradley-Terry loss, the mean of -log sigmoid(score of the chosen - score of the rejected).
 
-    arXiv 2203.02155, eq. 1; 1706.03741, 2.2.3.
-
-    Args:
-      config, params: the reward model.
-      pairs: prompts with two completions each: the chosen one first, then the rejected one.
-
-    Returns:
-      (loss, metrics), f32 scalars: `reward_model/accuracy`, the share of pairs whose chosen completion has the higher score, and
-      `reward_model/margin`, the mean difference.
-
-    Raises:
-      ValueError: if a group does not have two completions.
+    arXiv 2203.02155, eq. 1; 1706.03741, 2.2.3. Raises ValueError if a group does not have two completions, first the chosen one. The
+    metrics are `reward_model/accuracy`, the share of pairs whose chosen completion has the higher score, and `reward_model/margin`, the
+    mean difference.
     """
     if pairs.tokens.shape[1] != 2:
         raise ValueError(f"A pair is one chosen and one rejected completion; the groups have {pairs.tokens.shape[1]}.")

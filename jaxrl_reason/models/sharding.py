@@ -43,33 +43,19 @@ def spec(*axes: str | None) -> PartitionSpec:
     return PartitionSpec(*(RULES[axis] if axis else None for axis in axes))
 
 
-# -- meshes ----------------------------------------------------------------------------------------
-
-
 def make_mesh(
     data: int = 1, fsdp: int = -1, tensor: int = 1, slices: int = 1, *, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """Makes a mesh over all devices. On TPUs, neighbours in the mesh are neighbours in the torus of the slice.
+    """Makes a mesh over all devices, or the given ones. On TPUs, neighbours in the mesh are neighbours in the torus of the slice.
 
-    Args:
-      data, fsdp, tensor: sizes of the axes of each slice.
-      slices: size of the axis "slice", the TPU slices that the data-centre network joins.
-        At most one size is -1: it takes all devices that the other sizes leave.
-      devices: the devices of the mesh; None: all.
-
-    Returns:
-      A mesh with the axes `AXES`.
-
-    Raises:
-      ValueError: if the product of the sizes is not the number of devices, or `slices` is not the number of TPU slices.
+    `data`, `fsdp` and `tensor` are sizes of axes of each slice, `slices` of the axis "slice". At most one size is -1: it takes all devices
+    that the other sizes leave. Raises ValueError if the product is not the number of devices, or `slices` not the number of TPU slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = dict(zip(AXES, (slices, data, fsdp, tensor)))
     text = ", ".join(f"mesh.{k}={v}" for k, v in sizes.items())
     if any(v < 1 and v != -1 for v in sizes.values()) or list(sizes.values()).count(-1) > 1:
-        raise ValueError(
-            f"{text}: each size must be at least 1, or -1 for the devices that are left; only one can be -1."
-        )
+        raise ValueError(f"{text}: each size must be at least 1, or -1 for the remaining devices; only one can be -1.")
     known = int(np.prod([v for v in sizes.values() if v != -1]))
     if len(devices) % known or (-1 not in sizes.values() and known != len(devices)):
         raise ValueError(
@@ -84,24 +70,15 @@ def make_mesh(
         raise ValueError(f"mesh.slice is {shape[0]}, and the devices belong to {found} TPU slices; set it to {found}.")
     if found == 1:
         return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
-    hybrid = mesh_utils.create_hybrid_device_mesh(
-        [1, *shape[1:]], [found, 1, 1, 1], devices, allow_split_physical_axes=True
-    )
-    return Mesh(hybrid, AXES)
+    own, joined = [1, *shape[1:]], [found, 1, 1, 1]
+    return Mesh(mesh_utils.create_hybrid_device_mesh(own, joined, devices, allow_split_physical_axes=True), AXES)
 
 
 def rollout_mesh(mesh: Mesh, tensor: int) -> Mesh:
-    """Makes the mesh for decoding: the devices of `mesh` in the same order, without `fsdp`.
+    """Makes the mesh for decoding: the devices of the update's mesh in the same order, without `fsdp`.
 
     The update gathers weights that are split by fsdp. A decoding step would gather them for a single token, so here weights are
-    whole, or split by tensor.
-
-    Args:
-      mesh: the mesh of the update.
-      tensor: devices that share a prompt.
-
-    Raises:
-      ValueError: if `tensor` does not divide the devices of a slice.
+    whole, or split by tensor: `tensor` devices share a prompt. Raises ValueError if `tensor` does not divide the devices of a slice.
     """
     slices, rest = mesh.shape["slice"], mesh.devices.size // mesh.shape["slice"]
     if rest % tensor:
@@ -122,9 +99,6 @@ def batch_sharding(mesh: AnyMesh) -> NamedSharding:
 def replicated(mesh: AnyMesh) -> NamedSharding:
     """Returns the sharding that splits no axis."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-# -- batches ---------------------------------------------------------------------------------------
 
 
 def num_shards(mesh: AnyMesh) -> int:
@@ -148,16 +122,8 @@ def microbatches(mesh: AnyMesh, size: int, parts: int) -> int:
     return next(n for n in range(parts, 0, -1) if parts % n == 0 and size % (n * num_shards(mesh)) == 0 or n == 1)
 
 
-# -- inside compiled programs ----------------------------------------------------------------------
-
-
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Constrains the sharding of a traced array on the ambient mesh (`jax.set_mesh`); without a mesh it returns `x`.
-
-    Args:
-      x: the array.
-      *axes: logical axes of its leading dimensions; None: not split.
-    """
+    """Constrains the leading dimensions of a traced array to logical axes (None: not split) on the mesh of `jax.set_mesh`, if any."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, spec(*axes))
 

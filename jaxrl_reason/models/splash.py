@@ -3,9 +3,8 @@
 A prompt and its G completions form one sequence of keys, [prompt | completion 1 | ... | completion G]. The prompt's tokens are at the
 end of their part, and the tokens of each completion at the beginning of theirs. Whether a query sees a key is then a static function
 of their places, also under a sliding window. Segment ids tell which places of the prompt hold tokens, because that is not static.
-Without a prompt, attention is causal.
-
-The kernels are compiled if the program is lowered for TPUs, and interpreted otherwise: slow, for tests.
+Without a prompt, attention is causal. The kernels are compiled if the program is lowered for TPUs, and interpreted otherwise: slow, for
+tests.
 """
 
 import dataclasses
@@ -37,30 +36,24 @@ def group_attention(
     config: ModelConfig,
     sliding: bool | Bool[Array, ""],
 ) -> Float[Array, "P G T H*K"]:
-    """Computes `layers.group_attention` under the masks of `prefill` and `extend`.
+    """Computes `layers.group_attention` under the masks of `prefill` and `extend`, in the dtype of products.
 
     On the mesh of `jax.set_mesh`, prompts are split over "slice", "data" and "fsdp" and heads over "tensor", as far as these axes
-    divide them. Without a mesh, one device computes everything.
+    divide them. Without a mesh, one device computes everything. The softmax and sums are float32. A TPU multiplies float32 operands
+    as the kernels choose, which is less exact than `layers.group_attention`.
 
     Args:
-      q: queries.
       own: keys and values of the same positions, with N key/value heads. A query sees its own key and earlier ones.
       own_real: True on tokens, which must be at the end (G = 1). Tokens see tokens; padding sees padding, so that its results are
         numbers too. None: all are tokens.
-      prompt: keys and values that every query sees, or None.
-      prompt_real: True on the prompt's tokens, which must be at the end.
-      config: the decoder.
-      sliding: whether the layer slides, for a model with sliding and global layers; a Python or a traced bool.
-
-    Returns:
-      The attended values in the dtype of products. The softmax and sums are float32. A TPU multiplies float32 operands as the kernels
-      choose, which is less exact than `layers.group_attention`.
+      prompt, prompt_real: keys and values that every query sees, and True on tokens, which must be at the end.
+      sliding: whether the layer slides, for a model with sliding and global layers.
     """
     P, G, T, H, K = q.shape
     N, S = own[0].shape[2], 0 if prompt is None else prompt[0].shape[-1]
-    block = _block_side(S, G, T, config.compute_dtype)
-    mask = _GroupMask(-S // block * -block, G, -T // block * -block)
     dtype = config.compute_dtype
+    block = _block_side(S, G, T, dtype)
+    mask = _GroupMask(-S // block * -block, G, -T // block * -block)
     pad_end = lambda x, axis: _pad(x, axis, (0, mask.T - T))
     pad_start = lambda x, axis: _pad(x, axis, (mask.S - S, 0))
 
@@ -78,8 +71,7 @@ def group_attention(
         k_ids = jnp.concatenate([pad_start(prompt_real.astype(jnp.int32), 1), k_ids], axis=1)
 
     run = _on_mesh(functools.partial(_attend, config, mask, block), P, N)
-    out = run(q, keys, values, q_ids, k_ids, jnp.asarray(sliding))
-    out = out.reshape(P, N, H // N, G, mask.T, K)[..., :T, :]
+    out = run(q, keys, values, q_ids, k_ids, jnp.asarray(sliding)).reshape(P, N, H // N, G, mask.T, K)[..., :T, :]
     return out.transpose(0, 3, 4, 1, 2, 5).reshape(P, G, T, H * K)
 
 
@@ -135,27 +127,21 @@ def _attend(config, mask, block, q, keys, values, q_ids, k_ids, sliding):
 def _kernel(mask: "_GroupMask", heads: int, block: int, interpret: bool):
     """Returns the kernel of `heads` query heads and one key head: (q [R, Q, K], keys [C, K], values [C, K], ids) -> [R, Q, K]."""
     sides = ("block_q", "block_kv", "block_q_dq", "block_kv_dq", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
-    blocks: dict[str, Any] = dict.fromkeys(sides, block)
     masks = kernels.MultiHeadMask([mask] * heads)
+    blocks: dict[str, Any] = dict.fromkeys(sides, block)
+    block_sizes = kernels.BlockSizes(**blocks)
     # jax caches its analysis of a mask, so this is done once per shape, not once per trace.
-    return kernels.make_splash_mqa(
-        masks, block_sizes=kernels.BlockSizes(**blocks), head_shards=1, q_seq_shards=1, interpret=interpret
-    )
+    return kernels.make_splash_mqa(masks, block_sizes=block_sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
 
 
 @dataclasses.dataclass(frozen=True)
 class _GroupMask(kernels.Mask):
-    """The mask of queries [G * T] and keys [S + G * T]. The block sides of the kernels divide S and T.
+    """The mask of queries [G * T] and keys [S + G * T]. The block sides of the kernels divide S and T."""
 
-    Attributes:
-      S, G, T: places of the prompt, completions, places per completion.
-      window: places that a query sees, its own included; 0: all.
-    """
-
-    S: int
-    G: int
-    T: int
-    window: int = 0
+    S: int  # places of the prompt
+    G: int  # completions
+    T: int  # places per completion
+    window: int = 0  # places that a query sees, its own included; 0: all
 
     @property
     def shape(self):
@@ -175,11 +161,12 @@ class _GroupMask(kernels.Mask):
         # Distances beyond the window, or before all queries, give equal blocks: clipped, they share a cache entry.
         return _band(max(min(distance, columns + self.window), -rows), rows, columns, self.window)
 
-    # With these two, a kernel computes the mask of blocks that are not empty instead of reading it.
-
     @property
     def q_sequence(self):
-        """The queries for `mask_function`, int32[G * T]: the place among all keys or, with a window, completion and place in it."""
+        """The queries for `mask_function`, int32[G * T]: the place among all keys or, with a window, completion and place in it.
+
+        With both functions, a kernel computes the mask of blocks that are not empty instead of reading it.
+        """
         place = np.arange(self.G * self.T, dtype=np.int32)
         return place // self.T << self._bits | place % self.T if self.window else place + self.S
 
@@ -188,8 +175,7 @@ class _GroupMask(kernels.Mask):
         if not self.window:
             return key <= query
         sample, t = query >> self._bits, query & (1 << self._bits) - 1
-        distance = self.S + t - key
-        distance = distance + jnp.where(key < self.S, 0, sample * self.T)
+        distance = self.S + t - key + jnp.where(key < self.S, 0, sample * self.T)
         return (distance >= 0) & (distance < self.window)
 
     @property

@@ -13,7 +13,7 @@ import scipy.stats
 
 from helpers import reference_decoder as reference
 from jaxrl_reason import models
-from jaxrl_reason.models import cache, layers, ModelConfig
+from jaxrl_reason.models import layers, ModelConfig
 from jaxrl_reason.rl import scoring
 from jaxrl_reason.rl.rollout import generate
 from jaxrl_reason.rl.sampling import sample_token, sampling_noise
@@ -494,7 +494,7 @@ def test_attention_over_a_rounded_cache_is_attention_over_what_it_stands_for():
     q = shape(P, G, T, N * R, K)
     own, prompt = (shape(P, G, N, K, C), shape(P, G, N, C, K)), (shape(P, N, K, S), shape(P, N, S, K))
     masks = jnp.asarray(rng.random((P, G, T, C)) < 0.7).at[..., 0].set(True), jnp.ones((P, G, T, S), bool)
-    rounded_own, rounded_prompt = cache.round_to_int8(*own), cache.round_to_int8(*prompt)
+    rounded_own, rounded_prompt = layers.round_to_int8(*own), layers.round_to_int8(*prompt)
 
     def meant(pair):
         keys, values = (x.values.astype(jnp.float32) for x in pair)

@@ -3,6 +3,7 @@
 Needs the package `gguf`, an optional extra that is imported only when a file is read: pip install 'jaxrl_reason[gguf]'.
 """
 
+from collections.abc import Callable
 import pathlib
 from typing import Any
 
@@ -13,24 +14,18 @@ from tokenizers import models as tokenizer_models
 
 from jaxrl_reason.data.tokenizer import Tokenizer
 from jaxrl_reason.models.formats import families
-from jaxrl_reason.models.formats.types import Opened, PretrainedError
+from jaxrl_reason.models.formats.tensors import Opened, PretrainedError
 
 _NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+_LAYER_NAMES = (
+    {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_output": "self_attn.o_proj"}
+    | {f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"}
+    | {f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}
+)
 _FREQUENCIES = "rope_freqs.weight"  # present with llama3 scaling
 _CONTROL, _USER_DEFINED = 3, 4  # types of tokens
 _PRE_TOKENIZERS = {
@@ -41,11 +36,7 @@ _PRE_TOKENIZERS = {
 
 
 def open_file(path: pathlib.Path) -> Opened:
-    """Reads all of a GGUF file but the values of its weights.
-
-    Raises:
-      PretrainedError: if the package `gguf` is missing, the file is damaged, or its content is not supported.
-    """
+    """Reads all of a GGUF file but the values of its weights. Raises PretrainedError, also if the package `gguf` is missing."""
     try:
         import gguf
     except ImportError as e:
@@ -58,15 +49,13 @@ def open_file(path: pathlib.Path) -> Opened:
     architecture = fields.get("general.architecture")
     if architecture != "llama":
         raise PretrainedError(f"{path} has architecture {architecture!r}; only llama is read from GGUF files.")
-    weights = _Weights(path, reader, fields)
+    scaling = fields.get("llama.rope.scaling.type", "none")
+    if scaling != "none" or any(tensor.name == _FREQUENCIES for tensor in reader.tensors):
+        scaling = _FREQUENCIES if scaling == "none" else repr(scaling)
+        raise PretrainedError(f"{path} scales its rotary positions ({scaling}), which is not supported for GGUF files.")
+    weights = _Weights(path, reader, fields, gguf.dequantize)
     source = _config(path, fields, tied="lm_head.weight" not in weights.shapes)
-    return Opened(
-        config=families.read_config(source, str(path)),
-        weights=weights,
-        tokenizer=_tokenizer(path, fields),
-        source=source,
-        files={},
-    )
+    return Opened(families.read_config(source, str(path)), weights, _tokenizer(path, fields), source, files={})
 
 
 def _config(path: pathlib.Path, fields: dict[str, Any], tied: bool) -> dict[str, Any]:
@@ -86,11 +75,6 @@ def _config(path: pathlib.Path, fields: dict[str, Any], tied: bool) -> dict[str,
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
         if f"tokenizer.ggml.{key}_token_id" in fields
     }
-    scaling = fields.get("llama.rope.scaling.type", "none")
-    if scaling != "none":
-        raise PretrainedError(
-            f"{path} scales its rotary positions ({scaling!r}), which is not supported for GGUF files."
-        )
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -114,24 +98,16 @@ def _config(path: pathlib.Path, fields: dict[str, Any], tied: bool) -> dict[str,
 
 
 class _Weights:
-    """See `types.Weights`. Each read dequantises the whole tensor."""
+    """See `tensors.Weights`. Each read dequantises the whole tensor."""
 
-    def __init__(self, path: pathlib.Path, reader: Any, fields: dict[str, Any]) -> None:
-        import gguf
-
-        self.where = str(path)
-        self._heads: dict[str, Any] = {
-            "q_proj": fields.get("llama.attention.head_count"),
-            "k_proj": fields.get("llama.attention.head_count_kv", fields.get("llama.attention.head_count")),
-        }
+    def __init__(self, path: pathlib.Path, reader: Any, fields: dict[str, Any], dequantize: Callable) -> None:
+        self.where, self._dequantize = str(path), dequantize
+        heads: Any = fields.get("llama.attention.head_count")
+        self._heads = {"q_proj": heads, "k_proj": fields.get("llama.attention.head_count_kv", heads)}
         self._tensors = {}
         for tensor in reader.tensors:
-            if tensor.name == _FREQUENCIES:
-                raise PretrainedError(
-                    f"{path} scales its rotary positions ({_FREQUENCIES}), which is not supported for GGUF files."
-                )
             try:  # one row, to check that the type is supported
-                gguf.dequantize(tensor.data[:1] if tensor.data.ndim > 1 else tensor.data, tensor.tensor_type)
+                dequantize(tensor.data[:1] if tensor.data.ndim > 1 else tensor.data, tensor.tensor_type)
             except NotImplementedError as e:
                 kind = tensor.tensor_type.name
                 raise PretrainedError(f"{path}: {tensor.name} is quantised as {kind}, which is not supported.") from e
@@ -139,10 +115,8 @@ class _Weights:
         self.shapes = {name: tuple(int(n) for n in t.shape[::-1]) for name, t in self._tensors.items()}
 
     def read(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
-        import gguf
-
         tensor = self._tensors[name]
-        found = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(self.shapes[name])
+        found = self._dequantize(tensor.data, tensor.tensor_type).reshape(self.shapes[name])
         kind = name.split(".")[-2]
         if kind in self._heads:  # llama.cpp interleaves the pairs of a rotation, Hugging Face splits a head into halves
             heads = self._heads[kind]
@@ -175,11 +149,12 @@ def _tokenizer(path: pathlib.Path, fields: dict[str, Any]) -> Tokenizer:
         raise PretrainedError(f"{path} has a tokenizer that cannot be built: {type(e).__name__}: {e}") from e
     backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     backend.decoder = decoders.ByteLevel()
-    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-        added = [
-            tokenizers.AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, types) if k == kind
-        ]
-        (backend.add_special_tokens if special else backend.add_tokens)(added)
+    for kind, special, add in (
+        (_CONTROL, True, backend.add_special_tokens),
+        (_USER_DEFINED, False, backend.add_tokens),
+    ):
+        found = [token for token, k in zip(tokens, types) if k == kind]
+        add([tokenizers.AddedToken(token, special=special, normalized=False) for token in found])
     eos = fields.get("tokenizer.ggml.eos_token_id")
     if eos is None:
         raise PretrainedError(f"{path} has no end token (tokenizer.ggml.eos_token_id).")

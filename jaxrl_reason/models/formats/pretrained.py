@@ -1,4 +1,4 @@
-"""Pretrained models, read and written: policies and reward models in the layout of Hugging Face.
+"""Pretrained models, read and written: policies, reward models and, in the layout of PEFT, adapters.
 
 Weights are read tensor by tensor, cast, and put into their shards. Nothing in a directory is ever executed. `transformers`, vLLM and
 the converter of llama.cpp load the written directories.
@@ -14,51 +14,38 @@ import shutil
 from typing import Any, TypeVar
 
 import jax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Shaped
 import numpy as np
+import safetensors.numpy
 
+from jaxrl_reason.data import hub
 from jaxrl_reason.data.tokenizer import Tokenizer
-from jaxrl_reason.models import decoder, placement
+from jaxrl_reason.models import decoder, lora
 from jaxrl_reason.models import reward_model as reward_model_lib
 from jaxrl_reason.models.config import ModelConfig
 from jaxrl_reason.models.formats import families
 from jaxrl_reason.models.formats import weights as weights_lib
-from jaxrl_reason.models.formats.source import open_model, REVISION
-from jaxrl_reason.models.formats.tensors import tensors_of
-from jaxrl_reason.models.formats.types import Opened, PretrainedError
+from jaxrl_reason.models.formats.source import Address, open_model, REVISION
+from jaxrl_reason.models.formats.tensors import Opened, PretrainedError, tensors_of
+
+Tokens = Int[Array | np.ndarray, "B S"]
+Mask = Shaped[Array | np.ndarray, "B S"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Policy:
-    """A language model.
-
-    Attributes:
-      config: the configuration of the decoder.
-      params: its weights, a nested dict of arrays.
-      tokenizer: the tokenizer, or None if the directory has none.
-      source: the original config.json, with the commit of a model of the hub; empty for a model of our own.
-      files: the original files of the tokenizer, content by name.
-    """
+    """A language model."""
 
     config: ModelConfig
     params: decoder.Params
-    tokenizer: Tokenizer | None = None
+    tokenizer: Tokenizer | None = None  # None: the directory has none
+    # The original config.json, with the commit of a model of the hub; empty for a model of our own.
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)  # original files of the tokenizer, by name
 
-    def apply(
-        self,
-        params: decoder.Params,
-        tokens: Int[Array | np.ndarray, "B S"],
-        mask: Shaped[Array | np.ndarray, "B S"] | None = None,
-    ) -> Float[Array, "B S V"]:
-        """Computes logits. Pure, and compiled by jit.
-
-        Args:
-          params: the weights.
-          tokens: texts.
-          mask: 1 on real tokens; padding can be anywhere. None: all are real.
-        """
+    def apply(self, params: decoder.Params, tokens: Tokens, mask: Mask | None = None) -> Float[Array, "B S V"]:
+        """Computes logits, see `models.apply`. Pure, and compiled by jit."""
         return _logits(self.config, params, tokens, mask)
 
 
@@ -66,13 +53,8 @@ class Policy:
 class RewardModel(Policy):
     """A sequence classifier with one label; `params` are {"decoder": ..., "score": f32[D]}. See `Policy`."""
 
-    def apply(
-        self,
-        params: decoder.Params,
-        tokens: Int[Array | np.ndarray, "B S"],
-        mask: Shaped[Array | np.ndarray, "B S"] | None = None,
-    ) -> Float[Array, " B"]:
-        """Computes scores, read at the last real token. Arguments as for `Policy.apply`."""
+    def apply(self, params: decoder.Params, tokens: Tokens, mask: Mask | None = None) -> Float[Array, " B"]:
+        """Computes scores, read at the last real token, see `reward_model.scores`. Pure, and compiled by jit."""
         return _scores(self.config, params, tokens, mask)
 
 
@@ -81,34 +63,24 @@ _logits = jax.jit(decoder.apply, static_argnums=0)
 _scores = jax.jit(reward_model_lib.scores, static_argnums=0)
 
 
-# -- reading ---------------------------------------------------------------------------------------
-
-
-def load_pretrained(
-    path_or_hub_id: str | pathlib.Path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None
-) -> Policy:
-    """Reads a language model.
+def load_pretrained(path_or_hub_id: Address, dtype: str = "float32", mesh: Mesh | None = None) -> Policy:
+    """Reads a language model. Raises PretrainedError if that is not possible; nothing is placed on a device then.
 
     Args:
       path_or_hub_id: a directory with config.json, safetensors and tokenizer.json; the id of a model on the Hugging Face hub
         ("Qwen/Qwen3-0.6B", or with a branch, tag or commit "Qwen/Qwen3-0.6B@c1899de"); or a .gguf file.
       dtype: of the weights and of the operands of products, "float32" or "bfloat16".
       mesh: the mesh that the weights are placed on, see `models.sharding`; None: the first device.
-
-    Raises:
-      PretrainedError: with a sentence that names the file, field or tensor. Nothing is placed on a device then.
     """
     return _load(path_or_hub_id, dtype, mesh, Policy)
 
 
-def load_reward_model(
-    path_or_hub_id: str | pathlib.Path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None
-) -> RewardModel:
+def load_reward_model(path_or_hub_id: Address, dtype: str = "float32", mesh: Mesh | None = None) -> RewardModel:
     """Reads a sequence classifier with one label, such as Qwen2ForSequenceClassification; see `load_pretrained`."""
     return _load(path_or_hub_id, dtype, mesh, RewardModel)
 
 
-def _load(path_or_hub_id: str | pathlib.Path, dtype: str, mesh: jax.sharding.Mesh | None, kind: type[_Kind]) -> _Kind:
+def _load(path_or_hub_id: Address, dtype: str, mesh: Mesh | None, kind: type[_Kind]) -> _Kind:
     opened = open_model(path_or_hub_id)
     try:
         config = dataclasses.replace(opened.config, param_dtype=dtype, compute_dtype=dtype)
@@ -121,8 +93,7 @@ def _load(path_or_hub_id: str | pathlib.Path, dtype: str, mesh: jax.sharding.Mes
 def check_weights(opened: Opened, config: ModelConfig, kind: type[Policy] = Policy) -> None:
     """Checks that an opened model has the tensors of `config`, and is a policy or a reward model as `kind` requires.
 
-    Raises:
-      PretrainedError: if not; the message has the names of missing, surplus or misshapen tensors.
+    Raises PretrainedError if not; the message has the names of missing, surplus or misshapen tensors.
     """
     classifier = issubclass(kind, RewardModel)
     found = opened.source.get("architectures")
@@ -135,18 +106,11 @@ def check_weights(opened: Opened, config: ModelConfig, kind: type[Policy] = Poli
 
 
 def place_weights(
-    opened: Opened, config: ModelConfig, mesh: jax.sharding.Mesh | None, kind: type[Policy] = Policy
+    opened: Opened, config: ModelConfig, mesh: Mesh | None, kind: type[Policy] = Policy
 ) -> decoder.Params:
-    """Reads the weights of an opened model onto devices, in the dtype of `config`.
+    """Reads the weights of an opened model onto a mesh, or the first device, in the dtype of `config`.
 
-    Args:
-      opened: the model.
-      config: its configuration with the dtypes to use.
-      mesh: the mesh that the weights are placed on; None: the first device.
-      kind: Policy or RewardModel.
-
-    Raises:
-      PretrainedError: if `check_weights` raises or the mesh does not divide the weights; nothing is placed then.
+    Raises PretrainedError if `check_weights` raises or the mesh does not divide the weights; nothing is placed then.
     """
     check_weights(opened, config, kind)
     classifier = issubclass(kind, RewardModel)
@@ -156,7 +120,7 @@ def place_weights(
         shardings = jax.tree.map(lambda _: here, abstract)
     else:
         try:
-            shardings = (reward_model_lib if classifier else placement).param_shardings(config, mesh)
+            shardings = _module(classifier).param_shardings(config, mesh)
         except ValueError as e:
             raise PretrainedError(str(e)) from e
     return weights_lib.place(opened.weights, _table(config, classifier), abstract, shardings)
@@ -171,33 +135,60 @@ def _table(config: ModelConfig, classifier: bool) -> dict[str, Any]:
     return tensors_of(config, _module(classifier).abstract_params(config))
 
 
-# -- writing ---------------------------------------------------------------------------------------
-
-
 def save_pretrained(directory: str | pathlib.Path, policy: Policy, *, max_shard_bytes: int = 4 * 2**30) -> None:
     """Writes config.json, safetensors, the tokenizer's files and generation_config.json; all of them or nothing.
 
-    Args:
-      directory: a directory that does not exist, or is empty.
-      policy: a `Policy` or a `RewardModel`.
-      max_shard_bytes: upper bound of the tensors in a file; a larger tensor has a file of its own.
-
-    Raises:
-      PretrainedError: if the directory is not empty, the policy has adapters, or no family describes the decoder.
+    A tensor larger than `max_shard_bytes` has a file of its own. Raises PretrainedError if the directory is not empty, the policy has
+    adapters, or no family describes the decoder.
     """
     if policy.config.lora_rank:
         raise PretrainedError(
             "This policy has adapters: merge them first (models.lora.merge), or write them with models.save_adapters."
         )
     content = config_json(policy)
-    with complete_or_absent(directory) as scratch:
+    with _complete_or_absent(directory) as scratch:
         _write_json(scratch / "config.json", content)
         table = _table(policy.config, isinstance(policy, RewardModel))
         weights_lib.write(scratch, policy.params, table, max_shard_bytes)
-        write_tokenizer(scratch, policy)
+        _write_tokenizer(scratch, policy)
         ids = {name: content[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in content}
         if type(policy) is Policy and not (scratch / "generation_config.json").exists():
             _write_json(scratch / "generation_config.json", {"_from_model_config": True} | ids)
+
+
+def save_adapters(directory: str | pathlib.Path, policy: Policy, base_model: str) -> None:
+    """Writes the adapters of a policy in the layout of PEFT, and the tokenizer's files; all of them or nothing.
+
+    PEFT adds the adapters to `base_model`, a directory or an id of the hub. An id is written with the commit that the policy began with.
+    Raises PretrainedError if the directory is not empty.
+    """
+    revision = policy.source.get(REVISION)
+    table = _table(lora.base_of(policy.config), False)["layers"]
+    names = policy.config.lora_projections
+    content = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": hub.name_of(base_model) if revision else base_model,
+        "revision": revision,
+        "r": policy.config.lora_rank,
+        "lora_alpha": policy.config.lora_alpha,
+        "target_modules": [table[name].names[0].split(".")[-2] for name in names],
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    tensors = {}
+    for name in names:
+        for side, theirs in (("a", "lora_A"), ("b", "lora_B")):
+            stacked = np.asarray(policy.params["layers"][f"{name}_{side}"])
+            for layer, matrix in zip(table[name].names, stacked):
+                module = layer.removesuffix(".weight")
+                tensors[f"base_model.model.{module}.{theirs}.weight"] = np.ascontiguousarray(matrix.T)
+    with _complete_or_absent(directory) as scratch:
+        safetensors.numpy.save_file(tensors, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
+        _write_json(scratch / "adapter_config.json", content)
+        _write_tokenizer(scratch, policy)
 
 
 def config_json(policy: Policy) -> dict[str, Any]:
@@ -228,12 +219,8 @@ def config_json(policy: Policy) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def complete_or_absent(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a scratch directory to write into, and renames it to `path` at the end; removes it if the caller raises.
-
-    Raises:
-      PretrainedError: if `path` exists and is not an empty directory.
-    """
+def _complete_or_absent(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a scratch directory to write into, and renames it to `path` at the end; removes it if the caller raises."""
     directory = pathlib.Path(path).expanduser()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise PretrainedError(f"{directory} is there already and not empty; choose another directory.")
@@ -250,8 +237,8 @@ def complete_or_absent(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def write_tokenizer(directory: pathlib.Path, policy: Policy) -> None:
-    """Writes the original files of the tokenizer, or those of a tokenizer of our own."""
+def _write_tokenizer(directory: pathlib.Path, policy: Policy) -> None:
+    """Writes the original files of the tokenizer, or the files of a tokenizer of our own."""
     if policy.tokenizer is not None and "tokenizer.json" not in policy.files:
         policy.tokenizer.save(directory)
     for name, content in policy.files.items():

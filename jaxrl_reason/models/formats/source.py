@@ -9,55 +9,38 @@ import warnings
 from jaxrl_reason.data import hub
 from jaxrl_reason.data.tokenizer import fitted, load_tokenizer
 from jaxrl_reason.models.formats import families, gguf
-from jaxrl_reason.models.formats.types import Opened, PretrainedError
+from jaxrl_reason.models.formats.tensors import Opened, PretrainedError
 from jaxrl_reason.models.formats.weights import inside, read_json, SafetensorsDirectory
 
 # Files of the tokenizer next to the weights; an export writes them unchanged.
 _FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("chat_template.json", "generation_config.json", "vocab.json", "merges.txt", "tokenizer.model"),
 )
 # The commit of a model of the hub, kept in our copy of its config.json under the name that `transformers` uses.
 REVISION = "_commit_hash"
+Address = str | pathlib.Path  # a directory, a .gguf file, or an id of the hub
 
 
-def open_model(path_or_hub_id: str | pathlib.Path) -> Opened:
-    """Finds a model and reads all but the values of its weights; downloads it if it is an id of the hub.
-
-    Raises:
-      PretrainedError: with a sentence that names the file or the field.
-    """
+def open_model(path_or_hub_id: Address) -> Opened:
+    """Finds a model and reads all but the values of its weights; downloads it if it is an id of the hub."""
     path, revision = _find(path_or_hub_id)
     if path.suffix == ".gguf":
         return gguf.open_file(path)
-    files = tokenizer_files(path)
-    source = _read_config(path)
+    files, source = tokenizer_files(path), _read_config(path)
     config = families.read_config(source, str(path / "config.json"))
     if revision:
         source[REVISION] = revision
-    tokenizer = None
-    if (path / "tokenizer.json").exists():
-        try:
-            tokenizer = fitted(load_tokenizer(path), config.vocab_size)
-        except ValueError as e:
-            raise PretrainedError(f"{path}: {e}") from e
+    try:
+        known = (path / "tokenizer.json").exists()
+        tokenizer = fitted(load_tokenizer(path), config.vocab_size) if known else None
+    except ValueError as e:
+        raise PretrainedError(f"{path}: {e}") from e
     return Opened(config, SafetensorsDirectory(path), tokenizer, source, files)
 
 
-def read_source(path_or_hub_id: str | pathlib.Path) -> Mapping[str, Any]:
-    """Reads the config.json of a model, or the equivalent fields of a .gguf file. Needs no weights, and downloads none.
-
-    Raises:
-      PretrainedError: if there is none.
-    """
+def read_source(path_or_hub_id: Address) -> Mapping[str, Any]:
+    """Reads the config.json of a model, or the equivalent fields of a .gguf file. Needs no weights, and downloads none."""
     directory = pathlib.Path(path_or_hub_id).expanduser()
     if directory.suffix == ".gguf" and directory.is_file():
         return open_model(directory).source
@@ -78,13 +61,9 @@ def pinned(path_or_hub_id: str, source: Mapping[str, Any]) -> str:
 
 
 def tokenizer_files(directory: pathlib.Path) -> dict[str, bytes]:
-    """Reads the tokenizer's files of a directory; leaves out code that tokenizer_config.json names.
+    """Reads the content of the tokenizer's files in a directory, by name; leaves out code that tokenizer_config.json names.
 
-    Returns:
-      Content by file name, see `pretrained.Policy`.
-
-    Raises:
-      PretrainedError: if a file is a link that leads out of the directory.
+    Raises PretrainedError if a file is a link that leads out of the directory.
     """
     paths = {name: inside(directory, name) for name in _FILES}
     files = {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
@@ -95,7 +74,7 @@ def tokenizer_files(directory: pathlib.Path) -> dict[str, bytes]:
     return files
 
 
-def _find(path_or_hub_id: str | pathlib.Path) -> tuple[pathlib.Path, str]:
+def _find(path_or_hub_id: Address) -> tuple[pathlib.Path, str]:
     """Returns the directory or .gguf file, and the commit of a model from the hub or its cache (otherwise "")."""
     path = pathlib.Path(path_or_hub_id).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
@@ -104,9 +83,8 @@ def _find(path_or_hub_id: str | pathlib.Path) -> tuple[pathlib.Path, str]:
         raise PretrainedError(f"{path} is neither a directory nor a .gguf file.")
     name = str(path_or_hub_id)
     if not hub.is_address(name):
-        raise PretrainedError(
-            f"There is no {name}: give a directory, a .gguf file, or an id of the hub such as Qwen/Qwen3-0.6B or Qwen/Qwen3-0.6B@REVISION."
-        )
+        example = "an id of the hub such as Qwen/Qwen3-0.6B or Qwen/Qwen3-0.6B@REVISION"
+        raise PretrainedError(f"There is no {name}: give a directory, a .gguf file, or {example}.")
     wanted = ["config.json", "*.safetensors", "model.safetensors.index.json", *_FILES]
     try:
         # Some repositories hold the weights twice; the second copy is in the format of their maker.
@@ -121,8 +99,6 @@ def _read_config(directory: pathlib.Path) -> dict[str, Any]:
     file = inside(directory, "config.json")
     source = read_json(file)
     if "auto_map" in source:
-        warnings.warn(
-            f"{file} names code of the model's own (auto_map), which is never run: only its model_type decides how the model is read.",
-            stacklevel=3,
-        )
+        note = "names code of the model's own (auto_map), which is never run: only its model_type decides how the model is read."
+        warnings.warn(f"{file} {note}", stacklevel=3)
     return source

@@ -12,8 +12,9 @@ import safetensors
 import safetensors.numpy
 
 from jaxrl_reason.data import hub
-from jaxrl_reason.models.formats.types import PretrainedError, Tensor, Weights
+from jaxrl_reason.models.formats.tensors import PretrainedError, Tensor, Weights
 
+Tree = Mapping[str, Any]  # in the structure of the parameters
 _DTYPES = ("F32", "BF16", "F16")
 _INDEX = "model.safetensors.index.json"
 _BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".masked_bias")  # in old files; computed, not trained
@@ -22,8 +23,7 @@ _BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".masked_bias")  # in old files
 class SafetensorsDirectory:
     """The safetensors of a directory in the Hugging Face layout, one file or several with an index. See `Weights`.
 
-    Raises:
-      PretrainedError: if there are none, a file is damaged, or the index and the files disagree.
+    Raises PretrainedError if there are none, a file is damaged, or the index and the files disagree.
     """
 
     def __init__(self, directory: pathlib.Path) -> None:
@@ -33,7 +33,8 @@ class SafetensorsDirectory:
         if inside(directory, _INDEX).is_file():
             self._file_of = _read_index(directory)
         elif alone.is_file():
-            self._file_of = dict.fromkeys(_names(alone), alone)
+            with _open(alone) as file:
+                self._file_of = dict.fromkeys(file.keys(), alone)
         else:
             pickles = [p.name for p in directory.glob("*.bin")] + [p.name for p in directory.glob("*.pt*")]
             hint = f" It has {pickles[0]}, a pickle, which can run code: convert it to safetensors." if pickles else ""
@@ -50,10 +51,10 @@ class SafetensorsDirectory:
                 raise PretrainedError(f"{path} lacks a tensor of the index: {name}.")
             for name in indexed:
                 part = file.get_slice(name)
-                if part.get_dtype() not in _DTYPES:
-                    raise PretrainedError(
-                        f"{path}: {name} has dtype {part.get_dtype()}; weights must be one of {', '.join(_DTYPES)}."
-                    )
+                dtype = part.get_dtype()
+                if dtype not in _DTYPES:
+                    allowed = f"weights must be one of {', '.join(_DTYPES)}"
+                    raise PretrainedError(f"{path}: {name} has dtype {dtype}; {allowed}.")
                 self.shapes[name] = tuple(part.get_shape())
 
     def read(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
@@ -69,22 +70,17 @@ def _open(path: pathlib.Path):
         raise PretrainedError(f"{path} is not a whole safetensors file: {e}.") from e
 
 
-def _names(path: pathlib.Path) -> list[str]:
-    with _open(path) as file:
-        return list(file.keys())
-
-
 def _read_index(directory: pathlib.Path) -> dict[str, pathlib.Path]:
-    index = read_json(directory / _INDEX).get("weight_map")
+    path = directory / _INDEX
+    index = read_json(path).get("weight_map")
     if not isinstance(index, dict) or not index:
-        raise PretrainedError(f"{directory / _INDEX} has no weight_map from tensor names to file names.")
+        raise PretrainedError(f"{path} has no weight_map from tensor names to file names.")
     for name, file in index.items():
         if not isinstance(file, str) or pathlib.PurePath(file).name != file or not file.endswith(".safetensors"):
-            raise PretrainedError(
-                f"{directory / _INDEX} puts {name} into {file!r}; it must be the name of a .safetensors file in the same directory."
-            )
+            wanted = "it must be the name of a .safetensors file in the same directory."
+            raise PretrainedError(f"{path} puts {name} into {file!r}; {wanted}")
         if not inside(directory, file).is_file():
-            raise PretrainedError(f"{directory / _INDEX} names {file}, and there is no such file.")
+            raise PretrainedError(f"{path} names {file}, and there is no such file.")
     return {name: directory / file for name, file in index.items()}
 
 
@@ -109,16 +105,11 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-def check(weights: Weights, table: Mapping[str, Any], *, tied: bool) -> None:
-    """Checks that the tensors of a model are the expected ones.
+def check(weights: Weights, table: Tree, *, tied: bool) -> None:
+    """Checks that the tensors of a model are the expected ones, given a `Tensor` per weight.
 
-    Args:
-      weights: the tensors.
-      table: a `Tensor` per weight.
-      tied: whether the output head is the embedding. Some writers store the head nevertheless; it must then equal the embedding.
-
-    Raises:
-      PretrainedError: if tensors are missing, surplus or have another shape; the message has their names.
+    If the output head is the embedding (`tied`), some writers store the head nevertheless. It must then equal the embedding.
+    Raises PretrainedError if tensors are missing, surplus or have another shape; the message has their names.
     """
     wanted = {name: t.shape for t in _leaves(table) for name in t.names}
     missing = [name for name in wanted if name not in weights.shapes]
@@ -131,9 +122,10 @@ def check(weights: Weights, table: Mapping[str, Any], *, tied: bool) -> None:
     if surplus:
         raise PretrainedError(f"{weights.where} has {_listed(surplus)}, which its config.json has no place for.")
     for name, shape in wanted.items():
-        if weights.shapes[name] != shape:
+        found = weights.shapes[name]
+        if found != shape:
             raise PretrainedError(
-                f"{weights.where}: {name} has shape {list(weights.shapes[name])}, and config.json requires {list(shape)}."
+                f"{weights.where}: {name} has shape {list(found)}, and config.json requires {list(shape)}."
             )
 
 
@@ -147,18 +139,10 @@ def _check_tied_head(weights: Weights) -> None:
             )
 
 
-def place(
-    weights: Weights, table: Mapping[str, Any], abstract: Mapping[str, Any], shardings: Mapping[str, Any]
-) -> dict:
+def place(weights: Weights, table: Tree, abstract: Tree, shardings: Tree) -> dict[str, Any]:
     """Reads every weight into its shards and casts it; the host holds at most one weight at a time.
 
-    Args:
-      weights, table: as for `check`, which must have passed.
-      abstract: a ShapeDtypeStruct per weight.
-      shardings: a Sharding per weight.
-
-    Returns:
-      The parameters.
+    The weights must have passed `check`. The trees have a `Tensor`, a ShapeDtypeStruct and a Sharding per weight.
     """
 
     def one(tensor: Tensor, like: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
@@ -177,7 +161,6 @@ def place(
 
 
 def _read(weights: Weights, tensor: Tensor, like: jax.ShapeDtypeStruct, index: tuple[slice, ...]) -> np.ndarray:
-    """Reads part of one weight of the decoder."""
     inner = index[1:] if tensor.stacked else index
     part = inner[::-1] if tensor.transposed else inner
     part = (slice(0, 1),) * (len(tensor.shape) - len(part)) + part  # a reward head has one row
@@ -189,43 +172,36 @@ def _read(weights: Weights, tensor: Tensor, like: jax.ShapeDtypeStruct, index: t
     return out
 
 
-def write(directory: pathlib.Path, params: Mapping[str, Any], table: Mapping[str, Any], max_shard_bytes: int) -> None:
+def write(directory: pathlib.Path, params: Tree, table: Tree, max_shard_bytes: int) -> None:
     """Writes model.safetensors, or several files and their index. The host holds the tensors of one file at a time.
 
-    Args:
-      directory: an existing directory.
-      params: the weights.
-      table: a `Tensor` per weight.
-      max_shard_bytes: upper bound of the tensors in a file; a larger tensor has a file of its own.
+    The table has a `Tensor` per weight. A tensor larger than `max_shard_bytes` has a file of its own.
     """
-    sizes = [
-        (name, leaf, i if t.stacked else None, t, int(np.prod(t.shape)) * leaf.dtype.itemsize)
-        for t, leaf in zip(_leaves(table), jax.tree.leaves(params))
-        for i, name in enumerate(t.names)
-    ]
     files: list[list] = [[]]
-    held = 0
-    for entry in sizes:
-        if files[-1] and held + entry[-1] > max_shard_bytes:
-            files.append([])
-            held = 0
-        files[-1].append(entry)
-        held += entry[-1]
+    held = total = 0
+    for t, leaf in zip(_leaves(table), jax.tree.leaves(params)):
+        size = int(np.prod(t.shape)) * leaf.dtype.itemsize
+        for i, name in enumerate(t.names):
+            if files[-1] and held + size > max_shard_bytes:
+                files.append([])
+                held = 0
+            files[-1].append((name, leaf, i if t.stacked else None, t))
+            held, total = held + size, total + size
     names = ["model.safetensors"]
     if len(files) > 1:
         names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
         index = {entry[0]: name for name, entries in zip(names, files) for entry in entries}
-        total = {"total_size": sum(entry[-1] for entry in sizes)}
-        (directory / _INDEX).write_text(json.dumps({"metadata": total, "weight_map": index}, indent=2) + "\n")
+        content = {"metadata": {"total_size": total}, "weight_map": index}
+        (directory / _INDEX).write_text(json.dumps(content, indent=2) + "\n")
     for file, entries in zip(names, files):
         tensors = {}
-        for name, leaf, layer, t, _ in entries:
+        for name, leaf, layer, t in entries:
             found = np.asarray(leaf if layer is None else leaf[layer])
             tensors[name] = np.ascontiguousarray(found.T if t.transposed else found.reshape(t.shape))
         safetensors.numpy.save_file(tensors, directory / file, metadata={"format": "pt"})
 
 
-def _leaves(table: Mapping[str, Any]) -> Iterator[Tensor]:
+def _leaves(table: Tree) -> Iterator[Tensor]:
     return iter(jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, Tensor)))
 
 
