@@ -113,10 +113,7 @@ def measure_part(part: Part, chip: Chip, devices: int) -> dict[str, Any]:
         "recomputed_flops": part.cost.recomputed_flops,
         "bytes": part.cost.bytes,
     }
-    seconds = {
-        "compute": part.cost.flops / devices / chip.flops,
-        "memory": part.cost.bytes / devices / chip.bandwidth,
-    }
+    seconds = {"compute": part.cost.flops / devices / chip.flops, "memory": part.cost.bytes / devices / chip.bandwidth}
     if compiled is not None:
         program = hlo.read(compiled.as_text() or "", loop_trips=part.loop_trips)
         seconds["links"] = sum(x.bytes for x in program.collectives.values()) / chip.links

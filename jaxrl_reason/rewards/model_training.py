@@ -179,10 +179,7 @@ def begin(phase: Phase, workdir: pathlib.Path) -> None:
 
 
 def scorer(
-    phase: Phase,
-    decoder: models.Params,
-    console: rich.console.Console,
-    should_stop: Callable[[], bool] = lambda: False,
+    phase: Phase, decoder: models.Params, console: rich.console.Console, should_stop: Callable[[], bool] = lambda: False
 ) -> RewardModelScorer:
     """Returns the scorer of the phase's reward model. Trains the model first if it is not trained yet.
 
@@ -256,10 +253,7 @@ def pretrained_scorer(
 
 
 def get_reward_model(
-    phase: Phase,
-    decoder: models.Params,
-    console: rich.console.Console,
-    should_stop: Callable[[], bool] = lambda: False,
+    phase: Phase, decoder: models.Params, console: rich.console.Console, should_stop: Callable[[], bool] = lambda: False
 ) -> tuple[models.ModelConfig, models.Params]:
     """Loads the phase's reward model if it is trained, else trains it from the weights of `decoder`."""
     if is_ours(phase.directory):
@@ -269,10 +263,7 @@ def get_reward_model(
 
 
 def train_reward_model(
-    phase: Phase,
-    decoder: models.Params,
-    console: rich.console.Console,
-    should_stop: Callable[[], bool] = lambda: False,
+    phase: Phase, decoder: models.Params, console: rich.console.Console, should_stop: Callable[[], bool] = lambda: False
 ) -> models.Params:
     """Trains on the pairs from the newest checkpoint of the phase's directory; prints held-out metrics before and after.
 

@@ -61,12 +61,7 @@ def _numbers_text(completion: str, row: Mapping[str, Any]) -> str | None:
 
 @with_answer_of(_numbers_text)
 def many_answers_reward(
-    completions: Sequence[str],
-    kind: Sequence[str],
-    target: Sequence[int],
-    low: Sequence[int],
-    high: Sequence[int],
-    **_,
+    completions: Sequence[str], kind: Sequence[str], target: Sequence[int], low: Sequence[int], high: Sequence[int], **_
 ) -> list[float]:
     """Returns 1.0 if the numbers of the final answer satisfy the row's constraint, else 0.0.
 
