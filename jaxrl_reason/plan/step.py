@@ -1,7 +1,4 @@
-"""A training step on given devices, as shapes with shardings.
-
-Nothing is compiled or put on a device here. Of pretrained models only config.json is read.
-"""
+"""Describes a training step by shapes with shardings. Compiles nothing, and reads only config.json of pretrained models."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -30,10 +27,8 @@ class Step:
     """A training step on given devices, as shapes with shardings.
 
     Attributes:
-      config, method, programs: of the run.
       model: the policy, with the attention that the devices run.
-      mesh: of scoring and update.
-      decoding: the mesh of rollouts.
+      mesh, decoding: the mesh of scoring and update; the mesh of rollouts.
       decoding_params: the weights as rollouts read them.
       rollout, experience: of all prompts of the step.
       reward_config, reward_params: of the reward model; None and {} if the run has none.
@@ -90,11 +85,9 @@ class Memory:
     """Bytes per device of the arrays that live longer than a program.
 
     Attributes:
-      weights: of the policy as the update reads them.
-      optimizer: its state.
-      reference: weights of the reference policy; 0 if the run needs none.
+      weights, optimizer: of the policy as the update reads them.
+      reference, reward_model: weights; 0 if the run has none.
       copy: weights of the policy as rollouts read them; 0 if rollouts read `weights`.
-      reward_model: weights of the reward model.
     """
 
     weights: float
@@ -144,8 +137,9 @@ def sizes_of(config: Config) -> tuple[ModelConfig, ModelConfig | None]:
     Raises:
       ConfigError: if a description is missing or invalid.
     """
+    m = config.model
     try:
-        source = models.read_source(config.model.path) if config.model.path else None
+        source = models.read_source(m.path) if m.path else None
         vocabulary = models.read_config(source).vocab_size if source else config.data.vocab_size
         policy = config_lib.model_config(config, vocabulary, source)
         if not LEARNED.keys() & set(config.reward.functions):
@@ -154,15 +148,12 @@ def sizes_of(config: Config) -> tuple[ModelConfig, ModelConfig | None]:
             return policy, models.lora.base_of(policy)
         if model_files.is_ours(config.reward_model.path):
             return policy, model_files.described(config.reward_model.path)
-        pretrained = models.read_config(models.read_source(config.reward_model.path))
+        found = models.read_config(models.read_source(config.reward_model.path))
     except ConfigError:
         raise
     except ValueError as e:
         raise ConfigError(f"A plan needs the sizes of the models: {e}") from e
-    m = config.model
-    return policy, dataclasses.replace(
-        pretrained, param_dtype=m.param_dtype, compute_dtype=m.compute_dtype, remat="none"
-    )
+    return policy, dataclasses.replace(found, param_dtype=m.param_dtype, compute_dtype=m.compute_dtype, remat="none")
 
 
 def bytes_per_device(tree: Any) -> float:
@@ -175,19 +166,12 @@ def _build_programs(
     config: Config, method: Method, policy: ModelConfig, devices: Sequence[jax.Device]
 ) -> tuple[jax.sharding.Mesh, programs_lib.Programs]:
     """Returns the mesh and the programs. Token ids are arbitrary: no number of a plan depends on them."""
-    verdict = config.reward.verdict or config.reward.functions[0]
+    verdict = (config.reward.verdict or config.reward.functions[0]).rpartition(":")[2]
+    weights, probe = dict.fromkeys(_reward_names(config), 1.0), 2 if auxiliary.needs_probe(method.loss) else None
     try:
         mesh = programs_lib.make_mesh(config, devices)
         return mesh, programs_lib.build(
-            config,
-            method,
-            policy,
-            mesh,
-            eos_ids=(1,),
-            pad_id=0,
-            weights=dict.fromkeys(_reward_names(config), 1.0),
-            verdict=verdict.rpartition(":")[2],
-            probe_token=2 if auxiliary.needs_probe(method.loss) else None,
+            config, method, policy, mesh, eos_ids=(1,), pad_id=0, weights=weights, verdict=verdict, probe_token=probe
         )
     except ConfigError:
         raise
@@ -199,11 +183,8 @@ def _step_shapes(
     config: Config, method: Method, programs: programs_lib.Programs, model: ModelConfig
 ) -> tuple[Rollout, Experience]:
     """Returns the rollout and the experience of a step, as ShapeDtypeStructs with shardings."""
-    P, S = config.prompts_per_step, config.max_prompt_length
-    needs = programs.needs
-    G = config.group_size + needs.greedy
-    shape = jax.ShapeDtypeStruct
-    state = programs.abstract_state
+    P, S, G = config.prompts_per_step, config.max_prompt_length, config.group_size + programs.needs.greedy
+    needs, state, shape = programs.needs, programs.abstract_state, jax.ShapeDtypeStruct
     prompts = [shape((P, S), jnp.int32), shape((P, S), bool), shape((P,), jnp.int32)]
     features = shape((P, model.features), jnp.float32) if model.features else None
     step, temperatures = shape((), jnp.int32), shape((G,), jnp.float32)
@@ -220,10 +201,8 @@ def _step_shapes(
         experience = experience._replace(old_logprobs=per_token)
     if config.update.kl_coefficient:
         experience = experience._replace(ref_logprobs=per_token)
-    by_prompt = lambda tree: jax.tree.map(
-        lambda x: shape(x.shape, x.dtype, sharding=programs.sharding if x.ndim else None), tree
-    )
-    return by_prompt(rollout), by_prompt(experience)
+    place = lambda x: shape(x.shape, x.dtype, sharding=programs.sharding if x.ndim else None)
+    return jax.tree.map(place, rollout), jax.tree.map(place, experience)
 
 
 def _reward_names(config: Config) -> list[str]:
