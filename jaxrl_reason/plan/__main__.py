@@ -49,13 +49,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_plan(arguments: command.Arguments) -> tuple[dict[str, Any], rich.console.Console, pathlib.Path]:
-    """Makes a plan and writes it as JSON.
+    """Makes a plan, writes it as JSON and returns the arguments of `print_plan`.
 
-    Returns:
-      The arguments of `print_plan`.
-
-    Raises:
-      ConfigError, OSError: a flag or the configuration is invalid, or the run cannot be planned.
+    Raises ConfigError or OSError if a flag or the configuration is invalid, or if the run cannot be planned.
     """
     topology, slices, path = arguments.topology, arguments.slices, pathlib.Path(arguments.out)
     if not slices:
@@ -83,13 +79,9 @@ def print_plan(plan: Mapping[str, Any], console: rich.console.Console, path: pat
     """Prints the table of a plan, the least time of a step, the largest sizes that fit, and the path of the JSON file."""
     console.print(table(plan))
     step = plan["step"]
-    fits = (
-        "It fits."
-        if plan["fits"]
-        else "It does NOT fit: lower the batch, raise update.accumulation, split more, or take larger chips."
-    )
+    too_large = "It does NOT fit: lower the batch, raise update.accumulation, split more, or take larger chips."
     console.print(
-        f"{fits} A step takes at least {step['seconds_at_least']:.3g} s, at most "
+        f"{'It fits.' if plan['fits'] else too_large} A step takes at least {step['seconds_at_least']:.3g} s, at most "
         f"{step['completion_tokens_per_second_at_most']:.4g} completion tokens per second. Assumptions:",
         soft_wrap=True,
     )

@@ -17,12 +17,7 @@ _MIRRORED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}
 
 
 class Later(NamedTuple):
-    """A value that is followed when it is needed: an instruction of a computation.
-
-    Attributes:
-      computation, name: of the instruction.
-      arguments: the known values of the computation's parameters.
-    """
+    """An instruction whose value is followed when it is needed. `arguments`: the known values of its computation."""
 
     computation: str
     name: str
@@ -31,12 +26,7 @@ class Later(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loop:
-    """The state of a running while loop.
-
-    Attributes:
-      start: the state before the first trip.
-      body: the computation that changes the state.
-    """
+    """The state of a running while loop: the state before the first trip, and the computation that changes it."""
 
     start: Later
     body: str
