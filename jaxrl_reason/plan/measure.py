@@ -5,6 +5,7 @@ Peak memory is the compiler's. FLOPs and bytes come from `costs`, and FLOPs are 
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import functools
 import math
 import re

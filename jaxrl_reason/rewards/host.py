@@ -1,10 +1,8 @@
-"""Rewards that run on the host: functions by TRL's signature.
-
-    f(prompts, completions, completion_ids, **columns) -> list[float | None]
+"""Rewards that run on the host, by TRL's signature: f(prompts, completions, completion_ids, **columns) -> rewards.
 
 All arguments are flat lists of one length, given by keyword. The completions of a prompt are adjacent. One call has a
-whole batch, or with `isolated` one prompt. `None` means "no reward for this sample": it becomes NaN, is left out of
-every statistic, and is never 0. A `pool.Results` list also tells why a reward is missing.
+whole batch, or with `isolated` one prompt. A reward is a float, or `None` for "no reward for this sample": it becomes
+NaN, is left out of every statistic, and is never 0. A `pool.Results` list also tells why a reward is missing.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,13 +39,7 @@ BUILT_IN: dict[str, RewardFunction] = {
     "math_verify": math_verify_reward,
 }
 # Cheap rewards that compare with a reference of each row, so that all references can be tried before training.
-COMPARING: tuple[RewardFunction, ...] = (
-    accuracy_reward,
-    last_number_reward,
-    many_answers_reward,
-    strict_reward,
-    judge_reward,
-)
+COMPARING = tuple(BUILT_IN[name] for name in ("accuracy", "last_number", "many_answers", "strict", "judge"))
 
 _LARGEST = float(np.finfo(np.float32).max)
 _log = logging.getLogger(__name__)
@@ -59,14 +51,10 @@ class RewardError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class HostReward:
-    """A reward function and its name in the metrics.
+    """A reward function, any callable by TRL's signature, and its name in the metrics `rewards/<name>/...`.
 
-    Attributes:
-      name: names the metrics `rewards/<name>/...`; empty: the function's own name (of a callable object, its class's).
-      function: any callable by TRL's signature: function, lambda, partial, callable object.
-
-    Raises:
-      RewardError: `function` is not callable.
+    The name "" stands for the function's own (of a callable object, its class's). Raises RewardError if `function` is
+    not callable.
     """
 
     name: str
@@ -86,9 +74,8 @@ class RewardTable:
 
     Attributes:
       per_reward: name -> float32[P,G], unweighted; NaN if the function returned None or failed.
-      error_rate: name -> share of rows on which the function raised, or which it reports as errors.
-      none_rate: name -> share of rows for which it returned None.
-      timeout_rate: name -> share of rows which it reports as timeouts.
+      error_rate, none_rate, timeout_rate: name -> share of rows on which the function raised or reports an error, for
+        which it returned None, and for which it reports a timeout.
       error: name -> the text of the last error, "" if there was none.
     """
 
@@ -153,10 +140,8 @@ def compute_rewards(
     rows fail, the fault is in the function rather than in the rows, and this raises.
 
     Args:
-      rewards: rewards of distinct names, as `RewardScorer` makes sure.
-      prompts: P texts.
-      completions: P lists of G texts.
-      completion_ids: P lists of G lists of token ids, end token included.
+      rewards: of distinct names.
+      prompts, completions, completion_ids: P texts, P lists of G texts, P lists of G lists of ids, end token included.
       columns: name -> P values, the other columns of the data, which are repeated for the G completions of a prompt.
       max_failure_share: a number in [0, 1].
 
@@ -165,24 +150,19 @@ def compute_rewards(
         neither a finite number nor None; or the inputs do not fit each other. The message names the function.
     """
     shape = checked_shape(prompts, completions, completion_ids, columns)
-    groups = shape[1]
-    rows = {
-        "prompts": _repeat(prompts, groups),
-        "completions": _flatten(completions),
-        "completion_ids": _flatten(completion_ids),
-    }
-    rows |= {name: _repeat(values, groups) for name, values in columns.items()}
-
+    repeat = lambda values: [value for value in values for _ in range(shape[1])]
+    flatten = lambda groups: [value for group in groups for value in group]
+    rows = dict(prompts=repeat(prompts), completions=flatten(completions), completion_ids=flatten(completion_ids))
+    rows |= {name: repeat(values) for name, values in columns.items()}
     table = RewardTable({}, {}, {}, {}, {})
     for reward in rewards:
         if hasattr(reward.function, "in_groups_of"):
-            reward = dataclasses.replace(reward, function=reward.function.in_groups_of(groups))
+            reward = dataclasses.replace(reward, function=reward.function.in_groups_of(shape[1]))
         results = _rewards_of_rows(reward, rows, max_failure_share)
         table.per_reward[reward.name] = np.array(results, np.float32).reshape(shape)
-        table.error_rate[reward.name] = results.outcomes.count("error") / len(results)
-        table.none_rate[reward.name] = results.outcomes.count("none") / len(results)
-        table.timeout_rate[reward.name] = results.outcomes.count("timeout") / len(results)
         table.error[reward.name] = results.error or ""
+        for kind in ("error", "none", "timeout"):
+            getattr(table, f"{kind}_rate")[reward.name] = results.outcomes.count(kind) / len(results)
     return table
 
 
@@ -242,13 +222,8 @@ def _check_failures(
 def call(reward: HostReward, rows: Mapping[str, Sequence], first_row: int) -> Results:
     """Calls a reward once and returns its rewards as floats, NaN for None, with their outcomes.
 
-    Args:
-      reward: the reward to call.
-      rows: the arguments, lists of one length.
-      first_row: the number of the first of these rows, for messages.
-
-    Raises:
-      RewardError: the return value breaks the contract. Anything that the function itself raises passes through.
+    `first_row` is the number of the first row, for messages. Raises RewardError if the return value breaks the contract.
+    Anything that the function itself raises passes through.
     """
     count = len(rows["completions"])
     # Each function gets its own lists, so that it may sort or clear them.
@@ -319,10 +294,8 @@ def checked_shape(
 ) -> tuple[int, int]:
     """Returns (P, G). Raises RewardError if the inputs of `compute_rewards` do not fit each other."""
     if len(prompts) == 0 or len(completions) != len(prompts) or len(completions[0]) == 0:
-        raise RewardError(
-            f"There are {len(prompts)} prompts and {len(completions)} groups of completions; give one non-empty group per "
-            "prompt."
-        )
+        counts = f"{len(prompts)} prompts and {len(completions)} groups of completions"
+        raise RewardError(f"There are {counts}; give one non-empty group per prompt.")
     groups = len(completions[0])
     sizes, id_sizes = [len(group) for group in completions], [len(group) for group in completion_ids]
     if set(sizes) != {groups} or id_sizes != sizes:
@@ -334,22 +307,13 @@ def checked_shape(
         if name in ("prompts", "completions", "completion_ids"):
             raise RewardError(f"A data column is named {name!r}, a name that the run itself uses; rename the column.")
         if len(values) != len(prompts):
-            raise RewardError(
-                f"Column {name!r} has {len(values)} values for {len(prompts)} prompts; give one value per prompt."
-            )
+            counts = f"{len(values)} values for {len(prompts)} prompts"
+            raise RewardError(f"Column {name!r} has {counts}; give one value per prompt.")
     return len(prompts), groups
 
 
 def _shown(sizes: list[int]) -> str:
     return ", ".join(map(str, sizes[:8])) + (", ..." if len(sizes) > 8 else "")
-
-
-def _repeat(values: Sequence, times: int) -> list:
-    return [value for value in values for _ in range(times)]
-
-
-def _flatten(groups: Sequence[Sequence]) -> list:
-    return [value for group in groups for value in group]
 
 
 def name_of(function: Callable) -> str:
@@ -376,10 +340,8 @@ def _import_module(name: str, spec: str) -> ModuleType:
 
 def _import_file(path: Path, spec: str) -> ModuleType:
     if not path.is_file():
-        nearby = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise RewardError(
-            f"Reward {spec!r}: there is no file {path}{_nearest(path.name, nearby)} (in {path.parent.resolve()})."
-        )
+        nearby = _nearest(path.name, [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else [])
+        raise RewardError(f"Reward {spec!r}: there is no file {path}{nearby} (in {path.parent.resolve()}).")
     module_spec = importlib.util.spec_from_file_location(f"jaxrl_reason_reward_{path.stem}", path)
     assert module_spec is not None and module_spec.loader is not None  # true of every .py file
     module = importlib.util.module_from_spec(module_spec)
