@@ -30,7 +30,6 @@ class TextScorer:
       system: the system prompt of the reward model's chat.
       max_length: maximum number of tokens of a text. A longer text is never cut; it has no score and no reward.
       parts: the number of microbatches, as far as they divide the groups of a batch.
-      sharding: the sharding of the leading axis.
     """
 
     def __init__(
@@ -91,15 +90,12 @@ class TextScorer:
 def chat_of(tokenizer: Tokenizer, system: str) -> ChatTemplate | None:
     """Returns the chat of a reward model, tried on one conversation; None if its tokenizer has no chat template.
 
-    Raises:
-      ValueError: there is a system prompt without a chat, or the template cannot be rendered.
+    Raises ValueError if there is a system prompt without a chat, or if the template cannot be rendered.
     """
     if not tokenizer.chat_template:
         if system:
-            raise ValueError(
-                "config.reward_model.system is set, and the reward model's tokenizer has no chat template; leave the "
-                "field empty."
-            )
+            fault = "config.reward_model.system is set, and the reward model's tokenizer has no chat template"
+            raise ValueError(f"{fault}; leave the field empty.")
         return None
     chat = chat_template(_QUESTION, tokenizer, system)
     chat.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], add_generation_prompt=False)
