@@ -1,4 +1,4 @@
-"""A trained reward model on disk: DIR/reward_model/{params, reward_model.json}, and a note of where a pretrained one came from."""
+"""A trained reward model on disk, DIR/reward_model/{params, reward_model.json}, and the source of a pretrained one."""
 
 from collections.abc import Mapping
 import dataclasses
