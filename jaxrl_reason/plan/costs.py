@@ -23,17 +23,14 @@ _FLOAT32 = 4
 class Cost:
     """The cost of one program, over all devices.
 
-    Attributes:
-      flops, attention_flops: of all products; of queries with keys and of weights with values.
-      recomputed_flops: share of `flops` that an update recomputes in its backward pass instead of keeping results.
-        `flops - recomputed_flops` are the model FLOPs from which hardware utilization is usually computed.
-      bytes: least traffic with memory, read and written.
+    An update computes `recomputed_flops` again in its backward pass instead of keeping results. `flops -
+    recomputed_flops` are the model FLOPs from which hardware utilization is usually computed.
     """
 
-    flops: float = 0.0
-    attention_flops: float = 0.0
+    flops: float = 0.0  # of all products
+    attention_flops: float = 0.0  # the share of products of queries with keys and of weights with values
     recomputed_flops: float = 0.0
-    bytes: float = 0.0
+    bytes: float = 0.0  # least traffic with memory, read and written
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
@@ -82,7 +79,7 @@ def rollout(
     first = _forward(model, P, 1, S, 0, attention, replicas) + _encoder(model, P)
     first += Cost(2.0 * head * P * (1 + (S - model.prefix_length) * prompt_logprobs))
     first += Cost(bytes=P * S * cached + matrices * (_BYTES[model.param_dtype] + weight))
-    attended = _products(model, rows * (S + T)) * model.layers
+    attended = 4.0 * model.heads * model.head_dim * (rows * (S + T)) * model.layers
     step = Cost(2.0 * rows * (matrices + _adapters(model) + head) + attended, attended)
     read = replicas * weight * (matrices + head) + replicas * _FLOAT32 * _adapters(model)
     read += P * S * cached + rows * T * cached
@@ -182,7 +179,9 @@ def update(
     head = _head(model, p * G, chunks, computed, replicas, probe)
     first = 2.0 * p * model.features * model.encoder_width  # no gradient of the features is taken
     encoder = _encoder(model, p) * 3 + Cost(-first) if trained else _encoder(model, p)
-    weights = _weights(model) if trained else _adapters(model)
+    # Biases and norms are too few to matter.
+    embeddings = (1 if model.tied_embedding else 2) * model.vocab_size * model.width
+    weights = _matrices(model) + embeddings if trained else _adapters(model)
     size = _BYTES[model.param_dtype] if trained else _FLOAT32
     gradients = Cost(bytes=_FLOAT32 * replicas * weights * (1 if accumulation == 1 else 3))
     step = Cost(bytes=copies * weights * (_FLOAT32 + 2 * size + 2 * _FLOAT32 * optimizer_slots))
@@ -210,7 +209,9 @@ def _layers_backward(
     again = attended if model.remat != "none" else 0.0
     backward = Cost(2 * body - frozen + after + again, after + again, again)
     if model.remat == "layer":
-        layers = body - (0 if model.post_norms else 2.0 * tokens * _last_product(model))
+        i, o = _shapes(model)["down"]  # the MLP's product into the residual stream
+        last = model.layers * (i * o + (model.lora_rank * o if "down" in model.lora_projections else 0))
+        layers = body - (0 if model.post_norms else 2.0 * tokens * last)
         backward += Cost(layers, 0.0, layers)
     moved = forward.bytes - weight_bytes
     inputs = 2 * tokens * model.layers * model.width * _BYTES[model.param_dtype]
@@ -265,25 +266,9 @@ def _adapters(model: ModelConfig) -> int:
     return model.layers * model.lora_rank * sum(sum(shapes[name]) for name in model.lora_projections)
 
 
-def _weights(model: ModelConfig) -> int:
-    """Returns the number of weights in matrices, embedding and head. Biases and norms are too few to matter."""
-    return _matrices(model) + (1 if model.tied_embedding else 2) * model.vocab_size * model.width
-
-
 def _weight_bytes(model: ModelConfig) -> float:
     """Returns the bytes of the layers' matrices, adapters included, in the dtype of the products."""
     return _BYTES[model.compute_dtype] * (_matrices(model) + _adapters(model))
-
-
-def _last_product(model: ModelConfig) -> int:
-    """Returns the multiply-adds per token, over all layers, of the MLP's product into the residual stream."""
-    i, o = _shapes(model)["down"]
-    return model.layers * (i * o + (model.lora_rank * o if "down" in model.lora_projections else 0))
-
-
-def _products(model: ModelConfig, pairs: float) -> float:
-    """Returns the FLOPs of a layer's attention: scores and weighted values of `pairs` queries and keys."""
-    return 4.0 * model.heads * model.head_dim * pairs
 
 
 def _all_pairs(model: ModelConfig, P: float, G: int, S: int, T: int, attention: str) -> float:
@@ -306,7 +291,7 @@ def _score_bytes(model: ModelConfig, P: float, G: int, S: int, T: int, attention
 def _forward(model: ModelConfig, P: float, G: int, S: int, T: int, attention: str, replicas: int) -> Cost:
     """Returns the cost of the layers over P prompts of S tokens with G completions of T tokens each."""
     tokens = P * (S + G * T)
-    attended = _products(model, _all_pairs(model, P, G, S, T, attention))
+    attended = 4.0 * model.heads * model.head_dim * _all_pairs(model, P, G, S, T, attention)
     products = 2.0 * tokens * (_matrices(model) + _adapters(model))
     D, F, K = model.width, model.mlp_width, model.head_dim
     each = 4 * (D + model.heads * K + model.kv_heads * K + F) * _BYTES[model.compute_dtype]

@@ -42,17 +42,11 @@ class Collective(NamedTuple):
 
 
 class CustomCall(NamedTuple):
-    """Calls of code that the text does not show.
+    """Calls of code that the text does not show."""
 
-    Attributes:
-      name: of a Pallas kernel, else the target.
-      target: the function that XLA calls: "tpu_custom_call" for Pallas kernels on TPU.
-      operands: shapes as in the text, without layout: ("bf16[2,4,512,128]", ...).
-    """
-
-    name: str
-    target: str
-    operands: tuple[str, ...]
+    name: str  # of a Pallas kernel, else the target
+    target: str  # the function that XLA calls: "tpu_custom_call" for Pallas kernels on TPU
+    operands: tuple[str, ...]  # shapes as in the text, without layout: ("bf16[2,4,512,128]", ...)
     executions: float
 
 
@@ -62,11 +56,10 @@ class Program:
 
     Attributes:
       flops: of matrix products and convolutions, two per multiply-add.
-      reduced_flops: of products that were compiled to a multiplication of two different arrays and a sum, two per
-        multiply-add. They include matrix products with few rows (decoding on one prompt), and also sums of squares and
-        of weighted terms, of which every model has a few.
-      collectives: by kind, see `COLLECTIVES`.
-      custom_calls: by name and operands.
+      reduced_flops: of products that were compiled to a multiplication of two different arrays and a sum. They include
+        matrix products with few rows (decoding on one prompt), and also sums of squares and of weighted terms, of which
+        every model has a few.
+      collectives, custom_calls: by kind, see `COLLECTIVES`; by name and operands.
       unknown_loops: name -> most trips that the condition allows (or None), for loops whose length depends on data.
         The numbers above assume that they run `loop_trips` times.
     """
@@ -79,16 +72,11 @@ class Program:
 
 
 def read(text: str, *, loop_trips: Mapping[str, int] | int | None = None) -> Program:
-    """Returns the work of an executable. Of a conditional, the branch with most FLOPs counts.
+    """Returns the work of an executable from its text, for CPU or TPU. The branch of a conditional with most FLOPs counts.
 
-    Args:
-      text: `jax.stages.Compiled.as_text()`, for CPU or TPU.
-      loop_trips: trips of the loops of unknown length, one number for all or one per name. Loops without a number run as
-        often as their condition allows, and once if it gives no limit.
-
-    Raises:
-      ValueError: if the text is not a compiled program's, or if `loop_trips` names a loop that does not exist or whose
-        length is known.
+    `loop_trips` are the trips of the loops of unknown length, one number for all or one per name. Loops without a number
+    run as often as their condition allows, and once if it gives no limit. Raises ValueError if the text is not a compiled
+    program's, or if `loop_trips` names a loop that does not exist or whose length is known.
     """
     computations, entry = hlo_text.parse(text)
     walk = _Walk(computations, loop_trips)
@@ -112,11 +100,8 @@ def read(text: str, *, loop_trips: Mapping[str, int] | int | None = None) -> Pro
 class _Tally:
     """Sums over a computation.
 
-    Attributes:
-      flops, reduced: see `Program`.
-      calls: (name, target, operands) -> executions.
-      chained: collectives that TPU spreads over a chain of fusions, each of which repeats the instruction: key ->
-        (kind, bytes). They count once in the computation that runs the chain.
+    TPU spreads collectives over a chain of fusions, each of which repeats the instruction. `chained` has their kind and
+    bytes. They count once in the computation that runs the chain.
     """
 
     flops: float = 0.0

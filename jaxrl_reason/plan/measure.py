@@ -34,19 +34,13 @@ ASSUMPTIONS = (
 )
 
 
-def _silent(text: str) -> None:
-    pass
-
-
 def make_plan(
-    config: Config, topology: str, devices: Sequence[jax.Device], say: Callable[[str], None] = _silent
+    config: Config, topology: str, devices: Sequence[jax.Device], say: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
     """Compiles the programs of a step one after another.
 
-    Args:
-      config: of the run, with config.mesh for these devices.
-      topology, devices: name of the slice, such as "v5e:4x4", and its `chips.devices_of`.
-      say: receives a line before each program is compiled.
+    `devices` are the `chips.devices_of` the slice, such as "v5e:4x4", and config.mesh is for these devices. `say`
+    receives a line before each program is compiled.
 
     Returns a JSON-able dict: the run's sizes, "parts" (see `measure_part`), "fits", and "step" with the least time and
     its assumptions. Raises ConfigError if the configuration cannot run on the devices.
@@ -159,7 +153,7 @@ def requested_bytes(error: Exception) -> float | None:
 
 
 def find_largest(
-    config: Config, topology: str, devices: Sequence[jax.Device], say: Callable[[str], None] = _silent
+    config: Config, topology: str, devices: Sequence[jax.Device], say: Callable[[str], None] = lambda text: None
 ) -> dict[str, int]:
     """Returns the largest prompts_per_step, group_size and max_completion_length that fit.
 

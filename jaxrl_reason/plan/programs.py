@@ -17,35 +17,21 @@ from jaxrl_reason.rewards import learned, model_files, model_training
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One program of a training step.
+    """One program of a training step. Bytes are per device."""
 
-    Attributes:
-      name: "reshard", "rollout", "reward model", "score" or "update".
-      cost: of the program on all devices.
-      kernel_flops: share of `cost.flops` in Pallas kernels, which the text of the compiled program does not show.
-      resident: bytes per device of the run's other arrays, which stay in memory while the program runs.
-      contents: name -> bytes per device in the program's own memory. The rest are activations and the compiler's copies.
-      donated: bytes per device that the program should overwrite.
-      loop_trips, times: trips of the program's loop of unknown length; runs per step.
-    """
-
-    name: str
+    name: str  # "reshard", "rollout", "reward model", "score" or "update"
     lower: Callable[[], jax.stages.Lowered]
-    cost: costs.Cost
-    kernel_flops: float
-    resident: float
-    contents: Mapping[str, float]
-    donated: float = 0.0
-    loop_trips: int | None = None
-    times: float = 1.0
+    cost: costs.Cost  # on all devices
+    kernel_flops: float  # share of cost.flops in Pallas kernels, which the text of the compiled program does not show
+    resident: float  # bytes of the run's other arrays, which stay in memory while the program runs
+    contents: Mapping[str, float]  # bytes in the program's own memory, without activations and the compiler's copies
+    donated: float = 0.0  # bytes that the program should overwrite
+    loop_trips: int | None = None  # of the program's loop of unknown length
+    times: float = 1.0  # runs per step
 
 
 def parts_of(config: Config, devices: Sequence[jax.Device]) -> list[Part]:
-    """Returns the programs of a training step on the given devices, in the order in which they run.
-
-    Raises:
-      ConfigError: if the configuration cannot run on the devices.
-    """
+    """Returns the programs of a training step in the order in which they run; for errors see `open_step`."""
     step = open_step(config, devices)
     parts = [_reshard(step), _rollout(step), _reward_model(step), _score(step), _update(step)]
     return [part for part in parts if part is not None]

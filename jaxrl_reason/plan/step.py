@@ -24,26 +24,18 @@ from jaxrl_reason.rl.types import Experience, Groups, Rollout
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A training step on given devices, as shapes with shardings.
-
-    Attributes:
-      model: the policy, with the attention that the devices run.
-      mesh, decoding: the mesh of scoring and update; the mesh of rollouts.
-      decoding_params: the weights as rollouts read them.
-      rollout, experience: of all prompts of the step.
-      reward_config, reward_params: of the reward model; None and {} if the run has none.
-    """
+    """A training step on given devices, as shapes with shardings."""
 
     config: Config
     method: Method
     programs: programs_lib.Programs
-    model: ModelConfig
-    mesh: jax.sharding.Mesh
-    decoding: jax.sharding.Mesh
-    decoding_params: Any
-    rollout: Rollout
+    model: ModelConfig  # the policy, with the attention that the devices run
+    mesh: jax.sharding.Mesh  # of scoring and update
+    decoding: jax.sharding.Mesh  # of rollouts
+    decoding_params: Any  # the weights as rollouts read them
+    rollout: Rollout  # of all prompts of the step, like the experience
     experience: Experience
-    reward_config: ModelConfig | None
+    reward_config: ModelConfig | None  # None and {} if the run has no reward model
     reward_params: Any
 
     @property
@@ -82,27 +74,17 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes per device of the arrays that live longer than a program.
+    """Bytes per device of the arrays that live longer than a program; 0 for arrays that the run does not need."""
 
-    Attributes:
-      weights, optimizer: of the policy as the update reads them.
-      reference, reward_model: weights; 0 if the run has none.
-      copy: weights of the policy as rollouts read them; 0 if rollouts read `weights`.
-    """
-
-    weights: float
+    weights: float  # of the policy as the update reads them
     optimizer: float
     reference: float
-    copy: float
+    copy: float  # the policy's weights as rollouts read them; 0 if rollouts read `weights`
     reward_model: float
 
 
 def open_step(config: Config, devices: Sequence[jax.Device]) -> Step:
-    """Returns the step of a run on the given devices.
-
-    Raises:
-      ConfigError: if the configuration cannot run on the devices.
-    """
+    """Returns the step of a run on the devices. Raises ConfigError if the configuration cannot run on them."""
     method = config_lib.validate(config)
     if config.regression.tokenizer:
         raise ConfigError(
@@ -132,10 +114,8 @@ def open_step(config: Config, devices: Sequence[jax.Device]) -> Step:
 def sizes_of(config: Config) -> tuple[ModelConfig, ModelConfig | None]:
     """Returns the sizes of the policy and of the reward model (None if the run has none).
 
-    Sizes come from config.json or reward_model.json if there is one, else from the configuration.
-
-    Raises:
-      ConfigError: if a description is missing or invalid.
+    Sizes come from config.json or reward_model.json if there is one, else from the configuration. Raises ConfigError if
+    a description is missing or invalid.
     """
     m = config.model
     try:

@@ -70,20 +70,13 @@ class HostReward:
 
 @dataclasses.dataclass(frozen=True)
 class RewardTable:
-    """The rewards of P prompts x G completions, and how often each reward is missing.
+    """The rewards of P prompts x G completions by name, and the shares of rows on which each reward is missing."""
 
-    Attributes:
-      per_reward: name -> float32[P,G], unweighted; NaN if the function returned None or failed.
-      error_rate, none_rate, timeout_rate: name -> share of rows on which the function raised or reports an error, for
-        which it returned None, and for which it reports a timeout.
-      error: name -> the text of the last error, "" if there was none.
-    """
-
-    per_reward: dict[str, np.ndarray]
-    error_rate: dict[str, float]
-    none_rate: dict[str, float]
-    timeout_rate: dict[str, float]
-    error: dict[str, str]
+    per_reward: dict[str, np.ndarray]  # float32[P,G], unweighted; NaN if the function returned None or failed
+    error_rate: dict[str, float]  # the function raised or reports an error
+    none_rate: dict[str, float]  # it returned None
+    timeout_rate: dict[str, float]  # it reports a timeout
+    error: dict[str, str]  # the text of the last error, "" if there was none
 
     def failures(self) -> dict[str, float]:
         """Returns `rewards/<name>/{error_rate,none_rate,timeout_rate}`, the shares of rows without a reward."""
@@ -92,14 +85,10 @@ class RewardTable:
 
 
 def load_reward(spec: str, other_names: Sequence[str] = ()) -> RewardFunction:
-    """Returns the reward function that a configuration names.
+    """Returns the function of a name: built in ("accuracy"), "package.module:function", or "path/to/file.py:function".
 
-    Args:
-      spec: a built-in name ("accuracy", "format", ...), "package.module:function", or "path/to/file.py:function".
-      other_names: built-in names that the caller handles itself, listed in the message.
-
-    Raises:
-      RewardError: nothing has that name (the message gives the nearest existing name), or a package is missing.
+    Raises RewardError if nothing has that name, or if a package is missing. The message gives the nearest existing names;
+    `other_names` are built-in names that the caller handles itself.
     """
     place, colon, attribute = spec.rpartition(":")
     if not colon:
@@ -139,11 +128,8 @@ def compute_rewards(
     returns `pool.Results` has counted its errors and timeouts itself. If more than `max_failure_share` of a function's
     rows fail, the fault is in the function rather than in the rows, and this raises.
 
-    Args:
-      rewards: of distinct names.
-      prompts, completions, completion_ids: P texts, P lists of G texts, P lists of G lists of ids, end token included.
-      columns: name -> P values, the other columns of the data, which are repeated for the G completions of a prompt.
-      max_failure_share: a number in [0, 1].
+    Rewards have distinct names. There are P prompts, P lists of G completions and of their ids, end token included, and
+    per column P values, which are repeated for the completions.
 
     Raises:
       RewardError: a function fails too often, lacks an argument, returns the wrong length, or returns a value that is

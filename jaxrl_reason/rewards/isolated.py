@@ -38,12 +38,9 @@ class Isolated:
     `max_failure_share` of the rows tried have failed, unless success of all other rows could still meet that share. A
     row that was not tried keeps the outcome of its prompt's call.
 
-    Args:
-      spec: the name by which the workers of the pool load the function.
-      function: the same function, loaded in this process for its name, its arguments and its `answer_of`.
-
-    A call raises RewardError if the function breaks its contract, if no worker starts, or if the data cannot be sent to
-    a worker.
+    The workers of the pool load the function by `spec`; `function` is the same, loaded in this process for its name, its
+    arguments and its `answer_of`. A call raises RewardError if the function breaks its contract, if no worker starts, or
+    if the data cannot be sent to a worker.
     """
 
     def __init__(self, spec: str, function: host.RewardFunction, pool: Pool, max_failure_share: float):
