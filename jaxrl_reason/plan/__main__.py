@@ -19,28 +19,18 @@ from jaxrl_reason.plan.measure import find_largest, GIB, make_plan
 from jaxrl_reason.runs import command
 from jaxrl_reason.runs.files import write_json
 
-COMMAND = command.Command(
-    "plan",
-    __doc__,
-    (
-        command.TRAINING[0],
-        command.Flag(
-            "topology",
-            "NAME",
-            "generation and shape of a slice in chips: v5e:4x4, v6e:4x4, v5p:2x2x2, v4:2x2x2, tpu7x:2x2x1, ...",
-            required=True,
-        ),
-        command.Flag("slices", "N", "number of slices (config.mesh.slice)", command.number, 1),
-        command.Flag(
-            "search",
-            "",
-            "also finds the largest prompts_per_step, group_size and max_completion_length that fit, each with the others as configured",
-        ),
-        command.Flag("out", "FILE", "JSON file for the numbers", command.path, "plan.json"),
-        command.TRAINING[2],
-    ),
-    "--config=configs/grpo_qwen3_1_7b_v5e8.py --topology=v5e:2x4 --search",
+_SLICE = "generation and shape of a slice in chips: v5e:4x4, v6e:4x4, v5p:2x2x2, v4:2x2x2, tpu7x:2x2x1, ..."
+_SIZES = "prompts_per_step, group_size and max_completion_length"
+FLAGS = (
+    command.TRAINING[0],
+    command.Flag("topology", "NAME", _SLICE, required=True),
+    command.Flag("slices", "N", "number of slices (config.mesh.slice)", command.number, 1),
+    command.Flag("search", "", f"also finds the largest {_SIZES} that fit, each with the others as configured"),
+    command.Flag("out", "FILE", "JSON file for the numbers", command.path, "plan.json"),
+    command.TRAINING[2],
 )
+EXAMPLE = "--config=configs/grpo_qwen3_1_7b_v5e8.py --topology=v5e:2x4 --search"
+COMMAND = command.Command("plan", __doc__, FLAGS, EXAMPLE)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -330,11 +330,8 @@ def state_shardings(
 def evaluate(score: Callable, pairs: PreferenceStream) -> dict[str, float]:
     """Measures on one epoch of pairs how often and by how much the chosen completion scores above the rejected one.
 
-    Args:
-      score: a PreferenceBatch -> f32[B, 2].
-      pairs: not shuffled; pairs of the last batch beyond the epoch do not count.
-
-    Returns `reward_model/held_out/accuracy`, the share of pairs with the chosen one strictly above, and
+    `score` maps a PreferenceBatch to f32[B, 2]. Pairs are not shuffled, and pairs of the last batch beyond the epoch do
+    not count. Returns `reward_model/held_out/accuracy`, the share of pairs with the chosen one strictly above, and
     `reward_model/held_out/margin`, the mean difference.
     """
     scores: list[np.ndarray] = []

@@ -113,11 +113,9 @@ def parse_number(text: str) -> Fraction | None:
 def numeric_verdict(completion: str, answer: str | int | float, *, fallback: str | None = None) -> bool:
     r"""Returns whether the completion's final answer is exactly the reference number.
 
-    Args:
-      completion: the text to judge; `extract_answer` finds its final answer.
-      answer: the reference: a number, a text that is a number, or a worked solution that ends in "#### x" or
-        "\boxed{x}", as GSM8K's `answer` column does. A float means the decimal that it prints as: 0.1 is 1/10.
-      fallback: as in `extract_answer`.
+    The reference `answer` is a number, a text that is a number, or a worked solution that ends in "#### x" or
+    "\boxed{x}", as GSM8K's `answer` column does. A float means the decimal that it prints as: 0.1 is 1/10.
+    `extract_answer` finds the final answer, with the given fallback.
 
     Returns False also if there is no answer or the answer is not a number. "0.50" and "1/2" are equal.
 

@@ -38,12 +38,8 @@ class RewardScorer:
     """Computes the rewards of rollouts. Only host rewards transfer data: token ids to the host, and rewards back.
 
     "match_answer" and the learned functions run on the device, the other built-in functions in this process, and the
-    user's own functions in worker processes (`isolated`).
-
-    Args:
-      settings: `config.reward`.
-      tokenizer, template: convert ids and rows to the text that host rewards read.
-      sharding: the sharding of rewards [P, G].
+    user's own functions in worker processes (`isolated`). The tokenizer and the template convert ids and rows to the
+    text that host rewards read. `sharding` is that of rewards [P, G].
 
     Attributes:
       names, weights, verdict: as configured, by the names in the metrics.
@@ -278,10 +274,7 @@ class _AnswerTokens:
 def _padded(answers: list[list[int]]) -> np.ndarray:
     """Returns int32[P, A], padded with -1. A is equal in all processes, and a multiple of 8 to compile few shapes."""
     width = -(-hosts.largest(max(map(len, answers))) // 8) * 8
-    padded = np.full((len(answers), width), -1, np.int32)
-    for row, ids in zip(padded, answers):
-        row[: len(ids)] = ids
-    return padded
+    return np.array([ids + [-1] * (width - len(ids)) for ids in answers], np.int32)
 
 
 def _answer(row: Mapping[str, Any]) -> str:
