@@ -154,42 +154,37 @@ def compute_rewards(
 
 def _rewards_of_rows(reward: HostReward, rows: dict[str, list], max_failure_share: float) -> Results:
     """Returns one float per row, NaN if missing, and the outcomes."""
-    count = len(rows["completions"])
+    count, name = len(rows["completions"]), reward.name
     check_signature(reward, rows)
-    try:
-        results = call(reward, rows, first_row=0)
-    except (RewardError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # not Exception: math-verify's timeouts derive from BaseException
-        first_error = error
-    else:
+    results, first_error = _try_call(reward, rows, first_row=0)
+    if first_error is None:
         failures = _check_failures(reward, results, count, max_failure_share)
         if failures:
-            _log.warning(
-                "Reward %r failed on %d of %d rows, which get no reward; the last error is %s",
-                reward.name, failures, count, results.error,
-            )  # fmt: skip
+            missing = f"{failures} of {count} rows, which get no reward"
+            _log.warning("Reward %r failed on %s; the last error is %s", name, missing, results.error)
         return results
 
     results = Results([], [])
     for row in range(count):
-        cause = None
-        try:
-            one = call(reward, {name: column[row : row + 1] for name, column in rows.items()}, first_row=row)
-        except (RewardError, KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:
-            one, cause = Results([math.nan], ["error"], f"{type(error).__name__}: {error}"), error
+        one, cause = _try_call(reward, {name: column[row : row + 1] for name, column in rows.items()}, first_row=row)
         results += one
         results.outcomes += one.outcomes
         results.error = one.error or results.error
         # Checked after every row, so that a broken function is not called for all rows.
         failures = _check_failures(reward, results, count, max_failure_share, cause)
-    _log.warning(
-        "Reward %r raised %s: %s; called row by row, it failed on %d of %d rows, which get no reward.",
-        reward.name, type(first_error).__name__, first_error, failures, count,
-    )  # fmt: skip
+    first, missing = f"{type(first_error).__name__}: {first_error}", f"{failures} of {count} rows, which get no reward"
+    _log.warning("Reward %r raised %s; called row by row, it failed on %s.", name, first, missing)
     return results
+
+
+def _try_call(reward: HostReward, rows: Mapping[str, Sequence], first_row: int) -> tuple[Results, BaseException | None]:
+    """Returns the results of `call` and None, or one "error" and the exception of the function."""
+    try:
+        return call(reward, rows, first_row), None
+    except (RewardError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # not Exception: math-verify's timeouts derive from BaseException
+        return Results([math.nan], ["error"], f"{type(error).__name__}: {error}"), error
 
 
 def _check_failures(
@@ -214,16 +209,16 @@ def call(reward: HostReward, rows: Mapping[str, Sequence], first_row: int) -> Re
     count = len(rows["completions"])
     # Each function gets its own lists, so that it may sort or clear them.
     result = reward.function(**{name: list(column) for name, column in rows.items()})
+    name = f"Reward {reward.name!r}"
     try:
         returned = list(result)
     except TypeError:
-        raise RewardError(
-            f"Reward {reward.name!r} returned a {type(result).__name__}; it must return a list of {count} rewards."
-        ) from None
+        kind = type(result).__name__
+        raise RewardError(f"{name} returned a {kind}; it must return a list of {count} rewards.") from None
     if len(returned) != count:
         raise RewardError(
-            f"Reward {reward.name!r} returned {len(returned)} rewards for {count} completions; it must return one reward "
-            "per completion, in order, and None for a missing reward."
+            f"{name} returned {len(returned)} rewards for {count} completions; it must return one reward per completion, "
+            "in order, and None for a missing reward."
         )
     values = [_checked_value(reward, first_row + row, value) for row, value in enumerate(returned)]
     given = ["none" if math.isnan(value) else "ok" for value in values]
@@ -232,9 +227,8 @@ def call(reward: HostReward, rows: Mapping[str, Sequence], first_row: int) -> Re
     for row, (outcome, present) in enumerate(itertools.zip_longest(result.outcomes, given)):
         if outcome != present and (present != "none" or outcome not in ("error", "timeout")):
             raise RewardError(
-                f"Reward {reward.name!r} reports the outcome {outcome!r} for row {first_row + row}, which has "
-                f"{'a' if present == 'ok' else 'no'} reward; give 'ok' with a reward, and 'none', 'error' or 'timeout' "
-                "without one."
+                f"{name} reports the outcome {outcome!r} for row {first_row + row}, which has "
+                f"{'a' if present == 'ok' else 'no'} reward; give 'ok' with a reward, else 'none', 'error' or 'timeout'."
             )
     return Results(values, result.outcomes, result.error)
 
@@ -247,10 +241,8 @@ def _checked_value(reward: HostReward, row: int, value: Any) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not abs(number) <= _LARGEST:  # also true of NaN
-        raise RewardError(
-            f"Reward {reward.name!r} returned {value!r:.80} for row {row}; return a finite float32 number, or None for a "
-            "missing reward."
-        )
+        fault = f"Reward {reward.name!r} returned {value!r:.80} for row {row}"
+        raise RewardError(f"{fault}; return a finite float32 number, or None for a missing reward.")
     return number
 
 
@@ -285,9 +277,10 @@ def checked_shape(
     groups = len(completions[0])
     sizes, id_sizes = [len(group) for group in completions], [len(group) for group in completion_ids]
     if set(sizes) != {groups} or id_sizes != sizes:
+        shown = lambda sizes: ", ".join(map(str, sizes[:8])) + (", ..." if len(sizes) > 8 else "")
         raise RewardError(
             "Every prompt needs the same number of completions and of completion_ids; the groups have "
-            f"{_shown(sizes)} completions and {_shown(id_sizes)} completion_ids."
+            f"{shown(sizes)} completions and {shown(id_sizes)} completion_ids."
         )
     for name, values in columns.items():
         if name in ("prompts", "completions", "completion_ids"):
@@ -296,10 +289,6 @@ def checked_shape(
             counts = f"{len(values)} values for {len(prompts)} prompts"
             raise RewardError(f"Column {name!r} has {counts}; give one value per prompt.")
     return len(prompts), groups
-
-
-def _shown(sizes: list[int]) -> str:
-    return ", ".join(map(str, sizes[:8])) + (", ..." if len(sizes) > 8 else "")
 
 
 def name_of(function: Callable) -> str:

@@ -56,10 +56,9 @@ class TextScorer:
         fits = np.array([0 < len(ids) <= self._max_length for ids in encoded])
         longest = hosts.largest(max((len(ids) for ids, ok in zip(encoded, fits) if ok), default=1))
         padded = np.full((len(encoded), -(-longest // _BUCKET) * _BUCKET), self._tokenizer.pad_id, np.int32)
-        lengths = np.zeros(len(encoded), np.int32)
-        for i in np.flatnonzero(fits):
-            lengths[i] = len(encoded[i])
-            padded[i, : lengths[i]] = encoded[i]
+        lengths = np.array([len(ids) if ok else 0 for ids, ok in zip(encoded, fits)], np.int32)
+        for row, ids, length in zip(padded, encoded, lengths):
+            row[:length] = ids[:length]
         split = lambda x: hosts.put_rows(x.reshape(-1, G, *x.shape[1:]), self._sharding, P)
         parts = microbatches(_mesh(self._sharding), P, self._parts)
         scores = self._score(self._params, split(padded), split(lengths), parts)

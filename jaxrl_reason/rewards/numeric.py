@@ -75,17 +75,10 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 def extract_answer(text: str, *, fallback: str | None = None) -> str | None:
     r"""Returns the final answer of a completion as text.
 
-    The answer is in the last marker of either kind: "#### x" to the end of the line, or "\boxed{x}".
-
-    Args:
-      text: a completion or a worked solution.
-      fallback: None, or "last_number": if there is no marker, the last part of the text that looks like a number.
-
-    Returns:
-      The answer, stripped; None if there is no marker, if the last marker is empty, or if its brace is never closed.
-
-    Raises:
-      ValueError: any other `fallback`.
+    The answer is in the last marker of either kind: "#### x" to the end of the line, or "\boxed{x}". It is stripped. It
+    is None if there is no marker, if the last marker is empty, or if its brace is never closed. With the fallback
+    "last_number", a text without a marker has as its answer the last part that looks like a number. Raises ValueError
+    for any other fallback but None.
     """
     if fallback not in (None, "last_number"):
         raise ValueError(f'fallback is {fallback!r}; it must be None or "last_number".')

@@ -37,12 +37,10 @@ _PROGRAM = str(pathlib.Path(__file__).with_name("worker.py"))
 
 
 class Results(list[Any]):
-    """The values of N items, None for an item without a value, and the outcome of each.
+    """The values of N items, the outcome of each, and the text of the last error or timeout, empty if there was none.
 
-    Attributes:
-      outcomes: per item "ok", "none" (the function returned None), "error" (the function raised or returned a value
-        that cannot be reported, or its process died) or "timeout". The value is None unless the outcome is "ok".
-      error: the text of the last error or timeout; empty if there was none.
+    Outcomes are "ok", "none" (the function returned None), "error" (the function raised or returned a value that cannot
+    be reported, or its process died) and "timeout". The value is None unless the outcome is "ok".
     """
 
     def __init__(self, values: Iterable[Any], outcomes: Iterable[str], error: str = ""):
