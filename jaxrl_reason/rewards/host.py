@@ -228,7 +228,8 @@ def call(reward: HostReward, rows: Mapping[str, Sequence], first_row: int) -> Re
         if outcome != present and (present != "none" or outcome not in ("error", "timeout")):
             raise RewardError(
                 f"{name} reports the outcome {outcome!r} for row {first_row + row}, which has "
-                f"{'a' if present == 'ok' else 'no'} reward; give 'ok' with a reward, else 'none', 'error' or 'timeout'."
+                f"{'a' if present == 'ok' else 'no'} reward; give 'ok' with a reward, and 'none', 'error' or 'timeout' "
+                "without one."
             )
     return Results(values, result.outcomes, result.error)
 

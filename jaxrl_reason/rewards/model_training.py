@@ -21,16 +21,9 @@ from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data.preferences import PreferenceStream
 from jaxrl_reason.models import reward_model, sharding
 from jaxrl_reason.models.formats.weights import read_json
+from jaxrl_reason.rewards import model_files
 from jaxrl_reason.rewards.learned import chat_of, TextScorer
-from jaxrl_reason.rewards.model_files import (
-    described,
-    DESCRIPTION,
-    is_ours,
-    load_reward_model,
-    SOURCE,
-    tokenizer_digest,
-    write_description,
-)
+from jaxrl_reason.rewards.model_files import is_ours, load_reward_model, tokenizer_digest
 from jaxrl_reason.rewards.scorer import RewardModelScorer
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.optimizer import apply_gradients, init_opt_state, make_supervised_optimizer
@@ -55,21 +48,17 @@ _HELD_OUT = "reward_model/held_out/"
 class Phase:
     """Everything that is needed to load or train a reward model. Made by `setup`, which checks all of it.
 
-    Attributes:
-      model: the policy's decoder; a reward model that is trained here has the same shape.
-      work: the directory of the reward model to train, not yet written to; None if config.reward_model.path is set.
-      pairs, held_out: the pairs of the training and of the evaluation, or None.
-      pretrained: the model of config.reward_model.path in the Hugging Face layout, or None.
+    A reward model that is trained here has the shape of the policy's decoder, `model`.
     """
 
     config: Config
     model: models.ModelConfig
     mesh: jax.sharding.Mesh
     tokenizer: data.Tokenizer
-    work: Workdir | None = None
+    work: Workdir | None = None  # of the model to train, not yet written to; None if config.reward_model.path is set
     pairs: PreferenceStream | None = None
-    held_out: PreferenceStream | None = None
-    pretrained: models.Opened | None = None
+    held_out: PreferenceStream | None = None  # pairs of the evaluation
+    pretrained: models.Opened | None = None  # of config.reward_model.path, in the Hugging Face layout
 
     @property
     def directory(self) -> pathlib.Path:
@@ -95,7 +84,7 @@ def setup(
             "template and texts of its own; leave them out."
         )
     if r.path:
-        described(phase.directory, tokenizer_digest(tokenizer))
+        model_files.described(phase.directory, tokenizer_digest(tokenizer))
         return phase
     sharding.check_batch(mesh, "config.reward_model.batch_size", r.batch_size)
     folder, columns = c.data.data_dir or None, _PAIR_COLUMNS if r.data else c.data.columns
@@ -116,12 +105,9 @@ def setup(
         on_long=c.data.on_long_prompt,
         add_bos=config_lib.begins_with_bos(c, tokenizer),
     )
-    return dataclasses.replace(
-        phase,
-        pairs=stream(rows),
-        held_out=stream(held_out.read(range(min(len(held_out), c.eval.prompts))), shuffle=False),
-        work=Workdir(work.path / "reward_model", c, f"{rows.fingerprint}/{held_out.fingerprint}"),
-    )
+    evaluated = stream(held_out.read(range(min(len(held_out), c.eval.prompts))), shuffle=False)
+    own = Workdir(work.path / "reward_model", c, f"{rows.fingerprint}/{held_out.fingerprint}")
+    return dataclasses.replace(phase, pairs=stream(rows), held_out=evaluated, work=own)
 
 
 def open_pretrained(config: Config, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> models.Opened:
@@ -130,14 +116,14 @@ def open_pretrained(config: Config, mesh: jax.sharding.Mesh, workdir: pathlib.Pa
     Raises ConfigError if there is none, if its tokenizer or chat template cannot be used, or if the mesh does not divide
     it.
     """
-    path, kept = config.reward_model.path, workdir / "reward_model" / SOURCE
+    path, kept = config.reward_model.path, workdir / "reward_model" / model_files.SOURCE
     origin = read_json(kept) if kept.is_file() else {}
     try:
         found = models.open_model(models.pinned(path, origin.get("config", {})) if origin.get("path") == path else path)
     except models.PretrainedError as e:
         raise ConfigError(
-            f"config.reward_model.path is {path!r}, which has neither a {DESCRIPTION} (the reward_model folder of a work "
-            f"directory in which python -m jaxrl_reason.reward_training has ended) nor a pretrained model: {e}"
+            f"config.reward_model.path is {path!r}, which has neither a {model_files.DESCRIPTION} (the reward_model folder "
+            f"of a work directory in which python -m jaxrl_reason.reward_training has ended) nor a pretrained model: {e}"
         ) from e
     if found.tokenizer is None:
         raise ConfigError(f"config.reward_model.path is {path!r}, and there is no tokenizer.json in it.")
@@ -156,7 +142,7 @@ def begin(phase: Phase, workdir: pathlib.Path) -> None:
         with writing(workdir / "reward_model"):
             (workdir / "reward_model").mkdir(exist_ok=True)
         origin = {"path": phase.config.reward_model.path, "config": dict(phase.pretrained.source)}
-        write_json(workdir / "reward_model" / SOURCE, origin)
+        write_json(workdir / "reward_model" / model_files.SOURCE, origin)
 
 
 def scorer(
@@ -298,7 +284,7 @@ def _report(phase: Phase, console: rich.console.Console) -> None:
     assert phase.pairs is not None and phase.held_out is not None
     facts: dict[str, Any] = {"steps": phase.config.reward_model.steps, "pairs": phase.pairs.size}
     facts["held_out"] = held_out | {"pairs": phase.held_out.size}
-    write_description(phase.directory, phase.model, tokenizer_digest(phase.tokenizer), facts)
+    model_files.write_description(phase.directory, phase.model, tokenizer_digest(phase.tokenizer), facts)
     console.print(summary_table(measured[0], measured[-1]))
 
 
