@@ -53,8 +53,8 @@ class RewardError(Exception):
 class HostReward:
     """A reward function, any callable by TRL's signature, and its name in the metrics `rewards/<name>/...`.
 
-    The name "" stands for the function's own (of a callable object, its class's). Raises RewardError if `function` is
-    not callable.
+    An empty name becomes the function's own (of a callable object, its class's). Raises RewardError if `function` is not
+    callable.
     """
 
     name: str
