@@ -17,7 +17,7 @@ _MIRRORED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}
 
 
 class Later(NamedTuple):
-    """An instruction whose value is followed when it is needed. `arguments`: the known values of its computation."""
+    """An instruction whose value is followed when it is needed, and the known values of its computation's parameters."""
 
     computation: str
     name: str
