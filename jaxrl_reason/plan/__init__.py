@@ -15,5 +15,3 @@ Every program of a training step is compiled for the slice by the TPU compiler, 
 
 from jaxrl_reason.plan.chips import devices_of
 from jaxrl_reason.plan.measure import find_largest, make_plan
-
-__all__ = ["devices_of", "find_largest", "make_plan"]

@@ -19,28 +19,18 @@ from jaxrl_reason.plan.measure import find_largest, GIB, make_plan
 from jaxrl_reason.runs import command
 from jaxrl_reason.runs.files import write_json
 
-COMMAND = command.Command(
-    "plan",
-    __doc__,
-    (
-        command.TRAINING[0],
-        command.Flag(
-            "topology",
-            "NAME",
-            "generation and shape of a slice in chips: v5e:4x4, v6e:4x4, v5p:2x2x2, v4:2x2x2, tpu7x:2x2x1, ...",
-            required=True,
-        ),
-        command.Flag("slices", "N", "number of slices (config.mesh.slice)", command.number, 1),
-        command.Flag(
-            "search",
-            "",
-            "also finds the largest prompts_per_step, group_size and max_completion_length that fit, each with the others as configured",
-        ),
-        command.Flag("out", "FILE", "JSON file for the numbers", command.path, "plan.json"),
-        command.TRAINING[2],
-    ),
-    "--config=configs/grpo_qwen3_1_7b_v5e8.py --topology=v5e:2x4 --search",
+_SLICE = "generation and shape of a slice in chips: v5e:4x4, v6e:4x4, v5p:2x2x2, v4:2x2x2, tpu7x:2x2x1, ..."
+_SIZES = "prompts_per_step, group_size and max_completion_length"
+FLAGS = (
+    command.TRAINING[0],
+    command.Flag("topology", "NAME", _SLICE, required=True),
+    command.Flag("slices", "N", "number of slices (config.mesh.slice)", command.number, 1),
+    command.Flag("search", "", f"also finds the largest {_SIZES} that fit, each with the others as configured"),
+    command.Flag("out", "FILE", "JSON file for the numbers", command.path, "plan.json"),
+    command.TRAINING[2],
 )
+EXAMPLE = "--config=configs/grpo_qwen3_1_7b_v5e8.py --topology=v5e:2x4 --search"
+COMMAND = command.Command("plan", __doc__, FLAGS, EXAMPLE)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,13 +39,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_plan(arguments: command.Arguments) -> tuple[dict[str, Any], rich.console.Console, pathlib.Path]:
-    """Makes a plan and writes it as JSON.
+    """Makes a plan, writes it as JSON and returns the arguments of `print_plan`.
 
-    Returns:
-      The arguments of `print_plan`.
-
-    Raises:
-      ConfigError, OSError: a flag or the configuration is invalid, or the run cannot be planned.
+    Raises ConfigError or OSError if a flag or the configuration is invalid, or if the run cannot be planned.
     """
     topology, slices, path = arguments.topology, arguments.slices, pathlib.Path(arguments.out)
     if not slices:
@@ -83,13 +69,9 @@ def print_plan(plan: Mapping[str, Any], console: rich.console.Console, path: pat
     """Prints the table of a plan, the least time of a step, the largest sizes that fit, and the path of the JSON file."""
     console.print(table(plan))
     step = plan["step"]
-    fits = (
-        "It fits."
-        if plan["fits"]
-        else "It does NOT fit: lower the batch, raise update.accumulation, split more, or take larger chips."
-    )
+    too_large = "It does NOT fit: lower the batch, raise update.accumulation, split more, or take larger chips."
     console.print(
-        f"{fits} A step takes at least {step['seconds_at_least']:.3g} s, at most "
+        f"{'It fits.' if plan['fits'] else too_large} A step takes at least {step['seconds_at_least']:.3g} s, at most "
         f"{step['completion_tokens_per_second_at_most']:.4g} completion tokens per second. Assumptions:",
         soft_wrap=True,
     )

@@ -17,17 +17,13 @@ from jaxrl_reason.config import ConfigError
 class Chip:
     """One device of a TPU generation, from its data sheet.
 
-    Attributes:
-      hbm: memory that the compiler gives to a program, in GiB.
-      flops: bfloat16 FLOPs per second.
-      bandwidth: memory traffic in bytes per second.
-      links: traffic to the other chips of the slice, in bytes per second in one direction, all links together.
+    The link rate is for the traffic to the other chips of the slice in one direction, all links together.
     """
 
-    hbm: float
-    flops: float
-    bandwidth: float
-    links: float
+    hbm: float  # GiB that the compiler gives to a program
+    flops: float  # bfloat16, per second
+    bandwidth: float  # memory, bytes per second
+    links: float  # bytes per second
 
 
 CHIPS = {
@@ -47,14 +43,9 @@ def chip_of(topology: str) -> Chip:
 
 
 def devices_of(topology: str, slices: int = 1) -> list[jax.Device]:
-    """Returns the devices of one or several slices. Programs can be compiled for them, and nothing can run.
+    """Returns the devices of slices such as "v5e:4x4" (in chips). Programs can be compiled for them, nothing can run.
 
-    Args:
-      topology: generation and shape in chips, such as "v5e:4x4".
-      slices: number of slices of this shape.
-
-    Raises:
-      ConfigError: if no such slice exists, or if libtpu is not installed.
+    Raises ConfigError if no such slice exists, or if libtpu is not installed.
     """
     kind, _, shape = topology.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+)+", topology):

@@ -1,12 +1,11 @@
 """Computes FLOPs and memory traffic of a rollout, a scoring and an update from the sizes alone. Nothing is compiled.
 
-FLOPs count the products of `rollout`, `learner` and `models.reward_model`, padding and recomputation included. They
+FLOPs count products, padding and recomputation included: two per multiply-add, none per elementwise operation. They
 agree with `hlo.read` of the compiled programs (tests/plan/test_costs.py). Bytes are a lower bound to first order, for a
 roofline: the traffic between a device's memory and its cores that remains if everything is fused that can be.
 
-P prompts of S tokens, G completions of T tokens each, as arrays: padding costs as much as tokens. All numbers are sums
-over the devices. Symbols: D width, F mlp_width, H heads, N kv_heads, K head_dim, V vocab_size, L layers; c and p are the
-bytes of a number in compute_dtype and in param_dtype. A multiply-add counts two FLOPs, an elementwise operation none.
+P prompts of S tokens, G completions of T tokens each. All numbers are sums over the devices. D width, F mlp_width,
+H heads, N kv_heads, K head_dim, L layers; c: bytes of a number in compute_dtype.
 """
 
 import dataclasses
@@ -24,22 +23,17 @@ _FLOAT32 = 4
 class Cost:
     """The cost of one program, over all devices.
 
-    Attributes:
-      flops: of all products.
-      attention_flops: share of `flops` in products of queries with keys and of weights with values.
-      recomputed_flops: share of `flops` that an update recomputes in its backward pass instead of keeping results.
-        `flops - recomputed_flops` are the model FLOPs from which hardware utilization is usually computed.
-      bytes: least traffic with memory, read and written.
+    An update computes `recomputed_flops` again in its backward pass instead of keeping results. `flops -
+    recomputed_flops` are the model FLOPs from which hardware utilization is usually computed.
     """
 
-    flops: float = 0.0
-    attention_flops: float = 0.0
+    flops: float = 0.0  # of all products
+    attention_flops: float = 0.0  # the share of products of queries with keys and of weights with values
     recomputed_flops: float = 0.0
-    bytes: float = 0.0
+    bytes: float = 0.0  # least traffic with memory, read and written
 
     def __add__(self, other: "Cost") -> "Cost":
-        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
-        return Cost(*(a + b for a, b in zip(mine, theirs)))
+        return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
 
     def __mul__(self, times: float) -> "Cost":
         return Cost(*(times * x for x in dataclasses.astuple(self)))
@@ -65,19 +59,13 @@ def rollout(
     once per prompt.
 
     Bytes of the prefill: a pass over P * S tokens as in `score`, its keys and values written, all layers' matrices read
-    once more in param_dtype and written in the dtype of decoding. Bytes of a step:
-
-    - the layers' matrices and the head, once per replica;
-    - each prompt's keys and values once, and all T positions of each sample's cache once;
-    - each sample's new key and value written, its float32 logits written and read.
-
-    Attention scores and other activations of a step stay on the chip. With int8 a number of a matrix or a cache takes
-    1 byte, and a cache takes 4 more per head and position.
+    once more in param_dtype and written in the dtype of decoding. Bytes of a step: the layers' matrices and the head
+    once per replica; each prompt's keys and values and all T positions of each sample's cache once; each sample's new
+    key and value written, its float32 logits written and read. Attention scores and other activations of a step stay on
+    the chip. With int8 a number of a matrix or a cache takes 1 byte, and a cache takes 4 more per head and position.
 
     Args:
-      model: the decoder.
-      P, G, S, T: prompts, completions per prompt (with the greedy one, if the method needs it), prompt and completion
-        tokens.
+      model, P, G, S, T: of the policy; G includes the greedy completion if the method needs it.
       attention: of the prefill: "plain" computes the whole S x S rectangle, "splash" the visible part.
       replicas: number of parts into which the mesh splits the prompts (all axes but "tensor"). Each reads all matrices.
       prompt_logprobs, probe, int8: as in `rollout.generate`.
@@ -91,7 +79,7 @@ def rollout(
     first = _forward(model, P, 1, S, 0, attention, replicas) + _encoder(model, P)
     first += Cost(2.0 * head * P * (1 + (S - model.prefix_length) * prompt_logprobs))
     first += Cost(bytes=P * S * cached + matrices * (_BYTES[model.param_dtype] + weight))
-    attended = _products(model, rows * (S + T)) * model.layers
+    attended = 4.0 * model.heads * model.head_dim * (rows * (S + T)) * model.layers
     step = Cost(2.0 * rows * (matrices + _adapters(model) + head) + attended, attended)
     read = replicas * weight * (matrices + head) + replicas * _FLOAT32 * _adapters(model)
     read += P * S * cached + rows * T * cached
@@ -120,32 +108,23 @@ def score(
     completion. Splash attention has the visible pairs only (causal, and within the window in a sliding layer). Chunks of
     positions are padded to equal length, and the padding is computed.
 
-    Bytes per part:
-
-    - every matrix read once per replica, in compute_dtype;
-    - per token and layer the operands and results of the products once, as elementwise work can be fused with them:
-      4 D + 4 H K + 4 N K + 4 F numbers in compute_dtype;
-    - for plain attention the float32 scores and their exponentials in compute_dtype, written and read: 8 + 2 c bytes per
-      pair and head;
-    - logits written and read in float32, and the head read once per chunk.
+    Bytes per part: every matrix read once per replica, in compute_dtype. Per token and layer the operands and results of
+    the products once, as elementwise work can be fused with them: 4 D + 4 H K + 4 N K + 4 F numbers in compute_dtype.
+    For plain attention the float32 scores and their exponentials in compute_dtype, written and read: 8 + 2 c bytes per
+    pair and head. Logits written and read in float32, and the head read once per chunk.
 
     Args:
-      model: the decoder.
-      P, G, S, T: prompts, completions per prompt, prompt and completion tokens.
-      attention: "plain" or "splash".
-      replicas: see `rollout`.
+      model, P, G, S, T, attention, replicas: see `rollout`.
       parts: microbatches.
       logprob_chunk: positions whose logits are in memory at once; 0: the program's own choice.
       probe: whether a token after the end is scored too.
       tensor: number of devices over which the vocabulary is split.
     """
     _check(model, attention, P=P, G=G, S=S, T=T, replicas=replicas, parts=parts)
-    p, positions = P / parts, _positions(model, P // parts, G, T, logprob_chunk, replicas, tensor)
+    p, (chunks, computed) = P / parts, _chunks(model, P // parts, G, T, logprob_chunk, replicas, tensor)
     one = _forward(model, p, G, S + model.prefix_length, T - 1 + probe, attention, replicas) + _encoder(model, p)
-    one += _logits(model, p * G * positions.computed, replicas * positions.chunks)
-    if probe:
-        one += _logits(model, p * G, replicas)
-    return one * parts
+    one += _logits(model, p * G * computed, replicas * chunks)
+    return (one + _logits(model, p * G, replicas) * probe) * parts
 
 
 def reward_model(
@@ -153,9 +132,7 @@ def reward_model(
 ) -> Cost:
     """Returns the cost of `models.reward_model.group_scores`: as `score`, over P * (S + G * T) tokens without a head.
 
-    Args:
-      model, P, G, S, attention, replicas, parts: see `score`.
-      T: completion tokens; 0: P whole texts of S tokens.
+    If T is 0 there are P whole texts of S tokens.
     """
     _check(model, attention, P=P, G=G, S=S, T=max(T, 1), replicas=replicas, parts=parts)
     return _forward(model, P / parts, G, S, T, attention, replicas) * parts
@@ -181,10 +158,9 @@ def update(
 ) -> Cost:
     """Returns the cost of `learner.make_update`: per epoch the forward of `score`, its backward, and the optimizer.
 
-    For FLOPs and bytes see `_layers_backward` and `_head`. Bytes beyond the microbatches' passes:
-
-    - gradients written in float32 by every replica, and with accumulation read and written once more;
-    - per update, once per copy: gradient, weights and optimizer state read, the last two written.
+    For FLOPs and bytes see `_layers_backward` and `_head`. Bytes beyond the microbatches' passes: gradients written in
+    float32 by every replica, and with accumulation read and written once more; per update, once per copy, gradient,
+    weights and optimizer state read, the last two written.
 
     Args:
       model, P, G, S, T, attention, replicas, logprob_chunk, probe, tensor: see `score`. model.remat decides which
@@ -196,18 +172,16 @@ def update(
     """
     parts = minibatches * accumulation
     _check(model, attention, P=P, G=G, S=S, T=T, replicas=replicas, copies=copies, epochs=epochs, parts=parts)
-    p, positions = P / parts, _positions(model, P // parts, G, T, logprob_chunk, replicas, tensor)
+    p, (chunks, computed) = P / parts, _chunks(model, P // parts, G, T, logprob_chunk, replicas, tensor)
     prefixed, after, trained = S + model.prefix_length, T - 1 + probe, not model.lora_rank
-
     layers = _forward(model, p, G, prefixed, after, attention, replicas)
     backward = _layers_backward(model, layers, p, G, prefixed, after, attention, replicas)
-    head = _head(model, p * G, positions, replicas, probe)
-    encoder = _encoder(model, p)
-    # No gradient of the features is taken.
-    first = 2.0 * p * model.features * model.encoder_width
-    encoder = encoder * 3 + Cost(-first) if trained else encoder * 1
-
-    weights = _weights(model) if trained else _adapters(model)
+    head = _head(model, p * G, chunks, computed, replicas, probe)
+    first = 2.0 * p * model.features * model.encoder_width  # no gradient of the features is taken
+    encoder = _encoder(model, p) * 3 + Cost(-first) if trained else _encoder(model, p)
+    # Biases and norms are too few to matter.
+    embeddings = (1 if model.tied_embedding else 2) * model.vocab_size * model.width
+    weights = _matrices(model) + embeddings if trained else _adapters(model)
     size = _BYTES[model.param_dtype] if trained else _FLOAT32
     gradients = Cost(bytes=_FLOAT32 * replicas * weights * (1 if accumulation == 1 else 3))
     step = Cost(bytes=copies * weights * (_FLOAT32 + 2 * size + 2 * _FLOAT32 * optimizer_slots))
@@ -226,13 +200,7 @@ def _layers_backward(
     forward's 2. With remat it computes the forward's again.
 
     Bytes: every matrix again, and twice the forward's traffic of activations and scores (kept results are read, gradients
-    are written and read). Recomputed results count once more.
-
-    Args:
-      model: the decoder.
-      forward: cost of the forward through the layers.
-      P, G, S, T: of one microbatch; S includes the prefix, T the tokens that are forwarded.
-      attention, replicas: see `rollout`.
+    are written and read). Recomputed results count once more. `forward` is the cost of the microbatch's forward.
     """
     attended, body = forward.attention_flops, forward.flops - forward.attention_flops
     tokens, weight_bytes = P * (S + G * T), replicas * _weight_bytes(model)
@@ -241,41 +209,32 @@ def _layers_backward(
     again = attended if model.remat != "none" else 0.0
     backward = Cost(2 * body - frozen + after + again, after + again, again)
     if model.remat == "layer":
-        rerun = body - (0 if model.post_norms else 2.0 * tokens * _last_product(model))
-        backward += Cost(rerun, 0.0, rerun)
+        i, o = _shapes(model)["down"]  # the MLP's product into the residual stream
+        last = model.layers * (i * o + (model.lora_rank * o if "down" in model.lora_projections else 0))
+        layers = body - (0 if model.post_norms else 2.0 * tokens * last)
+        backward += Cost(layers, 0.0, layers)
     moved = forward.bytes - weight_bytes
     inputs = 2 * tokens * model.layers * model.width * _BYTES[model.param_dtype]
-    rerun_bytes = {
-        "none": 0.0,
-        "dots": _score_bytes(model, P, G, S, T, attention),
-        "layer": moved + weight_bytes + inputs,
-    }
-    return backward + Cost(bytes=2 * moved + weight_bytes + rerun_bytes[model.remat])
+    rerun = {"none": 0.0, "dots": _score_bytes(model, P, G, S, T, attention), "layer": moved + weight_bytes + inputs}
+    return backward + Cost(bytes=2 * moved + weight_bytes + rerun[model.remat])
 
 
-def _head(model: ModelConfig, rows: float, positions: "_Positions", replicas: int, probe: bool) -> Cost:
-    """Returns the cost of the logits of one microbatch, forward and backward.
+def _head(model: ModelConfig, rows: float, chunks: int, computed: int, replicas: int, probe: bool) -> Cost:
+    """Returns the cost of the logits of one microbatch of `rows` completions, forward and backward.
 
     The gradients cost two products, one if the head is frozen. If there are several chunks the logits are recomputed in
     the backward. A trained head's gradient is read and written for every chunk.
-
-    Args:
-      model: the decoder.
-      rows: completions.
-      positions: of each completion.
-      replicas, probe: see `score`.
     """
     trained = not model.lora_rank
-    backwards = 2 if trained else 1
-    once = _logits(model, rows * positions.computed, replicas * positions.chunks)
-    head = once * (1 + backwards)
-    if positions.chunks > 1:
+    once = _logits(model, rows * computed, replicas * chunks)
+    head = once * (2 + trained)
+    if chunks > 1:
         head += once + Cost(recomputed_flops=once.flops)
     if probe:
-        head += _logits(model, rows, replicas) * (1 + backwards)
+        head += _logits(model, rows, replicas) * (2 + trained)
     if trained:  # the gradient's product reads no weights and adds to a sum
         each = 2 * _FLOAT32 - _BYTES[model.compute_dtype]
-        head += Cost(bytes=each * replicas * positions.chunks * model.width * model.vocab_size)
+        head += Cost(bytes=each * replicas * chunks * model.width * model.vocab_size)
     return head
 
 
@@ -307,60 +266,32 @@ def _adapters(model: ModelConfig) -> int:
     return model.layers * model.lora_rank * sum(sum(shapes[name]) for name in model.lora_projections)
 
 
-def _weights(model: ModelConfig) -> int:
-    """Returns the number of weights in matrices, embedding and head. Biases and norms are too few to matter."""
-    return _matrices(model) + (1 if model.tied_embedding else 2) * model.vocab_size * model.width
-
-
 def _weight_bytes(model: ModelConfig) -> float:
     """Returns the bytes of the layers' matrices, adapters included, in the dtype of the products."""
     return _BYTES[model.compute_dtype] * (_matrices(model) + _adapters(model))
 
 
-def _last_product(model: ModelConfig) -> int:
-    """Returns the multiply-adds per token, over all layers, of the MLP's product into the residual stream."""
-    i, o = _shapes(model)["down"]
-    adapter = model.lora_rank * o if "down" in model.lora_projections else 0
-    return model.layers * (i * o + adapter)
-
-
-def _products(model: ModelConfig, pairs: float) -> float:
-    """Returns the FLOPs of a layer's attention: scores and weighted values of `pairs` queries and keys."""
-    return 4.0 * model.heads * model.head_dim * pairs
-
-
-def _pairs(model: ModelConfig, S: int, T: int, attention: str, sliding: bool) -> tuple[float, float]:
-    """Returns the pairs of a query and a key: of a prompt, and of a completion with the prompt and itself."""
-    if attention == "plain":
-        return S * S, T * (S + T)
-    window = model.sliding_window if sliding else S + T
-    causal = lambda n: sum(min(i + 1, window) for i in range(n))
-    return causal(S), causal(S + T) - causal(S)
-
-
 def _all_pairs(model: ModelConfig, P: float, G: int, S: int, T: int, attention: str) -> float:
-    """Returns the pairs of all prompts and completions, over all layers."""
+    """Returns the pairs of a query and a key of all prompts and completions, over all layers."""
     total = 0.0
-    for sliding in (False, True):
-        count = model.sliding_layers.count(sliding)
-        if count:
-            per_prompt, per_completion = _pairs(model, S, T, attention, sliding)
-            total += count * P * (per_prompt + G * per_completion)
+    for sliding in sorted(set(model.sliding_layers)):
+        causal = lambda n: sum(min(i + 1, model.sliding_window if sliding else S + T) for i in range(n))
+        splash = causal(S), causal(S + T) - causal(S)
+        per_prompt, per_completion = splash if attention == "splash" else (S * S, T * (S + T))
+        total += model.sliding_layers.count(sliding) * P * (per_prompt + G * per_completion)
     return total
 
 
 def _score_bytes(model: ModelConfig, P: float, G: int, S: int, T: int, attention: str) -> float:
     """Returns the traffic of plain attention's scores and exponentials in a forward. With splash they stay on the chip."""
-    if attention == "splash":
-        return 0.0
-    each = 2 * _FLOAT32 + 2 * _BYTES[model.compute_dtype]
+    each = 0 if attention == "splash" else 2 * _FLOAT32 + 2 * _BYTES[model.compute_dtype]
     return each * model.heads * _all_pairs(model, P, G, S, T, attention)
 
 
 def _forward(model: ModelConfig, P: float, G: int, S: int, T: int, attention: str, replicas: int) -> Cost:
     """Returns the cost of the layers over P prompts of S tokens with G completions of T tokens each."""
     tokens = P * (S + G * T)
-    attended = _products(model, _all_pairs(model, P, G, S, T, attention))
+    attended = 4.0 * model.heads * model.head_dim * _all_pairs(model, P, G, S, T, attention)
     products = 2.0 * tokens * (_matrices(model) + _adapters(model))
     D, F, K = model.width, model.mlp_width, model.head_dim
     each = 4 * (D + model.heads * K + model.kv_heads * K + F) * _BYTES[model.compute_dtype]
@@ -380,15 +311,7 @@ def _encoder(model: ModelConfig, P: float) -> Cost:
     return Cost(2.0 * P * model.encoder_width * (model.features + model.prefix_length * model.width))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Positions:
-    """Chunks of a completion's logits, and positions computed, the last chunk's padding included."""
-
-    chunks: int
-    computed: int
-
-
-def _positions(model: ModelConfig, P: int, G: int, T: int, chunk: int, replicas: int, tensor: int) -> _Positions:
+def _chunks(model: ModelConfig, P: int, G: int, T: int, chunk: int, replicas: int, tensor: int) -> tuple[int, int]:
+    """Returns the chunks of a completion's logits, and the positions computed, the last chunk's padding included."""
     chunk = scoring.chunk_length(math.ceil(P / replicas), G, T, math.ceil(model.vocab_size / tensor), chunk)
-    chunks = math.ceil(T / chunk)
-    return _Positions(chunks, chunks * chunk)
+    return math.ceil(T / chunk), math.ceil(T / chunk) * chunk

@@ -25,25 +25,16 @@ from jaxrl_reason.plan.hlo_loops import Later, Loop, Trips
 from jaxrl_reason.plan.hlo_text import Computation, dims, Instruction
 
 COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-    "send",
-    "recv",
+    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
+    *("collective-permute", "collective-broadcast", "send", "recv"),
 )
 
 
 class Collective(NamedTuple):
     """Collectives of one kind on one device, over a whole run of the program.
 
-    Attributes:
-      executions: number of collectives that run.
-      bytes: of the result for all-gather and recv, of the operands for the others. If a collective has a whole and a
-        part, this is the whole. A ring of n devices moves (n - 1) / n of it through each link, an all-reduce twice that.
+    `bytes` is of the result for all-gather and recv, of the operands for the others. If a collective has a whole and a
+    part, it is the whole. A ring of n devices moves (n - 1) / n of it through each link, an all-reduce twice that.
     """
 
     executions: float
@@ -51,18 +42,11 @@ class Collective(NamedTuple):
 
 
 class CustomCall(NamedTuple):
-    """Calls of code that the text does not show.
+    """Calls of code that the text does not show."""
 
-    Attributes:
-      name: of a Pallas kernel, else the target.
-      target: the function that XLA calls: "tpu_custom_call" for Pallas kernels on TPU.
-      operands: shapes as in the text, without layout: ("bf16[2,4,512,128]", ...).
-      executions: number of calls on one device.
-    """
-
-    name: str
-    target: str
-    operands: tuple[str, ...]
+    name: str  # of a Pallas kernel, else the target
+    target: str  # the function that XLA calls: "tpu_custom_call" for Pallas kernels on TPU
+    operands: tuple[str, ...]  # shapes as in the text, without layout: ("bf16[2,4,512,128]", ...)
     executions: float
 
 
@@ -72,11 +56,10 @@ class Program:
 
     Attributes:
       flops: of matrix products and convolutions, two per multiply-add.
-      reduced_flops: of products that were compiled to a multiplication of two different arrays and a sum, two per
-        multiply-add. They include matrix products with few rows (decoding on one prompt), and also sums of squares and
-        of weighted terms, of which every model has a few.
-      collectives: by kind, see `COLLECTIVES`.
-      custom_calls: by name and operands.
+      reduced_flops: of products that were compiled to a multiplication of two different arrays and a sum. They include
+        matrix products with few rows (decoding on one prompt), and also sums of squares and of weighted terms, of which
+        every model has a few.
+      collectives, custom_calls: by kind, see `COLLECTIVES`; by name and operands.
       unknown_loops: name -> most trips that the condition allows (or None), for loops whose length depends on data.
         The numbers above assume that they run `loop_trips` times.
     """
@@ -89,16 +72,11 @@ class Program:
 
 
 def read(text: str, *, loop_trips: Mapping[str, int] | int | None = None) -> Program:
-    """Returns the work of an executable. Of a conditional, the branch with most FLOPs counts.
+    """Returns the work of an executable from its text, for CPU or TPU. The branch of a conditional with most FLOPs counts.
 
-    Args:
-      text: `jax.stages.Compiled.as_text()`, for CPU or TPU.
-      loop_trips: trips of the loops of unknown length, one number for all or one per name. Loops without a number run as
-        often as their condition allows, and once if it gives no limit.
-
-    Raises:
-      ValueError: if the text is not a compiled program's, or if `loop_trips` names a loop that does not exist or whose
-        length is known.
+    `loop_trips` are the trips of the loops of unknown length, one number for all or one per name. Loops without a number
+    run as often as their condition allows, and once if it gives no limit. Raises ValueError if the text is not a compiled
+    program's, or if `loop_trips` names a loop that does not exist or whose length is known.
     """
     computations, entry = hlo_text.parse(text)
     walk = _Walk(computations, loop_trips)
@@ -122,12 +100,8 @@ def read(text: str, *, loop_trips: Mapping[str, int] | int | None = None) -> Pro
 class _Tally:
     """Sums over a computation.
 
-    Attributes:
-      flops, reduced: see `Program`.
-      moved: kind -> collectives.
-      calls: (name, target, operands) -> executions.
-      chained: collectives that TPU spreads over a chain of fusions, each of which repeats the instruction: key ->
-        (kind, bytes). They count once in the computation that runs the chain.
+    TPU spreads collectives over a chain of fusions, each of which repeats the instruction. `chained` has their kind and
+    bytes. They count once in the computation that runs the chain.
     """
 
     flops: float = 0.0
@@ -156,20 +130,15 @@ class _Tally:
 
 
 class _Walk:
-    """One reading of a program; see `read`."""
-
     def __init__(self, computations: Mapping[str, Computation], loop_trips: Mapping[str, int] | int | None):
-        self.computations = computations
-        self.loop_trips = loop_trips
+        self.computations, self.loop_trips = computations, loop_trips
         self.unknown: dict[str, int | None] = {}
         self._trips_of = Trips(computations).of
         self._fused: dict[str, _Tally] = {}
 
     def computation(self, name: str, arguments: tuple[Later | Loop, ...]) -> _Tally:
         """Returns the work of one run of a computation. `arguments` are the known values of its parameters."""
-        tally = _Tally()
-        for instruction in self.computations[name].instructions.values():
-            self._instruction(tally, name, instruction, arguments)
+        tally = self._open_tally(name, arguments)
         tally.close()
         return tally
 
@@ -205,11 +174,14 @@ class _Walk:
     def _fusion(self, name: str) -> _Tally:
         """Like `computation`, once per fused computation; chains of collectives stay open."""
         if name not in self._fused:
-            tally = _Tally()
-            for instruction in self.computations[name].instructions.values():
-                self._instruction(tally, name, instruction, ())
-            self._fused[name] = tally
+            self._fused[name] = self._open_tally(name, ())
         return self._fused[name]
+
+    def _open_tally(self, name: str, arguments: tuple[Later | Loop, ...]) -> _Tally:
+        tally = _Tally()
+        for instruction in self.computations[name].instructions.values():
+            self._instruction(tally, name, instruction, arguments)
+        return tally
 
     def _trips(self, i: Instruction, loop: Loop) -> int:
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.attributes)
@@ -244,16 +216,9 @@ class _Walk:
             window[key] = [tuple(map(int, v.split("_"))) for v in value.split("x")]
         products = 1.0
         for axis, label in enumerate(sorted(label for label in out_labels if label.isdigit())):
-            one = lambda key, default: window[key][axis] if key in window else default
-            products *= _meetings(
-                rhs[rhs_labels.index(label)],
-                lhs[lhs_labels.index(label)],
-                out[out_labels.index(label)],
-                one("stride", (1,))[0],
-                one("pad", (0, 0))[0],
-                one("lhs_dilate", (1,))[0],
-                one("rhs_dilate", (1,))[0],
-            )
+            sizes = (x[labels.index(label)] for x, labels in ((rhs, rhs_labels), (lhs, lhs_labels), (out, out_labels)))
+            defaults = {"stride": 1, "pad": 0, "lhs_dilate": 1, "rhs_dilate": 1}
+            products *= _meetings(*sizes, *(window[k][axis][0] if k in window else x for k, x in defaults.items()))
         # The kernel's shape has the input features of one group, and the result's shape the rows of one batch group.
         features = rhs[rhs_labels.index("i")] * rhs[rhs_labels.index("o")]
         return 2.0 * products * features * out[out_labels.index("b")]
@@ -300,8 +265,5 @@ def _meetings(kernel: int, size: int, out: int, stride: int, pad: int, lhs_dilat
     Padding and the holes between dilated elements are no input elements.
     """
     starts = np.arange(out) * stride - pad
-    count = 0
-    for k in range(kernel):
-        at = starts + k * rhs_dilate
-        count += int(((at >= 0) & (at < size * lhs_dilate) & (at % lhs_dilate == 0)).sum())
-    return count
+    inside = lambda at: int(((at >= 0) & (at < size * lhs_dilate) & (at % lhs_dilate == 0)).sum())
+    return sum(inside(starts + k * rhs_dilate) for k in range(kernel))

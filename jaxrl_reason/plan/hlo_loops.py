@@ -17,12 +17,7 @@ _MIRRORED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}
 
 
 class Later(NamedTuple):
-    """A value that is followed when it is needed: an instruction of a computation.
-
-    Attributes:
-      computation, name: of the instruction.
-      arguments: the known values of the computation's parameters.
-    """
+    """An instruction whose value is followed when it is needed, and the known values of its computation's parameters."""
 
     computation: str
     name: str
@@ -31,12 +26,7 @@ class Later(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loop:
-    """The state of a running while loop.
-
-    Attributes:
-      start: the state before the first trip.
-      body: the computation that changes the state.
-    """
+    """The state of a running while loop: the state before the first trip, and the computation that changes it."""
 
     start: Later
     body: str
@@ -97,10 +87,10 @@ class Trips:
 
     def _step(self, loop: Loop, position: int) -> int | None:
         """Returns the number that a trip adds to an element of the state, or None."""
-        body = self._computations[loop.body]
-        after = self._element(Later(loop.body, body.root, (loop,)), position)
-        same = isinstance(after, _Slot) and after.loop is loop and after.position == position
-        return after.offset if isinstance(after, _Slot) and same else None
+        after = self._element(Later(loop.body, self._computations[loop.body].root, (loop,)), position)
+        if isinstance(after, _Slot) and after.loop is loop and after.position == position:
+            return after.offset
+        return None
 
     def _inside(self, i: Instruction, at: Later) -> Later:
         """Returns the root of the computation that a fusion or a call runs."""
@@ -156,9 +146,8 @@ class Trips:
         kept = body.instructions.get(root.operands[slot.position])
         if kept is None or kept.opcode != "get-tuple-element" or int(kept.required("index")) != slot.position:
             return slot
-        if body.instructions[kept.operands[0]].opcode != "parameter":
-            return slot
-        start = self._element(slot.loop.start, slot.position)
+        from_state = body.instructions[kept.operands[0]].opcode == "parameter"
+        start = self._element(slot.loop.start, slot.position) if from_state else None
         return slot if start is None else start
 
 

@@ -14,12 +14,8 @@ _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<= ]*)\]")
 class Instruction(NamedTuple):
     """One line `[ROOT] %name = shape opcode(operands), attributes`.
 
-    Attributes:
-      name: without "%".
-      shape: of the result, with layout; a tuple's in parentheses.
-      opcode: "dot", "fusion", ...
-      operands: names without "%"; of a constant its literal, of a parameter its number.
-      attributes: the rest of the line.
+    Names are without "%". `shape` is the result's, with layout; a tuple's is in parentheses. `operands` are names; a
+    constant has its literal, a parameter its number. `attributes` is the rest of the line.
     """
 
     name: str
@@ -34,11 +30,7 @@ class Instruction(NamedTuple):
         return None if match is None else match[1] if match[1] is not None else match[2]
 
     def required(self, name: str) -> str:
-        """Returns the value of an attribute.
-
-        Raises:
-          ValueError: if the instruction does not have it.
-        """
+        """Returns the value of an attribute. Raises ValueError if the instruction does not have it."""
         value = self.attribute(name)
         if value is None:
             raise ValueError(f"Instruction {self.name!r} ({self.opcode}) has no attribute {name!r}.")
@@ -59,13 +51,7 @@ class Instruction(NamedTuple):
 
 
 class Computation(NamedTuple):
-    """A named list of instructions, one of which is the result.
-
-    Attributes:
-      name: without "%".
-      instructions: name -> instruction, in the order of the text.
-      root: name of the instruction with the result.
-    """
+    """Named instructions in the order of the text. `root` names the one with the result. Names are without "%"."""
 
     name: str
     instructions: dict[str, Instruction]
@@ -73,11 +59,7 @@ class Computation(NamedTuple):
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """Returns the computations by name, and the name of the entry.
-
-    Raises:
-      ValueError: if the text is not a compiled program's.
-    """
+    """Returns the computations by name, and the entry's name. Raises ValueError if the text is no compiled program's."""
     computations: dict[str, Computation] = {}
     entry = name = root = None
     instructions: dict[str, Instruction] = {}
@@ -135,11 +117,7 @@ def array_in(shape: str) -> str | None:
 
 
 def dims(shape: str) -> tuple[int, ...]:
-    """Returns the sizes of an array's axes.
-
-    Raises:
-      ValueError: if the shape is not an array's.
-    """
+    """Returns the sizes of an array's axes. Raises ValueError if the shape is not an array's."""
     match = _ARRAY.match(shape)
     if match is None:
         raise ValueError(f"{shape!r} is not the shape of an array.")

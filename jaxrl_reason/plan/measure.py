@@ -5,6 +5,7 @@ Peak memory is the compiler's. FLOPs and bytes come from `costs`, and FLOPs are 
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import functools
 import math
 import re
@@ -33,27 +34,16 @@ ASSUMPTIONS = (
 )
 
 
-def _silent(text: str) -> None:
-    pass
-
-
 def make_plan(
-    config: Config, topology: str, devices: Sequence[jax.Device], say: Callable[[str], None] = _silent
+    config: Config, topology: str, devices: Sequence[jax.Device], say: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
     """Compiles the programs of a step one after another.
 
-    Args:
-      config: of the run, with config.mesh for these devices.
-      topology: name of the slice, such as "v5e:4x4".
-      devices: from `chips.devices_of`.
-      say: receives a line before each program is compiled.
+    `devices` are the `chips.devices_of` the slice, such as "v5e:4x4", and config.mesh is for these devices. `say`
+    receives a line before each program is compiled.
 
-    Returns:
-      JSON-able: the run's sizes, "parts" (see `measure_part`), "fits", and "step" with the least time and its
-      assumptions.
-
-    Raises:
-      ConfigError: if the configuration cannot run on the devices.
+    Returns a JSON-able dict: the run's sizes, "parts" (see `measure_part`), "fits", and "step" with the least time and
+    its assumptions. Raises ConfigError if the configuration cannot run on the devices.
     """
     parts = []
     for part in parts_of(config, devices):
@@ -61,14 +51,12 @@ def make_plan(
         parts.append(measure_part(part, chip_of(topology), len(devices)))
     seconds = sum(part["seconds"] * part["times"] for part in parts)
     tokens = config.prompts_per_step * config.group_size * config.max_completion_length
+    sizes = ("prompts_per_step", "group_size", "max_prompt_length", "max_completion_length")
     return {
         "topology": topology,
         "devices": len(devices),
         "mesh": dict(programs_lib.make_mesh(config, devices).shape) | {"rollout_tensor": config.mesh.rollout_tensor},
-        "prompts_per_step": config.prompts_per_step,
-        "group_size": config.group_size,
-        "max_prompt_length": config.max_prompt_length,
-        "max_completion_length": config.max_completion_length,
+        **{name: getattr(config, name) for name in sizes},
         "fits": all(part["fits"] for part in parts),
         "parts": parts,
         "step": {
@@ -80,17 +68,11 @@ def make_plan(
 
 
 def measure_part(part: Part, chip: Chip, devices: int) -> dict[str, Any]:
-    """Compiles a program and reads the executable.
+    """Compiles a program for a number of devices and returns JSON-able numbers of the executable.
 
-    Args:
-      part: the program.
-      chip: the kind of the devices.
-      devices: their number.
-
-    Returns:
-      JSON-able. "fits" and "compiled" are False if the compiler finds no room; "peak_gib" is then the memory that it
-      asked for. "total_gib" is the sum of "peak_gib" and "beside_gib", the run's other arrays. Sizes and seconds are per
-      device and run, "flops" and "bytes" of all devices.
+    "fits" and "compiled" are False if the compiler finds no room; "peak_gib" is then the memory that it asked for.
+    "total_gib" is the sum of "peak_gib" and "beside_gib", the run's other arrays. Sizes and seconds are per device and
+    run, "flops" and "bytes" of all devices.
     """
     begin = time.perf_counter()
     compiled, peak = _compile(part)
@@ -108,15 +90,9 @@ def measure_part(part: Part, chip: Chip, devices: int) -> dict[str, Any]:
         "beside_gib": part.resident / GIB,
         "total_gib": (peak + part.resident) / GIB,
         "filled_gib": contents,
-        "flops": part.cost.flops,
-        "attention_flops": part.cost.attention_flops,
-        "recomputed_flops": part.cost.recomputed_flops,
-        "bytes": part.cost.bytes,
+        **dataclasses.asdict(part.cost),
     }
-    seconds = {
-        "compute": part.cost.flops / devices / chip.flops,
-        "memory": part.cost.bytes / devices / chip.bandwidth,
-    }
+    seconds = {"compute": part.cost.flops / devices / chip.flops, "memory": part.cost.bytes / devices / chip.bandwidth}
     if compiled is not None:
         program = hlo.read(compiled.as_text() or "", loop_trips=part.loop_trips)
         seconds["links"] = sum(x.bytes for x in program.collectives.values()) / chip.links
@@ -160,15 +136,11 @@ def _compare(part: Part, program: hlo.Program, devices: int) -> dict[str, Any]:
 def requested_bytes(error: Exception) -> float | None:
     """Returns the bytes per device of a program for which the compiler found no room; None for any other error.
 
-    If the temporaries alone are too large, the compiler reports only their size.
-
-    Raises:
-      ConfigError: if the compiler does not report a size.
+    If the temporaries alone are too large, the compiler reports only their size. Raises ConfigError if it reports none.
     """
-    text = str(error)
-    if "RESOURCE_EXHAUSTED" not in text:
+    if "RESOURCE_EXHAUSTED" not in str(error):
         return None
-    used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])(?: of [\d.]+[KMGT] hbm|\) exceeds)", text)
+    used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])(?: of [\d.]+[KMGT] hbm|\) exceeds)", str(error))
     if used is None:
         raise ConfigError(
             f"The compiler has no room for a program and does not report its size: {first_line(error)} Lower "
@@ -181,7 +153,7 @@ def requested_bytes(error: Exception) -> float | None:
 
 
 def find_largest(
-    config: Config, topology: str, devices: Sequence[jax.Device], say: Callable[[str], None] = _silent
+    config: Config, topology: str, devices: Sequence[jax.Device], say: Callable[[str], None] = lambda text: None
 ) -> dict[str, int]:
     """Returns the largest prompts_per_step, group_size and max_completion_length that fit.
 
@@ -208,21 +180,15 @@ def _grains(config: Config, devices: Sequence[jax.Device]) -> dict[str, int]:
     decoding = sharding.rollout_mesh(mesh, config.mesh.rollout_tensor or mesh.shape["tensor"])
     pieces, parts = config.update.minibatches * config.update.accumulation, config.sampling.parts
     ways = sharding.num_shards(mesh)
-    return {
-        "prompts_per_step": math.lcm(ways * pieces, ways * parts, sharding.num_shards(decoding) * parts),
-        "group_size": 1,
-        "max_completion_length": 128,
-    }
+    prompts = math.lcm(ways * pieces, ways * parts, sharding.num_shards(decoding) * parts)
+    return {"prompts_per_step": prompts, "group_size": 1, "max_completion_length": 128}
 
 
 def largest_that_fits(fits: Callable[[int], bool], start: int, grain: int, limit: int = 2**20) -> int:
     """Returns the largest multiple of `grain` that fits, or one at most a sixteenth smaller; 0 if none fits.
 
-    Args:
-      fits: (size) -> whether it fits.
-      start: the first size; doubled while it fits, then the interval is bisected.
-      grain: sizes are its multiples. With 1 the least size is 2, that of a group.
-      limit: no larger size is tried.
+    The first size, `start`, is doubled while it fits, then the interval is bisected. No size above `limit` is tried. If
+    `grain` is 1 the least size is 2, that of a group.
     """
     lowest = 2 * grain if grain == 1 else grain
     low, high = 0, max(start // grain * grain, lowest)

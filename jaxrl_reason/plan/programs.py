@@ -17,37 +17,21 @@ from jaxrl_reason.rewards import learned, model_files, model_training
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One program of a training step.
+    """One program of a training step. Bytes are per device."""
 
-    Attributes:
-      name: "reshard", "rollout", "reward model", "score" or "update".
-      lower: () -> jax.stages.Lowered.
-      cost: of the program on all devices.
-      kernel_flops: share of `cost.flops` in Pallas kernels, which the text of the compiled program does not show.
-      resident: bytes per device of the run's other arrays, which stay in memory while the program runs.
-      contents: name -> bytes per device in the program's own memory. The rest are activations and the compiler's copies.
-      donated: bytes per device that the program should overwrite.
-      loop_trips: trips of the program's loop of unknown length.
-      times: runs per step.
-    """
-
-    name: str
+    name: str  # "reshard", "rollout", "reward model", "score" or "update"
     lower: Callable[[], jax.stages.Lowered]
-    cost: costs.Cost
-    kernel_flops: float
-    resident: float
-    contents: Mapping[str, float]
-    donated: float = 0.0
-    loop_trips: int | None = None
-    times: float = 1.0
+    cost: costs.Cost  # on all devices
+    kernel_flops: float  # share of cost.flops in Pallas kernels, which the text of the compiled program does not show
+    resident: float  # bytes of the run's other arrays, which stay in memory while the program runs
+    contents: Mapping[str, float]  # bytes in the program's own memory, without activations and the compiler's copies
+    donated: float = 0.0  # bytes that the program should overwrite
+    loop_trips: int | None = None  # of the program's loop of unknown length
+    times: float = 1.0  # runs per step
 
 
 def parts_of(config: Config, devices: Sequence[jax.Device]) -> list[Part]:
-    """Returns the programs of a training step on the given devices, in the order in which they run.
-
-    Raises:
-      ConfigError: if the configuration cannot run on the devices.
-    """
+    """Returns the programs of a training step in the order in which they run; for errors see `open_step`."""
     step = open_step(config, devices)
     parts = [_reshard(step), _rollout(step), _reward_model(step), _score(step), _update(step)]
     return [part for part in parts if part is not None]
@@ -68,14 +52,9 @@ def _reshard(step: Step) -> Part | None:
     if not step.programs.moves_weights:
         return None
     m = step.memory
-    return Part(
-        "reshard",
-        _lowering(step.programs.jitted["reshard"], step.programs.abstract_state.params),
-        costs.Cost(bytes=(m.weights + m.copy) * step.mesh.size),
-        0.0,
-        m.optimizer + m.reference + m.reward_model,
-        {"weights": m.weights, "their copy": m.copy},
-    )
+    lower = _lowering(step.programs.jitted["reshard"], step.programs.abstract_state.params)
+    cost, resident = costs.Cost(bytes=(m.weights + m.copy) * step.mesh.size), m.optimizer + m.reference + m.reward_model
+    return Part("reshard", lower, cost, 0.0, resident, {"weights": m.weights, "their copy": m.copy})
 
 
 def _rollout(step: Step) -> Part:
@@ -85,26 +64,17 @@ def _rollout(step: Step) -> Part:
     of = functools.partial(jax.ShapeDtypeStruct, sharding=by_prompt)
     prompts = of((P, S), jnp.int32), of((P, S), bool), of((P,), jnp.int32)
     features = of((P, model.features), jnp.float32) if model.features else None
-    index = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    temperatures = jax.ShapeDtypeStruct((G,), jnp.float32, sharding=whole)
-    cost = costs.rollout(
-        model,
-        P,
-        G,
-        S,
-        T,
-        attention=model.attention,
-        replicas=sharding.num_shards(step.decoding),
-        prompt_logprobs=step.programs.needs.prompt_logprobs,
-        probe=step.probe,
-        int8=bool(config.sampling.quantize),
-    )
+    index, temperatures = of((), jnp.int32, sharding=whole), of((G,), jnp.float32, sharding=whole)
+    rollout = functools.partial(costs.rollout, model, P, G, S, attention=model.attention)
+    prompt_logprobs, int8 = step.programs.needs.prompt_logprobs, bool(config.sampling.quantize)
+    replicas = sharding.num_shards(step.decoding)
+    cost = rollout(T, replicas=replicas, prompt_logprobs=prompt_logprobs, probe=step.probe, int8=int8)
     prompts_kv, samples_kv = _cache_bytes(step)
     return Part(
         "rollout",
         _lowering(step.programs.jitted["rollout"], step.decoding_params, *prompts, features, index, temperatures),
         cost,
-        _kernel_flops(step, costs.rollout(model, P, G, S, 1, attention=model.attention)),  # kernels only in the prefill
+        _kernel_flops(step, rollout(1)),  # kernels only in the prefill
         (m.weights if m.copy else 0.0) + m.optimizer + m.reference + m.reward_model,
         {"weights": bytes_per_device(step.decoding_params), "prompts' KV": prompts_kv, "samples' KV": samples_kv},
         loop_trips=T - 1 + step.probe,
@@ -132,89 +102,64 @@ def _reward_model(step: Step) -> Part | None:
     if model is None:
         return None
     P, G, S, T = step.rollout_sizes
-    pieces = sharding.microbatches(step.mesh, P, step.pieces)
-    cost = functools.partial(
-        costs.reward_model, model, attention=model.attention, replicas=sharding.num_shards(step.mesh), parts=pieces
-    )
+    pieces, replicas = sharding.microbatches(step.mesh, P, step.pieces), sharding.num_shards(step.mesh)
+    cost_of = functools.partial(costs.reward_model, model, attention=model.attention, replicas=replicas, parts=pieces)
     path, by_prompt = config.reward_model.path, step.programs.sharding
     if path and not model_files.is_ours(path):
         # The texts are in the reward model's own tokens and share no prompt: each text counts as a prompt.
         L = config.reward_model.max_length
-        texts = jax.ShapeDtypeStruct((P, G, L), jnp.int32, sharding=by_prompt)
-        lengths = jax.ShapeDtypeStruct((P, G), jnp.int32, sharding=by_prompt)
+        of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=by_prompt)
         score = learned.scoring_program(model, by_prompt)
-        lower, costs_of_it = _lowering(score, step.reward_params, texts, lengths, pieces), cost(P * G, 1, L, 0)
+        lower, cost = _lowering(score, step.reward_params, of((P, G, L)), of((P, G)), pieces), cost_of(P * G, 1, L, 0)
     else:
         score = model_training.group_scoring_program(model, step.mesh, pieces)
         share = lambda x: jax.ShapeDtypeStruct((P, *x.shape[1:]), x.dtype, sharding=x.sharding)
-        lower = _lowering(score, step.reward_params, jax.tree.map(share, step.rollout))
-        costs_of_it = cost(P, G, S, T)
-    return Part(
-        "reward model",
-        lower,
-        costs_of_it,
-        _kernel_flops(step, costs_of_it),
-        m.weights + m.copy + m.optimizer + m.reference,
-        {"weights": m.reward_model},
-        times=config.sampling.parts,
-    )
+        lower, cost = _lowering(score, step.reward_params, jax.tree.map(share, step.rollout)), cost_of(P, G, S, T)
+    resident = m.weights + m.copy + m.optimizer + m.reference
+    contents = {"weights": m.reward_model}
+    return Part("reward model", lower, cost, _kernel_flops(step, cost), resident, contents, times=config.sampling.parts)
 
 
 def _score(step: Step) -> Part | None:
     """The scoring under the reference policy and under the policy itself; None if the run needs neither."""
-    config, model, m = step.config, step.model, step.memory
-    needs = step.programs.needs
+    needs, m = step.programs.needs, step.memory
     times = int(needs.reference) + (needs.old_logprobs and not needs.exact_sampler)
     if not times:
         return None
-    cost = costs.score(
-        model,
-        *step.sizes,
-        attention=model.attention,
+    cost = costs.score(step.model, *step.sizes, parts=step.pieces, **_scoring_options(step))
+    temperature = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(step.decoding))
+    params, rollout = step.programs.abstract_state.params, step.experience.rollout
+    lower = _lowering(step.programs.jitted["score"], params, rollout, temperature)
+    resident, contents = m.optimizer + m.reference + m.reward_model, {"weights": m.weights}
+    return Part("score", lower, cost, _kernel_flops(step, cost), resident, contents, times=times)
+
+
+def _scoring_options(step: Step) -> dict[str, Any]:
+    """Returns the arguments that `costs.score` and `costs.update` share."""
+    return dict(
+        attention=step.model.attention,
         replicas=sharding.num_shards(step.mesh),
-        parts=step.pieces,
-        logprob_chunk=config.update.logprob_chunk,
+        logprob_chunk=step.config.update.logprob_chunk,
         probe=step.probe,
         tensor=step.mesh.shape["tensor"],
-    )
-    temperature = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(step.decoding))
-    state = step.programs.abstract_state
-    return Part(
-        "score",
-        _lowering(step.programs.jitted["score"], state.params, step.experience.rollout, temperature),
-        cost,
-        _kernel_flops(step, cost),
-        m.optimizer + m.reference + m.reward_model,
-        {"weights": m.weights},
-        times=times,
     )
 
 
 def _update(step: Step) -> Part:
-    config, model, mesh, m = step.config, step.model, step.mesh, step.memory
-    u = config.update
+    mesh, m, u = step.mesh, step.memory, step.config.update
     cost = costs.update(
-        model,
+        step.model,
         *step.sizes,
-        attention=model.attention,
-        replicas=sharding.num_shards(mesh),
         copies=mesh.shape["slice"] * mesh.shape["data"],
         epochs=u.epochs,
         minibatches=u.minibatches,
         accumulation=u.accumulation,
-        logprob_chunk=u.logprob_chunk,
-        probe=step.probe,
-        tensor=mesh.shape["tensor"],
-        optimizer_slots=3 if config.optimizer.float32_master else 2,
+        optimizer_slots=3 if step.config.optimizer.float32_master else 2,
+        **_scoring_options(step),
     )
     temperature = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
     state = step.programs.abstract_state
-    return Part(
-        "update",
-        _lowering(step.programs.jitted["update"], state, step.experience, temperature),
-        cost,
-        _kernel_flops(step, cost),
-        m.reference + m.reward_model,
-        {"weights": m.weights, "optimizer": m.optimizer, "rollouts": bytes_per_device(step.rollout)},
-        donated=bytes_per_device(state),
-    )
+    lower = _lowering(step.programs.jitted["update"], state, step.experience, temperature)
+    contents = {"weights": m.weights, "optimizer": m.optimizer, "rollouts": bytes_per_device(step.rollout)}
+    resident, donated = m.reference + m.reward_model, bytes_per_device(state)
+    return Part("update", lower, cost, _kernel_flops(step, cost), resident, contents, donated)

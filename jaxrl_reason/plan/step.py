@@ -1,7 +1,4 @@
-"""A training step on given devices, as shapes with shardings.
-
-Nothing is compiled or put on a device here. Of pretrained models only config.json is read.
-"""
+"""Describes a training step by shapes with shardings. Compiles nothing, and reads only config.json of pretrained models."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -27,28 +24,18 @@ from jaxrl_reason.rl.types import Experience, Groups, Rollout
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A training step on given devices, as shapes with shardings.
-
-    Attributes:
-      config, method, programs: of the run.
-      model: the policy, with the attention that the devices run.
-      mesh: of scoring and update.
-      decoding: the mesh of rollouts.
-      decoding_params: the weights as rollouts read them.
-      rollout, experience: of all prompts of the step.
-      reward_config, reward_params: of the reward model; None and {} if the run has none.
-    """
+    """A training step on given devices, as shapes with shardings."""
 
     config: Config
     method: Method
     programs: programs_lib.Programs
-    model: ModelConfig
-    mesh: jax.sharding.Mesh
-    decoding: jax.sharding.Mesh
-    decoding_params: Any
-    rollout: Rollout
+    model: ModelConfig  # the policy, with the attention that the devices run
+    mesh: jax.sharding.Mesh  # of scoring and update
+    decoding: jax.sharding.Mesh  # of rollouts
+    decoding_params: Any  # the weights as rollouts read them
+    rollout: Rollout  # of all prompts of the step, like the experience
     experience: Experience
-    reward_config: ModelConfig | None
+    reward_config: ModelConfig | None  # None and {} if the run has no reward model
     reward_params: Any
 
     @property
@@ -87,29 +74,17 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes per device of the arrays that live longer than a program.
+    """Bytes per device of the arrays that live longer than a program; 0 for arrays that the run does not need."""
 
-    Attributes:
-      weights: of the policy as the update reads them.
-      optimizer: its state.
-      reference: weights of the reference policy; 0 if the run needs none.
-      copy: weights of the policy as rollouts read them; 0 if rollouts read `weights`.
-      reward_model: weights of the reward model.
-    """
-
-    weights: float
+    weights: float  # of the policy as the update reads them
     optimizer: float
     reference: float
-    copy: float
+    copy: float  # the policy's weights as rollouts read them; 0 if rollouts read `weights`
     reward_model: float
 
 
 def open_step(config: Config, devices: Sequence[jax.Device]) -> Step:
-    """Returns the step of a run on the given devices.
-
-    Raises:
-      ConfigError: if the configuration cannot run on the devices.
-    """
+    """Returns the step of a run on the devices. Raises ConfigError if the configuration cannot run on them."""
     method = config_lib.validate(config)
     if config.regression.tokenizer:
         raise ConfigError(
@@ -139,13 +114,12 @@ def open_step(config: Config, devices: Sequence[jax.Device]) -> Step:
 def sizes_of(config: Config) -> tuple[ModelConfig, ModelConfig | None]:
     """Returns the sizes of the policy and of the reward model (None if the run has none).
 
-    Sizes come from config.json or reward_model.json if there is one, else from the configuration.
-
-    Raises:
-      ConfigError: if a description is missing or invalid.
+    Sizes come from config.json or reward_model.json if there is one, else from the configuration. Raises ConfigError if
+    a description is missing or invalid.
     """
+    m = config.model
     try:
-        source = models.read_source(config.model.path) if config.model.path else None
+        source = models.read_source(m.path) if m.path else None
         vocabulary = models.read_config(source).vocab_size if source else config.data.vocab_size
         policy = config_lib.model_config(config, vocabulary, source)
         if not LEARNED.keys() & set(config.reward.functions):
@@ -154,15 +128,12 @@ def sizes_of(config: Config) -> tuple[ModelConfig, ModelConfig | None]:
             return policy, models.lora.base_of(policy)
         if model_files.is_ours(config.reward_model.path):
             return policy, model_files.described(config.reward_model.path)
-        pretrained = models.read_config(models.read_source(config.reward_model.path))
+        found = models.read_config(models.read_source(config.reward_model.path))
     except ConfigError:
         raise
     except ValueError as e:
         raise ConfigError(f"A plan needs the sizes of the models: {e}") from e
-    m = config.model
-    return policy, dataclasses.replace(
-        pretrained, param_dtype=m.param_dtype, compute_dtype=m.compute_dtype, remat="none"
-    )
+    return policy, dataclasses.replace(found, param_dtype=m.param_dtype, compute_dtype=m.compute_dtype, remat="none")
 
 
 def bytes_per_device(tree: Any) -> float:
@@ -175,19 +146,12 @@ def _build_programs(
     config: Config, method: Method, policy: ModelConfig, devices: Sequence[jax.Device]
 ) -> tuple[jax.sharding.Mesh, programs_lib.Programs]:
     """Returns the mesh and the programs. Token ids are arbitrary: no number of a plan depends on them."""
-    verdict = config.reward.verdict or config.reward.functions[0]
+    verdict = (config.reward.verdict or config.reward.functions[0]).rpartition(":")[2]
+    weights, probe = dict.fromkeys(_reward_names(config), 1.0), 2 if auxiliary.needs_probe(method.loss) else None
     try:
         mesh = programs_lib.make_mesh(config, devices)
         return mesh, programs_lib.build(
-            config,
-            method,
-            policy,
-            mesh,
-            eos_ids=(1,),
-            pad_id=0,
-            weights=dict.fromkeys(_reward_names(config), 1.0),
-            verdict=verdict.rpartition(":")[2],
-            probe_token=2 if auxiliary.needs_probe(method.loss) else None,
+            config, method, policy, mesh, eos_ids=(1,), pad_id=0, weights=weights, verdict=verdict, probe_token=probe
         )
     except ConfigError:
         raise
@@ -199,11 +163,8 @@ def _step_shapes(
     config: Config, method: Method, programs: programs_lib.Programs, model: ModelConfig
 ) -> tuple[Rollout, Experience]:
     """Returns the rollout and the experience of a step, as ShapeDtypeStructs with shardings."""
-    P, S = config.prompts_per_step, config.max_prompt_length
-    needs = programs.needs
-    G = config.group_size + needs.greedy
-    shape = jax.ShapeDtypeStruct
-    state = programs.abstract_state
+    P, S, G = config.prompts_per_step, config.max_prompt_length, config.group_size + programs.needs.greedy
+    needs, state, shape = programs.needs, programs.abstract_state, jax.ShapeDtypeStruct
     prompts = [shape((P, S), jnp.int32), shape((P, S), bool), shape((P,), jnp.int32)]
     features = shape((P, model.features), jnp.float32) if model.features else None
     step, temperatures = shape((), jnp.int32), shape((G,), jnp.float32)
@@ -220,10 +181,8 @@ def _step_shapes(
         experience = experience._replace(old_logprobs=per_token)
     if config.update.kl_coefficient:
         experience = experience._replace(ref_logprobs=per_token)
-    by_prompt = lambda tree: jax.tree.map(
-        lambda x: shape(x.shape, x.dtype, sharding=programs.sharding if x.ndim else None), tree
-    )
-    return by_prompt(rollout), by_prompt(experience)
+    place = lambda x: shape(x.shape, x.dtype, sharding=programs.sharding if x.ndim else None)
+    return jax.tree.map(place, rollout), jax.tree.map(place, experience)
 
 
 def _reward_names(config: Config) -> list[str]:

@@ -1,14 +1,13 @@
 """Rewards that run on the device: pure functions of arrays, traced into the training step.
 
-f(completion_tokens, completion_mask, columns) -> rewards
+    f(completion_tokens int32[P,G,T], completion_mask [P,G,T], columns) -> rewards float32[P,G]
 
-completion_tokens  int32[P,G,T]  sampled tokens, end token included; any value after the mask
-completion_mask    [P,G,T]       1 on sampled tokens: a prefix of every row
-columns            name -> [P, ...], arrays of the data
-rewards            float32[P,G]
+The mask is 1 on sampled tokens, a prefix of every row that includes the end token. Tokens after the mask have any
+value. `columns` maps names to arrays [P, ...] of the data.
 """
 
 from collections.abc import Callable, Mapping
+import functools
 
 import chex
 import jax
@@ -28,9 +27,8 @@ def match_answer_tokens(marker: tuple[int, ...], *, eos_ids: tuple[int, ...]) ->
         text after it, so the space between marker and answer is part of the answer: " -3".
       eos_ids: token ids that end a completion.
 
-    Raises:
-      ValueError: marker or eos_ids is empty or has a negative id, or the marker contains an end token.
-      KeyError, AssertionError: raised by the returned function if the column is missing or a shape is wrong.
+    Raises ValueError if an argument is empty or has a negative id, or if the marker contains an end token. The returned
+    function raises KeyError or AssertionError if the column is missing or a shape is wrong.
     """
     marker, eos_ids = tuple(marker), tuple(eos_ids)
     for name, ids in (("marker", marker), ("eos_ids", eos_ids)):
@@ -49,9 +47,7 @@ def match_answer_tokens(marker: tuple[int, ...], *, eos_ids: tuple[int, ...]) ->
         chex.assert_equal_shape([completion_tokens, completion_mask])
         chex.assert_equal_shape_prefix([completion_tokens, answer], 1)
 
-        def matches(tokens, mask, answer):
-            return _matches(tokens, mask, answer, marker, eos_ids)
-
+        matches = functools.partial(_matches, marker=marker, eos_ids=eos_ids)
         by_completion = jax.vmap(jax.vmap(matches, in_axes=(0, 0, None)))
         return by_completion(completion_tokens, completion_mask, answer).astype(jnp.float32)
 
@@ -65,8 +61,7 @@ def _matches(
     end = jnp.sum(mask != 0) - 1  # index of the end token; -1 for an empty completion
     ended = (end >= 0) & jnp.isin(tokens[end], jnp.array(eos_ids))
 
-    # Positions at which the marker starts. A match that rolls over the end has a position after `end`; the comparison
-    # below drops it.
+    # Positions at which the marker starts. A match that rolls over the end has a position after `end` and is dropped.
     starts = jnp.stack([jnp.roll(tokens, -offset) == token for offset, token in enumerate(marker)]).all(axis=0)
     position = jnp.arange(tokens.shape[0])
     starts &= position + len(marker) <= end

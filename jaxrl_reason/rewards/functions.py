@@ -1,12 +1,11 @@
-"""The built-in host rewards, by TRL's signature.
-
-    f(prompts, completions, completion_ids, **columns) -> list[float | None]
+"""The built-in host rewards, by TRL's signature: f(prompts, completions, completion_ids, **columns) -> rewards.
 
 A reward is called by keyword, so it names the arguments that it uses and takes the rest as `**_`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+import functools
 from typing import Any, TypeVar
 
 from jaxrl_reason.rewards.numeric import extract_answer, numeric_verdict, parse_number
@@ -17,8 +16,7 @@ F = TypeVar("F", bound=Callable)
 def with_answer_of(answer_of: Callable[[str, Mapping[str, Any]], Any]) -> Callable[[F], F]:
     """Returns a decorator that sets `reward.answer_of`, by which evaluation tells answers apart.
 
-    Args:
-      answer_of: (completion, row) -> the answer, correct or not, or None. Completions with equal answers vote together.
+    `answer_of` returns the answer, correct or not, or None. Completions with equal answers vote together.
     """
 
     def decorate(reward: F) -> F:
@@ -31,12 +29,7 @@ def with_answer_of(answer_of: Callable[[str, Mapping[str, Any]], Any]) -> Callab
 def accuracy_reward(completions: Sequence[str], answer: Sequence[str | int | float], **_) -> list[float]:
     """Returns 1.0 if a completion's final answer is exactly the reference number of the column `answer`, else 0.0.
 
-    Args:
-      completions: N texts.
-      answer: N reference numbers, as `numeric_verdict` takes them.
-
-    Raises:
-      ValueError: a reference is not a number.
+    For the references see `numeric_verdict`. Raises ValueError if a reference is not a number.
     """
     return [float(numeric_verdict(text, reference)) for text, reference in zip(completions, answer, strict=True)]
 
@@ -50,19 +43,14 @@ def _last_number(completion: str, row: Mapping[str, Any]) -> Fraction | None:
 @with_answer_of(_last_number)
 def last_number_reward(completions: Sequence[str], answer: Sequence[str | int | float], **_) -> list[float]:
     """Like `accuracy_reward`, but if a completion has no marker, its last number is the answer."""
-    return [
-        float(numeric_verdict(text, reference, fallback="last_number"))
-        for text, reference in zip(completions, answer, strict=True)
-    ]
+    verdict = functools.partial(numeric_verdict, fallback="last_number")
+    return [float(verdict(text, reference)) for text, reference in zip(completions, answer, strict=True)]
 
 
 def format_reward(completions: Sequence[str], **_) -> list[float]:
     r"""Returns 1.0 if a completion states one final answer in the agreed form, correct or not, else 0.0.
 
     The agreed form is one marker in the whole text, with a number: either "#### x" as the last line, or "\boxed{x}".
-
-    Args:
-      completions: N texts.
     """
     return [float(_states_one_answer(completion)) for completion in completions]
 

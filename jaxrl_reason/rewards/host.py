@@ -1,10 +1,8 @@
-"""Rewards that run on the host: functions by TRL's signature.
-
-    f(prompts, completions, completion_ids, **columns) -> list[float | None]
+"""Rewards that run on the host, by TRL's signature: f(prompts, completions, completion_ids, **columns) -> rewards.
 
 All arguments are flat lists of one length, given by keyword. The completions of a prompt are adjacent. One call has a
-whole batch, or with `isolated` one prompt. `None` means "no reward for this sample": it becomes NaN, is left out of
-every statistic, and is never 0. A `pool.Results` list also tells why a reward is missing.
+whole batch, or with `isolated` one prompt. A reward is a float, or `None` for "no reward for this sample": it becomes
+NaN, is left out of every statistic, and is never 0. A `pool.Results` list also tells why a reward is missing.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,13 +39,7 @@ BUILT_IN: dict[str, RewardFunction] = {
     "math_verify": math_verify_reward,
 }
 # Cheap rewards that compare with a reference of each row, so that all references can be tried before training.
-COMPARING: tuple[RewardFunction, ...] = (
-    accuracy_reward,
-    last_number_reward,
-    many_answers_reward,
-    strict_reward,
-    judge_reward,
-)
+COMPARING = tuple(BUILT_IN[name] for name in ("accuracy", "last_number", "many_answers", "strict", "judge"))
 
 _LARGEST = float(np.finfo(np.float32).max)
 _log = logging.getLogger(__name__)
@@ -59,14 +51,10 @@ class RewardError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class HostReward:
-    """A reward function and its name in the metrics.
+    """A reward function, any callable by TRL's signature, and its name in the metrics `rewards/<name>/...`.
 
-    Attributes:
-      name: names the metrics `rewards/<name>/...`; empty: the function's own name (of a callable object, its class's).
-      function: any callable by TRL's signature: function, lambda, partial, callable object.
-
-    Raises:
-      RewardError: `function` is not callable.
+    An empty name becomes the function's own (of a callable object, its class's). Raises RewardError if `function` is not
+    callable.
     """
 
     name: str
@@ -82,21 +70,13 @@ class HostReward:
 
 @dataclasses.dataclass(frozen=True)
 class RewardTable:
-    """The rewards of P prompts x G completions, and how often each reward is missing.
+    """The rewards of P prompts x G completions by name, and the shares of rows on which each reward is missing."""
 
-    Attributes:
-      per_reward: name -> float32[P,G], unweighted; NaN if the function returned None or failed.
-      error_rate: name -> share of rows on which the function raised, or which it reports as errors.
-      none_rate: name -> share of rows for which it returned None.
-      timeout_rate: name -> share of rows which it reports as timeouts.
-      error: name -> the text of the last error, "" if there was none.
-    """
-
-    per_reward: dict[str, np.ndarray]
-    error_rate: dict[str, float]
-    none_rate: dict[str, float]
-    timeout_rate: dict[str, float]
-    error: dict[str, str]
+    per_reward: dict[str, np.ndarray]  # float32[P,G], unweighted; NaN if the function returned None or failed
+    error_rate: dict[str, float]  # the function raised or reports an error
+    none_rate: dict[str, float]  # it returned None
+    timeout_rate: dict[str, float]  # it reports a timeout
+    error: dict[str, str]  # the text of the last error, "" if there was none
 
     def failures(self) -> dict[str, float]:
         """Returns `rewards/<name>/{error_rate,none_rate,timeout_rate}`, the shares of rows without a reward."""
@@ -105,14 +85,10 @@ class RewardTable:
 
 
 def load_reward(spec: str, other_names: Sequence[str] = ()) -> RewardFunction:
-    """Returns the reward function that a configuration names.
+    """Returns the function of a name: built in ("accuracy"), "package.module:function", or "path/to/file.py:function".
 
-    Args:
-      spec: a built-in name ("accuracy", "format", ...), "package.module:function", or "path/to/file.py:function".
-      other_names: built-in names that the caller handles itself, listed in the message.
-
-    Raises:
-      RewardError: nothing has that name (the message gives the nearest existing name), or a package is missing.
+    Raises RewardError if nothing has that name, or if a package is missing. The message gives the nearest existing names;
+    `other_names` are built-in names that the caller handles itself.
     """
     place, colon, attribute = spec.rpartition(":")
     if not colon:
@@ -152,78 +128,63 @@ def compute_rewards(
     returns `pool.Results` has counted its errors and timeouts itself. If more than `max_failure_share` of a function's
     rows fail, the fault is in the function rather than in the rows, and this raises.
 
-    Args:
-      rewards: rewards of distinct names, as `RewardScorer` makes sure.
-      prompts: P texts.
-      completions: P lists of G texts.
-      completion_ids: P lists of G lists of token ids, end token included.
-      columns: name -> P values, the other columns of the data, which are repeated for the G completions of a prompt.
-      max_failure_share: a number in [0, 1].
+    Rewards have distinct names. There are P prompts, P lists of G completions and of their ids, end token included, and
+    per column P values, which are repeated for the completions.
 
     Raises:
       RewardError: a function fails too often, lacks an argument, returns the wrong length, or returns a value that is
         neither a finite number nor None; or the inputs do not fit each other. The message names the function.
     """
     shape = checked_shape(prompts, completions, completion_ids, columns)
-    groups = shape[1]
-    rows = {
-        "prompts": _repeat(prompts, groups),
-        "completions": _flatten(completions),
-        "completion_ids": _flatten(completion_ids),
-    }
-    rows |= {name: _repeat(values, groups) for name, values in columns.items()}
-
+    repeat = lambda values: [value for value in values for _ in range(shape[1])]
+    flatten = lambda groups: [value for group in groups for value in group]
+    rows = dict(prompts=repeat(prompts), completions=flatten(completions), completion_ids=flatten(completion_ids))
+    rows |= {name: repeat(values) for name, values in columns.items()}
     table = RewardTable({}, {}, {}, {}, {})
     for reward in rewards:
         if hasattr(reward.function, "in_groups_of"):
-            reward = dataclasses.replace(reward, function=reward.function.in_groups_of(groups))
+            reward = dataclasses.replace(reward, function=reward.function.in_groups_of(shape[1]))
         results = _rewards_of_rows(reward, rows, max_failure_share)
         table.per_reward[reward.name] = np.array(results, np.float32).reshape(shape)
-        table.error_rate[reward.name] = results.outcomes.count("error") / len(results)
-        table.none_rate[reward.name] = results.outcomes.count("none") / len(results)
-        table.timeout_rate[reward.name] = results.outcomes.count("timeout") / len(results)
         table.error[reward.name] = results.error or ""
+        for kind in ("error", "none", "timeout"):
+            getattr(table, f"{kind}_rate")[reward.name] = results.outcomes.count(kind) / len(results)
     return table
 
 
 def _rewards_of_rows(reward: HostReward, rows: dict[str, list], max_failure_share: float) -> Results:
     """Returns one float per row, NaN if missing, and the outcomes."""
-    count = len(rows["completions"])
+    count, name = len(rows["completions"]), reward.name
     check_signature(reward, rows)
-    try:
-        results = call(reward, rows, first_row=0)
-    except (RewardError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # not Exception: math-verify's timeouts derive from BaseException
-        first_error = error
-    else:
+    results, first_error = _try_call(reward, rows, first_row=0)
+    if first_error is None:
         failures = _check_failures(reward, results, count, max_failure_share)
         if failures:
-            _log.warning(
-                "Reward %r failed on %d of %d rows, which get no reward; the last error is %s",
-                reward.name, failures, count, results.error,
-            )  # fmt: skip
+            missing = f"{failures} of {count} rows, which get no reward"
+            _log.warning("Reward %r failed on %s; the last error is %s", name, missing, results.error)
         return results
 
     results = Results([], [])
     for row in range(count):
-        cause = None
-        try:
-            one = call(reward, {name: column[row : row + 1] for name, column in rows.items()}, first_row=row)
-        except (RewardError, KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:
-            one, cause = Results([math.nan], ["error"], f"{type(error).__name__}: {error}"), error
+        one, cause = _try_call(reward, {name: column[row : row + 1] for name, column in rows.items()}, first_row=row)
         results += one
         results.outcomes += one.outcomes
         results.error = one.error or results.error
         # Checked after every row, so that a broken function is not called for all rows.
         failures = _check_failures(reward, results, count, max_failure_share, cause)
-    _log.warning(
-        "Reward %r raised %s: %s; called row by row, it failed on %d of %d rows, which get no reward.",
-        reward.name, type(first_error).__name__, first_error, failures, count,
-    )  # fmt: skip
+    first, missing = f"{type(first_error).__name__}: {first_error}", f"{failures} of {count} rows, which get no reward"
+    _log.warning("Reward %r raised %s; called row by row, it failed on %s.", name, first, missing)
     return results
+
+
+def _try_call(reward: HostReward, rows: Mapping[str, Sequence], first_row: int) -> tuple[Results, BaseException | None]:
+    """Returns the results of `call` and None, or one "error" and the exception of the function."""
+    try:
+        return call(reward, rows, first_row), None
+    except (RewardError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # not Exception: math-verify's timeouts derive from BaseException
+        return Results([math.nan], ["error"], f"{type(error).__name__}: {error}"), error
 
 
 def _check_failures(
@@ -242,27 +203,22 @@ def _check_failures(
 def call(reward: HostReward, rows: Mapping[str, Sequence], first_row: int) -> Results:
     """Calls a reward once and returns its rewards as floats, NaN for None, with their outcomes.
 
-    Args:
-      reward: the reward to call.
-      rows: the arguments, lists of one length.
-      first_row: the number of the first of these rows, for messages.
-
-    Raises:
-      RewardError: the return value breaks the contract. Anything that the function itself raises passes through.
+    `first_row` is the number of the first row, for messages. Raises RewardError if the return value breaks the contract.
+    Anything that the function itself raises passes through.
     """
     count = len(rows["completions"])
     # Each function gets its own lists, so that it may sort or clear them.
     result = reward.function(**{name: list(column) for name, column in rows.items()})
+    name = f"Reward {reward.name!r}"
     try:
         returned = list(result)
     except TypeError:
-        raise RewardError(
-            f"Reward {reward.name!r} returned a {type(result).__name__}; it must return a list of {count} rewards."
-        ) from None
+        kind = type(result).__name__
+        raise RewardError(f"{name} returned a {kind}; it must return a list of {count} rewards.") from None
     if len(returned) != count:
         raise RewardError(
-            f"Reward {reward.name!r} returned {len(returned)} rewards for {count} completions; it must return one reward "
-            "per completion, in order, and None for a missing reward."
+            f"{name} returned {len(returned)} rewards for {count} completions; it must return one reward per completion, "
+            "in order, and None for a missing reward."
         )
     values = [_checked_value(reward, first_row + row, value) for row, value in enumerate(returned)]
     given = ["none" if math.isnan(value) else "ok" for value in values]
@@ -271,7 +227,7 @@ def call(reward: HostReward, rows: Mapping[str, Sequence], first_row: int) -> Re
     for row, (outcome, present) in enumerate(itertools.zip_longest(result.outcomes, given)):
         if outcome != present and (present != "none" or outcome not in ("error", "timeout")):
             raise RewardError(
-                f"Reward {reward.name!r} reports the outcome {outcome!r} for row {first_row + row}, which has "
+                f"{name} reports the outcome {outcome!r} for row {first_row + row}, which has "
                 f"{'a' if present == 'ok' else 'no'} reward; give 'ok' with a reward, and 'none', 'error' or 'timeout' "
                 "without one."
             )
@@ -286,10 +242,8 @@ def _checked_value(reward: HostReward, row: int, value: Any) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not abs(number) <= _LARGEST:  # also true of NaN
-        raise RewardError(
-            f"Reward {reward.name!r} returned {value!r:.80} for row {row}; return a finite float32 number, or None for a "
-            "missing reward."
-        )
+        fault = f"Reward {reward.name!r} returned {value!r:.80} for row {row}"
+        raise RewardError(f"{fault}; return a finite float32 number, or None for a missing reward.")
     return number
 
 
@@ -319,37 +273,23 @@ def checked_shape(
 ) -> tuple[int, int]:
     """Returns (P, G). Raises RewardError if the inputs of `compute_rewards` do not fit each other."""
     if len(prompts) == 0 or len(completions) != len(prompts) or len(completions[0]) == 0:
-        raise RewardError(
-            f"There are {len(prompts)} prompts and {len(completions)} groups of completions; give one non-empty group per "
-            "prompt."
-        )
+        counts = f"{len(prompts)} prompts and {len(completions)} groups of completions"
+        raise RewardError(f"There are {counts}; give one non-empty group per prompt.")
     groups = len(completions[0])
     sizes, id_sizes = [len(group) for group in completions], [len(group) for group in completion_ids]
     if set(sizes) != {groups} or id_sizes != sizes:
+        shown = lambda sizes: ", ".join(map(str, sizes[:8])) + (", ..." if len(sizes) > 8 else "")
         raise RewardError(
             "Every prompt needs the same number of completions and of completion_ids; the groups have "
-            f"{_shown(sizes)} completions and {_shown(id_sizes)} completion_ids."
+            f"{shown(sizes)} completions and {shown(id_sizes)} completion_ids."
         )
     for name, values in columns.items():
         if name in ("prompts", "completions", "completion_ids"):
             raise RewardError(f"A data column is named {name!r}, a name that the run itself uses; rename the column.")
         if len(values) != len(prompts):
-            raise RewardError(
-                f"Column {name!r} has {len(values)} values for {len(prompts)} prompts; give one value per prompt."
-            )
+            counts = f"{len(values)} values for {len(prompts)} prompts"
+            raise RewardError(f"Column {name!r} has {counts}; give one value per prompt.")
     return len(prompts), groups
-
-
-def _shown(sizes: list[int]) -> str:
-    return ", ".join(map(str, sizes[:8])) + (", ..." if len(sizes) > 8 else "")
-
-
-def _repeat(values: Sequence, times: int) -> list:
-    return [value for value in values for _ in range(times)]
-
-
-def _flatten(groups: Sequence[Sequence]) -> list:
-    return [value for group in groups for value in group]
 
 
 def name_of(function: Callable) -> str:
@@ -376,10 +316,8 @@ def _import_module(name: str, spec: str) -> ModuleType:
 
 def _import_file(path: Path, spec: str) -> ModuleType:
     if not path.is_file():
-        nearby = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise RewardError(
-            f"Reward {spec!r}: there is no file {path}{_nearest(path.name, nearby)} (in {path.parent.resolve()})."
-        )
+        nearby = _nearest(path.name, [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else [])
+        raise RewardError(f"Reward {spec!r}: there is no file {path}{nearby} (in {path.parent.resolve()}).")
     module_spec = importlib.util.spec_from_file_location(f"jaxrl_reason_reward_{path.stem}", path)
     assert module_spec is not None and module_spec.loader is not None  # true of every .py file
     module = importlib.util.module_from_spec(module_spec)

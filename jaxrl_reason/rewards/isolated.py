@@ -21,12 +21,9 @@ _SAMPLE = 16  # rows that are called singly before the failures among them are c
 
 
 def make_pool(specs: Sequence[str], *, workers: int, timeout_s: float, memory_mb: int) -> Pool:
-    """Returns a pool whose workers start with the first call and load these functions then.
+    """Returns a pool whose workers start with the first call and load the functions `specs` then.
 
-    Args:
-      specs: "package.module:function" or "path/to/file.py:function".
-      workers: the maximum number of workers; 0: one per core, at most `MAX_WORKERS`.
-      timeout_s, memory_mb: limits of one call, see `Pool`.
+    `workers` is the maximum number of workers; 0: one per core, at most `MAX_WORKERS`. For the limits see `Pool`.
     """
     load = functools.partial(_load_all, [_absolute(spec) for spec in specs])
     workers = workers or min(os.cpu_count() or 1, MAX_WORKERS)
@@ -41,15 +38,9 @@ class Isolated:
     `max_failure_share` of the rows tried have failed, unless success of all other rows could still meet that share. A
     row that was not tried keeps the outcome of its prompt's call.
 
-    Args:
-      spec: the name by which the workers load the function; one of the pool's.
-      function: the same function, loaded in this process for its name, its arguments and its `answer_of`.
-      pool: the result of `make_pool`.
-      max_failure_share: a number in [0, 1].
-
-    Raises:
-      RewardError: raised by a call if the function breaks its contract, if no worker starts, or if the data cannot be
-        sent to a worker.
+    The workers of the pool load the function by `spec`; `function` is the same, loaded in this process for its name, its
+    arguments and its `answer_of`. A call raises RewardError if the function breaks its contract, if no worker starts, or
+    if the data cannot be sent to a worker.
     """
 
     def __init__(self, spec: str, function: host.RewardFunction, pool: Pool, max_failure_share: float):
@@ -87,15 +78,8 @@ class Isolated:
         self, calls: Sequence[Sequence[int]], columns: Mapping[str, Sequence], results: Results
     ) -> list[Sequence[int]]:
         """Calls the function once per list of rows and fills `results`. Returns the lists whose call failed."""
-        items = [
-            (
-                "reward",
-                self._spec,
-                (self.__name__, rows[0], {name: [x[row] for row in rows] for name, x in columns.items()}),
-            )
-            for rows in calls
-        ]
-        answers = self._ask(items)
+        cut = lambda rows: {name: [x[row] for row in rows] for name, x in columns.items()}
+        answers = self._ask([("reward", self._spec, (self.__name__, rows[0], cut(rows))) for rows in calls])
         failed = []
         for rows, answer, outcome in zip(calls, answers, answers.outcomes):
             if isinstance(answer, str):
@@ -104,10 +88,8 @@ class Isolated:
                 values, outcomes, words = answer
                 if not len(values) == len(outcomes) == len(rows):
                     raise ValueError
-            except (
-                TypeError,
-                ValueError,
-            ):  # no answer, or one that `_answer` cannot give: the function took over the process
+            except (TypeError, ValueError):
+                # No answer, or one that `_answer` cannot give: the function took over the process.
                 failed.append(rows)
                 outcome = "error" if outcome == "ok" else outcome
                 values, outcomes, words = [None] * len(rows), [outcome] * len(rows), answers.error
@@ -118,12 +100,8 @@ class Isolated:
 
     def _answers_of(self, texts: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]]) -> list[list]:
         """Returns `answer_of` each text of each row: a text or a number, None if there is none or the call fails."""
-        items = [
-            ("answer_of", self._spec, (text, dict(row)))
-            for group, row in zip(texts, rows, strict=True)
-            for text in group
-        ]
-        answers = iter(self._ask(items))
+        pairs = [(text, dict(row)) for group, row in zip(texts, rows, strict=True) for text in group]
+        answers = iter(self._ask([("answer_of", self._spec, pair) for pair in pairs]))
         return [[next(answers) for _ in group] for group in texts]
 
     def _ask(self, items: list) -> Results:
@@ -149,12 +127,7 @@ def _load_all(specs: Sequence[str]) -> None:
 
 
 def _answer(item: tuple[str, str, tuple]) -> list | str | float | None:
-    """Calls a reward or its `answer_of`.
-
-    Returns:
-      For a reward: [values, outcomes, the last error], or the message of a broken contract. For `answer_of`: the
-      answer.
-    """
+    """Calls `answer_of`, or a reward: returns [values, outcomes, the last error] or the message of a broken contract."""
     kind, spec, arguments = item
     function: Any = _loaded(spec)
     if kind == "answer_of":

@@ -30,7 +30,6 @@ class TextScorer:
       system: the system prompt of the reward model's chat.
       max_length: maximum number of tokens of a text. A longer text is never cut; it has no score and no reward.
       parts: the number of microbatches, as far as they divide the groups of a batch.
-      sharding: the sharding of the leading axis.
     """
 
     def __init__(
@@ -57,10 +56,9 @@ class TextScorer:
         fits = np.array([0 < len(ids) <= self._max_length for ids in encoded])
         longest = hosts.largest(max((len(ids) for ids, ok in zip(encoded, fits) if ok), default=1))
         padded = np.full((len(encoded), -(-longest // _BUCKET) * _BUCKET), self._tokenizer.pad_id, np.int32)
-        lengths = np.zeros(len(encoded), np.int32)
-        for i in np.flatnonzero(fits):
-            lengths[i] = len(encoded[i])
-            padded[i, : lengths[i]] = encoded[i]
+        lengths = np.array([len(ids) if ok else 0 for ids, ok in zip(encoded, fits)], np.int32)
+        for row, ids, length in zip(padded, encoded, lengths):
+            row[:length] = ids[:length]
         split = lambda x: hosts.put_rows(x.reshape(-1, G, *x.shape[1:]), self._sharding, P)
         parts = microbatches(_mesh(self._sharding), P, self._parts)
         scores = self._score(self._params, split(padded), split(lengths), parts)
@@ -91,15 +89,12 @@ class TextScorer:
 def chat_of(tokenizer: Tokenizer, system: str) -> ChatTemplate | None:
     """Returns the chat of a reward model, tried on one conversation; None if its tokenizer has no chat template.
 
-    Raises:
-      ValueError: there is a system prompt without a chat, or the template cannot be rendered.
+    Raises ValueError if there is a system prompt without a chat, or if the template cannot be rendered.
     """
     if not tokenizer.chat_template:
         if system:
-            raise ValueError(
-                "config.reward_model.system is set, and the reward model's tokenizer has no chat template; leave the "
-                "field empty."
-            )
+            fault = "config.reward_model.system is set, and the reward model's tokenizer has no chat template"
+            raise ValueError(f"{fault}; leave the field empty.")
         return None
     chat = chat_template(_QUESTION, tokenizer, system)
     chat.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], add_generation_prompt=False)

@@ -49,12 +49,7 @@ def math_verify_reward(completions: Sequence[str], answer: Sequence[str | int | 
     more than `MAX_ANSWER_LENGTH` characters or if the verifier dies on it. It is a timeout if the verifier takes longer
     than `TIMEOUT_S`. Neither has a reward.
 
-    Args:
-      completions: N texts.
-      answer: N references: numbers, LaTeX, or worked solutions that end in "#### x" or "\boxed{x}".
-
-    Returns:
-      N rewards, with `outcomes`.
+    References are numbers, LaTeX, or worked solutions that end in "#### x" or "\boxed{x}".
 
     Raises:
       ValueError: a reference cannot be read. The fault is in the data, not in the completion.
@@ -68,9 +63,8 @@ def math_verify_reward(completions: Sequence[str], answer: Sequence[str | int | 
         if is_number and (prediction is None or parse_number(prediction) is not None):
             results[row], results.outcomes[row] = float(numeric_verdict(completion, gold)), "ok"
         elif prediction is not None and len(prediction) > MAX_ANSWER_LENGTH:
-            results.error = (
-                f"an answer has {len(prediction)} characters, more than the {MAX_ANSWER_LENGTH} that are read"
-            )
+            too_long = f"an answer has {len(prediction)} characters"
+            results.error = f"{too_long}, more than the {MAX_ANSWER_LENGTH} that are read"
         else:
             questions.setdefault((reference, prediction), []).append(row)
     if not questions:
@@ -89,10 +83,8 @@ def math_verify_reward(completions: Sequence[str], answer: Sequence[str | int | 
 def require_math_verify() -> None:
     """Raises ImportError if math-verify is not installed. Imports nothing."""
     if importlib.util.find_spec("math_verify") is None:
-        raise ImportError(
-            "The reward 'math_verify' needs the package math-verify, which is not installed: "
-            "pip install 'jaxrl_reason[math]'."
-        )
+        needed = "The reward 'math_verify' needs the package math-verify, which is not installed"
+        raise ImportError(f"{needed}: pip install 'jaxrl_reason[math]'.")
 
 
 @functools.cache
@@ -106,10 +98,9 @@ def _read_reference(answer: str | int | float, row: int) -> tuple[str, bool]:
     if isinstance(answer, numbers.Rational) or isinstance(answer, numbers.Real) and math.isfinite(answer):
         try:
             return str(answer), True
-        except ValueError as error:  # Python converts integers of at most 4300 digits
-            raise ValueError(
-                f"Row {row}: the reference answer is too long a number: {error}; correct that row's answer."
-            ) from None
+        except ValueError as e:  # Python converts integers of at most 4300 digits
+            too_long = f"Row {row}: the reference answer is too long a number: {e}"
+            raise ValueError(f"{too_long}; correct that row's answer.") from None
     text = answer.strip() if isinstance(answer, str) else ""
     if "####" in text or r"\boxed{" in text:
         text = extract_answer(text) or ""
@@ -164,12 +155,8 @@ def _contradicts_itself(answer: str) -> bool:
     from math_verify import verify
     from sympy import Set
 
-    def is_stated(x):
-        return getattr(x, "is_number", False) or isinstance(x, Set) and not x.free_symbols
-
+    is_stated = lambda x: getattr(x, "is_number", False) or isinstance(x, Set) and not x.free_symbols
     members = [_read(member.strip()) for member in _EQUALS.split(answer)]
-    if len(members) < 2:
-        return False
     stated = [read[0] for read in members if read and is_stated(read[0])]
     return any(not verify(stated[0], other, timeout_seconds=None) for other in stated[1:])
 
@@ -195,15 +182,9 @@ def _read(answer: str) -> list:
     # Reads the whole box or nothing. By default, math-verify would take any number or formula in it for the answer.
     text = _TEXT.search(answer)
     unit = text and _UNIT.fullmatch(answer, text.start())
-    normalization = NormalizationConfig(
-        basic_latex=True,
-        units=text is None or unit is not None and is_unit(unit[1]),
-        malformed_operators=True,
-        nits=True,
-    )
-    whole = LatexExtractionConfig(
-        try_extract_without_anchor=False, boxed_match_priority=0, normalization_config=normalization
-    )
+    units = text is None or unit is not None and is_unit(unit[1])
+    norm = NormalizationConfig(basic_latex=True, units=units, malformed_operators=True, nits=True)
+    whole = LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0, normalization_config=norm)
     return parse(rf"\boxed{{{answer}}}", [whole], parsing_timeout=None, extraction_mode="first_match")
 
 

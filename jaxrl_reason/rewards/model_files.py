@@ -1,4 +1,4 @@
-"""A trained reward model on disk: DIR/reward_model/{params, reward_model.json}, and a note of where a pretrained one came from."""
+"""A trained reward model on disk, DIR/reward_model/{params, reward_model.json}, and the source of a pretrained one."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -32,14 +32,7 @@ def is_ours(directory: str | pathlib.Path) -> bool:
 def write_description(
     directory: pathlib.Path, model: models.ModelConfig, digest: str, facts: Mapping[str, Any]
 ) -> None:
-    """Writes reward_model.json.
-
-    Args:
-      directory: of the reward model.
-      model: its decoder.
-      digest: of its tokenizer.
-      facts: how it was trained and how well it ranks held-out pairs.
-    """
+    """Writes reward_model.json: the decoder, the tokenizer's digest, and facts about the training and held-out pairs."""
     content = {"model": dataclasses.asdict(model), "tokenizer_digest": digest} | dict(facts)
     write_json(directory / DESCRIPTION, content)
 
@@ -47,13 +40,8 @@ def write_description(
 def described(directory: str | pathlib.Path, digest: str | None = None) -> models.ModelConfig:
     """Returns the decoder of the trained reward model in a directory.
 
-    Args:
-      directory: of the reward model.
-      digest: of the tokenizer whose ids are to be scored; None: not checked.
-
-    Raises:
-      FileNotFoundError: there is no reward model.
-      ValueError: it was trained with another tokenizer, or its description cannot be read.
+    `digest` is of the tokenizer whose ids are to be scored; None: not checked. Raises FileNotFoundError if there is no
+    reward model, ValueError if it was trained with another tokenizer or its description cannot be read.
     """
     directory = pathlib.Path(directory).expanduser()
     file = directory / DESCRIPTION
@@ -80,16 +68,9 @@ def described(directory: str | pathlib.Path, digest: str | None = None) -> model
 def load_reward_model(
     directory: str | pathlib.Path, digest: str, *, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[models.ModelConfig, models.Params]:
-    """Loads a reward model that was trained here.
+    """Loads a reward model that was trained here onto the mesh; None: onto the first device.
 
-    Args:
-      directory: of reward_model.json and params/.
-      digest: of the tokenizer whose ids are to be scored.
-      mesh: where the weights are placed; None: on the first device.
-
-    Raises:
-      FileNotFoundError, ValueError: see `described`.
-      CheckpointError: the weights cannot be read.
+    Raises FileNotFoundError or ValueError as `described`, and CheckpointError if the weights cannot be read.
     """
     directory = pathlib.Path(directory).expanduser()
     config = described(directory, digest)

@@ -1,4 +1,4 @@
-"""The learned reward model of a run: checked before the run, then loaded, or trained on preference pairs by the Bradley-Terry loss.
+"""The learned reward model of a run: checked before the run, then loaded, or trained on pairs by the Bradley-Terry loss.
 
 pairs -> [ Bradley-Terry update ] x steps -> held-out accuracy -> DIR/reward_model/{params, reward_model.json}
 """
@@ -21,16 +21,9 @@ from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data.preferences import PreferenceStream
 from jaxrl_reason.models import reward_model, sharding
 from jaxrl_reason.models.formats.weights import read_json
+from jaxrl_reason.rewards import model_files
 from jaxrl_reason.rewards.learned import chat_of, TextScorer
-from jaxrl_reason.rewards.model_files import (
-    described,
-    DESCRIPTION,
-    is_ours,
-    load_reward_model,
-    SOURCE,
-    tokenizer_digest,
-    write_description,
-)
+from jaxrl_reason.rewards.model_files import is_ours, load_reward_model, tokenizer_digest
 from jaxrl_reason.rewards.scorer import RewardModelScorer
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.optimizer import apply_gradients, init_opt_state, make_supervised_optimizer
@@ -43,7 +36,8 @@ from jaxrl_reason.runs.pictures import summary_table
 from jaxrl_reason.runs.progress import Clock
 from jaxrl_reason.runs.workdir import tokenizer_of, Workdir
 
-# Folded into the seed for the score vector and, if no policy initialises it, the decoder; the purposes in `rl.programs` are other numbers.
+# Folded into the seed for the score vector and, if no policy initialises it, the decoder. The purposes in `rl.programs`
+# are other numbers.
 _INIT = 101
 # Sources require the column of an answer; a file of pairs need not have one, and nothing here reads it.
 _PAIR_COLUMNS = {"answer": "question", "chosen": "chosen", "rejected": "rejected"}
@@ -54,25 +48,17 @@ _HELD_OUT = "reward_model/held_out/"
 class Phase:
     """Everything that is needed to load or train a reward model. Made by `setup`, which checks all of it.
 
-    Attributes:
-      config: of the run; its section `reward_model` names the model or its training.
-      model: the policy's decoder; a reward model that is trained here has the same shape.
-      mesh: the devices.
-      tokenizer: of the run.
-      work: the directory of the reward model to train, not yet written to; None if config.reward_model.path names a trained one.
-      pairs: the training pairs, or None.
-      held_out: the pairs of the evaluation, or None.
-      pretrained: the model of config.reward_model.path in the Hugging Face layout, or None.
+    A reward model that is trained here has the shape of the policy's decoder, `model`.
     """
 
     config: Config
     model: models.ModelConfig
     mesh: jax.sharding.Mesh
     tokenizer: data.Tokenizer
-    work: Workdir | None = None
+    work: Workdir | None = None  # of the model to train, not yet written to; None if config.reward_model.path is set
     pairs: PreferenceStream | None = None
-    held_out: PreferenceStream | None = None
-    pretrained: models.Opened | None = None
+    held_out: PreferenceStream | None = None  # pairs of the evaluation
+    pretrained: models.Opened | None = None  # of config.reward_model.path, in the Hugging Face layout
 
     @property
     def directory(self) -> pathlib.Path:
@@ -83,14 +69,10 @@ class Phase:
 def setup(
     config: Config, *, model: models.ModelConfig, work: Workdir, tokenizer: data.Tokenizer, mesh: jax.sharding.Mesh
 ) -> Phase:
-    """Checks the pairs and the reward model's directory, or the trained model that config.reward_model.path names. Writes nothing.
+    """Checks the pairs and the reward model's directory, or the model of config.reward_model.path. Writes nothing.
 
-    Args:
-      config: of the run.
-      model, work, tokenizer, mesh: of the run; the reward model is trained in the folder reward_model of its work directory.
-
-    Raises:
-      ConfigError, ValueError, OSError: a sentence that names the fault and its place.
+    A reward model is trained in the folder reward_model of `work`. Raises ConfigError, ValueError or OSError, which name
+    the fault and its place.
     """
     c, r = config, config.reward_model
     phase = Phase(config, models.lora.base_of(model), mesh, tokenizer)
@@ -98,19 +80,16 @@ def setup(
         return dataclasses.replace(phase, pretrained=open_pretrained(config, mesh, work.path))
     if r != dataclasses.replace(r, system="", max_length=config_lib.RewardModel().max_length):
         raise ConfigError(
-            "config.reward_model.system and config.reward_model.max_length are for a pretrained reward model with a chat template and "
-            "texts of its own; leave them out."
+            "config.reward_model.system and config.reward_model.max_length are for a pretrained reward model with a chat "
+            "template and texts of its own; leave them out."
         )
     if r.path:
-        described(phase.directory, tokenizer_digest(tokenizer))
+        model_files.described(phase.directory, tokenizer_digest(tokenizer))
         return phase
     sharding.check_batch(mesh, "config.reward_model.batch_size", r.batch_size)
+    folder, columns = c.data.data_dir or None, _PAIR_COLUMNS if r.data else c.data.columns
     source = lambda name, split: data.load_source(
-        r.data or name,
-        split,
-        data_dir=c.data.data_dir or None,
-        columns=_PAIR_COLUMNS if r.data else c.data.columns,
-        on_bad_row=c.data.on_bad_row,
+        r.data or name, split, data_dir=folder, columns=columns, on_bad_row=c.data.on_bad_row
     )
     rows = source(c.data.train, r.split or c.data.train_split)
     held_out = source(c.data.eval or c.data.train, r.eval_split or c.data.eval_split)
@@ -126,33 +105,25 @@ def setup(
         on_long=c.data.on_long_prompt,
         add_bos=config_lib.begins_with_bos(c, tokenizer),
     )
-    return dataclasses.replace(
-        phase,
-        pairs=stream(rows),
-        held_out=stream(held_out.read(range(min(len(held_out), c.eval.prompts))), shuffle=False),
-        work=Workdir(work.path / "reward_model", c, f"{rows.fingerprint}/{held_out.fingerprint}"),
-    )
+    evaluated = stream(held_out.read(range(min(len(held_out), c.eval.prompts))), shuffle=False)
+    own = Workdir(work.path / "reward_model", c, f"{rows.fingerprint}/{held_out.fingerprint}")
+    return dataclasses.replace(phase, pairs=stream(rows), held_out=evaluated, work=own)
 
 
 def open_pretrained(config: Config, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> models.Opened:
-    """Opens the pretrained reward model of config.reward_model.path; of a model of the hub, the commit that the run began with.
+    """Opens the pretrained reward model of config.reward_model.path; of a hub's model, the commit kept by `begin`.
 
-    Args:
-      config: of the run.
-      mesh: has to divide the model.
-      workdir: of the run; `begin` has kept the commit there.
-
-    Raises:
-      ConfigError: there is none, its tokenizer or its chat template cannot be used, or the mesh does not divide it.
+    Raises ConfigError if there is none, if its tokenizer or chat template cannot be used, or if the mesh does not divide
+    it.
     """
-    path, kept = config.reward_model.path, workdir / "reward_model" / SOURCE
+    path, kept = config.reward_model.path, workdir / "reward_model" / model_files.SOURCE
     origin = read_json(kept) if kept.is_file() else {}
     try:
         found = models.open_model(models.pinned(path, origin.get("config", {})) if origin.get("path") == path else path)
     except models.PretrainedError as e:
         raise ConfigError(
-            f"config.reward_model.path is {path!r}, which has neither a {DESCRIPTION} (the reward_model folder of a work directory in "
-            f"which python -m jaxrl_reason.reward_training has ended) nor a pretrained model: {e}"
+            f"config.reward_model.path is {path!r}, which has neither a {model_files.DESCRIPTION} (the reward_model folder "
+            f"of a work directory in which python -m jaxrl_reason.reward_training has ended) nor a pretrained model: {e}"
         ) from e
     if found.tokenizer is None:
         raise ConfigError(f"config.reward_model.path is {path!r}, and there is no tokenizer.json in it.")
@@ -166,28 +137,18 @@ def open_pretrained(config: Config, mesh: jax.sharding.Mesh, workdir: pathlib.Pa
 
 
 def begin(phase: Phase, workdir: pathlib.Path) -> None:
-    """Writes to the run's work directory where a pretrained reward model came from.
-
-    Raises:
-      OSError: it cannot be written.
-    """
+    """Writes the source of a pretrained reward model to the run's work directory."""
     if phase.pretrained:
         with writing(workdir / "reward_model"):
             (workdir / "reward_model").mkdir(exist_ok=True)
         origin = {"path": phase.config.reward_model.path, "config": dict(phase.pretrained.source)}
-        write_json(workdir / "reward_model" / SOURCE, origin)
+        write_json(workdir / "reward_model" / model_files.SOURCE, origin)
 
 
 def scorer(
-    phase: Phase,
-    decoder: models.Params,
-    console: rich.console.Console,
-    should_stop: Callable[[], bool] = lambda: False,
+    phase: Phase, decoder: models.Params, console: rich.console.Console, should_stop: Callable[[], bool] = lambda: False
 ) -> RewardModelScorer:
-    """Returns the scorer of the phase's reward model. Trains the model first if it is not trained yet.
-
-    Arguments and errors: see `train_reward_model`.
-    """
+    """Returns the scorer of the phase's reward model. Trains the model first if it is not trained yet."""
     c = phase.config
     if phase.pretrained:
         return pretrained_scorer(c, phase.pretrained, phase.tokenizer, phase.mesh)
@@ -196,16 +157,10 @@ def scorer(
 
 
 def load_scorer(c: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, batch_size: int) -> RewardModelScorer:
-    """Returns the scorer of the reward model of a trained run.
+    """Returns the scorer of a trained run's reward model: of config.reward_model.path, else of the run's `workdir`.
 
-    Args:
-      c: of the run.
-      workdir: the work directory; its reward model is used unless config.reward_model.path names another.
-      mesh: the devices.
-      batch_size: prompts per batch. They are scored in as many microbatches as in training, if the devices can share them evenly.
-
-    Raises:
-      ConfigError, ValueError, OSError: there is no such reward model, or its tokenizer is another one.
+    The prompts of a batch are scored in as many microbatches as in training, if the devices can share them evenly.
+    Raises ConfigError, ValueError or OSError if there is no such reward model, or if its tokenizer is another one.
     """
     tokenizer = tokenizer_of(workdir)
     directory = pathlib.Path(c.reward_model.path).expanduser() if c.reward_model.path else workdir / "reward_model"
@@ -218,8 +173,8 @@ def load_scorer(c: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, batch
 def _trained_scorer(
     c: Config, model: models.ModelConfig, params: models.Params, mesh: jax.sharding.Mesh, batch_size: int
 ) -> RewardModelScorer:
-    microbatches = c.update.accumulation * c.update.minibatches  # as for the policy's log-probabilities
-    microbatches = sharding.microbatches(mesh, batch_size, microbatches)
+    # As many microbatches as for the policy's log-probabilities.
+    microbatches = sharding.microbatches(mesh, batch_size, c.update.accumulation * c.update.minibatches)
     score = group_scoring_program(with_attention(model, c, mesh), mesh, microbatches)
     return lambda rollout, batch: (score(params, rollout), {})
 
@@ -237,12 +192,8 @@ def pretrained_scorer(
 ) -> TextScorer:
     """Returns the scorer of a pretrained reward model, with its weights on the mesh in the dtypes of the policy."""
     assert opened.tokenizer is not None  # checked by `open_pretrained`
-    model = dataclasses.replace(
-        with_attention(opened.config, c, mesh),
-        param_dtype=c.model.param_dtype,
-        compute_dtype=c.model.compute_dtype,
-        remat="none",
-    )
+    model, m = with_attention(opened.config, c, mesh), c.model
+    model = dataclasses.replace(model, param_dtype=m.param_dtype, compute_dtype=m.compute_dtype, remat="none")
     return TextScorer(
         model,
         models.place_weights(opened, model, mesh, models.RewardModel),
@@ -256,10 +207,7 @@ def pretrained_scorer(
 
 
 def get_reward_model(
-    phase: Phase,
-    decoder: models.Params,
-    console: rich.console.Console,
-    should_stop: Callable[[], bool] = lambda: False,
+    phase: Phase, decoder: models.Params, console: rich.console.Console, should_stop: Callable[[], bool] = lambda: False
 ) -> tuple[models.ModelConfig, models.Params]:
     """Loads the phase's reward model if it is trained, else trains it from the weights of `decoder`."""
     if is_ours(phase.directory):
@@ -269,32 +217,21 @@ def get_reward_model(
 
 
 def train_reward_model(
-    phase: Phase,
-    decoder: models.Params,
-    console: rich.console.Console,
-    should_stop: Callable[[], bool] = lambda: False,
+    phase: Phase, decoder: models.Params, console: rich.console.Console, should_stop: Callable[[], bool] = lambda: False
 ) -> models.Params:
-    """Trains on the pairs from the newest checkpoint of the phase's directory; prints held-out metrics before and after.
+    """Trains on the pairs from the newest checkpoint of a phase; prints held-out metrics before and after.
 
-    Args:
-      phase: from `setup`.
-      decoder: the weights to begin with, see `reward_model.init_params`; they are not donated.
-      console: for the progress bar and the table.
-      should_stop: whether to save and end, called after every step; from `hosts.preemption`.
+    Training begins with the weights `decoder`, see `reward_model.init_params`, which are not donated. `should_stop`, from
+    `hosts.preemption`, is called after every step; if it is true the step is saved and Preempted is raised.
 
-    Returns:
-      The trained parameters. They are also in the directory's params/, next to metrics.jsonl and reward_model.json.
-
-    Raises:
-      Preempted: `should_stop` was true; the last step is saved.
+    Returns the trained parameters. They are also in the directory's params/, next to metrics.jsonl and reward_model.json.
     """
     c, r, directory = phase.config, phase.config.reward_model, phase.directory
     work, pairs, held_out = phase.work, phase.pairs, phase.held_out
     assert work is not None and pairs is not None and held_out is not None  # `setup` makes all three, or none
     key = jax.random.fold_in(jax.random.key(c.seed), _INIT)
-    optimizer = make_supervised_optimizer(
-        dataclasses.replace(c, supervised=config_lib.Supervised(steps=r.steps, learning_rate=r.learning_rate))
-    )
+    supervised = config_lib.Supervised(steps=r.steps, learning_rate=r.learning_rate)
+    optimizer = make_supervised_optimizer(dataclasses.replace(c, supervised=supervised))
     shardings, by_prompt = state_shardings(phase.model, phase.mesh, optimizer), sharding.batch_sharding(phase.mesh)
     place = lambda batch: jax.tree.map(lambda x: hosts.put_rows(x, by_prompt, r.batch_size), batch)
 
@@ -340,19 +277,14 @@ def train_reward_model(
 
 def _report(phase: Phase, console: rich.console.Console) -> None:
     """Writes reward_model.json and prints the held-out metrics before and after the training."""
-    lines = [
-        {name: value for name, value in line.items() if name.startswith(_HELD_OUT)}
-        for line in read_metrics(phase.directory / "metrics.jsonl")
-    ]
+    metrics = read_metrics(phase.directory / "metrics.jsonl")
+    lines = [{name: value for name, value in line.items() if name.startswith(_HELD_OUT)} for line in metrics]
     measured = [line for line in lines if line]
     held_out = {name.removeprefix(_HELD_OUT): value for name, value in measured[-1].items()}
     assert phase.pairs is not None and phase.held_out is not None
-    facts = {
-        "steps": phase.config.reward_model.steps,
-        "pairs": phase.pairs.size,
-        "held_out": held_out | {"pairs": phase.held_out.size},
-    }
-    write_description(phase.directory, phase.model, tokenizer_digest(phase.tokenizer), facts)
+    facts: dict[str, Any] = {"steps": phase.config.reward_model.steps, "pairs": phase.pairs.size}
+    facts["held_out"] = held_out | {"pairs": phase.held_out.size}
+    model_files.write_description(phase.directory, phase.model, tokenizer_digest(phase.tokenizer), facts)
     console.print(summary_table(measured[0], measured[-1]))
 
 
@@ -363,9 +295,8 @@ def make_update(config: models.ModelConfig, optimizer: optax.GradientTransformat
     def update(state: TrainState, pairs):
         (loss, metrics), grads = grad(state.trained, pairs)
         params, opt_state, norm, applied = apply_gradients(optimizer, state.trained, state.opt_state, grads, loss)
-        state = state._replace(
-            step=state.step + 1, trained=params, opt_state=opt_state, data_position=state.data_position + 1
-        )
+        number, position = state.step + 1, state.data_position + 1
+        state = state._replace(step=number, trained=params, opt_state=opt_state, data_position=position)
         metrics |= {"reward_model/loss": loss, "reward_model/grad_norm": norm, "skipped_update_ratio": 1.0 - applied}
         return state, metrics
 
@@ -385,13 +316,9 @@ def state_shardings(
 def evaluate(score: Callable, pairs: PreferenceStream) -> dict[str, float]:
     """Measures on one epoch of pairs how often and by how much the chosen completion scores above the rejected one.
 
-    Args:
-      score: a PreferenceBatch -> f32[B, 2].
-      pairs: not shuffled; pairs of the last batch beyond the epoch do not count.
-
-    Returns:
-      `reward_model/held_out/accuracy`, the share of pairs with the chosen one strictly above, and `reward_model/held_out/margin`, the mean
-      difference.
+    `score` maps a PreferenceBatch to f32[B, 2]. Pairs are not shuffled, and pairs of the last batch beyond the epoch do
+    not count. Returns `reward_model/held_out/accuracy`, the share of pairs with the chosen one strictly above, and
+    `reward_model/held_out/margin`, the mean difference.
     """
     scores: list[np.ndarray] = []
     count = 0

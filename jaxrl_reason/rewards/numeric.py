@@ -6,13 +6,11 @@ much as "hello". Every function takes time linear in the text and keeps no state
 
 Numbers are, for example:
 
-    18   -3   +3   1,234   0.50   .5   3/4   1e3   $18   -$18   \$18   18.   \frac{1}{2}   -\dfrac{1}{2}   5\text{ cm}
-    50%
+    18  -3  +3  1,234  0.50  .5  3/4  1e3  $18  -$18  \$18  18.  \frac{1}{2}  -\dfrac{1}{2}  5\text{ cm}  50%
 
-Not numbers are, for example:
+Not numbers are, for example, digits that are not ASCII, and:
 
-    1,2,3   1,23   --5   3/0   1e101   1 1/2   2+3   nan   inf   5 apples   x = 5   digits that are not ASCII
-    5\text{00}   5\text{ million}   5\mathrm{i}
+    1,2,3  1,23  --5  3/0  1e101  1 1/2  2+3  nan  inf  5 apples  x = 5  5\text{00}  5\text{ million}  5\mathrm{i}
 
 `parse_number` divides by 100 if a percent sign follows. `numeric_verdict` accepts "50%" for the references "50%", "0.5"
 and "50", because the reference to "what percentage ...?" is usually written without the sign. It accepts "50" and "0.5"
@@ -77,17 +75,10 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 def extract_answer(text: str, *, fallback: str | None = None) -> str | None:
     r"""Returns the final answer of a completion as text.
 
-    The answer is in the last marker of either kind: "#### x" to the end of the line, or "\boxed{x}".
-
-    Args:
-      text: a completion or a worked solution.
-      fallback: None, or "last_number": if there is no marker, the last part of the text that looks like a number.
-
-    Returns:
-      The answer, stripped; None if there is no marker, if the last marker is empty, or if its brace is never closed.
-
-    Raises:
-      ValueError: any other `fallback`.
+    The answer is in the last marker of either kind: "#### x" to the end of the line, or "\boxed{x}". It is stripped. It
+    is None if there is no marker, if the last marker is empty, or if its brace is never closed. With the fallback
+    "last_number", a text without a marker has as its answer the last part that looks like a number. Raises ValueError
+    for any other fallback but None.
     """
     if fallback not in (None, "last_number"):
         raise ValueError(f'fallback is {fallback!r}; it must be None or "last_number".')
@@ -108,28 +99,20 @@ def parse_number(text: str) -> Fraction | None:
     The module's docstring shows the grammar. "50%" is 1/2. A text of more than `MAX_NUMBER_LENGTH` characters is not a
     number.
     """
-    reading = _read(text)
-    if reading is None:
-        return None
-    value, percent = reading
-    return value / 100 if percent else value
+    value, percent = _read(text) or (None, False)
+    return value / 100 if value is not None and percent else value
 
 
 def numeric_verdict(completion: str, answer: str | int | float, *, fallback: str | None = None) -> bool:
     r"""Returns whether the completion's final answer is exactly the reference number.
 
-    Args:
-      completion: the text to judge; `extract_answer` finds its final answer.
-      answer: the reference: a number, a text that is a number, or a worked solution that ends in "#### x" or
-        "\boxed{x}", as GSM8K's `answer` column does. A float means the decimal that it prints as: 0.1 is 1/10.
-      fallback: as in `extract_answer`.
+    The reference `answer` is a number, a text that is a number, or a worked solution that ends in "#### x" or
+    "\boxed{x}", as GSM8K's `answer` column does. A float means the decimal that it prints as: 0.1 is 1/10.
+    `extract_answer` finds the final answer, with the given fallback.
 
-    Returns:
-      True if both are numbers and equal, "0.50" and "1/2" included. False if there is no answer or the answer is not a
-      number.
+    Returns False also if there is no answer or the answer is not a number. "0.50" and "1/2" are equal.
 
-    Raises:
-      ValueError: the reference is not a number. The fault is in the data, not in the completion.
+    Raises ValueError if the reference is not a number: the fault is in the data, not in the completion.
     """
     reference, reference_percent = _read_reference(answer)
     extracted = extract_answer(completion, fallback=fallback)
@@ -158,11 +141,7 @@ def is_unit(words: str) -> bool:
 def _to_matching_brace(text: str, start: int) -> str | None:
     depth = 1
     for token in _BRACE.finditer(text, start):  # \{ and \} are part of the answer, and match as escapes
-        found = token.group()
-        if found == "{":
-            depth += 1
-        elif found == "}":
-            depth -= 1
+        depth += {"{": 1, "}": -1}.get(token.group(), 0)
         if depth == 0:
             return text[start : token.start()].strip() or None
     return None

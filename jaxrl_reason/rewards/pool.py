@@ -4,10 +4,8 @@
         results = pool.map(items)  # one value per item, in order; None if it has no value, see results.outcomes
 
 A worker runs `worker.py` as a script and imports only the module of its function. `multiprocessing.Process` would
-import the main module of the run, and JAX with it, into every worker and again after every kill.
-
-A worker has one item at a time and reports after it. The limits therefore apply to one item, and a kill costs no other
-item.
+import the main module of the run, and JAX with it, into every worker and again after every kill. A worker has one item
+at a time and reports after it. The limits therefore apply to one item, and a kill costs no other item.
 """
 
 import collections
@@ -39,12 +37,10 @@ _PROGRAM = str(pathlib.Path(__file__).with_name("worker.py"))
 
 
 class Results(list[Any]):
-    """The values of N items, None for an item without a value, and the outcome of each.
+    """The values of N items, the outcome of each, and the text of the last error or timeout, empty if there was none.
 
-    Attributes:
-      outcomes: per item "ok", "none" (the function returned None), "error" (the function raised or returned a value
-        that cannot be reported, or its process died) or "timeout". The value is None unless the outcome is "ok".
-      error: the text of the last error or timeout; empty if there was none.
+    Outcomes are "ok", "none" (the function returned None), "error" (the function raised or returned a value that cannot
+    be reported, or its process died) and "timeout". The value is None unless the outcome is "ok".
     """
 
     def __init__(self, values: Iterable[Any], outcomes: Iterable[str], error: str = ""):
@@ -68,9 +64,7 @@ class Pool:
       max_tasks: items after which a worker is replaced; None: never.
       initializer: called in each worker before its first item, for slow imports; it has no limit of an item.
 
-    Raises:
-      TypeError: the function cannot be sent to another process.
-      ValueError: a number is out of range.
+    Raises TypeError if the function cannot be sent to another process, ValueError if a number is out of range.
     """
 
     def __init__(
@@ -89,8 +83,7 @@ class Pool:
         if not 0 < timeout_s < math.inf:
             raise ValueError(f"timeout_s is {timeout_s}; give a finite number of seconds per item, above 0.")
         _check_importable(function)
-        if initializer is not None:
-            _check_importable(initializer)
+        _check_importable(initializer)
         self._setup = [_packed(list(sys.path)), _packed((function, initializer, memory_mb))]
         self._count, self._timeout_s, self._max_tasks = workers, timeout_s, max_tasks
         self._workers: list[_Worker] = []
@@ -102,10 +95,8 @@ class Pool:
     def map(self, items: Iterable[Any]) -> Results:
         """Returns the function's values in the order of the items; numbers become floats. No item makes this raise.
 
-        Raises:
-          TypeError: an item cannot be sent to another process.
-          RuntimeError: workers cannot start, for instance because the initializer raises.
-          ValueError: the pool is closed.
+        Raises TypeError if an item cannot be sent to another process, ValueError if the pool is closed, RuntimeError if
+        workers cannot start, for instance because the initializer raises.
         """
         payloads = [_packed(item, f"Item {i}") for i, item in enumerate(items)]
         results = Results([None] * len(payloads), ["error"] * len(payloads))
@@ -193,10 +184,8 @@ class Pool:
 class _Worker:
     """A worker process, the parent's end of the connection to it, and its current item.
 
-    Attributes:
-      item: the index of its item; None if it is idle or starting.
-      deadline: the time, by time.monotonic(), at which its report is due; `_NEVER` if it is idle.
-      tasks: the number of items that it has finished.
+    `item` is the index of its item, None if it is idle or starting. `deadline` is the time, by time.monotonic(), at
+    which its report is due, `_NEVER` if it is idle. `tasks` counts the items that it has finished.
     """
 
     def __init__(self, setup: Sequence[bytes], send_limit_s: float):
@@ -235,10 +224,9 @@ class _Worker:
         The kind is "died" if the process died or sent an invalid report. Call this when there is something to read: it
         reads that much and does not wait for more.
         """
-        try:
+        read = b""
+        with contextlib.suppress(OSError):
             read = os.read(self.connection.fileno(), 2**16)
-        except OSError:
-            read = b""
         self._held += read
         if not read or len(self._held) > MAX_REPORT_BYTES + 1:
             return "died", None, ""
@@ -260,9 +248,7 @@ class _Worker:
         if self.process.stdin is not None:
             self.process.stdin.close()
         self.connection.close()
-        return (
-            f"its process was ended by {signal.Signals(-code).name}" if code < 0 else f"its process exited with {code}"
-        )
+        return f"its process {f'was ended by {signal.Signals(-code).name}' if code < 0 else f'exited with {code}'}"
 
 
 def _no_number(name: str) -> None:
@@ -284,12 +270,10 @@ def _packed(value: Any, what: str = "The function") -> bytes:
         ) from error
 
 
-def _check_importable(function: Callable) -> None:
+def _check_importable(function: Callable | None) -> None:
     """Raises TypeError for a function of the main module, which workers do not run."""
     while isinstance(function, functools.partial):
         function = function.func
     if getattr(function, "__module__", None) == "__main__":
-        raise TypeError(
-            f"{function!r} is defined in the main script, which worker processes do not import; move it to a module of its "
-            "own and import it from there."
-        )
+        main = "the main script, which worker processes do not import"
+        raise TypeError(f"{function!r} is defined in {main}; move it to a module of its own and import it from there.")

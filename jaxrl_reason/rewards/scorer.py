@@ -15,6 +15,7 @@ from jaxrl_reason.config import Reward
 from jaxrl_reason.data import ChatTemplate, files, PromptBatch, PromptTemplate, Source, Tokenizer
 from jaxrl_reason.rewards import host, isolated
 from jaxrl_reason.rewards.device import match_answer_tokens
+from jaxrl_reason.rewards.host import RewardError
 from jaxrl_reason.rewards.numeric import extract_answer
 from jaxrl_reason.rewards.pool import Pool
 from jaxrl_reason.rl import hosts
@@ -27,6 +28,7 @@ LEARNED: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 ANSWER_MARKER = "####"  # announces the answer that `match_answer` compares, after one space: "#### -3"
 
+Template = PromptTemplate | ChatTemplate
 Rewards = tuple[dict[str, jax.Array], dict[str, float]]  # name -> f32[P, G], NaN if missing; metrics
 # (rollout, its batch) -> scores f32[P, G], NaN if missing; and metrics.
 RewardModelScorer = Callable[[Rollout, PromptBatch], tuple[jax.Array, dict[str, float]]]
@@ -35,11 +37,9 @@ RewardModelScorer = Callable[[Rollout, PromptBatch], tuple[jax.Array, dict[str, 
 class RewardScorer:
     """Computes the rewards of rollouts. Only host rewards transfer data: token ids to the host, and rewards back.
 
-    Args:
-      settings: `config.reward`. "match_answer" and the learned functions run on the device, the other built-in
-        functions in this process, and the user's own functions in worker processes (`isolated`).
-      tokenizer, template: convert ids and rows to the text that host rewards read.
-      sharding: the sharding of rewards [P, G].
+    "match_answer" and the learned functions run on the device, the other built-in functions in this process, and the
+    user's own functions in worker processes (`isolated`). The tokenizer and the template convert ids and rows to the
+    text that host rewards read. `sharding` is that of rewards [P, G].
 
     Attributes:
       names, weights, verdict: as configured, by the names in the metrics.
@@ -51,14 +51,7 @@ class RewardScorer:
         match_answer cannot work with the tokenizer.
     """
 
-    def __init__(
-        self,
-        settings: Reward,
-        *,
-        tokenizer: Tokenizer,
-        template: PromptTemplate | ChatTemplate,
-        sharding: jax.sharding.Sharding,
-    ):
+    def __init__(self, settings: Reward, *, tokenizer: Tokenizer, template: Template, sharding: jax.sharding.Sharding):
         functions = settings.functions
         weights = [float(w) for w in settings.weights] or [1.0] * len(functions)
         self._tokenizer, self._template, self._sharding = tokenizer, template, sharding
@@ -72,16 +65,12 @@ class RewardScorer:
         for spec, weight in zip(functions, weights, strict=True):
             name = self._open(spec, own)
             if name in self.by_function.values():
-                raise host.RewardError(
-                    f"Two rewards are named {name!r}; metrics are logged by name, so rename one of them."
-                )
+                raise RewardError(f"Two rewards are named {name!r}; metrics are logged by name, so rename one of them.")
             if not math.isfinite(weight):
-                raise host.RewardError(f"The weight of reward {name!r} is {weight}; give a finite number.")
+                raise RewardError(f"The weight of reward {name!r} is {weight}; give a finite number.")
             self.by_function[spec] = name
         if not any(weights):
-            raise host.RewardError(
-                "No reward has a weight other than 0, so there is nothing to learn; weight at least one."
-            )
+            raise RewardError("No reward has a weight other than 0, so there is nothing to learn; weight at least one.")
         self.names = tuple(self.by_function.values())
         self.weights = dict(zip(self.names, weights))
         self.verdict = self.by_function[settings.verdict or functions[0]]
@@ -108,14 +97,12 @@ class RewardScorer:
     def __call__(self, rollout: Rollout, batch: PromptBatch) -> Rewards:
         """Computes the rewards of the completions of a batch. Each process brings its share of the rows.
 
-        Returns:
-          name -> f32[P, G] on the device, in the order of `names`, NaN if missing; and metrics of host rewards
-          (`rewards/<name>/{error_rate,none_rate,timeout_rate}`; `rewards/reward_model/too_long_ratio` of a pretrained
-          reward model).
+        Returns name -> f32[P, G] on the device, in the order of `names`, NaN if missing; and the metrics
+        `rewards/<name>/{error_rate,none_rate,timeout_rate}` of host rewards, `rewards/reward_model/too_long_ratio` of a
+        pretrained reward model.
 
-        Raises:
-          RewardError: a host reward breaks its contract (see `host.compute_rewards`), or match_answer cannot compare
-            the answer of a row.
+        Raises RewardError if a host reward breaks its contract (see `host.compute_rewards`), or if match_answer cannot
+        compare the answer of a row.
         """
         return self.begin(rollout, batch)()
 
@@ -125,7 +112,7 @@ class RewardScorer:
         The returned function returns or raises as `__call__` does. Between the two calls, the device can go on with
         work that was dispatched before: nothing here waits for other processes.
         """
-        called = hosts.attempt(lambda: self._call_host(rollout, batch), host.RewardError) if self._host else None
+        called = hosts.attempt(lambda: self._call_host(rollout, batch), RewardError) if self._host else None
         return functools.partial(self._finish, rollout, batch, called)
 
     def _finish(self, rollout: Rollout, batch: PromptBatch, called: Callable[[], host.RewardTable] | None) -> Rewards:
@@ -133,7 +120,7 @@ class RewardScorer:
         metrics: dict[str, float] = {}
         size = len(rollout.tokens)
         if self._device:
-            answers = hosts.agree(lambda: self._answers.encode(batch.rows), host.RewardError)
+            answers = hosts.agree(lambda: self._answers.encode(batch.rows), RewardError)
             columns = {"answer_tokens": hosts.put_rows(_padded(answers), self._sharding, size)}
             for name, function in self._device.items():
                 rewards[name] = function(rollout.tokens, rollout.mask, columns)
@@ -142,10 +129,9 @@ class RewardScorer:
             scores, metrics = self._reward_model(rollout, batch)
             rewards |= {name: function(scores) for name, function in self._learned.items()}
         if called:
-            table = hosts.agree(called, host.RewardError)
+            table = hosts.agree(called, RewardError)
             for name, values in table.per_reward.items():
-                everyone = hosts.gather_rows(values, self._sharding, size)
-                rewards[name] = hosts.put(everyone, self._sharding)
+                rewards[name] = hosts.put(hosts.gather_rows(values, self._sharding, size), self._sharding)
             failures = hosts.mean(table.failures())
             for name in table.error:
                 self._check_failures(name, failures, table)
@@ -168,12 +154,12 @@ class RewardScorer:
 
         def refuse() -> None:
             if table.error_rate[name] + table.timeout_rate[name]:
-                raise host.RewardError(
+                raise RewardError(
                     f"Reward {name!r} failed on {share:.1%} of the completions, and config.reward.max_failure_share "
                     f"allows {self._max_failure_share:.1%}; the last error is {table.error[name] or 'unknown'}"
                 )
 
-        hosts.agree(refuse, host.RewardError)
+        hosts.agree(refuse, RewardError)
 
     def with_reward_model(self, score: RewardModelScorer) -> "RewardScorer":
         """Returns this scorer with a reward model: (rollout, batch) -> (f32[P, G], NaN if missing; metrics)."""
@@ -187,67 +173,55 @@ class RewardScorer:
         The function maps the completions of each row to their answers, which are equal if they mean the same; a
         completion without an answer gets None.
         """
-        for reward in self._host:
-            if reward.name == name and hasattr(reward.function, "answers_of"):
-                return reward.function.answers_of
-            if reward.name == name and hasattr(reward.function, "answer_of"):
-                return each(reward.function.answer_of)
-        return None
+        function: Any = next((reward.function for reward in self._host if reward.name == name), None)
+        if hasattr(function, "answers_of"):
+            return function.answers_of
+        return each(function.answer_of) if hasattr(function, "answer_of") else None
 
     def check(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Checks, before there are completions, that `__call__` will accept the rows of a batch. Calls no reward.
 
-        Raises:
-          RewardError: a host reward cannot take their columns, or match_answer cannot compare an answer.
+        Raises RewardError if a host reward cannot take their columns, or if match_answer cannot compare an answer.
         """
         if self._device:
             self._answers.encode(rows)
         if self._host:
-            columns = _columns(rows)
-            one_each = [""] * len(rows)
+            columns, one_each = _columns(rows), [""] * len(rows)
             host.checked_shape(one_each, [[""]] * len(rows), [[[]]] * len(rows), columns)
+            arguments = dict(prompts=one_each, completions=one_each, completion_ids=one_each) | columns
             for reward in self._host:
-                host.check_signature(
-                    reward, dict(prompts=one_each, completions=one_each, completion_ids=one_each) | columns
-                )
+                host.check_signature(reward, arguments)
 
     def check_references(self, source: Source, first: int | None = None) -> None:
         """Warns of rows whose reference a built-in reward cannot read, by place and reason. They will have no reward.
 
-        Args:
-          source: the rows that the run will use.
-          first: the number of rows to check; None: all.
-
-        Raises:
-          RewardError: such rows are more than `max_failure_share` of the rows.
+        Checks the first rows, or all. Raises RewardError if such rows are more than `max_failure_share` of the rows.
         """
+        empty = dict(prompts=[""], completions=[""], completion_ids=[[]])
         for reward in self._host:
             if reward.function not in host.COMPARING:
                 continue
             reports: list[str] = []
             count = total = 0
-            for i, row in enumerate(itertools.islice(source, first)):
-                total += 1
-                empty = dict(prompts=[""], completions=[""], completion_ids=[[]])
+            for total, row in enumerate(itertools.islice(source, first), start=1):
                 try:
                     reward.function(**_columns([row]) | empty)
                 except (ValueError, TypeError) as e:  # the reference is missing or cannot be read
                     count += 1
                     if len(reports) < files.REPORTED:
-                        reports.append(f"{source.place(i)}: {e}")
+                        reports.append(f"{source.place(total - 1)}: {e}")
             if not count:
                 continue
             report = files.listed(f"Reward {reward.name!r} cannot judge {count} of {total} rows", reports, count)
             if count > self._max_failure_share * total:
-                raise host.RewardError(f"{report}\nCorrect these rows, or choose a reward that reads such answers.")
+                raise RewardError(f"{report}\nCorrect these rows, or choose a reward that reads such answers.")
             warnings.warn(f"{report}\nThese rows will have no reward.", stacklevel=2)
 
 
 def each(answer_of: Callable[[str, Mapping[str, Any]], Any]) -> Callable[..., list[list]]:
     """Returns the function (texts [P][K], rows) -> the answer of every text."""
-    return lambda texts, rows: [
-        [answer_of(text, row) for text in group] for group, row in zip(texts, rows, strict=True)
-    ]
+    answers = lambda group, row: [answer_of(text, row) for text in group]
+    return lambda texts, rows: [answers(group, row) for group, row in zip(texts, rows, strict=True)]
 
 
 def local_token_ids(rollout: Rollout, sharding: jax.sharding.Sharding) -> list[list[list[int]]]:
@@ -258,9 +232,8 @@ def local_token_ids(rollout: Rollout, sharding: jax.sharding.Sharding) -> list[l
 
 def _pool_of(settings: Reward) -> Pool:
     """Returns the pool that calls the user's own functions."""
-    own = [spec for spec in settings.functions if ":" in spec]
-    workers, timeout_s, memory_mb = settings.workers, settings.timeout_s, settings.memory_mb
-    return isolated.make_pool(own, workers=workers, timeout_s=timeout_s, memory_mb=memory_mb)
+    s, own = settings, [spec for spec in settings.functions if ":" in spec]
+    return isolated.make_pool(own, workers=s.workers, timeout_s=s.timeout_s, memory_mb=s.memory_mb)
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list]:
@@ -273,9 +246,6 @@ class _AnswerTokens:
 
     Both are cut out of one encoded text, on a line of its own as in the solutions. A tokenizer may join the space with
     the text after it: the embedded tokenizer splits " -3" into " -" and "3".
-
-    Attributes:
-      marker: the token ids of the marker.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -283,7 +253,7 @@ class _AnswerTokens:
         line, marked = tokenizer.encode_batch(["\n", "\n" + ANSWER_MARKER])
         self._begin, self.marker = marked, tuple(marked[len(line) :])
         if marked[: len(line)] != line or not self.marker:
-            raise host.RewardError(
+            raise RewardError(
                 f"The reward 'match_answer' compares tokens, and this tokenizer joins {ANSWER_MARKER!r} with the line "
                 "break before it; use the reward 'accuracy', which compares numbers."
             )
@@ -294,7 +264,7 @@ class _AnswerTokens:
         encoded = self._tokenizer.encode_batch([f"\n{ANSWER_MARKER} {answer}" for answer in answers])
         for answer, ids in zip(answers, encoded):
             if ids[: len(self._begin)] != self._begin:
-                raise host.RewardError(
+                raise RewardError(
                     f"The reward 'match_answer' compares tokens, and this tokenizer joins the answer {answer!r} with "
                     f"the {ANSWER_MARKER!r} before it; use the reward 'accuracy', which compares numbers."
                 )
@@ -304,20 +274,16 @@ class _AnswerTokens:
 def _padded(answers: list[list[int]]) -> np.ndarray:
     """Returns int32[P, A], padded with -1. A is equal in all processes, and a multiple of 8 to compile few shapes."""
     width = -(-hosts.largest(max(map(len, answers))) // 8) * 8
-    padded = np.full((len(answers), width), -1, np.int32)
-    for row, ids in zip(padded, answers):
-        row[: len(ids)] = ids
-    return padded
+    return np.array([ids + [-1] * (width - len(ids)) for ids in answers], np.int32)
 
 
 def _answer(row: Mapping[str, Any]) -> str:
     """Returns the final answer of a row. As for `accuracy`, the column `answer` may be a worked solution."""
     text = row.get("answer")
     if text is not None:
-        text = str(text)
-        text = (extract_answer(text) or text).strip()
+        text = (extract_answer(str(text)) or str(text)).strip()
     if not text:
-        raise host.RewardError(
+        raise RewardError(
             f"The reward 'match_answer' needs the column 'answer', and a row has {text!r} there; its columns are "
             f"{', '.join(sorted(row))}."
         )

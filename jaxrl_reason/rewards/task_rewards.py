@@ -1,8 +1,4 @@
-"""Host rewards of the embedded data sets, by TRL's signature: they read references and constraints from columns.
-
-`many_answers_reward` belongs to `data.builders.many_answers`, `strict_reward` and `judge_reward` to
-`data.builders.answer_forms`.
-"""
+"""Host rewards of the embedded data sets, by TRL's signature: of `data.builders.many_answers` and `answer_forms`."""
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -28,12 +24,8 @@ _CONSTRAINTS = {
 def canonical_answer(completion: str, *, kind: str, target: int, low: int, high: int, **_) -> str | None:
     """Returns the canonical text of a correct answer, by which distinct answers are counted: "5, 7" for "7 and 5".
 
-    Args:
-      completion: a text; its final answer, as `extract_answer` finds it, lists whole numbers.
-      kind, target, low, high: the constraint, as in the columns of the data set.
-
-    Returns:
-      The numbers ascending, as "5, 7"; None if the answer violates the constraint or cannot be read.
+    The final answer, as `extract_answer` finds it, lists whole numbers. `kind`, `target`, `low` and `high` are the
+    constraint, as in the columns of the data set. The result is None if the answer violates it or cannot be read.
 
     Raises:
       ValueError: `kind` is unknown, another column is not a whole number, or the target of a multiple is 0.
@@ -61,22 +53,9 @@ def _numbers_text(completion: str, row: Mapping[str, Any]) -> str | None:
 
 @with_answer_of(_numbers_text)
 def many_answers_reward(
-    completions: Sequence[str],
-    kind: Sequence[str],
-    target: Sequence[int],
-    low: Sequence[int],
-    high: Sequence[int],
-    **_,
+    completions: Sequence[str], kind: Sequence[str], target: Sequence[int], low: Sequence[int], high: Sequence[int], **_
 ) -> list[float]:
-    """Returns 1.0 if the numbers of the final answer satisfy the row's constraint, else 0.0.
-
-    Args:
-      completions: N texts.
-      kind, target, low, high: N values each, see `canonical_answer`.
-
-    Raises:
-      ValueError: as `canonical_answer`.
-    """
+    """Returns 1.0 if the numbers of the final answer satisfy the row's constraint, else 0.0; see `canonical_answer`."""
     rows = zip(completions, kind, target, low, high, strict=True)
     return [float(canonical_answer(text, kind=k, target=t, low=lo, high=hi) is not None) for text, k, t, lo, hi in rows]
 
@@ -85,34 +64,18 @@ def strict_reward(completions: Sequence[str], answer: Sequence[str], **_) -> lis
     """Returns 1.0 if the final answer and the stripped reference of the column `answer` are equal texts, else 0.0.
 
     Like many verifiers, it compares characters: "0.75", "6/8" and "75%" are all incorrect if the reference is "3/4".
-
-    Args:
-      completions: N texts.
-      answer: N references.
-
-    Raises:
-      ValueError: a reference is missing.
+    Raises ValueError if a reference is missing.
     """
     if any(reference is None for reference in answer):
         raise ValueError("A row has no reference in its column 'answer', and \"None\" is no answer; correct that row.")
-    return [
-        float(extract_answer(completion) == str(reference).strip())
-        for completion, reference in zip(completions, answer, strict=True)
-    ]
+    return [float(extract_answer(text) == str(gold).strip()) for text, gold in zip(completions, answer, strict=True)]
 
 
 def judge_reward(completions: Sequence[str], answer: Sequence[str], **_) -> list[float]:
     """Returns 1.0 if the final answer has exactly the value of the reference in the column `answer`, else 0.0.
 
     Reads every form that `parse_number` reads, and mixed numbers ("1 1/2"). A percent sign divides by 100: 75% is 3/4
-    and is not 75.
-
-    Args:
-      completions: N texts.
-      answer: N references, each in any such form.
-
-    Raises:
-      ValueError: a reference is not a number.
+    and is not 75. Raises ValueError if a reference is not a number.
     """
     verdicts = []
     for completion, reference in zip(completions, answer, strict=True):
@@ -144,5 +107,4 @@ def _exact_value(text: str) -> Fraction | None:
     part = parse_number(mixed["part"])
     if part is None:  # a division by zero
         return None
-    value = int(mixed["whole"]) + part
-    return -value if mixed["sign"] == "-" else value
+    return (int(mixed["whole"]) + part) * (-1 if mixed["sign"] == "-" else 1)

@@ -1,10 +1,10 @@
 """The program of a worker process, which `pool` runs as a script: `python worker.py FILE_DESCRIPTOR`.
 
 The worker receives its import path, then (function, initializer, memory limit), then one item after another. It answers
-each with one line of JSON, [kind, value, error text]: "ready" or "failed" after its start, "ok", "none" or "error"
-after an item.
+with a line of JSON, [kind, value, error text]: "ready" or "failed" after its start, "ok", "none" or "error" per item.
 """
 
+import contextlib
 import fcntl
 import io
 import json
@@ -64,10 +64,9 @@ def _packed_report(kind: str, value: Any = None, words: str = "") -> bytes:
 
 
 def _words(error: BaseException) -> str:
-    try:
-        words = f"{type(error).__name__}: {error}"
-    except BaseException:  # the error's own __str__ may raise
-        words = type(error).__name__
+    words = type(error).__name__
+    with contextlib.suppress(BaseException):  # the error's own __str__ may raise
+        words += f": {error}"
     return words[:300].encode("ascii", "backslashreplace").decode()
 
 
@@ -120,8 +119,7 @@ def _limit_memory(memory_mb: int) -> None:
 
 if __name__ == "__main__":
     try:
-        _serve(multiprocessing.connection.Connection(int(sys.argv[1])))
-    except (EOFError, OSError):  # the parent closed the connection
-        pass
+        with contextlib.suppress(EOFError, OSError):  # the parent closed the connection
+            _serve(multiprocessing.connection.Connection(int(sys.argv[1])))
     finally:
         os._exit(0)  # at once: an orderly exit would wait for threads that an item left running
