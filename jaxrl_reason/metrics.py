@@ -1,7 +1,8 @@
 """Metrics of a policy's answers: how often they are correct, how valuable, how sure and how close.
 
 All functions but `token_confidence` run on the host in float64, on anything that numpy can read. A ratio with an empty
-denominator is NaN, as each docstring states. An impossible input raises ValueError.
+denominator is NaN, as each docstring states. ValueError is raised if shapes differ, or if a number is
+outside the range that the docstring states, not finite, or not whole as a count.
 """
 
 from collections import defaultdict
@@ -26,11 +27,7 @@ def pass_at_k(n: ArrayLike, c: ArrayLike, k: ArrayLike) -> FloatArray | np.float
 
     Args:
       n: number of samples, a whole number or an array of them; the three arguments broadcast.
-      c: number of correct samples, 0 <= c <= n.
-      k: number of samples drawn, 1 <= k <= n.
-
-    Raises:
-      ValueError: a number is not whole or out of its range.
+      c, k: number of correct samples, 0 <= c <= n, and of samples drawn, 1 <= k <= n.
 
     Example:
       >>> print(pass_at_k(10, 3, [1, 5]).round(2))
@@ -56,9 +53,6 @@ def human_aligned_accuracy(correct: ArrayLike, values: ArrayLike) -> float:
     Returns:
       A number in [0, 1]; NaN if the values sum to 0.
 
-    Raises:
-      ValueError: the shapes differ, or a value is negative or not finite.
-
     Example:
       >>> round(human_aligned_accuracy([True, False, True], [0.1, 0.02, 0.03]), 3)
       0.867
@@ -78,9 +72,6 @@ def value_density(correct: ArrayLike, values: ArrayLike, lengths: ArrayLike) -> 
     Returns:
       A number; NaN if the values or the lengths sum to 0.
 
-    Raises:
-      ValueError: the shapes differ, or a value is negative or not finite.
-
     Example:
       >>> value_density([True, False], [0.5, 0.5], [5, 15])
       5.0
@@ -97,15 +88,10 @@ def self_verification_f1(scores: ArrayLike, correct: ArrayLike, threshold: float
     completion has, calls it incorrect.
 
     Args:
-      scores: [N].
-      correct: [N], whether each answer is correct.
-      threshold: see above.
+      scores, correct: [N], the scores, and whether each answer is correct.
 
     Returns:
       A number in [0, 1]: 0 if both accuracies are 0, NaN if all answers are correct or all are incorrect.
-
-    Raises:
-      ValueError: the shapes differ.
 
     Example:
       >>> round(self_verification_f1([0.9, 0.2, 0.7, 0.1], [True, True, False, False]), 2)
@@ -115,24 +101,16 @@ def self_verification_f1(scores: ArrayLike, correct: ArrayLike, threshold: float
     predicted, correct = scores > threshold, correct.astype(bool)
     on_correct = _ratio((predicted & correct).sum(), correct.sum())
     on_incorrect = _ratio((~predicted & ~correct).sum(), (~correct).sum())
-    if on_correct == on_incorrect == 0:
-        return 0.0
-    return 2 * on_correct * on_incorrect / (on_correct + on_incorrect)
+    both_zero = on_correct == on_incorrect == 0
+    return 0.0 if both_zero else 2 * on_correct * on_incorrect / (on_correct + on_incorrect)
 
 
 def regression_scores(predictions: ArrayLike, targets: ArrayLike) -> dict[str, float]:
-    """Computes how close predicted numbers come to their targets.
-
-    Args:
-      predictions: [N], N >= 1.
-      targets: [N].
+    """Computes how close predicted numbers, [N] with N >= 1, come to their targets, [N].
 
     Returns:
       {"rmse", "r2", "spearman"}. r2 is 1 - SSE / SST, NaN for constant targets. spearman is the correlation of average
       ranks, NaN if the predictions or the targets are constant.
-
-    Raises:
-      ValueError: the shapes differ, there are no predictions, or a number is not finite.
 
     Example:
       >>> print(regression_scores([1.0, 2.0, 4.0], [1.0, 3.0, 5.0])["r2"])
@@ -176,7 +154,7 @@ def majority_vote(answers: Sequence[Hashable | None], weights: Sequence[float] |
 
 
 def calibration_error(scores: ArrayLike, correct: ArrayLike, bins: int = 10) -> float:
-    """Computes the expected calibration error, arXiv 1706.04599, eq. 3.
+    """Computes the expected calibration error, arXiv 1706.04599, eq. 3; NaN if there are no samples.
 
     This is the mean over samples of |mean score - accuracy| in the bin of the sample.
 
@@ -184,9 +162,6 @@ def calibration_error(scores: ArrayLike, correct: ArrayLike, bins: int = 10) -> 
       scores: [N], predicted probabilities of a correct answer, clipped to [0, 1].
       correct: [N], whether each answer is correct.
       bins: number of bins, of equal width.
-
-    Returns:
-      A number in [0, 1]; NaN if there are no samples.
 
     Example:
       >>> round(calibration_error([0.9, 0.9, 0.1], [True, False, False]), 2)
@@ -209,11 +184,8 @@ def mean_by_quantile(x: ArrayLike, values: ArrayLike, parts: int = 5) -> Float64
 
     Args:
       x: [N], N >= 1.
-      values: [N], the values that order the items.
+      values: [N], the values that order the items, not NaN.
       parts: number of shares, at least 1.
-
-    Raises:
-      ValueError: the shapes differ, there are no items, a value is NaN, or `parts` is below 1.
 
     Example:
       >>> print(mean_by_quantile([10, 20, 30, 40], [4, 3, 2, 1], parts=2))
@@ -236,19 +208,12 @@ def mean_by_quantile(x: ArrayLike, values: ArrayLike, parts: int = 5) -> Float64
 def bootstrap_interval(
     x: ArrayLike, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Computes the percentile bootstrap interval of a mean (Efron 1979): the means of other draws of the items.
+    """Computes the percentile bootstrap interval (low, high) of a mean (Efron 1979), from other draws of the items.
 
     Args:
       x: [N], N >= 1, one number per independent item: for accuracy, an item is a prompt, not a completion.
       level: share of the resampled means inside the interval, in (0, 1).
-      resamples: number of resampled means.
-      seed: seed of the resampling.
-
-    Returns:
-      (low, high).
-
-    Raises:
-      ValueError: there are no items, one is not finite, or `level` is out of range.
+      resamples, seed: number of resampled means, and seed of the resampling.
 
     Example:
       >>> low, high = bootstrap_interval([0.0, 1.0, 1.0, 0.0, 1.0])
@@ -284,10 +249,6 @@ def token_confidence(
     Returns:
       float32. 0 for a row without a live token (padding: finite, so that it can be masked later). NaN if a live
       log-probability is NaN.
-
-    Raises:
-      ValueError: fraction is out of range.
-      AssertionError: the shapes differ.
 
     Example:
       >>> print(token_confidence(jnp.log(jnp.array([0.9, 0.25, 0.8])), jnp.ones(3)).round(2))

@@ -9,9 +9,7 @@ from jaxtyping import Bool, Float
 import numpy as np
 
 from jaxrl_reason.advantages.groups import group_deviation, has_reward, is_correct, over_tokens, require, require_group
-from jaxrl_reason.advantages.types import AdvantageInputs, Advantages, AdvantageTransform, stateless
-
-PerCompletion = Float[jax.Array, "P G"]
+from jaxrl_reason.advantages.types import AdvantageInputs, Advantages, AdvantageTransform, PerCompletion, stateless
 
 
 def stratify_by_verifier(alpha: float = 0.05, beta: float = 0.05, eps: float = 1e-6) -> AdvantageTransform:
@@ -22,8 +20,7 @@ def stratify_by_verifier(alpha: float = 0.05, beta: float = 0.05, eps: float = 1
     completions. A stratum of one, or with equal scores, gets its lowest reward.
 
     Args:
-      alpha: half the width of the rewards of incorrect completions, at least 0.
-      beta: half the width of the rewards of correct completions, at least 0.
+      alpha, beta: half the width of the rewards of incorrect and of correct completions, at least 0.
       eps: keeps the division finite, greater than 0.
 
     Raises:
@@ -65,15 +62,10 @@ def stratify_by_verifier(alpha: float = 0.05, beta: float = 0.05, eps: float = 1
 
 
 class SpreadState(NamedTuple):
-    """State of `weight_by_score_spread`.
+    """State of `weight_by_score_spread`."""
 
-    Attributes:
-      mean: running mean over steps of the standard deviations of the groups' scores.
-      seen: whether a batch has set the mean.
-    """
-
-    mean: Float[jax.Array, ""]
-    seen: Bool[jax.Array, ""]
+    mean: Float[jax.Array, ""]  # running mean over steps of the standard deviations of the groups' scores
+    seen: Bool[jax.Array, ""]  # whether a batch has set the mean
 
 
 def weight_by_score_spread(
@@ -86,8 +78,7 @@ def weight_by_score_spread(
     division by the std of the group cancels the weight, so put it after the division.
 
     Args:
-      w_min: lowest weight, at least 0.
-      w_max: highest weight, at least w_min.
+      w_min, w_max: lowest and highest weight, 0 <= w_min <= w_max.
       k: steepness, at least 0.
       momentum: weight of earlier steps in sigma_bar, in [0, 1).
 
@@ -130,14 +121,8 @@ def scale_by_value(alpha: float = 10.0, clip: float = 1.0) -> AdvantageTransform
     """Multiplies by RLEV's scale of each prompt, s = 1 + min(alpha v, clip), arXiv 2510.20187.
 
     v in [0, 1] is the human value of the prompt. The scale multiplies the reward, or, after a division by the std of
-    the group (which would cancel the scale), the advantage.
-
-    Args:
-      alpha: factor of the value, at least 0.
-      clip: upper bound of alpha v, at least 0.
-
-    Raises:
-      ValueError: alpha or clip is negative, or (from `update`) inputs.values is None.
+    the group (which would cancel the scale), the advantage. Raises ValueError if alpha or clip is negative, or (from
+    `update`) if inputs.values is None.
 
     Example:
       >>> inputs = AdvantageInputs(jnp.ones((2, 2)), jnp.ones((2, 2, 3)), values=jnp.array([0.05, 0.3]))
@@ -201,14 +186,9 @@ def mix_self_reward(tau: float = 0.1, min_std: float = 0.1) -> AdvantageTransfor
 def reweight_by_confidence(alpha: float = 0.3, skip_all_correct: bool = False) -> AdvantageTransform:
     """Computes ProGRPO's advantage A + alpha (c(q) - c(o|q)), arXiv 2602.05281.
 
-    A group without a correct answer keeps A. The added term is not centered again.
-
-    Args:
-      alpha: at least 0.
-      skip_all_correct: whether a group without an incorrect answer keeps A too.
-
-    Raises:
-      ValueError: alpha is negative. From `update`: inputs.prompt_confidence or inputs.answer_confidence is None.
+    A group without a correct answer keeps A. With skip_all_correct, a group without an incorrect answer keeps A too.
+    The added term is not centered again. Raises ValueError if alpha is negative, or (from `update`) if
+    inputs.prompt_confidence or inputs.answer_confidence is None.
 
     Example:
       >>> confidence = dict(prompt_confidence=jnp.array([0.5]), answer_confidence=jnp.array([[0.9, 0.1]]))
