@@ -1,8 +1,8 @@
 """Metrics of a policy's answers: how often they are correct, how valuable, how sure and how close.
 
 All functions but `token_confidence` run on the host in float64, on anything that numpy can read. A ratio with an empty
-denominator is NaN, as each docstring states. ValueError is raised if shapes differ, or if a number is
-outside the range that the docstring states, not finite, or not whole as a count.
+denominator is NaN, as each docstring states. They raise ValueError if shapes differ, or if an argument is outside the
+range that its docstring states.
 """
 
 from collections import defaultdict
@@ -48,7 +48,7 @@ def human_aligned_accuracy(correct: ArrayLike, values: ArrayLike) -> float:
 
     Args:
       correct: [N], whether each question is answered correctly, or the share of its samples that are correct.
-      values: [N], human values, not negative.
+      values: [N], human values, finite and not negative.
 
     Returns:
       A number in [0, 1]; NaN if the values sum to 0.
@@ -106,7 +106,7 @@ def self_verification_f1(scores: ArrayLike, correct: ArrayLike, threshold: float
 
 
 def regression_scores(predictions: ArrayLike, targets: ArrayLike) -> dict[str, float]:
-    """Computes how close predicted numbers, [N] with N >= 1, come to their targets, [N].
+    """Computes how close predicted numbers, [N] with N >= 1, come to their targets, [N]; all are finite.
 
     Returns:
       {"rmse", "r2", "spearman"}. r2 is 1 - SSE / SST, NaN for constant targets. spearman is the correlation of average
@@ -211,7 +211,7 @@ def bootstrap_interval(
     """Computes the percentile bootstrap interval (low, high) of a mean (Efron 1979), from other draws of the items.
 
     Args:
-      x: [N], N >= 1, one number per independent item: for accuracy, an item is a prompt, not a completion.
+      x: [N], N >= 1, one finite number per independent item: for accuracy, an item is a prompt, not a completion.
       level: share of the resampled means inside the interval, in (0, 1).
       resamples, seed: number of resampled means, and seed of the resampling.
 
@@ -243,7 +243,7 @@ def token_confidence(
 
     Args:
       logprobs: log-probabilities; dead tokens may hold NaN.
-      mask: nonzero on live tokens.
+      mask: nonzero on live tokens. Raises AssertionError if it has another shape.
       fraction: a Python number in (0, 1].
 
     Returns:

@@ -247,9 +247,7 @@ class Update:
     logprob_chunk: int = _field(0, "completion positions whose logits are held at once; 0: automatic", low=0)
     kl_coefficient: float = _field(0.0, "weight of KL(policy || reference) in the loss (TRL: beta)", low=0)
     kl_kind: str = _field(
-        "k3",
-        "estimator of that KL; all have the gradient of KL(policy || reference)",
-        choices=losses.KL_KINDS,
+        "k3", "estimator of that KL; all have the gradient of KL(policy || reference)", choices=losses.KL_KINDS
     )
     entropy_coefficient: float = _field(0.0, "weight of an entropy bonus", low=0)
 
