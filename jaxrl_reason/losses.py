@@ -55,8 +55,7 @@ def masked_sum(values: Shaped[Array, "..."], mask: Bool[Array, "..."], axis: int
 def drop_nonfinite(mask: Mask, *logprobs: Logprobs) -> tuple[Bool[Array, "P G T"], Scalar]:
     """Masks the completions that have a non-finite log-probability on an unmasked token, under any of the policies.
 
-    Returns:
-      The mask without the broken completions, and their number.
+    Returns the mask without the broken completions, and their number.
 
     Example:
       >>> mask, dropped = drop_nonfinite(jnp.ones((1, 2, 2)), jnp.array([[[-1.0, -2.0], [-1.0, jnp.nan]]]))
@@ -214,15 +213,10 @@ def kl_penalty(logprobs: Logprobs, ref_logprobs: Logprobs, kind: str = "k3") -> 
     """Estimates KL(policy || reference) of each token from sampled tokens.
 
     With d = logprobs - ref_logprobs: k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1 (Schulman, "Approximating KL
-    divergence", 2020). The reference's log-probabilities are constants. All three have the *gradient* of k2, d * grad(logprobs): its expectation over the policy's
+    divergence", 2020). All three have the *gradient* of k2, d * grad(logprobs): its expectation over the policy's
     samples is the gradient of KL(policy || reference). A naive derivative of k1 is 0 in expectation, and of k3 it is
-    that of KL(reference || policy) (arXiv 2506.09477).
-
-    Returns:
-      float32. NaN with gradient 0 for a token with an input that is not finite.
-
-    Raises:
-      ValueError: kind is not "k1", "k2" or "k3".
+    that of KL(reference || policy) (arXiv 2506.09477). ref_logprobs are constants. The result is float32, and NaN with
+    gradient 0 for a token with an input that is not finite. Raises ValueError if kind is unknown.
 
     Example:
       >>> logprobs, ref_logprobs = jnp.array([[[-1.0, -1.3]]]), jnp.array([[[-1.3, -1.0]]])

@@ -46,12 +46,11 @@ def pass_at_k(n: ArrayLike, c: ArrayLike, k: ArrayLike) -> FloatArray | np.float
 def human_aligned_accuracy(correct: ArrayLike, values: ArrayLike) -> float:
     """Computes H-Acc of RLEV, arXiv 2510.20187: the value of correctly answered questions over that of all questions.
 
+    The result is in [0, 1], and NaN if the values sum to 0.
+
     Args:
       correct: [N], whether each question is answered correctly, or the share of its samples that are correct.
       values: [N], human values, finite and not negative.
-
-    Returns:
-      A number in [0, 1]; NaN if the values sum to 0.
 
     Example:
       >>> round(human_aligned_accuracy([True, False, True], [0.1, 0.02, 0.03]), 3)
@@ -65,12 +64,8 @@ def human_aligned_accuracy(correct: ArrayLike, values: ArrayLike) -> float:
 def value_density(correct: ArrayLike, values: ArrayLike, lengths: ArrayLike) -> float:
     """Computes RLEV's value density, arXiv 2510.20187: H-Acc in percent, per token of the mean length.
 
-    Args:
-      correct, values: [N], see `human_aligned_accuracy`.
-      lengths: [N], lengths of the completions in tokens.
-
-    Returns:
-      A number; NaN if the values or the lengths sum to 0.
+    `lengths` are those of the completions in tokens, [N]; see `human_aligned_accuracy` for the other arguments. NaN if
+    the values or the lengths sum to 0.
 
     Example:
       >>> value_density([True, False], [0.5, 0.5], [5, 15])
@@ -85,13 +80,8 @@ def self_verification_f1(scores: ArrayLike, correct: ArrayLike, threshold: float
 
     This is the harmonic mean of its accuracy on correct and its accuracy on incorrect answers, not the F1 of precision
     and recall. The verifier calls an answer correct if its score exceeds the threshold. A NaN score, which a truncated
-    completion has, calls it incorrect.
-
-    Args:
-      scores, correct: [N], the scores, and whether each answer is correct.
-
-    Returns:
-      A number in [0, 1]: 0 if both accuracies are 0, NaN if all answers are correct or all are incorrect.
+    completion has, calls it incorrect. Both arrays are [N]. The result is in [0, 1]: 0 if both accuracies are 0, NaN if
+    all answers are correct or all are incorrect.
 
     Example:
       >>> round(self_verification_f1([0.9, 0.2, 0.7, 0.1], [True, True, False, False]), 2)
@@ -108,9 +98,8 @@ def self_verification_f1(scores: ArrayLike, correct: ArrayLike, threshold: float
 def regression_scores(predictions: ArrayLike, targets: ArrayLike) -> dict[str, float]:
     """Computes how close predicted numbers, [N] with N >= 1, come to their targets, [N]; all are finite.
 
-    Returns:
-      {"rmse", "r2", "spearman"}. r2 is 1 - SSE / SST, NaN for constant targets. spearman is the correlation of average
-      ranks, NaN if the predictions or the targets are constant.
+    Returns {"rmse", "r2", "spearman"}. r2 is 1 - SSE / SST, NaN for constant targets. spearman is the correlation of
+    average ranks, NaN if the predictions or the targets are constant.
 
     Example:
       >>> print(regression_scores([1.0, 2.0, 4.0], [1.0, 3.0, 5.0])["r2"])
@@ -137,10 +126,8 @@ def majority_vote(answers: Sequence[Hashable | None], weights: Sequence[float] |
 
     Args:
       answers: one per sample, equal if they count as the same answer; None does not vote. The first answer wins a tie.
+        The result is None if no sample votes.
       weights: weights of the votes, not negative. None: 1 each.
-
-    Returns:
-      An index into `answers`, or None if nobody votes.
 
     Example:
       >>> majority_vote(["7", "8", None, "8"])
@@ -242,8 +229,8 @@ def token_confidence(
     result is the inverse perplexity, which is c(q) for prompt tokens. Traceable; no gradient flows.
 
     Args:
-      logprobs: log-probabilities; dead tokens may hold NaN.
-      mask: nonzero on live tokens. Raises AssertionError if it has another shape.
+      logprobs, mask: log-probabilities, and nonzero on live tokens; dead tokens may hold NaN. Raises AssertionError if
+        the shapes differ.
       fraction: a Python number in (0, 1].
 
     Returns:

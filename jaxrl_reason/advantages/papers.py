@@ -136,8 +136,7 @@ def scale_by_value(alpha: float = 10.0, clip: float = 1.0) -> AdvantageTransform
         values = require("scale_by_value", inputs, "values")
         chex.assert_rank(values, 1)
         chex.assert_equal_shape_prefix([advantages, values], 1)
-        scale = 1 + jnp.minimum(alpha * values.astype(jnp.float32), clip)
-        return advantages * over_tokens(scale, advantages)
+        return advantages * over_tokens(1 + jnp.minimum(alpha * values.astype(jnp.float32), clip), advantages)
 
     return stateless(update)
 
@@ -147,14 +146,8 @@ def mix_self_reward(tau: float = 0.1, min_std: float = 0.1) -> AdvantageTransfor
 
     A_s standardizes (std1) the self-rewards, clipped to [0, 1], within each group. A group whose std is at most min_std
     keeps A. A completion without a self-reward (truncated, or not finite) counts as 0, in the statistics and for
-    itself.
-
-    Args:
-      tau: share of the self-reward, in [0, 1].
-      min_std: at least 0.
-
-    Raises:
-      ValueError: a parameter is out of range. From `update`: inputs.self_rewards is None, or G < 2.
+    itself. Raises ValueError unless 0 <= tau <= 1 and min_std >= 0, or (from `update`) if inputs.self_rewards is None
+    or G < 2.
 
     Example:
       >>> own = jnp.array([[1.0, 0.0, 0.5, -0.2]])

@@ -158,10 +158,7 @@ RULES = (
 
 
 def validate(config: Config) -> Method:
-    """Checks everything that can be known before data are read, and returns the method.
-
-    Raises ConfigError if a field, or a combination of fields, cannot run.
-    """
+    """Checks all that can be known before data are read, and returns the method. Raises ConfigError if it fails."""
     _check_fields(config)
     method = make_method(config)
     _check_signals(config, method)
@@ -222,7 +219,9 @@ def _check_signals(config: Config, method: Method) -> None:
     error = _chain_error(config, method, method.signals)
     if error is None:
         return
-    if undeclared := _undeclared_signals(config, method):
+    every = frozenset(AdvantageInputs._fields)
+    undeclared = [s for s in sorted(every - method.signals) if _chain_error(config, method, every - {s})]
+    if undeclared and _chain_error(config, method, every) is None:  # it runs with all signals
         raise ConfigError(
             f"config.method.name {method.name!r} reads the signals {undeclared}, which its Method does not declare; "
             "name them in Method(signals=...)."
@@ -246,11 +245,3 @@ def _chain_error(config: Config, method: Method, signals: frozenset[str]) -> Exc
     except (ValueError, AssertionError, TypeError, AttributeError) as e:
         return e
     return None
-
-
-def _undeclared_signals(config: Config, method: Method) -> list[str]:
-    """Returns the undeclared signals that the chain needs; none if the chain fails even with all signals."""
-    every = frozenset(AdvantageInputs._fields)
-    if _chain_error(config, method, every):
-        return []
-    return [name for name in sorted(every - method.signals) if _chain_error(config, method, every - {name})]

@@ -23,9 +23,7 @@ _EXTENSIONS: dict[str, _Registered] = {}
 def register(factory: Callable[..., Method]) -> Callable[..., Method]:
     """Makes `factory(**keywords) -> Method` available to `create` under its function name.
 
-    Raises:
-      ValueError: another function has the name.
-      TypeError: a parameter is not keyword-only or has no default.
+    Raises ValueError if another function has the name, TypeError if a parameter is not keyword-only or has no default.
     """
     _check_factory(factory)
     _ESTIMATORS[factory.__name__] = factory

@@ -10,7 +10,7 @@ from jaxrl_reason.losses import AGGREGATIONS, RATIOS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertDigits:
-    """GenRe2's expert term, arXiv 2512.06533: cross-entropy on the digits that bring a generated prefix nearest the target."""
+    """GenRe2's expert term, arXiv 2512.06533: cross-entropy on digits that bring a generated prefix nearest the target."""
 
     name: ClassVar[str] = "expert"
     coefficient: float  # its weight
