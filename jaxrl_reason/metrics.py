@@ -46,11 +46,9 @@ def pass_at_k(n: ArrayLike, c: ArrayLike, k: ArrayLike) -> FloatArray | np.float
 def human_aligned_accuracy(correct: ArrayLike, values: ArrayLike) -> float:
     """Computes H-Acc of RLEV, arXiv 2510.20187: the value of correctly answered questions over that of all questions.
 
-    The result is in [0, 1], and NaN if the values sum to 0.
-
     Args:
       correct: [N], whether each question is answered correctly, or the share of its samples that are correct.
-      values: [N], human values, finite and not negative.
+      values: [N], human values, finite and not negative. If they sum to 0, the result is NaN.
 
     Example:
       >>> round(human_aligned_accuracy([True, False, True], [0.1, 0.02, 0.03]), 3)
@@ -146,8 +144,7 @@ def calibration_error(scores: ArrayLike, correct: ArrayLike, bins: int = 10) -> 
     This is the mean over samples of |mean score - accuracy| in the bin of the sample.
 
     Args:
-      scores: [N], predicted probabilities of a correct answer, clipped to [0, 1].
-      correct: [N], whether each answer is correct.
+      scores, correct: [N], predicted probabilities, clipped to [0, 1], and whether each answer is correct.
       bins: number of bins, of equal width.
 
     Example:

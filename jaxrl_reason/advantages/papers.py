@@ -75,15 +75,13 @@ def weight_by_score_spread(
 
     w = w_min + (w_max - w_min) sigmoid(k (sigma - sigma_bar)), with sigma the std1 of the raw scores of the group.
     sigma_bar is the running mean of sigma over steps; it includes the current step, and the first step sets it. A later
-    division by the std of the group cancels the weight, so put it after the division.
+    division by the std of the group cancels the weight, so put it after the division. Raises ValueError if a parameter
+    is out of range, or (from `update`) if inputs.model_scores is None.
 
     Args:
       w_min, w_max: lowest and highest weight, 0 <= w_min <= w_max.
       k: steepness, at least 0.
       momentum: weight of earlier steps in sigma_bar, in [0, 1).
-
-    Raises:
-      ValueError: a parameter is out of range, or (from `update`) inputs.model_scores is None.
 
     Example:
       >>> inputs = AdvantageInputs(jnp.ones((1, 2)), jnp.ones((1, 2, 3)), model_scores=jnp.array([[3.0, -1.0]]))
@@ -146,8 +144,8 @@ def mix_self_reward(tau: float = 0.1, min_std: float = 0.1) -> AdvantageTransfor
 
     A_s standardizes (std1) the self-rewards, clipped to [0, 1], within each group. A group whose std is at most min_std
     keeps A. A completion without a self-reward (truncated, or not finite) counts as 0, in the statistics and for
-    itself. Raises ValueError unless 0 <= tau <= 1 and min_std >= 0, or (from `update`) if inputs.self_rewards is None
-    or G < 2.
+    itself. Raises ValueError if tau is outside [0, 1] or min_std is negative, or (from `update`) if
+    inputs.self_rewards is None or G < 2.
 
     Example:
       >>> own = jnp.array([[1.0, 0.0, 0.5, -0.2]])

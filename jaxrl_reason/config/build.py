@@ -8,8 +8,7 @@ from typing import Any
 from jaxrl_reason import data, methods, models
 from jaxrl_reason.config.schema import Config, ConfigError, field_names, with_article
 
-# Fields of config.model that also apply to a pretrained model.
-OVERRIDES = ("param_dtype", "compute_dtype", "remat")
+OVERRIDES = ("param_dtype", "compute_dtype", "remat")  # fields of config.model that also apply to a pretrained model
 
 
 def make_method(config: Config) -> methods.Method:

@@ -32,9 +32,8 @@ def load_module(path: str | pathlib.Path) -> types.ModuleType:
 
 def load(path: str | pathlib.Path) -> Config:
     """Returns the configuration that `get_config()` of a recipe file returns. Raises ConfigError for other files."""
-    module = load_module(path)
     try:
-        config = module.get_config()
+        config = load_module(path).get_config()
     except ConfigError:
         raise
     except Exception as e:

@@ -90,7 +90,7 @@ class Data:
     on_bad_row: str = _field("refuse", "treatment of malformed rows", choices=("refuse", "skip"))
     on_long_prompt: str = _field("refuse", "treatment of prompts over max_prompt_length", choices=("refuse", "skip"))
     tokenizer: str = _field(
-        "", "tokenizer.json or its directory; empty: the model's, or a small one trained on the data"
+        "", "a tokenizer.json or its directory; empty: the model's own, or a small one trained on the data"
     )
     vocab_size: int = _field(512, "size of a tokenizer that is trained on the data", low=300)
     add_bos: bool = _field(False, "start each prompt with the BOS token, even if the tokenizer does not add it")
@@ -129,8 +129,7 @@ class Regression:
 @dataclasses.dataclass(kw_only=True)
 class RewardModel:
     path: str = _field(
-        "",
-        "reward model of this package or Hugging Face (directory or hub id); empty: train one in this work directory",
+        "", "reward model of this package or Hugging Face (directory or id); empty: train one in this work directory"
     )
     system: str = _field("", "system prompt in the chat of a pretrained reward model")
     max_length: int = _field(2048, "maximum tokens per text of a pretrained model; longer texts have no score", low=1)
@@ -241,7 +240,7 @@ class Log:
     tensorboard: bool = _field(True, "write TensorBoard events")
     progress: bool = _field(True, "show a progress bar")
     heartbeat: float = _field(
-        60.0, "report steps over this many seconds and five times the usual time; 0: never", low=0
+        60.0, "report a step that takes longer than this many seconds and five times the usual time; 0: never", low=0
     )
 
 
@@ -296,7 +295,6 @@ def from_dict(values: dict[str, Any], kind: type = Config) -> Any:
     hints = get_type_hints(kind)
     for key in values:
         if key not in hints:
-            raise ConfigError(
-                f"The saved configuration has the field {key!r}, which does not exist.{methods.nearest(key, list(hints))}"
-            )
+            near = methods.nearest(key, list(hints))
+            raise ConfigError(f"The saved configuration has the field {key!r}, which does not exist.{near}")
     return kind(**{k: from_dict(v, hints[k]) if dataclasses.is_dataclass(hints[k]) else v for k, v in values.items()})

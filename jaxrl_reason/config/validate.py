@@ -15,8 +15,7 @@ from jaxrl_reason.config.build import make_method, model_config, OVERRIDES
 from jaxrl_reason.config.schema import Config, ConfigError, field_names, with_article
 from jaxrl_reason.methods import Method
 
-# Signals that the training loop supplies to every method.
-ALWAYS = frozenset({"rewards", "completion_mask", "verdicts", "truncated"})
+ALWAYS = frozenset({"rewards", "completion_mask", "verdicts", "truncated"})  # signals that every method gets
 
 
 class Rule(NamedTuple):
@@ -222,10 +221,9 @@ def _check_signals(config: Config, method: Method) -> None:
     every = frozenset(AdvantageInputs._fields)
     undeclared = [s for s in sorted(every - method.signals) if _chain_error(config, method, every - {s})]
     if undeclared and _chain_error(config, method, every) is None:  # it runs with all signals
-        raise ConfigError(
-            f"config.method.name {method.name!r} reads the signals {undeclared}, which its Method does not declare; "
-            "name them in Method(signals=...)."
-        ) from error
+        name = f"config.method.name {method.name!r}"
+        advice = "which its Method does not declare; name them in Method(signals=...)."
+        raise ConfigError(f"{name} reads the signals {undeclared}, {advice}") from error
     reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     setting = f"config.method.name {method.name!r} with config.group_size {config.group_size}"
     raise ConfigError(f"{setting}: {reason.partition(chr(10))[0]}") from error

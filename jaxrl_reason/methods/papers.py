@@ -84,10 +84,12 @@ def laser(
     """
     if self_reward_warmup < 0:
         raise ValueError(f"laser: self_reward_warmup is {self_reward_warmup}; it must be at least 0.")
-    settings = dict(coefficient=alpha, beta=beta_v, warmup_steps=reasoning_warmup, reference=reference, token=token)
+    self_reward = SelfReward(
+        coefficient=alpha, beta=beta_v, warmup_steps=reasoning_warmup, reference=reference, token=token
+    )
     return Extension(
         mix=advantages.after(reasoning_warmup + self_reward_warmup, advantages.mix_self_reward(tau, min_std)),
-        auxiliary=(SelfReward(**settings),),
+        auxiliary=(self_reward,),
         signals=frozenset({"self_rewards", "truncated", "verdicts"}),
         judges=True,
     )

@@ -167,15 +167,9 @@ def _select(options: dict[str, Any], factory: Callable[..., Any]) -> dict[str, A
 
 
 def combine(name: str, estimator: Method, extensions: dict[str, Extension]) -> Method:
-    """Returns the method of an estimator and its extensions, their transformations in the order of the slots.
+    """Returns the method `name`: an estimator and its extensions, which are by name, in the order of the name.
 
-    Args:
-      name: the name of the result.
-      estimator: the method that the extensions change.
-      extensions: by name, in the order of the name.
-
-    Raises:
-      ValueError: the parts contradict each other.
+    Their transformations are in the order of the slots. Raises ValueError if the parts contradict each other.
     """
     parts = extensions.values()
     giving = [n for n, e in extensions.items() if e.gives_reward]

@@ -10,7 +10,7 @@ from jaxrl_reason.losses import AGGREGATIONS, RATIOS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertDigits:
-    """GenRe2's expert term, arXiv 2512.06533: cross-entropy on digits that bring a generated prefix nearest the target."""
+    """GenRe2's expert term, arXiv 2512.06533: cross-entropy on the digits that bring a prefix nearest to the target."""
 
     name: ClassVar[str] = "expert"
     coefficient: float  # its weight
@@ -52,11 +52,7 @@ class SelfReward:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyLoss:
-    """The keywords of `losses.policy_loss`, as a value, and the auxiliary losses.
-
-    `auxiliary` holds their settings: frozen dataclasses with a `name` and a `coefficient`. `rl.auxiliary` computes the
-    losses.
-    """
+    """The keywords of `losses.policy_loss`, as a value, and the auxiliary losses, which `rl.auxiliary` computes."""
 
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -64,7 +60,7 @@ class PolicyLoss:
     ratio: str = "token"
     aggregation: str = "token_mean"
     constant: float | None = None
-    auxiliary: tuple[Any, ...] = ()
+    auxiliary: tuple[Any, ...] = ()  # settings: frozen dataclasses with a `name` and a `coefficient`
 
     def __post_init__(self):
         for field, value, allowed in (("ratio", self.ratio, RATIOS), ("aggregation", self.aggregation, AGGREGATIONS)):
