@@ -216,7 +216,7 @@ def kl_penalty(logprobs: Logprobs, ref_logprobs: Logprobs, kind: str = "k3") -> 
     divergence", 2020). All three have the *gradient* of k2, d * grad(logprobs): its expectation over the policy's
     samples is the gradient of KL(policy || reference). A naive derivative of k1 is 0 in expectation, and of k3 it is
     that of KL(reference || policy) (arXiv 2506.09477). ref_logprobs are constants. The result is float32, and NaN with
-    gradient 0 for a token with an input that is not finite. Raises ValueError if kind is unknown.
+    gradient 0 for a token with an input that is not finite. Raises ValueError for an unknown kind.
 
     Example:
       >>> logprobs, ref_logprobs = jnp.array([[[-1.0, -1.3]]]), jnp.array([[[-1.3, -1.0]]])

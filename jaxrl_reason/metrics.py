@@ -1,8 +1,8 @@
 """Metrics of a policy's answers: how often they are correct, how valuable, how sure and how close.
 
 All functions but `token_confidence` run on the host in float64, on anything that numpy can read. A ratio with an empty
-denominator is NaN, as each docstring states. They raise ValueError if shapes differ, or if an argument is outside the
-range that its docstring states.
+denominator is NaN, as each docstring states. They raise ValueError for different shapes, and for an argument outside
+the range that its docstring states.
 """
 
 from collections import defaultdict
@@ -62,8 +62,8 @@ def human_aligned_accuracy(correct: ArrayLike, values: ArrayLike) -> float:
 def value_density(correct: ArrayLike, values: ArrayLike, lengths: ArrayLike) -> float:
     """Computes RLEV's value density, arXiv 2510.20187: H-Acc in percent, per token of the mean length.
 
-    `lengths` are those of the completions in tokens, [N]; see `human_aligned_accuracy` for the other arguments. NaN if
-    the values or the lengths sum to 0.
+    `lengths` is [N], the tokens per completion; see `human_aligned_accuracy` for the other arguments. The result is NaN
+    if the values or the lengths sum to 0.
 
     Example:
       >>> value_density([True, False], [0.5, 0.5], [5, 15])
@@ -226,8 +226,8 @@ def token_confidence(
     result is the inverse perplexity, which is c(q) for prompt tokens. Traceable; no gradient flows.
 
     Args:
-      logprobs, mask: log-probabilities, and nonzero on live tokens; dead tokens may hold NaN. Raises AssertionError if
-        the shapes differ.
+      logprobs, mask: log-probabilities, and nonzero on live tokens; dead tokens may hold NaN. Raises AssertionError
+        for different shapes.
       fraction: a Python number in (0, 1].
 
     Returns:
@@ -277,7 +277,7 @@ def _refuse(invalid: np.ndarray, rule: str, **arrays: np.ndarray) -> None:
         raise ValueError(f"{rule}; {', '.join(f'{name} is {x[index]}' for name, x in arrays.items())}{place}.")
 
 
-def _ratio(numerator: float, denominator: float) -> float:
+def _ratio(numerator: float | np.integer, denominator: float | np.integer) -> float:
     return float(numerator / denominator) if denominator != 0 else float("nan")
 
 

@@ -17,7 +17,7 @@ def chain(*transforms: AdvantageTransform) -> AdvantageTransform:
 
     The chain starts from `inputs.rewards` if its advantages are None. It sets the advantage of every completion without
     a reward to 0 and stops all gradients. Its state is the tuple of the states of its parts; `update` raises ValueError
-    if the state has another length.
+    for a state of another length.
 
     Example:
       >>> inputs = AdvantageInputs(jnp.array([[3.0, 1.0, jnp.nan]]), jnp.ones((1, 3, 4)), values=jnp.array([0.1]))
@@ -50,7 +50,7 @@ def after(steps: int, transform: AdvantageTransform) -> AdvantageTransform:
     """Applies a transformation from update number `steps` on, and leaves advantages unchanged until then.
 
     The count of updates is checkpointed state. The transformation's own state changes from the first update on. Raises
-    ValueError if steps is negative.
+    ValueError for negative steps.
 
     Example:
       >>> inputs = AdvantageInputs(jnp.array([[1.0, 0.0]]), jnp.ones((1, 2, 3)))

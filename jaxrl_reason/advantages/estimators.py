@@ -71,7 +71,7 @@ def subtract_greedy() -> AdvantageTransform:
     """Subtracts the reward of the greedy completion of the same prompt: ReMax, arXiv 2310.10505, eq. 6.
 
     A prompt whose greedy completion has no reward (NaN) has no baseline: its advantages are 0. `update` raises
-    ValueError if inputs.greedy_rewards is None.
+    ValueError without inputs.greedy_rewards.
 
     Example:
       >>> inputs = AdvantageInputs(jnp.array([[1.0, 0.0]]), jnp.ones((1, 2, 3)), greedy_rewards=jnp.array([0.25]))
@@ -94,8 +94,8 @@ def whiten_by_token(kl_coef: float = 0.0) -> AdvantageTransform:
     Computes (R - mean) * rsqrt(var + 1e-8), with mean = sum(R m) / sum(m) and the unbiased variance over the N masked
     tokens. Without KL, R is the reward on every token of a completion, and the result is f32[P, G]. With kl_coef > 0,
     -kl_coef * kl enters the reward of each token, R is the return-to-go (gamma 1), and the result is f32[P, G, T]. It
-    is 0 on masked tokens and on completions whose KL is not finite. Raises ValueError if kl_coef is negative, or (from
-    `update`) if it is positive and inputs.kl is None.
+    is 0 on masked tokens and on completions whose KL is not finite. Raises ValueError for a negative kl_coef,
+    and `update` for a positive one without inputs.kl.
 
     Example:
       >>> inputs = AdvantageInputs(jnp.array([[1.0, 0.0]]), jnp.array([[[1, 0], [1, 1]]]))
@@ -133,7 +133,7 @@ def soft_overlong_penalty(max_length: int, cache_length: int) -> AdvantageTransf
     """Adds a penalty on length to the reward: DAPO, arXiv 2503.14476, eq. 13.
 
     The penalty is 0 up to max_length - cache_length tokens (the end token included), falls linearly to -1 at
-    max_length, and is -1 beyond. Raises ValueError if cache_length is not in 1..max_length.
+    max_length, and is -1 beyond. Raises ValueError for a cache_length outside 1..max_length.
 
     Example:
       >>> inputs = AdvantageInputs(jnp.ones((1, 2)), jnp.array([[[1, 1, 0, 0], [1, 1, 1, 0]]]))

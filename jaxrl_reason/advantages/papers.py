@@ -75,8 +75,8 @@ def weight_by_score_spread(
 
     w = w_min + (w_max - w_min) sigmoid(k (sigma - sigma_bar)), with sigma the std1 of the raw scores of the group.
     sigma_bar is the running mean of sigma over steps; it includes the current step, and the first step sets it. A later
-    division by the std of the group cancels the weight, so put it after the division. Raises ValueError if a parameter
-    is out of range, or (from `update`) if inputs.model_scores is None.
+    division by the std of the group cancels the weight, so put it after the division. Raises ValueError for a parameter
+    out of range, and `update` without inputs.model_scores.
 
     Args:
       w_min, w_max: lowest and highest weight, 0 <= w_min <= w_max.
@@ -119,8 +119,8 @@ def scale_by_value(alpha: float = 10.0, clip: float = 1.0) -> AdvantageTransform
     """Multiplies by RLEV's scale of each prompt, s = 1 + min(alpha v, clip), arXiv 2510.20187.
 
     v in [0, 1] is the human value of the prompt. The scale multiplies the reward, or, after a division by the std of
-    the group (which would cancel the scale), the advantage. Raises ValueError if alpha or clip is negative, or (from
-    `update`) if inputs.values is None.
+    the group (which would cancel the scale), the advantage. Raises ValueError for a negative alpha or clip,
+    and `update` without inputs.values.
 
     Example:
       >>> inputs = AdvantageInputs(jnp.ones((2, 2)), jnp.ones((2, 2, 3)), values=jnp.array([0.05, 0.3]))
@@ -144,8 +144,8 @@ def mix_self_reward(tau: float = 0.1, min_std: float = 0.1) -> AdvantageTransfor
 
     A_s standardizes (std1) the self-rewards, clipped to [0, 1], within each group. A group whose std is at most min_std
     keeps A. A completion without a self-reward (truncated, or not finite) counts as 0, in the statistics and for
-    itself. Raises ValueError if tau is outside [0, 1] or min_std is negative, or (from `update`) if
-    inputs.self_rewards is None or G < 2.
+    itself. Raises ValueError for tau outside [0, 1] or a negative min_std, and `update` without inputs.self_rewards or
+    with G < 2.
 
     Example:
       >>> own = jnp.array([[1.0, 0.0, 0.5, -0.2]])
@@ -178,8 +178,8 @@ def reweight_by_confidence(alpha: float = 0.3, skip_all_correct: bool = False) -
     """Computes ProGRPO's advantage A + alpha (c(q) - c(o|q)), arXiv 2602.05281.
 
     A group without a correct answer keeps A. With skip_all_correct, a group without an incorrect answer keeps A too.
-    The added term is not centered again. Raises ValueError if alpha is negative, or (from `update`) if
-    inputs.prompt_confidence or inputs.answer_confidence is None.
+    The added term is not centered again. Raises ValueError for a negative alpha, and `update` without
+    inputs.prompt_confidence or inputs.answer_confidence.
 
     Example:
       >>> confidence = dict(prompt_confidence=jnp.array([0.5]), answer_confidence=jnp.array([[0.9, 0.1]]))

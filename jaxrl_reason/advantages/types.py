@@ -43,8 +43,7 @@ class AdvantageTransform(NamedTuple):
     """A pair of pure functions. The state is a pytree that is checkpointed with the run."""
 
     init: Callable[[], Any]  # () -> state
-    # (advantages, state, inputs) -> (advantages, state)
-    update: Callable[[Any, Any, AdvantageInputs], tuple[Advantages, Any]]
+    update: Callable[[Any, Any, AdvantageInputs], tuple[Advantages, Any]]  # of (advantages, state, inputs)
 
 
 def stateless(function: Callable[[Any, AdvantageInputs], Advantages]) -> AdvantageTransform:

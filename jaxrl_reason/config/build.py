@@ -12,7 +12,7 @@ OVERRIDES = ("param_dtype", "compute_dtype", "remat")  # fields of config.model 
 
 
 def make_method(config: Config) -> methods.Method:
-    """Returns the method of `config.method`. Raises ConfigError if it does not exist or does not accept a keyword."""
+    """Returns the method of `config.method`. Raises ConfigError for an unknown name or an invalid keyword."""
     keywords = dict(config.method)
     name = keywords.pop("name", "")
     if not isinstance(name, str):
@@ -44,7 +44,7 @@ def _check_keyword(name: str, value: Any, default: Any) -> None:
 def prompt_template(config: Config, tokenizer: data.Tokenizer) -> data.PromptTemplate | data.ChatTemplate:
     """Returns the template that turns rows into prompts and worked solutions.
 
-    With `data.chat`, the tokenizer has the chat template. Raises ValueError if there is no such template.
+    With `data.chat`, the tokenizer has the chat template. Raises ValueError for an unknown template.
     """
     template = data.get_template(config.data.template)
     if not config.data.chat:
@@ -64,7 +64,7 @@ def model_config(config: Config, vocab_size: int, source: Mapping[str, Any] | No
     """Returns the configuration of the decoder; `programs.with_attention` sets its attention later, by the devices.
 
     `vocab_size` is the number of tokens of the tokenizer. `source` is config.json of the pretrained model, or None for
-    a new model. Raises ConfigError if the fields do not make a decoder.
+    a new model. Raises ConfigError for fields that do not make a decoder.
     """
     lora, adapters = config.lora, dict[str, Any]()
     if lora.rank:

@@ -13,7 +13,7 @@ from jaxrl_reason.config.schema import Config, ConfigError, field_names, with_ar
 
 
 def load_module(path: str | pathlib.Path) -> types.ModuleType:
-    """Returns a recipe file as a module. Raises ConfigError if there is no such file, or it cannot be run."""
+    """Returns a recipe file as a module. Raises ConfigError for a file that is missing or fails."""
     path = pathlib.Path(path)
     if not path.is_file():
         near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.glob("*.py")], n=3)
@@ -52,7 +52,7 @@ def _not_a_recipe(path: str | pathlib.Path, error: Exception) -> ConfigError:
 def override(config: Config, name: str, text: str) -> None:
     """Sets the field `name` ("field", "section.field" or "method.keyword") in place, to a value of the command line.
 
-    Raises ConfigError if there is no such field, or the value has another type.
+    Raises ConfigError for an unknown field, or a value of another type.
     """
     *sections, leaf = name.split(".")
     at: Any = config

@@ -157,7 +157,7 @@ RULES = (
 
 
 def validate(config: Config) -> Method:
-    """Checks all that can be known before data are read, and returns the method. Raises ConfigError if it fails."""
+    """Checks all that is known before data are read, and returns the method. The first failure raises ConfigError."""
     _check_fields(config)
     method = make_method(config)
     _check_signals(config, method)

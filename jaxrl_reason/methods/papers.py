@@ -6,7 +6,7 @@ from jaxrl_reason.methods.types import ExpertDigits, Extension, Method, SelfRewa
 
 
 def _place_of_weight(method: str, option: str, place: str, estimator: Method, default: str) -> str:
-    """Returns "reward" or "advantage": the factor of a weight of prompts. Raises ValueError if it would cancel."""
+    """Returns "reward" or "advantage": the factor of a weight of prompts. Raises ValueError for one that cancels."""
     place = place or default
     if place not in ("reward", "advantage"):
         raise ValueError(f"{method}: {option} is {place!r}; it must be 'reward' or 'advantage'.")

@@ -23,7 +23,7 @@ _EXTENSIONS: dict[str, _Registered] = {}
 def register(factory: Callable[..., Method]) -> Callable[..., Method]:
     """Makes `factory(**keywords) -> Method` available to `create` under its function name.
 
-    Raises ValueError if another function has the name, TypeError if a parameter is not keyword-only or has no default.
+    Raises ValueError for a name that is taken, TypeError for a parameter that is not keyword-only or has no default.
     """
     _check_factory(factory)
     _ESTIMATORS[factory.__name__] = factory
@@ -139,7 +139,7 @@ def stack(*parts: str, base: str = "grpo", **options: Any) -> Method:
         stack("hero", "rlev", "progrpo", base="rloo", hero={"alpha": 0.1}, clip_high=0.28)
 
     The slots of `Extension` set the order of the transformations, whatever the order of the names. The options are a
-    dict per extension, and the parameters of the estimator. Raises ValueError as `create`, and if there are no parts.
+    dict per extension, and the parameters of the estimator. Raises ValueError as `create`, and without parts.
     """
     if not parts:
         raise ValueError("stack() needs at least one method; for a bare estimator use create().")
@@ -169,7 +169,7 @@ def _select(options: dict[str, Any], factory: Callable[..., Any]) -> dict[str, A
 def combine(name: str, estimator: Method, extensions: dict[str, Extension]) -> Method:
     """Returns the method `name`: an estimator and its extensions, which are by name, in the order of the name.
 
-    Their transformations are in the order of the slots. Raises ValueError if the parts contradict each other.
+    Their transformations are in the order of the slots. Raises ValueError for parts that contradict each other.
     """
     parts = extensions.values()
     giving = [n for n, e in extensions.items() if e.gives_reward]
