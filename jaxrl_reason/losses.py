@@ -5,7 +5,7 @@ count, in any dtype. Denominators are global: a caller with a part of a batch (a
 whole batch, and the losses, gradients and metrics of the parts add up to the batch's.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import chex
 import jax
@@ -17,20 +17,20 @@ RATIOS = ("token", "sequence", "cispo", "none")
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")
 KL_KINDS = ("k1", "k2", "k3")
 
+Scalar: TypeAlias = Float[Array, ""]
+Logprobs: TypeAlias = Float[Array, "P G T"]
+Mask: TypeAlias = Shaped[Array, "P G T"]
+Verdicts: TypeAlias = Shaped[Array, "P G"]
+
 
 class Totals(NamedTuple):
-    """The denominators of the losses of a batch, each at least 1.
+    """The denominators of the losses of a batch, each at least 1."""
 
-    Attributes:
-      tokens: number of unmasked tokens.
-      sequences: number of completions with at least one unmasked token.
-    """
-
-    tokens: Float[Array, ""]
-    sequences: Float[Array, ""]
+    tokens: Scalar  # number of unmasked tokens
+    sequences: Scalar  # number of completions with at least one unmasked token
 
 
-def totals(mask: Shaped[Array, "P G T"]) -> Totals:
+def totals(mask: Mask) -> Totals:
     """Returns the counts of a mask.
 
     Example:
@@ -39,9 +39,7 @@ def totals(mask: Shaped[Array, "P G T"]) -> Totals:
       2.0 1.0
     """
     mask = mask.astype(bool)
-    return Totals(
-        jnp.maximum(mask.sum(), 1).astype(jnp.float32), jnp.maximum(mask.any(axis=-1).sum(), 1).astype(jnp.float32)
-    )
+    return Totals(*(jnp.maximum(x.sum(), 1).astype(jnp.float32) for x in (mask, mask.any(axis=-1))))
 
 
 def masked_sum(values: Shaped[Array, "..."], mask: Bool[Array, "..."], axis: int | None = None) -> Array:
@@ -54,17 +52,10 @@ def masked_sum(values: Shaped[Array, "..."], mask: Bool[Array, "..."], axis: int
     return jnp.where(mask, values, 0.0).sum(axis=axis)
 
 
-def drop_nonfinite(
-    mask: Shaped[Array, "P G T"], *logprobs: Float[Array, "P G T"]
-) -> tuple[Bool[Array, "P G T"], Float[Array, ""]]:
-    """Masks the completions that have a non-finite log-probability on an unmasked token.
+def drop_nonfinite(mask: Mask, *logprobs: Logprobs) -> tuple[Bool[Array, "P G T"], Scalar]:
+    """Masks the completions that have a non-finite log-probability on an unmasked token, under any of the policies.
 
-    Args:
-      mask: the tokens that count.
-      *logprobs: log-probabilities under any number of policies.
-
-    Returns:
-      The mask without those completions, and their number.
+    Returns the mask without the broken completions, and their number.
 
     Example:
       >>> mask, dropped = drop_nonfinite(jnp.ones((1, 2, 2)), jnp.array([[[-1.0, -2.0], [-1.0, jnp.nan]]]))
@@ -79,17 +70,12 @@ def drop_nonfinite(
 
 
 def aggregate(
-    values: Shaped[Array, "P G T"],
-    mask: Shaped[Array, "P G T"],
-    kind: str,
-    constant: float | None = None,
-    total: Totals | None = None,
-) -> Float[Array, ""]:
+    values: Shaped[Array, "P G T"], mask: Mask, kind: str, constant: float | None = None, total: Totals | None = None
+) -> Scalar:
     """Averages values of tokens over a batch. Completions without an unmasked token do not count.
 
     Args:
-      values: one number per token; masked tokens may hold NaN.
-      mask: the tokens that count.
+      values, mask: one number per token, and the tokens that count; masked tokens may hold NaN.
       kind: "token_mean": sum / tokens. "sequence_mean": mean over completions of the means over their tokens.
         "sequence_sum": mean over completions of the sums over their tokens. "constant": sum / (completions * constant).
       constant: the length that divides each completion, for "constant" only. None means T, the maximal length:
@@ -125,10 +111,10 @@ def aggregate(
 
 
 def policy_loss(
-    logprobs: Float[Array, "P G T"],
-    old_logprobs: Float[Array, "P G T"],
+    logprobs: Logprobs,
+    old_logprobs: Logprobs,
     advantages: Float[Array, "P G"] | Float[Array, "P G T"],
-    mask: Shaped[Array, "P G T"],
+    mask: Mask,
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
@@ -137,7 +123,7 @@ def policy_loss(
     aggregation: str = "token_mean",
     constant: float | None = None,
     total: Totals | None = None,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+) -> tuple[Scalar, dict[str, Scalar]]:
     """Computes the clipped policy-gradient loss. A completion with a non-finite log-probability is left out.
 
     With rho = exp(logprobs - old_logprobs) and A the advantage, the loss of a token is, by `ratio`:
@@ -151,10 +137,8 @@ def policy_loss(
 
     Args:
       logprobs: log-probabilities under the policy that is trained.
-      old_logprobs: log-probabilities under the policy that sampled, constants.
-      advantages: constants.
+      old_logprobs, advantages: log-probabilities under the policy that sampled, and advantages; constants.
       mask: the tokens that count; masked tokens may hold NaN.
-      clip_low, clip_high, dual_clip, ratio: see above.
       aggregation, constant, total: see `aggregate`.
 
     Returns:
@@ -175,9 +159,8 @@ def policy_loss(
     chex.assert_rank(advantages, {2, 3})
     chex.assert_equal_shape_prefix([logprobs, advantages], advantages.ndim)
     mask, dropped = drop_nonfinite(mask, logprobs, old_logprobs)
-    per_token, low, high = _token_losses(
-        logprobs, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip, ratio
-    )
+    clips = (clip_low, clip_high, dual_clip)
+    per_token, low, high = _token_losses(logprobs, old_logprobs, advantages, mask, *clips, ratio)
     total = totals(mask) if total is None else total
     share = lambda x: masked_sum(x.astype(jnp.float32), mask) / total.tokens
     metrics = {
@@ -190,15 +173,15 @@ def policy_loss(
 
 
 def _token_losses(
-    logprobs: Float[Array, "P G T"],
-    old_logprobs: Float[Array, "P G T"],
+    logprobs: Logprobs,
+    old_logprobs: Logprobs,
     advantages: Float[Array, "P G"] | Float[Array, "P G T"],
     mask: Bool[Array, "P G T"],
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
     ratio: str,
-) -> tuple[Float[Array, "P G T"], Bool[Array, "P G T"], Bool[Array, "P G T"]]:
+) -> tuple[Logprobs, Bool[Array, "P G T"], Bool[Array, "P G T"]]:
     """Computes the loss of each token by `policy_loss`, and whether the lower and the upper clip act on it."""
     if ratio not in RATIOS:
         raise ValueError(f"ratio is {ratio!r}; it must be one of {RATIOS}.")
@@ -226,26 +209,14 @@ def _token_losses(
     return per_token, (rho < 1 - clip_low) & (advantages < 0), (rho > 1 + clip_high) & (advantages > 0)
 
 
-def kl_penalty(
-    logprobs: Float[Array, "P G T"], ref_logprobs: Float[Array, "P G T"], kind: str = "k3"
-) -> Float[Array, "P G T"]:
+def kl_penalty(logprobs: Logprobs, ref_logprobs: Logprobs, kind: str = "k3") -> Logprobs:
     """Estimates KL(policy || reference) of each token from sampled tokens.
 
     With d = logprobs - ref_logprobs: k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1 (Schulman, "Approximating KL
     divergence", 2020). All three have the *gradient* of k2, d * grad(logprobs): its expectation over the policy's
     samples is the gradient of KL(policy || reference). A naive derivative of k1 is 0 in expectation, and of k3 it is
-    that of KL(reference || policy) (arXiv 2506.09477).
-
-    Args:
-      logprobs: log-probabilities under the policy that is trained.
-      ref_logprobs: log-probabilities under the reference policy, constants.
-      kind: "k1", "k2" or "k3".
-
-    Returns:
-      float32. NaN with gradient 0 for a token with an input that is not finite.
-
-    Raises:
-      ValueError: kind is unknown.
+    that of KL(reference || policy) (arXiv 2506.09477). ref_logprobs are constants. The result is float32, and NaN with
+    gradient 0 for a token with an input that is not finite. Raises ValueError for an unknown kind.
 
     Example:
       >>> logprobs, ref_logprobs = jnp.array([[[-1.0, -1.3]]]), jnp.array([[[-1.3, -1.0]]])
@@ -269,9 +240,7 @@ def token_logprobs(
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
     """Computes the log-probability of each token and the entropy of its distribution, in nats and float32.
 
-    Args:
-      logits: already divided by the temperature, -inf on illegal tokens.
-      tokens: the chosen tokens.
+    The logits are already divided by the temperature, and -inf on illegal tokens.
 
     Example:
       >>> logprob, entropy = token_logprobs(jnp.log(jnp.array([[0.5, 0.25, 0.25]])), jnp.array([0]))
@@ -289,22 +258,14 @@ def token_logprobs(
 
 
 class ClassTotals(NamedTuple):
-    """The denominators of a class-balanced loss.
+    """The denominators of a class-balanced loss: the number of valid completions with each verdict."""
 
-    Attributes:
-      correct, incorrect: number of valid completions with each verdict.
-    """
-
-    correct: Float[Array, ""]
-    incorrect: Float[Array, ""]
+    correct: Scalar
+    incorrect: Scalar
 
 
-def class_totals(verdicts: Shaped[Array, "P G"], valid: Shaped[Array, "P G"]) -> ClassTotals:
-    """Counts valid completions by verdict.
-
-    Args:
-      verdicts: nonzero for correct completions.
-      valid: nonzero for completions that count.
+def class_totals(verdicts: Verdicts, valid: Verdicts) -> ClassTotals:
+    """Counts valid completions by verdict; nonzero means correct, and valid.
 
     Example:
       >>> print(*class_totals(jnp.array([[True, True, False]]), jnp.array([[True, False, True]])))
@@ -315,25 +276,17 @@ def class_totals(verdicts: Shaped[Array, "P G"], valid: Shaped[Array, "P G"]) ->
 
 
 def self_reward_loss(
-    self_rewards: Float[Array, "P G"],
-    verdicts: Shaped[Array, "P G"],
-    valid: Shaped[Array, "P G"],
-    *,
-    total: ClassTotals | None = None,
-) -> Float[Array, ""]:
+    self_rewards: Float[Array, "P G"], verdicts: Verdicts, valid: Verdicts, *, total: ClassTotals | None = None
+) -> Scalar:
     """Computes LaSeR's class-balanced squared error of self-rewards against verdicts, arXiv 2510.14943.
 
     sum_i w_i (r_i - v_i)^2 / N over the N valid completions, with w = N / (2 N_correct) or N / (2 N_incorrect). Each
-    class weighs one half, an empty class 0.
+    class weighs one half, an empty class 0. Without valid completions, the loss is 0.
 
     Args:
       self_rewards: the gradient flows through them; invalid ones may hold NaN.
-      verdicts: nonzero for correct completions.
-      valid: nonzero for completions that ended; only they count.
+      verdicts, valid: nonzero for correct completions, and for completions that ended; only the latter count.
       total: counts of the whole batch, if the completions are a part of it.
-
-    Returns:
-      The loss; 0 if no completion is valid.
 
     Example:
       >>> rewards, verdicts = jnp.array([[1.0, 0.0, 0.5, -0.2]]), jnp.array([[True, False, True, False]])

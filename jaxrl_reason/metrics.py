@@ -1,7 +1,8 @@
 """Metrics of a policy's answers: how often they are correct, how valuable, how sure and how close.
 
 All functions but `token_confidence` run on the host in float64, on anything that numpy can read. A ratio with an empty
-denominator is NaN, as each docstring states. An impossible input raises ValueError.
+denominator is NaN, as each docstring states. They raise ValueError for different shapes, and for an argument outside
+the range that its docstring states.
 """
 
 from collections import defaultdict
@@ -26,11 +27,7 @@ def pass_at_k(n: ArrayLike, c: ArrayLike, k: ArrayLike) -> FloatArray | np.float
 
     Args:
       n: number of samples, a whole number or an array of them; the three arguments broadcast.
-      c: number of correct samples, 0 <= c <= n.
-      k: number of samples drawn, 1 <= k <= n.
-
-    Raises:
-      ValueError: a number is not whole or out of its range.
+      c, k: number of correct samples, 0 <= c <= n, and of samples drawn, 1 <= k <= n.
 
     Example:
       >>> print(pass_at_k(10, 3, [1, 5]).round(2))
@@ -51,13 +48,7 @@ def human_aligned_accuracy(correct: ArrayLike, values: ArrayLike) -> float:
 
     Args:
       correct: [N], whether each question is answered correctly, or the share of its samples that are correct.
-      values: [N], human values, not negative.
-
-    Returns:
-      A number in [0, 1]; NaN if the values sum to 0.
-
-    Raises:
-      ValueError: the shapes differ, or a value is negative or not finite.
+      values: [N], human values, finite and not negative. If they sum to 0, the result is NaN.
 
     Example:
       >>> round(human_aligned_accuracy([True, False, True], [0.1, 0.02, 0.03]), 3)
@@ -71,15 +62,8 @@ def human_aligned_accuracy(correct: ArrayLike, values: ArrayLike) -> float:
 def value_density(correct: ArrayLike, values: ArrayLike, lengths: ArrayLike) -> float:
     """Computes RLEV's value density, arXiv 2510.20187: H-Acc in percent, per token of the mean length.
 
-    Args:
-      correct, values: [N], see `human_aligned_accuracy`.
-      lengths: [N], lengths of the completions in tokens.
-
-    Returns:
-      A number; NaN if the values or the lengths sum to 0.
-
-    Raises:
-      ValueError: the shapes differ, or a value is negative or not finite.
+    `lengths` is [N], the tokens per completion; see `human_aligned_accuracy` for the other arguments. The result is NaN
+    if the values or the lengths sum to 0.
 
     Example:
       >>> value_density([True, False], [0.5, 0.5], [5, 15])
@@ -94,18 +78,8 @@ def self_verification_f1(scores: ArrayLike, correct: ArrayLike, threshold: float
 
     This is the harmonic mean of its accuracy on correct and its accuracy on incorrect answers, not the F1 of precision
     and recall. The verifier calls an answer correct if its score exceeds the threshold. A NaN score, which a truncated
-    completion has, calls it incorrect.
-
-    Args:
-      scores: [N].
-      correct: [N], whether each answer is correct.
-      threshold: see above.
-
-    Returns:
-      A number in [0, 1]: 0 if both accuracies are 0, NaN if all answers are correct or all are incorrect.
-
-    Raises:
-      ValueError: the shapes differ.
+    completion has, calls it incorrect. Both arrays are [N]. The result is in [0, 1]: 0 if both accuracies are 0, NaN if
+    all answers are correct or all are incorrect.
 
     Example:
       >>> round(self_verification_f1([0.9, 0.2, 0.7, 0.1], [True, True, False, False]), 2)
@@ -115,24 +89,15 @@ def self_verification_f1(scores: ArrayLike, correct: ArrayLike, threshold: float
     predicted, correct = scores > threshold, correct.astype(bool)
     on_correct = _ratio((predicted & correct).sum(), correct.sum())
     on_incorrect = _ratio((~predicted & ~correct).sum(), (~correct).sum())
-    if on_correct == on_incorrect == 0:
-        return 0.0
-    return 2 * on_correct * on_incorrect / (on_correct + on_incorrect)
+    both_zero = on_correct == on_incorrect == 0
+    return 0.0 if both_zero else 2 * on_correct * on_incorrect / (on_correct + on_incorrect)
 
 
 def regression_scores(predictions: ArrayLike, targets: ArrayLike) -> dict[str, float]:
-    """Computes how close predicted numbers come to their targets.
+    """Computes how close predicted numbers, [N] with N >= 1, come to their targets, [N]; all are finite.
 
-    Args:
-      predictions: [N], N >= 1.
-      targets: [N].
-
-    Returns:
-      {"rmse", "r2", "spearman"}. r2 is 1 - SSE / SST, NaN for constant targets. spearman is the correlation of average
-      ranks, NaN if the predictions or the targets are constant.
-
-    Raises:
-      ValueError: the shapes differ, there are no predictions, or a number is not finite.
+    Returns {"rmse", "r2", "spearman"}. r2 is 1 - SSE / SST, NaN for constant targets. spearman is the correlation of
+    average ranks, NaN if the predictions or the targets are constant.
 
     Example:
       >>> print(regression_scores([1.0, 2.0, 4.0], [1.0, 3.0, 5.0])["r2"])
@@ -159,10 +124,8 @@ def majority_vote(answers: Sequence[Hashable | None], weights: Sequence[float] |
 
     Args:
       answers: one per sample, equal if they count as the same answer; None does not vote. The first answer wins a tie.
+        The result is None if no sample votes.
       weights: weights of the votes, not negative. None: 1 each.
-
-    Returns:
-      An index into `answers`, or None if nobody votes.
 
     Example:
       >>> majority_vote(["7", "8", None, "8"])
@@ -176,17 +139,13 @@ def majority_vote(answers: Sequence[Hashable | None], weights: Sequence[float] |
 
 
 def calibration_error(scores: ArrayLike, correct: ArrayLike, bins: int = 10) -> float:
-    """Computes the expected calibration error, arXiv 1706.04599, eq. 3.
+    """Computes the expected calibration error, arXiv 1706.04599, eq. 3; NaN if there are no samples.
 
     This is the mean over samples of |mean score - accuracy| in the bin of the sample.
 
     Args:
-      scores: [N], predicted probabilities of a correct answer, clipped to [0, 1].
-      correct: [N], whether each answer is correct.
+      scores, correct: [N], predicted probabilities, clipped to [0, 1], and whether each answer is correct.
       bins: number of bins, of equal width.
-
-    Returns:
-      A number in [0, 1]; NaN if there are no samples.
 
     Example:
       >>> round(calibration_error([0.9, 0.9, 0.1], [True, False, False]), 2)
@@ -209,11 +168,8 @@ def mean_by_quantile(x: ArrayLike, values: ArrayLike, parts: int = 5) -> Float64
 
     Args:
       x: [N], N >= 1.
-      values: [N], the values that order the items.
+      values: [N], the values that order the items, not NaN.
       parts: number of shares, at least 1.
-
-    Raises:
-      ValueError: the shapes differ, there are no items, a value is NaN, or `parts` is below 1.
 
     Example:
       >>> print(mean_by_quantile([10, 20, 30, 40], [4, 3, 2, 1], parts=2))
@@ -236,19 +192,12 @@ def mean_by_quantile(x: ArrayLike, values: ArrayLike, parts: int = 5) -> Float64
 def bootstrap_interval(
     x: ArrayLike, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Computes the percentile bootstrap interval of a mean (Efron 1979): the means of other draws of the items.
+    """Computes the percentile bootstrap interval (low, high) of a mean (Efron 1979), from other draws of the items.
 
     Args:
-      x: [N], N >= 1, one number per independent item: for accuracy, an item is a prompt, not a completion.
+      x: [N], N >= 1, one finite number per independent item: for accuracy, an item is a prompt, not a completion.
       level: share of the resampled means inside the interval, in (0, 1).
-      resamples: number of resampled means.
-      seed: seed of the resampling.
-
-    Returns:
-      (low, high).
-
-    Raises:
-      ValueError: there are no items, one is not finite, or `level` is out of range.
+      resamples, seed: number of resampled means, and seed of the resampling.
 
     Example:
       >>> low, high = bootstrap_interval([0.0, 1.0, 1.0, 0.0, 1.0])
@@ -277,17 +226,13 @@ def token_confidence(
     result is the inverse perplexity, which is c(q) for prompt tokens. Traceable; no gradient flows.
 
     Args:
-      logprobs: log-probabilities; dead tokens may hold NaN.
-      mask: nonzero on live tokens.
+      logprobs, mask: log-probabilities, and nonzero on live tokens; dead tokens may hold NaN. Raises AssertionError
+        for different shapes.
       fraction: a Python number in (0, 1].
 
     Returns:
       float32. 0 for a row without a live token (padding: finite, so that it can be masked later). NaN if a live
       log-probability is NaN.
-
-    Raises:
-      ValueError: fraction is out of range.
-      AssertionError: the shapes differ.
 
     Example:
       >>> print(token_confidence(jnp.log(jnp.array([0.9, 0.25, 0.8])), jnp.ones(3)).round(2))
@@ -332,7 +277,7 @@ def _refuse(invalid: np.ndarray, rule: str, **arrays: np.ndarray) -> None:
         raise ValueError(f"{rule}; {', '.join(f'{name} is {x[index]}' for name, x in arrays.items())}{place}.")
 
 
-def _ratio(numerator: float, denominator: float) -> float:
+def _ratio(numerator: float | np.integer, denominator: float | np.integer) -> float:
     return float(numerator / denominator) if denominator != 0 else float("nan")
 
 

@@ -2,18 +2,11 @@
 
     inputs = AdvantageInputs(rewards, completion_mask)
     transform = chain(soft_overlong_penalty(512, 128), standardize_by_group())
-    state = transform.init()
-    advantages, state = transform.update(inputs.rewards, state, inputs)
+    advantages, state = transform.update(inputs.rewards, transform.init(), inputs)
 
 P prompts have G completions of T tokens each, and a group is axis 1. A completion whose reward is NaN has no reward
 ("leave this sample out"): it enters no statistic and its advantage is 0. Advantages are constants: no gradient flows
 through any transformation.
-
-  types.py        AdvantageInputs, AdvantageTransform
-  groups.py       statistics of a group
-  combinators.py  chain, after
-  estimators.py   transformations of the general estimators: GRPO, Dr.GRPO, RLOO, ReMax, REINFORCE++, DAPO
-  papers.py       transformations of HERO, RLEV, LaSeR and ProGRPO
 """
 
 from jaxrl_reason.advantages.combinators import after, chain
@@ -35,28 +28,3 @@ from jaxrl_reason.advantages.papers import (
     weight_by_score_spread,
 )
 from jaxrl_reason.advantages.types import AdvantageInputs, Advantages, AdvantageTransform, stateless
-
-__all__ = [
-    "AdvantageInputs",
-    "AdvantageTransform",
-    "Advantages",
-    "SpreadState",
-    "after",
-    "center_by_group",
-    "chain",
-    "group_deviation",
-    "group_tied",
-    "has_reward",
-    "is_correct",
-    "leave_one_out",
-    "mix_self_reward",
-    "reweight_by_confidence",
-    "scale_by_value",
-    "soft_overlong_penalty",
-    "standardize_by_group",
-    "stateless",
-    "stratify_by_verifier",
-    "subtract_greedy",
-    "weight_by_score_spread",
-    "whiten_by_token",
-]

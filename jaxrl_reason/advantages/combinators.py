@@ -1,6 +1,6 @@
 """Transformations made of transformations."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import chex
 import jax
@@ -9,19 +9,15 @@ import jax.numpy as jnp
 from jaxrl_reason.advantages.groups import has_reward, over_tokens
 from jaxrl_reason.advantages.types import AdvantageInputs, Advantages, AdvantageTransform
 
+State: TypeAlias = tuple[Any, ...]
+
 
 def chain(*transforms: AdvantageTransform) -> AdvantageTransform:
     """Applies transformations in order, like `optax.chain`.
 
     The chain starts from `inputs.rewards` if its advantages are None. It sets the advantage of every completion without
-    a reward to 0 and stops all gradients.
-
-    Args:
-      *transforms: the parts, the first one first.
-
-    Returns:
-      A transformation. Its state is the tuple of the states of its parts; `update` raises ValueError if the state has
-      another length.
+    a reward to 0 and stops all gradients. Its state is the tuple of the states of its parts; `update` raises ValueError
+    for a state of another length.
 
     Example:
       >>> inputs = AdvantageInputs(jnp.array([[3.0, 1.0, jnp.nan]]), jnp.ones((1, 3, 4)), values=jnp.array([0.1]))
@@ -29,20 +25,17 @@ def chain(*transforms: AdvantageTransform) -> AdvantageTransform:
       [[ 2. -2.  0.]]
     """
 
-    def init() -> tuple[Any, ...]:
+    def init() -> State:
         return tuple(t.init() for t in transforms)
 
-    def update(
-        advantages: Advantages | None, state: tuple[Any, ...], inputs: AdvantageInputs
-    ) -> tuple[Advantages, tuple[Any, ...]]:
+    def update(advantages: Advantages | None, state: State, inputs: AdvantageInputs) -> tuple[Advantages, State]:
         chex.assert_rank([inputs.rewards, inputs.completion_mask], [2, 3])
         chex.assert_equal_shape_prefix([inputs.rewards, inputs.completion_mask], 2)
         if len(state) != len(transforms):
             raise ValueError(
                 f"The advantage state has {len(state)} parts and the chain {len(transforms)}: another chain made it."
             )
-        advantages = inputs.rewards if advantages is None else advantages
-        advantages = jnp.asarray(advantages, jnp.float32)
+        advantages = jnp.asarray(inputs.rewards if advantages is None else advantages, jnp.float32)
         new = []
         for transform, part in zip(transforms, state):
             advantages, part = transform.update(advantages, part, inputs)
@@ -56,12 +49,8 @@ def chain(*transforms: AdvantageTransform) -> AdvantageTransform:
 def after(steps: int, transform: AdvantageTransform) -> AdvantageTransform:
     """Applies a transformation from update number `steps` on, and leaves advantages unchanged until then.
 
-    Args:
-      steps: number of updates without the transformation, at least 0. The count is checkpointed state.
-      transform: the transformation; its own state changes from the first update on.
-
-    Raises:
-      ValueError: steps is negative.
+    The count of updates is checkpointed state. The transformation's own state changes from the first update on. Raises
+    ValueError for negative steps.
 
     Example:
       >>> inputs = AdvantageInputs(jnp.array([[1.0, 0.0]]), jnp.ones((1, 2, 3)))
@@ -73,12 +62,10 @@ def after(steps: int, transform: AdvantageTransform) -> AdvantageTransform:
     if steps == 0:
         return transform
 
-    def init() -> tuple[jax.Array, Any]:
+    def init() -> State:
         return jnp.int32(0), transform.init()
 
-    def update(
-        advantages: Advantages, state: tuple[jax.Array, Any], inputs: AdvantageInputs
-    ) -> tuple[Advantages, tuple[jax.Array, Any]]:
+    def update(advantages: Advantages, state: State, inputs: AdvantageInputs) -> tuple[Advantages, State]:
         count, inner = state
         changed, inner = transform.update(advantages, inner, inputs)
         return jnp.where(count >= steps, changed, advantages), (count + 1, inner)

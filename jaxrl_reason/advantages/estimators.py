@@ -1,27 +1,21 @@
 """Transformations of the general estimators, from rewards to advantages.
 
-Statistics of a group are over the completions with a reward. std1 divides by n - 1.
+Statistics of a group are over the completions with a reward. std1 divides by n - 1. With G < 2, the `update` of a group
+estimator (standardize_by_group, center_by_group, leave_one_out) raises ValueError.
 """
 
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
 
 from jaxrl_reason.advantages.groups import group_deviation, has_reward, require, require_group
-from jaxrl_reason.advantages.types import AdvantageInputs, Advantages, AdvantageTransform, stateless
-
-PerCompletion = Float[jax.Array, "P G"]
+from jaxrl_reason.advantages.types import AdvantageInputs, Advantages, AdvantageTransform, PerCompletion, stateless
 
 
 def standardize_by_group(eps: float = 1e-6) -> AdvantageTransform:
     """Computes (r - mean_G r) / (std1_G r + eps): GRPO, arXiv 2402.03300, eq. 4.
 
-    Args:
-      eps: keeps the division finite, at least 0. A tied group gives exactly 0 for every eps.
-
-    Raises:
-      ValueError: eps is negative, or (from `update`) G < 2.
+    eps >= 0 keeps the division finite; a negative one raises ValueError. A tied group gives exactly 0 for every eps.
 
     Example:
       >>> inputs = AdvantageInputs(jnp.array([[1.0, 0.0, 0.0, 1.0]]), jnp.ones((1, 4, 3)))
@@ -42,9 +36,6 @@ def standardize_by_group(eps: float = 1e-6) -> AdvantageTransform:
 def center_by_group() -> AdvantageTransform:
     """Computes r - mean_G r: Dr.GRPO, arXiv 2503.20783, section 3.2.
 
-    Raises:
-      ValueError: (from `update`) G < 2.
-
     Example:
       >>> inputs = AdvantageInputs(jnp.array([[1.0, 0.0, 0.0, 0.0]]), jnp.ones((1, 4, 3)))
       >>> print(center_by_group().update(inputs.rewards, (), inputs)[0])
@@ -60,9 +51,6 @@ def center_by_group() -> AdvantageTransform:
 
 def leave_one_out() -> AdvantageTransform:
     """Subtracts the mean of the *other* completions, n / (n - 1) (r - mean_G r): RLOO, arXiv 2402.14740, eq. 8.
-
-    Raises:
-      ValueError: (from `update`) G < 2.
 
     Example:
       >>> inputs = AdvantageInputs(jnp.array([[3.0, 0.0, 0.0]]), jnp.ones((1, 3, 4)))
@@ -82,10 +70,8 @@ def leave_one_out() -> AdvantageTransform:
 def subtract_greedy() -> AdvantageTransform:
     """Subtracts the reward of the greedy completion of the same prompt: ReMax, arXiv 2310.10505, eq. 6.
 
-    A prompt whose greedy completion has no reward (NaN) has no baseline: its advantages are 0.
-
-    Raises:
-      ValueError: (from `update`) inputs.greedy_rewards is None.
+    A prompt whose greedy completion has no reward (NaN) has no baseline: its advantages are 0. `update` raises
+    ValueError without inputs.greedy_rewards.
 
     Example:
       >>> inputs = AdvantageInputs(jnp.array([[1.0, 0.0]]), jnp.ones((1, 2, 3)), greedy_rewards=jnp.array([0.25]))
@@ -97,8 +83,7 @@ def subtract_greedy() -> AdvantageTransform:
         baseline = require("subtract_greedy", inputs, "greedy_rewards")
         chex.assert_rank([advantages, baseline], [2, 1])
         chex.assert_equal_shape_prefix([advantages, baseline], 1)
-        advantages = advantages - baseline[:, None]
-        return jnp.where(jnp.isnan(baseline)[:, None], 0.0, advantages)
+        return jnp.where(jnp.isnan(baseline)[:, None], 0.0, advantages - baseline[:, None])
 
     return stateless(update)
 
@@ -109,17 +94,11 @@ def whiten_by_token(kl_coef: float = 0.0) -> AdvantageTransform:
     Computes (R - mean) * rsqrt(var + 1e-8), with mean = sum(R m) / sum(m) and the unbiased variance over the N masked
     tokens. Without KL, R is the reward on every token of a completion, and the result is f32[P, G]. With kl_coef > 0,
     -kl_coef * kl enters the reward of each token, R is the return-to-go (gamma 1), and the result is f32[P, G, T]. It
-    is 0 on masked tokens and on completions whose KL is not finite.
-
-    Args:
-      kl_coef: coefficient of the KL penalty, at least 0.
-
-    Raises:
-      ValueError: kl_coef is negative, or (from `update`) it is positive and inputs.kl is None.
+    is 0 on masked tokens and on completions whose KL is not finite. Raises ValueError for a negative kl_coef,
+    and `update` for a positive one without inputs.kl.
 
     Example:
-      >>> mask = jnp.array([[[1, 0], [1, 1]]])
-      >>> inputs = AdvantageInputs(jnp.array([[1.0, 0.0]]), mask)
+      >>> inputs = AdvantageInputs(jnp.array([[1.0, 0.0]]), jnp.array([[[1, 0], [1, 1]]]))
       >>> print(whiten_by_token().update(inputs.rewards, (), inputs)[0].round(2))
       [[ 1.15 -0.58]]
     """
@@ -153,14 +132,8 @@ def whiten_by_token(kl_coef: float = 0.0) -> AdvantageTransform:
 def soft_overlong_penalty(max_length: int, cache_length: int) -> AdvantageTransform:
     """Adds a penalty on length to the reward: DAPO, arXiv 2503.14476, eq. 13.
 
-    The penalty is 0 up to max_length - cache_length tokens, falls linearly to -1 at max_length, and is -1 beyond.
-
-    Args:
-      max_length: tokens, the end token included.
-      cache_length: tokens over which the penalty falls, in 1..max_length.
-
-    Raises:
-      ValueError: cache_length is out of range.
+    The penalty is 0 up to max_length - cache_length tokens (the end token included), falls linearly to -1 at
+    max_length, and is -1 beyond. Raises ValueError for a cache_length outside 1..max_length.
 
     Example:
       >>> inputs = AdvantageInputs(jnp.ones((1, 2)), jnp.array([[[1, 1, 0, 0], [1, 1, 1, 0]]]))

@@ -5,7 +5,7 @@ from jax import Array
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Shaped
 
-from jaxrl_reason.advantages.types import AdvantageInputs, Advantages
+from jaxrl_reason.advantages.types import AdvantageInputs, Advantages, PerCompletion
 
 
 def has_reward(inputs: AdvantageInputs) -> Bool[Array, "P G"]:
@@ -26,20 +26,12 @@ def group_tied(x: Shaped[Array, "P G"], present: Bool[Array, "P G"]) -> Bool[Arr
     return highest <= jnp.where(present, x, jnp.inf).min(axis=1, keepdims=True)
 
 
-def group_deviation(
-    x: Float[Array, "P G"], present: Bool[Array, "P G"]
-) -> tuple[Float[Array, "P G"], Float[Array, "P 1"]]:
+def group_deviation(x: PerCompletion, present: Bool[Array, "P G"]) -> tuple[PerCompletion, Float[Array, "P 1"]]:
     """Computes the deviations from the mean of each group, and the standard deviation (n - 1).
 
+    Only present values count; absent ones may hold NaN, and their deviation is 0. Both results are 0 in a tied group.
     Deviations are squared, not values, so [1, 1.00001] has a spread. The unit of the squares is the largest deviation,
     so 1e20 does not overflow.
-
-    Args:
-      x: values; absent ones may hold NaN.
-      present: the values that count.
-
-    Returns:
-      x minus the mean over present values, 0 for absent ones, and the standard deviation. Both are 0 in a tied group.
     """
     count = present.sum(axis=1, keepdims=True)
     live = present & ~group_tied(x, present)
@@ -61,8 +53,8 @@ def require_group(name: str, advantages: Array) -> None:
     chex.assert_rank(advantages, 2)
     if advantages.shape[1] < 2:
         raise ValueError(
-            f"{name} compares the completions of a prompt with each other, and group_size is "
-            f"{advantages.shape[1]}; it must be at least 2."
+            f"{name} compares the completions of a prompt with each other, and group_size is {advantages.shape[1]}; "
+            "it must be at least 2."
         )
 
 

@@ -9,9 +9,7 @@ from jaxtyping import Bool, Float
 import numpy as np
 
 from jaxrl_reason.advantages.groups import group_deviation, has_reward, is_correct, over_tokens, require, require_group
-from jaxrl_reason.advantages.types import AdvantageInputs, Advantages, AdvantageTransform, stateless
-
-PerCompletion = Float[jax.Array, "P G"]
+from jaxrl_reason.advantages.types import AdvantageInputs, Advantages, AdvantageTransform, PerCompletion, stateless
 
 
 def stratify_by_verifier(alpha: float = 0.05, beta: float = 0.05, eps: float = 1e-6) -> AdvantageTransform:
@@ -22,8 +20,7 @@ def stratify_by_verifier(alpha: float = 0.05, beta: float = 0.05, eps: float = 1
     completions. A stratum of one, or with equal scores, gets its lowest reward.
 
     Args:
-      alpha: half the width of the rewards of incorrect completions, at least 0.
-      beta: half the width of the rewards of correct completions, at least 0.
+      alpha, beta: half the width of the rewards of incorrect and of correct completions, at least 0.
       eps: keeps the division finite, greater than 0.
 
     Raises:
@@ -65,15 +62,10 @@ def stratify_by_verifier(alpha: float = 0.05, beta: float = 0.05, eps: float = 1
 
 
 class SpreadState(NamedTuple):
-    """State of `weight_by_score_spread`.
+    """State of `weight_by_score_spread`."""
 
-    Attributes:
-      mean: running mean over steps of the standard deviations of the groups' scores.
-      seen: whether a batch has set the mean.
-    """
-
-    mean: Float[jax.Array, ""]
-    seen: Bool[jax.Array, ""]
+    mean: Float[jax.Array, ""]  # running mean over steps of the standard deviations of the groups' scores
+    seen: Bool[jax.Array, ""]  # whether a batch has set the mean
 
 
 def weight_by_score_spread(
@@ -83,16 +75,13 @@ def weight_by_score_spread(
 
     w = w_min + (w_max - w_min) sigmoid(k (sigma - sigma_bar)), with sigma the std1 of the raw scores of the group.
     sigma_bar is the running mean of sigma over steps; it includes the current step, and the first step sets it. A later
-    division by the std of the group cancels the weight, so put it after the division.
+    division by the std of the group cancels the weight, so put it after the division. Raises ValueError for a parameter
+    out of range, and `update` without inputs.model_scores.
 
     Args:
-      w_min: lowest weight, at least 0.
-      w_max: highest weight, at least w_min.
+      w_min, w_max: lowest and highest weight, 0 <= w_min <= w_max.
       k: steepness, at least 0.
       momentum: weight of earlier steps in sigma_bar, in [0, 1).
-
-    Raises:
-      ValueError: a parameter is out of range, or (from `update`) inputs.model_scores is None.
 
     Example:
       >>> inputs = AdvantageInputs(jnp.ones((1, 2)), jnp.ones((1, 2, 3)), model_scores=jnp.array([[3.0, -1.0]]))
@@ -130,14 +119,8 @@ def scale_by_value(alpha: float = 10.0, clip: float = 1.0) -> AdvantageTransform
     """Multiplies by RLEV's scale of each prompt, s = 1 + min(alpha v, clip), arXiv 2510.20187.
 
     v in [0, 1] is the human value of the prompt. The scale multiplies the reward, or, after a division by the std of
-    the group (which would cancel the scale), the advantage.
-
-    Args:
-      alpha: factor of the value, at least 0.
-      clip: upper bound of alpha v, at least 0.
-
-    Raises:
-      ValueError: alpha or clip is negative, or (from `update`) inputs.values is None.
+    the group (which would cancel the scale), the advantage. Raises ValueError for a negative alpha or clip,
+    and `update` without inputs.values.
 
     Example:
       >>> inputs = AdvantageInputs(jnp.ones((2, 2)), jnp.ones((2, 2, 3)), values=jnp.array([0.05, 0.3]))
@@ -151,8 +134,7 @@ def scale_by_value(alpha: float = 10.0, clip: float = 1.0) -> AdvantageTransform
         values = require("scale_by_value", inputs, "values")
         chex.assert_rank(values, 1)
         chex.assert_equal_shape_prefix([advantages, values], 1)
-        scale = 1 + jnp.minimum(alpha * values.astype(jnp.float32), clip)
-        return advantages * over_tokens(scale, advantages)
+        return advantages * over_tokens(1 + jnp.minimum(alpha * values.astype(jnp.float32), clip), advantages)
 
     return stateless(update)
 
@@ -162,14 +144,8 @@ def mix_self_reward(tau: float = 0.1, min_std: float = 0.1) -> AdvantageTransfor
 
     A_s standardizes (std1) the self-rewards, clipped to [0, 1], within each group. A group whose std is at most min_std
     keeps A. A completion without a self-reward (truncated, or not finite) counts as 0, in the statistics and for
-    itself.
-
-    Args:
-      tau: share of the self-reward, in [0, 1].
-      min_std: at least 0.
-
-    Raises:
-      ValueError: a parameter is out of range. From `update`: inputs.self_rewards is None, or G < 2.
+    itself. Raises ValueError for tau outside [0, 1] or a negative min_std, and `update` without inputs.self_rewards or
+    with G < 2.
 
     Example:
       >>> own = jnp.array([[1.0, 0.0, 0.5, -0.2]])
@@ -201,14 +177,9 @@ def mix_self_reward(tau: float = 0.1, min_std: float = 0.1) -> AdvantageTransfor
 def reweight_by_confidence(alpha: float = 0.3, skip_all_correct: bool = False) -> AdvantageTransform:
     """Computes ProGRPO's advantage A + alpha (c(q) - c(o|q)), arXiv 2602.05281.
 
-    A group without a correct answer keeps A. The added term is not centered again.
-
-    Args:
-      alpha: at least 0.
-      skip_all_correct: whether a group without an incorrect answer keeps A too.
-
-    Raises:
-      ValueError: alpha is negative. From `update`: inputs.prompt_confidence or inputs.answer_confidence is None.
+    A group without a correct answer keeps A. With skip_all_correct, a group without an incorrect answer keeps A too.
+    The added term is not centered again. Raises ValueError for a negative alpha, and `update` without
+    inputs.prompt_confidence or inputs.answer_confidence.
 
     Example:
       >>> confidence = dict(prompt_confidence=jnp.array([0.5]), answer_confidence=jnp.array([[0.9, 0.1]]))

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, TypeAlias
 from jax import Array
 from jaxtyping import Bool, Float, Shaped
 
-# One advantage per completion, [P, G], or one per token, [P, G, T].
-Advantages: TypeAlias = Float[Array, "P G *T"]
+PerCompletion: TypeAlias = Float[Array, "P G"]
+Advantages: TypeAlias = Float[Array, "P G *T"]  # per completion, or per token: [P, G, T]
 
 
 class AdvantageInputs(NamedTuple):
@@ -21,8 +21,7 @@ class AdvantageInputs(NamedTuple):
       model_scores: scores of a reward model (HERO).
       values: human value of each prompt, in [0, 1] (RLEV).
       self_rewards: the policy's own score of each completion (LaSeR).
-      prompt_confidence: c(q) (ProGRPO).
-      answer_confidence: c(o|q) (ProGRPO).
+      prompt_confidence, answer_confidence: c(q) and c(o|q) (ProGRPO).
       truncated: whether a completion has no end token within the budget.
       kl: log-probability minus reference log-probability of each token, if KL enters the reward.
     """
@@ -41,22 +40,14 @@ class AdvantageInputs(NamedTuple):
 
 
 class AdvantageTransform(NamedTuple):
-    """A pair of pure functions. The state is a pytree that is checkpointed with the run.
+    """A pair of pure functions. The state is a pytree that is checkpointed with the run."""
 
-    Attributes:
-      init: () -> state.
-      update: (advantages, state, inputs) -> (advantages, state).
-    """
-
-    init: Callable[[], Any]
-    update: Callable[[Any, Any, AdvantageInputs], tuple[Advantages, Any]]
+    init: Callable[[], Any]  # () -> state
+    update: Callable[[Any, Any, AdvantageInputs], tuple[Advantages, Any]]  # of (advantages, state, inputs)
 
 
 def stateless(function: Callable[[Any, AdvantageInputs], Advantages]) -> AdvantageTransform:
-    """Returns a transformation without state.
-
-    Args:
-      function: (advantages, inputs) -> advantages.
+    """Returns a transformation without state, from a function (advantages, inputs) -> advantages.
 
     Example:
       >>> inputs = AdvantageInputs(jnp.array([[1.0, 0.0]]), jnp.ones((1, 2, 3)))

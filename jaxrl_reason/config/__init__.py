@@ -2,11 +2,6 @@
 
 A recipe is a Python file whose `get_config()` returns a `Config`. The command line sets any field with
 `--config.section.field=value`. `validate` checks everything before anything compiles.
-
-  schema: the fields and their ranges
-  build: the method, the decoder and the prompt template that a configuration describes
-  validate: the rules across fields, as tables
-  command_line: recipes, flags and the help text
 """
 
 from jaxrl_reason.config.build import begins_with_bos, make_method, model_config, prompt_template
@@ -32,33 +27,3 @@ from jaxrl_reason.config.schema import (
     Update,
 )
 from jaxrl_reason.config.validate import validate
-
-__all__ = [
-    "begins_with_bos",
-    "Checkpoint",
-    "Config",
-    "ConfigError",
-    "Data",
-    "Eval",
-    "from_dict",
-    "help_text",
-    "load",
-    "load_module",
-    "Log",
-    "Lora",
-    "make_method",
-    "Mesh",
-    "Model",
-    "model_config",
-    "Optimizer",
-    "override",
-    "prompt_template",
-    "Regression",
-    "Reward",
-    "RewardModel",
-    "Sampling",
-    "Supervised",
-    "to_dict",
-    "Update",
-    "validate",
-]

@@ -8,16 +8,11 @@ from typing import Any
 from jaxrl_reason import data, methods, models
 from jaxrl_reason.config.schema import Config, ConfigError, field_names, with_article
 
-# Fields of config.model that also apply to a pretrained model.
-OVERRIDES = ("param_dtype", "compute_dtype", "remat")
+OVERRIDES = ("param_dtype", "compute_dtype", "remat")  # fields of config.model that also apply to a pretrained model
 
 
 def make_method(config: Config) -> methods.Method:
-    """Returns the method that `config.method` names.
-
-    Raises:
-      ConfigError: there is no such method, or it does not accept a keyword or its value.
-    """
+    """Returns the method of `config.method`. Raises ConfigError for an unknown name or an invalid keyword."""
     keywords = dict(config.method)
     name = keywords.pop("name", "")
     if not isinstance(name, str):
@@ -34,11 +29,8 @@ def make_method(config: Config) -> methods.Method:
 
 
 def _check_keyword(name: str, value: Any, default: Any) -> None:
-    """Raises ConfigError if a keyword of a method has not the type of its default.
-
-    In a stack of methods, a dict holds the keywords of one method.
-    """
-    if isinstance(default, dict) and isinstance(value, dict):
+    """Raises ConfigError if a keyword of a method has not the type of its default."""
+    if isinstance(default, dict) and isinstance(value, dict):  # the keywords of one method of a stack
         for key, inner in value.items():
             if key in default:
                 _check_keyword(f"{name}.{key}", inner, default[key])
@@ -52,12 +44,7 @@ def _check_keyword(name: str, value: Any, default: Any) -> None:
 def prompt_template(config: Config, tokenizer: data.Tokenizer) -> data.PromptTemplate | data.ChatTemplate:
     """Returns the template that turns rows into prompts and worked solutions.
 
-    Args:
-      config: configuration of the run.
-      tokenizer: tokenizer of the run; with `data.chat` it has the chat template.
-
-    Raises:
-      ValueError: there is no such template.
+    With `data.chat`, the tokenizer has the chat template. Raises ValueError for an unknown template.
     """
     template = data.get_template(config.data.template)
     if not config.data.chat:
@@ -76,18 +63,12 @@ def begins_with_bos(config: Config, tokenizer: data.Tokenizer) -> bool:
 def model_config(config: Config, vocab_size: int, source: Mapping[str, Any] | None = None) -> models.ModelConfig:
     """Returns the configuration of the decoder; `programs.with_attention` sets its attention later, by the devices.
 
-    Args:
-      config: configuration of the run.
-      vocab_size: number of tokens of its tokenizer.
-      source: config.json of the pretrained model, or None for a new model.
-
-    Raises:
-      ConfigError: the fields do not make a decoder.
+    `vocab_size` is the number of tokens of the tokenizer. `source` is config.json of the pretrained model, or None for
+    a new model. Raises ConfigError for fields that do not make a decoder.
     """
-    adapters: dict[str, Any] = {}
-    if config.lora.rank:
-        names = tuple(config.lora.projections)
-        adapters = dict(lora_rank=config.lora.rank, lora_alpha=config.lora.alpha, lora_projections=names)
+    lora, adapters = config.lora, dict[str, Any]()
+    if lora.rank:
+        adapters = dict(lora_rank=lora.rank, lora_alpha=lora.alpha, lora_projections=tuple(lora.projections))
     if source is None:
         return _new_model(config, vocab_size, adapters)
     found = models.read_config(source)

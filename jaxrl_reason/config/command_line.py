@@ -13,11 +13,7 @@ from jaxrl_reason.config.schema import Config, ConfigError, field_names, with_ar
 
 
 def load_module(path: str | pathlib.Path) -> types.ModuleType:
-    """Returns a recipe file as a module.
-
-    Raises:
-      ConfigError: there is no such file, or it cannot be run.
-    """
+    """Returns a recipe file as a module. Raises ConfigError for a file that is missing or fails."""
     path = pathlib.Path(path)
     if not path.is_file():
         near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.glob("*.py")], n=3)
@@ -35,41 +31,28 @@ def load_module(path: str | pathlib.Path) -> types.ModuleType:
 
 
 def load(path: str | pathlib.Path) -> Config:
-    """Returns the configuration that `get_config()` of a recipe file returns.
-
-    Raises:
-      ConfigError: the file is not a recipe.
-    """
-    module = load_module(path)
+    """Returns the configuration that `get_config()` of a recipe file returns. Raises ConfigError for other files."""
     try:
-        config = module.get_config()
+        config = load_module(path).get_config()
     except ConfigError:
         raise
     except Exception as e:
         raise _not_a_recipe(path, e) from e
     if not isinstance(config, Config):
-        raise ConfigError(
-            f"{path}: get_config() returned {type(config).__name__}; it must return a jaxrl_reason.config.Config."
-        )
+        kind = type(config).__name__
+        raise ConfigError(f"{path}: get_config() returned {kind}; it must return a jaxrl_reason.config.Config.")
     return config
 
 
 def _not_a_recipe(path: str | pathlib.Path, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"{path} could not be read as a recipe with a get_config() function: {type(error).__name__}: {error}."
-    )
+    kind = type(error).__name__
+    return ConfigError(f"{path} could not be read as a recipe with a get_config() function: {kind}: {error}.")
 
 
 def override(config: Config, name: str, text: str) -> None:
-    """Sets one field in place.
+    """Sets the field `name` ("field", "section.field" or "method.keyword") in place, to a value of the command line.
 
-    Args:
-      config: configuration to change.
-      name: `field`, `section.field`, or `method.keyword`.
-      text: the new value, as written on the command line.
-
-    Raises:
-      ConfigError: there is no such field, or the value has the wrong type.
+    Raises ConfigError for an unknown field, or a value of another type.
     """
     *sections, leaf = name.split(".")
     at: Any = config
@@ -126,8 +109,7 @@ def help_text() -> str:
     lines = _describe(Config(), "config")
     lines.append("\nMethods (config.method.name) and their keywords (config.method.*):")
     for name in methods.names():
-        keywords = ", ".join(f"{k}={v}" for k, v in methods.keywords(name).items())
-        lines.append(f"  {name:<22} {keywords}")
+        lines.append(f"  {name:<22} {', '.join(f'{k}={v}' for k, v in methods.keywords(name).items())}")
     return "\n".join(lines)
 
 

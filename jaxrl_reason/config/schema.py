@@ -9,23 +9,16 @@ from typing import Any, get_type_hints
 
 from jaxrl_reason import losses, methods, models
 
+DTYPES = ("float32", "bfloat16")
+
 
 class ConfigError(ValueError):
     """A configuration that cannot run. The message is one sentence that names the field."""
 
 
-def _field(
-    default: Any,
-    help: str,
-    *,
-    low: float | None = None,
-    above: float | None = None,
-    high: float | None = None,
-    below: float | None = None,
-    choices: Iterable[str] | None = None,
-) -> Any:
+def _field(default: Any, help: str, *, choices: Iterable[str] | None = None, **bounds: float) -> Any:
     """Returns a dataclass field: low <= value <= high, above < value < below, and value among `choices`."""
-    metadata = dict(help=help, low=low, above=above, high=high, below=below, choices=choices)
+    metadata = dict.fromkeys(("low", "above", "high", "below")) | bounds | dict(help=help, choices=choices)
     if isinstance(default, (dict, list)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -34,9 +27,7 @@ def _field(
 @dataclasses.dataclass(kw_only=True)
 class Model:
     path: str = _field(
-        "",
-        "pretrained model: a directory in the Hugging Face layout, an id of the Hugging Face hub, or a .gguf file. The model "
-        "defines sizes, switches and tokenizer. Empty: random weights",
+        "", "pretrained model: Hugging Face directory or id, or .gguf; sets sizes and tokenizer; empty: random weights"
     )
     width: int = _field(128, "size of the residual stream", low=1)
     layers: int = _field(4, "number of layers", low=1)
@@ -47,8 +38,7 @@ class Model:
     activation: str = _field("silu", "gate of the MLP", choices=("silu", "gelu"))
     rope_theta: float = _field(10_000.0, "base of the rotary frequencies", above=0)
     rope_scaling: dict = _field(
-        {},
-        "scaling of the rotary frequencies, e.g. {'kind': 'llama3', 'factor': 8.0, 'original_length': 8192}; empty: none",
+        {}, "scaling of the rotary frequencies, e.g. {'kind': 'llama3', 'factor': 8.0, 'original_length': 8192}"
     )
     sliding_window: int = _field(0, "positions that a sliding layer sees; 0: no sliding layers", low=0)
     sliding_period: int = _field(0, "every n-th layer is global, the others slide; 0: all slide", low=0)
@@ -61,10 +51,8 @@ class Model:
     tied_embedding: bool = _field(True, "the output head is the embedding")
     embedding_scale: float = _field(1.0, "factor on the embeddings (Gemma: sqrt(width))", above=0)
     query_scale: float = _field(0.0, "factor on the attention scores; 0: head_dim ** -0.5", low=0)
-    param_dtype: str = _field("float32", "dtype of the weights", choices=("float32", "bfloat16"))
-    compute_dtype: str = _field(
-        "float32", "dtype of the operands of matrix products; sums are float32", choices=("float32", "bfloat16")
-    )
+    param_dtype: str = _field("float32", "dtype of the weights", choices=DTYPES)
+    compute_dtype: str = _field("float32", "dtype of the operands of matrix products; sums are float32", choices=DTYPES)
     remat: str = _field(
         "layer",
         "values that the backward pass recomputes: none, all but matrix products, or whole layers",
@@ -72,8 +60,7 @@ class Model:
     )
     attention: str = _field(
         "auto",
-        "attention of prompts and updates: plain, or splash (kernels for TPUs, interpreted on other devices); "
-        "auto: splash on TPUs",
+        "attention of prompts and updates: plain, splash (TPU kernels, interpreted elsewhere), auto (splash on TPUs)",
         choices=("auto", "plain", "splash"),
     )
 
@@ -88,9 +75,7 @@ class Lora:
 @dataclasses.dataclass(kw_only=True)
 class Data:
     train: str = _field(
-        "word_problems",
-        "training data: a TFDS name (word_problems, gsm8k, ...), a path ending in .jsonl or .parquet, or "
-        "hf://datasets/OWNER/NAME/PATH",
+        "word_problems", "TFDS name (gsm8k, ...), path of a .jsonl or .parquet file, or hf://datasets/OWNER/NAME/PATH"
     )
     train_split: str = _field("train", "TFDS split, or a slice such as [:90%] of a file")
     eval: str = _field("", "evaluation data; empty: as data.train")
@@ -103,18 +88,14 @@ class Data:
     system: str = _field("", "system prompt of the chat; empty: none, or the default of the chat template")
     chat_options: dict = _field({}, "further variables of the chat template, e.g. {'enable_thinking': False}")
     on_bad_row: str = _field("refuse", "treatment of malformed rows", choices=("refuse", "skip"))
-    on_long_prompt: str = _field(
-        "refuse", "treatment of prompts over max_prompt_length tokens", choices=("refuse", "skip")
-    )
+    on_long_prompt: str = _field("refuse", "treatment of prompts over max_prompt_length", choices=("refuse", "skip"))
     tokenizer: str = _field(
         "", "a tokenizer.json or its directory; empty: the model's own, or a small one trained on the data"
     )
     vocab_size: int = _field(512, "size of a tokenizer that is trained on the data", low=300)
     add_bos: bool = _field(False, "start each prompt with the BOS token, even if the tokenizer does not add it")
     values: str = _field(
-        "own",
-        "values of questions for rlev: their own, or its ablations: one value for all, or shuffled",
-        choices=("own", "uniform", "shuffled"),
+        "own", "values for rlev: own, one for all, or shuffled (ablations)", choices=("own", "uniform", "shuffled")
     )
 
 
@@ -123,17 +104,14 @@ class Supervised:
     steps: int = _field(0, "supervised steps on worked solutions before RL; 0: none", low=0)
     batch_size: int = _field(64, "solutions per step", low=1)
     learning_rate: float = _field(1e-3, "peak learning rate (cosine to 0 after 5 % warm-up)", above=0)
-    start_from: str = _field(
-        "", "work directory of another run; its supervised start is used instead of training a new one"
-    )
+    start_from: str = _field("", "work directory of another run; its supervised start is used instead of a new one")
 
 
 @dataclasses.dataclass(kw_only=True)
 class Regression:
     tokenizer: str = _field(
         "",
-        "number tokenizer of a regression run, which reads a table from data.train (diabetes, synthetic, or a path ending in "
-        ".csv) and predicts numbers; empty: text problems",
+        "number tokenizer; predicts numbers of a table data.train: diabetes, synthetic or a .csv; empty: text problems",
         choices=("", "normalized", "p10", "ieee"),
     )
     tokenizer_options: dict = _field({}, "options of the number tokenizer, e.g. {'base': 2, 'digits': 8}")
@@ -142,9 +120,7 @@ class Regression:
     missing: str = _field("refuse", "treatment of missing values", choices=("refuse", "mean", "drop"))
     categorical: str = _field("refuse", "treatment of text columns", choices=("refuse", "onehot", "drop"))
     inputs: str = _field(
-        "features",
-        "form of the rows: an MLP turns features into prefix embeddings, or the policy reads them as text",
-        choices=("features", "text"),
+        "features", "rows as features (an MLP makes prefix embeddings) or as text", choices=("features", "text")
     )
     prefix_length: int = _field(4, "prefix embeddings per row", low=1)
     encoder_width: int = _field(128, "hidden size of the MLP and of the pointwise regressor (a baseline)", low=1)
@@ -153,14 +129,10 @@ class Regression:
 @dataclasses.dataclass(kw_only=True)
 class RewardModel:
     path: str = _field(
-        "",
-        "a reward model trained with this package, or a pretrained one: a directory in the Hugging Face layout or an id of the "
-        "hub; empty: train one in this work directory",
+        "", "reward model of this package or Hugging Face (directory or id); empty: train one in this work directory"
     )
     system: str = _field("", "system prompt in the chat of a pretrained reward model")
-    max_length: int = _field(
-        2048, "maximum tokens per text of a pretrained reward model; longer texts have no score", low=1
-    )
+    max_length: int = _field(2048, "maximum tokens per text of a pretrained model; longer texts have no score", low=1)
     data: str = _field("", "training pairs: a source with question, chosen, rejected; empty: data.train")
     split: str = _field("", "split of the training pairs; empty: data.train_split")
     eval_split: str = _field("", "split of the held-out pairs; empty: data.eval_split")
@@ -179,14 +151,9 @@ class Reward:
     weights: list = _field([], "one weight per function; empty: 1 each")
     verdict: str = _field("", "function whose value > 0.5 means correct; empty: the first")
     max_failure_share: float = _field(
-        0.5,
-        "stop if more than this share of the rewards of a step (or of a part, see sampling.parts) failed",
-        low=0,
-        high=1,
+        0.5, "stop if a larger share of the rewards of a step (or part, see sampling.parts) failed", low=0, high=1
     )
-    workers: int = _field(
-        0, "processes that call module:function and file.py:function; 0: one per core, at most 8", low=0
-    )
+    workers: int = _field(0, "processes for module:function and file.py:function; 0: one per core, at most 8", low=0)
     timeout_s: float = _field(10.0, "seconds per call; a call scores all completions of one prompt", above=0)
     memory_mb: int = _field(2048, "memory per call, beyond the memory its process began with", low=1)
 
@@ -195,25 +162,16 @@ class Reward:
 class Sampling:
     temperature: float = _field(1.0, "temperature of the rollout; training uses the same distribution", above=0)
     quantize: str = _field(
-        "",
-        "rounding of weights and KV cache in rollouts (never in evaluations); empty: as trained",
-        choices=("", "int8"),
+        "", "rounding of weights and KV cache in rollouts, not in evaluations; empty: as trained", choices=("", "int8")
     )
     importance_cap: float = _field(
-        2.0,
-        "with sampling.quantize: cap of the token weights p_trained / p_sampled, which correct the rounding",
-        above=0,
+        2.0, "with sampling.quantize: cap of token weights p_trained / p_sampled, which correct the rounding", above=0
     )
     parts: int = _field(
-        1,
-        "number of parts in which the prompts of a step are sampled, one after another: the KV caches are smaller, and the host "
-        "scores a part while the next is sampled",
-        low=1,
+        1, "parts of a step's prompts, sampled in turn: smaller KV caches, and rewards overlap with sampling", low=1
     )
     mismatch_limit: float = _field(
-        0.0,
-        "warn if the log-probabilities of a token differ by more nats between sampler and trainer; 0: 0.01 in float32, else 1",
-        low=0,
+        0.0, "warn if log-probabilities of sampler and trainer differ by more nats; 0: 0.01 in float32, else 1", low=0
     )
     mask_truncated_completions: bool = _field(False, "exclude completions without an end token from the loss")
     max_batches: int = _field(8, "dynamic sampling: maximum prompt batches drawn per step", low=1)
@@ -229,13 +187,9 @@ class Optimizer:
     b2: float = _field(0.99, "second-moment decay of AdamW", low=0, below=1)
     eps: float = _field(1e-8, "epsilon of AdamW", above=0)
     max_grad_norm: float = _field(1.0, "clip gradients to this global norm", above=0)
-    float32_master: bool = _field(
-        False, "with bfloat16 weights: keep a float32 copy, which accumulates steps that bfloat16 cannot represent"
-    )
+    float32_master: bool = _field(False, "with bfloat16 weights: keep a float32 copy, which accumulates smaller steps")
     max_skipped: int = _field(
-        5,
-        "an update is skipped if its loss or gradient is not finite; stop after this many consecutive steps without any update",
-        low=1,
+        5, "updates with non-finite loss or gradient are skipped; stop after this many steps in a row with none", low=1
     )
 
 
@@ -246,11 +200,7 @@ class Update:
     accumulation: int = _field(1, "microbatches per update: less memory, the same result", low=1)
     logprob_chunk: int = _field(0, "completion positions whose logits are held at once; 0: automatic", low=0)
     kl_coefficient: float = _field(0.0, "weight of KL(policy || reference) in the loss (TRL: beta)", low=0)
-    kl_kind: str = _field(
-        "k3",
-        "estimator of that KL; all have the gradient of KL(policy || reference)",
-        choices=losses.KL_KINDS,
-    )
+    kl_kind: str = _field("k3", "estimator of that KL; all estimators have its gradient", choices=losses.KL_KINDS)
     entropy_coefficient: float = _field(0.0, "weight of an entropy bonus", low=0)
 
 
@@ -261,13 +211,9 @@ class Mesh:
     fsdp: int = _field(-1, "devices over which weights and prompts are split; -1: all remaining", low=-1)
     tensor: int = _field(1, "devices over which heads and vocabulary are split; -1: all remaining", low=-1)
     rollout_tensor: int = _field(
-        0,
-        "devices over which heads and vocabulary are split during sampling, which does not use fsdp; 0: as mesh.tensor",
-        low=0,
+        0, "devices over which heads and vocabulary are split in sampling, which uses no fsdp; 0: as mesh.tensor", low=0
     )
-    initialization_timeout: int = _field(
-        300, "seconds that a process waits for the other processes when a run begins", low=1
-    )
+    initialization_timeout: int = _field(300, "seconds that a process waits for the others when a run begins", low=1)
     host_timeout: int = _field(100, "seconds without a heartbeat from one process after which all others end", low=1)
 
 
@@ -280,9 +226,7 @@ class Checkpoint:
 
 @dataclasses.dataclass(kw_only=True)
 class Eval:
-    every: int = _field(
-        50, "steps between evaluations; the first and the last step are always evaluated; 0: none", low=0
-    )
+    every: int = _field(50, "steps between evaluations; the first and last step are always evaluated; 0: none", low=0)
     prompts: int = _field(128, "held-out prompts", low=1)
     samples: int = _field(4, "completions per prompt", low=1)
     temperature: float = _field(1.0, "temperature of evaluation; 0: greedy", low=0)
@@ -351,7 +295,6 @@ def from_dict(values: dict[str, Any], kind: type = Config) -> Any:
     hints = get_type_hints(kind)
     for key in values:
         if key not in hints:
-            raise ConfigError(
-                f"The saved configuration has the field {key!r}, which does not exist.{methods.nearest(key, list(hints))}"
-            )
+            near = methods.nearest(key, list(hints))
+            raise ConfigError(f"The saved configuration has the field {key!r}, which does not exist.{near}")
     return kind(**{k: from_dict(v, hints[k]) if dataclasses.is_dataclass(hints[k]) else v for k, v in values.items()})

@@ -10,22 +10,12 @@ import numpy as np
 
 from jaxrl_reason import methods
 from jaxrl_reason.advantages import AdvantageInputs
+from jaxrl_reason.config import schema
 from jaxrl_reason.config.build import make_method, model_config, OVERRIDES
-from jaxrl_reason.config.schema import (
-    Config,
-    ConfigError,
-    field_names,
-    Lora,
-    Model,
-    Regression,
-    RewardModel,
-    Sampling,
-    with_article,
-)
+from jaxrl_reason.config.schema import Config, ConfigError, field_names, with_article
 from jaxrl_reason.methods import Method
 
-# Signals that the training loop supplies to every method.
-ALWAYS = frozenset({"rewards", "completion_mask", "verdicts", "truncated"})
+ALWAYS = frozenset({"rewards", "completion_mask", "verdicts", "truncated"})  # signals that every method gets
 
 
 class Rule(NamedTuple):
@@ -33,16 +23,11 @@ class Rule(NamedTuple):
 
     The error is "config.FIELD is VALUE; ADVICE." In `field` and `advice`, {found} is the value of `broken`, and {c} is
     the configuration.
-
-    Attributes:
-      field: the field that the error names, such as "update.minibatches".
-      broken: (configuration, method) -> a true value if they cannot run.
-      advice: the reason, and the change that makes them run.
     """
 
-    field: str
-    broken: Callable[[Config, Method], Any]
-    advice: str
+    field: str  # the field that the error names, such as "update.minibatches"
+    broken: Callable[[Config, Method], Any]  # returns a true value if they cannot run
+    advice: str  # the reason, and the change that makes them run
 
 
 def _changed(section: Any, names: Iterable[str]) -> str:
@@ -102,8 +87,7 @@ RULES = (
     # reward
     Rule("reward.functions", lambda c, m: any(not isinstance(name, str) for name in c.reward.functions),
          "each must be the name of a reward"),
-    Rule("reward.functions", lambda c, m: not c.reward.functions,
-         "name at least one reward"),
+    Rule("reward.functions", lambda c, m: not c.reward.functions, "name at least one reward"),
     Rule("reward.weights", lambda c, m: c.reward.weights and len(c.reward.weights) != len(c.reward.functions),
          "give one weight to each of config.reward.functions, which are {c.reward.functions}"),
     Rule("reward.weights",
@@ -120,7 +104,7 @@ RULES = (
     Rule("sampling.parts", lambda c, m: c.prompts_per_step % c.sampling.parts,
          "it must divide config.prompts_per_step ({c.prompts_per_step})"),
     Rule("sampling.importance_cap",
-         lambda c, m: not c.sampling.quantize and c.sampling.importance_cap != Sampling().importance_cap,
+         lambda c, m: not c.sampling.quantize and c.sampling.importance_cap != schema.Sampling().importance_cap,
          "only config.sampling.quantize uses it: set both, or leave it out"),
     Rule("sampling.quantize",
          lambda c, m: c.sampling.quantize and _uses(m, "self_rewards", "answer_confidence"),
@@ -128,7 +112,7 @@ RULES = (
     Rule("supervised.steps", lambda c, m: c.supervised.start_from and c.supervised.steps,
          "config.supervised.start_from takes the supervised start of another run: leave one of the two out"),
     # regression: a table of numbers instead of text problems
-    Rule("regression.tokenizer", lambda c, m: not c.regression.tokenizer and c.regression != Regression(),
+    Rule("regression.tokenizer", lambda c, m: not c.regression.tokenizer and c.regression != schema.Regression(),
          "set it, or leave out the other fields of config.regression"),
     Rule("method.name", lambda c, m: c.regression.tokenizer and m.dynamic_sampling,
          "it keeps groups with both correct and incorrect completions, and a regression run has neither: "
@@ -160,24 +144,20 @@ RULES = (
          "it needs self-rewards: give its loss a SelfReward"),
     Rule("data.values", lambda c, m: c.data.values != "own" and "values" not in m.signals,
          "config.method.name {c.method[name]!r} uses no values: leave it out, or use rlev"),
-    Rule("reward.functions", lambda c, m: c.reward_model != RewardModel() and not _learned(c),
+    Rule("reward.functions", lambda c, m: c.reward_model != schema.RewardModel() and not _learned(c),
          "config.reward_model is set, and none of them is learned: add 'reward_model', or leave config.reward_model out"),
     # model, lora
     Rule("model.{found}",
-         lambda c, m: c.model.path and _changed(c.model, sorted({*field_names(Model)} - {"path", "attention", *OVERRIDES})),
+         lambda c, m: c.model.path and _changed(c.model, sorted({*field_names(c.model)} - {"path", "attention", *OVERRIDES})),
          "the model of config.model.path has its own: leave one of the two out"),
-    Rule("lora.rank", lambda c, m: not c.lora.rank and c.lora != Lora(),
+    Rule("lora.rank", lambda c, m: not c.lora.rank and c.lora != schema.Lora(),
          "set it, or leave out the other fields of config.lora"),
 )
 # fmt: on
 
 
 def validate(config: Config) -> Method:
-    """Checks everything that can be known before data are read, and returns the method.
-
-    Raises:
-      ConfigError: a field, or a combination of fields, cannot run.
-    """
+    """Checks all that is known before data are read, and returns the method. The first failure raises ConfigError."""
     _check_fields(config)
     method = make_method(config)
     _check_signals(config, method)
@@ -185,7 +165,7 @@ def validate(config: Config) -> Method:
         if found := rule.broken(config, method):
             name, advice = (text.format(c=config, found=found) for text in (rule.field, rule.advice))
             raise ConfigError(f"config.{name} is {_value(config, name)!r}; {advice}{'' if advice[-1] in '.?' else '.'}")
-    new_model = dataclasses.replace(config, model=Model()) if config.model.path else config
+    new_model = dataclasses.replace(config, model=schema.Model()) if config.model.path else config
     model_config(new_model, vocab_size=300)
     return method
 
@@ -212,8 +192,7 @@ def _check_fields(section: Any, prefix: str = "config") -> None:
             setattr(section, f.name, value)
         if type(value) is not kind and not (kind is list and type(value) is tuple):
             raise ConfigError(f"{name} is {value!r}; it must be {with_article(kind)}.")
-        allowed = _violated_bound(value, **{k: v for k, v in f.metadata.items() if k != "help"})
-        if allowed:
+        if allowed := _violated_bound(value, **{k: v for k, v in f.metadata.items() if k != "help"}):
             raise ConfigError(f"{name} is {value!r}; it must be {allowed}.")
 
 
@@ -239,23 +218,19 @@ def _check_signals(config: Config, method: Method) -> None:
     error = _chain_error(config, method, method.signals)
     if error is None:
         return
-    undeclared = _undeclared_signals(config, method)
-    if undeclared:
-        raise ConfigError(
-            f"config.method.name {method.name!r} reads the signals {undeclared}, which its Method does not declare; "
-            "name them in Method(signals=...)."
-        ) from error
+    every = frozenset(AdvantageInputs._fields)
+    undeclared = [s for s in sorted(every - method.signals) if _chain_error(config, method, every - {s})]
+    if undeclared and _chain_error(config, method, every) is None:  # it runs with all signals
+        name = f"config.method.name {method.name!r}"
+        advice = "which its Method does not declare; name them in Method(signals=...)."
+        raise ConfigError(f"{name} reads the signals {undeclared}, {advice}") from error
     reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    raise ConfigError(
-        f"config.method.name {method.name!r} with config.group_size {config.group_size}: {reason.partition(chr(10))[0]}"
-    ) from error
+    setting = f"config.method.name {method.name!r} with config.group_size {config.group_size}"
+    raise ConfigError(f"{setting}: {reason.partition(chr(10))[0]}") from error
 
 
 def _chain_error(config: Config, method: Method, signals: frozenset[str]) -> Exception | None:
-    """Returns the exception that the advantage chain raises on these signals, or None.
-
-    The chain is traced with shapes and dtypes only; nothing is compiled.
-    """
+    """Returns the exception that the advantage chain raises when traced with these signals, or None."""
     P, G, T = config.prompts_per_step, config.group_size, config.max_completion_length
     shapes = dict(completion_mask=(P, G, T), greedy_rewards=(P,), values=(P,), prompt_confidence=(P,), kl=(P, G, T))
     dtypes = dict.fromkeys(("completion_mask", "verdicts", "truncated"), "bool")
@@ -268,11 +243,3 @@ def _chain_error(config: Config, method: Method, signals: frozenset[str]) -> Exc
     except (ValueError, AssertionError, TypeError, AttributeError) as e:
         return e
     return None
-
-
-def _undeclared_signals(config: Config, method: Method) -> list[str]:
-    """Returns the undeclared signals that the chain needs; none if the chain fails even with all signals."""
-    every = frozenset(AdvantageInputs._fields)
-    if _chain_error(config, method, every):
-        return []
-    return [name for name in sorted(every - method.signals) if _chain_error(config, method, every - {name})]

@@ -8,40 +8,10 @@ parameters become `config.method.*`:
     def centered_reinforce(*, clip: float = 0.2):
         '''REINFORCE with a group baseline.'''
         return Method(chain(center_by_group()), PolicyLoss(clip_low=clip, clip_high=clip))
-
-  types.py       Method, PolicyLoss, Extension
-  registry.py    names, keywords, create, stack
-  estimators.py  grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, reinforce_pp_baseline, remax
-  papers.py      the extensions genre2, hero, laser, rlev, progrpo
 """
 
 # The last two modules register the methods.
 from jaxrl_reason.methods import estimators as estimators
 from jaxrl_reason.methods import papers as papers
-from jaxrl_reason.methods.registry import (
-    combine,
-    create,
-    keywords,
-    names,
-    nearest,
-    register,
-    register_extension,
-    stack,
-)
+from jaxrl_reason.methods.registry import combine, create, keywords, names, nearest, register, register_extension, stack
 from jaxrl_reason.methods.types import ExpertDigits, Extension, Method, PolicyLoss, SelfReward
-
-__all__ = [
-    "ExpertDigits",
-    "Extension",
-    "Method",
-    "PolicyLoss",
-    "SelfReward",
-    "combine",
-    "create",
-    "keywords",
-    "names",
-    "nearest",
-    "register",
-    "register_extension",
-    "stack",
-]

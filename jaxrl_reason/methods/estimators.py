@@ -1,5 +1,7 @@
 """The estimators: methods by themselves, and the base of the others."""
 
+import dataclasses
+
 from jaxrl_reason.advantages import (
     center_by_group,
     chain,
@@ -23,11 +25,8 @@ def grpo(
     aggregation: str = "sequence_mean",
 ) -> Method:
     """Builds GRPO, Group Relative Policy Optimization, arXiv 2402.03300."""
-    return Method(
-        chain(standardize_by_group(eps)),
-        PolicyLoss(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, aggregation=aggregation),
-        divides_by_group_std=True,
-    )
+    loss = PolicyLoss(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, aggregation=aggregation)
+    return Method(chain(standardize_by_group(eps)), loss, divides_by_group_std=True)
 
 
 @register
@@ -51,34 +50,25 @@ def dapo(
     The penalty is on if overlong_max_length > 0 (normally max_completion_length).
     """
     if bool(overlong_max_length) != bool(overlong_cache_length):
-        raise ValueError(
-            "method.overlong_max_length and method.overlong_cache_length go together: set both or neither."
-        )
+        raise ValueError("Set both method.overlong_max_length and method.overlong_cache_length, or neither.")
     penalty = (soft_overlong_penalty(overlong_max_length, overlong_cache_length),) if overlong_max_length else ()
-    return Method(
-        chain(*penalty, standardize_by_group(eps)),
-        PolicyLoss(clip_low=clip_low, clip_high=clip_high),
-        dynamic_sampling=dynamic_sampling,
-        divides_by_group_std=True,
-    )
+    loss = PolicyLoss(clip_low=clip_low, clip_high=clip_high)
+    advantage = chain(*penalty, standardize_by_group(eps))
+    return Method(advantage, loss, dynamic_sampling=dynamic_sampling, divides_by_group_std=True)
 
 
 @register
 def gspo(*, eps: float = 1e-6, clip_low: float = 3e-4, clip_high: float = 4e-4) -> Method:
     """Builds GSPO, Group Sequence Policy Optimization, arXiv 2507.18071: one ratio per completion."""
-    return Method(
-        chain(standardize_by_group(eps)),
-        PolicyLoss(clip_low=clip_low, clip_high=clip_high, ratio="sequence", aggregation="sequence_mean"),
-        divides_by_group_std=True,
-    )
+    loss = PolicyLoss(clip_low=clip_low, clip_high=clip_high, ratio="sequence", aggregation="sequence_mean")
+    return Method(chain(standardize_by_group(eps)), loss, divides_by_group_std=True)
 
 
 @register
 def cispo(*, eps: float = 1e-6, clip_high: float = 5.0) -> Method:
     """Builds CISPO, arXiv 2506.13585: the clipped ratio is a constant weight (clip_high from arXiv 2510.13786)."""
-    return Method(
-        chain(standardize_by_group(eps)), PolicyLoss(clip_high=clip_high, ratio="cispo"), divides_by_group_std=True
-    )
+    loss = PolicyLoss(clip_high=clip_high, ratio="cispo")
+    return Method(chain(standardize_by_group(eps)), loss, divides_by_group_std=True)
 
 
 @register
@@ -90,28 +80,19 @@ def rloo(*, clip_low: float = 0.2, clip_high: float = 0.2) -> Method:
 @register
 def reinforce_pp(*, kl_coef: float = 0.0, clip_low: float = 0.2, clip_high: float = 0.2) -> Method:
     """Builds REINFORCE++, arXiv 2501.03262: advantages whitened over the tokens of the global batch."""
-    return Method(
-        chain(whiten_by_token(kl_coef)),
-        PolicyLoss(clip_low=clip_low, clip_high=clip_high),
-        signals=frozenset({"kl"}) if kl_coef else frozenset(),
-    )
+    signals = frozenset({"kl"} if kl_coef else ())
+    return Method(chain(whiten_by_token(kl_coef)), PolicyLoss(clip_low=clip_low, clip_high=clip_high), signals)
 
 
 @register
 def reinforce_pp_baseline(*, kl_coef: float = 0.0, clip_low: float = 0.2, clip_high: float = 0.2) -> Method:
     """Builds REINFORCE++ with the group mean subtracted before the whitening."""
-    return Method(
-        chain(center_by_group(), whiten_by_token(kl_coef)),
-        PolicyLoss(clip_low=clip_low, clip_high=clip_high),
-        signals=frozenset({"kl"}) if kl_coef else frozenset(),
-    )
+    plain = reinforce_pp(kl_coef=kl_coef, clip_low=clip_low, clip_high=clip_high)
+    return dataclasses.replace(plain, advantage=chain(center_by_group(), whiten_by_token(kl_coef)))
 
 
 @register
 def remax(*, aggregation: str = "token_mean") -> Method:
     """Builds ReMax, arXiv 2310.10505: the reward of the greedy completion is the baseline; no ratio, no std."""
-    return Method(
-        chain(subtract_greedy()),
-        PolicyLoss(ratio="none", aggregation=aggregation),
-        signals=frozenset({"greedy_rewards"}),
-    )
+    loss = PolicyLoss(ratio="none", aggregation=aggregation)
+    return Method(chain(subtract_greedy()), loss, signals=frozenset({"greedy_rewards"}))

@@ -1,29 +1,12 @@
 """The five methods, as extensions of an estimator."""
 
-from jaxrl_reason.advantages import (
-    after,
-    mix_self_reward,
-    reweight_by_confidence,
-    scale_by_value,
-    stratify_by_verifier,
-    weight_by_score_spread,
-)
+from jaxrl_reason import advantages
 from jaxrl_reason.methods.registry import register_extension
 from jaxrl_reason.methods.types import ExpertDigits, Extension, Method, SelfReward
 
 
 def _place_of_weight(method: str, option: str, place: str, estimator: Method, default: str) -> str:
-    """Returns the place of a weight of prompts: it multiplies the "reward" or the "advantage".
-
-    Args:
-      method, option: the names of the method and of its option, for messages.
-      place: value of the option: "reward", "advantage", or empty for the default.
-      estimator: the base.
-      default: the place if the option is empty.
-
-    Raises:
-      ValueError: the place is unknown, or a weight would cancel there.
-    """
+    """Returns "reward" or "advantage": the factor of a weight of prompts. Raises ValueError for one that cancels."""
     place = place or default
     if place not in ("reward", "advantage"):
         raise ValueError(f"{method}: {option} is {place!r}; it must be 'reward' or 'advantage'.")
@@ -44,8 +27,7 @@ def _place_of_weight(method: str, option: str, place: str, estimator: Method, de
 def genre2(estimator: Method, *, expert_coefficient: float = 0.0) -> Extension:
     """Builds GenRe2, arXiv 2512.06533: regression by decoding digits, with minus the squared error as the reward.
 
-    The loss is the mean over samples of the sum over their digits. `config.regression` sets the reward and the numeric
-    tokenizer.
+    The loss is the mean over samples of the sum over digits. `config.regression` sets the reward and number tokenizer.
     """
     return Extension(
         loss={"aggregation": "sequence_sum", "constant": None},
@@ -72,9 +54,9 @@ def hero(
     The weight multiplies the advantage. weight_on="reward" is for estimators that do not divide by the std of a group.
     """
     place = _place_of_weight("hero", "weight_on", weight_on, estimator, "advantage")
-    weight = weight_by_score_spread(w_min, w_max, k, momentum)
+    weight = advantages.weight_by_score_spread(w_min, w_max, k, momentum)
     return Extension(
-        replace_reward=stratify_by_verifier(alpha, beta, strata_eps),
+        replace_reward=advantages.stratify_by_verifier(alpha, beta, strata_eps),
         scale_reward=weight if place == "reward" else None,
         scale_advantage=weight if place == "advantage" else None,
         signals=frozenset({"model_scores", "verdicts"}),
@@ -106,7 +88,7 @@ def laser(
         coefficient=alpha, beta=beta_v, warmup_steps=reasoning_warmup, reference=reference, token=token
     )
     return Extension(
-        mix=after(reasoning_warmup + self_reward_warmup, mix_self_reward(tau, min_std)),
+        mix=advantages.after(reasoning_warmup + self_reward_warmup, advantages.mix_self_reward(tau, min_std)),
         auxiliary=(self_reward,),
         signals=frozenset({"self_rewards", "truncated", "verdicts"}),
         judges=True,
@@ -122,7 +104,7 @@ def rlev(estimator: Method, *, alpha: float = 10.0, clip: float = 1.0, scale_on:
     """
     needs_advantage = estimator.divides_by_group_std or "greedy_rewards" in estimator.signals
     place = _place_of_weight("rlev", "scale_on", scale_on, estimator, "advantage" if needs_advantage else "reward")
-    scale = scale_by_value(alpha, clip)
+    scale = advantages.scale_by_value(alpha, clip)
     return Extension(
         scale_reward=scale if place == "reward" else None,
         scale_advantage=scale if place == "advantage" else None,
@@ -137,7 +119,7 @@ def progrpo(estimator: Method, *, alpha: float = 0.3, skip_all_correct: bool = F
     The paper's loss is clip_low=0.2, clip_high=0.28, aggregation="token_mean" on grpo.
     """
     return Extension(
-        add=reweight_by_confidence(alpha, skip_all_correct),
+        add=advantages.reweight_by_confidence(alpha, skip_all_correct),
         signals=frozenset({"prompt_confidence", "answer_confidence", "verdicts"}),
         judges=True,
     )

@@ -11,10 +11,8 @@ from jaxrl_reason.methods.types import Extension, Method
 
 
 class _Registered(NamedTuple):
-    """An extension: its factory, and the estimator that it extends by default."""
-
     factory: Callable[..., Extension]
-    base: str
+    base: str  # the estimator that it extends by default
 
 
 _Factory = TypeVar("_Factory", bound=Callable[..., Any])
@@ -25,9 +23,7 @@ _EXTENSIONS: dict[str, _Registered] = {}
 def register(factory: Callable[..., Method]) -> Callable[..., Method]:
     """Makes `factory(**keywords) -> Method` available to `create` under its function name.
 
-    Raises:
-      ValueError: another function has the name.
-      TypeError: a parameter is not keyword-only or has no default.
+    Raises ValueError for a name that is taken, TypeError for a parameter that is not keyword-only or has no default.
     """
     _check_factory(factory)
     _ESTIMATORS[factory.__name__] = factory
@@ -37,11 +33,7 @@ def register(factory: Callable[..., Method]) -> Callable[..., Method]:
 def register_extension(base: str) -> Callable[[_Factory], _Factory]:
     """Makes `factory(estimator: Method, **keywords) -> Extension` available to `create` under its function name.
 
-    Args:
-      base: name of the estimator that it extends by default.
-
-    Raises:
-      ValueError, TypeError: as `register`, from the decorator.
+    `base` names the estimator that it extends by default. The decorator raises ValueError and TypeError as `register`.
     """
 
     def register_it(factory: _Factory) -> _Factory:
@@ -71,13 +63,12 @@ def names() -> tuple[str, ...]:
 def keywords(name: str, base: str = "") -> dict[str, Any]:
     """Returns the parameters of a method and their defaults.
 
+    For an extension, they are its own parameters, `base`, and the parameters of the base. For a stack, they are a dict
+    per extension, `base`, and the parameters of the base.
+
     Args:
       name: an estimator, an extension, or a stack ("hero+rlev").
       base: the estimator of an extension or a stack; empty means the default one.
-
-    Returns:
-      For an estimator, its parameters. For an extension, its own parameters, `base`, and the parameters of the base.
-      For a stack, a dict per extension, `base`, and the parameters of the base.
 
     Raises:
       ValueError: a name is unknown, or base is not an estimator.
@@ -137,9 +128,8 @@ def create(name: str, **options: Any) -> Method:
         extensions[part] = factory(estimator, **_select(given, factory))
         for field, value in extensions[part].loss.items():
             if field in options and field not in _own_keywords(factory):
-                raise ValueError(
-                    f"method.{field} is {options[field]!r}, and {part} sets it to {value!r}; leave it out."
-                )
+                chosen = options[field]
+                raise ValueError(f"method.{field} is {chosen!r}, and {part} sets it to {value!r}; leave it out.")
     return combine(name, estimator, extensions)
 
 
@@ -148,15 +138,8 @@ def stack(*parts: str, base: str = "grpo", **options: Any) -> Method:
 
         stack("hero", "rlev", "progrpo", base="rloo", hero={"alpha": 0.1}, clip_high=0.28)
 
-    The slots of `Extension` set the order of the transformations, whatever the order of the names.
-
-    Args:
-      *parts: names of extensions.
-      base: the estimator.
-      **options: a dict per extension, and the parameters of the estimator.
-
-    Raises:
-      ValueError: as `create`, or there are no parts.
+    The slots of `Extension` set the order of the transformations, whatever the order of the names. The options are a
+    dict per extension, and the parameters of the estimator. Raises ValueError as `create`, and without parts.
     """
     if not parts:
         raise ValueError("stack() needs at least one method; for a bare estimator use create().")
@@ -184,15 +167,9 @@ def _select(options: dict[str, Any], factory: Callable[..., Any]) -> dict[str, A
 
 
 def combine(name: str, estimator: Method, extensions: dict[str, Extension]) -> Method:
-    """Returns the method of an estimator and its extensions, their transformations in the order of the slots.
+    """Returns the method `name`: an estimator and its extensions, which are by name, in the order of the name.
 
-    Args:
-      name: the name of the result.
-      estimator: the method that the extensions change.
-      extensions: by name, in the order of the name.
-
-    Raises:
-      ValueError: the parts contradict each other.
+    Their transformations are in the order of the slots. Raises ValueError for parts that contradict each other.
     """
     parts = extensions.values()
     giving = [n for n, e in extensions.items() if e.gives_reward]
@@ -209,21 +186,16 @@ def combine(name: str, estimator: Method, extensions: dict[str, Extension]) -> M
         )
 
     def filled(*slots: str) -> list[AdvantageTransform]:
-        transforms = [getattr(extension, slot) for slot in slots for extension in parts]
-        return [transform for transform in transforms if transform is not None]
+        return [t for slot in slots for e in parts if (t := getattr(e, slot)) is not None]
 
     auxiliary = estimator.loss.auxiliary + tuple(settings for e in parts for settings in e.auxiliary)
     fields = {name: value for e in parts for name, value in e.loss.items()}
-    return Method(
-        chain(
-            *filled("replace_reward", "scale_reward"),
-            estimator.advantage,
-            *filled("scale_advantage", "add", "mix"),
-        ),
-        dataclasses.replace(estimator.loss, auxiliary=auxiliary, **fields),
+    before, after = filled("replace_reward", "scale_reward"), filled("scale_advantage", "add", "mix")
+    return dataclasses.replace(
+        estimator,
+        advantage=chain(*before, estimator.advantage, *after),
+        loss=dataclasses.replace(estimator.loss, auxiliary=auxiliary, **fields),
         signals=estimator.signals.union(*(e.signals for e in parts)),
-        dynamic_sampling=estimator.dynamic_sampling,
-        divides_by_group_std=estimator.divides_by_group_std,
         name=name,
     )
 

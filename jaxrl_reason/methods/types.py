@@ -10,14 +10,10 @@ from jaxrl_reason.losses import AGGREGATIONS, RATIOS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertDigits:
-    """GenRe2's dense expert term, arXiv 2512.06533: cross-entropy on the digits that bring a generated prefix nearest to the target.
-
-    Attributes:
-      coefficient: its weight.
-    """
+    """GenRe2's expert term, arXiv 2512.06533: cross-entropy on the digits that bring a prefix nearest to the target."""
 
     name: ClassVar[str] = "expert"
-    coefficient: float
+    coefficient: float  # its weight
 
     def __post_init__(self):
         if self.coefficient < 0:
@@ -29,8 +25,7 @@ class SelfReward:
     """LaSeR's self-reward beta_v * (log pi(z | x, y, <end>) - c_ref) and its loss, arXiv 2510.14943.
 
     Attributes:
-      coefficient: weight of `losses.self_reward_loss`.
-      beta: beta_v.
+      coefficient, beta: weight of `losses.self_reward_loss`, and beta_v.
       warmup_steps: number of training steps before the loss starts.
       reference: c_ref. "constant" is its mean over completions of the policy at the start of RL, "exact" the
         log-probability under the reference policy for each completion.
@@ -57,14 +52,7 @@ class SelfReward:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyLoss:
-    """The keywords of `losses.policy_loss`, as a value, and the auxiliary losses.
-
-    Attributes:
-      clip_low, clip_high, dual_clip, ratio, aggregation: see `losses.policy_loss`.
-      constant: length that divides each completion with aggregation "constant"; None means T.
-      auxiliary: settings of the auxiliary losses: frozen dataclasses with a `name` and a `coefficient`. `rl.auxiliary`
-        computes them.
-    """
+    """The keywords of `losses.policy_loss`, as a value, and the auxiliary losses, which `rl.auxiliary` computes."""
 
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -72,7 +60,7 @@ class PolicyLoss:
     ratio: str = "token"
     aggregation: str = "token_mean"
     constant: float | None = None
-    auxiliary: tuple[Any, ...] = ()
+    auxiliary: tuple[Any, ...] = ()  # settings: frozen dataclasses with a `name` and a `coefficient`
 
     def __post_init__(self):
         for field, value, allowed in (("ratio", self.ratio, RATIOS), ("aggregation", self.aggregation, AGGREGATIONS)):
@@ -101,7 +89,6 @@ class Method:
 
     Attributes:
       advantage: the chain from rewards to advantages. A bare transformation becomes a chain.
-      loss: the policy loss.
       signals: the fields of AdvantageInputs that the chain needs beyond rewards and completion_mask.
       dynamic_sampling: whether the run keeps a group only if some but not all of its completions are correct, and
         refills the batch with further prompts (DAPO, arXiv 2503.14476, section 3.2).
@@ -134,13 +121,10 @@ class Extension:
 
     Attributes:
       replace_reward: puts another reward in place of the reward.
-      scale_reward: weighs the reward.
-      scale_advantage: weighs the advantage.
-      add: adds to the advantage.
-      mix: mixes the advantage with another one.
+      scale_reward, scale_advantage: weigh the reward, or the advantage.
+      add, mix: add to the advantage, or mix it with another one.
       loss: values of fields of PolicyLoss.
-      auxiliary: settings of auxiliary losses, added to those of the estimator.
-      signals: as `Method.signals`.
+      auxiliary: settings of auxiliary losses, added to the estimator's.
       judges: whether it needs verdicts (correct or incorrect).
       gives_reward: whether it brings a reward without verdicts.
     """
