@@ -146,11 +146,7 @@ def table(rows: Mapping[str, Mapping[str, float]], shown: tuple[str, ...]) -> ri
 
 
 COMMAND = command.Command(
-    "compare",
-    __doc__,
-    command.TRAINING,
-    "--config=configs/hero.py --workdir=/tmp/hero",
-    errors=(RewardError,),
+    "compare", __doc__, command.TRAINING, "--config=configs/hero.py --workdir=/tmp/hero", errors=(RewardError,)
 )
 
 

@@ -35,17 +35,9 @@ def headlines(method: Method) -> tuple[str, ...]:
 def write_results(
     directory: pathlib.Path, judged: Judged, metrics: Mapping[str, float], record: Mapping[str, Any], title: str
 ) -> list[str]:
-    """Writes the files of an evaluation.
+    """Writes the lines and the picture of an evaluation, and `record` as evaluation.json. Returns the names of the files.
 
-    Args:
-      directory: an existing directory for the files.
-      judged: gives lines and picture.
-      metrics: all metrics of `judged`.
-      record: the content of evaluation.json. It is written last: if it is there, the other files belong to the same evaluation.
-      title: of the picture.
-
-    Returns:
-      The names of the files.
+    evaluation.json is written last: if it is there, the other files belong to the same evaluation. `title` is that of the picture.
     """
     lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in judged.lines())
     write_text(directory / judged.file, "".join(lines))
@@ -57,12 +49,7 @@ def write_results(
 def completion_lines(
     found: evaluation.Evaluated, template: data.PromptTemplate | data.ChatTemplate
 ) -> Iterator[dict[str, Any]]:
-    """Yields the lines of completions.jsonl, one per completion.
-
-    Args:
-      found: decoded completions.
-      template: renders the prompts.
-    """
+    """Yields the lines of completions.jsonl, one per decoded completion; `template` renders the prompts."""
     if found.answers is None or found.texts is None:
         raise ValueError("These completions are not decoded, so they cannot be written.")
     for n, k in np.ndindex(*found.correct.shape):
@@ -90,8 +77,7 @@ def prediction_lines(
     """Yields the lines of predictions.jsonl, one per row of the table.
 
     Args:
-      samples: f32[N, K], predictions as z-scores.
-      z: f32[N], targets as z-scores.
+      samples, z: f32[N, K] and f32[N], predictions and targets as z-scores.
       targets: float64[M], M >= N, targets in their own unit.
       scale: converts z-scores to the unit of the targets.
     """
@@ -135,14 +121,7 @@ def _cell(name: str, value: float) -> str:
 
 
 def plot_completions(found: evaluation.Evaluated, metrics: Mapping[str, float], path: pathlib.Path, title: str) -> None:
-    """Draws pass@k and maj@k over k, and the number of prompts by their accuracy.
-
-    Args:
-      found: judged completions.
-      metrics: from `evaluation.all_metrics`.
-      path: of the PNG.
-      title: of the picture.
-    """
+    """Draws pass@k and maj@k over k, and the number of prompts by their accuracy; `metrics` are `evaluation.all_metrics`."""
     samples = found.correct.shape[1]
     figure = Figure(figsize=(10, 4), layout="constrained")  # not pyplot, which needs global state and a display
     figure.suptitle(title)
@@ -169,11 +148,7 @@ def plot_completions(found: evaluation.Evaluated, metrics: Mapping[str, float], 
 def plot_predictions(samples: np.ndarray, targets: np.ndarray, path: pathlib.Path, title: str) -> None:
     """Draws the mean of the samples over the target, with a bar of one standard deviation, and a histogram of the errors.
 
-    Args:
-      samples: f32[N, K], in z-scores.
-      targets: f32[N], in z-scores.
-      path: of the PNG.
-      title: of the picture.
+    `samples` f32[N, K] and `targets` f32[N] are z-scores.
     """
     samples = samples.astype(np.float64)  # squares of numbers of the wide alphabets overflow float32
     figure = Figure(figsize=(10, 4), layout="constrained")

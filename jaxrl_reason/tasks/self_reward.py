@@ -22,17 +22,10 @@ BATCHES = 4  # prompt batches over whose completions the constant is averaged
 
 
 def probe_token(method: Method, tokenizer: data.Tokenizer) -> int | None:
-    """Returns the id of the token whose log-probability after the end token is the self-reward.
+    """Returns the id of the token whose log-probability after the end token is the self-reward; None without self-reward.
 
-    Args:
-      method: of the run.
-      tokenizer: of the run; its padding token is the default.
-
-    Returns:
-      The id; None if the method has no self-reward.
-
-    Raises:
-      ConfigError: the configured text is not one token, or the padding token is an end token.
+    The padding token of the tokenizer is the default. Raises ConfigError if the configured text is not one token, or if the padding
+    token is an end token.
     """
     settings = method.loss.find("self_reward")
     if not settings:
@@ -55,14 +48,9 @@ def probe_token(method: Method, tokenizer: data.Tokenizer) -> int | None:
 
 
 def self_reward_of(method: Method, c_ref: float | jax.Array | None) -> Callable[[Rollout], np.ndarray] | None:
-    """Returns a function that computes self-rewards.
+    """Returns a function from a rollout to self-rewards f32[P, G], NaN for truncated completions.
 
-    Args:
-      method: of the run.
-      c_ref: LaSeR's constant, f32 scalar.
-
-    Returns:
-      Rollout -> f32[P, G], NaN for truncated completions; None if there is no constant or no self-reward.
+    Returns None if there is no LaSeR constant `c_ref` or the method has no self-reward.
     """
     settings = method.loss.find("self_reward")
     if c_ref is None or not settings:
@@ -80,8 +68,7 @@ def self_reward_of(method: Method, c_ref: float | jax.Array | None) -> Callable[
 def read_constant(workdir: pathlib.Path) -> float | None:
     """Returns LaSeR's constant c_ref of a run; None if the run has not measured it.
 
-    Raises:
-      ConfigError: the file self_reward.json of the run is damaged.
+    Raises ConfigError if the file self_reward.json of the run is damaged.
     """
     file = workdir / "self_reward.json"
     try:
@@ -98,7 +85,7 @@ def constant(
     state: TrainState,
     weights: Callable[[], models.Params],
 ) -> jax.Array | None:
-    """Returns c_ref, measured at step 0 and kept in self_reward.json.
+    """Returns c_ref, f32 scalar, measured at step 0 and kept in self_reward.json; None if the method has no self-reward.
 
     Evaluation uses it even if training scores every completion under the reference policy (reference "exact").
 
@@ -107,9 +94,6 @@ def constant(
       prompts: batches of training prompts by number.
       state: of the policy that RL begins with, or of a later step.
       weights: () -> the policy's weights as rollouts read them.
-
-    Returns:
-      f32 scalar; None if the method has no self-reward.
 
     Raises:
       ConfigError: no completion ended.

@@ -50,8 +50,7 @@ class Task:
       model: shape of the decoder for this vocabulary.
       source: name and fingerprint of the held-out data.
       held_out: batches of held-out prompts, all of one size.
-      scorer: computes the rewards of a rollout.
-      verdict: the reward that judges held-out samples.
+      scorer, verdict: computes the rewards of a rollout; the reward that judges held-out samples.
       judge: samples and judges, see `evaluate`.
       legal: bool[T, V], tokens allowed at each position; None: all.
       expert: computes the targets of the expert term, see `experience.make_experience`; None without the term.
@@ -72,15 +71,12 @@ class Task:
     def evaluate(
         self, generate: Generate, scorer: RewardScorer | NumberScorer, c_ref: SelfRewardConstant = None
     ) -> dict[str, float]:
-        """Evaluates a run in progress.
+        """Evaluates a run in progress and returns metrics named eval/...
 
         Args:
           generate: samples completions for a batch; its keys are the same in every evaluation.
           scorer: the task's scorer, with a reward model if the run has one.
           c_ref: LaSeR's constant, f32 scalar, or None.
-
-        Returns:
-          Metrics named eval/...
         """
         return self.judge(generate, scorer, c_ref).summary()
 
@@ -114,15 +110,9 @@ class TrainingTask(Task):
 
 
 def build_programs(config: Config, method: Method, task: Task, mesh: jax.sharding.Mesh) -> programs.Programs:
-    """Builds the programs of a task; nothing is compiled before it is called.
+    """Builds the programs of a task. Nothing is compiled before it is called.
 
-    Args:
-      config, method: what to run.
-      task: the vocabulary, the decoder and the rewards.
-      mesh: the devices.
-
-    Raises:
-      ConfigError: the mesh does not divide the prompts per step or the model.
+    Raises ConfigError if the mesh does not divide the prompts per step or the model.
     """
     return programs.build(
         config,

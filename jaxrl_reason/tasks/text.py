@@ -81,14 +81,7 @@ def _task(
     batch_size: int,
     values: np.ndarray | None,
 ) -> Task:
-    """Returns the task that judges completions of held-out problems.
-
-    Args:
-      c, method, tokenizer, model, scorer: of the run.
-      rows: the held-out problems.
-      batch_size: held-out prompts per batch.
-      values: f32[N], human values of all `rows`, or None.
-    """
+    """Returns the task that judges completions of the held-out problems `rows`; `values` are their human values f32[N], or None."""
     template = config_lib.prompt_template(c, tokenizer)
     verdict = scorer.by_function.get(c.eval.verdict, scorer.verdict)
     batches = data.eval_prompts(
@@ -174,20 +167,11 @@ def _prompt_options(c: Config, tokenizer: data.Tokenizer) -> dict[str, Any]:
 
 
 def _streams(
-    c: Config,
-    mesh: jax.sharding.Mesh,
-    rows: data.Source,
-    tokenizer: data.Tokenizer,
-    columns: dict[str, np.ndarray],
+    c: Config, mesh: jax.sharding.Mesh, rows: data.Source, tokenizer: data.Tokenizer, columns: dict[str, np.ndarray]
 ) -> tuple[data.SolutionStream | None, data.PromptStream]:
     """Returns the training batches: worked solutions if the run has a supervised phase, and prompts for RL.
 
-    Args:
-      c: of the run.
-      mesh: the devices; a stream reads the rows of a batch that belong to this process.
-      rows: the training rows.
-      tokenizer: of the run.
-      columns: name -> [N, ...], arrays that prompts carry.
+    The prompts carry `columns`, name -> [N, ...]. A stream reads the rows of a batch that belong to this process.
     """
     template = config_lib.prompt_template(c, tokenizer)
     by_prompt = sharding.batch_sharding(mesh)

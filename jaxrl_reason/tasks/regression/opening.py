@@ -18,11 +18,8 @@ from jaxrl_reason.models import sharding
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs.workdir import model_source, Workdir
 from jaxrl_reason.tasks import evaluation, pretrained, reporting
-from jaxrl_reason.tasks.regression.evaluation import predict, prediction_metrics
-from jaxrl_reason.tasks.regression.pointwise import pointwise_regressor
-from jaxrl_reason.tasks.regression.reward import NumberScorer
-from jaxrl_reason.tasks.regression.rows import eval_batches, Rows, Stream
-from jaxrl_reason.tasks.regression.tables import open_tables, Tables
+from jaxrl_reason.tasks.regression.evaluation import NumberScorer, pointwise_regressor, predict, prediction_metrics
+from jaxrl_reason.tasks.regression.tables import eval_batches, open_tables, Rows, Stream, Tables
 from jaxrl_reason.tasks.regression.vocabulary import Digits
 from jaxrl_reason.tasks.task import Generate, Judged, SelfRewardConstant, Task, TrainingTask
 

@@ -1,25 +1,122 @@
-"""The tables of a regression run, with the scales that its training table sets."""
+"""The tables of a regression run: encoded rows, with the scales that the training table sets, and batches of them."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from jaxrl_reason.config import Config, ConfigError
-from jaxrl_reason.data import load_tokenizer, numbers, streams, Tokenizer, train_tokenizer
+from jaxrl_reason.data import load_tokenizer, numbers, PromptBatch, SolutionBatch, streams, Tokenizer, train_tokenizer
 from jaxrl_reason.data.tables import FeatureScaler, fit_features, load_table, Table, TargetScaler
 from jaxrl_reason.methods import nearest
-from jaxrl_reason.tasks.regression.rows import Rows
 from jaxrl_reason.tasks.regression.vocabulary import Digits
+
+Batch = TypeVar("Batch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A table, encoded.
+
+    Attributes:
+      padded: the N prompts.
+      features: f32[N, F] for the policy; None if rows enter as text.
+      numeric: f32[N, F], the features for the pointwise regressor, also if rows enter as text.
+      digits: int32[N, L], encoded targets.
+      z, targets: f32[N] and float64[N], targets as z-scores and in their own unit.
+      values: f32[N], human values of the rows, or None.
+    """
+
+    padded: streams.Padded
+    features: np.ndarray | None
+    numeric: np.ndarray
+    digits: np.ndarray
+    z: np.ndarray
+    targets: np.ndarray
+    values: np.ndarray | None = None
+
+    def prompts(self, chosen: np.ndarray, prompt_ids: np.ndarray, weight: np.ndarray | None = None) -> PromptBatch:
+        """Returns a batch of prompts.
+
+        Args:
+          chosen: int[P], positions in the table.
+          prompt_ids, weight: int32[P] and f32[P], see `data.PromptBatch`; no weight: ones.
+        """
+        tokens, mask = self.padded.take(chosen)
+        columns = {"digits": self.digits[chosen], "z": self.z[chosen]}
+        if self.values is not None:
+            columns["values"] = self.values[chosen]
+        return PromptBatch(
+            tokens=tokens,
+            mask=mask,
+            prompt_ids=prompt_ids,
+            weight=np.ones(len(chosen), np.float32) if weight is None else weight,
+            rows=[{"row": int(i), "target": float(self.targets[i])} for i in chosen],
+            features=None if self.features is None else self.features[chosen],
+            columns=columns,
+        )
+
+    def solutions(self, chosen: np.ndarray) -> SolutionBatch:
+        """Returns a batch of prompts with their digits; `chosen` int[B] are positions in the table."""
+        digits = self.digits[chosen]
+        features = None if self.features is None else self.features[chosen]
+        return SolutionBatch(*self.padded.take(chosen), digits, np.ones(digits.shape, bool), features)
+
+
+class Stream(Generic[Batch]):
+    """Rows of a table as endless shuffled batches; `batch(i)` is a pure function of i, as in `data.PromptStream`.
+
+    Args:
+      rows, batch_size: number of rows of the table, and per batch.
+      make: (positions in the table int[P], prompt ids int32[P]) -> a batch.
+      seed: of the shuffle.
+      local_rows: see `data.PromptStream`.
+    """
+
+    skipped = 0
+
+    def __init__(
+        self,
+        rows: int,
+        make: Callable[[np.ndarray, np.ndarray], Batch],
+        *,
+        batch_size: int,
+        seed: int,
+        local_rows: np.ndarray | None = None,
+    ):
+        self._make, self._batch_size = make, batch_size
+        self._order = streams.endless(rows, batch_size, seed, shuffle=True)
+        self._local_rows = np.arange(batch_size) if local_rows is None else local_rows
+
+    def batch(self, i: int) -> Batch:
+        """Returns batch `i`, for any i >= 0."""
+        chosen = streams.batch_at(self._order, i)[self._local_rows]
+        return self._make(chosen, (i * self._batch_size + self._local_rows).astype(np.int32))
+
+
+def eval_batches(rows: Rows, count: int, batch_size: int) -> list[PromptBatch]:
+    """Returns the first `count` rows in batches, as `data.eval_prompts` does.
+
+    The last batch is filled with copies of its first row that have weight 0.
+    """
+    count = min(count, len(rows.targets))
+    batches = []
+    for start in range(0, count, batch_size):
+        real = np.arange(start, min(start + batch_size, count))
+        chosen = np.concatenate([real, np.full(batch_size - len(real), start)]).astype(np.int32)
+        weight = (np.arange(batch_size) < len(real)).astype(np.float32)
+        batches.append(rows.prompts(chosen, chosen, weight))
+    return batches
 
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """The data of a regression run. `encode` turns a table into batches' rows.
+    """The data of a regression run.
 
     Attributes:
-      digits: the vocabulary.
-      scaler: scales features as the training table does.
+      digits, scaler: the vocabulary; scales features as the training table does.
       train, held_out: tables without the column of human values.
       train_values, held_out_values: f32[N], human values of the rows, or None.
       max_prompt_length: the most tokens per prompt.
@@ -130,17 +227,9 @@ def row_texts(table: Table) -> list[str]:
 
 
 def take_values(table: Table, column: str) -> tuple[Table, np.ndarray | None]:
-    """Takes the human values of the rows out of a table.
+    """Returns a table without its column of human values, and the values f32[N]; if `column` is "", the table itself and None.
 
-    Args:
-      table: the table.
-      column: name of the column of values; "": none.
-
-    Returns:
-      The table without the column, and the values f32[N]; without a name the table itself, and None.
-
-    Raises:
-      ConfigError: there is no such column of numbers, or a value is missing or outside [0, 1].
+    Raises ConfigError if there is no such column of numbers, or a value is missing or outside [0, 1].
     """
     if not column:
         return table, None
