@@ -49,11 +49,7 @@ def step_flops(model: models.ModelConfig, prompts: int, group: int, prompt_lengt
     """Returns the floating-point operations of a rollout and of an update, which compute each prompt once per group.
 
     A multiply-add counts as two, causal scores count half, the backward pass costs twice the forward pass; nothing is recomputed.
-
-    Args:
-      model: the decoder.
-      prompts, group: P and G.
-      prompt_length, new: tokens per prompt and per completion.
+    `prompts` and `group` are P and G; `prompt_length` and `new` are the tokens per prompt and per completion.
     """
     c = model
     head = c.vocab_size * c.width
@@ -90,12 +86,7 @@ def _busy_seconds() -> float:
 
 
 class Timing(NamedTuple):
-    """One measured step.
-
-    Attributes:
-      seconds: f64[3], of rollout, reward and update.
-      disturbance: share of the machine that other processes took.
-    """
+    """One measured step: seconds f64[3] of rollout, reward and update, and the share of the machine that other processes took."""
 
     seconds: np.ndarray
     disturbance: float
@@ -103,14 +94,7 @@ class Timing(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """A training step to measure.
-
-    Attributes:
-      config: of the run.
-      model: its decoder.
-      programs: its compiled functions.
-      max_steps: steps to measure at most.
-    """
+    """A training step to measure: configuration, decoder, compiled functions, and the most steps to measure."""
 
     config: Config
     model: models.ModelConfig
@@ -141,11 +125,7 @@ class Bench:
 
 
 def prepare(arguments: command.Arguments) -> Bench:
-    """Builds the programs of a training run.
-
-    Raises:
-      ConfigError: the sizes do not fit together.
-    """
+    """Builds the programs of a training run; raises ConfigError if the sizes do not fit together."""
     a = arguments
     vocab_size, sizes = SIZES[a.size]
     config = Config(
@@ -191,10 +171,7 @@ def _undisturbed(timings: list[Timing]) -> list[Timing]:
 def results(bench: Bench, first: float, timings: list[Timing], size: str) -> dict[str, Any]:
     """Returns the results, from the medians of the undisturbed steps.
 
-    Args:
-      bench: the step.
-      first, timings: from `measure`.
-      size: the name of the model's size.
+    `first` and `timings` are from `measure`; `size` is the name of the model's size.
     """
     c = bench.config
     clean = _undisturbed(timings)

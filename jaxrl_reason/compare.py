@@ -42,14 +42,9 @@ class Comparison:
 
 
 def variant(config: Config, changes: Mapping[str, object]) -> Config:
-    """Returns a copy of a configuration with other values for some fields.
+    """Returns a copy of a configuration with other values for some fields; raises ConfigError if there is no such field.
 
-    Args:
-      config: the configuration.
-      changes: field -> value, such as {"method": {...}, "reward.weights": [...]}.
-
-    Raises:
-      ConfigError: there is no such field.
+    `changes` maps fields to values, such as {"method": {...}, "reward.weights": [...]}.
     """
     copy = config_lib.from_dict(config_lib.to_dict(config))
     for name, value in changes.items():
@@ -80,8 +75,7 @@ def compare(config: Config, baselines: Mapping[str, Mapping[str, object]], workd
 def prepare(config: Config, baselines: Mapping[str, Mapping[str, object]], workdir: str | pathlib.Path) -> Comparison:
     """Makes the configurations and sets the method's run up. Arguments: see `compare`.
 
-    Raises:
-      ConfigError: there is no evaluation to compare, or a baseline changes a field that does not exist.
+    Raises ConfigError if there is no evaluation to compare, or a baseline changes a field that does not exist.
     """
     workdir = pathlib.Path(workdir).expanduser().resolve()  # the configurations of the baselines hold it
     if not config.eval.every:
@@ -130,9 +124,7 @@ def _other_approaches(metrics: Mapping[str, float]) -> Rows:
 def table(rows: Mapping[str, Mapping[str, float]], shown: tuple[str, ...]) -> rich.table.Table:
     """Returns a table with one row per metric and one column per run.
 
-    Args:
-      rows: from `compare`.
-      shown: beginnings of the names of the metrics to show, without "eval/".
+    `shown` holds beginnings of the names of the metrics to show, without "eval/".
     """
     names = dict.fromkeys(n for row in rows.values() for n in row if n.removeprefix("eval/").startswith(shown))
     out = rich.table.Table()

@@ -32,10 +32,8 @@ class Evaluation(NamedTuple):
 
     Attributes:
       config: of the run, with the fields of the command line.
-      task: held-out data and rewards.
-      programs: the compiled functions.
-      checkpoint: number of the checkpoint.
-      params: its weights, as rollouts read them.
+      task, programs: held-out data and rewards; the compiled functions.
+      checkpoint, params: number of the checkpoint, and its weights as rollouts read them.
       c_ref: LaSeR's constant, or None.
       out: the directory of the results.
       record: the command line and the work directory, for evaluation.json.
@@ -84,8 +82,7 @@ def prepare(arguments: command.Arguments) -> Evaluation:
 def evaluate(evaluation: Evaluation) -> dict[str, float]:
     """Samples and scores completions, prints the table and writes the results. Returns the metrics.
 
-    Raises:
-      RewardError, OSError: a reward fails, or a file cannot be written.
+    Raises RewardError if a reward fails, and OSError if a file cannot be written.
     """
     c, task, programs, checkpoint, params, c_ref, out, record = evaluation
     console = rich.console.Console(highlight=False, markup=False)

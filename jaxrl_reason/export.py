@@ -57,8 +57,7 @@ def load_policy(workdir: pathlib.Path, checkpoint: int | None = None) -> tuple[i
 def load_reward_model(workdir: pathlib.Path) -> models.RewardModel:
     """Reads the reward model that a run trained, on the host.
 
-    Raises:
-      ConfigError, ValueError, OSError: the run has trained none, or it cannot be read.
+    Raises ConfigError, ValueError or OSError if the run has trained none, or if it cannot be read.
     """
     runs.load_config(workdir, {})
     directory = workdir / "reward_model"
@@ -74,8 +73,7 @@ def load_reward_model(workdir: pathlib.Path) -> models.RewardModel:
 def check_adapters(workdir: pathlib.Path) -> str:
     """Returns the pretrained model that the adapters of a run belong to.
 
-    Raises:
-      ConfigError: the run has no adapters, or PEFT cannot put them on its model.
+    Raises ConfigError if the run has no adapters, or PEFT cannot put them on its model.
     """
     config = runs.load_config(workdir, {})
     base = config.model.path
@@ -119,10 +117,7 @@ COMMAND = command.Command(
 
 
 def prepare(arguments: command.Arguments) -> tuple[str, pathlib.Path, Callable[[], Any]]:
-    """Reads the policy or the reward model.
-
-    Returns:
-      The name of the model, the directory to write, and a function that writes it.
+    """Reads the policy or the reward model. Returns its name, the directory to write, and a function that writes it.
 
     Raises:
       ConfigError, PretrainedError, ValueError, OSError: the flags contradict each other, or the run cannot be read.

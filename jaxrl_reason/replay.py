@@ -73,14 +73,7 @@ def _named(tree: Any) -> Iterable[tuple[str, np.ndarray]]:
 
 
 class Saved(NamedTuple):
-    """A step that a run has saved.
-
-    Attributes:
-      step: its number.
-      params: the weights before its update.
-      batch: the data of its update.
-      rewards: name -> f32[P,G].
-    """
+    """A step that a run has saved: its number, the weights before its update, the data of its update, and name -> rewards f32[P,G]."""
 
     step: int
     params: models.Params
@@ -89,11 +82,7 @@ class Saved(NamedTuple):
 
 
 def load(run: train.Run, step: int) -> Saved:
-    """Reads a step that a run has saved for replay.
-
-    Raises:
-      CheckpointError: the step cannot be read.
-    """
+    """Reads a step that a run has saved for replay; raises CheckpointError if it cannot be read."""
     directory = run.work.path / "replay" / str(step)
     params = checkpoints.load_params(directory / "params", run.programs.abstract_state.params)
     batch, rewards = checkpoints.load_batch(directory / "batch.npz")

@@ -37,14 +37,9 @@ class CheckpointError(ValueError):
 
 
 class Checkpoints:
-    """Saves and restores TrainStates.
+    """Saves and restores TrainStates; `keep` is the number of checkpoints to keep in `directory`, which is made if needed.
 
-    Args:
-      directory: of the checkpoints; made if needed.
-      keep: the number of checkpoints to keep.
-
-    Raises:
-      CheckpointError: the directory cannot be made or read.
+    Raises CheckpointError if the directory cannot be made or read.
     """
 
     def __init__(self, directory: pathlib.Path, keep: int):
@@ -62,8 +57,7 @@ class Checkpoints:
     def save(self, number: int, state: TrainState) -> None:
         """Saves a state, complete or not at all, and then removes the oldest checkpoints beyond `keep`.
 
-        Raises:
-          CheckpointError: the checkpoint cannot be written.
+        Raises CheckpointError if the checkpoint cannot be written.
         """
         if number == self.latest():
             return
@@ -71,16 +65,13 @@ class Checkpoints:
             self._manager.save(number, args=ocp.args.StandardSave(_with_digests(state._asdict())))
 
     def restore(self, like: TrainState) -> tuple[int, TrainState] | None:
-        """Reads the newest readable checkpoint.
+        """Reads the newest readable checkpoint, and returns its number and state; None if there is no checkpoint.
 
         A newer checkpoint that at least one process cannot read is renamed to damaged-<number>, with a warning. It no longer counts
         among the kept checkpoints, and the run writes its step again.
 
         Args:
           like: arrays or ShapeDtypeStructs with the shapes, dtypes and shardings of the result.
-
-        Returns:
-          The number of the checkpoint and the state; None if there is no checkpoint.
 
         Raises:
           CheckpointError: there are checkpoints, and none can be read; all stay as they are.
@@ -121,8 +112,7 @@ def read_newest(
     A checkpoint is unreadable if at least one process cannot read it, or if its arrays differ from the saved ones.
 
     Args:
-      directory: of the checkpoints.
-      numbers: of the checkpoints to try, in this order.
+      directory, numbers: of the checkpoints to try, in this order.
       like: field of the TrainState -> arrays or ShapeDtypeStructs with the shapes, dtypes and shardings of the result.
 
     Returns:
@@ -147,8 +137,7 @@ def read_newest(
 def save_params(directory: pathlib.Path, params: Any) -> None:
     """Writes weights alone, complete or absent; replaces an existing directory.
 
-    Raises:
-      CheckpointError: the weights cannot be written.
+    Raises CheckpointError if the weights cannot be written.
     """
     with _failing(_UNWRITABLE, f"The weights {directory} cannot be written"):
         with ocp.StandardCheckpointer() as checkpointer:
@@ -158,8 +147,7 @@ def save_params(directory: pathlib.Path, params: Any) -> None:
 def load_params(directory: pathlib.Path, like: Any) -> Any:
     """Reads weights in the shapes, dtypes and shardings of `like`.
 
-    Raises:
-      CheckpointError: at least one process cannot read the weights, or they differ from the saved ones.
+    Raises CheckpointError if at least one process cannot read the weights, or they differ from the saved ones.
     """
     parts = {"params": like}
     with _failing((CheckpointError,), f"The weights {directory} cannot be read"):
@@ -185,9 +173,6 @@ def _restored(directory: pathlib.Path, like: Mapping[str, Any]) -> dict[str, Any
     """Reads the fields in `like` and all digests from a directory of orbax, in the saved dtypes.
 
     Every process reads by itself: in orbax's common read the other processes wait for one that has failed.
-
-    Raises:
-      CheckpointError: the directory cannot be read, or holds other shapes.
     """
     mine = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=mine, active_processes={mine})
@@ -221,8 +206,7 @@ def _restored(directory: pathlib.Path, like: Mapping[str, Any]) -> dict[str, Any
 def _as_saved(saved: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
     """Returns ShapeDtypeStructs with the shapes and shardings of `like` and the saved dtypes.
 
-    Raises:
-      CheckpointError: the saved arrays have no digests, or other shapes.
+    Raises CheckpointError if the saved arrays have no digests, or other shapes.
     """
     if _DIGESTS not in saved:
         raise CheckpointError("It has no digests of its arrays, so another version has written it.")
@@ -252,15 +236,9 @@ def _name(path: tuple) -> str:
 
 
 def save_batch(file: pathlib.Path, batch: Experience, rewards: Mapping[str, np.ndarray]) -> None:
-    """Writes the batch of an update to a .npz file that is complete or absent.
+    """Writes the batch of an update, on the host, and the rewards, name -> f32[P,G], to a .npz file that is complete or absent.
 
-    Args:
-      file: the file to write.
-      batch: the batch, on the host.
-      rewards: name -> f32[P,G].
-
-    Raises:
-      CheckpointError: the file cannot be written.
+    Raises CheckpointError if the file cannot be written.
     """
     parts = {"batch": batch, "rewards": dict(rewards)}
     leaves = jax.tree_util.tree_leaves_with_path(parts)
@@ -273,14 +251,7 @@ def save_batch(file: pathlib.Path, batch: Experience, rewards: Mapping[str, np.n
 
 
 def load_batch(file: pathlib.Path) -> tuple[Experience, dict[str, np.ndarray]]:
-    """Reads a file of `save_batch`.
-
-    Returns:
-      The batch, and the rewards by name.
-
-    Raises:
-      CheckpointError: the file cannot be read.
-    """
+    """Reads the batch and the rewards from a file of `save_batch`; raises CheckpointError if it cannot be read."""
     parts: dict[str, Any] = {}
     try:
         with np.load(file, allow_pickle=False) as arrays:
@@ -295,15 +266,7 @@ def load_batch(file: pathlib.Path) -> tuple[Experience, dict[str, np.ndarray]]:
 
 @contextlib.contextmanager
 def _failing(errors: tuple[type[Exception], ...], what: str = "") -> Iterator[None]:
-    """Turns errors of the body into a CheckpointError.
-
-    Args:
-      errors: the classes to turn.
-      what: the beginning of the message; the error's own message follows.
-
-    Raises:
-      CheckpointError: the body has raised one of `errors`.
-    """
+    """Turns errors of the body into a CheckpointError: the text `what`, and the error's own message."""
     _silence_echoes()
     try:
         yield

@@ -59,11 +59,9 @@ class Flag:
 
     Attributes:
       name: without the dashes. `config.` means all flags with this prefix: `--config.steps=3` sets the field `steps`.
-      value: the placeholder of the value in --help; "" for a switch, which takes no value.
-      help: the meaning.
+      value, help: for --help: the placeholder of the value ("" for a switch, which takes no value), and the meaning.
       read: text -> value; raises ValueError with the expected kind of text.
-      default: the value without the flag.
-      required: whether the command needs the flag.
+      default, required: the value without the flag; whether the command needs the flag.
       choices: the allowed texts; () allows all.
       field: the field of the configuration that the flag sets, or "".
       alias: another name.
@@ -140,14 +138,7 @@ class Command:
         return f"{text}\n\n{self.details()}" if self.details else text
 
     def find(self, name: str) -> Flag:
-        """Returns the flag of an argument.
-
-        Args:
-          name: with its dashes.
-
-        Raises:
-          ConfigError: there is no such flag.
-        """
+        """Returns the flag of an argument with dashes; raises ConfigError if there is no such flag."""
         for flag in self.flags:
             prefix = flag.name.endswith(".") and name.startswith(f"--{flag.name}")
             if prefix or name in (f"--{flag.name}", f"--{flag.alias or flag.name}"):
@@ -170,8 +161,7 @@ class Arguments(types.SimpleNamespace):
     def configuration(self) -> Config:
         """Returns the configuration of the recipe --config with the fields of the command line.
 
-        Raises:
-          ConfigError: the recipe cannot be read, there is no such field, or a value has another type.
+        Raises ConfigError if the recipe cannot be read, there is no such field, or a value has another type.
         """
         config = config_lib.load(self.config)
         for name, text in self.fields.items():
@@ -186,8 +176,7 @@ class Arguments(types.SimpleNamespace):
 def parse(command: Command, argv: Sequence[str]) -> Arguments:
     """Reads the flags of a command.
 
-    Raises:
-      ConfigError: a flag is unknown or missing, or its value is missing or of another kind.
+    Raises ConfigError if a flag is unknown or missing, or its value is missing or of another kind.
     """
     words, own = list(argv), [flag for flag in command.flags if not (flag.field or flag.name.endswith("."))]
     arguments = Arguments(**{flag.attribute: flag.default for flag in own}, fields={})
@@ -225,8 +214,7 @@ def run(
     """Runs a command, also on several processes, and returns its exit code.
 
     Args:
-      command: the command.
-      argv: its arguments; None for the arguments of the process.
+      command, argv: the command, and its arguments; None for the arguments of the process.
       prepare: checks everything; the exit code of its errors is 2.
       work: takes the result of `prepare`; the exit code of its errors is 1.
     """

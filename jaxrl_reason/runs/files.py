@@ -22,11 +22,7 @@ class MetricsError(ValueError):
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Turns an OSError of the body into one whose message names `path`.
-
-    Raises:
-      OSError: the body cannot write the file.
-    """
+    """Turns an OSError of the body into one whose message names `path`."""
     try:
         yield
     except OSError as e:
@@ -36,11 +32,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a file that is complete or absent; half of a surrogate pair becomes its escape.
-
-    Raises:
-      OSError: the file cannot be written.
-    """
+    """Writes a file that is complete or absent; half of a surrogate pair becomes its escape."""
     scratch = Path(path).with_suffix(".tmp")
     with writing(path):
         scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -48,11 +40,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_json(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
-    """Writes an indented JSON file that is complete or absent.
-
-    Raises:
-      OSError: the file cannot be written.
-    """
+    """Writes an indented JSON file that is complete or absent."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
@@ -63,11 +51,7 @@ def finite(x: SupportsFloat) -> float | None:
 
 
 class AppendOnly:
-    """A file open for appending. After `append` returns, a kill of the process loses nothing of the content.
-
-    Raises:
-      OSError: the file cannot be opened.
-    """
+    """A file open for appending. After `append` returns, a kill of the process loses nothing of the content."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -76,11 +60,7 @@ class AppendOnly:
             self._file = open(path, "ab", buffering=0)  # unbuffered: one write() is one system call
 
     def append(self, content: bytes) -> None:
-        """Writes `content` at the end.
-
-        Raises:
-          OSError: the file cannot be written.
-        """
+        """Writes `content` at the end."""
         with writing(self._path):
             while content:  # a nearly full disk takes a part without an error; the next write raises it
                 content = content[self._file.write(content) :]
@@ -90,15 +70,10 @@ class AppendOnly:
 
 
 class JsonLines:
-    """A `.jsonl` file open for appending.
+    """A `.jsonl` file open for appending; its directory is made if needed.
 
-    Args:
-      path: the file; its directory is made if needed.
-      resume_step: the last step whose lines are kept; None keeps every complete line.
-
-    Raises:
-      MetricsError: the existing file is damaged before its last line.
-      OSError: the file cannot be written.
+    Lines of steps after `resume_step` are dropped; None keeps every complete line. Raises MetricsError if the existing file is damaged
+    before its last line.
     """
 
     def __init__(self, path: Path, resume_step: int | None):
@@ -122,9 +97,7 @@ class JsonLines:
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yields the records of a `.jsonl` file in order, without a torn last line.
 
-    Raises:
-      FileNotFoundError: there is no such file.
-      MetricsError: a line before the last is not a JSON object with a step.
+    Raises FileNotFoundError if there is no such file, and MetricsError if a line before the last is not a JSON object with a step.
     """
     with open(path, "rb") as lines:  # bytes: text mode also breaks lines at characters that completions may hold
         torn = None

@@ -1,4 +1,7 @@
-"""The skeleton of the three training loops: supervised, reward model, RL. It brings metrics, checkpoints, the progress bar, and an early end."""
+"""The skeleton of the three training loops: supervised, reward model, RL.
+
+It brings metrics, checkpoints, the progress bar, and an early end.
+"""
 
 from collections.abc import Callable, Mapping
 import contextlib
@@ -21,13 +24,9 @@ class Loop:
     """One training loop of a run.
 
     Attributes:
-      name: of the progress bar.
-      step_name: of a step, with a place for its number: "step {}".
+      name, step_name: of the progress bar; of a step, with a place for its number: "step {}".
       directory: of metrics.jsonl.
-      begin: steps done before.
-      end: steps to do in all.
-      config: of the run.
-      console: for messages and the progress bar.
+      begin, end: steps done before, and steps to do in all.
       should_stop: whether to save and end, from `hosts.preemption`; called once per step.
       saves_last: whether the last step is saved as a checkpoint.
     """
@@ -55,22 +54,18 @@ def run_loop(
     after: Callable[[int, Any, dict[str, float], Any, Clock], dict[str, float]] | None = None,
     observe: Callable[[list[dict[str, float]]], Callable[[int, dict[str, float], Any], None]] | None = None,
 ) -> Any:
-    """Runs the steps `loop.begin` to `loop.end`.
+    """Runs the steps `loop.begin` to `loop.end`, and returns the state after the last step.
 
     Args:
-      loop: the loop.
-      state: the state before the first step.
+      loop, state: the loop, and the state before the first step.
       train_step: (step, state, clock) -> the new state, metrics, and details for the other functions.
       save: (steps done, state) -> writes a checkpoint.
       progress: metrics -> text next to the progress bar.
       advice: (steps done, state, details) -> what to do after too many updates that were not finite; the end of the error message.
       before: () -> metrics of step 0, computed unless the loop goes on from a checkpoint.
       after: (steps done, state, metrics, details, clock) -> further metrics of a step.
-      observe: takes the metrics of the steps done before, and returns (steps done, metrics, details) -> None, called when the metrics of a step are
-        written.
-
-    Returns:
-      The state after the last step.
+      observe: takes the metrics of the steps done before, and returns (steps done, metrics, details) -> None, called when the metrics of
+        a step are written.
 
     Raises:
       NonFiniteError: no update was finite for `config.optimizer.max_skipped` steps in a row.

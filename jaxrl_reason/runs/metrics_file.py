@@ -49,8 +49,7 @@ class MetricsWriter(_Writer):
       enabled: False writes nothing, for all processes of a run but the first.
 
     Raises:
-      MetricsError: the existing file is damaged before its last line.
-      OSError: a file cannot be written.
+      MetricsError, OSError: the existing file is damaged before its last line, or a file cannot be written.
     """
 
     def __init__(
@@ -72,9 +71,7 @@ class MetricsWriter(_Writer):
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes one line, {"step": step, **metrics}; a value that is not finite becomes null, and no event.
 
-        Raises:
-          ValueError: a value is not a scalar number, or a metric is named "step".
-          OSError: a file cannot be written.
+        Raises ValueError if a value is not a scalar number or a metric is named "step", and OSError if a file cannot be written.
         """
         if "step" in metrics:
             raise ValueError('A metric is named "step", which every line already has; rename it.')
@@ -111,18 +108,13 @@ class SampleTable(_Writer):
         """Writes P prompts with G completions each; pass fewer prompts to keep the file small.
 
         Args:
-          step: the training step.
-          prompts: P texts.
-          completions: P lists of G texts.
+          step, prompts, completions: the training step, P texts, and P lists of G texts.
           rewards: name -> float[P,G].
-          total: float[P,G].
-          advantages: float[P,G].
-          lengths: int[P,G], in tokens, with the end token.
-          truncated: bool[P,G].
+          total, advantages: float[P,G].
+          lengths, truncated: int[P,G], in tokens, with the end token; bool[P,G].
 
         Raises:
-          ValueError: an array is not [P,G].
-          OSError: the file cannot be written.
+          ValueError, OSError: an array is not [P,G], or the file cannot be written.
         """
         shape = (len(prompts), len(completions[0]) if completions else 0)
         arrays = {"total": total, "advantages": advantages, "lengths": lengths, "truncated": truncated, **rewards}
@@ -151,9 +143,7 @@ class SampleTable(_Writer):
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Returns the records of a `.jsonl` file of a run in order, without a torn last line.
 
-    Raises:
-      FileNotFoundError: there is no such file.
-      MetricsError: a line before the last is not a JSON object with a step.
+    Raises FileNotFoundError if there is no such file, and MetricsError if a line before the last is not a JSON object with a step.
     """
     return list(files.read_json_lines(Path(path)))
 

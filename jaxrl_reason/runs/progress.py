@@ -17,10 +17,8 @@ class Progress:
     Without a terminal it prints one line per tenth of the steps.
 
     Args:
-      console: prints the bar.
-      name: of the phase.
-      total: number of steps.
-      done: number of steps that are already done.
+      console, name: prints the bar, which has this name.
+      total, done: number of steps, and of steps that are already done.
       enabled: False prints nothing.
     """
 
@@ -81,12 +79,8 @@ class _Step(NamedTuple):
 class Heartbeat:
     """Prints, from a thread of its own, that a step takes long; a context manager.
 
-    A step takes long after `patience` seconds, if that is also five times the median of the last steps. The message is repeated
-    whenever the duration has doubled.
-
-    Args:
-      say: prints a sentence.
-      patience: seconds; 0 prints nothing.
+    A step takes long after `patience` seconds, if that is also five times the median of the last steps. The message, given to `say`, is
+    repeated whenever the duration has doubled. A patience of 0 prints nothing.
     """
 
     def __init__(self, say: Callable[[str], None], patience: float):
@@ -131,13 +125,11 @@ class Heartbeat:
 class Clock:
     """Measures the wall-clock seconds of a step and of its named parts, each of which must end synchronised with the device.
 
-        clock = Clock()
         with clock("rollout"):
             rollout = jax.block_until_ready(generate(params, batch))
         clock.metrics()  # {"perf/step_seconds/rollout": ..., "perf/step_seconds": ...}
 
-    Attributes:
-      part: the name of the current part, or "".
+    The attribute `part` is the name of the current part, or "".
     """
 
     def __init__(self) -> None:

@@ -24,14 +24,11 @@ def write_samples(
     weights: Mapping[str, float],
     sharding: jax.sharding.Sharding,
 ) -> None:
-    """Writes some of this process's completions with their rewards and advantages.
+    """Writes the completions of the first `prompts` prompts of this process, with their rewards and advantages.
 
     Args:
-      table: where to write.
-      step: the training step.
+      table, step: the file, and the training step.
       groups, batch: the scored groups and the data of the update.
-      prompts: the number of prompts whose groups are written.
-      tokenizer: of the run.
       weights: of the rewards, by name.
       sharding: of the prompt axis.
     """

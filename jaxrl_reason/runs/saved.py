@@ -14,14 +14,10 @@ _log = logging.getLogger(__name__)
 
 
 def load_config(workdir: pathlib.Path, fields: Mapping[str, str]) -> Config:
-    """Returns the configuration that a run began with, with other values for some fields, checked.
+    """Returns the configuration that the run in `workdir` began with, checked, with other values for some fields.
 
-    Args:
-      workdir: the work directory of the run.
-      fields: name of a field -> text of its new value.
-
-    Raises:
-      ConfigError: there is no run in this directory, or the configuration cannot run.
+    `fields` maps the name of a field to the text of its new value. Raises ConfigError if there is no run in this directory, or if the
+    configuration cannot run.
     """
     file = workdir / "config.json"
     if not file.is_file():
@@ -62,8 +58,7 @@ def load_weights(
     Args:
       workdir: the work directory of the run.
       number: the number of the checkpoint; None for the newest that can be read.
-      like: ShapeDtypeStructs of the weights, with shardings.
-      model: their decoder.
+      like: ShapeDtypeStructs of the weights of the decoder `model`, with shardings.
 
     Returns:
       The number of the checkpoint, and the weights.

@@ -40,12 +40,7 @@ class SkippedUpdates:
         return self._count >= self._limit
 
     def error(self, step: str, advice: str) -> NonFiniteError:
-        """Returns the error that ends the run.
-
-        Args:
-          step: names the step, for instance "step 9".
-          advice: sentences that end the message.
-        """
+        """Returns the error that ends the run; `step` is a name such as "step 9", and the sentences of `advice` end the message."""
         return NonFiniteError(
             f"At {step} the loss or its gradient was not finite, for the {_ordinal(self._count)} step in a row; none of their updates "
             f"has reached the weights. {advice}"
@@ -73,9 +68,7 @@ class Watch:
     def look(self, metrics: Metrics, worst: Callable[[], str] = str) -> None:
         """Looks at the metrics of the next step.
 
-        Args:
-          metrics: of the step.
-          worst: describes the token with the largest difference between sampler and trainer; called only for a warning.
+        `worst` describes the token with the largest difference between sampler and trainer; it is called only for a warning.
         """
         self._recent.append(metrics)
         difference = metrics["sampling/logp_difference_max"]
@@ -145,11 +138,9 @@ def _tied(metrics: Metrics) -> bool:
 
 
 def history(directory: pathlib.Path, begin: int) -> list[dict[str, Any]]:
-    """Returns the metrics of all steps before a phase resumes.
+    """Returns the metrics of all steps before a phase, whose metrics.jsonl is in `directory`, resumes after `begin` steps.
 
-    Args:
-      directory: the directory of the phase's metrics.jsonl.
-      begin: the number of completed steps; 0 gives an empty list, as do all processes but the first.
+    The list is empty if `begin` is 0, and on all processes but the first.
     """
     lines = read_metrics(directory / "metrics.jsonl") if begin and hosts.is_first() else []
     return [line for line in lines if line["step"] > 0]

@@ -32,12 +32,8 @@ class Savable(Protocol):
 class Workdir:
     """A work directory, which only the configuration and data that began it may continue, up to `MAY_CHANGE`.
 
-    The constructor reads only. `begin` writes, after everything else has accepted the run.
-
-    Args:
-      path: the directory; `begin` makes it if needed.
-      config: the configuration to run.
-      fingerprint: of the training data.
+    The constructor reads only. `begin` writes, after everything else has accepted the run, and makes the directory if needed. The
+    fingerprint is that of the training data.
 
     Raises:
       ConfigError: the directory belongs to another configuration or other data, and the message names every difference; or another
@@ -74,12 +70,7 @@ class Workdir:
     def begin(self, tokenizer: Savable, pretrained: models.Opened | None = None) -> None:
         """Writes the configuration and, if there is none, the tokenizer; each is complete or absent.
 
-        Args:
-          tokenizer: of the run.
-          pretrained: the model that the run begins with; its config.json is written next to the tokenizer.
-
-        Raises:
-          OSError: a file cannot be written.
+        The config.json of a pretrained model is written next to the tokenizer. Raises OSError if a file cannot be written.
         """
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -89,12 +80,9 @@ class Workdir:
                 self._write_tokenizer(tokenizer, pretrained)
 
     def check_shared(self) -> None:
-        """Checks that this process sees the directory in which the first process has called `begin`.
+        """Raises ConfigError if this process does not see the directory in which the first process has called `begin`.
 
         Every process writes its part of a checkpoint there.
-
-        Raises:
-          ConfigError: this process does not see it.
         """
         if not self._file.exists():
             raise ConfigError(
@@ -123,11 +111,7 @@ class Workdir:
 
 
 def tokenizer_of(path: pathlib.Path) -> Tokenizer:
-    """Returns the tokenizer that the run in a work directory began with.
-
-    Raises:
-      FileNotFoundError, ValueError: as `data.load_tokenizer`.
-    """
+    """Returns the tokenizer that the run in a work directory began with; raises errors as `data.load_tokenizer` does."""
     source, tokenizer = model_source(path), load_tokenizer(path / "tokenizer")
     return tokenizer if source is None else fitted(tokenizer, models.read_config(source).vocab_size)
 
