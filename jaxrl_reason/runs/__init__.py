@@ -15,5 +15,3 @@ README.md lists the files of a work directory.
 
 from jaxrl_reason.runs.metrics_file import read_metrics
 from jaxrl_reason.runs.saved import checkpoint_numbers, load_config, load_weights, numbers_in
-
-__all__ = ["checkpoint_numbers", "load_config", "load_weights", "numbers_in", "read_metrics"]

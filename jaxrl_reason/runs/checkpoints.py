@@ -241,8 +241,7 @@ def save_batch(file: pathlib.Path, batch: Experience, rewards: Mapping[str, np.n
     Raises CheckpointError if the file cannot be written.
     """
     parts = {"batch": batch, "rewards": dict(rewards)}
-    leaves = jax.tree_util.tree_leaves_with_path(parts)
-    arrays = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+    arrays = {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(parts)}
     scratch = file.with_name(f"{file.name}.tmp")
     with _failing(_UNWRITABLE, f"{file} cannot be written"):
         with scratch.open("wb") as out:

@@ -1,12 +1,13 @@
 """The metrics and samples of a run: metrics.jsonl, samples.jsonl and TensorBoard events."""
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import os
 from pathlib import Path
 import socket
 import struct
 import time
-from typing import Any, Protocol, Self
+from typing import Any
 
 import numpy as np
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -15,29 +16,10 @@ from tensorboardX.record_writer import masked_crc32c
 
 from jaxrl_reason.runs import files
 
-
-class _Closable(Protocol):
-    def close(self) -> None: ...
+PathLike = str | os.PathLike
 
 
-class _Writer:
-    """A context manager that closes its files."""
-
-    def __init__(self, *opened: _Closable | None):
-        self._opened = [file for file in opened if file is not None]
-
-    def close(self) -> None:
-        for file in self._opened:
-            file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class MetricsWriter(_Writer):
+class MetricsWriter(contextlib.ExitStack):
     """Appends the metrics of a step to `metrics.jsonl` and, as scalars, to TensorBoard events under `tensorboard/`.
 
     A context manager. When `write` returns, the system has the content of both files: a kill loses nothing of it.
@@ -53,20 +35,16 @@ class MetricsWriter(_Writer):
     """
 
     def __init__(
-        self,
-        workdir: str | os.PathLike,
-        tensorboard: bool = True,
-        resume_step: int | None = None,
-        *,
-        enabled: bool = True,
+        self, workdir: PathLike, tensorboard: bool = True, resume_step: int | None = None, *, enabled: bool = True
     ):
-        self._lines = files.JsonLines(Path(workdir) / "metrics.jsonl", resume_step) if enabled else None
-        self._events = None
+        super().__init__()
+        self._lines = self._events = None
+        if enabled:
+            self._lines = self.enter_context(_lines(workdir, "metrics.jsonl", resume_step))
         if tensorboard and enabled:
             # purge_step makes TensorBoard forget the events of an interrupted run from that step on.
             purge_step = None if resume_step is None else resume_step + 1
-            self._events = _Events(Path(workdir) / "tensorboard", purge_step)
-        super().__init__(self._lines, self._events)
+            self._events = self.enter_context(contextlib.closing(_Events(Path(workdir) / "tensorboard", purge_step)))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes one line, {"step": step, **metrics}; a value that is not finite becomes null, and no event.
@@ -82,16 +60,16 @@ class MetricsWriter(_Writer):
             self._events.append(int(step), numbers)
 
 
-class SampleTable(_Writer):
+class SampleTable(contextlib.ExitStack):
     """Appends sampled completions and their rewards to `samples.jsonl`, one line per completion.
 
     A line is {"step", "prompt", "completion", "rewards": {name: number}, "total", "advantage", "length", "truncated"}; a missing
     reward is null. A context manager. Arguments and errors of the constructor: see `MetricsWriter`.
     """
 
-    def __init__(self, workdir: str | os.PathLike, resume_step: int | None = None, *, enabled: bool = True):
-        self._lines = files.JsonLines(Path(workdir) / "samples.jsonl", resume_step) if enabled else None
-        super().__init__(self._lines)
+    def __init__(self, workdir: PathLike, resume_step: int | None = None, *, enabled: bool = True):
+        super().__init__()
+        self._lines = self.enter_context(_lines(workdir, "samples.jsonl", resume_step)) if enabled else None
 
     def write(
         self,
@@ -120,9 +98,8 @@ class SampleTable(_Writer):
         arrays = {"total": total, "advantages": advantages, "lengths": lengths, "truncated": truncated, **rewards}
         for name, array in arrays.items():
             if np.shape(array) != shape:
-                raise ValueError(
-                    f"{name} has shape {np.shape(array)}; for {shape[0]} prompts x {shape[1]} completions it must be {shape}."
-                )
+                size = f"{shape[0]} prompts x {shape[1]} completions"
+                raise ValueError(f"{name} has shape {np.shape(array)}; for {size} it must be {shape}.")
         records = [
             {
                 "step": int(step),
@@ -140,7 +117,11 @@ class SampleTable(_Writer):
             self._lines.append(records)
 
 
-def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+def _lines(workdir: PathLike, name: str, resume_step: int | None) -> contextlib.closing[files.JsonLines]:
+    return contextlib.closing(files.JsonLines(Path(workdir) / name, resume_step))
+
+
+def read_metrics(path: PathLike) -> list[dict[str, Any]]:
     """Returns the records of a `.jsonl` file of a run in order, without a torn last line.
 
     Raises FileNotFoundError if there is no such file, and MetricsError if a line before the last is not a JSON object with a step.

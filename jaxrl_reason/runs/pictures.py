@@ -39,13 +39,11 @@ def plot_learning_curve(metrics_path: str | os.PathLike, out_png: str | os.PathL
             top.plot(steps, values, "o-", color="tab:orange", label=label)
     if top.lines:
         top.legend(loc="best")
-    top.set_ylabel("reward, held-out metric")
-    top.set_title(title)
+    top.set(ylabel="reward, held-out metric", title=title)
     steps, lengths = _series(records, "completions/mean_length")
     if steps:
         bottom.plot(steps, lengths, color="tab:green")
-    bottom.set_ylabel("mean length (tokens)")
-    bottom.set_xlabel("step")
+    bottom.set(xlabel="step", ylabel="mean length (tokens)")
     for axis in (top, bottom):
         axis.grid(alpha=0.3)
     drawn = io.BytesIO()
@@ -63,8 +61,7 @@ def summary_table(before: Mapping[str, float | None], after: Mapping[str, float 
     Args:
       before, after: metric name -> value, for instance {"eval/accuracy": .41, "eval/pass@4": .6, "eval/mean_length": 37.2}.
     """
-    table = rich.table.Table()
-    table.add_column("")
+    table = rich.table.Table("")
     columns = {"before": bool(before), "after": bool(after), "change": bool(before and after)}
     for heading, shown in columns.items():
         if shown:

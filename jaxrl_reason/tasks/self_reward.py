@@ -18,6 +18,7 @@ from jaxrl_reason.rl.types import Rollout, TrainState
 from jaxrl_reason.runs.files import write_json
 from jaxrl_reason.runs.workdir import Workdir
 
+Weights = Callable[[], models.Params]
 BATCHES = 4  # prompt batches over whose completions the constant is averaged
 
 
@@ -30,8 +31,7 @@ def probe_token(method: Method, tokenizer: data.Tokenizer) -> int | None:
     settings = method.loss.find("self_reward")
     if not settings:
         return None
-    text = settings.token
-    if text:
+    if text := settings.token:
         ids = tokenizer.encode(text)
         if len(ids) != 1:
             raise ConfigError(
@@ -78,12 +78,7 @@ def read_constant(workdir: pathlib.Path) -> float | None:
 
 
 def constant(
-    method: Method,
-    programs: Programs,
-    prompts: Any,
-    work: Workdir,
-    state: TrainState,
-    weights: Callable[[], models.Params],
+    method: Method, programs: Programs, prompts: Any, work: Workdir, state: TrainState, weights: Weights
 ) -> jax.Array | None:
     """Returns c_ref, f32 scalar, measured at step 0 and kept in self_reward.json; None if the method has no self-reward.
 

@@ -92,30 +92,16 @@ def _task(
             draw=lambda metrics, path, title: reporting.plot_predictions(samples, z, path, title),
         )
 
-    return Task(
-        tokenizer=digits,
-        model=model,
-        source=(c.data.eval or c.data.train, tables.fingerprint),
-        held_out=batches,
-        scorer=scorer,
-        verdict=scorer.verdict,
-        judge=judge,
-        legal=digits.legal,
-    )
+    source = c.data.eval or c.data.train, tables.fingerprint
+    return Task(digits, model, source, batches, scorer, scorer.verdict, judge, legal=digits.legal)
 
 
 def _model(c: Config, tables: Tables, source: Mapping[str, Any] | None) -> models.ModelConfig:
-    """Returns the decoder of a regression run.
-
-    Args:
-      c: of the run.
-      tables: if rows enter as features, the decoder gets an encoder for them.
-      source: config.json of a pretrained model, whose vocabulary follows the tokens of numbers; None without one.
-    """
-    digits, r = tables.digits, c.regression
-    model = config_lib.model_config(c, 1 if source else digits.vocab_size, source)
+    """Returns the decoder of a regression run. The vocabulary of a pretrained model follows the tokens of numbers."""
+    size, r = tables.digits.vocab_size, c.regression
+    model = config_lib.model_config(c, 1 if source else size, source)
     if source:
-        return dataclasses.replace(model, vocab_size=digits.vocab_size)
+        return dataclasses.replace(model, vocab_size=size)
     if not tables.features:
         return model
     return dataclasses.replace(

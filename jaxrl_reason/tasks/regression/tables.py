@@ -14,6 +14,7 @@ from jaxrl_reason.methods import nearest
 from jaxrl_reason.tasks.regression.vocabulary import Digits
 
 Batch = TypeVar("Batch")
+Make = Callable[[np.ndarray, np.ndarray], Batch]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,19 +45,13 @@ class Rows:
           chosen: int[P], positions in the table.
           prompt_ids, weight: int32[P] and f32[P], see `data.PromptBatch`; no weight: ones.
         """
-        tokens, mask = self.padded.take(chosen)
         columns = {"digits": self.digits[chosen], "z": self.z[chosen]}
         if self.values is not None:
             columns["values"] = self.values[chosen]
-        return PromptBatch(
-            tokens=tokens,
-            mask=mask,
-            prompt_ids=prompt_ids,
-            weight=np.ones(len(chosen), np.float32) if weight is None else weight,
-            rows=[{"row": int(i), "target": float(self.targets[i])} for i in chosen],
-            features=None if self.features is None else self.features[chosen],
-            columns=columns,
-        )
+        weight = np.ones(len(chosen), np.float32) if weight is None else weight
+        rows = [{"row": int(i), "target": float(self.targets[i])} for i in chosen]
+        features = None if self.features is None else self.features[chosen]
+        return PromptBatch(*self.padded.take(chosen), prompt_ids, weight, rows, features=features, columns=columns)
 
     def solutions(self, chosen: np.ndarray) -> SolutionBatch:
         """Returns a batch of prompts with their digits; `chosen` int[B] are positions in the table."""
@@ -78,13 +73,7 @@ class Stream(Generic[Batch]):
     skipped = 0
 
     def __init__(
-        self,
-        rows: int,
-        make: Callable[[np.ndarray, np.ndarray], Batch],
-        *,
-        batch_size: int,
-        seed: int,
-        local_rows: np.ndarray | None = None,
+        self, rows: int, make: Make[Batch], *, batch_size: int, seed: int, local_rows: np.ndarray | None = None
     ):
         self._make, self._batch_size = make, batch_size
         self._order = streams.endless(rows, batch_size, seed, shuffle=True)
@@ -141,11 +130,9 @@ class Tables:
         return f"{self.train.fingerprint}/{self.held_out.fingerprint}"
 
     def train_rows(self) -> Rows:
-        """Encodes the training table."""
         return self._encode(self.train, self.train_values)
 
     def held_out_rows(self) -> Rows:
-        """Encodes the held-out table."""
         return self._encode(self.held_out, self.held_out_values)
 
     def _encode(self, table: Table, values: np.ndarray | None) -> Rows:
@@ -190,15 +177,8 @@ def open_tables(config: Config, text: Tokenizer | None = None, text_size: int = 
     elif text is None:
         text = load_tokenizer(c.data.tokenizer) if c.data.tokenizer else None
         text = text or train_tokenizer(row_texts(train)[:2000], c.data.vocab_size)
-    return Tables(
-        digits=Digits(number, TargetScaler.fit(train.targets), text, text_size),
-        scaler=fit_features(train),
-        train=train,
-        held_out=held_out,
-        train_values=train_values,
-        held_out_values=held_out_values,
-        max_prompt_length=c.max_prompt_length,
-    )
+    digits = Digits(number, TargetScaler.fit(train.targets), text, text_size)
+    return Tables(digits, fit_features(train), train, held_out, train_values, held_out_values, c.max_prompt_length)
 
 
 def _number_tokenizer(config: Config) -> numbers.NumberTokenizer:
