@@ -28,17 +28,11 @@ METHOD = "method"  # the directory and the row of the recipe itself
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Runs to compare.
+    """Runs to compare."""
 
-    Attributes:
-      workdir: holds the work directory of each run.
-      configs: row name -> configuration; the method comes first.
-      first: the method's run, set up.
-    """
-
-    workdir: pathlib.Path
-    configs: Mapping[str, Config]
-    first: train.Run
+    workdir: pathlib.Path  # holds the work directory of each run
+    configs: Mapping[str, Config]  # row name -> configuration; the method comes first
+    first: train.Run  # the method's run, set up
 
 
 def variant(config: Config, changes: Mapping[str, object]) -> Config:

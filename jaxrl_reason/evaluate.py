@@ -28,25 +28,16 @@ from jaxrl_reason.tasks import reporting, self_reward
 
 
 class Evaluation(NamedTuple):
-    """An evaluation before its first prompt.
+    """An evaluation before its first prompt."""
 
-    Attributes:
-      config: of the run, with the fields of the command line.
-      task, programs: held-out data and rewards; the compiled functions.
-      checkpoint, params: number of the checkpoint, and its weights as rollouts read them.
-      c_ref: LaSeR's constant, or None.
-      out: the directory of the results.
-      record: the command line and the work directory, for evaluation.json.
-    """
-
-    config: Config
+    config: Config  # with the fields of the command line
     task: tasks.Task
     programs: programs_lib.Programs
-    checkpoint: int
-    params: models.Params
-    c_ref: float | None
-    out: pathlib.Path
-    record: dict[str, Any]
+    checkpoint: int  # its number
+    params: models.Params  # its weights, as rollouts read them
+    c_ref: float | None  # LaSeR's constant, or None
+    out: pathlib.Path  # the directory of the results
+    record: dict[str, Any]  # the command line and the work directory, for evaluation.json
 
 
 def prepare(arguments: command.Arguments) -> Evaluation:

@@ -30,18 +30,12 @@ SHOWN = 3  # number of faulty prompts whose completions are printed
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """The loss and gradient of one prompt, or of the whole batch.
+    """The loss and gradient of one prompt, or of the whole batch."""
 
-    Attributes:
-      prompt: its index in the batch; None for the whole batch.
-      loss, grad_norm: of the prompt alone.
-      weights: names of the weights whose gradient is not finite.
-    """
-
-    prompt: int | None
+    prompt: int | None  # its index in the batch; None for the whole batch
     loss: float
     grad_norm: float
-    weights: tuple[str, ...]
+    weights: tuple[str, ...]  # names of the weights whose gradient is not finite
 
     finite = property(lambda self: math.isfinite(self.loss) and math.isfinite(self.grad_norm))
 

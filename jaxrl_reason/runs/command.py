@@ -55,27 +55,17 @@ def path(text: str) -> pathlib.Path:
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """A flag of a command, written --name=VALUE or --name VALUE.
+    """A flag of a command, written --name=VALUE or --name VALUE."""
 
-    Attributes:
-      name: without the dashes. `config.` means all flags with this prefix: `--config.steps=3` sets the field `steps`.
-      value, help: for --help: the placeholder of the value ("" for a switch, which takes no value), and the meaning.
-      read: text -> value; raises ValueError with the expected kind of text.
-      default, required: the value without the flag; whether the command needs the flag.
-      choices: the allowed texts; () allows all.
-      field: the field of the configuration that the flag sets, or "".
-      alias: another name.
-    """
-
-    name: str
-    value: str
+    name: str  # without the dashes; "config." means all flags with this prefix: --config.steps=3 sets the field `steps`
+    value: str  # the placeholder of the value in --help; "" for a switch, which takes no value
     help: str
-    read: Callable[[str], Any] = str
+    read: Callable[[str], Any] = str  # raises ValueError with the expected kind of text
     default: Any = None
     required: bool = False
-    choices: Sequence[str] = ()
-    field: str = ""
-    alias: str = ""
+    choices: Sequence[str] = ()  # the allowed texts; () allows all
+    field: str = ""  # the field of the configuration that the flag sets, or ""
+    alias: str = ""  # another name
 
     @property
     def attribute(self) -> str:
@@ -109,23 +99,14 @@ TRAINING = (
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command.
+    """A command."""
 
-    Attributes:
-      name: `python -m jaxrl_reason.NAME` runs it.
-      doc: its purpose, for --help; the first sentence is the summary.
-      flags: all but --help.
-      example: the flags of an example.
-      details: returns text that ends --help.
-      errors: further classes of errors whose message is a sentence for the user.
-    """
-
-    name: str
-    doc: str | None
-    flags: Sequence[Flag]
-    example: str
-    details: Callable[[], str] | None = None
-    errors: tuple[type[Exception], ...] = ()
+    name: str  # `python -m jaxrl_reason.NAME` runs it
+    doc: str | None  # its purpose, for --help; the first sentence is the summary
+    flags: Sequence[Flag]  # all but --help
+    example: str  # the flags of an example
+    details: Callable[[], str] | None = None  # returns text that ends --help
+    errors: tuple[type[Exception], ...] = ()  # further classes of errors whose message is a sentence for the user
 
     def help(self) -> str:
         """Returns the text of --help."""
@@ -148,15 +129,10 @@ class Command:
 
 
 class Arguments(types.SimpleNamespace):
-    """The values of a command's flags, by attribute.
+    """The values of a command's flags, by attribute."""
 
-    Attributes:
-      command_line: the command as it was typed.
-      fields: field of the configuration -> text of its value.
-    """
-
-    command_line: str
-    fields: dict[str, str]
+    command_line: str  # the command as it was typed
+    fields: dict[str, str]  # field of the configuration -> text of its value
 
     def configuration(self) -> Config:
         """Returns the configuration of the recipe --config with the fields of the command line.

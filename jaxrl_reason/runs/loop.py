@@ -21,25 +21,17 @@ from jaxrl_reason.runs.watch import history, SkippedUpdates
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """One training loop of a run.
+    """One training loop of a run."""
 
-    Attributes:
-      name, step_name: of the progress bar; of a step, with a place for its number: "step {}".
-      directory: of metrics.jsonl.
-      begin, end: steps done before, and steps to do in all.
-      should_stop: whether to save and end, from `hosts.preemption`; called once per step.
-      saves_last: whether the last step is saved as a checkpoint.
-    """
-
-    name: str
-    step_name: str
-    directory: pathlib.Path
-    begin: int
-    end: int
+    name: str  # of the progress bar
+    step_name: str  # of a step, with a place for its number: "step {}"
+    directory: pathlib.Path  # of metrics.jsonl
+    begin: int  # steps done before
+    end: int  # steps to do in all
     config: Config
     console: rich.console.Console
-    should_stop: Callable[[], bool]
-    saves_last: bool = True
+    should_stop: Callable[[], bool]  # whether to save and end, from `hosts.preemption`; called once per step
+    saves_last: bool = True  # whether the last step is saved as a checkpoint
 
 
 def run_loop(

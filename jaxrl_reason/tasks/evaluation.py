@@ -22,33 +22,20 @@ AnswersOf = Callable[[list[list[str]], Sequence[Mapping[str, Any]]], Answers]
 
 
 class Evaluated(NamedTuple):
-    """N held-out prompts with K completions each, on the host.
+    """N held-out prompts with K completions each, on the host."""
 
-    Attributes:
-      rows, positions: the N rows of the data, and their positions there, int[N].
-      correct: bool[N, K], the verdicts; a completion with a missing reward is incorrect.
-      lengths: int[N, K] in tokens, end token included.
-      truncated: bool[N, K], no end token within the budget.
-      logprobs: f32[N, K], of whole completions under the distribution that sampled them.
-      rewards: name -> f32[N, K], NaN if missing.
-      total: f32[N, K], their weighted sum; NaN if all are missing.
-      texts, answers: N lists of K completions, and of their final answers (None for a completion without one); None if nothing was decoded.
-      self_rewards: f32[N, K] of LaSeR, NaN if truncated; None if the policy has no self-rewards.
-      values: f32[N], human values of the problems, or None.
-    """
-
-    rows: list[dict[str, Any]]
-    positions: np.ndarray
-    correct: np.ndarray
-    lengths: np.ndarray
-    truncated: np.ndarray
-    logprobs: np.ndarray
-    rewards: dict[str, np.ndarray]
-    total: np.ndarray
-    texts: list[list[str]] | None
-    answers: Answers | None
-    self_rewards: np.ndarray | None = None
-    values: np.ndarray | None = None
+    rows: list[dict[str, Any]]  # the N rows of the data
+    positions: np.ndarray  # int[N], positions of the rows in the data
+    correct: np.ndarray  # bool[N, K], the verdicts; a completion with a missing reward is incorrect
+    lengths: np.ndarray  # int[N, K] in tokens, end token included
+    truncated: np.ndarray  # bool[N, K], no end token within the budget
+    logprobs: np.ndarray  # f32[N, K], of whole completions under the distribution that sampled them
+    rewards: dict[str, np.ndarray]  # name -> f32[N, K], NaN if missing
+    total: np.ndarray  # f32[N, K], their weighted sum; NaN if all are missing
+    texts: list[list[str]] | None  # N lists of K completions; None if nothing was decoded
+    answers: Answers | None  # their final answers, None for a completion without one; None if nothing was decoded
+    self_rewards: np.ndarray | None = None  # f32[N, K] of LaSeR, NaN if truncated; None if the policy has none
+    values: np.ndarray | None = None  # f32[N], human values of the problems, or None
 
 
 def batch_size(config: Config, mesh: jax.sharding.Mesh, rows: int) -> int:

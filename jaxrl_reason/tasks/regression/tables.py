@@ -19,24 +19,15 @@ Make = Callable[[np.ndarray, np.ndarray], Batch]
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """A table, encoded.
+    """A table, encoded."""
 
-    Attributes:
-      padded: the N prompts.
-      features: f32[N, F] for the policy; None if rows enter as text.
-      numeric: f32[N, F], the features for the pointwise regressor, also if rows enter as text.
-      digits: int32[N, L], encoded targets.
-      z, targets: f32[N] and float64[N], targets as z-scores and in their own unit.
-      values: f32[N], human values of the rows, or None.
-    """
-
-    padded: streams.Padded
-    features: np.ndarray | None
-    numeric: np.ndarray
-    digits: np.ndarray
-    z: np.ndarray
-    targets: np.ndarray
-    values: np.ndarray | None = None
+    padded: streams.Padded  # the N prompts
+    features: np.ndarray | None  # f32[N, F] for the policy; None if rows enter as text
+    numeric: np.ndarray  # f32[N, F], the features for the pointwise regressor, also if rows enter as text
+    digits: np.ndarray  # int32[N, L], encoded targets
+    z: np.ndarray  # f32[N], targets as z-scores
+    targets: np.ndarray  # float64[N]
+    values: np.ndarray | None = None  # f32[N], human values of the rows, or None
 
     def prompts(self, chosen: np.ndarray, prompt_ids: np.ndarray, weight: np.ndarray | None = None) -> PromptBatch:
         """Returns a batch of prompts.
@@ -102,22 +93,15 @@ def eval_batches(rows: Rows, count: int, batch_size: int) -> list[PromptBatch]:
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """The data of a regression run.
-
-    Attributes:
-      digits, scaler: the vocabulary; scales features as the training table does.
-      train, held_out: tables without the column of human values.
-      train_values, held_out_values: f32[N], human values of the rows, or None.
-      max_prompt_length: the most tokens per prompt.
-    """
+    """The data of a regression run."""
 
     digits: Digits
-    scaler: FeatureScaler
-    train: Table
+    scaler: FeatureScaler  # scales features as the training table does
+    train: Table  # without the column of human values, as `held_out`
     held_out: Table
-    train_values: np.ndarray | None
+    train_values: np.ndarray | None  # f32[N], human values of the rows, or None
     held_out_values: np.ndarray | None
-    max_prompt_length: int
+    max_prompt_length: int  # the most tokens per prompt
 
     @property
     def features(self) -> int:

@@ -15,18 +15,12 @@ from jaxrl_reason.data.tables import TargetScaler
 
 @dataclasses.dataclass(frozen=True)
 class Digits:
-    """The tokenizer of a regression run.
+    """The tokenizer of a regression run."""
 
-    Attributes:
-      number: alphabet and spelling of numbers.
-      target: scales targets to the range of the alphabet: z-scores, or the unit interval.
-      text: tokenizer of rows that enter as text, or None.
-      text_size: number of ids of the pretrained model, which can be larger than the size of its tokenizer; 0: the size of `text`.
-    """
-
-    number: numbers.NumberTokenizer
-    target: TargetScaler
-    text: Tokenizer | None = None
+    number: numbers.NumberTokenizer  # alphabet and spelling of numbers
+    target: TargetScaler  # scales targets to the range of the alphabet: z-scores, or the unit interval
+    text: Tokenizer | None = None  # of rows that enter as text, or None
+    # Ids of the pretrained model, which can be more than those of its tokenizer; 0: the size of `text`.
     text_size: int = 0
 
     @property
