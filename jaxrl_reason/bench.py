@@ -1,9 +1,10 @@
 """Measures the speed of a training step, and prints it as one JSON line.
 
-A step samples P prompts x G completions of exactly `new` tokens at temperature 1, computes a trivial reward from decoded text on the
-host, and makes one AdamW update over all of them, with random weights. The line holds completion tokens per second of rollout, update and
-step, compile seconds, peak memory, and the share of the machine's float32 peak (measured by a 2048^3 product in the same process).
-Steps during which other processes took more than 6 % of the machine are left out if enough others remain.
+A step samples P prompts x G completions of exactly `new` tokens at temperature 1, computes a trivial reward from
+decoded text on the host, and makes one AdamW update over all of them, with random weights. The line holds completion
+tokens per second of rollout, update and step, compile seconds, peak memory, and the share of the machine's float32 peak
+(measured by a 2048^3 product in the same process). Steps during which other processes took more than 6 % of the machine
+are left out if enough others remain.
 """
 
 from collections.abc import Callable
@@ -36,6 +37,7 @@ SIZES: dict[str, tuple[int, dict[str, Any]]] = {  # vocabulary size, and sizes o
     "small": (8192, dict(width=512, layers=8, heads=8, kv_heads=4, mlp_width=1536)),
     "smollm": (49152, dict(width=576, layers=30, heads=9, kv_heads=3, mlp_width=1536)),
 }
+DTYPES, REMAT = ("float32", "bfloat16"), ("none", "dots", "layer")
 UNDISTURBED = 0.06  # share of the machine that other processes may take during a step
 
 
@@ -48,8 +50,9 @@ def share_of_even_ids(completions: list[str], **_: Any) -> list[float]:
 def step_flops(model: models.ModelConfig, prompts: int, group: int, prompt_length: int, new: int) -> dict[str, float]:
     """Returns the floating-point operations of a rollout and of an update, which compute each prompt once per group.
 
-    A multiply-add counts as two, causal scores count half, the backward pass costs twice the forward pass; nothing is recomputed.
-    `prompts` and `group` are P and G; `prompt_length` and `new` are the tokens per prompt and per completion.
+    A multiply-add counts as two, causal scores count half, the backward pass costs twice the forward pass; nothing is
+    recomputed. `prompts` and `group` are P and G; `prompt_length` and `new` are the tokens per prompt and per
+    completion.
     """
     c = model
     head = c.vocab_size * c.width
@@ -57,9 +60,8 @@ def step_flops(model: models.ModelConfig, prompts: int, group: int, prompt_lengt
     scores = lambda queries, keys: 4 * c.layers * c.heads * c.head_dim * queries * keys
     prefill = prompts * (2 * body * prompt_length + scores(prompt_length, prompt_length) / 2)
     samples = prompts * group
-    decode = samples * (2 * body * (new - 1) + 2 * head * new + scores(new - 1, prompt_length + new / 2))
     forward = prefill + samples * (2 * body * (new - 1) + 2 * head * new + scores(new - 1, prompt_length + new / 2))
-    return {"rollout": prefill + decode, "update": 3 * forward}
+    return {"rollout": forward, "update": 3 * forward}
 
 
 def measured_peak() -> float:
@@ -94,8 +96,9 @@ class Timing(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """A training step to measure: configuration, decoder, compiled functions, and the most steps to measure."""
+    """A training step to measure: name of the size, configuration, decoder, compiled functions, and the most steps."""
 
+    size: str
     config: Config
     model: models.ModelConfig
     programs: programs_lib.Programs
@@ -143,20 +146,17 @@ def prepare(arguments: command.Arguments) -> Bench:
     method = config_lib.validate(config)
     model = config_lib.model_config(config, vocab_size)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    programs = programs_lib.build(
-        config, method, model, mesh, eos_ids=(-1,), pad_id=0, weights={"even": 1.0}, verdict="even"
-    )
-    return Bench(config, model, programs, max(a.max_steps, a.steps))
+    rewards: dict[str, Any] = {"weights": {"even": 1.0}, "verdict": "even"}
+    programs = programs_lib.build(config, method, model, mesh, eos_ids=(-1,), pad_id=0, **rewards)
+    return Bench(a.size, config, model, programs, max(a.max_steps, a.steps))
 
 
 def measure(bench: Bench) -> tuple[float, list[Timing]]:
     """Returns the seconds of the first step, which compiles, and the timings of all later steps."""
     state, first = bench.step(bench.programs.init(), 0)
     timings: list[Timing] = []
-    while len(timings) < bench.max_steps:
-        if len(_undisturbed(timings)) >= bench.config.steps:
-            break
-        clocks: Callable[[], np.ndarray] = lambda: np.array([time.perf_counter(), time.process_time(), _busy_seconds()])
+    clocks: Callable[[], np.ndarray] = lambda: np.array([time.perf_counter(), time.process_time(), _busy_seconds()])
+    while len(timings) < bench.max_steps and len(_undisturbed(timings)) < bench.config.steps:
         before = clocks()
         state, seconds = bench.step(state, len(timings) + 1)
         wall, own, busy = clocks() - before
@@ -168,11 +168,8 @@ def _undisturbed(timings: list[Timing]) -> list[Timing]:
     return [timing for timing in timings if timing.disturbance < UNDISTURBED]
 
 
-def results(bench: Bench, first: float, timings: list[Timing], size: str) -> dict[str, Any]:
-    """Returns the results, from the medians of the undisturbed steps.
-
-    `first` and `timings` are from `measure`; `size` is the name of the model's size.
-    """
+def results(bench: Bench, first: float, timings: list[Timing]) -> dict[str, Any]:
+    """Returns the results, from the medians of the undisturbed steps; `first` and `timings` are from `measure`."""
     c = bench.config
     clean = _undisturbed(timings)
     used = clean or sorted(timings, key=lambda t: t.disturbance)[: max(1, len(timings) // 3)]
@@ -183,7 +180,7 @@ def results(bench: Bench, first: float, timings: list[Timing], size: str) -> dic
     work = {"prompts": P, "group": G, "prompt_len": S, "new": T}
     return {
         "peer": "jaxrl_reason",
-        "size": size,
+        "size": bench.size,
         "compute_dtype": c.model.compute_dtype,
         "n_params": models.param_count(bench.model),
         "work": work | {"micro": P * G // c.update.accumulation, "remat": c.model.remat},
@@ -217,21 +214,9 @@ COMMAND = command.Command(
         command.Flag("prompt-length", "S", "tokens per prompt", command.number, 32, alias="prompt-len"),
         command.Flag("new", "T", "tokens per completion", command.number, 64),
         command.Flag("accumulation", "N", "microbatches per update", command.number, 1),
+        command.Flag("compute-dtype", "DTYPE", "dtype of the operands of products", str, "float32", choices=DTYPES),
         command.Flag(
-            "compute-dtype",
-            "DTYPE",
-            "dtype of the operands of products",
-            str,
-            "float32",
-            choices=("float32", "bfloat16"),
-        ),
-        command.Flag(
-            "remat",
-            "POLICY",
-            "the activations to recompute in the backward pass",
-            str,
-            "layer",
-            choices=("none", "dots", "layer"),
+            "remat", "POLICY", "the activations to recompute in the backward pass", str, "layer", choices=REMAT
         ),
         command.Flag("steps", "N", "undisturbed steps to measure", command.number, 6),
         command.Flag("max-steps", "N", "steps at most; as many as --steps by default", command.number, 0),
@@ -244,11 +229,8 @@ COMMAND = command.Command(
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
 
-    def work(prepared: tuple[Bench, str]) -> None:
-        bench, size = prepared
-        print(json.dumps(results(bench, *measure(bench), size)), flush=True)
-
-    return command.run(COMMAND, argv, lambda arguments: (prepare(arguments), arguments.size), work)
+    work = lambda bench: print(json.dumps(results(bench, *measure(bench))), flush=True)
+    return command.run(COMMAND, argv, prepare, work)
 
 
 if __name__ == "__main__":

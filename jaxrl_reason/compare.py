@@ -1,9 +1,9 @@
 """Trains a method and its baselines from the same start, and compares their held-out metrics.
 
-The recipe's `get_baselines()` names the baselines: {"verifier only": {"method": {"name": "grpo"}}, ...}, each a dict of the
-configuration fields that differ. All runs have the same seed, data and budget, and begin with the same weights: the recipe's supervised
-start (and its reward model) is trained once, in DIR/method. A table is printed and written to DIR/comparison.json. The same command
-again resumes.
+The recipe's `get_baselines()` names the baselines: {"verifier only": {"method": {"name": "grpo"}}, ...}, each a dict of
+the configuration fields that differ. All runs have the same seed, data and budget, and begin with the same weights: the
+recipe's supervised start (and its reward model) is trained once, in DIR/method. A table is printed and written to
+DIR/comparison.json. The same command again resumes.
 """
 
 from collections.abc import Mapping

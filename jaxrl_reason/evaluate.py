@@ -1,9 +1,10 @@
 """Evaluates a run on held-out data.
 
-Samples several completions per prompt, scores them by the run's rewards, and prints a table. Writes evaluation.json (every number),
-evaluation.png and completions.jsonl (predictions.jsonl if a run predicts numbers). Nothing else in the work directory changes. Fields of
-the configuration on which the weights do not depend can be set as in training: --config.seed=1, --config.mesh.fsdp=-1 on another
-number of devices, --config.data.columns={} if other data have other names.
+Samples several completions per prompt, scores them by the run's rewards, and prints a table. Writes evaluation.json
+(every number), evaluation.png and completions.jsonl (predictions.jsonl if a run predicts numbers). Nothing else in the
+work directory changes. Fields of the configuration on which the weights do not depend can be set as in training:
+--config.seed=1, --config.mesh.fsdp=-1 on another number of devices, --config.data.columns={} if other data have other
+names.
 """
 
 import math
@@ -23,6 +24,7 @@ from jaxrl_reason.rewards.scorer import LEARNED
 from jaxrl_reason.rl import programs as programs_lib
 from jaxrl_reason.rl.types import Rollout
 from jaxrl_reason.runs import command
+from jaxrl_reason.runs.command import Flag
 from jaxrl_reason.runs.progress import Progress
 from jaxrl_reason.tasks import reporting, self_reward
 
@@ -44,7 +46,8 @@ def prepare(arguments: command.Arguments) -> Evaluation:
     """Reads the run and the held-out data.
 
     Raises:
-      ConfigError, RewardError, ValueError, OSError: the run cannot be evaluated; the message names the cause and its place.
+      ConfigError, RewardError, ValueError, OSError: the run cannot be evaluated; the message names the cause and its
+        place.
     """
     if arguments.config:
         config_lib.load_module(arguments.config)
@@ -119,27 +122,22 @@ COMMAND = command.Command(
     __doc__,
     (
         command.WORKDIR,
-        command.Flag(
+        Flag(
             "data",
             "NAME_OR_PATH",
             "other data, as config.data.eval; the split is then test, or all of a .jsonl, .parquet or .csv file",
             field="data.eval",
         ),
-        command.Flag("split", "SPLIT", "as config.data.eval_split", field="data.eval_split"),
-        command.Flag(
-            "prompts", "N", "the largest number of prompts; config.eval.prompts by default", field="eval.prompts"
+        Flag("split", "SPLIT", "as config.data.eval_split", field="data.eval_split"),
+        Flag("prompts", "N", "the largest number of prompts; config.eval.prompts by default", field="eval.prompts"),
+        Flag(
+            "samples", "K", "completions per prompt; config.eval.samples by default, 1 if greedy", field="eval.samples"
         ),
-        command.Flag(
-            "samples",
-            "K",
-            "completions per prompt; config.eval.samples by default, 1 at temperature 0",
-            field="eval.samples",
-        ),
-        command.Flag("temperature", "T", "0 is greedy; config.eval.temperature by default", field="eval.temperature"),
+        Flag("temperature", "T", "0 is greedy; config.eval.temperature by default", field="eval.temperature"),
         command.RECIPE,
         command.CHECKPOINT,
-        command.Flag("out", "DIR", "the directory of the results; WORKDIR/evaluation by default", command.path),
-        command.Flag("config.", "FIELD=VALUE", "sets a field of the configuration"),
+        Flag("out", "DIR", "the directory of the results; WORKDIR/evaluation by default", command.path),
+        Flag("config.", "FIELD=VALUE", "sets a field of the configuration"),
     ),
     "--workdir=/tmp/quickstart --samples=16",
     errors=(RewardError,),

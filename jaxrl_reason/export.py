@@ -1,7 +1,7 @@
 """Writes a trained policy, or the reward model of its run, as a directory that other programs load.
 
-The directory holds config.json, safetensors, the tokenizer's files and generation_config.json, which `transformers`, vLLM and
-llama.cpp's converter read. Adapters (config.lora) are merged into the weights.
+The directory holds config.json, safetensors, the tokenizer's files and generation_config.json, which `transformers`,
+vLLM and llama.cpp's converter read. Adapters (config.lora) are merged into the weights.
 """
 
 from collections.abc import Callable
@@ -98,6 +98,7 @@ def in_dtype(policy: models.Policy, dtype: str | None) -> models.Policy:
     return dataclasses.replace(policy, config=dataclasses.replace(policy.config, param_dtype=dtype), params=params)
 
 
+DTYPES = ("float32", "bfloat16")
 COMMAND = command.Command(
     "export",
     __doc__,
@@ -107,9 +108,7 @@ COMMAND = command.Command(
         command.CHECKPOINT,
         command.Flag("reward-model", "", "writes the reward model that the run trained, as a sequence classifier"),
         command.Flag("adapters", "", "writes a PEFT directory: the adapters alone, for the model of config.model.path"),
-        command.Flag(
-            "dtype", "DTYPE", "the dtype of the weights; as trained by default", choices=("float32", "bfloat16")
-        ),
+        command.Flag("dtype", "DTYPE", "the dtype of the weights; as trained by default", choices=DTYPES),
         command.RECIPE,
     ),
     "--workdir=/tmp/sums --out=/tmp/sums_model",

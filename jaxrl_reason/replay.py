@@ -1,8 +1,9 @@
 """Finds the cause of a step whose loss or gradient was not finite.
 
-A run that stops after such steps saves the weights and the batch of the last one under DIR/replay/N. This command computes the loss and
-its gradient again, of the whole batch and of each prompt alone, and names the weights, prompts and completions that are not finite. It
-runs on the devices of one machine: use --config.mesh.fsdp=-1 if the run had other devices.
+A run that stops after such steps saves the weights and the batch of the last one under DIR/replay/N. This command
+computes the loss and its gradient again, of the whole batch and of each prompt alone, and names the weights, prompts
+and completions that are not finite. It runs on the devices of one machine: use --config.mesh.fsdp=-1 if the run had
+other devices.
 """
 
 from collections.abc import Iterable, Mapping
@@ -80,8 +81,7 @@ def load(run: train.Run, step: int) -> Saved:
     directory = run.work.path / "replay" / str(step)
     params = checkpoints.load_params(directory / "params", run.programs.abstract_state.params)
     batch, rewards = checkpoints.load_batch(directory / "batch.npz")
-    put = lambda x: hosts.put(x, run.programs.sharding)
-    batch = jax.tree.map(put, batch)
+    batch = jax.tree.map(lambda x: hosts.put(x, run.programs.sharding), batch)
     active = auxiliary.at_step(run.method.loss, batch.auxiliary, batch.mask, step - 1)
     return Saved(step, params, batch._replace(auxiliary=active), rewards)
 
@@ -104,8 +104,7 @@ def report(run: train.Run, saved: Saved, console: rich.console.Console) -> list[
     largest = np.abs(batch.advantages).reshape(len(prompts), -1).max(axis=1)
     order = lambda p: (prompts[p].finite, -np.nan_to_num(prompts[p].grad_norm, nan=np.inf))
     for p in sorted(range(len(prompts)), key=order)[:10]:
-        numbers = (prompts[p].loss, prompts[p].grad_norm, float(largest[p]))
-        table.add_row(str(p), *(f"{x:.4g}" for x in numbers))
+        table.add_row(str(p), *(f"{x:.4g}" for x in (prompts[p].loss, prompts[p].grad_norm, float(largest[p]))))
     console.print(table)
     for p in [p for p, found in enumerate(prompts) if not found.finite][:SHOWN]:
         _print_prompt(run, batch, rewards, p, console)

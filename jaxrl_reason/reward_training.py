@@ -1,7 +1,8 @@
 """Trains a reward model on preference pairs.
 
-The decoder begins as the policy of the work directory if its supervised phase is done, else with the weights that the policy would begin
-with. The reward model is written to DIR/reward_model. The same command continues from the newest checkpoint.
+The decoder begins as the policy of the work directory if its supervised phase is done, else with the weights that the
+policy would begin with. The reward model is written to DIR/reward_model. The same command continues from the newest
+checkpoint.
 """
 
 import pathlib
@@ -20,7 +21,8 @@ from jaxrl_reason.runs import checkpoints, command
 def start_decoder(run: train.Run, console: rich.console.Console) -> models.Params:
     """Returns the weights that a reward model begins with, and prints their origin.
 
-    They are the newest weights of a policy past its supervised phase, else the weights that the policy would begin with.
+    They are the newest weights of a policy past its supervised phase, else the weights that the policy would begin
+    with.
     """
     c = run.config
     saver = checkpoints.Checkpoints(run.work.path / "checkpoints", c.checkpoint.keep)

@@ -1,7 +1,7 @@
 """Checkpoints of a TrainState, by orbax's manager, for both phases of a run.
 
-Checkpoints are numbered through the whole run: first the supervised steps, then the RL steps. The RL phase begins with a checkpoint
-of its own (its step 0), which is never older than the end of the supervised phase.
+Checkpoints are numbered through the whole run: first the supervised steps, then the RL steps. The RL phase begins with
+a checkpoint of its own (its step 0), which is never older than the end of the supervised phase.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,16 +50,12 @@ class Checkpoints:
         with _failing(_UNREADABLE, f"Checkpoints cannot be kept in {self.directory}"):
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
 
-    def latest(self) -> int | None:
-        """Returns the number of the newest checkpoint; None if there is none."""
-        return self._manager.latest_step()
-
     def save(self, number: int, state: TrainState) -> None:
         """Saves a state, complete or not at all, and then removes the oldest checkpoints beyond `keep`.
 
         Raises CheckpointError if the checkpoint cannot be written.
         """
-        if number == self.latest():
+        if number == self._manager.latest_step():
             return
         with _failing(_UNWRITABLE, f"Checkpoint {self.directory / str(number)} cannot be written"):
             self._manager.save(number, args=ocp.args.StandardSave(_with_digests(state._asdict())))
@@ -67,8 +63,8 @@ class Checkpoints:
     def restore(self, like: TrainState) -> tuple[int, TrainState] | None:
         """Reads the newest readable checkpoint, and returns its number and state; None if there is no checkpoint.
 
-        A newer checkpoint that at least one process cannot read is renamed to damaged-<number>, with a warning. It no longer counts
-        among the kept checkpoints, and the run writes its step again.
+        A newer checkpoint that at least one process cannot read is renamed to damaged-<number>, with a warning. It no
+        longer counts among the kept checkpoints, and the run writes its step again.
 
         Args:
           like: arrays or ShapeDtypeStructs with the shapes, dtypes and shardings of the result.
@@ -116,7 +112,8 @@ def read_newest(
       like: field of the TrainState -> arrays or ShapeDtypeStructs with the shapes, dtypes and shardings of the result.
 
     Returns:
-      The number of the checkpoint, or None; its fields by name; and for each unreadable checkpoint before it, its fault.
+      The number of the checkpoint, or None; its fields by name; and for each unreadable checkpoint before it, its
+      fault.
     """
     faults: dict[int, str] = {}
     for number in numbers:

@@ -1,12 +1,13 @@
 """The skeleton of every command: a table of flags, --help, errors as sentences, exit codes.
 
-    COMMAND = Command("export", __doc__, (WORKDIR, Flag("out", "DIR", "the directory to write", path, required=True)), "--workdir=runs/a --out=a")
+    COMMAND = Command("export", __doc__, (WORKDIR, Flag("out", "DIR", "the directory to write", path)),
+    "--workdir=runs/a")
 
     def main(argv: list[str] | None = None) -> int:
         return run(COMMAND, argv, prepare, work)
 
-`prepare(arguments)` does everything that can refuse the command: it reads configuration and data. `work(prepared)` does the rest.
-Exit codes:
+`prepare(arguments)` does everything that can refuse the command: it reads configuration and data. `work(prepared)` does
+the rest. Exit codes:
 
     0    done
     2    refused before it began: flags, configuration, data
@@ -34,7 +35,6 @@ from jaxrl_reason.runs.files import MetricsError
 from jaxrl_reason.runs.watch import NonFiniteError
 
 T = TypeVar("T")
-
 # Errors of a running command whose message is a sentence for the user; any other error is a bug and keeps its traceback.
 _FAILURES = (ConfigError, CheckpointError, MetricsError, models.PretrainedError, NonFiniteError, OSError)
 

@@ -54,8 +54,8 @@ def _compiled(sharding: jax.sharding.Sharding):
 def digest(x: jax.Array) -> jax.Array:
     """Computes u32: the sum of a hash of every element's bits and index, modulo 2**32. Elements have 8, 16 or 32 bits, or are bools.
 
-    The sum is exact, so it is equal on every mesh. One wrong element always changes it, because the hash is a bijection; several wrong
-    elements do so in all but one of 2**32 cases.
+    The sum is exact, so it is equal on every mesh. One wrong element always changes it, because the hash is a
+    bijection; several wrong elements do so in all but one of 2**32 cases.
     """
     bits = x.astype(jnp.uint8) if x.dtype == bool else x
     bits = jax.lax.bitcast_convert_type(bits, f"uint{8 * bits.dtype.itemsize}").astype(jnp.uint32)

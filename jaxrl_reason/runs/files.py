@@ -1,8 +1,8 @@
 """Files of a run that survive a kill: JSON that is complete or absent, and JSON lines that only ever grow.
 
-A `.jsonl` file holds one JSON object per line, each with its `step`. Every append is one write to the system, so a killed run leaves
-at most its last line torn. Opening the file again removes the torn line. A run that resumes from a checkpoint of step k passes
-`resume_step=k`: the lines of later steps are dropped, because the run writes them again.
+A `.jsonl` file holds one JSON object per line, each with its `step`. Every append is one write to the system, so a
+killed run leaves at most its last line torn. Opening the file again removes the torn line. A run that resumes from a
+checkpoint of step k passes `resume_step=k`: the lines of later steps are dropped, because the run writes them again.
 
 A file that cannot be written (a full or a read-only disk) raises an OSError whose message names the file.
 """
@@ -72,8 +72,8 @@ class AppendOnly:
 class JsonLines:
     """A `.jsonl` file open for appending; its directory is made if needed.
 
-    Lines of steps after `resume_step` are dropped; None keeps every complete line. Raises MetricsError if the existing file is damaged
-    before its last line.
+    Lines of steps after `resume_step` are dropped; None keeps every complete line. Raises MetricsError if the existing
+    file is damaged before its last line.
     """
 
     def __init__(self, path: Path, resume_step: int | None):
@@ -97,7 +97,8 @@ class JsonLines:
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yields the records of a `.jsonl` file in order, without a torn last line.
 
-    Raises FileNotFoundError if there is no such file, and MetricsError if a line before the last is not a JSON object with a step.
+    Raises FileNotFoundError if there is no such file, and MetricsError if a line before the last is not a JSON object
+    with a step.
     """
     with open(path, "rb") as lines:  # bytes: text mode also breaks lines at characters that completions may hold
         torn = None

@@ -53,11 +53,12 @@ def run_loop(
       train_step: (step, state, clock) -> the new state, metrics, and details for the other functions.
       save: (steps done, state) -> writes a checkpoint.
       progress: metrics -> text next to the progress bar.
-      advice: (steps done, state, details) -> what to do after too many updates that were not finite; the end of the error message.
+      advice: (steps done, state, details) -> what to do after too many updates that were not finite; the end of the
+        error message.
       before: () -> metrics of step 0, computed unless the loop goes on from a checkpoint.
       after: (steps done, state, metrics, details, clock) -> further metrics of a step.
-      observe: takes the metrics of the steps done before, and returns (steps done, metrics, details) -> None, called when the metrics of
-        a step are written.
+      observe: takes the metrics of the steps done before, and returns (steps done, metrics, details) -> None, called
+        when the metrics of a step are written.
 
     Raises:
       NonFiniteError: no update was finite for `config.optimizer.max_skipped` steps in a row.

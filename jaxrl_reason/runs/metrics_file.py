@@ -49,7 +49,8 @@ class MetricsWriter(contextlib.ExitStack):
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes one line, {"step": step, **metrics}; a value that is not finite becomes null, and no event.
 
-        Raises ValueError if a value is not a scalar number or a metric is named "step", and OSError if a file cannot be written.
+        Raises ValueError if a value is not a scalar number or a metric is named "step", and OSError if a file cannot be
+        written.
         """
         if "step" in metrics:
             raise ValueError('A metric is named "step", which every line already has; rename it.')
@@ -63,8 +64,8 @@ class MetricsWriter(contextlib.ExitStack):
 class SampleTable(contextlib.ExitStack):
     """Appends sampled completions and their rewards to `samples.jsonl`, one line per completion.
 
-    A line is {"step", "prompt", "completion", "rewards": {name: number}, "total", "advantage", "length", "truncated"}; a missing
-    reward is null. A context manager. Arguments and errors of the constructor: see `MetricsWriter`.
+    A line is {"step", "prompt", "completion", "rewards": {name: number}, "total", "advantage", "length", "truncated"};
+    a missing reward is null. A context manager. Arguments and errors of the constructor: see `MetricsWriter`.
     """
 
     def __init__(self, workdir: PathLike, resume_step: int | None = None, *, enabled: bool = True):
@@ -124,7 +125,8 @@ def _lines(workdir: PathLike, name: str, resume_step: int | None) -> contextlib.
 def read_metrics(path: PathLike) -> list[dict[str, Any]]:
     """Returns the records of a `.jsonl` file of a run in order, without a torn last line.
 
-    Raises FileNotFoundError if there is no such file, and MetricsError if a line before the last is not a JSON object with a step.
+    Raises FileNotFoundError if there is no such file, and MetricsError if a line before the last is not a JSON object
+    with a step.
     """
     return list(files.read_json_lines(Path(path)))
 
@@ -132,7 +134,8 @@ def read_metrics(path: PathLike) -> list[dict[str, Any]]:
 class _Events:
     """A file of scalars for TensorBoard, written without tensorboardX's own writer.
 
-    That writer works in a thread: a kill loses its pending events, and if it fails on a full disk, the run waits for it forever.
+    That writer works in a thread: a kill loses its pending events, and if it fails on a full disk, the run waits for it
+    forever.
     """
 
     def __init__(self, directory: Path, purge_step: int | None):

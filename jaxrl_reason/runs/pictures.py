@@ -21,8 +21,9 @@ _FINE = ("entropy", "r2", "rmse", "spearman", "spread", "density", "f1", "error"
 def plot_learning_curve(metrics_path: str | os.PathLike, out_png: str | os.PathLike, *, title: str) -> None:
     """Draws the reward of every step, its running mean and the held-out accuracy (or R2); below them the mean completion length.
 
-    Reads the metrics `reward`, `eval/accuracy` or `eval/r2`, and `completions/mean_length` of a metrics.jsonl. A curve without data is
-    left out. Raises MetricsError if the metrics are damaged, and OSError if a file is missing or cannot be written.
+    Reads the metrics `reward`, `eval/accuracy` or `eval/r2`, and `completions/mean_length` of a metrics.jsonl. A curve
+    without data is left out. Raises MetricsError if the metrics are damaged, and OSError if a file is missing or cannot
+    be written.
     """
     records = read_metrics(metrics_path)
     figure = Figure(figsize=(8, 6), layout="constrained")  # not pyplot: no global state, no display
@@ -55,11 +56,13 @@ def plot_learning_curve(metrics_path: str | os.PathLike, out_png: str | os.PathL
 def summary_table(before: Mapping[str, float | None], after: Mapping[str, float | None]) -> rich.table.Table:
     """Returns the table that ends a run: one row per metric with its value before, its value after and the change.
 
-    Accuracy and pass@k are shares, shown in percent. NaN and a metric that only one side has are shown as a dash. If one of the arguments
-    is empty, the table has only the column of the other. Rows are in the order of `before`; metrics of `after` alone follow.
+    Accuracy and pass@k are shares, shown in percent. NaN and a metric that only one side has are shown as a dash. If
+    one of the arguments is empty, the table has only the column of the other. Rows are in the order of `before`;
+    metrics of `after` alone follow.
 
     Args:
-      before, after: metric name -> value, for instance {"eval/accuracy": .41, "eval/pass@4": .6, "eval/mean_length": 37.2}.
+      before, after: metric name -> value, for instance {"eval/accuracy": .41, "eval/pass@4": .6, "eval/mean_length":
+        37.2}.
     """
     table = rich.table.Table("")
     columns = {"before": bool(before), "after": bool(after), "change": bool(before and after)}

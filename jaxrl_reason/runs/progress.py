@@ -9,6 +9,7 @@ from typing import NamedTuple, Self
 
 import rich.console
 import rich.progress
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
 class Progress:
@@ -23,19 +24,12 @@ class Progress:
     """
 
     def __init__(self, console: rich.console.Console, name: str, total: int, done: int = 0, *, enabled: bool = True):
-        self._console, self._name, self._total, self._done = console, name, total, done
-        self._enabled = enabled
+        self._console, self._name, self._total, self._done, self._enabled = console, name, total, done, enabled
         self._begin: tuple[int, float] | None = None  # steps done and time, after the first step of this process
-        self._bar = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(),
-            rich.progress.MofNCompleteColumn(),
-            rich.progress.TextColumn("{task.fields[text]}"),
-            rich.progress.TimeElapsedColumn(),
-            rich.progress.TimeRemainingColumn(),
-            console=console,
-            disable=not (enabled and console.is_terminal),
-        )
+        texts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+        times = (TimeElapsedColumn(), TimeRemainingColumn())
+        hidden = not (enabled and console.is_terminal)
+        self._bar = rich.progress.Progress(*texts, *times, console=console, disable=hidden)
         self._task = self._bar.add_task(name, total=total, completed=done, text="")
 
     def advance(self, text: str) -> None:
@@ -79,8 +73,8 @@ class _Step(NamedTuple):
 class Heartbeat:
     """Prints, from a thread of its own, that a step takes long; a context manager.
 
-    A step takes long after `patience` seconds, if that is also five times the median of the last steps. The message, given to `say`, is
-    repeated whenever the duration has doubled. A patience of 0 prints nothing.
+    A step takes long after `patience` seconds, if that is also five times the median of the last steps. The message,
+    given to `say`, is repeated whenever the duration has doubled. A patience of 0 prints nothing.
     """
 
     def __init__(self, say: Callable[[str], None], patience: float):

@@ -68,7 +68,8 @@ class Watch:
     def look(self, metrics: Metrics, worst: Callable[[], str] = str) -> None:
         """Looks at the metrics of the next step.
 
-        `worst` describes the token with the largest difference between sampler and trainer; it is called only for a warning.
+        `worst` describes the token with the largest difference between sampler and trainer; it is called only for a
+        warning.
         """
         self._recent.append(metrics)
         difference = metrics["sampling/logp_difference_max"]

@@ -41,8 +41,8 @@ class Evaluated(NamedTuple):
 def batch_size(config: Config, mesh: jax.sharding.Mesh, rows: int) -> int:
     """Returns the number of held-out prompts per batch in the evaluate command, for data with so many `rows`.
 
-    A batch has about as many completions as a batch of training, which is known to fit into memory. The devices of the mesh share it
-    evenly, for scoring and for sampling.
+    A batch has about as many completions as a batch of training, which is known to fit into memory. The devices of the
+    mesh share it evenly, for scoring and for sampling.
     """
     decoding = sharding.rollout_mesh(mesh, config.mesh.rollout_tensor or mesh.shape["tensor"])
     ways = math.lcm(sharding.num_shards(mesh), sharding.num_shards(decoding))
@@ -72,13 +72,13 @@ def sample_and_judge(
     """Samples completions of held-out prompts and judges them.
 
     Args:
-      generate: samples K completions per prompt of a batch. Its keys are the same in every evaluation, so that two policies are
-        compared on the same noise.
+      generate: samples K completions per prompt of a batch. Its keys are the same in every evaluation, so that two
+        policies are compared on the same noise.
       batches: from `data.eval_prompts`; rows of weight 0 are left out.
       scorer: computes rewards.
       tokenizer: decodes completions, on the first process only; None: there are no texts and no answers.
-      answers_of: (completions [P][K], rows) -> final answers, equal and hashed alike if two are the same, or None; by default
-        `final_answer` of each completion.
+      answers_of: (completions [P][K], rows) -> final answers, equal and hashed alike if two are the same, or None; by
+        default `final_answer` of each completion.
       verdict: the reward whose value > 0.5 means correct; empty: the scorer's verdict.
       self_reward: computes LaSeR's self-rewards f32[P, K] of a rollout, or None.
       values: human values of all rows of the data, from `data.values.held_out_values`, or None.
@@ -123,9 +123,10 @@ def sample_and_judge(
 def summary_metrics(found: Evaluated, temperature: float) -> dict[str, float]:
     """Returns the metrics of a run in progress.
 
-    They are `eval/accuracy` (mean over all completions), `eval/pass@K`, `eval/mean_length` (tokens, end token included),
-    `eval/clipped_ratio` (share without an end token), `eval/prompts`, `eval/maj@K` if completions are decoded (share of prompts whose
-    most frequent answer is correct), `eval/entropy` as in `all_metrics`, and the metrics of `method_metrics`.
+    They are `eval/accuracy` (mean over all completions), `eval/pass@K`, `eval/mean_length` (tokens, end token
+    included), `eval/clipped_ratio` (share without an end token), `eval/prompts`, `eval/maj@K` if completions are
+    decoded (share of prompts whose most frequent answer is correct), `eval/entropy` as in `all_metrics`, and the
+    metrics of `method_metrics`.
     """
     prompts, samples = found.correct.shape
     majority = {}
@@ -145,9 +146,10 @@ def summary_metrics(found: Evaluated, temperature: float) -> dict[str, float]:
 def method_metrics(found: Evaluated) -> dict[str, float]:
     """Returns the metrics that the methods improve, as far as the data and the rollout allow.
 
-    With human values (RLEV, arXiv 2510.20187): `h_accuracy`, `value_density`, accuracy on the fifth of the prompts of highest and of
-    lowest value, and the mean length in each fifth, 1 being the lowest. With decoded completions (ProGRPO, arXiv 2602.05281): the
-    number of distinct correct answers and of distinct correct completions per prompt. With self-rewards: `self_reward_metrics`.
+    With human values (RLEV, arXiv 2510.20187): `h_accuracy`, `value_density`, accuracy on the fifth of the prompts of
+    highest and of lowest value, and the mean length in each fifth, 1 being the lowest. With decoded completions
+    (ProGRPO, arXiv 2602.05281): the number of distinct correct answers and of distinct correct completions per prompt.
+    With self-rewards: `self_reward_metrics`.
     """
     out = self_reward_metrics(found)
     if found.values is not None:
@@ -172,9 +174,10 @@ def method_metrics(found: Evaluated) -> dict[str, float]:
 def self_reward_metrics(found: Evaluated) -> dict[str, float]:
     """Returns the metrics of LaSeR's self-rewards (arXiv 2510.14943): how well they tell correct from incorrect completions.
 
-    They are `self_reward_f1` (harmonic mean of the accuracies on correct and on incorrect completions), `self_reward_calibration_error`,
-    `best_of_K_accuracy` (of the completion of highest self-reward) and, with answers, `weighted_vote`, comparable with `maj@K`.
-    A truncated completion has no self-reward: it is never chosen, and its vote has weight 0. {} without self-rewards.
+    They are `self_reward_f1` (harmonic mean of the accuracies on correct and on incorrect completions),
+    `self_reward_calibration_error`, `best_of_K_accuracy` (of the completion of highest self-reward) and, with answers,
+    `weighted_vote`, comparable with `maj@K`. A truncated completion has no self-reward: it is never chosen, and its
+    vote has weight 0. {} without self-rewards.
     """
     if found.self_rewards is None:
         return {}
@@ -198,10 +201,11 @@ def self_reward_metrics(found: Evaluated) -> dict[str, float]:
 def all_metrics(found: Evaluated, temperature: float) -> dict[str, float]:
     """Returns every metric of decoded completions; NaN if there is nothing to average. Raises ValueError if nothing was decoded.
 
-    They are `accuracy` (equal to `avg@K`) with its 95 % interval over prompts, `accuracy_low` and `accuracy_high`; for k = 1, 2, 4, ..., K
-    the unbiased `pass@k` and, over the first k samples, `maj@k`, the share of prompts whose most frequent final answer is correct;
-    rewards; lengths of all, correct and incorrect completions; `clipped_ratio`; `answered_ratio`, the share of completions with a final
-    answer; `entropy` in nats per token, estimated from the sampled tokens (not at temperature 0); `prompts`; and `method_metrics`.
+    They are `accuracy` (equal to `avg@K`) with its 95 % interval over prompts, `accuracy_low` and `accuracy_high`; for
+    k = 1, 2, 4, ..., K the unbiased `pass@k` and, over the first k samples, `maj@k`, the share of prompts whose most
+    frequent final answer is correct; rewards; lengths of all, correct and incorrect completions; `clipped_ratio`;
+    `answered_ratio`, the share of completions with a final answer; `entropy` in nats per token, estimated from the
+    sampled tokens (not at temperature 0); `prompts`; and `method_metrics`.
     """
     if found.answers is None:
         raise ValueError("These completions are not decoded, so they have no answers to count.")

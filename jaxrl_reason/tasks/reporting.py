@@ -38,7 +38,8 @@ def write_results(
 ) -> list[str]:
     """Writes the lines and the picture of an evaluation, and `record` as evaluation.json. Returns the names of the files.
 
-    evaluation.json is written last: if it is there, the other files belong to the same evaluation. `title` is that of the picture.
+    evaluation.json is written last: if it is there, the other files belong to the same evaluation. `title` is that of
+    the picture.
     """
     lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in judged.lines())
     write_text(directory / judged.file, "".join(lines))

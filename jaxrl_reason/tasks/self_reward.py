@@ -25,8 +25,8 @@ BATCHES = 4  # prompt batches over whose completions the constant is averaged
 def probe_token(method: Method, tokenizer: data.Tokenizer) -> int | None:
     """Returns the id of the token whose log-probability after the end token is the self-reward; None without self-reward.
 
-    The padding token of the tokenizer is the default. Raises ConfigError if the configured text is not one token, or if the padding
-    token is an end token.
+    The padding token of the tokenizer is the default. Raises ConfigError if the configured text is not one token, or if
+    the padding token is an end token.
     """
     settings = method.loss.find("self_reward")
     if not settings:

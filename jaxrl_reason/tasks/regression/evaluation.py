@@ -88,8 +88,8 @@ def prediction_metrics(samples: np.ndarray, targets: np.ndarray) -> dict[str, fl
     """Computes regression scores of the mean and the median of the samples f32[N, K], and their spread. All numbers are z-scores.
 
     Returns:
-      `rmse`, `r2`, `spearman` of the mean; `median_rmse`, ... of the median; `spread`, the mean over rows of the standard deviation
-      of the samples; `sample_rmse`, of single samples; `prompts`.
+      `rmse`, `r2`, `spearman` of the mean; `median_rmse`, ... of the median; `spread`, the mean over rows of the
+      standard deviation of the samples; `sample_rmse`, of single samples; `prompts`.
     """
     samples, targets = samples.astype(np.float64), targets.astype(np.float64)  # a float32 sum can overflow
     mean, median = samples.mean(axis=1), np.median(samples, axis=1)
@@ -114,7 +114,8 @@ def pointwise_regressor(
       seed: of weights and batches.
 
     Returns:
-      `pointwise/rmse`, `pointwise/r2`, `pointwise/spearman` of a mean-squared-error head on the held-out rows, in z-scores.
+      `pointwise/rmse`, `pointwise/r2`, `pointwise/spearman` of a mean-squared-error head on the held-out rows, in
+      z-scores.
     """
     sizes = [train.numeric.shape[1], width, width, 1]
     keys = jax.random.split(jax.random.key(seed), len(sizes) - 1)
