@@ -88,7 +88,7 @@ def _busy_seconds() -> float:
 
 
 class Timing(NamedTuple):
-    """One measured step: seconds f64[3] of rollout, reward and update, and the share of the machine that other processes took."""
+    """One measured step: seconds f64[3] of rollout, reward, update, and the share of the machine that others took."""
 
     seconds: np.ndarray
     disturbance: float
@@ -96,7 +96,7 @@ class Timing(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """A training step to measure: name of the size, configuration, decoder, compiled functions, and the most steps."""
+    """A training step to measure: name of the size, configuration, decoder, compiled functions, the most steps."""
 
     size: str
     config: Config
@@ -146,8 +146,9 @@ def prepare(arguments: command.Arguments) -> Bench:
     method = config_lib.validate(config)
     model = config_lib.model_config(config, vocab_size)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    rewards: dict[str, Any] = {"weights": {"even": 1.0}, "verdict": "even"}
-    programs = programs_lib.build(config, method, model, mesh, eos_ids=(-1,), pad_id=0, **rewards)
+    programs = programs_lib.build(
+        config, method, model, mesh, eos_ids=(-1,), pad_id=0, weights={"even": 1.0}, verdict="even"
+    )
     return Bench(a.size, config, model, programs, max(a.max_steps, a.steps))
 
 

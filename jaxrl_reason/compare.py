@@ -13,7 +13,7 @@ import re
 import sys
 
 import rich.console
-import rich.table
+from rich.table import Column, Table
 
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import tasks, train
@@ -36,7 +36,7 @@ class Comparison:
 
 
 def variant(config: Config, changes: Mapping[str, object]) -> Config:
-    """Returns a copy of a configuration with other values for some fields; raises ConfigError if there is no such field.
+    """Returns a copy with other values for some fields; raises ConfigError if there is no such field.
 
     `changes` maps fields to values, such as {"method": {...}, "reward.weights": [...]}.
     """
@@ -106,7 +106,7 @@ def train_all(comparison: Comparison) -> Rows:
 
 
 def _other_approaches(metrics: Mapping[str, float]) -> Rows:
-    """Returns rows of other approaches that a run has measured: {"pointwise/r2": .6} is the metric eval/r2 of a row "pointwise"."""
+    """Returns rows of other measured approaches: the metric "pointwise/r2" is eval/r2 of the row "pointwise"."""
     rows: Rows = {}
     for name, value in metrics.items():
         if name.startswith(tasks.BASELINES):
@@ -115,16 +115,10 @@ def _other_approaches(metrics: Mapping[str, float]) -> Rows:
     return rows
 
 
-def table(rows: Mapping[str, Mapping[str, float]], shown: tuple[str, ...]) -> rich.table.Table:
-    """Returns a table with one row per metric and one column per run.
-
-    `shown` holds beginnings of the names of the metrics to show, without "eval/".
-    """
+def table(rows: Mapping[str, Mapping[str, float]], shown: tuple[str, ...]) -> Table:
+    """Returns one row per metric whose name, without "eval/", begins with `shown`, and one column per run."""
     names = dict.fromkeys(n for row in rows.values() for n in row if n.removeprefix("eval/").startswith(shown))
-    out = rich.table.Table()
-    out.add_column("")
-    for row in rows:
-        out.add_column(row, justify="right")
+    out = Table("", *(Column(row, justify="right") for row in rows))
     for name in names:
         cells = (pictures.cell(name, row.get(name)) for row in rows.values())
         out.add_row(name.removeprefix("eval/").replace("_", " "), *cells)

@@ -74,10 +74,7 @@ def prepare(arguments: command.Arguments) -> Evaluation:
 
 
 def evaluate(evaluation: Evaluation) -> dict[str, float]:
-    """Samples and scores completions, prints the table and writes the results. Returns the metrics.
-
-    Raises RewardError if a reward fails, and OSError if a file cannot be written.
-    """
+    """Samples, scores, prints the table, writes the results and returns the metrics. Raises RewardError, OSError."""
     c, task, programs, checkpoint, params, c_ref, out, record = evaluation
     console = rich.console.Console(highlight=False, markup=False)
     with Progress(console, "evaluation", len(task.held_out), enabled=c.log.progress) as bar:
@@ -131,7 +128,10 @@ COMMAND = command.Command(
         Flag("split", "SPLIT", "as config.data.eval_split", field="data.eval_split"),
         Flag("prompts", "N", "the largest number of prompts; config.eval.prompts by default", field="eval.prompts"),
         Flag(
-            "samples", "K", "completions per prompt; config.eval.samples by default, 1 if greedy", field="eval.samples"
+            "samples",
+            "K",
+            "completions per prompt; config.eval.samples by default, 1 at temperature 0",
+            field="eval.samples",
         ),
         Flag("temperature", "T", "0 is greedy; config.eval.temperature by default", field="eval.temperature"),
         command.RECIPE,

@@ -55,10 +55,7 @@ def load_policy(workdir: pathlib.Path, checkpoint: int | None = None) -> tuple[i
 
 
 def load_reward_model(workdir: pathlib.Path) -> models.RewardModel:
-    """Reads the reward model that a run trained, on the host.
-
-    Raises ConfigError, ValueError or OSError if the run has trained none, or if it cannot be read.
-    """
+    """Reads a run's reward model, on the host. Raises ConfigError, ValueError or OSError if there is none to read."""
     runs.load_config(workdir, {})
     directory = workdir / "reward_model"
     if not model_files.is_ours(directory):
@@ -71,10 +68,7 @@ def load_reward_model(workdir: pathlib.Path) -> models.RewardModel:
 
 
 def check_adapters(workdir: pathlib.Path) -> str:
-    """Returns the pretrained model that the adapters of a run belong to.
-
-    Raises ConfigError if the run has no adapters, or PEFT cannot put them on its model.
-    """
+    """Returns the pretrained model of a run's adapters; raises ConfigError without adapters that PEFT can put on it."""
     config = runs.load_config(workdir, {})
     base = config.model.path
     if base.endswith(".gguf"):

@@ -68,7 +68,7 @@ def _named(tree: Any) -> Iterable[tuple[str, np.ndarray]]:
 
 
 class Saved(NamedTuple):
-    """A step that a run has saved: its number, the weights before its update, the data of its update, and name -> rewards f32[P,G]."""
+    """A step that a run has saved: number, weights before its update, data of its update, rewards f32[P,G] by name."""
 
     step: int
     params: models.Params

@@ -37,10 +37,7 @@ class CheckpointError(ValueError):
 
 
 class Checkpoints:
-    """Saves and restores TrainStates; `keep` is the number of checkpoints to keep in `directory`, which is made if needed.
-
-    Raises CheckpointError if the directory cannot be made or read.
-    """
+    """Saves and restores TrainStates; keeps the newest `keep`. Raises CheckpointError if `directory` cannot be used."""
 
     def __init__(self, directory: pathlib.Path, keep: int):
         self.directory = directory.resolve()
@@ -51,10 +48,7 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
 
     def save(self, number: int, state: TrainState) -> None:
-        """Saves a state, complete or not at all, and then removes the oldest checkpoints beyond `keep`.
-
-        Raises CheckpointError if the checkpoint cannot be written.
-        """
+        """Saves a state, complete or not at all, and removes the oldest beyond `keep`; or raises CheckpointError."""
         if number == self._manager.latest_step():
             return
         with _failing(_UNWRITABLE, f"Checkpoint {self.directory / str(number)} cannot be written"):
@@ -132,27 +126,21 @@ def read_newest(
 
 
 def save_params(directory: pathlib.Path, params: Any) -> None:
-    """Writes weights alone, complete or absent; replaces an existing directory.
-
-    Raises CheckpointError if the weights cannot be written.
-    """
+    """Writes weights alone, complete or absent, over an existing directory. Raises CheckpointError if this fails."""
     with _failing(_UNWRITABLE, f"The weights {directory} cannot be written"):
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(directory.resolve(), _with_digests({"params": params}), force=True)
 
 
 def load_params(directory: pathlib.Path, like: Any) -> Any:
-    """Reads weights in the shapes, dtypes and shardings of `like`.
-
-    Raises CheckpointError if at least one process cannot read the weights, or they differ from the saved ones.
-    """
+    """Reads weights in the shapes, dtypes and shardings of `like`; raises CheckpointError if one process cannot."""
     parts = {"params": like}
     with _failing((CheckpointError,), f"The weights {directory} cannot be read"):
         return _read_by_all(lambda: _restored(directory.resolve(), parts), parts)["params"]
 
 
 def _read_by_all(read: Callable[[], dict[str, Any]], like: Mapping[str, Any]) -> dict[str, Any]:
-    """Calls `read` on every process, checks the digests, and converts to the dtypes of `like`; if one process fails, all raise."""
+    """Calls `read` on every process, checks the digests, converts to the dtypes of `like`; if one fails, all raise."""
     parts = hosts.agree(read, CheckpointError)
     saved, found = parts.pop(_DIGESTS), digests.of(parts)
 
@@ -201,10 +189,7 @@ def _restored(directory: pathlib.Path, like: Mapping[str, Any]) -> dict[str, Any
 
 
 def _as_saved(saved: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns ShapeDtypeStructs with the shapes and shardings of `like` and the saved dtypes.
-
-    Raises CheckpointError if the saved arrays have no digests, or other shapes.
-    """
+    """Returns `like` in the saved dtypes; raises CheckpointError if there are no digests, or other shapes."""
     if _DIGESTS not in saved:
         raise CheckpointError("It has no digests of its arrays, so another version has written it.")
     there, here = (_by_name({name: tree[name] for name in like}) for tree in (saved, like))
@@ -233,10 +218,7 @@ def _name(path: tuple) -> str:
 
 
 def save_batch(file: pathlib.Path, batch: Experience, rewards: Mapping[str, np.ndarray]) -> None:
-    """Writes the batch of an update, on the host, and the rewards, name -> f32[P,G], to a .npz file that is complete or absent.
-
-    Raises CheckpointError if the file cannot be written.
-    """
+    """Writes a batch on the host and its rewards to a .npz file, complete or absent; or raises CheckpointError."""
     parts = {"batch": batch, "rewards": dict(rewards)}
     arrays = {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(parts)}
     scratch = file.with_name(f"{file.name}.tmp")

@@ -150,10 +150,7 @@ class Arguments(types.SimpleNamespace):
 
 
 def parse(command: Command, argv: Sequence[str]) -> Arguments:
-    """Reads the flags of a command.
-
-    Raises ConfigError if a flag is unknown or missing, or its value is missing or of another kind.
-    """
+    """Reads the flags; raises ConfigError if one is unknown or missing, or its value is missing or of another kind."""
     words, own = list(argv), [flag for flag in command.flags if not (flag.field or flag.name.endswith("."))]
     arguments = Arguments(**{flag.attribute: flag.default for flag in own}, fields={})
     arguments.command_line = shlex.join(["python", "-m", f"jaxrl_reason.{command.name}", *argv])

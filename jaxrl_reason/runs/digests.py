@@ -52,7 +52,7 @@ def _compiled(sharding: jax.sharding.Sharding):
 
 
 def digest(x: jax.Array) -> jax.Array:
-    """Computes u32: the sum of a hash of every element's bits and index, modulo 2**32. Elements have 8, 16 or 32 bits, or are bools.
+    """Computes u32: the sum modulo 2**32 of a hash of every element's bits (8, 16, 32, or a bool) and index.
 
     The sum is exact, so it is equal on every mesh. One wrong element always changes it, because the hash is a
     bijection; several wrong elements do so in all but one of 2**32 cases.

@@ -69,7 +69,7 @@ class AppendOnly:
         self._file.close()
 
 
-class JsonLines:
+class JsonLines(AppendOnly):
     """A `.jsonl` file open for appending; its directory is made if needed.
 
     Lines of steps after `resume_step` are dropped; None keeps every complete line. Raises MetricsError if the existing
@@ -84,14 +84,11 @@ class JsonLines:
             with writing(path):
                 scratch.write_bytes(content)
                 os.replace(scratch, path)
-        self._file = AppendOnly(path)
+        super().__init__(path)
 
-    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+    def write(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Writes one line per record, all in one write."""
-        self._file.append(b"".join(map(_line, records)))
-
-    def close(self) -> None:
-        self._file.close()
+        self.append(b"".join(map(_line, records)))
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -38,9 +38,8 @@ class MetricsWriter(contextlib.ExitStack):
         self, workdir: PathLike, tensorboard: bool = True, resume_step: int | None = None, *, enabled: bool = True
     ):
         super().__init__()
-        self._lines = self._events = None
-        if enabled:
-            self._lines = self.enter_context(_lines(workdir, "metrics.jsonl", resume_step))
+        self._lines = self.enter_context(_lines(workdir, "metrics.jsonl", resume_step)) if enabled else None
+        self._events = None
         if tensorboard and enabled:
             # purge_step makes TensorBoard forget the events of an interrupted run from that step on.
             purge_step = None if resume_step is None else resume_step + 1
@@ -56,9 +55,9 @@ class MetricsWriter(contextlib.ExitStack):
             raise ValueError('A metric is named "step", which every line already has; rename it.')
         numbers = {name: _number(name, value) for name, value in metrics.items()}
         if self._lines is not None:
-            self._lines.append([{"step": int(step), **numbers}])
+            self._lines.write([{"step": int(step), **numbers}])
         if self._events is not None:
-            self._events.append(int(step), numbers)
+            self._events.write(int(step), numbers)
 
 
 class SampleTable(contextlib.ExitStack):
@@ -115,7 +114,7 @@ class SampleTable(contextlib.ExitStack):
             for p, g in np.ndindex(*shape)
         ]
         if self._lines is not None:
-            self._lines.append(records)
+            self._lines.write(records)
 
 
 def _lines(workdir: PathLike, name: str, resume_step: int | None) -> contextlib.closing[files.JsonLines]:
@@ -123,15 +122,11 @@ def _lines(workdir: PathLike, name: str, resume_step: int | None) -> contextlib.
 
 
 def read_metrics(path: PathLike) -> list[dict[str, Any]]:
-    """Returns the records of a `.jsonl` file of a run in order, without a torn last line.
-
-    Raises FileNotFoundError if there is no such file, and MetricsError if a line before the last is not a JSON object
-    with a step.
-    """
+    """Returns the records of a `.jsonl` file of a run in order; see `files.read_json_lines` for its errors."""
     return list(files.read_json_lines(Path(path)))
 
 
-class _Events:
+class _Events(files.AppendOnly):
     """A file of scalars for TensorBoard, written without tensorboardX's own writer.
 
     That writer works in a thread: a kill loses its pending events, and if it fails on a full disk, the run waits for it
@@ -141,12 +136,12 @@ class _Events:
     def __init__(self, directory: Path, purge_step: int | None):
         # TensorBoard reads the files of a directory in the order of their names.
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        self._file = files.AppendOnly(directory / name)
+        super().__init__(directory / name)
         self._append(Event(file_version="brain.Event:2"))
         if purge_step is not None:
             self._append(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
-    def append(self, step: int, numbers: Mapping[str, float | None]) -> None:
+    def write(self, step: int, numbers: Mapping[str, float | None]) -> None:
         values = [Summary.Value(tag=name, simple_value=x) for name, x in numbers.items() if x is not None]
         self._append(Event(step=step, summary=Summary(value=values)))
 
@@ -156,10 +151,7 @@ class _Events:
         content = event.SerializeToString()
         length = struct.pack("<Q", len(content))
         length_crc, content_crc = (struct.pack("<I", masked_crc32c(part)) for part in (length, content))
-        self._file.append(length + length_crc + content + content_crc)
-
-    def close(self) -> None:
-        self._file.close()
+        self.append(length + length_crc + content + content_crc)
 
 
 def _number(name: str, value: Any) -> float | None:

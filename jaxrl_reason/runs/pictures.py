@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 import numpy as np
-import rich.table
+from rich.table import Column, Table
 
 from jaxrl_reason.runs.files import writing
 from jaxrl_reason.runs.metrics_file import read_metrics
@@ -19,7 +19,7 @@ _FINE = ("entropy", "r2", "rmse", "spearman", "spread", "density", "f1", "error"
 
 
 def plot_learning_curve(metrics_path: str | os.PathLike, out_png: str | os.PathLike, *, title: str) -> None:
-    """Draws the reward of every step, its running mean and the held-out accuracy (or R2); below them the mean completion length.
+    """Draws reward, its running mean and held-out accuracy (or R2) over steps; below them the mean completion length.
 
     Reads the metrics `reward`, `eval/accuracy` or `eval/r2`, and `completions/mean_length` of a metrics.jsonl. A curve
     without data is left out. Raises MetricsError if the metrics are damaged, and OSError if a file is missing or cannot
@@ -53,7 +53,7 @@ def plot_learning_curve(metrics_path: str | os.PathLike, out_png: str | os.PathL
         Path(out_png).write_bytes(drawn.getvalue())
 
 
-def summary_table(before: Mapping[str, float | None], after: Mapping[str, float | None]) -> rich.table.Table:
+def summary_table(before: Mapping[str, float | None], after: Mapping[str, float | None]) -> Table:
     """Returns the table that ends a run: one row per metric with its value before, its value after and the change.
 
     Accuracy and pass@k are shares, shown in percent. NaN and a metric that only one side has are shown as a dash. If
@@ -64,11 +64,8 @@ def summary_table(before: Mapping[str, float | None], after: Mapping[str, float 
       before, after: metric name -> value, for instance {"eval/accuracy": .41, "eval/pass@4": .6, "eval/mean_length":
         37.2}.
     """
-    table = rich.table.Table("")
     columns = {"before": bool(before), "after": bool(after), "change": bool(before and after)}
-    for heading, shown in columns.items():
-        if shown:
-            table.add_column(heading, justify="right")
+    table = Table("", *(Column(heading, justify="right") for heading, shown in columns.items() if shown))
     for name in dict.fromkeys([*before, *after]):
         old, new = (math.nan if (x := side.get(name)) is None else x for side in (before, after))
         change = cell(name, new - old, signed=True).replace("%", "points")

@@ -117,7 +117,7 @@ class Heartbeat:
 
 
 class Clock:
-    """Measures the wall-clock seconds of a step and of its named parts, each of which must end synchronised with the device.
+    """Measures the wall-clock seconds of a step and of its parts, each of which must end synchronised with the device.
 
         with clock("rollout"):
             rollout = jax.block_until_ready(generate(params, batch))
@@ -145,7 +145,7 @@ class Clock:
         self._tokens[part] = self._tokens.get(part, 0) + tokens
 
     def metrics(self) -> dict[str, float]:
-        """Returns perf/* metrics: seconds of the step and of each part, and tokens per second of the parts with counted tokens."""
+        """Returns perf/*: seconds of the step and of each part, tokens per second of parts with counted tokens."""
         seconds = {f"perf/step_seconds/{part}": s for part, s in self._parts.items()}
         speeds = {f"perf/{part}_tokens_per_s": n / self._parts[part] for part, n in self._tokens.items()}
         return seconds | speeds | {"perf/step_seconds": time.perf_counter() - self._begin}

@@ -1,4 +1,4 @@
-"""Looks at single completions of a step: sample tables, the token with the largest mismatch, and a step saved for replay."""
+"""Looks at completions of a step: sample tables, the token with the largest mismatch, a step saved for replay."""
 
 from collections.abc import Mapping
 import pathlib
@@ -57,7 +57,7 @@ def write_samples(
 def describe_mismatch(
     batch: Experience, mismatch: Mismatch, tokenizer: Tokenizer, sharding: jax.sharding.Sharding
 ) -> str:
-    """Returns a sentence about the token on which sampler and trainer differ most, with its text if this process has it."""
+    """Returns a sentence about the token on which sampler and trainer differ most; its text only on its process."""
     difference, p, g, t = (x.item() for x in jax.device_get(mismatch))
     place = f"token {t} of completion {g} of prompt {p}"
     mine = hosts.local_rows_of(batch.mask)

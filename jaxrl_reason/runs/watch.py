@@ -40,7 +40,7 @@ class SkippedUpdates:
         return self._count >= self._limit
 
     def error(self, step: str, advice: str) -> NonFiniteError:
-        """Returns the error that ends the run; `step` is a name such as "step 9", and the sentences of `advice` end the message."""
+        """Returns the error that ends the run at a step such as "step 9"; `advice` ends its message."""
         return NonFiniteError(
             f"At {step} the loss or its gradient was not finite, for the {_ordinal(self._count)} step in a row; none of their updates "
             f"has reached the weights. {advice}"
@@ -66,11 +66,7 @@ class Watch:
         self._say = say
 
     def look(self, metrics: Metrics, worst: Callable[[], str] = str) -> None:
-        """Looks at the metrics of the next step.
-
-        `worst` describes the token with the largest difference between sampler and trainer; it is called only for a
-        warning.
-        """
+        """Looks at the next step's metrics; `worst` describes the token with the largest mismatch, for a warning."""
         self._recent.append(metrics)
         difference = metrics["sampling/logp_difference_max"]
         differs = difference is None or not difference <= self._limit  # True for NaN as well
@@ -139,10 +135,7 @@ def _tied(metrics: Metrics) -> bool:
 
 
 def history(directory: pathlib.Path, begin: int) -> list[dict[str, Any]]:
-    """Returns the metrics of all steps before a phase, whose metrics.jsonl is in `directory`, resumes after `begin` steps.
-
-    The list is empty if `begin` is 0, and on all processes but the first.
-    """
+    """Returns the metrics of the first `begin` steps of a phase; an empty list on all processes but the first."""
     lines = read_metrics(directory / "metrics.jsonl") if begin and hosts.is_first() else []
     return [line for line in lines if line["step"] > 0]
 

@@ -83,10 +83,7 @@ class Workdir:
                 self._write_tokenizer(tokenizer, pretrained)
 
     def check_shared(self) -> None:
-        """Raises ConfigError if this process does not see the directory in which the first process has called `begin`.
-
-        Every process writes its part of a checkpoint there.
-        """
+        """Raises ConfigError if this process, which writes checkpoints too, does not see the first one's directory."""
         if not self._file.exists():
             raise ConfigError(
                 f"{self.path} is not the directory of that name in which the first process has begun the run: all processes must see "
@@ -114,7 +111,7 @@ class Workdir:
 
 
 def tokenizer_of(path: pathlib.Path) -> Tokenizer:
-    """Returns the tokenizer that the run in a work directory began with; raises errors as `data.load_tokenizer` does."""
+    """Returns the tokenizer that the run in a work directory began with, or raises as `data.load_tokenizer` does."""
     source, tokenizer = model_source(path), load_tokenizer(path / "tokenizer")
     return tokenizer if source is None else fitted(tokenizer, models.read_config(source).vocab_size)
 

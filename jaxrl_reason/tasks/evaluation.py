@@ -172,7 +172,7 @@ def method_metrics(found: Evaluated) -> dict[str, float]:
 
 
 def self_reward_metrics(found: Evaluated) -> dict[str, float]:
-    """Returns the metrics of LaSeR's self-rewards (arXiv 2510.14943): how well they tell correct from incorrect completions.
+    """Returns how well LaSeR's self-rewards (arXiv 2510.14943) tell correct from incorrect completions.
 
     They are `self_reward_f1` (harmonic mean of the accuracies on correct and on incorrect completions),
     `self_reward_calibration_error`, `best_of_K_accuracy` (of the completion of highest self-reward) and, with answers,
@@ -199,7 +199,7 @@ def self_reward_metrics(found: Evaluated) -> dict[str, float]:
 
 
 def all_metrics(found: Evaluated, temperature: float) -> dict[str, float]:
-    """Returns every metric of decoded completions; NaN if there is nothing to average. Raises ValueError if nothing was decoded.
+    """Returns every metric, NaN if there is nothing to average. Raises ValueError if nothing was decoded.
 
     They are `accuracy` (equal to `avg@K`) with its 95 % interval over prompts, `accuracy_low` and `accuracy_high`; for
     k = 1, 2, 4, ..., K the unbiased `pass@k` and, over the first k samples, `maj@k`, the share of prompts whose most

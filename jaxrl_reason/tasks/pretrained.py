@@ -73,7 +73,7 @@ def load_weights(
 
 
 def _add_tokens(params: models.Params, model: models.ModelConfig, mesh: jax.sharding.Mesh, count: int) -> None:
-    """Adds `count` tokens before the model's own, in place. Each begins as the mean embedding, and the mean output head."""
+    """Adds `count` tokens before the model's own, in place, with the mean embedding and the mean output head."""
     placed = models.param_shardings(models.lora.base_of(model), mesh)
     for name, axis in ({"embedding": 0} | ({} if model.tied_embedding else {"head": 1})).items():
         mean = params[name].astype("float32").mean(axis=axis, keepdims=True).astype(params[name].dtype)

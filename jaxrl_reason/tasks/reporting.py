@@ -36,7 +36,7 @@ def headlines(method: Method) -> tuple[str, ...]:
 def write_results(
     directory: pathlib.Path, judged: Judged, metrics: Mapping[str, float], record: Mapping[str, Any], title: str
 ) -> list[str]:
-    """Writes the lines and the picture of an evaluation, and `record` as evaluation.json. Returns the names of the files.
+    """Writes an evaluation's lines, its picture and, as evaluation.json, `record`. Returns the names of the files.
 
     evaluation.json is written last: if it is there, the other files belong to the same evaluation. `title` is that of
     the picture.
@@ -95,7 +95,7 @@ def prediction_lines(
 
 
 def metric_tables(metrics: Mapping[str, float], title: str) -> list[Table]:
-    """Returns the tables for the screen: one row per metric, and pass@k next to maj@k. Shares are in percent, NaN is a dash."""
+    """Returns tables for the screen: metrics, and pass@k next to maj@k. Shares are in percent, NaN is a dash."""
     main = Table("", Column(justify="right"), Column("95 % interval", justify="right"), title=title)
     curve = Table("k", "pass@k", "maj@k")
     for name, value in metrics.items():
@@ -121,7 +121,7 @@ def _cell(name: str, value: float) -> str:
 
 
 def plot_completions(found: evaluation.Evaluated, metrics: Mapping[str, float], path: pathlib.Path, title: str) -> None:
-    """Draws pass@k and maj@k over k, and the number of prompts by their accuracy; `metrics` are `evaluation.all_metrics`."""
+    """Draws pass@k and maj@k over k, from `evaluation.all_metrics`, and the number of prompts by their accuracy."""
     samples = found.correct.shape[1]
     ks = evaluation.powers(samples)
     with _two_plots(path, title) as (curves, histogram):
@@ -139,10 +139,7 @@ def plot_completions(found: evaluation.Evaluated, metrics: Mapping[str, float], 
 
 
 def plot_predictions(samples: np.ndarray, targets: np.ndarray, path: pathlib.Path, title: str) -> None:
-    """Draws the mean of the samples over the target, with a bar of one standard deviation, and a histogram of the errors.
-
-    `samples` f32[N, K] and `targets` f32[N] are z-scores.
-    """
+    """Draws mean and standard deviation of z-scores [N, K] over the targets [N], and a histogram of the errors."""
     samples = samples.astype(np.float64)  # squares of numbers of the wide alphabets overflow float32
     mean = samples.mean(axis=1)
     errors = mean - targets

@@ -23,7 +23,7 @@ BATCHES = 4  # prompt batches over whose completions the constant is averaged
 
 
 def probe_token(method: Method, tokenizer: data.Tokenizer) -> int | None:
-    """Returns the id of the token whose log-probability after the end token is the self-reward; None without self-reward.
+    """Returns the id of the token whose log-probability after the end token is the self-reward; None without one.
 
     The padding token of the tokenizer is the default. Raises ConfigError if the configured text is not one token, or if
     the padding token is an end token.
@@ -66,10 +66,7 @@ def self_reward_of(method: Method, c_ref: float | jax.Array | None) -> Callable[
 
 
 def read_constant(workdir: pathlib.Path) -> float | None:
-    """Returns LaSeR's constant c_ref of a run; None if the run has not measured it.
-
-    Raises ConfigError if the file self_reward.json of the run is damaged.
-    """
+    """Returns a run's LaSeR constant c_ref; None if not measured. Raises ConfigError if self_reward.json is damaged."""
     file = workdir / "self_reward.json"
     try:
         return float(json.loads(file.read_bytes())["c_ref"]) if file.exists() else None
@@ -80,7 +77,7 @@ def read_constant(workdir: pathlib.Path) -> float | None:
 def constant(
     method: Method, programs: Programs, prompts: Any, work: Workdir, state: TrainState, weights: Weights
 ) -> jax.Array | None:
-    """Returns c_ref, f32 scalar, measured at step 0 and kept in self_reward.json; None if the method has no self-reward.
+    """Returns c_ref, f32 scalar, measured at step 0 and kept in self_reward.json; None without a self-reward.
 
     Evaluation uses it even if training scores every completion under the reference policy (reference "exact").
 

@@ -83,10 +83,7 @@ class TrainingTask(Task):
 
 
 def build_programs(config: Config, method: Method, task: Task, mesh: jax.sharding.Mesh) -> programs.Programs:
-    """Builds the programs of a task. Nothing is compiled before it is called.
-
-    Raises ConfigError if the mesh does not divide the prompts per step or the model.
-    """
+    """Builds a task's programs; compiles nothing. Raises ConfigError if the mesh does not divide prompts or model."""
     return programs.build(
         config,
         method,

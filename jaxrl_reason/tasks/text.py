@@ -76,7 +76,7 @@ def _task(
     batch_size: int,
     values: np.ndarray | None,
 ) -> Task:
-    """Returns the task that judges completions of the held-out problems `rows`; `values` are their human values f32[N], or None."""
+    """Returns the task that judges completions of the held-out `rows`, whose human values f32[N] may be None."""
     template = config_lib.prompt_template(c, tokenizer)
     verdict = scorer.by_function.get(c.eval.verdict, scorer.verdict)
     batches = data.eval_prompts(

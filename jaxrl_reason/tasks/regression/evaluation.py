@@ -85,7 +85,7 @@ def predict(
 
 
 def prediction_metrics(samples: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """Computes regression scores of the mean and the median of the samples f32[N, K], and their spread. All numbers are z-scores.
+    """Computes regression scores of mean and median of the samples f32[N, K], and their spread, all in z-scores.
 
     Returns:
       `rmse`, `r2`, `spearman` of the mean; `median_rmse`, ... of the median; `spread`, the mean over rows of the

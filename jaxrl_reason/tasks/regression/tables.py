@@ -77,10 +77,7 @@ class Stream(Generic[Batch]):
 
 
 def eval_batches(rows: Rows, count: int, batch_size: int) -> list[PromptBatch]:
-    """Returns the first `count` rows in batches, as `data.eval_prompts` does.
-
-    The last batch is filled with copies of its first row that have weight 0.
-    """
+    """Returns the first `count` rows in batches; copies of its first row, of weight 0, fill up the last batch."""
     count = min(count, len(rows.targets))
     batches = []
     for start in range(0, count, batch_size):
@@ -191,7 +188,7 @@ def row_texts(table: Table) -> list[str]:
 
 
 def take_values(table: Table, column: str) -> tuple[Table, np.ndarray | None]:
-    """Returns a table without its column of human values, and the values f32[N]; if `column` is "", the table itself and None.
+    """Returns a table without its column of human values, and the values f32[N], or None if `column` is empty.
 
     Raises ConfigError if there is no such column of numbers, or a value is missing or outside [0, 1].
     """
