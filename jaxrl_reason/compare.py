@@ -53,15 +53,10 @@ def variant(config: Config, changes: Mapping[str, object]) -> Config:
 
 
 def compare(config: Config, baselines: Mapping[str, Mapping[str, object]], workdir: str | pathlib.Path) -> Rows:
-    """Trains a method and its baselines, one after another.
+    """Trains a method and its baselines, one after another, each in a work directory under `workdir`.
 
-    Args:
-      config: of the method.
-      baselines: name -> configuration fields that differ.
-      workdir: gets a work directory for each run.
-
-    Returns:
-      Row name -> metrics. The row "start" is the policy that all runs begin with.
+    `config` is that of the method; `baselines` maps names to configuration fields that differ. Returns row name ->
+    metrics; the row "start" is the policy that all runs begin with.
     """
     return train_all(prepare(config, baselines, workdir))
 

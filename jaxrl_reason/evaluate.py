@@ -43,12 +43,7 @@ class Evaluation(NamedTuple):
 
 
 def prepare(arguments: command.Arguments) -> Evaluation:
-    """Reads the run and the held-out data.
-
-    Raises:
-      ConfigError, RewardError, ValueError, OSError: the run cannot be evaluated; the message names the cause and its
-        place.
-    """
+    """Reads the run and the held-out data; raises ConfigError, RewardError, ValueError or OSError if it cannot."""
     if arguments.config:
         config_lib.load_module(arguments.config)
     workdir, out = arguments.workdir, arguments.out or arguments.workdir / "evaluation"

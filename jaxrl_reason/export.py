@@ -24,17 +24,10 @@ from jaxrl_reason.runs.workdir import model_source, tokenizer_of
 
 
 def load_policy(workdir: pathlib.Path, checkpoint: int | None = None) -> tuple[int, models.Policy]:
-    """Reads the policy of a run, on the host, with its adapters if it has any.
+    """Reads the policy of a run, on the host, with its adapters if it has any, and returns it after its checkpoint's number.
 
-    Args:
-      workdir: of the run.
-      checkpoint: a number; None for the newest that can be read.
-
-    Returns:
-      The number of the checkpoint, and the policy.
-
-    Raises:
-      ConfigError, ValueError, OSError: the run cannot be read, or it predicts numbers.
+    Without a number, the newest checkpoint that can be read counts. Raises ConfigError, ValueError or OSError if the
+    run cannot be read, or predicts numbers.
     """
     config = runs.load_config(workdir, {})
     if config.regression.tokenizer:
@@ -112,8 +105,7 @@ COMMAND = command.Command(
 def prepare(arguments: command.Arguments) -> tuple[str, pathlib.Path, Callable[[], Any]]:
     """Reads the policy or the reward model. Returns its name, the directory to write, and a function that writes it.
 
-    Raises:
-      ConfigError, PretrainedError, ValueError, OSError: the flags contradict each other, or the run cannot be read.
+    Raises ConfigError, PretrainedError, ValueError or OSError if flags contradict each other or the run cannot be read.
     """
     workdir, out, dtype = arguments.workdir, arguments.out, arguments.dtype
     if arguments.reward_model and (arguments.adapters or arguments.checkpoint is not None):

@@ -141,11 +141,7 @@ COMMAND = command.Command(
 
 
 def prepare(arguments: command.Arguments) -> tuple[train.Run, Saved]:
-    """Sets the run up and reads the saved step.
-
-    Raises:
-      ConfigError, CheckpointError, RewardError, ValueError, OSError: there is no such step, or it cannot be read.
-    """
+    """Sets the run up and reads the saved step; raises ConfigError or CheckpointError if it cannot be read."""
     workdir = arguments.workdir
     config = runs.load_config(workdir, arguments.fields)
     saved = runs.numbers_in(workdir / "replay")

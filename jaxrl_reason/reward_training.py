@@ -50,11 +50,7 @@ COMMAND = command.Command(
 
 
 def prepare(arguments: command.Arguments) -> tuple[train.Run, Phase]:
-    """Sets the run and the training of its reward model up.
-
-    Raises:
-      ConfigError, RewardError, ValueError, OSError: see `train.setup`; or the run has no reward model to train.
-    """
+    """Sets the run up; raises as `train.setup` does, and ConfigError if there is no reward model to train."""
     run = train.setup(arguments.configuration(), arguments.training_workdir())
     if run.reward_phase is None:
         raise ConfigError(

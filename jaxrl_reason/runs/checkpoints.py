@@ -57,14 +57,10 @@ class Checkpoints:
     def restore(self, like: TrainState) -> tuple[int, TrainState] | None:
         """Reads the newest readable checkpoint, and returns its number and state; None if there is no checkpoint.
 
-        A newer checkpoint that at least one process cannot read is renamed to damaged-<number>, with a warning. It no
-        longer counts among the kept checkpoints, and the run writes its step again.
-
-        Args:
-          like: arrays or ShapeDtypeStructs with the shapes, dtypes and shardings of the result.
-
-        Raises:
-          CheckpointError: there are checkpoints, and none can be read; all stay as they are.
+        `like` holds arrays or ShapeDtypeStructs with the shapes, dtypes and shardings of the result. A newer checkpoint
+        that at least one process cannot read is renamed to damaged-<number>, with a warning. It no longer counts among
+        the kept checkpoints, and the run writes its step again. Raises CheckpointError if there are checkpoints and
+        none can be read; all stay as they are.
         """
         numbers = hosts.from_first(sorted(self._manager.all_steps(), reverse=True))
         number, parts, faults = read_newest(self.directory, numbers, like._asdict())
@@ -97,17 +93,13 @@ class Checkpoints:
 def read_newest(
     directory: pathlib.Path, numbers: Sequence[int], like: Mapping[str, Any]
 ) -> tuple[int | None, dict[str, Any], dict[int, str]]:
-    """Reads fields of the TrainState from the first readable one of several checkpoints.
+    """Reads fields of the TrainState from the first readable one of the checkpoints `numbers`, in this order.
 
-    A checkpoint is unreadable if at least one process cannot read it, or if its arrays differ from the saved ones.
-
-    Args:
-      directory, numbers: of the checkpoints to try, in this order.
-      like: field of the TrainState -> arrays or ShapeDtypeStructs with the shapes, dtypes and shardings of the result.
+    `like` maps fields to arrays or ShapeDtypeStructs with the shapes, dtypes and shardings of the result. A checkpoint
+    is unreadable if at least one process cannot read it, or if its arrays differ from the saved ones.
 
     Returns:
-      The number of the checkpoint, or None; its fields by name; and for each unreadable checkpoint before it, its
-      fault.
+      The number of the checkpoint, or None; its fields by name; and the fault of each unreadable checkpoint before it.
     """
     faults: dict[int, str] = {}
     for number in numbers:

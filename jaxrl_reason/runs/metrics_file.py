@@ -23,15 +23,13 @@ class MetricsWriter(contextlib.ExitStack):
     """Appends the metrics of a step to `metrics.jsonl` and, as scalars, to TensorBoard events under `tensorboard/`.
 
     A context manager. When `write` returns, the system has the content of both files: a kill loses nothing of it.
+    Raises MetricsError if the existing file is damaged before its last line, and OSError if a file cannot be written.
 
     Args:
       workdir: the directory of the files; made if needed.
       tensorboard: whether to write events.
       resume_step: the last step to keep (-1: none, for a run that starts over); None keeps every complete line.
       enabled: False writes nothing, for all processes of a run but the first.
-
-    Raises:
-      MetricsError, OSError: the existing file is damaged before its last line, or a file cannot be written.
     """
 
     def __init__(
@@ -85,14 +83,9 @@ class SampleTable(contextlib.ExitStack):
     ) -> None:
         """Writes P prompts with G completions each; pass fewer prompts to keep the file small.
 
-        Args:
-          step, prompts, completions: the training step, P texts, and P lists of G texts.
-          rewards: name -> float[P,G].
-          total, advantages: float[P,G].
-          lengths, truncated: int[P,G], in tokens, with the end token; bool[P,G].
-
-        Raises:
-          ValueError, OSError: an array is not [P,G], or the file cannot be written.
+        Rewards by name, `total` and `advantages` are float[P,G]; `lengths` are int[P,G] in tokens, with the end token,
+        and `truncated` bool[P,G]. Raises ValueError if an array is not [P,G], and OSError if the file cannot be
+        written.
         """
         shape = (len(prompts), len(completions[0]) if completions else 0)
         arrays = {"total": total, "advantages": advantages, "lengths": lengths, "truncated": truncated, **rewards}

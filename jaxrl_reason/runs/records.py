@@ -24,13 +24,10 @@ def write_samples(
     weights: Mapping[str, float],
     sharding: jax.sharding.Sharding,
 ) -> None:
-    """Writes the completions of the first `prompts` prompts of this process, with their rewards and advantages.
+    """Writes the completions of this process's first `prompts` prompts, with their rewards and advantages, to `table`.
 
-    Args:
-      table, step: the file, and the training step.
-      groups, batch: the scored groups and the data of the update.
-      weights: of the rewards, by name.
-      sharding: of the prompt axis.
+    `groups` and `batch` are the scored groups and the data of the update; `weights` are those of the rewards, by name;
+    `sharding` is that of the prompt axis.
     """
     rollout, groups, advantages, mask = jax.tree.map(
         lambda x: hosts.rows_to_host(x, sharding)[:prompts], (batch.rollout, groups, batch.advantages, batch.mask)

@@ -22,9 +22,8 @@ class NonFiniteError(Exception):
 class SkippedUpdates:
     """Counts the steps in a row whose updates were all skipped because the loss or its gradient was not finite.
 
-    Args:
-      limit: the number of such steps that ends the run.
-      history: the metrics of all earlier steps, in order; of several processes only the first needs them.
+    `limit` such steps end the run. `history` has the metrics of all earlier steps, in order; only the first process
+    needs it.
     """
 
     def __init__(self, limit: int, history: Iterable[Metrics] = ()):
@@ -50,10 +49,8 @@ class SkippedUpdates:
 class Watch:
     """Prints a warning about the metrics of RL steps, and repeats it only after its condition was over.
 
-    Args:
-      say: prints a sentence.
-      mismatch_limit: allowed difference in nats between the log-probabilities of sampler and trainer for one token.
-      history: the metrics of all earlier steps, in order: a resumed run repeats no warning.
+    `mismatch_limit` is the allowed difference in nats between the log-probabilities of sampler and trainer for one
+    token. `history` has the metrics of all earlier steps, in order: a resumed run repeats no warning.
     """
 
     def __init__(self, say: Callable[[str], None], mismatch_limit: float, history: Iterable[Metrics] = ()):

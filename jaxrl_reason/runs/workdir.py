@@ -178,15 +178,11 @@ def load_weights(
     """Reads the policy's weights from a checkpoint, without the optimizer's state; changes nothing in the directory.
 
     Args:
-      workdir: the work directory of the run.
-      number: the number of the checkpoint; None for the newest that can be read.
+      workdir, number: the work directory, and the checkpoint; None for the newest that can be read.
       like: ShapeDtypeStructs of the weights of the decoder `model`, with shardings.
 
-    Returns:
-      The number of the checkpoint, and the weights.
-
-    Raises:
-      ConfigError: there is no such checkpoint, it cannot be read, or its weights have other shapes.
+    Returns the number of the checkpoint, and the weights. Raises ConfigError if there is no such checkpoint, it cannot
+    be read, or its weights have other shapes.
     """
     numbers = checkpoint_numbers(workdir)
     if not numbers:

@@ -18,7 +18,7 @@ from jaxrl_reason.rl.types import Rollout, TrainState
 from jaxrl_reason.runs.files import write_json
 from jaxrl_reason.runs.workdir import Workdir
 
-Weights = Callable[[], models.Params]
+Weights = Callable[[], models.Params]  # the policy's weights as rollouts read them
 BATCHES = 4  # prompt batches over whose completions the constant is averaged
 
 
@@ -80,15 +80,7 @@ def constant(
     """Returns c_ref, f32 scalar, measured at step 0 and kept in self_reward.json; None without a self-reward.
 
     Evaluation uses it even if training scores every completion under the reference policy (reference "exact").
-
-    Args:
-      method, programs, work: of the run.
-      prompts: batches of training prompts by number.
-      state: of the policy that RL begins with, or of a later step.
-      weights: () -> the policy's weights as rollouts read them.
-
-    Raises:
-      ConfigError: no completion ended.
+    `prompts` gives batches of training prompts by number. Raises ConfigError if no completion ended.
     """
     if not method.loss.find("self_reward"):
         return None

@@ -53,10 +53,8 @@ class Task:
     ) -> dict[str, float]:
         """Evaluates a run in progress and returns metrics named eval/...
 
-        Args:
-          generate: samples completions for a batch; its keys are the same in every evaluation.
-          scorer: the task's scorer, with a reward model if the run has one.
-          c_ref: LaSeR's constant, f32 scalar, or None.
+        The keys of `generate` are the same in every evaluation; `scorer` is the task's, with a reward model if the run
+        has one; `c_ref` is LaSeR's constant, f32 scalar, or None.
         """
         return self.judge(generate, scorer, c_ref).summary()
 

@@ -70,11 +70,7 @@ def _reward(name: str, digits: Digits, tokens: jax.Array, z: jax.Array) -> jax.A
 def predict(
     generate: Callable[[PromptBatch], Rollout], batches: Sequence[PromptBatch], digits: Digits
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Samples and decodes K completions per prompt; rows of weight 0 are left out.
-
-    Returns:
-      Predictions f32[N, K] and targets f32[N], in z-scores.
-    """
+    """Returns decoded samples f32[N, K] and targets f32[N], in z-scores; rows of weight 0 are left out."""
     decode = jax.jit(digits.decode)
     samples, targets = [], []
     for batch in batches:
@@ -107,15 +103,9 @@ def pointwise_regressor(
 ) -> dict[str, float]:
     """Trains an MLP on the features of a table, for comparison with the policy that decodes digits.
 
-    Args:
-      train, held_out: encoded rows; features are read, also if the policy reads rows as text.
-      width: of the two hidden layers.
-      steps, batch_size, learning_rate: of AdamW with cosine decay to 0, as in the supervised phase.
-      seed: of weights and batches.
-
-    Returns:
-      `pointwise/rmse`, `pointwise/r2`, `pointwise/spearman` of a mean-squared-error head on the held-out rows, in
-      z-scores.
+    The MLP has two hidden layers, a mean-squared-error head, and AdamW with cosine decay to 0, as in the supervised
+    phase. It reads features also if the policy reads rows as text. Returns `pointwise/rmse`, `pointwise/r2` and
+    `pointwise/spearman` on the held-out rows, in z-scores.
     """
     sizes = [train.numeric.shape[1], width, width, 1]
     keys = jax.random.split(jax.random.key(seed), len(sizes) - 1)

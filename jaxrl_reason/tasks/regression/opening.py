@@ -44,14 +44,15 @@ def open_for_training(
     stream = lambda make, size: Stream(
         len(train.targets), make, batch_size=size, seed=c.seed, local_rows=hosts.local_rows(by_prompt, size)
     )
+    solutions = (
+        stream(lambda chosen, _: train.solutions(chosen), c.supervised.batch_size) if c.supervised.steps else None
+    )
     load = functools.partial(pretrained.load_weights, c, opened, source, model, mesh, digits.text_size)
     return TrainingTask(
         **vars(_task(c, mesh, tables, held_out, model, c.prompts_per_step)) | {"expert": expert},
         work=Workdir(workdir, c, tables.fingerprint),
         prompts=stream(train.prompts, c.prompts_per_step),
-        solutions=stream(lambda chosen, _: train.solutions(chosen), c.supervised.batch_size)
-        if c.supervised.steps
-        else None,
+        solutions=solutions,
         baselines=functools.partial(_baselines, c, tables.held_out.best_r2, train, held_out),
         pretrained=opened,
         load_weights=load if source else None,

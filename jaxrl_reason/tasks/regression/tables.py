@@ -30,12 +30,7 @@ class Rows:
     values: np.ndarray | None = None  # f32[N], human values of the rows, or None
 
     def prompts(self, chosen: np.ndarray, prompt_ids: np.ndarray, weight: np.ndarray | None = None) -> PromptBatch:
-        """Returns a batch of prompts.
-
-        Args:
-          chosen: int[P], positions in the table.
-          prompt_ids, weight: int32[P] and f32[P], see `data.PromptBatch`; no weight: ones.
-        """
+        """Returns the prompts at the positions int[P]; ids int32[P] and weight f32[P] (by default ones): see `PromptBatch`."""
         columns = {"digits": self.digits[chosen], "z": self.z[chosen]}
         if self.values is not None:
             columns["values"] = self.values[chosen]
@@ -54,11 +49,7 @@ class Rows:
 class Stream(Generic[Batch]):
     """Rows of a table as endless shuffled batches; `batch(i)` is a pure function of i, as in `data.PromptStream`.
 
-    Args:
-      rows, batch_size: number of rows of the table, and per batch.
-      make: (positions in the table int[P], prompt ids int32[P]) -> a batch.
-      seed: of the shuffle.
-      local_rows: see `data.PromptStream`.
+    `make` makes a batch from positions in the table int[P] and prompt ids int32[P].
     """
 
     skipped = 0
