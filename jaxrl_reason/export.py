@@ -24,10 +24,10 @@ from jaxrl_reason.runs.workdir import model_source, tokenizer_of
 
 
 def load_policy(workdir: pathlib.Path, checkpoint: int | None = None) -> tuple[int, models.Policy]:
-    """Reads the policy of a run, on the host, with its adapters if it has any, and returns it after its checkpoint's number.
+    """Reads a run's policy, on the host, with adapters if it has any. Returns the checkpoint's number, and the policy.
 
-    Without a number, the newest checkpoint that can be read counts. Raises ConfigError, ValueError or OSError if the
-    run cannot be read, or predicts numbers.
+    None chooses the newest checkpoint that can be read. Raises ConfigError, ValueError or OSError if the run cannot be
+    read, or predicts numbers.
     """
     config = runs.load_config(workdir, {})
     if config.regression.tokenizer:

@@ -30,7 +30,7 @@ class Rows:
     values: np.ndarray | None = None  # f32[N], human values of the rows, or None
 
     def prompts(self, chosen: np.ndarray, prompt_ids: np.ndarray, weight: np.ndarray | None = None) -> PromptBatch:
-        """Returns the prompts at the positions int[P]; ids int32[P] and weight f32[P] (by default ones): see `PromptBatch`."""
+        """Returns the prompts at positions int[P], with ids int32[P] and weight f32[P]; see `PromptBatch`."""
         columns = {"digits": self.digits[chosen], "z": self.z[chosen]}
         if self.values is not None:
             columns["values"] = self.values[chosen]

@@ -59,7 +59,7 @@ class Digits:
         return [self._text(list(ids)) for ids in sequences]
 
     def prompts(self, texts: Sequence[str] | None, rows: int) -> list[list[int]]:
-        """Returns the prompts of a table's rows as ids. Without texts, rows enter as features: a prompt is one token."""
+        """Returns the prompts of a table's rows as ids. Without texts, rows are features: a prompt is one token."""
         if texts is None:
             return [[self.pad_id]] * rows
         if self.text is None:
