@@ -30,6 +30,7 @@ from jaxrl_reason.rewards.host import compute_rewards, HostReward
 from jaxrl_reason.rl import programs as programs_lib
 from jaxrl_reason.rl.types import Groups, TrainState
 from jaxrl_reason.runs import command
+from jaxrl_reason.runs.command import Flag, number
 
 SIZES: dict[str, tuple[int, dict[str, Any]]] = {  # vocabulary size, and sizes of the model
     "tiny": (512, dict(width=128, layers=2, heads=4, kv_heads=2, mlp_width=384)),
@@ -104,13 +105,13 @@ class Bench:
     programs: programs_lib.Programs
     max_steps: int
 
-    def step(self, state: TrainState, number: int) -> tuple[TrainState, np.ndarray]:
+    def step(self, state: TrainState, i: int) -> tuple[TrainState, np.ndarray]:
         """Makes one step on random prompts; returns the new state, and the seconds of rollout, reward and update."""
         c, programs = self.config, self.programs
         P, times = c.prompts_per_step, [time.perf_counter()]
         shape = (P, c.max_prompt_length)
-        tokens = np.random.default_rng([c.seed, number]).integers(3, self.model.vocab_size - 1, shape).astype(np.int32)
-        ids = np.arange(P, dtype=np.int32) + number * P
+        tokens = np.random.default_rng([c.seed, i]).integers(3, self.model.vocab_size - 1, shape).astype(np.int32)
+        ids = np.arange(P, dtype=np.int32) + i * P
         batch = PromptBatch(tokens, np.ones(shape, bool), ids, np.ones(P, np.float32), [])
         rollout = jax.block_until_ready(programs.generate(state.params, batch, state.step))
         times.append(time.perf_counter())
@@ -119,8 +120,7 @@ class Bench:
         table = compute_rewards([HostReward("even", share_of_even_ids)], [""] * P, texts, completions, {})
         rewards = {"even": jax.device_put(table.per_reward["even"], programs.sharding)}
         times.append(time.perf_counter())
-        groups = Groups(rollout, rewards)
-        learned, advantage_state, _ = programs.make_experience(groups, state.advantage_state)
+        learned, advantage_state, _ = programs.make_experience(Groups(rollout, rewards), state.advantage_state)
         updated = programs.update(state._replace(advantage_state=advantage_state), learned)
         state = jax.block_until_ready(updated).state
         times.append(time.perf_counter())
@@ -209,19 +209,17 @@ COMMAND = command.Command(
     "bench",
     __doc__,
     (
-        command.Flag("size", "SIZE", "the size of the model", default="tiny", choices=tuple(SIZES)),
-        command.Flag("prompts", "P", "prompts per step", command.number, 8),
-        command.Flag("group", "G", "completions per prompt", command.number, 8),
-        command.Flag("prompt-length", "S", "tokens per prompt", command.number, 32, alias="prompt-len"),
-        command.Flag("new", "T", "tokens per completion", command.number, 64),
-        command.Flag("accumulation", "N", "microbatches per update", command.number, 1),
-        command.Flag("compute-dtype", "DTYPE", "dtype of the operands of products", str, "float32", choices=DTYPES),
-        command.Flag(
-            "remat", "POLICY", "the activations to recompute in the backward pass", str, "layer", choices=REMAT
-        ),
-        command.Flag("steps", "N", "undisturbed steps to measure", command.number, 6),
-        command.Flag("max-steps", "N", "steps at most; as many as --steps by default", command.number, 0),
-        command.Flag("seed", "N", "seed of weights, prompts and samples", command.number, 0),
+        Flag("size", "SIZE", "the size of the model", default="tiny", choices=tuple(SIZES)),
+        Flag("prompts", "P", "prompts per step", number, 8),
+        Flag("group", "G", "completions per prompt", number, 8),
+        Flag("prompt-length", "S", "tokens per prompt", number, 32, alias="prompt-len"),
+        Flag("new", "T", "tokens per completion", number, 64),
+        Flag("accumulation", "N", "microbatches per update", number, 1),
+        Flag("compute-dtype", "DTYPE", "dtype of the operands of products", str, "float32", choices=DTYPES),
+        Flag("remat", "POLICY", "the activations to recompute in the backward pass", str, "layer", choices=REMAT),
+        Flag("steps", "N", "undisturbed steps to measure", number, 6),
+        Flag("max-steps", "N", "steps at most; as many as --steps by default", number, 0),
+        Flag("seed", "N", "seed of weights, prompts and samples", number, 0),
     ),
     "--size=small --accumulation=4",
 )
@@ -229,7 +227,6 @@ COMMAND = command.Command(
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-
     work = lambda bench: print(json.dumps(results(bench, *measure(bench))), flush=True)
     return command.run(COMMAND, argv, prepare, work)
 

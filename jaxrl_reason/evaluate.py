@@ -54,11 +54,8 @@ def prepare(arguments: command.Arguments) -> Evaluation:
     if LEARNED.keys() & set(c.reward.functions):
         task = task.with_reward_model(model_training.load_scorer(c, workdir, mesh, len(task.held_out[0].rows)))
     programs = tasks.build_programs(c, method, task, mesh)
-    like = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        models.abstract_params(task.model),
-        models.param_shardings(task.model, mesh),
-    )
+    shapes, shardings = models.abstract_params(task.model), models.param_shardings(task.model, mesh)
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     number, params = runs.load_weights(workdir, arguments.checkpoint, like, task.model)
     c_ref = self_reward.read_constant(workdir) if method.loss.find("self_reward") else None
     if out.exists() and not out.is_dir():

@@ -34,8 +34,7 @@ def write_samples(
     )
     if advantages.ndim == 3:  # per token: their mean over the completion
         advantages = (advantages * mask).sum(-1) / np.maximum(mask.sum(-1), 1)
-    G = rollout.tokens.shape[1]
-    rewards = {name: r[:, :G] for name, r in groups.rewards.items()}
+    rewards = {name: np.asarray(r[:, : rollout.tokens.shape[1]]) for name, r in groups.rewards.items()}
     texts = [
         tokenizer.decode_batch([t[m].tolist() for t, m in zip(*group)]) for group in zip(rollout.tokens, rollout.mask)
     ]
@@ -43,7 +42,7 @@ def write_samples(
         step,
         tokenizer.decode_batch([t[m].tolist() for t, m in zip(rollout.prompt_tokens, rollout.prompt_mask)]),
         texts,
-        rewards={name: np.asarray(r) for name, r in rewards.items()},
+        rewards=rewards,
         total=np.asarray(experience.total_reward(rewards, weights)),
         advantages=advantages,
         lengths=rollout.mask.sum(-1),

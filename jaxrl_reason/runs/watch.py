@@ -11,7 +11,10 @@ from jaxrl_reason.runs.metrics_file import read_metrics
 
 PATIENCE = 20  # steps in a row before a warning
 ENTROPY_FLOOR = 0.01  # nats per token: the policy is then certain of nine of ten tokens
-
+NO_REWARD = (
+    f"For {PATIENCE} steps no completion has had a reward, so nothing is learned: see the metrics rewards/<name>/none_rate, "
+    "error_rate and timeout_rate."
+)
 Metrics = Mapping[str, Any]  # of one step; None and NaN mean "unknown"
 
 
@@ -68,7 +71,7 @@ class Watch:
         difference = metrics["sampling/logp_difference_max"]
         differs = difference is None or not difference <= self._limit  # True for NaN as well
         self._warn("mismatch", differs, lambda: self._mismatch(difference, worst()))
-        self._warn("missing", self._all(lambda m: m.get("completions/missing_reward_ratio") == 1), _no_reward)
+        self._warn("missing", self._all(lambda m: m.get("completions/missing_reward_ratio") == 1), lambda: NO_REWARD)
         self._warn("reward", self._all(_tied), lambda: _equal_rewards(metrics))
         collapsed = self._all(lambda m: m["entropy"] is not None and m["entropy"] < ENTROPY_FLOOR and _learns(m))
         self._warn("entropy", collapsed, lambda: _low_entropy(metrics))
@@ -88,13 +91,6 @@ class Watch:
             f"config.sampling.mismatch_limit allows ({self._limit:g}): {worst} The policy then learns from samples of another "
             "distribution than its own; config.model.compute_dtype=float32 shows whether rounding is the cause."
         )
-
-
-def _no_reward() -> str:
-    return (
-        f"For {PATIENCE} steps no completion has had a reward, so nothing is learned: see the metrics rewards/<name>/none_rate, "
-        "error_rate and timeout_rate."
-    )
 
 
 def _equal_rewards(metrics: Metrics) -> str:

@@ -58,7 +58,8 @@ class Workdir:
             old = json.loads(self._file.read_text())
         except ValueError as e:
             raise ConfigError(f"{self._file} is not valid JSON ({e}); restore it, or choose another --workdir.") from e
-        changes = [c for c in _differences(old, self._identity) if not _may_change(c[0])]
+        free = tuple(f"config.{field}." for field in MAY_CHANGE)
+        changes = [c for c in _differences(old, self._identity) if not f"{c[0]}.".startswith(free)]
         if changes:
             listed = "; ".join(f"{name} was {a!r} and is {b!r}" for name, a, b in changes)
             raise ConfigError(
@@ -120,10 +121,6 @@ def model_source(path: pathlib.Path) -> dict[str, Any] | None:
     """Returns the config.json of the pretrained model that the run in a work directory began with; None without one."""
     file = path / "tokenizer" / "config.json"
     return read_json(file) if file.is_file() else None
-
-
-def _may_change(name: str) -> bool:
-    return any(f"{name}.".startswith(f"config.{field}.") for field in MAY_CHANGE)
 
 
 def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
