@@ -128,7 +128,7 @@ class Bench:
 
 
 def prepare(arguments: command.Arguments) -> Bench:
-    """Builds the programs of a training run; raises ConfigError if the sizes do not fit together."""
+    """Builds the programs of a training run; raises ConfigError for sizes that do not fit together."""
     a = arguments
     vocab_size, sizes = SIZES[a.size]
     config = Config(

@@ -36,7 +36,7 @@ class Comparison:
 
 
 def variant(config: Config, changes: Mapping[str, object]) -> Config:
-    """Returns a copy with other values for some fields; raises ConfigError if there is no such field.
+    """Returns a copy with other values for some fields; raises ConfigError for an unknown field.
 
     `changes` maps fields to values, such as {"method": {...}, "reward.weights": [...]}.
     """
@@ -64,7 +64,7 @@ def compare(config: Config, baselines: Mapping[str, Mapping[str, object]], workd
 def prepare(config: Config, baselines: Mapping[str, Mapping[str, object]], workdir: str | pathlib.Path) -> Comparison:
     """Makes the configurations and sets the method's run up. Arguments: see `compare`.
 
-    Raises ConfigError if there is no evaluation to compare, or a baseline changes a field that does not exist.
+    Raises ConfigError without evaluations to compare, and for a baseline that changes an unknown field.
     """
     workdir = pathlib.Path(workdir).expanduser().resolve()  # the configurations of the baselines hold it
     if not config.eval.every:

@@ -43,7 +43,7 @@ class Evaluation(NamedTuple):
 
 
 def prepare(arguments: command.Arguments) -> Evaluation:
-    """Reads the run and the held-out data; raises ConfigError, RewardError, ValueError or OSError if it cannot."""
+    """Reads run and held-out data; a ConfigError, RewardError, ValueError or OSError names the cause and its place."""
     if arguments.config:
         config_lib.load_module(arguments.config)
     workdir, out = arguments.workdir, arguments.out or arguments.workdir / "evaluation"

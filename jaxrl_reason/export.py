@@ -24,10 +24,10 @@ from jaxrl_reason.runs.workdir import model_source, tokenizer_of
 
 
 def load_policy(workdir: pathlib.Path, checkpoint: int | None = None) -> tuple[int, models.Policy]:
-    """Reads a run's policy, on the host, with adapters if it has any. Returns the checkpoint's number, and the policy.
+    """Reads a run's policy, on the host, with any adapters. Returns the checkpoint's number, and the policy.
 
-    None chooses the newest checkpoint that can be read. Raises ConfigError, ValueError or OSError if the run cannot be
-    read, or predicts numbers.
+    None chooses the newest checkpoint that can be read. Raises ConfigError, ValueError or OSError for a run that cannot
+    be read, or predicts numbers.
     """
     config = runs.load_config(workdir, {})
     if config.regression.tokenizer:
@@ -48,7 +48,7 @@ def load_policy(workdir: pathlib.Path, checkpoint: int | None = None) -> tuple[i
 
 
 def load_reward_model(workdir: pathlib.Path) -> models.RewardModel:
-    """Reads a run's reward model, on the host. Raises ConfigError, ValueError or OSError if there is none to read."""
+    """Reads a run's reward model, on the host. Raises ConfigError, ValueError or OSError without one to read."""
     runs.load_config(workdir, {})
     directory = workdir / "reward_model"
     if not model_files.is_ours(directory):
@@ -105,7 +105,7 @@ COMMAND = command.Command(
 def prepare(arguments: command.Arguments) -> tuple[str, pathlib.Path, Callable[[], Any]]:
     """Reads the policy or the reward model. Returns its name, the directory to write, and a function that writes it.
 
-    Raises ConfigError, PretrainedError, ValueError or OSError if flags contradict each other or the run cannot be read.
+    Raises ConfigError, PretrainedError, ValueError or OSError for contradicting flags or an unreadable run.
     """
     workdir, out, dtype = arguments.workdir, arguments.out, arguments.dtype
     if arguments.reward_model and (arguments.adapters or arguments.checkpoint is not None):

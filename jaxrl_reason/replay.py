@@ -77,7 +77,7 @@ class Saved(NamedTuple):
 
 
 def load(run: train.Run, step: int) -> Saved:
-    """Reads a step that a run has saved for replay; raises CheckpointError if it cannot be read."""
+    """Reads a step that a run has saved for replay; raises CheckpointError for an unreadable one."""
     directory = run.work.path / "replay" / str(step)
     params = checkpoints.load_params(directory / "params", run.programs.abstract_state.params)
     batch, rewards = checkpoints.load_batch(directory / "batch.npz")
@@ -141,7 +141,7 @@ COMMAND = command.Command(
 
 
 def prepare(arguments: command.Arguments) -> tuple[train.Run, Saved]:
-    """Sets the run up and reads the saved step; raises ConfigError or CheckpointError if it cannot be read."""
+    """Sets the run up and reads the saved step; raises ConfigError or CheckpointError without a readable one."""
     workdir = arguments.workdir
     config = runs.load_config(workdir, arguments.fields)
     saved = runs.numbers_in(workdir / "replay")

@@ -50,7 +50,7 @@ COMMAND = command.Command(
 
 
 def prepare(arguments: command.Arguments) -> tuple[train.Run, Phase]:
-    """Sets the run up; raises as `train.setup` does, and ConfigError if there is no reward model to train."""
+    """Sets the run up; raises as `train.setup` does, and ConfigError without a reward model to train."""
     run = train.setup(arguments.configuration(), arguments.training_workdir())
     if run.reward_phase is None:
         raise ConfigError(

@@ -37,7 +37,7 @@ class CheckpointError(ValueError):
 
 
 class Checkpoints:
-    """Saves and restores TrainStates; keeps the newest `keep`. Raises CheckpointError if `directory` cannot be used."""
+    """Saves and restores TrainStates; keeps the newest `keep`. Raises CheckpointError for an unusable `directory`."""
 
     def __init__(self, directory: pathlib.Path, keep: int):
         self.directory = directory.resolve()
@@ -55,11 +55,11 @@ class Checkpoints:
             self._manager.save(number, args=ocp.args.StandardSave(_with_digests(state._asdict())))
 
     def restore(self, like: TrainState) -> tuple[int, TrainState] | None:
-        """Reads the newest readable checkpoint, and returns its number and state; None if there is no checkpoint.
+        """Reads the newest readable checkpoint, and returns its number and state; None without checkpoints.
 
         `like` holds arrays or ShapeDtypeStructs with the shapes, dtypes and shardings of the result. A newer checkpoint
         that at least one process cannot read is renamed to damaged-<number>, with a warning. It no longer counts among
-        the kept checkpoints, and the run writes its step again. Raises CheckpointError if there are checkpoints and
+        the kept checkpoints, and the run writes its step again. Raises CheckpointError when there are checkpoints and
         none can be read; all stay as they are.
         """
         numbers = hosts.from_first(sorted(self._manager.all_steps(), reverse=True))
@@ -118,14 +118,14 @@ def read_newest(
 
 
 def save_params(directory: pathlib.Path, params: Any) -> None:
-    """Writes weights alone, complete or absent, over an existing directory. Raises CheckpointError if this fails."""
+    """Writes weights alone, complete or absent, over an existing directory. Raises CheckpointError on failure."""
     with _failing(_UNWRITABLE, f"The weights {directory} cannot be written"):
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(directory.resolve(), _with_digests({"params": params}), force=True)
 
 
 def load_params(directory: pathlib.Path, like: Any) -> Any:
-    """Reads weights in the shapes, dtypes and shardings of `like`; raises CheckpointError if one process cannot."""
+    """Reads weights in the shapes, dtypes and shardings of `like`; raises CheckpointError when a process cannot."""
     parts = {"params": like}
     with _failing((CheckpointError,), f"The weights {directory} cannot be read"):
         return _read_by_all(lambda: _restored(directory.resolve(), parts), parts)["params"]
@@ -181,7 +181,7 @@ def _restored(directory: pathlib.Path, like: Mapping[str, Any]) -> dict[str, Any
 
 
 def _as_saved(saved: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `like` in the saved dtypes; raises CheckpointError if there are no digests, or other shapes."""
+    """Returns `like` in the saved dtypes; raises CheckpointError for missing digests and for other shapes."""
     if _DIGESTS not in saved:
         raise CheckpointError("It has no digests of its arrays, so another version has written it.")
     there, here = (_by_name({name: tree[name] for name in like}) for tree in (saved, like))
@@ -221,7 +221,7 @@ def save_batch(file: pathlib.Path, batch: Experience, rewards: Mapping[str, np.n
 
 
 def load_batch(file: pathlib.Path) -> tuple[Experience, dict[str, np.ndarray]]:
-    """Reads the batch and the rewards from a file of `save_batch`; raises CheckpointError if it cannot be read."""
+    """Reads the batch and the rewards from a file of `save_batch`; raises CheckpointError for an unreadable file."""
     parts: dict[str, Any] = {}
     try:
         with np.load(file, allow_pickle=False) as arrays:

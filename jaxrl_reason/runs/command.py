@@ -119,7 +119,7 @@ class Command:
         return f"{text}\n\n{self.details()}" if self.details else text
 
     def find(self, name: str) -> Flag:
-        """Returns the flag of an argument with dashes; raises ConfigError if there is no such flag."""
+        """Returns the flag of an argument with dashes; raises ConfigError for an unknown flag."""
         for flag in self.flags:
             prefix = flag.name.endswith(".") and name.startswith(f"--{flag.name}")
             if prefix or name in (f"--{flag.name}", f"--{flag.alias or flag.name}"):
@@ -137,7 +137,7 @@ class Arguments(types.SimpleNamespace):
     def configuration(self) -> Config:
         """Returns the configuration of the recipe --config with the fields of the command line.
 
-        Raises ConfigError if the recipe cannot be read, there is no such field, or a value has another type.
+        Raises ConfigError for an unreadable recipe, an unknown field, and a value of another type.
         """
         config = config_lib.load(self.config)
         for name, text in self.fields.items():
@@ -150,7 +150,7 @@ class Arguments(types.SimpleNamespace):
 
 
 def parse(command: Command, argv: Sequence[str]) -> Arguments:
-    """Reads the flags; raises ConfigError if one is unknown or missing, or its value is missing or of another kind."""
+    """Reads the flags; raises ConfigError for an unknown or missing one, and a value missing or of another kind."""
     words, own = list(argv), [flag for flag in command.flags if not (flag.field or flag.name.endswith("."))]
     arguments = Arguments(**{flag.attribute: flag.default for flag in own}, fields={})
     arguments.command_line = shlex.join(["python", "-m", f"jaxrl_reason.{command.name}", *argv])

@@ -72,8 +72,8 @@ class AppendOnly:
 class JsonLines(AppendOnly):
     """A `.jsonl` file open for appending; its directory is made if needed.
 
-    Lines of steps after `resume_step` are dropped; None keeps every complete line. Raises MetricsError if the existing
-    file is damaged before its last line.
+    Lines of steps after `resume_step` are dropped; None keeps every complete line. Raises MetricsError for damage
+    before the last line of the existing file.
     """
 
     def __init__(self, path: Path, resume_step: int | None):
@@ -94,8 +94,7 @@ class JsonLines(AppendOnly):
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yields the records of a `.jsonl` file in order, without a torn last line.
 
-    Raises FileNotFoundError if there is no such file, and MetricsError if a line before the last is not a JSON object
-    with a step.
+    Raises FileNotFoundError, and MetricsError for a line before the last that is not a JSON object with a step.
     """
     with open(path, "rb") as lines:  # bytes: text mode also breaks lines at characters that completions may hold
         torn = None

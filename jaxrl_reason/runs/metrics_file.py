@@ -23,7 +23,7 @@ class MetricsWriter(contextlib.ExitStack):
     """Appends the metrics of a step to `metrics.jsonl` and, as scalars, to TensorBoard events under `tensorboard/`.
 
     A context manager. When `write` returns, the system has the content of both files: a kill loses nothing of it.
-    Raises MetricsError if the existing file is damaged before its last line, and OSError if a file cannot be written.
+    Raises MetricsError for damage before the last line of the existing file, and OSError when a file cannot be written.
 
     Args:
       workdir: the directory of the files; made if needed.
@@ -46,8 +46,8 @@ class MetricsWriter(contextlib.ExitStack):
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes one line, {"step": step, **metrics}; a value that is not finite becomes null, and no event.
 
-        Raises ValueError if a value is not a scalar number or a metric is named "step", and OSError if a file cannot be
-        written.
+        Raises ValueError for a value that is not a scalar number and for a metric named "step", and OSError on a full
+        disk.
         """
         if "step" in metrics:
             raise ValueError('A metric is named "step", which every line already has; rename it.')
@@ -84,7 +84,7 @@ class SampleTable(contextlib.ExitStack):
         """Writes P prompts with G completions each; pass fewer prompts to keep the file small.
 
         Rewards by name, `total` and `advantages` are float[P,G]; `lengths` are int[P,G] in tokens, with the end token,
-        and `truncated` bool[P,G]. Raises ValueError if an array is not [P,G], and OSError if the file cannot be
+        and `truncated` bool[P,G]. Raises ValueError for an array that is not [P,G], and OSError when the file cannot be
         written.
         """
         shape = (len(prompts), len(completions[0]) if completions else 0)

@@ -22,7 +22,7 @@ def plot_learning_curve(metrics_path: str | os.PathLike, out_png: str | os.PathL
     """Draws reward, its running mean and held-out accuracy (or R2) over steps; below them the mean completion length.
 
     Reads the metrics `reward`, `eval/accuracy` or `eval/r2`, and `completions/mean_length` of a metrics.jsonl. A curve
-    without data is left out. Raises MetricsError if the metrics are damaged, and OSError if a file is missing or cannot
+    without data is left out. Raises MetricsError for damaged metrics, and OSError for a file that is missing or cannot
     be written.
     """
     records = read_metrics(metrics_path)

@@ -26,15 +26,15 @@ def write_samples(
 ) -> None:
     """Writes the completions of this process's first `prompts` prompts, with their rewards and advantages, to `table`.
 
-    `groups` and `batch` are the scored groups and the data of the update; `weights` are those of the rewards, by name;
-    `sharding` is that of the prompt axis.
+    `groups` and `batch` are the scored groups and the data of the update; `weights` belong to the rewards, by name, and
+    `sharding` to the prompt axis.
     """
     rollout, groups, advantages, mask = jax.tree.map(
         lambda x: hosts.rows_to_host(x, sharding)[:prompts], (batch.rollout, groups, batch.advantages, batch.mask)
     )
     if advantages.ndim == 3:  # per token: their mean over the completion
         advantages = (advantages * mask).sum(-1) / np.maximum(mask.sum(-1), 1)
-    rewards = {name: np.asarray(r[:, : rollout.tokens.shape[1]]) for name, r in groups.rewards.items()}
+    rewards = {name: r[:, : rollout.tokens.shape[1]] for name, r in groups.rewards.items()}
     texts = [
         tokenizer.decode_batch([t[m].tolist() for t, m in zip(*group)]) for group in zip(rollout.tokens, rollout.mask)
     ]
@@ -42,7 +42,7 @@ def write_samples(
         step,
         tokenizer.decode_batch([t[m].tolist() for t, m in zip(rollout.prompt_tokens, rollout.prompt_mask)]),
         texts,
-        rewards=rewards,
+        rewards={name: np.asarray(r) for name, r in rewards.items()},
         total=np.asarray(experience.total_reward(rewards, weights)),
         advantages=advantages,
         lengths=rollout.mask.sum(-1),

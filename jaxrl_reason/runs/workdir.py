@@ -73,7 +73,7 @@ class Workdir:
     def begin(self, tokenizer: Savable, pretrained: models.Opened | None = None) -> None:
         """Writes the configuration and, if there is none, the tokenizer; each is complete or absent.
 
-        The config.json of a pretrained model is written next to the tokenizer. Raises OSError if a file cannot be
+        The config.json of a pretrained model is written next to the tokenizer. Raises OSError for a file that cannot be
         written.
         """
         with writing(self.path):
@@ -84,7 +84,7 @@ class Workdir:
                 self._write_tokenizer(tokenizer, pretrained)
 
     def check_shared(self) -> None:
-        """Raises ConfigError if this process, which writes checkpoints too, does not see the first one's directory."""
+        """Raises ConfigError when this process, which writes checkpoints too, does not see the first one's directory."""
         if not self._file.exists():
             raise ConfigError(
                 f"{self.path} is not the directory of that name in which the first process has begun the run: all processes must see "
@@ -135,8 +135,8 @@ def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any,
 def load_config(workdir: pathlib.Path, fields: Mapping[str, str]) -> Config:
     """Returns the configuration that the run in `workdir` began with, checked, with other values for some fields.
 
-    `fields` maps the name of a field to the text of its new value. Raises ConfigError if there is no run in this
-    directory, or if the configuration cannot run.
+    `fields` maps the name of a field to the text of its new value. Raises ConfigError without a run in this directory,
+    and for a configuration that cannot run.
     """
     file = workdir / "config.json"
     if not file.is_file():
@@ -178,8 +178,8 @@ def load_weights(
       workdir, number: the work directory, and the checkpoint; None for the newest that can be read.
       like: ShapeDtypeStructs of the weights of the decoder `model`, with shardings.
 
-    Returns the number of the checkpoint, and the weights. Raises ConfigError if there is no such checkpoint, it cannot
-    be read, or its weights have other shapes.
+    Returns the number of the checkpoint, and the weights. Raises ConfigError for a checkpoint that is missing, cannot
+    be read, or has other shapes.
     """
     numbers = checkpoint_numbers(workdir)
     if not numbers:

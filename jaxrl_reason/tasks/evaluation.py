@@ -199,7 +199,7 @@ def self_reward_metrics(found: Evaluated) -> dict[str, float]:
 
 
 def all_metrics(found: Evaluated, temperature: float) -> dict[str, float]:
-    """Returns every metric, NaN if there is nothing to average. Raises ValueError if nothing was decoded.
+    """Returns every metric, NaN if there is nothing to average. Raises ValueError for completions that are not decoded.
 
     They are `accuracy` (equal to `avg@K`) with its 95 % interval over prompts, `accuracy_low` and `accuracy_high`; for
     k = 1, 2, 4, ..., K the unbiased `pass@k` and, over the first k samples, `maj@k`, the share of prompts whose most

@@ -38,7 +38,7 @@ def tokenizer_of(config: Config, opened: models.Opened) -> data.Tokenizer:
 def base_shape(model: models.ModelConfig, vocab_size: int | None = None) -> models.ModelConfig:
     """Returns the decoder that config.model.path holds, without the adapters of the run's decoder `model`.
 
-    `vocab_size` is the number of ids of the pretrained model, if the run adds tokens before them.
+    For a run that adds tokens before the model's own, `vocab_size` is the number of ids of the pretrained model.
     """
     base = models.lora.base_of(model)
     return base if vocab_size is None else dataclasses.replace(base, vocab_size=vocab_size)

@@ -25,8 +25,8 @@ BATCHES = 4  # prompt batches over whose completions the constant is averaged
 def probe_token(method: Method, tokenizer: data.Tokenizer) -> int | None:
     """Returns the id of the token whose log-probability after the end token is the self-reward; None without one.
 
-    The padding token of the tokenizer is the default. Raises ConfigError if the configured text is not one token, or if
-    the padding token is an end token.
+    The padding token of the tokenizer is the default. Raises ConfigError for a configured text that is not one token,
+    and for a padding token that is an end token.
     """
     settings = method.loss.find("self_reward")
     if not settings:
@@ -50,7 +50,7 @@ def probe_token(method: Method, tokenizer: data.Tokenizer) -> int | None:
 def self_reward_of(method: Method, c_ref: float | jax.Array | None) -> Callable[[Rollout], np.ndarray] | None:
     """Returns a function from a rollout to self-rewards f32[P, G], NaN for truncated completions.
 
-    Returns None if there is no LaSeR constant `c_ref` or the method has no self-reward.
+    Returns None without LaSeR's constant `c_ref`, and for a method without self-reward.
     """
     settings = method.loss.find("self_reward")
     if c_ref is None or not settings:
@@ -66,7 +66,7 @@ def self_reward_of(method: Method, c_ref: float | jax.Array | None) -> Callable[
 
 
 def read_constant(workdir: pathlib.Path) -> float | None:
-    """Returns a run's LaSeR constant c_ref; None if not measured. Raises ConfigError if self_reward.json is damaged."""
+    """Returns a run's LaSeR constant c_ref; None before it is measured. Raises ConfigError for a damaged self_reward.json."""
     file = workdir / "self_reward.json"
     try:
         return float(json.loads(file.read_bytes())["c_ref"]) if file.exists() else None
@@ -80,7 +80,7 @@ def constant(
     """Returns c_ref, f32 scalar, measured at step 0 and kept in self_reward.json; None without a self-reward.
 
     Evaluation uses it even if training scores every completion under the reference policy (reference "exact").
-    `prompts` gives batches of training prompts by number. Raises ConfigError if no completion ended.
+    `prompts` gives batches of training prompts by number. Raises ConfigError when no completion ended.
     """
     if not method.loss.find("self_reward"):
         return None

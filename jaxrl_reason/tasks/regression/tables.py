@@ -179,9 +179,9 @@ def row_texts(table: Table) -> list[str]:
 
 
 def take_values(table: Table, column: str) -> tuple[Table, np.ndarray | None]:
-    """Returns a table without its column of human values, and the values f32[N], or None if `column` is empty.
+    """Returns a table without its column of human values, and the values f32[N], or None for an empty `column`.
 
-    Raises ConfigError if there is no such column of numbers, or a value is missing or outside [0, 1].
+    Raises ConfigError without such a column of numbers, and for a value that is missing or outside [0, 1].
     """
     if not column:
         return table, None

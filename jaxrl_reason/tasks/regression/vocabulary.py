@@ -20,7 +20,7 @@ class Digits:
     number: numbers.NumberTokenizer  # alphabet and spelling of numbers
     target: TargetScaler  # scales targets to the range of the alphabet: z-scores, or the unit interval
     text: Tokenizer | None = None  # of rows that enter as text, or None
-    # Ids of the pretrained model, which can be more than those of its tokenizer; 0: the size of `text`.
+    # The number of ids of the pretrained model, at least as many as its tokenizer has; 0: the size of `text`.
     text_size: int = 0
 
     @property
