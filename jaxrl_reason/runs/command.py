@@ -184,12 +184,10 @@ def parse(command: Command, argv: Sequence[str]) -> Arguments:
 def run(
     command: Command, argv: Sequence[str] | None, prepare: Callable[[Arguments], T], work: Callable[[T], object]
 ) -> int:
-    """Runs a command, also on several processes, and returns its exit code.
+    """Runs a command, also on several processes, and returns its exit code. Without `argv` it reads sys.argv.
 
-    Args:
-      command, argv: the command, and its arguments; None for the arguments of the process.
-      prepare: checks everything; the exit code of its errors is 2.
-      work: takes the result of `prepare`; the exit code of its errors is 1.
+    `prepare` checks everything; the exit code of its errors is 2. `work` takes the result of `prepare`; the exit code
+    of its errors is 1.
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv or not argv and any(flag.required for flag in command.flags):

@@ -60,9 +60,8 @@ def run_loop(
       observe: takes the metrics of the steps done before, and returns (steps done, metrics, details) -> None, called
         when the metrics of a step are written.
 
-    Raises:
-      NonFiniteError: no update was finite for `config.optimizer.max_skipped` steps in a row.
-      Preempted: `should_stop` was true; the last step is saved.
+    Raises NonFiniteError after `config.optimizer.max_skipped` steps in a row without a finite update, and Preempted
+    when `should_stop` was true; the last step is saved.
     """
     c, say = loop.config, functools.partial(loop.console.print, soft_wrap=True)
     with contextlib.ExitStack() as stack:

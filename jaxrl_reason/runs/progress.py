@@ -15,12 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 class Progress:
     """A progress bar with a text and the remaining time; a context manager.
 
-    Without a terminal it prints one line per tenth of the steps.
-
-    Args:
-      console, name: prints the bar, which has this name.
-      total, done: number of steps, and of steps that are already done.
-      enabled: False prints nothing.
+    Without a terminal it prints one line per tenth of the `total` steps, of which `done` are already done. It prints
+    nothing unless `enabled`.
     """
 
     def __init__(self, console: rich.console.Console, name: str, total: int, done: int = 0, *, enabled: bool = True):

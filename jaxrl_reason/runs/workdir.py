@@ -35,11 +35,8 @@ class Workdir:
     """A work directory, which only the configuration and data that began it may continue, up to `MAY_CHANGE`.
 
     The constructor reads only. `begin` writes, after everything else has accepted the run, and makes the directory if
-    needed. The fingerprint is that of the training data.
-
-    Raises:
-      ConfigError: the directory belongs to another configuration or other data, and the message names every difference;
-        or another file has the tokenizer's name.
+    needed. The fingerprint is that of the training data. Raises ConfigError, which names every difference, for a
+    directory of another configuration or other data, and for another file with the tokenizer's name.
     """
 
     def __init__(self, path: str | os.PathLike, config: Config, fingerprint: str):
@@ -84,7 +81,7 @@ class Workdir:
                 self._write_tokenizer(tokenizer, pretrained)
 
     def check_shared(self) -> None:
-        """Raises ConfigError when this process, which writes checkpoints too, does not see the first one's directory."""
+        """Raises ConfigError when this process, which saves checkpoints too, does not see the first one's directory."""
         if not self._file.exists():
             raise ConfigError(
                 f"{self.path} is not the directory of that name in which the first process has begun the run: all processes must see "
@@ -174,12 +171,9 @@ def load_weights(
 ) -> tuple[int, models.Params]:
     """Reads the policy's weights from a checkpoint, without the optimizer's state; changes nothing in the directory.
 
-    Args:
-      workdir, number: the work directory, and the checkpoint; None for the newest that can be read.
-      like: ShapeDtypeStructs of the weights of the decoder `model`, with shardings.
-
-    Returns the number of the checkpoint, and the weights. Raises ConfigError for a checkpoint that is missing, cannot
-    be read, or has other shapes.
+    `like` holds ShapeDtypeStructs of the weights of the decoder `model`, with shardings. No number chooses the newest
+    checkpoint that can be read. Returns its number, and the weights. Raises ConfigError for a checkpoint that is
+    missing, cannot be read, or has other shapes.
     """
     numbers = checkpoint_numbers(workdir)
     if not numbers:

@@ -66,7 +66,7 @@ def self_reward_of(method: Method, c_ref: float | jax.Array | None) -> Callable[
 
 
 def read_constant(workdir: pathlib.Path) -> float | None:
-    """Returns a run's LaSeR constant c_ref; None before it is measured. Raises ConfigError for a damaged self_reward.json."""
+    """Returns a run's LaSeR constant; None before it is measured. Raises ConfigError for a damaged self_reward.json."""
     file = workdir / "self_reward.json"
     try:
         return float(json.loads(file.read_bytes())["c_ref"]) if file.exists() else None

@@ -81,7 +81,7 @@ class TrainingTask(Task):
 
 
 def build_programs(config: Config, method: Method, task: Task, mesh: jax.sharding.Mesh) -> programs.Programs:
-    """Builds a task's programs; compiles nothing. Raises ConfigError for a mesh that does not divide prompts or model."""
+    """Builds a task's programs; compiles nothing. Raises ConfigError when the mesh does not divide prompts or model."""
     return programs.build(
         config,
         method,
