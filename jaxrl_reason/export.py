@@ -35,8 +35,7 @@ def load_policy(workdir: pathlib.Path, checkpoint: int | None = None) -> tuple[i
             f"The run in {workdir} predicts numbers in a vocabulary of its own, which a tokenizer.json cannot describe; only policies "
             "that write text can be exported."
         )
-    tokenizer = tokenizer_of(workdir)
-    source = model_source(workdir)
+    tokenizer, source = tokenizer_of(workdir), model_source(workdir)
     model = config_lib.model_config(config, tokenizer.vocab_size, source)
     # The host has room for models that do not fit on one accelerator.
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
@@ -62,18 +61,14 @@ def load_reward_model(workdir: pathlib.Path) -> models.RewardModel:
 
 def check_adapters(workdir: pathlib.Path) -> str:
     """Returns the pretrained model of a run's adapters; raises ConfigError without adapters that PEFT can put on it."""
-    config = runs.load_config(workdir, {})
+    config, run = runs.load_config(workdir, {}), f"The run in {workdir}"
     base = config.model.path
     if base.endswith(".gguf"):
-        raise ConfigError(
-            f"The run in {workdir} began with {base}, which PEFT cannot put adapters on: leave out --adapters."
-        )
+        raise ConfigError(f"{run} began with {base}, which PEFT cannot put adapters on: leave out --adapters.")
     if not config.lora.rank:
-        raise ConfigError(f"The run in {workdir} trained all weights (config.lora.rank is 0): leave out --adapters.")
+        raise ConfigError(f"{run} trained all weights (config.lora.rank is 0): leave out --adapters.")
     if not base:
-        raise ConfigError(
-            f"The run in {workdir} began with random weights, which its adapters need and the export lacks."
-        )
+        raise ConfigError(f"{run} began with random weights, which its adapters need and the export lacks.")
     return base
 
 

@@ -97,9 +97,8 @@ def report(run: train.Run, saved: Saved, console: rich.console.Console) -> list[
     if whole.weights:
         console.print(f"Not finite in the gradient of {', '.join(whole.weights)}.", soft_wrap=True)
     if all(found.finite for found in prompts):
-        console.print(
-            "Each prompt alone has a finite loss and gradient" + ("." if whole.finite else "; their sum overflows.")
-        )
+        end = "." if whole.finite else "; their sum overflows."
+        console.print(f"Each prompt alone has a finite loss and gradient{end}")
     table = rich.table.Table("prompt", "loss", "gradient norm", "largest |advantage|")
     largest = np.abs(batch.advantages).reshape(len(prompts), -1).max(axis=1)
     order = lambda p: (prompts[p].finite, -np.nan_to_num(prompts[p].grad_norm, nan=np.inf))

@@ -69,10 +69,8 @@ class Checkpoints:
                 self._put_aside(bad, fault)
             return number, TrainState(**parts)
         if faults:
-            newest, fault = next(iter(faults.items()))
-            raise CheckpointError(
-                f"None of the checkpoints under {self.directory} can be read; the newest ({newest}): {fault}"
-            )
+            newest = "; the newest ({}): {}".format(*next(iter(faults.items())))
+            raise CheckpointError(f"None of the checkpoints under {self.directory} can be read{newest}")
         return None
 
     def _put_aside(self, number: int, fault: str) -> None:
@@ -167,9 +165,8 @@ def _restored(directory: pathlib.Path, like: Mapping[str, Any]) -> dict[str, Any
             saved = handler.metadata(directory).tree
         item = _as_saved(saved, like)
         item[_DIGESTS] = digests.abstract(item)
-        restore = ocp.args.PyTreeRestore(
-            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-        )
+        arrays = ocp.checkpoint_utils.construct_restore_args(item)
+        restore = ocp.args.PyTreeRestore(item=item, restore_args=arrays, partial_restore=True)
         with _failing(_UNREADABLE):
             try:
                 return reader.restore(directory, args=restore)

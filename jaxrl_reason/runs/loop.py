@@ -65,9 +65,8 @@ def run_loop(
     """
     c, say = loop.config, functools.partial(loop.console.print, soft_wrap=True)
     with contextlib.ExitStack() as stack:
-        metrics_file = stack.enter_context(
-            MetricsWriter(loop.directory, c.log.tensorboard, loop.begin or -1, enabled=hosts.is_first())
-        )
+        writer = MetricsWriter(loop.directory, c.log.tensorboard, loop.begin or -1, enabled=hosts.is_first())
+        metrics_file = stack.enter_context(writer)
         heart = stack.enter_context(Heartbeat(say, c.log.heartbeat))
         if loop.begin == 0 and before:
             heart.step("The evaluation before training", Clock())

@@ -120,10 +120,9 @@ def read_metrics(path: PathLike) -> list[dict[str, Any]]:
 
 
 class _Events(files.AppendOnly):
-    """A file of scalars for TensorBoard, written without tensorboardX's own writer.
+    """A file of scalars for TensorBoard, written without tensorboardX's own writer, which works in a thread.
 
-    That writer works in a thread: a kill loses its pending events, and if it fails on a full disk, the run waits for it
-    forever.
+    A kill loses the pending events of such a thread, and a run waits forever for one that fails on a full disk.
     """
 
     def __init__(self, directory: Path, purge_step: int | None):

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import pathlib
 
 import jax
+from jax.sharding import Sharding
 import numpy as np
 
 from jaxrl_reason.data import Tokenizer
@@ -22,7 +23,7 @@ def write_samples(
     prompts: int,
     tokenizer: Tokenizer,
     weights: Mapping[str, float],
-    sharding: jax.sharding.Sharding,
+    sharding: Sharding,
 ) -> None:
     """Writes the completions of this process's first `prompts` prompts, with their rewards and advantages, to `table`.
 
@@ -35,13 +36,11 @@ def write_samples(
     if advantages.ndim == 3:  # per token: their mean over the completion
         advantages = (advantages * mask).sum(-1) / np.maximum(mask.sum(-1), 1)
     rewards = {name: r[:, : rollout.tokens.shape[1]] for name, r in groups.rewards.items()}
-    texts = [
-        tokenizer.decode_batch([t[m].tolist() for t, m in zip(*group)]) for group in zip(rollout.tokens, rollout.mask)
-    ]
+    decode = lambda tokens, masks: tokenizer.decode_batch([t[m].tolist() for t, m in zip(tokens, masks)])
     table.write(
         step,
-        tokenizer.decode_batch([t[m].tolist() for t, m in zip(rollout.prompt_tokens, rollout.prompt_mask)]),
-        texts,
+        decode(rollout.prompt_tokens, rollout.prompt_mask),
+        [decode(*group) for group in zip(rollout.tokens, rollout.mask)],
         rewards={name: np.asarray(r) for name, r in rewards.items()},
         total=np.asarray(experience.total_reward(rewards, weights)),
         advantages=advantages,
@@ -50,9 +49,7 @@ def write_samples(
     )
 
 
-def describe_mismatch(
-    batch: Experience, mismatch: Mismatch, tokenizer: Tokenizer, sharding: jax.sharding.Sharding
-) -> str:
+def describe_mismatch(batch: Experience, mismatch: Mismatch, tokenizer: Tokenizer, sharding: Sharding) -> str:
     """Returns a sentence about the token on which sampler and trainer differ most; its text only on its process."""
     difference, p, g, t = (x.item() for x in jax.device_get(mismatch))
     place = f"token {t} of completion {g} of prompt {p}"
@@ -60,9 +57,8 @@ def describe_mismatch(
     if p not in mine:
         return f"{place}, which is on another process."
     rollout = jax.tree.map(lambda x: hosts.rows_to_host(x, sharding)[np.searchsorted(mine, p)], batch.rollout)
-    completion, token = tokenizer.decode_batch(
-        [rollout.tokens[g][rollout.mask[g]].tolist(), [int(rollout.tokens[g, t])]]
-    )
+    ids = [rollout.tokens[g][rollout.mask[g]].tolist(), [int(rollout.tokens[g, t])]]
+    completion, token = tokenizer.decode_batch(ids)
     sampled = float(rollout.logprobs[g, t])
     # repr escapes control characters of a terminal.
     return (
@@ -74,9 +70,8 @@ def describe_mismatch(
 def save_for_replay(workdir: pathlib.Path, step: int, state: TrainState, groups: Groups, batch: Experience) -> str:
     """Writes the weights and the batch of a step to WORKDIR/replay/STEP. Returns a sentence about the result."""
     directory = workdir / "replay" / str(step)
-    result = (
-        f"Its weights and batch are in {directory}: python -m jaxrl_reason.replay --workdir={workdir} names the cause."
-    )
+    replay = f"python -m jaxrl_reason.replay --workdir={workdir}"
+    result = f"Its weights and batch are in {directory}: {replay} names the cause."
     batch, rewards = jax.tree.map(hosts.to_host, (batch, groups.rewards))
     try:
         checkpoints.save_params(directory / "params", state.params)
