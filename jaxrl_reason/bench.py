@@ -1,9 +1,10 @@
 """Measures the speed of a training step, and prints it as one JSON line.
 
-A step samples P prompts x G completions of exactly `new` tokens at temperature 1, computes a trivial reward from decoded text on the
-host, and makes one AdamW update over all of them, with random weights. The line holds completion tokens per second of rollout, update and
-step, compile seconds, peak memory, and the share of the machine's float32 peak (measured by a 2048^3 product in the same process).
-Steps during which other processes took more than 6 % of the machine are left out if enough others remain.
+A step samples P prompts x G completions of exactly `new` tokens at temperature 1, computes a trivial reward from
+decoded text on the host, and makes one AdamW update over all of them, with random weights. The line holds completion
+tokens per second of rollout, update and step, compile seconds, peak memory, and the share of the machine's float32 peak
+(measured by a 2048^3 product in the same process). Steps during which other processes took more than 6 % of the machine
+are left out if enough others remain.
 """
 
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from jaxrl_reason.rewards.host import compute_rewards, HostReward
 from jaxrl_reason.rl import programs as programs_lib
 from jaxrl_reason.rl.types import Groups, TrainState
 from jaxrl_reason.runs import command
+from jaxrl_reason.runs.command import Flag, number
 
 SIZES: dict[str, tuple[int, dict[str, Any]]] = {  # vocabulary size, and sizes of the model
     "tiny": (512, dict(width=128, layers=2, heads=4, kv_heads=2, mlp_width=384)),
@@ -36,6 +38,7 @@ SIZES: dict[str, tuple[int, dict[str, Any]]] = {  # vocabulary size, and sizes o
     "small": (8192, dict(width=512, layers=8, heads=8, kv_heads=4, mlp_width=1536)),
     "smollm": (49152, dict(width=576, layers=30, heads=9, kv_heads=3, mlp_width=1536)),
 }
+DTYPES, REMAT = ("float32", "bfloat16"), ("none", "dots", "layer")
 UNDISTURBED = 0.06  # share of the machine that other processes may take during a step
 
 
@@ -48,12 +51,9 @@ def share_of_even_ids(completions: list[str], **_: Any) -> list[float]:
 def step_flops(model: models.ModelConfig, prompts: int, group: int, prompt_length: int, new: int) -> dict[str, float]:
     """Returns the floating-point operations of a rollout and of an update, which compute each prompt once per group.
 
-    A multiply-add counts as two, causal scores count half, the backward pass costs twice the forward pass; nothing is recomputed.
-
-    Args:
-      model: the decoder.
-      prompts, group: P and G.
-      prompt_length, new: tokens per prompt and per completion.
+    A multiply-add counts as two, causal scores count half, the backward pass costs twice the forward pass; nothing is
+    recomputed. `prompts` and `group` are P and G; `prompt_length` and `new` are the tokens per prompt and per
+    completion.
     """
     c = model
     head = c.vocab_size * c.width
@@ -61,9 +61,8 @@ def step_flops(model: models.ModelConfig, prompts: int, group: int, prompt_lengt
     scores = lambda queries, keys: 4 * c.layers * c.heads * c.head_dim * queries * keys
     prefill = prompts * (2 * body * prompt_length + scores(prompt_length, prompt_length) / 2)
     samples = prompts * group
-    decode = samples * (2 * body * (new - 1) + 2 * head * new + scores(new - 1, prompt_length + new / 2))
     forward = prefill + samples * (2 * body * (new - 1) + 2 * head * new + scores(new - 1, prompt_length + new / 2))
-    return {"rollout": prefill + decode, "update": 3 * forward}
+    return {"rollout": forward, "update": 3 * forward}
 
 
 def measured_peak() -> float:
@@ -90,12 +89,7 @@ def _busy_seconds() -> float:
 
 
 class Timing(NamedTuple):
-    """One measured step.
-
-    Attributes:
-      seconds: f64[3], of rollout, reward and update.
-      disturbance: share of the machine that other processes took.
-    """
+    """One measured step: seconds f64[3] of rollout, reward, update, and the share of the machine that others took."""
 
     seconds: np.ndarray
     disturbance: float
@@ -103,27 +97,21 @@ class Timing(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """A training step to measure.
+    """A training step to measure: name of the size, configuration, decoder, compiled functions, the most steps."""
 
-    Attributes:
-      config: of the run.
-      model: its decoder.
-      programs: its compiled functions.
-      max_steps: steps to measure at most.
-    """
-
+    size: str
     config: Config
     model: models.ModelConfig
     programs: programs_lib.Programs
     max_steps: int
 
-    def step(self, state: TrainState, number: int) -> tuple[TrainState, np.ndarray]:
+    def step(self, state: TrainState, i: int) -> tuple[TrainState, np.ndarray]:
         """Makes one step on random prompts; returns the new state, and the seconds of rollout, reward and update."""
         c, programs = self.config, self.programs
         P, times = c.prompts_per_step, [time.perf_counter()]
         shape = (P, c.max_prompt_length)
-        tokens = np.random.default_rng([c.seed, number]).integers(3, self.model.vocab_size - 1, shape).astype(np.int32)
-        ids = np.arange(P, dtype=np.int32) + number * P
+        tokens = np.random.default_rng([c.seed, i]).integers(3, self.model.vocab_size - 1, shape).astype(np.int32)
+        ids = np.arange(P, dtype=np.int32) + i * P
         batch = PromptBatch(tokens, np.ones(shape, bool), ids, np.ones(P, np.float32), [])
         rollout = jax.block_until_ready(programs.generate(state.params, batch, state.step))
         times.append(time.perf_counter())
@@ -132,8 +120,7 @@ class Bench:
         table = compute_rewards([HostReward("even", share_of_even_ids)], [""] * P, texts, completions, {})
         rewards = {"even": jax.device_put(table.per_reward["even"], programs.sharding)}
         times.append(time.perf_counter())
-        groups = Groups(rollout, rewards)
-        learned, advantage_state, _ = programs.make_experience(groups, state.advantage_state)
+        learned, advantage_state, _ = programs.make_experience(Groups(rollout, rewards), state.advantage_state)
         updated = programs.update(state._replace(advantage_state=advantage_state), learned)
         state = jax.block_until_ready(updated).state
         times.append(time.perf_counter())
@@ -141,11 +128,7 @@ class Bench:
 
 
 def prepare(arguments: command.Arguments) -> Bench:
-    """Builds the programs of a training run.
-
-    Raises:
-      ConfigError: the sizes do not fit together.
-    """
+    """Builds the programs of a training run; raises ConfigError for sizes that do not fit together."""
     a = arguments
     vocab_size, sizes = SIZES[a.size]
     config = Config(
@@ -166,17 +149,15 @@ def prepare(arguments: command.Arguments) -> Bench:
     programs = programs_lib.build(
         config, method, model, mesh, eos_ids=(-1,), pad_id=0, weights={"even": 1.0}, verdict="even"
     )
-    return Bench(config, model, programs, max(a.max_steps, a.steps))
+    return Bench(a.size, config, model, programs, max(a.max_steps, a.steps))
 
 
 def measure(bench: Bench) -> tuple[float, list[Timing]]:
     """Returns the seconds of the first step, which compiles, and the timings of all later steps."""
     state, first = bench.step(bench.programs.init(), 0)
     timings: list[Timing] = []
-    while len(timings) < bench.max_steps:
-        if len(_undisturbed(timings)) >= bench.config.steps:
-            break
-        clocks: Callable[[], np.ndarray] = lambda: np.array([time.perf_counter(), time.process_time(), _busy_seconds()])
+    clocks: Callable[[], np.ndarray] = lambda: np.array([time.perf_counter(), time.process_time(), _busy_seconds()])
+    while len(timings) < bench.max_steps and len(_undisturbed(timings)) < bench.config.steps:
         before = clocks()
         state, seconds = bench.step(state, len(timings) + 1)
         wall, own, busy = clocks() - before
@@ -188,14 +169,8 @@ def _undisturbed(timings: list[Timing]) -> list[Timing]:
     return [timing for timing in timings if timing.disturbance < UNDISTURBED]
 
 
-def results(bench: Bench, first: float, timings: list[Timing], size: str) -> dict[str, Any]:
-    """Returns the results, from the medians of the undisturbed steps.
-
-    Args:
-      bench: the step.
-      first, timings: from `measure`.
-      size: the name of the model's size.
-    """
+def results(bench: Bench, first: float, timings: list[Timing]) -> dict[str, Any]:
+    """Returns the results, from the medians of the undisturbed steps; `first` and `timings` are from `measure`."""
     c = bench.config
     clean = _undisturbed(timings)
     used = clean or sorted(timings, key=lambda t: t.disturbance)[: max(1, len(timings) // 3)]
@@ -206,7 +181,7 @@ def results(bench: Bench, first: float, timings: list[Timing], size: str) -> dic
     work = {"prompts": P, "group": G, "prompt_len": S, "new": T}
     return {
         "peer": "jaxrl_reason",
-        "size": size,
+        "size": bench.size,
         "compute_dtype": c.model.compute_dtype,
         "n_params": models.param_count(bench.model),
         "work": work | {"micro": P * G // c.update.accumulation, "remat": c.model.remat},
@@ -234,31 +209,17 @@ COMMAND = command.Command(
     "bench",
     __doc__,
     (
-        command.Flag("size", "SIZE", "the size of the model", default="tiny", choices=tuple(SIZES)),
-        command.Flag("prompts", "P", "prompts per step", command.number, 8),
-        command.Flag("group", "G", "completions per prompt", command.number, 8),
-        command.Flag("prompt-length", "S", "tokens per prompt", command.number, 32, alias="prompt-len"),
-        command.Flag("new", "T", "tokens per completion", command.number, 64),
-        command.Flag("accumulation", "N", "microbatches per update", command.number, 1),
-        command.Flag(
-            "compute-dtype",
-            "DTYPE",
-            "dtype of the operands of products",
-            str,
-            "float32",
-            choices=("float32", "bfloat16"),
-        ),
-        command.Flag(
-            "remat",
-            "POLICY",
-            "the activations to recompute in the backward pass",
-            str,
-            "layer",
-            choices=("none", "dots", "layer"),
-        ),
-        command.Flag("steps", "N", "undisturbed steps to measure", command.number, 6),
-        command.Flag("max-steps", "N", "steps at most; as many as --steps by default", command.number, 0),
-        command.Flag("seed", "N", "seed of weights, prompts and samples", command.number, 0),
+        Flag("size", "SIZE", "the size of the model", default="tiny", choices=tuple(SIZES)),
+        Flag("prompts", "P", "prompts per step", number, 8),
+        Flag("group", "G", "completions per prompt", number, 8),
+        Flag("prompt-length", "S", "tokens per prompt", number, 32, alias="prompt-len"),
+        Flag("new", "T", "tokens per completion", number, 64),
+        Flag("accumulation", "N", "microbatches per update", number, 1),
+        Flag("compute-dtype", "DTYPE", "dtype of the operands of products", str, "float32", choices=DTYPES),
+        Flag("remat", "POLICY", "the activations to recompute in the backward pass", str, "layer", choices=REMAT),
+        Flag("steps", "N", "undisturbed steps to measure", number, 6),
+        Flag("max-steps", "N", "steps at most; as many as --steps by default", number, 0),
+        Flag("seed", "N", "seed of weights, prompts and samples", number, 0),
     ),
     "--size=small --accumulation=4",
 )
@@ -266,12 +227,8 @@ COMMAND = command.Command(
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-
-    def work(prepared: tuple[Bench, str]) -> None:
-        bench, size = prepared
-        print(json.dumps(results(bench, *measure(bench), size)), flush=True)
-
-    return command.run(COMMAND, argv, lambda arguments: (prepare(arguments), arguments.size), work)
+    work = lambda bench: print(json.dumps(results(bench, *measure(bench))), flush=True)
+    return command.run(COMMAND, argv, prepare, work)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Trains a method and its baselines from the same start, and compares their held-out metrics.
 
-The recipe's `get_baselines()` names the baselines: {"verifier only": {"method": {"name": "grpo"}}, ...}, each a dict of the
-configuration fields that differ. All runs have the same seed, data and budget, and begin with the same weights: the recipe's supervised
-start (and its reward model) is trained once, in DIR/method. A table is printed and written to DIR/comparison.json. The same command
-again resumes.
+The recipe's `get_baselines()` names the baselines: {"verifier only": {"method": {"name": "grpo"}}, ...}, each a dict of
+the configuration fields that differ. All runs have the same seed, data and budget, and begin with the same weights: the
+recipe's supervised start (and its reward model) is trained once, in DIR/method. A table is printed and written to
+DIR/comparison.json. The same command again resumes.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ import re
 import sys
 
 import rich.console
-import rich.table
+from rich.table import Column, Table
 
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import tasks, train
@@ -28,28 +28,17 @@ METHOD = "method"  # the directory and the row of the recipe itself
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Runs to compare.
+    """Runs to compare."""
 
-    Attributes:
-      workdir: holds the work directory of each run.
-      configs: row name -> configuration; the method comes first.
-      first: the method's run, set up.
-    """
-
-    workdir: pathlib.Path
-    configs: Mapping[str, Config]
-    first: train.Run
+    workdir: pathlib.Path  # holds the work directory of each run
+    configs: Mapping[str, Config]  # row name -> configuration; the method comes first
+    first: train.Run  # the method's run, set up
 
 
 def variant(config: Config, changes: Mapping[str, object]) -> Config:
-    """Returns a copy of a configuration with other values for some fields.
+    """Returns a copy with other values for some fields; raises ConfigError for an unknown field.
 
-    Args:
-      config: the configuration.
-      changes: field -> value, such as {"method": {...}, "reward.weights": [...]}.
-
-    Raises:
-      ConfigError: there is no such field.
+    `changes` maps fields to values, such as {"method": {...}, "reward.weights": [...]}.
     """
     copy = config_lib.from_dict(config_lib.to_dict(config))
     for name, value in changes.items():
@@ -64,15 +53,10 @@ def variant(config: Config, changes: Mapping[str, object]) -> Config:
 
 
 def compare(config: Config, baselines: Mapping[str, Mapping[str, object]], workdir: str | pathlib.Path) -> Rows:
-    """Trains a method and its baselines, one after another.
+    """Trains a method and its baselines, one after another, each in a work directory under `workdir`.
 
-    Args:
-      config: of the method.
-      baselines: name -> configuration fields that differ.
-      workdir: gets a work directory for each run.
-
-    Returns:
-      Row name -> metrics. The row "start" is the policy that all runs begin with.
+    `config` is that of the method; `baselines` maps names to configuration fields that differ. Returns row name ->
+    metrics; the row "start" is the policy that all runs begin with.
     """
     return train_all(prepare(config, baselines, workdir))
 
@@ -80,8 +64,7 @@ def compare(config: Config, baselines: Mapping[str, Mapping[str, object]], workd
 def prepare(config: Config, baselines: Mapping[str, Mapping[str, object]], workdir: str | pathlib.Path) -> Comparison:
     """Makes the configurations and sets the method's run up. Arguments: see `compare`.
 
-    Raises:
-      ConfigError: there is no evaluation to compare, or a baseline changes a field that does not exist.
+    Raises ConfigError without evaluations to compare, and for a baseline that changes an unknown field.
     """
     workdir = pathlib.Path(workdir).expanduser().resolve()  # the configurations of the baselines hold it
     if not config.eval.every:
@@ -118,7 +101,7 @@ def train_all(comparison: Comparison) -> Rows:
 
 
 def _other_approaches(metrics: Mapping[str, float]) -> Rows:
-    """Returns rows of other approaches that a run has measured: {"pointwise/r2": .6} is the metric eval/r2 of a row "pointwise"."""
+    """Returns rows of other measured approaches: the metric "pointwise/r2" is eval/r2 of the row "pointwise"."""
     rows: Rows = {}
     for name, value in metrics.items():
         if name.startswith(tasks.BASELINES):
@@ -127,18 +110,10 @@ def _other_approaches(metrics: Mapping[str, float]) -> Rows:
     return rows
 
 
-def table(rows: Mapping[str, Mapping[str, float]], shown: tuple[str, ...]) -> rich.table.Table:
-    """Returns a table with one row per metric and one column per run.
-
-    Args:
-      rows: from `compare`.
-      shown: beginnings of the names of the metrics to show, without "eval/".
-    """
+def table(rows: Mapping[str, Mapping[str, float]], shown: tuple[str, ...]) -> Table:
+    """Returns one row per metric whose name, without "eval/", begins with `shown`, and one column per run."""
     names = dict.fromkeys(n for row in rows.values() for n in row if n.removeprefix("eval/").startswith(shown))
-    out = rich.table.Table()
-    out.add_column("")
-    for row in rows:
-        out.add_column(row, justify="right")
+    out = Table("", *(Column(row, justify="right") for row in rows))
     for name in names:
         cells = (pictures.cell(name, row.get(name)) for row in rows.values())
         out.add_row(name.removeprefix("eval/").replace("_", " "), *cells)
@@ -146,11 +121,7 @@ def table(rows: Mapping[str, Mapping[str, float]], shown: tuple[str, ...]) -> ri
 
 
 COMMAND = command.Command(
-    "compare",
-    __doc__,
-    command.TRAINING,
-    "--config=configs/hero.py --workdir=/tmp/hero",
-    errors=(RewardError,),
+    "compare", __doc__, command.TRAINING, "--config=configs/hero.py --workdir=/tmp/hero", errors=(RewardError,)
 )
 
 

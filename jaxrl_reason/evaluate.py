@@ -1,9 +1,10 @@
 """Evaluates a run on held-out data.
 
-Samples several completions per prompt, scores them by the run's rewards, and prints a table. Writes evaluation.json (every number),
-evaluation.png and completions.jsonl (predictions.jsonl if a run predicts numbers). Nothing else in the work directory changes. Fields of
-the configuration on which the weights do not depend can be set as in training: --config.seed=1, --config.mesh.fsdp=-1 on another
-number of devices, --config.data.columns={} if other data have other names.
+Samples several completions per prompt, scores them by the run's rewards, and prints a table. Writes evaluation.json
+(every number), evaluation.png and completions.jsonl (predictions.jsonl if a run predicts numbers). Nothing else in the
+work directory changes. Fields of the configuration on which the weights do not depend can be set as in training:
+--config.seed=1, --config.mesh.fsdp=-1 on another number of devices, --config.data.columns={} if other data have other
+names.
 """
 
 import math
@@ -23,40 +24,26 @@ from jaxrl_reason.rewards.scorer import LEARNED
 from jaxrl_reason.rl import programs as programs_lib
 from jaxrl_reason.rl.types import Rollout
 from jaxrl_reason.runs import command
+from jaxrl_reason.runs.command import Flag
 from jaxrl_reason.runs.progress import Progress
 from jaxrl_reason.tasks import reporting, self_reward
 
 
 class Evaluation(NamedTuple):
-    """An evaluation before its first prompt.
+    """An evaluation before its first prompt."""
 
-    Attributes:
-      config: of the run, with the fields of the command line.
-      task: held-out data and rewards.
-      programs: the compiled functions.
-      checkpoint: number of the checkpoint.
-      params: its weights, as rollouts read them.
-      c_ref: LaSeR's constant, or None.
-      out: the directory of the results.
-      record: the command line and the work directory, for evaluation.json.
-    """
-
-    config: Config
+    config: Config  # with the fields of the command line
     task: tasks.Task
     programs: programs_lib.Programs
-    checkpoint: int
-    params: models.Params
-    c_ref: float | None
-    out: pathlib.Path
-    record: dict[str, Any]
+    checkpoint: int  # its number
+    params: models.Params  # its weights, as rollouts read them
+    c_ref: float | None  # LaSeR's constant, or None
+    out: pathlib.Path  # the directory of the results
+    record: dict[str, Any]  # the command line and the work directory, for evaluation.json
 
 
 def prepare(arguments: command.Arguments) -> Evaluation:
-    """Reads the run and the held-out data.
-
-    Raises:
-      ConfigError, RewardError, ValueError, OSError: the run cannot be evaluated; the message names the cause and its place.
-    """
+    """Reads run and held-out data; a ConfigError, RewardError, ValueError or OSError names the cause and its place."""
     if arguments.config:
         config_lib.load_module(arguments.config)
     workdir, out = arguments.workdir, arguments.out or arguments.workdir / "evaluation"
@@ -67,11 +54,8 @@ def prepare(arguments: command.Arguments) -> Evaluation:
     if LEARNED.keys() & set(c.reward.functions):
         task = task.with_reward_model(model_training.load_scorer(c, workdir, mesh, len(task.held_out[0].rows)))
     programs = tasks.build_programs(c, method, task, mesh)
-    like = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        models.abstract_params(task.model),
-        models.param_shardings(task.model, mesh),
-    )
+    shapes, shardings = models.abstract_params(task.model), models.param_shardings(task.model, mesh)
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     number, params = runs.load_weights(workdir, arguments.checkpoint, like, task.model)
     c_ref = self_reward.read_constant(workdir) if method.loss.find("self_reward") else None
     if out.exists() and not out.is_dir():
@@ -82,11 +66,7 @@ def prepare(arguments: command.Arguments) -> Evaluation:
 
 
 def evaluate(evaluation: Evaluation) -> dict[str, float]:
-    """Samples and scores completions, prints the table and writes the results. Returns the metrics.
-
-    Raises:
-      RewardError, OSError: a reward fails, or a file cannot be written.
-    """
+    """Samples, scores, prints the table, writes the results and returns the metrics. Raises RewardError, OSError."""
     c, task, programs, checkpoint, params, c_ref, out, record = evaluation
     console = rich.console.Console(highlight=False, markup=False)
     with Progress(console, "evaluation", len(task.held_out), enabled=c.log.progress) as bar:
@@ -131,27 +111,25 @@ COMMAND = command.Command(
     __doc__,
     (
         command.WORKDIR,
-        command.Flag(
+        Flag(
             "data",
             "NAME_OR_PATH",
             "other data, as config.data.eval; the split is then test, or all of a .jsonl, .parquet or .csv file",
             field="data.eval",
         ),
-        command.Flag("split", "SPLIT", "as config.data.eval_split", field="data.eval_split"),
-        command.Flag(
-            "prompts", "N", "the largest number of prompts; config.eval.prompts by default", field="eval.prompts"
-        ),
-        command.Flag(
+        Flag("split", "SPLIT", "as config.data.eval_split", field="data.eval_split"),
+        Flag("prompts", "N", "the largest number of prompts; config.eval.prompts by default", field="eval.prompts"),
+        Flag(
             "samples",
             "K",
             "completions per prompt; config.eval.samples by default, 1 at temperature 0",
             field="eval.samples",
         ),
-        command.Flag("temperature", "T", "0 is greedy; config.eval.temperature by default", field="eval.temperature"),
+        Flag("temperature", "T", "0 is greedy; config.eval.temperature by default", field="eval.temperature"),
         command.RECIPE,
         command.CHECKPOINT,
-        command.Flag("out", "DIR", "the directory of the results; WORKDIR/evaluation by default", command.path),
-        command.Flag("config.", "FIELD=VALUE", "sets a field of the configuration"),
+        Flag("out", "DIR", "the directory of the results; WORKDIR/evaluation by default", command.path),
+        Flag("config.", "FIELD=VALUE", "sets a field of the configuration"),
     ),
     "--workdir=/tmp/quickstart --samples=16",
     errors=(RewardError,),

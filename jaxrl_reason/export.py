@@ -1,7 +1,7 @@
 """Writes a trained policy, or the reward model of its run, as a directory that other programs load.
 
-The directory holds config.json, safetensors, the tokenizer's files and generation_config.json, which `transformers`, vLLM and
-llama.cpp's converter read. Adapters (config.lora) are merged into the weights.
+The directory holds config.json, safetensors, the tokenizer's files and generation_config.json, which `transformers`,
+vLLM and llama.cpp's converter read. Adapters (config.lora) are merged into the weights.
 """
 
 from collections.abc import Callable
@@ -24,17 +24,10 @@ from jaxrl_reason.runs.workdir import model_source, tokenizer_of
 
 
 def load_policy(workdir: pathlib.Path, checkpoint: int | None = None) -> tuple[int, models.Policy]:
-    """Reads the policy of a run, on the host, with its adapters if it has any.
+    """Reads a run's policy, on the host, with any adapters. Returns the checkpoint's number, and the policy.
 
-    Args:
-      workdir: of the run.
-      checkpoint: a number; None for the newest that can be read.
-
-    Returns:
-      The number of the checkpoint, and the policy.
-
-    Raises:
-      ConfigError, ValueError, OSError: the run cannot be read, or it predicts numbers.
+    None chooses the newest checkpoint that can be read. Raises ConfigError, ValueError or OSError for a run that cannot
+    be read, or predicts numbers.
     """
     config = runs.load_config(workdir, {})
     if config.regression.tokenizer:
@@ -42,8 +35,7 @@ def load_policy(workdir: pathlib.Path, checkpoint: int | None = None) -> tuple[i
             f"The run in {workdir} predicts numbers in a vocabulary of its own, which a tokenizer.json cannot describe; only policies "
             "that write text can be exported."
         )
-    tokenizer = tokenizer_of(workdir)
-    source = model_source(workdir)
+    tokenizer, source = tokenizer_of(workdir), model_source(workdir)
     model = config_lib.model_config(config, tokenizer.vocab_size, source)
     # The host has room for models that do not fit on one accelerator.
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
@@ -55,11 +47,7 @@ def load_policy(workdir: pathlib.Path, checkpoint: int | None = None) -> tuple[i
 
 
 def load_reward_model(workdir: pathlib.Path) -> models.RewardModel:
-    """Reads the reward model that a run trained, on the host.
-
-    Raises:
-      ConfigError, ValueError, OSError: the run has trained none, or it cannot be read.
-    """
+    """Reads a run's reward model, on the host. Raises ConfigError, ValueError or OSError without one to read."""
     runs.load_config(workdir, {})
     directory = workdir / "reward_model"
     if not model_files.is_ours(directory):
@@ -72,23 +60,15 @@ def load_reward_model(workdir: pathlib.Path) -> models.RewardModel:
 
 
 def check_adapters(workdir: pathlib.Path) -> str:
-    """Returns the pretrained model that the adapters of a run belong to.
-
-    Raises:
-      ConfigError: the run has no adapters, or PEFT cannot put them on its model.
-    """
-    config = runs.load_config(workdir, {})
+    """Returns the pretrained model of a run's adapters; raises ConfigError without adapters that PEFT can put on it."""
+    config, run = runs.load_config(workdir, {}), f"The run in {workdir}"
     base = config.model.path
     if base.endswith(".gguf"):
-        raise ConfigError(
-            f"The run in {workdir} began with {base}, which PEFT cannot put adapters on: leave out --adapters."
-        )
+        raise ConfigError(f"{run} began with {base}, which PEFT cannot put adapters on: leave out --adapters.")
     if not config.lora.rank:
-        raise ConfigError(f"The run in {workdir} trained all weights (config.lora.rank is 0): leave out --adapters.")
+        raise ConfigError(f"{run} trained all weights (config.lora.rank is 0): leave out --adapters.")
     if not base:
-        raise ConfigError(
-            f"The run in {workdir} began with random weights, which its adapters need and the export lacks."
-        )
+        raise ConfigError(f"{run} began with random weights, which its adapters need and the export lacks.")
     return base
 
 
@@ -100,6 +80,7 @@ def in_dtype(policy: models.Policy, dtype: str | None) -> models.Policy:
     return dataclasses.replace(policy, config=dataclasses.replace(policy.config, param_dtype=dtype), params=params)
 
 
+DTYPES = ("float32", "bfloat16")
 COMMAND = command.Command(
     "export",
     __doc__,
@@ -109,9 +90,7 @@ COMMAND = command.Command(
         command.CHECKPOINT,
         command.Flag("reward-model", "", "writes the reward model that the run trained, as a sequence classifier"),
         command.Flag("adapters", "", "writes a PEFT directory: the adapters alone, for the model of config.model.path"),
-        command.Flag(
-            "dtype", "DTYPE", "the dtype of the weights; as trained by default", choices=("float32", "bfloat16")
-        ),
+        command.Flag("dtype", "DTYPE", "the dtype of the weights; as trained by default", choices=DTYPES),
         command.RECIPE,
     ),
     "--workdir=/tmp/sums --out=/tmp/sums_model",
@@ -119,13 +98,9 @@ COMMAND = command.Command(
 
 
 def prepare(arguments: command.Arguments) -> tuple[str, pathlib.Path, Callable[[], Any]]:
-    """Reads the policy or the reward model.
+    """Reads the policy or the reward model. Returns its name, the directory to write, and a function that writes it.
 
-    Returns:
-      The name of the model, the directory to write, and a function that writes it.
-
-    Raises:
-      ConfigError, PretrainedError, ValueError, OSError: the flags contradict each other, or the run cannot be read.
+    Raises ConfigError, PretrainedError, ValueError or OSError for contradicting flags or an unreadable run.
     """
     workdir, out, dtype = arguments.workdir, arguments.out, arguments.dtype
     if arguments.reward_model and (arguments.adapters or arguments.checkpoint is not None):

@@ -1,8 +1,9 @@
 """Finds the cause of a step whose loss or gradient was not finite.
 
-A run that stops after such steps saves the weights and the batch of the last one under DIR/replay/N. This command computes the loss and
-its gradient again, of the whole batch and of each prompt alone, and names the weights, prompts and completions that are not finite. It
-runs on the devices of one machine: use --config.mesh.fsdp=-1 if the run had other devices.
+A run that stops after such steps saves the weights and the batch of the last one under DIR/replay/N. This command
+computes the loss and its gradient again, of the whole batch and of each prompt alone, and names the weights, prompts
+and completions that are not finite. It runs on the devices of one machine: use --config.mesh.fsdp=-1 if the run had
+other devices.
 """
 
 from collections.abc import Iterable, Mapping
@@ -30,18 +31,12 @@ SHOWN = 3  # number of faulty prompts whose completions are printed
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """The loss and gradient of one prompt, or of the whole batch.
+    """The loss and gradient of one prompt, or of the whole batch."""
 
-    Attributes:
-      prompt: its index in the batch; None for the whole batch.
-      loss, grad_norm: of the prompt alone.
-      weights: names of the weights whose gradient is not finite.
-    """
-
-    prompt: int | None
+    prompt: int | None  # its index in the batch; None for the whole batch
     loss: float
     grad_norm: float
-    weights: tuple[str, ...]
+    weights: tuple[str, ...]  # names of the weights whose gradient is not finite
 
     finite = property(lambda self: math.isfinite(self.loss) and math.isfinite(self.grad_norm))
 
@@ -73,14 +68,7 @@ def _named(tree: Any) -> Iterable[tuple[str, np.ndarray]]:
 
 
 class Saved(NamedTuple):
-    """A step that a run has saved.
-
-    Attributes:
-      step: its number.
-      params: the weights before its update.
-      batch: the data of its update.
-      rewards: name -> f32[P,G].
-    """
+    """A step that a run has saved: number, weights before its update, data of its update, rewards f32[P,G] by name."""
 
     step: int
     params: models.Params
@@ -89,16 +77,11 @@ class Saved(NamedTuple):
 
 
 def load(run: train.Run, step: int) -> Saved:
-    """Reads a step that a run has saved for replay.
-
-    Raises:
-      CheckpointError: the step cannot be read.
-    """
+    """Reads a step that a run has saved for replay; raises CheckpointError for an unreadable one."""
     directory = run.work.path / "replay" / str(step)
     params = checkpoints.load_params(directory / "params", run.programs.abstract_state.params)
     batch, rewards = checkpoints.load_batch(directory / "batch.npz")
-    put = lambda x: hosts.put(x, run.programs.sharding)
-    batch = jax.tree.map(put, batch)
+    batch = jax.tree.map(lambda x: hosts.put(x, run.programs.sharding), batch)
     active = auxiliary.at_step(run.method.loss, batch.auxiliary, batch.mask, step - 1)
     return Saved(step, params, batch._replace(auxiliary=active), rewards)
 
@@ -114,15 +97,13 @@ def report(run: train.Run, saved: Saved, console: rich.console.Console) -> list[
     if whole.weights:
         console.print(f"Not finite in the gradient of {', '.join(whole.weights)}.", soft_wrap=True)
     if all(found.finite for found in prompts):
-        console.print(
-            "Each prompt alone has a finite loss and gradient" + ("." if whole.finite else "; their sum overflows.")
-        )
+        end = "." if whole.finite else "; their sum overflows."
+        console.print(f"Each prompt alone has a finite loss and gradient{end}")
     table = rich.table.Table("prompt", "loss", "gradient norm", "largest |advantage|")
     largest = np.abs(batch.advantages).reshape(len(prompts), -1).max(axis=1)
     order = lambda p: (prompts[p].finite, -np.nan_to_num(prompts[p].grad_norm, nan=np.inf))
     for p in sorted(range(len(prompts)), key=order)[:10]:
-        numbers = (prompts[p].loss, prompts[p].grad_norm, float(largest[p]))
-        table.add_row(str(p), *(f"{x:.4g}" for x in numbers))
+        table.add_row(str(p), *(f"{x:.4g}" for x in (prompts[p].loss, prompts[p].grad_norm, float(largest[p]))))
     console.print(table)
     for p in [p for p, found in enumerate(prompts) if not found.finite][:SHOWN]:
         _print_prompt(run, batch, rewards, p, console)
@@ -159,11 +140,7 @@ COMMAND = command.Command(
 
 
 def prepare(arguments: command.Arguments) -> tuple[train.Run, Saved]:
-    """Sets the run up and reads the saved step.
-
-    Raises:
-      ConfigError, CheckpointError, RewardError, ValueError, OSError: there is no such step, or it cannot be read.
-    """
+    """Sets the run up and reads the saved step; raises ConfigError or CheckpointError without a readable one."""
     workdir = arguments.workdir
     config = runs.load_config(workdir, arguments.fields)
     saved = runs.numbers_in(workdir / "replay")

@@ -1,7 +1,8 @@
 """Trains a reward model on preference pairs.
 
-The decoder begins as the policy of the work directory if its supervised phase is done, else with the weights that the policy would begin
-with. The reward model is written to DIR/reward_model. The same command continues from the newest checkpoint.
+The decoder begins as the policy of the work directory if its supervised phase is done, else with the weights that the
+policy would begin with. The reward model is written to DIR/reward_model. The same command continues from the newest
+checkpoint.
 """
 
 import pathlib
@@ -20,7 +21,8 @@ from jaxrl_reason.runs import checkpoints, command
 def start_decoder(run: train.Run, console: rich.console.Console) -> models.Params:
     """Returns the weights that a reward model begins with, and prints their origin.
 
-    They are the newest weights of a policy past its supervised phase, else the weights that the policy would begin with.
+    They are the newest weights of a policy past its supervised phase, else the weights that the policy would begin
+    with.
     """
     c = run.config
     saver = checkpoints.Checkpoints(run.work.path / "checkpoints", c.checkpoint.keep)
@@ -48,11 +50,7 @@ COMMAND = command.Command(
 
 
 def prepare(arguments: command.Arguments) -> tuple[train.Run, Phase]:
-    """Sets the run and the training of its reward model up.
-
-    Raises:
-      ConfigError, RewardError, ValueError, OSError: see `train.setup`; or the run has no reward model to train.
-    """
+    """Sets the run up; raises as `train.setup` does, and ConfigError without a reward model to train."""
     run = train.setup(arguments.configuration(), arguments.training_workdir())
     if run.reward_phase is None:
         raise ConfigError(

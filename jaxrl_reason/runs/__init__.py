@@ -3,9 +3,8 @@
     files           JSON and append-only files that survive a kill
     metrics_file    metrics.jsonl, samples.jsonl, TensorBoard events
     pictures        the learning curve, tables
-    workdir         which configuration, data and tokenizer a work directory belongs to
+    workdir         which configuration, data and tokenizer a work directory belongs to; the weights of a finished run
     checkpoints     the training state; `digests` finds a single wrong bit in it
-    saved           the configuration and weights of a finished run
     watch           updates that are skipped too often, and warnings about metrics
     progress        progress bar, heartbeat, timings
     command         flags, --help, errors and exit codes of every command
@@ -14,6 +13,4 @@ README.md lists the files of a work directory.
 """
 
 from jaxrl_reason.runs.metrics_file import read_metrics
-from jaxrl_reason.runs.saved import checkpoint_numbers, load_config, load_weights, numbers_in
-
-__all__ = ["checkpoint_numbers", "load_config", "load_weights", "numbers_in", "read_metrics"]
+from jaxrl_reason.runs.workdir import checkpoint_numbers, load_config, load_weights, numbers_in

@@ -1,7 +1,7 @@
 """Checkpoints of a TrainState, by orbax's manager, for both phases of a run.
 
-Checkpoints are numbered through the whole run: first the supervised steps, then the RL steps. The RL phase begins with a checkpoint
-of its own (its step 0), which is never older than the end of the supervised phase.
+Checkpoints are numbered through the whole run: first the supervised steps, then the RL steps. The RL phase begins with
+a checkpoint of its own (its step 0), which is never older than the end of the supervised phase.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,15 +37,7 @@ class CheckpointError(ValueError):
 
 
 class Checkpoints:
-    """Saves and restores TrainStates.
-
-    Args:
-      directory: of the checkpoints; made if needed.
-      keep: the number of checkpoints to keep.
-
-    Raises:
-      CheckpointError: the directory cannot be made or read.
-    """
+    """Saves and restores TrainStates; keeps the newest `keep`. Raises CheckpointError for an unusable `directory`."""
 
     def __init__(self, directory: pathlib.Path, keep: int):
         self.directory = directory.resolve()
@@ -55,35 +47,20 @@ class Checkpoints:
         with _failing(_UNREADABLE, f"Checkpoints cannot be kept in {self.directory}"):
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
 
-    def latest(self) -> int | None:
-        """Returns the number of the newest checkpoint; None if there is none."""
-        return self._manager.latest_step()
-
     def save(self, number: int, state: TrainState) -> None:
-        """Saves a state, complete or not at all, and then removes the oldest checkpoints beyond `keep`.
-
-        Raises:
-          CheckpointError: the checkpoint cannot be written.
-        """
-        if number == self.latest():
+        """Saves a state, complete or not at all, and removes the oldest beyond `keep`; or raises CheckpointError."""
+        if number == self._manager.latest_step():
             return
         with _failing(_UNWRITABLE, f"Checkpoint {self.directory / str(number)} cannot be written"):
             self._manager.save(number, args=ocp.args.StandardSave(_with_digests(state._asdict())))
 
     def restore(self, like: TrainState) -> tuple[int, TrainState] | None:
-        """Reads the newest readable checkpoint.
+        """Reads the newest readable checkpoint, and returns its number and state; None without checkpoints.
 
-        A newer checkpoint that at least one process cannot read is renamed to damaged-<number>, with a warning. It no longer counts
-        among the kept checkpoints, and the run writes its step again.
-
-        Args:
-          like: arrays or ShapeDtypeStructs with the shapes, dtypes and shardings of the result.
-
-        Returns:
-          The number of the checkpoint and the state; None if there is no checkpoint.
-
-        Raises:
-          CheckpointError: there are checkpoints, and none can be read; all stay as they are.
+        `like` holds arrays or ShapeDtypeStructs with the shapes, dtypes and shardings of the result. A newer checkpoint
+        that at least one process cannot read is renamed to damaged-<number>, with a warning. It no longer counts among
+        the kept checkpoints, and the run writes its step again. Raises CheckpointError when there are checkpoints and
+        none can be read; all stay as they are.
         """
         numbers = hosts.from_first(sorted(self._manager.all_steps(), reverse=True))
         number, parts, faults = read_newest(self.directory, numbers, like._asdict())
@@ -92,10 +69,8 @@ class Checkpoints:
                 self._put_aside(bad, fault)
             return number, TrainState(**parts)
         if faults:
-            newest, fault = next(iter(faults.items()))
-            raise CheckpointError(
-                f"None of the checkpoints under {self.directory} can be read; the newest ({newest}): {fault}"
-            )
+            newest = "; the newest ({}): {}".format(*next(iter(faults.items())))
+            raise CheckpointError(f"None of the checkpoints under {self.directory} can be read{newest}")
         return None
 
     def _put_aside(self, number: int, fault: str) -> None:
@@ -116,17 +91,13 @@ class Checkpoints:
 def read_newest(
     directory: pathlib.Path, numbers: Sequence[int], like: Mapping[str, Any]
 ) -> tuple[int | None, dict[str, Any], dict[int, str]]:
-    """Reads fields of the TrainState from the first readable one of several checkpoints.
+    """Reads fields of the TrainState from the first readable one of the checkpoints `numbers`, in this order.
 
-    A checkpoint is unreadable if at least one process cannot read it, or if its arrays differ from the saved ones.
-
-    Args:
-      directory: of the checkpoints.
-      numbers: of the checkpoints to try, in this order.
-      like: field of the TrainState -> arrays or ShapeDtypeStructs with the shapes, dtypes and shardings of the result.
+    `like` maps fields to arrays or ShapeDtypeStructs with the shapes, dtypes and shardings of the result. A checkpoint
+    is unreadable if at least one process cannot read it, or if its arrays differ from the saved ones.
 
     Returns:
-      The number of the checkpoint, or None; its fields by name; and for each unreadable checkpoint before it, its fault.
+      The number of the checkpoint, or None; its fields by name; and the fault of each unreadable checkpoint before it.
     """
     faults: dict[int, str] = {}
     for number in numbers:
@@ -145,29 +116,21 @@ def read_newest(
 
 
 def save_params(directory: pathlib.Path, params: Any) -> None:
-    """Writes weights alone, complete or absent; replaces an existing directory.
-
-    Raises:
-      CheckpointError: the weights cannot be written.
-    """
+    """Writes weights alone, complete or absent, over an existing directory. Raises CheckpointError on failure."""
     with _failing(_UNWRITABLE, f"The weights {directory} cannot be written"):
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(directory.resolve(), _with_digests({"params": params}), force=True)
 
 
 def load_params(directory: pathlib.Path, like: Any) -> Any:
-    """Reads weights in the shapes, dtypes and shardings of `like`.
-
-    Raises:
-      CheckpointError: at least one process cannot read the weights, or they differ from the saved ones.
-    """
+    """Reads weights in the shapes, dtypes and shardings of `like`; raises CheckpointError when a process cannot."""
     parts = {"params": like}
     with _failing((CheckpointError,), f"The weights {directory} cannot be read"):
         return _read_by_all(lambda: _restored(directory.resolve(), parts), parts)["params"]
 
 
 def _read_by_all(read: Callable[[], dict[str, Any]], like: Mapping[str, Any]) -> dict[str, Any]:
-    """Calls `read` on every process, checks the digests, and converts to the dtypes of `like`; if one process fails, all raise."""
+    """Calls `read` on every process, checks the digests, converts to the dtypes of `like`; if one fails, all raise."""
     parts = hosts.agree(read, CheckpointError)
     saved, found = parts.pop(_DIGESTS), digests.of(parts)
 
@@ -185,9 +148,6 @@ def _restored(directory: pathlib.Path, like: Mapping[str, Any]) -> dict[str, Any
     """Reads the fields in `like` and all digests from a directory of orbax, in the saved dtypes.
 
     Every process reads by itself: in orbax's common read the other processes wait for one that has failed.
-
-    Raises:
-      CheckpointError: the directory cannot be read, or holds other shapes.
     """
     mine = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=mine, active_processes={mine})
@@ -205,9 +165,8 @@ def _restored(directory: pathlib.Path, like: Mapping[str, Any]) -> dict[str, Any
             saved = handler.metadata(directory).tree
         item = _as_saved(saved, like)
         item[_DIGESTS] = digests.abstract(item)
-        restore = ocp.args.PyTreeRestore(
-            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-        )
+        arrays = ocp.checkpoint_utils.construct_restore_args(item)
+        restore = ocp.args.PyTreeRestore(item=item, restore_args=arrays, partial_restore=True)
         with _failing(_UNREADABLE):
             try:
                 return reader.restore(directory, args=restore)
@@ -219,11 +178,7 @@ def _restored(directory: pathlib.Path, like: Mapping[str, Any]) -> dict[str, Any
 
 
 def _as_saved(saved: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns ShapeDtypeStructs with the shapes and shardings of `like` and the saved dtypes.
-
-    Raises:
-      CheckpointError: the saved arrays have no digests, or other shapes.
-    """
+    """Returns `like` in the saved dtypes; raises CheckpointError for missing digests and for other shapes."""
     if _DIGESTS not in saved:
         raise CheckpointError("It has no digests of its arrays, so another version has written it.")
     there, here = (_by_name({name: tree[name] for name in like}) for tree in (saved, like))
@@ -252,19 +207,9 @@ def _name(path: tuple) -> str:
 
 
 def save_batch(file: pathlib.Path, batch: Experience, rewards: Mapping[str, np.ndarray]) -> None:
-    """Writes the batch of an update to a .npz file that is complete or absent.
-
-    Args:
-      file: the file to write.
-      batch: the batch, on the host.
-      rewards: name -> f32[P,G].
-
-    Raises:
-      CheckpointError: the file cannot be written.
-    """
+    """Writes a batch on the host and its rewards to a .npz file, complete or absent; or raises CheckpointError."""
     parts = {"batch": batch, "rewards": dict(rewards)}
-    leaves = jax.tree_util.tree_leaves_with_path(parts)
-    arrays = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+    arrays = {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(parts)}
     scratch = file.with_name(f"{file.name}.tmp")
     with _failing(_UNWRITABLE, f"{file} cannot be written"):
         with scratch.open("wb") as out:
@@ -273,14 +218,7 @@ def save_batch(file: pathlib.Path, batch: Experience, rewards: Mapping[str, np.n
 
 
 def load_batch(file: pathlib.Path) -> tuple[Experience, dict[str, np.ndarray]]:
-    """Reads a file of `save_batch`.
-
-    Returns:
-      The batch, and the rewards by name.
-
-    Raises:
-      CheckpointError: the file cannot be read.
-    """
+    """Reads the batch and the rewards from a file of `save_batch`; raises CheckpointError for an unreadable file."""
     parts: dict[str, Any] = {}
     try:
         with np.load(file, allow_pickle=False) as arrays:
@@ -295,15 +233,7 @@ def load_batch(file: pathlib.Path) -> tuple[Experience, dict[str, np.ndarray]]:
 
 @contextlib.contextmanager
 def _failing(errors: tuple[type[Exception], ...], what: str = "") -> Iterator[None]:
-    """Turns errors of the body into a CheckpointError.
-
-    Args:
-      errors: the classes to turn.
-      what: the beginning of the message; the error's own message follows.
-
-    Raises:
-      CheckpointError: the body has raised one of `errors`.
-    """
+    """Turns errors of the body into a CheckpointError: the text `what`, and the error's own message."""
     _silence_echoes()
     try:
         yield

@@ -1,12 +1,13 @@
 """The skeleton of every command: a table of flags, --help, errors as sentences, exit codes.
 
-    COMMAND = Command("export", __doc__, (WORKDIR, Flag("out", "DIR", "the directory to write", path, required=True)), "--workdir=runs/a --out=a")
+    COMMAND = Command("export", __doc__, (WORKDIR, Flag("out", "DIR", "the directory to write", path)),
+    "--workdir=runs/a")
 
     def main(argv: list[str] | None = None) -> int:
         return run(COMMAND, argv, prepare, work)
 
-`prepare(arguments)` does everything that can refuse the command: it reads configuration and data. `work(prepared)` does the rest.
-Exit codes:
+`prepare(arguments)` does everything that can refuse the command: it reads configuration and data. `work(prepared)` does
+the rest. Exit codes:
 
     0    done
     2    refused before it began: flags, configuration, data
@@ -34,7 +35,6 @@ from jaxrl_reason.runs.files import MetricsError
 from jaxrl_reason.runs.watch import NonFiniteError
 
 T = TypeVar("T")
-
 # Errors of a running command whose message is a sentence for the user; any other error is a bug and keeps its traceback.
 _FAILURES = (ConfigError, CheckpointError, MetricsError, models.PretrainedError, NonFiniteError, OSError)
 
@@ -55,29 +55,17 @@ def path(text: str) -> pathlib.Path:
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """A flag of a command, written --name=VALUE or --name VALUE.
+    """A flag of a command, written --name=VALUE or --name VALUE."""
 
-    Attributes:
-      name: without the dashes. `config.` means all flags with this prefix: `--config.steps=3` sets the field `steps`.
-      value: the placeholder of the value in --help; "" for a switch, which takes no value.
-      help: the meaning.
-      read: text -> value; raises ValueError with the expected kind of text.
-      default: the value without the flag.
-      required: whether the command needs the flag.
-      choices: the allowed texts; () allows all.
-      field: the field of the configuration that the flag sets, or "".
-      alias: another name.
-    """
-
-    name: str
-    value: str
+    name: str  # without the dashes; "config." means all flags with this prefix: --config.steps=3 sets the field `steps`
+    value: str  # the placeholder of the value in --help; "" for a switch, which takes no value
     help: str
-    read: Callable[[str], Any] = str
+    read: Callable[[str], Any] = str  # raises ValueError with the expected kind of text
     default: Any = None
     required: bool = False
-    choices: Sequence[str] = ()
-    field: str = ""
-    alias: str = ""
+    choices: Sequence[str] = ()  # the allowed texts; () allows all
+    field: str = ""  # the field of the configuration that the flag sets, or ""
+    alias: str = ""  # another name
 
     @property
     def attribute(self) -> str:
@@ -111,23 +99,14 @@ TRAINING = (
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command.
+    """A command."""
 
-    Attributes:
-      name: `python -m jaxrl_reason.NAME` runs it.
-      doc: its purpose, for --help; the first sentence is the summary.
-      flags: all but --help.
-      example: the flags of an example.
-      details: returns text that ends --help.
-      errors: further classes of errors whose message is a sentence for the user.
-    """
-
-    name: str
-    doc: str | None
-    flags: Sequence[Flag]
-    example: str
-    details: Callable[[], str] | None = None
-    errors: tuple[type[Exception], ...] = ()
+    name: str  # `python -m jaxrl_reason.NAME` runs it
+    doc: str | None  # its purpose, for --help; the first sentence is the summary
+    flags: Sequence[Flag]  # all but --help
+    example: str  # the flags of an example
+    details: Callable[[], str] | None = None  # returns text that ends --help
+    errors: tuple[type[Exception], ...] = ()  # further classes of errors whose message is a sentence for the user
 
     def help(self) -> str:
         """Returns the text of --help."""
@@ -140,14 +119,7 @@ class Command:
         return f"{text}\n\n{self.details()}" if self.details else text
 
     def find(self, name: str) -> Flag:
-        """Returns the flag of an argument.
-
-        Args:
-          name: with its dashes.
-
-        Raises:
-          ConfigError: there is no such flag.
-        """
+        """Returns the flag of an argument with dashes; raises ConfigError for an unknown flag."""
         for flag in self.flags:
             prefix = flag.name.endswith(".") and name.startswith(f"--{flag.name}")
             if prefix or name in (f"--{flag.name}", f"--{flag.alias or flag.name}"):
@@ -157,21 +129,15 @@ class Command:
 
 
 class Arguments(types.SimpleNamespace):
-    """The values of a command's flags, by attribute.
+    """The values of a command's flags, by attribute."""
 
-    Attributes:
-      command_line: the command as it was typed.
-      fields: field of the configuration -> text of its value.
-    """
-
-    command_line: str
-    fields: dict[str, str]
+    command_line: str  # the command as it was typed
+    fields: dict[str, str]  # field of the configuration -> text of its value
 
     def configuration(self) -> Config:
         """Returns the configuration of the recipe --config with the fields of the command line.
 
-        Raises:
-          ConfigError: the recipe cannot be read, there is no such field, or a value has another type.
+        Raises ConfigError for an unreadable recipe, an unknown field, and a value of another type.
         """
         config = config_lib.load(self.config)
         for name, text in self.fields.items():
@@ -184,11 +150,7 @@ class Arguments(types.SimpleNamespace):
 
 
 def parse(command: Command, argv: Sequence[str]) -> Arguments:
-    """Reads the flags of a command.
-
-    Raises:
-      ConfigError: a flag is unknown or missing, or its value is missing or of another kind.
-    """
+    """Reads the flags; raises ConfigError for an unknown or missing one, and a value missing or of another kind."""
     words, own = list(argv), [flag for flag in command.flags if not (flag.field or flag.name.endswith("."))]
     arguments = Arguments(**{flag.attribute: flag.default for flag in own}, fields={})
     arguments.command_line = shlex.join(["python", "-m", f"jaxrl_reason.{command.name}", *argv])
@@ -222,13 +184,10 @@ def parse(command: Command, argv: Sequence[str]) -> Arguments:
 def run(
     command: Command, argv: Sequence[str] | None, prepare: Callable[[Arguments], T], work: Callable[[T], object]
 ) -> int:
-    """Runs a command, also on several processes, and returns its exit code.
+    """Runs a command, also on several processes, and returns its exit code. Without `argv` it reads sys.argv.
 
-    Args:
-      command: the command.
-      argv: its arguments; None for the arguments of the process.
-      prepare: checks everything; the exit code of its errors is 2.
-      work: takes the result of `prepare`; the exit code of its errors is 1.
+    `prepare` checks everything; the exit code of its errors is 2. `work` takes the result of `prepare`; the exit code
+    of its errors is 1.
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv or not argv and any(flag.required for flag in command.flags):

@@ -52,13 +52,10 @@ def _compiled(sharding: jax.sharding.Sharding):
 
 
 def digest(x: jax.Array) -> jax.Array:
-    """Computes u32: the sum of a hash of every element's bits and index, modulo 2**32.
+    """Computes u32: the sum modulo 2**32 of a hash of every element's bits (8, 16, 32, or a bool) and index.
 
-    The sum is exact, so it is equal on every mesh. One wrong element always changes it, because the hash is a bijection; several wrong
-    elements do so in all but one of 2**32 cases.
-
-    Args:
-      x: numbers of 8, 16 or 32 bits, or bools.
+    The sum is exact, so it is equal on every mesh. One wrong element always changes it, because the hash is a
+    bijection; several wrong elements do so in all but one of 2**32 cases.
     """
     bits = x.astype(jnp.uint8) if x.dtype == bool else x
     bits = jax.lax.bitcast_convert_type(bits, f"uint{8 * bits.dtype.itemsize}").astype(jnp.uint32)

@@ -1,8 +1,8 @@
 """Files of a run that survive a kill: JSON that is complete or absent, and JSON lines that only ever grow.
 
-A `.jsonl` file holds one JSON object per line, each with its `step`. Every append is one write to the system, so a killed run leaves
-at most its last line torn. Opening the file again removes the torn line. A run that resumes from a checkpoint of step k passes
-`resume_step=k`: the lines of later steps are dropped, because the run writes them again.
+A `.jsonl` file holds one JSON object per line, each with its `step`. Every append is one write to the system, so a
+killed run leaves at most its last line torn. Opening the file again removes the torn line. A run that resumes from a
+checkpoint of step k passes `resume_step=k`: the lines of later steps are dropped, because the run writes them again.
 
 A file that cannot be written (a full or a read-only disk) raises an OSError whose message names the file.
 """
@@ -22,11 +22,7 @@ class MetricsError(ValueError):
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Turns an OSError of the body into one whose message names `path`.
-
-    Raises:
-      OSError: the body cannot write the file.
-    """
+    """Turns an OSError of the body into one whose message names `path`."""
     try:
         yield
     except OSError as e:
@@ -36,11 +32,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a file that is complete or absent; half of a surrogate pair becomes its escape.
-
-    Raises:
-      OSError: the file cannot be written.
-    """
+    """Writes a file that is complete or absent; half of a surrogate pair becomes its escape."""
     scratch = Path(path).with_suffix(".tmp")
     with writing(path):
         scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -48,11 +40,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_json(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
-    """Writes an indented JSON file that is complete or absent.
-
-    Raises:
-      OSError: the file cannot be written.
-    """
+    """Writes an indented JSON file that is complete or absent."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
@@ -63,11 +51,7 @@ def finite(x: SupportsFloat) -> float | None:
 
 
 class AppendOnly:
-    """A file open for appending. After `append` returns, a kill of the process loses nothing of the content.
-
-    Raises:
-      OSError: the file cannot be opened.
-    """
+    """A file open for appending. After `append` returns, a kill of the process loses nothing of the content."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -76,11 +60,7 @@ class AppendOnly:
             self._file = open(path, "ab", buffering=0)  # unbuffered: one write() is one system call
 
     def append(self, content: bytes) -> None:
-        """Writes `content` at the end.
-
-        Raises:
-          OSError: the file cannot be written.
-        """
+        """Writes `content` at the end."""
         with writing(self._path):
             while content:  # a nearly full disk takes a part without an error; the next write raises it
                 content = content[self._file.write(content) :]
@@ -89,16 +69,11 @@ class AppendOnly:
         self._file.close()
 
 
-class JsonLines:
-    """A `.jsonl` file open for appending.
+class JsonLines(AppendOnly):
+    """A `.jsonl` file open for appending; its directory is made if needed.
 
-    Args:
-      path: the file; its directory is made if needed.
-      resume_step: the last step whose lines are kept; None keeps every complete line.
-
-    Raises:
-      MetricsError: the existing file is damaged before its last line.
-      OSError: the file cannot be written.
+    Lines of steps after `resume_step` are dropped; None keeps every complete line. Raises MetricsError for damage
+    before the last line of the existing file.
     """
 
     def __init__(self, path: Path, resume_step: int | None):
@@ -109,22 +84,17 @@ class JsonLines:
             with writing(path):
                 scratch.write_bytes(content)
                 os.replace(scratch, path)
-        self._file = AppendOnly(path)
+        super().__init__(path)
 
-    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+    def write(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Writes one line per record, all in one write."""
-        self._file.append(b"".join(map(_line, records)))
-
-    def close(self) -> None:
-        self._file.close()
+        self.append(b"".join(map(_line, records)))
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yields the records of a `.jsonl` file in order, without a torn last line.
 
-    Raises:
-      FileNotFoundError: there is no such file.
-      MetricsError: a line before the last is not a JSON object with a step.
+    Raises FileNotFoundError, and MetricsError for a line before the last that is not a JSON object with a step.
     """
     with open(path, "rb") as lines:  # bytes: text mode also breaks lines at characters that completions may hold
         torn = None

@@ -1,4 +1,7 @@
-"""The skeleton of the three training loops: supervised, reward model, RL. It brings metrics, checkpoints, the progress bar, and an early end."""
+"""The skeleton of the three training loops: supervised, reward model, RL.
+
+It brings metrics, checkpoints, the progress bar, and an early end.
+"""
 
 from collections.abc import Callable, Mapping
 import contextlib
@@ -18,29 +21,17 @@ from jaxrl_reason.runs.watch import history, SkippedUpdates
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """One training loop of a run.
+    """One training loop of a run."""
 
-    Attributes:
-      name: of the progress bar.
-      step_name: of a step, with a place for its number: "step {}".
-      directory: of metrics.jsonl.
-      begin: steps done before.
-      end: steps to do in all.
-      config: of the run.
-      console: for messages and the progress bar.
-      should_stop: whether to save and end, from `hosts.preemption`; called once per step.
-      saves_last: whether the last step is saved as a checkpoint.
-    """
-
-    name: str
-    step_name: str
-    directory: pathlib.Path
-    begin: int
-    end: int
+    name: str  # of the progress bar
+    step_name: str  # of a step, with a place for its number: "step {}"
+    directory: pathlib.Path  # of metrics.jsonl
+    begin: int  # steps done before
+    end: int  # steps to do in all
     config: Config
     console: rich.console.Console
-    should_stop: Callable[[], bool]
-    saves_last: bool = True
+    should_stop: Callable[[], bool]  # whether to save and end, from `hosts.preemption`; called once per step
+    saves_last: bool = True  # whether the last step is saved as a checkpoint
 
 
 def run_loop(
@@ -55,32 +46,27 @@ def run_loop(
     after: Callable[[int, Any, dict[str, float], Any, Clock], dict[str, float]] | None = None,
     observe: Callable[[list[dict[str, float]]], Callable[[int, dict[str, float], Any], None]] | None = None,
 ) -> Any:
-    """Runs the steps `loop.begin` to `loop.end`.
+    """Runs the steps `loop.begin` to `loop.end`, and returns the state after the last step.
 
     Args:
-      loop: the loop.
-      state: the state before the first step.
+      loop, state: the loop, and the state before the first step.
       train_step: (step, state, clock) -> the new state, metrics, and details for the other functions.
       save: (steps done, state) -> writes a checkpoint.
       progress: metrics -> text next to the progress bar.
-      advice: (steps done, state, details) -> what to do after too many updates that were not finite; the end of the error message.
+      advice: (steps done, state, details) -> what to do after too many updates that were not finite; the end of the
+        error message.
       before: () -> metrics of step 0, computed unless the loop goes on from a checkpoint.
       after: (steps done, state, metrics, details, clock) -> further metrics of a step.
-      observe: takes the metrics of the steps done before, and returns (steps done, metrics, details) -> None, called when the metrics of a step are
-        written.
+      observe: takes the metrics of the steps done before, and returns (steps done, metrics, details) -> None, called
+        when the metrics of a step are written.
 
-    Returns:
-      The state after the last step.
-
-    Raises:
-      NonFiniteError: no update was finite for `config.optimizer.max_skipped` steps in a row.
-      Preempted: `should_stop` was true; the last step is saved.
+    Raises NonFiniteError after `config.optimizer.max_skipped` steps in a row without a finite update, and Preempted
+    when `should_stop` was true; the last step is saved.
     """
     c, say = loop.config, functools.partial(loop.console.print, soft_wrap=True)
     with contextlib.ExitStack() as stack:
-        metrics_file = stack.enter_context(
-            MetricsWriter(loop.directory, c.log.tensorboard, loop.begin or -1, enabled=hosts.is_first())
-        )
+        writer = MetricsWriter(loop.directory, c.log.tensorboard, loop.begin or -1, enabled=hosts.is_first())
+        metrics_file = stack.enter_context(writer)
         heart = stack.enter_context(Heartbeat(say, c.log.heartbeat))
         if loop.begin == 0 and before:
             heart.step("The evaluation before training", Clock())

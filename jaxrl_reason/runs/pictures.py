@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 import numpy as np
-import rich.table
+from rich.table import Column, Table
 
 from jaxrl_reason.runs.files import writing
 from jaxrl_reason.runs.metrics_file import read_metrics
@@ -19,19 +19,11 @@ _FINE = ("entropy", "r2", "rmse", "spearman", "spread", "density", "f1", "error"
 
 
 def plot_learning_curve(metrics_path: str | os.PathLike, out_png: str | os.PathLike, *, title: str) -> None:
-    """Draws the reward of every step, its running mean and the held-out accuracy (or R2); below them the mean completion length.
+    """Draws reward, its running mean and held-out accuracy (or R2) over steps; below them the mean completion length.
 
-    Reads the metrics `reward`, `eval/accuracy` or `eval/r2`, and `completions/mean_length`. A curve without data is left out.
-
-    Args:
-      metrics_path: a `metrics.jsonl`.
-      out_png: the picture to write.
-      title: the title of the picture.
-
-    Raises:
-      FileNotFoundError: there is no `metrics.jsonl`.
-      MetricsError: the metrics are damaged.
-      OSError: the picture cannot be written.
+    Reads the metrics `reward`, `eval/accuracy` or `eval/r2`, and `completions/mean_length` of a metrics.jsonl. A curve
+    without data is left out. Raises MetricsError for damaged metrics, and OSError for a file that is missing or cannot
+    be written.
     """
     records = read_metrics(metrics_path)
     figure = Figure(figsize=(8, 6), layout="constrained")  # not pyplot: no global state, no display
@@ -48,13 +40,11 @@ def plot_learning_curve(metrics_path: str | os.PathLike, out_png: str | os.PathL
             top.plot(steps, values, "o-", color="tab:orange", label=label)
     if top.lines:
         top.legend(loc="best")
-    top.set_ylabel("reward, held-out metric")
-    top.set_title(title)
+    top.set(ylabel="reward, held-out metric", title=title)
     steps, lengths = _series(records, "completions/mean_length")
     if steps:
         bottom.plot(steps, lengths, color="tab:green")
-    bottom.set_ylabel("mean length (tokens)")
-    bottom.set_xlabel("step")
+    bottom.set(xlabel="step", ylabel="mean length (tokens)")
     for axis in (top, bottom):
         axis.grid(alpha=0.3)
     drawn = io.BytesIO()
@@ -63,22 +53,19 @@ def plot_learning_curve(metrics_path: str | os.PathLike, out_png: str | os.PathL
         Path(out_png).write_bytes(drawn.getvalue())
 
 
-def summary_table(before: Mapping[str, float | None], after: Mapping[str, float | None]) -> rich.table.Table:
+def summary_table(before: Mapping[str, float | None], after: Mapping[str, float | None]) -> Table:
     """Returns the table that ends a run: one row per metric with its value before, its value after and the change.
 
-    If one of the arguments is empty, the table has only the column of the other.
+    Accuracy and pass@k are shares, shown in percent. NaN and a metric that only one side has are shown as a dash. If
+    one of the arguments is empty, the table has only the column of the other. Rows are in the order of `before`;
+    metrics of `after` alone follow.
 
     Args:
-      before: metric name -> value, for instance {"eval/accuracy": .41, "eval/pass@4": .6, "eval/mean_length": 37.2}. Accuracy and
-        pass@k are shares, shown in percent. NaN and a metric that only one side has are shown as a dash.
-      after: the same metrics, later. Rows are in the order of `before`; metrics of `after` alone follow.
+      before, after: metric name -> value, for instance {"eval/accuracy": .41, "eval/pass@4": .6, "eval/mean_length":
+        37.2}.
     """
-    table = rich.table.Table()
-    table.add_column("")
     columns = {"before": bool(before), "after": bool(after), "change": bool(before and after)}
-    for heading, shown in columns.items():
-        if shown:
-            table.add_column(heading, justify="right")
+    table = Table("", *(Column(heading, justify="right") for heading, shown in columns.items() if shown))
     for name in dict.fromkeys([*before, *after]):
         old, new = (math.nan if (x := side.get(name)) is None else x for side in (before, after))
         change = cell(name, new - old, signed=True).replace("%", "points")

@@ -9,35 +9,23 @@ from typing import NamedTuple, Self
 
 import rich.console
 import rich.progress
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
 class Progress:
     """A progress bar with a text and the remaining time; a context manager.
 
-    Without a terminal it prints one line per tenth of the steps.
-
-    Args:
-      console: prints the bar.
-      name: of the phase.
-      total: number of steps.
-      done: number of steps that are already done.
-      enabled: False prints nothing.
+    Without a terminal it prints one line per tenth of the `total` steps, of which `done` are already done. It prints
+    nothing unless `enabled`.
     """
 
     def __init__(self, console: rich.console.Console, name: str, total: int, done: int = 0, *, enabled: bool = True):
-        self._console, self._name, self._total, self._done = console, name, total, done
-        self._enabled = enabled
+        self._console, self._name, self._total, self._done, self._enabled = console, name, total, done, enabled
         self._begin: tuple[int, float] | None = None  # steps done and time, after the first step of this process
-        self._bar = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(),
-            rich.progress.MofNCompleteColumn(),
-            rich.progress.TextColumn("{task.fields[text]}"),
-            rich.progress.TimeElapsedColumn(),
-            rich.progress.TimeRemainingColumn(),
-            console=console,
-            disable=not (enabled and console.is_terminal),
-        )
+        texts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+        times = (TimeElapsedColumn(), TimeRemainingColumn())
+        hidden = not (enabled and console.is_terminal)
+        self._bar = rich.progress.Progress(*texts, *times, console=console, disable=hidden)
         self._task = self._bar.add_task(name, total=total, completed=done, text="")
 
     def advance(self, text: str) -> None:
@@ -81,12 +69,8 @@ class _Step(NamedTuple):
 class Heartbeat:
     """Prints, from a thread of its own, that a step takes long; a context manager.
 
-    A step takes long after `patience` seconds, if that is also five times the median of the last steps. The message is repeated
-    whenever the duration has doubled.
-
-    Args:
-      say: prints a sentence.
-      patience: seconds; 0 prints nothing.
+    A step takes long after `patience` seconds, if that is also five times the median of the last steps. The message,
+    given to `say`, is repeated whenever the duration has doubled. A patience of 0 prints nothing.
     """
 
     def __init__(self, say: Callable[[str], None], patience: float):
@@ -129,15 +113,13 @@ class Heartbeat:
 
 
 class Clock:
-    """Measures the wall-clock seconds of a step and of its named parts, each of which must end synchronised with the device.
+    """Measures the wall-clock seconds of a step and of its parts, each of which must end synchronised with the device.
 
-        clock = Clock()
         with clock("rollout"):
             rollout = jax.block_until_ready(generate(params, batch))
         clock.metrics()  # {"perf/step_seconds/rollout": ..., "perf/step_seconds": ...}
 
-    Attributes:
-      part: the name of the current part, or "".
+    The attribute `part` is the name of the current part, or "".
     """
 
     def __init__(self) -> None:
@@ -159,7 +141,7 @@ class Clock:
         self._tokens[part] = self._tokens.get(part, 0) + tokens
 
     def metrics(self) -> dict[str, float]:
-        """Returns perf/* metrics: seconds of the step and of each part, and tokens per second of the parts with counted tokens."""
+        """Returns perf/*: seconds of the step and of each part, tokens per second of parts with counted tokens."""
         seconds = {f"perf/step_seconds/{part}": s for part, s in self._parts.items()}
         speeds = {f"perf/{part}_tokens_per_s": n / self._parts[part] for part, n in self._tokens.items()}
         return seconds | speeds | {"perf/step_seconds": time.perf_counter() - self._begin}

@@ -1,9 +1,10 @@
-"""Looks at single completions of a step: sample tables, the token with the largest mismatch, and a step saved for replay."""
+"""Looks at completions of a step: sample tables, the token with the largest mismatch, a step saved for replay."""
 
 from collections.abc import Mapping
 import pathlib
 
 import jax
+from jax.sharding import Sharding
 import numpy as np
 
 from jaxrl_reason.data import Tokenizer
@@ -22,33 +23,24 @@ def write_samples(
     prompts: int,
     tokenizer: Tokenizer,
     weights: Mapping[str, float],
-    sharding: jax.sharding.Sharding,
+    sharding: Sharding,
 ) -> None:
-    """Writes some of this process's completions with their rewards and advantages.
+    """Writes the completions of this process's first `prompts` prompts, with their rewards and advantages, to `table`.
 
-    Args:
-      table: where to write.
-      step: the training step.
-      groups, batch: the scored groups and the data of the update.
-      prompts: the number of prompts whose groups are written.
-      tokenizer: of the run.
-      weights: of the rewards, by name.
-      sharding: of the prompt axis.
+    `groups` and `batch` are the scored groups and the data of the update; `weights` belong to the rewards, by name, and
+    `sharding` to the prompt axis.
     """
     rollout, groups, advantages, mask = jax.tree.map(
         lambda x: hosts.rows_to_host(x, sharding)[:prompts], (batch.rollout, groups, batch.advantages, batch.mask)
     )
     if advantages.ndim == 3:  # per token: their mean over the completion
         advantages = (advantages * mask).sum(-1) / np.maximum(mask.sum(-1), 1)
-    G = rollout.tokens.shape[1]
-    rewards = {name: r[:, :G] for name, r in groups.rewards.items()}
-    texts = [
-        tokenizer.decode_batch([t[m].tolist() for t, m in zip(*group)]) for group in zip(rollout.tokens, rollout.mask)
-    ]
+    rewards = {name: r[:, : rollout.tokens.shape[1]] for name, r in groups.rewards.items()}
+    decode = lambda tokens, masks: tokenizer.decode_batch([t[m].tolist() for t, m in zip(tokens, masks)])
     table.write(
         step,
-        tokenizer.decode_batch([t[m].tolist() for t, m in zip(rollout.prompt_tokens, rollout.prompt_mask)]),
-        texts,
+        decode(rollout.prompt_tokens, rollout.prompt_mask),
+        [decode(*group) for group in zip(rollout.tokens, rollout.mask)],
         rewards={name: np.asarray(r) for name, r in rewards.items()},
         total=np.asarray(experience.total_reward(rewards, weights)),
         advantages=advantages,
@@ -57,19 +49,16 @@ def write_samples(
     )
 
 
-def describe_mismatch(
-    batch: Experience, mismatch: Mismatch, tokenizer: Tokenizer, sharding: jax.sharding.Sharding
-) -> str:
-    """Returns a sentence about the token on which sampler and trainer differ most, with its text if this process has it."""
+def describe_mismatch(batch: Experience, mismatch: Mismatch, tokenizer: Tokenizer, sharding: Sharding) -> str:
+    """Returns a sentence about the token on which sampler and trainer differ most; its text only on its process."""
     difference, p, g, t = (x.item() for x in jax.device_get(mismatch))
     place = f"token {t} of completion {g} of prompt {p}"
     mine = hosts.local_rows_of(batch.mask)
     if p not in mine:
         return f"{place}, which is on another process."
     rollout = jax.tree.map(lambda x: hosts.rows_to_host(x, sharding)[np.searchsorted(mine, p)], batch.rollout)
-    completion, token = tokenizer.decode_batch(
-        [rollout.tokens[g][rollout.mask[g]].tolist(), [int(rollout.tokens[g, t])]]
-    )
+    ids = [rollout.tokens[g][rollout.mask[g]].tolist(), [int(rollout.tokens[g, t])]]
+    completion, token = tokenizer.decode_batch(ids)
     sampled = float(rollout.logprobs[g, t])
     # repr escapes control characters of a terminal.
     return (
@@ -81,9 +70,8 @@ def describe_mismatch(
 def save_for_replay(workdir: pathlib.Path, step: int, state: TrainState, groups: Groups, batch: Experience) -> str:
     """Writes the weights and the batch of a step to WORKDIR/replay/STEP. Returns a sentence about the result."""
     directory = workdir / "replay" / str(step)
-    result = (
-        f"Its weights and batch are in {directory}: python -m jaxrl_reason.replay --workdir={workdir} names the cause."
-    )
+    replay = f"python -m jaxrl_reason.replay --workdir={workdir}"
+    result = f"Its weights and batch are in {directory}: {replay} names the cause."
     batch, rewards = jax.tree.map(hosts.to_host, (batch, groups.rewards))
     try:
         checkpoints.save_params(directory / "params", state.params)

@@ -11,7 +11,10 @@ from jaxrl_reason.runs.metrics_file import read_metrics
 
 PATIENCE = 20  # steps in a row before a warning
 ENTROPY_FLOOR = 0.01  # nats per token: the policy is then certain of nine of ten tokens
-
+NO_REWARD = (
+    f"For {PATIENCE} steps no completion has had a reward, so nothing is learned: see the metrics rewards/<name>/none_rate, "
+    "error_rate and timeout_rate."
+)
 Metrics = Mapping[str, Any]  # of one step; None and NaN mean "unknown"
 
 
@@ -22,9 +25,8 @@ class NonFiniteError(Exception):
 class SkippedUpdates:
     """Counts the steps in a row whose updates were all skipped because the loss or its gradient was not finite.
 
-    Args:
-      limit: the number of such steps that ends the run.
-      history: the metrics of all earlier steps, in order; of several processes only the first needs them.
+    `limit` such steps end the run. `history` has the metrics of all earlier steps, in order; only the first process
+    needs it.
     """
 
     def __init__(self, limit: int, history: Iterable[Metrics] = ()):
@@ -40,12 +42,7 @@ class SkippedUpdates:
         return self._count >= self._limit
 
     def error(self, step: str, advice: str) -> NonFiniteError:
-        """Returns the error that ends the run.
-
-        Args:
-          step: names the step, for instance "step 9".
-          advice: sentences that end the message.
-        """
+        """Returns the error that ends the run at a step such as "step 9"; `advice` ends its message."""
         return NonFiniteError(
             f"At {step} the loss or its gradient was not finite, for the {_ordinal(self._count)} step in a row; none of their updates "
             f"has reached the weights. {advice}"
@@ -55,10 +52,8 @@ class SkippedUpdates:
 class Watch:
     """Prints a warning about the metrics of RL steps, and repeats it only after its condition was over.
 
-    Args:
-      say: prints a sentence.
-      mismatch_limit: allowed difference in nats between the log-probabilities of sampler and trainer for one token.
-      history: the metrics of all earlier steps, in order: a resumed run repeats no warning.
+    `mismatch_limit` is the allowed difference in nats between the log-probabilities of sampler and trainer for one
+    token. `history` has the metrics of all earlier steps, in order: a resumed run repeats no warning.
     """
 
     def __init__(self, say: Callable[[str], None], mismatch_limit: float, history: Iterable[Metrics] = ()):
@@ -71,17 +66,12 @@ class Watch:
         self._say = say
 
     def look(self, metrics: Metrics, worst: Callable[[], str] = str) -> None:
-        """Looks at the metrics of the next step.
-
-        Args:
-          metrics: of the step.
-          worst: describes the token with the largest difference between sampler and trainer; called only for a warning.
-        """
+        """Looks at the next step's metrics; `worst` describes the token with the largest mismatch, for a warning."""
         self._recent.append(metrics)
         difference = metrics["sampling/logp_difference_max"]
         differs = difference is None or not difference <= self._limit  # True for NaN as well
         self._warn("mismatch", differs, lambda: self._mismatch(difference, worst()))
-        self._warn("missing", self._all(lambda m: m.get("completions/missing_reward_ratio") == 1), _no_reward)
+        self._warn("missing", self._all(lambda m: m.get("completions/missing_reward_ratio") == 1), lambda: NO_REWARD)
         self._warn("reward", self._all(_tied), lambda: _equal_rewards(metrics))
         collapsed = self._all(lambda m: m["entropy"] is not None and m["entropy"] < ENTROPY_FLOOR and _learns(m))
         self._warn("entropy", collapsed, lambda: _low_entropy(metrics))
@@ -101,13 +91,6 @@ class Watch:
             f"config.sampling.mismatch_limit allows ({self._limit:g}): {worst} The policy then learns from samples of another "
             "distribution than its own; config.model.compute_dtype=float32 shows whether rounding is the cause."
         )
-
-
-def _no_reward() -> str:
-    return (
-        f"For {PATIENCE} steps no completion has had a reward, so nothing is learned: see the metrics rewards/<name>/none_rate, "
-        "error_rate and timeout_rate."
-    )
 
 
 def _equal_rewards(metrics: Metrics) -> str:
@@ -145,12 +128,7 @@ def _tied(metrics: Metrics) -> bool:
 
 
 def history(directory: pathlib.Path, begin: int) -> list[dict[str, Any]]:
-    """Returns the metrics of all steps before a phase resumes.
-
-    Args:
-      directory: the directory of the phase's metrics.jsonl.
-      begin: the number of completed steps; 0 gives an empty list, as do all processes but the first.
-    """
+    """Returns the metrics of the first `begin` steps of a phase; an empty list on all processes but the first."""
     lines = read_metrics(directory / "metrics.jsonl") if begin and hosts.is_first() else []
     return [line for line in lines if line["step"] > 0]
 

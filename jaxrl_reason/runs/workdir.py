@@ -1,7 +1,8 @@
-"""The identity of a work directory: the configuration, data and tokenizer that its run began with."""
+"""A work directory: the configuration, data and tokenizer that its run began with, and the weights that it saved."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -12,8 +13,10 @@ from jaxrl_reason import models
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data import fitted, load_tokenizer, Tokenizer
 from jaxrl_reason.models.formats.weights import read_json
+from jaxrl_reason.runs import checkpoints
 from jaxrl_reason.runs.files import write_json, writing
 
+_log = logging.getLogger(__name__)
 # Fields that a resumed run may change: its length, its evaluation, its files, its devices, its limits.
 MAY_CHANGE = (
     *("steps", "mesh", "checkpoint", "eval", "log"),
@@ -25,23 +28,15 @@ MAY_CHANGE = (
 class Savable(Protocol):
     """A tokenizer, of text or of numbers."""
 
-    def save(self, directory: pathlib.Path) -> None:
-        """Writes its files."""
+    def save(self, directory: pathlib.Path) -> None: ...
 
 
 class Workdir:
     """A work directory, which only the configuration and data that began it may continue, up to `MAY_CHANGE`.
 
-    The constructor reads only. `begin` writes, after everything else has accepted the run.
-
-    Args:
-      path: the directory; `begin` makes it if needed.
-      config: the configuration to run.
-      fingerprint: of the training data.
-
-    Raises:
-      ConfigError: the directory belongs to another configuration or other data, and the message names every difference; or another
-        file has the tokenizer's name.
+    The constructor reads only. `begin` writes, after everything else has accepted the run, and makes the directory if
+    needed. The fingerprint is that of the training data. Raises ConfigError, which names every difference, for a
+    directory of another configuration or other data, and for another file with the tokenizer's name.
     """
 
     def __init__(self, path: str | os.PathLike, config: Config, fingerprint: str):
@@ -60,7 +55,8 @@ class Workdir:
             old = json.loads(self._file.read_text())
         except ValueError as e:
             raise ConfigError(f"{self._file} is not valid JSON ({e}); restore it, or choose another --workdir.") from e
-        changes = [c for c in _differences(old, self._identity) if not _may_change(c[0])]
+        free = tuple(f"config.{field}." for field in MAY_CHANGE)
+        changes = [c for c in _differences(old, self._identity) if not f"{c[0]}.".startswith(free)]
         if changes:
             listed = "; ".join(f"{name} was {a!r} and is {b!r}" for name, a, b in changes)
             raise ConfigError(
@@ -74,12 +70,8 @@ class Workdir:
     def begin(self, tokenizer: Savable, pretrained: models.Opened | None = None) -> None:
         """Writes the configuration and, if there is none, the tokenizer; each is complete or absent.
 
-        Args:
-          tokenizer: of the run.
-          pretrained: the model that the run begins with; its config.json is written next to the tokenizer.
-
-        Raises:
-          OSError: a file cannot be written.
+        The config.json of a pretrained model is written next to the tokenizer. Raises OSError for a file that cannot be
+        written.
         """
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -89,13 +81,7 @@ class Workdir:
                 self._write_tokenizer(tokenizer, pretrained)
 
     def check_shared(self) -> None:
-        """Checks that this process sees the directory in which the first process has called `begin`.
-
-        Every process writes its part of a checkpoint there.
-
-        Raises:
-          ConfigError: this process does not see it.
-        """
+        """Raises ConfigError when this process, which saves checkpoints too, does not see the first one's directory."""
         if not self._file.exists():
             raise ConfigError(
                 f"{self.path} is not the directory of that name in which the first process has begun the run: all processes must see "
@@ -123,11 +109,7 @@ class Workdir:
 
 
 def tokenizer_of(path: pathlib.Path) -> Tokenizer:
-    """Returns the tokenizer that the run in a work directory began with.
-
-    Raises:
-      FileNotFoundError, ValueError: as `data.load_tokenizer`.
-    """
+    """Returns the tokenizer that the run in a work directory began with, or raises as `data.load_tokenizer` does."""
     source, tokenizer = model_source(path), load_tokenizer(path / "tokenizer")
     return tokenizer if source is None else fitted(tokenizer, models.read_config(source).vocab_size)
 
@@ -138,10 +120,6 @@ def model_source(path: pathlib.Path) -> dict[str, Any] | None:
     return read_json(file) if file.is_file() else None
 
 
-def _may_change(name: str) -> bool:
-    return any(f"{name}.".startswith(f"config.{field}.") for field in MAY_CHANGE)
-
-
 def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Yields (field, old value, new value) for every leaf that differs."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -149,3 +127,66 @@ def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any,
             yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
     elif old != new:
         yield name, old, new
+
+
+def load_config(workdir: pathlib.Path, fields: Mapping[str, str]) -> Config:
+    """Returns the configuration that the run in `workdir` began with, checked, with other values for some fields.
+
+    `fields` maps the name of a field to the text of its new value. Raises ConfigError without a run in this directory,
+    and for a configuration that cannot run.
+    """
+    file = workdir / "config.json"
+    if not file.is_file():
+        missing = "it holds no config.json" if workdir.is_dir() else "there is no such directory"
+        raise ConfigError(f"{workdir} is not the work directory of a run: {missing}.")
+    try:
+        config = config_lib.from_dict(json.loads(file.read_bytes())["config"])
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, KeyError) as e:
+        raise ConfigError(f"{file} is damaged ({type(e).__name__}: {e}); restore it.") from e
+    for name, text in fields.items():
+        config_lib.override(config, name, text)
+    if "data.eval" in fields and "data.eval_split" not in fields:
+        config.data.eval_split = "all" if config.data.eval.endswith((".jsonl", ".parquet", ".csv")) else "test"
+    if config.eval.temperature == 0 and "eval.samples" not in fields:
+        config.eval.samples = 1  # greedy completions are all alike
+    config_lib.validate(config)
+    return config
+
+
+def checkpoint_numbers(workdir: pathlib.Path) -> list[int]:
+    """Returns the numbers of the complete checkpoints of a run, newest first."""
+    return numbers_in(workdir / "checkpoints")
+
+
+def numbers_in(directory: pathlib.Path) -> list[int]:
+    """Returns the file names in a directory that are numbers, largest first; none if the directory does not exist."""
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    return sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True)
+
+
+def load_weights(
+    workdir: pathlib.Path, number: int | None, like: models.Params, model: models.ModelConfig
+) -> tuple[int, models.Params]:
+    """Reads the policy's weights from a checkpoint, without the optimizer's state; changes nothing in the directory.
+
+    `like` holds ShapeDtypeStructs of the weights of the decoder `model`, with shardings. No number chooses the newest
+    checkpoint that can be read. Returns its number, and the weights. Raises ConfigError for a checkpoint that is
+    missing, cannot be read, or has other shapes.
+    """
+    numbers = checkpoint_numbers(workdir)
+    if not numbers:
+        raise ConfigError(f"The run in {workdir} has no checkpoint yet; train it first.")
+    if number is not None and number not in numbers:
+        raise ConfigError(f"The run in {workdir} has no checkpoint {number}; it has {', '.join(map(str, numbers))}.")
+    directory = workdir / "checkpoints"
+    trained, frozen = models.lora.split(model, like)
+    wanted = {"trained": trained} | ({"frozen": frozen} if frozen else {})
+    found, parts, faults = checkpoints.read_newest(directory, numbers if number is None else [number], wanted)
+    messages = [f"Checkpoint {directory / str(bad)} cannot be read: {fault}" for bad, fault in faults.items()]
+    if found is None:
+        raise ConfigError(messages[0])
+    for message in messages:
+        _log.warning("%s", message)
+    return found, models.lora.join(parts["trained"], parts.get("frozen", {}))

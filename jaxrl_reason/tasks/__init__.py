@@ -13,14 +13,3 @@ reporting.py     tables on the screen, pictures, and the files of an evaluation
 from jaxrl_reason.tasks.opening import open_for_evaluation, open_task
 from jaxrl_reason.tasks.reporting import BASELINES, headlines
 from jaxrl_reason.tasks.task import build_programs, Judged, Task, TrainingTask
-
-__all__ = [
-    "BASELINES",
-    "Judged",
-    "Task",
-    "TrainingTask",
-    "build_programs",
-    "headlines",
-    "open_for_evaluation",
-    "open_task",
-]

@@ -22,46 +22,27 @@ AnswersOf = Callable[[list[list[str]], Sequence[Mapping[str, Any]]], Answers]
 
 
 class Evaluated(NamedTuple):
-    """N held-out prompts with K completions each, on the host.
+    """N held-out prompts with K completions each, on the host."""
 
-    Attributes:
-      rows: the N rows of the data.
-      positions: int[N], positions of the rows in the data.
-      correct: bool[N, K], the verdicts; a completion with a missing reward is incorrect.
-      lengths: int[N, K] in tokens, end token included.
-      truncated: bool[N, K], no end token within the budget.
-      logprobs: f32[N, K], of whole completions under the distribution that sampled them.
-      rewards: name -> f32[N, K], NaN if missing.
-      total: f32[N, K], their weighted sum; NaN if all are missing.
-      texts: N lists of K completions; None if nothing was decoded.
-      answers: N lists of K final answers, None for a completion without one; None if nothing was decoded.
-      self_rewards: f32[N, K] of LaSeR, NaN if truncated; None if the policy has no self-rewards.
-      values: f32[N], human values of the problems, or None.
-    """
-
-    rows: list[dict[str, Any]]
-    positions: np.ndarray
-    correct: np.ndarray
-    lengths: np.ndarray
-    truncated: np.ndarray
-    logprobs: np.ndarray
-    rewards: dict[str, np.ndarray]
-    total: np.ndarray
-    texts: list[list[str]] | None
-    answers: Answers | None
-    self_rewards: np.ndarray | None = None
-    values: np.ndarray | None = None
+    rows: list[dict[str, Any]]  # the N rows of the data
+    positions: np.ndarray  # int[N], positions of the rows in the data
+    correct: np.ndarray  # bool[N, K], the verdicts; a completion with a missing reward is incorrect
+    lengths: np.ndarray  # int[N, K] in tokens, end token included
+    truncated: np.ndarray  # bool[N, K], no end token within the budget
+    logprobs: np.ndarray  # f32[N, K], of whole completions under the distribution that sampled them
+    rewards: dict[str, np.ndarray]  # name -> f32[N, K], NaN if missing
+    total: np.ndarray  # f32[N, K], their weighted sum; NaN if all are missing
+    texts: list[list[str]] | None  # N lists of K completions; None if nothing was decoded
+    answers: Answers | None  # their final answers, None for a completion without one; None if nothing was decoded
+    self_rewards: np.ndarray | None = None  # f32[N, K] of LaSeR, NaN if truncated; None if the policy has none
+    values: np.ndarray | None = None  # f32[N], human values of the problems, or None
 
 
 def batch_size(config: Config, mesh: jax.sharding.Mesh, rows: int) -> int:
-    """Returns the number of held-out prompts per batch in the evaluate command.
+    """Returns the number of held-out prompts per batch in the evaluate command, for data with so many `rows`.
 
-    A batch has about as many completions as a batch of training, which is known to fit into memory.
-
-    Args:
-      config: of the run.
-      mesh: the devices; they share a batch evenly, for scoring and for sampling.
-      rows: number of held-out rows.
+    A batch has about as many completions as a batch of training, which is known to fit into memory. The devices of the
+    mesh share it evenly, for scoring and for sampling.
     """
     decoding = sharding.rollout_mesh(mesh, config.mesh.rollout_tensor or mesh.shape["tensor"])
     ways = math.lcm(sharding.num_shards(mesh), sharding.num_shards(decoding))
@@ -91,13 +72,13 @@ def sample_and_judge(
     """Samples completions of held-out prompts and judges them.
 
     Args:
-      generate: samples K completions per prompt of a batch. Its keys are the same in every evaluation, so that two policies are
-        compared on the same noise.
+      generate: samples K completions per prompt of a batch. Its keys are the same in every evaluation, so that two
+        policies are compared on the same noise.
       batches: from `data.eval_prompts`; rows of weight 0 are left out.
       scorer: computes rewards.
       tokenizer: decodes completions, on the first process only; None: there are no texts and no answers.
-      answers_of: (completions [P][K], rows) -> final answers, equal and hashed alike if two are the same, or None; by default
-        `final_answer` of each completion.
+      answers_of: (completions [P][K], rows) -> final answers, equal and hashed alike if two are the same, or None; by
+        default `final_answer` of each completion.
       verdict: the reward whose value > 0.5 means correct; empty: the scorer's verdict.
       self_reward: computes LaSeR's self-rewards f32[P, K] of a rollout, or None.
       values: human values of all rows of the data, from `data.values.held_out_values`, or None.
@@ -142,14 +123,10 @@ def sample_and_judge(
 def summary_metrics(found: Evaluated, temperature: float) -> dict[str, float]:
     """Returns the metrics of a run in progress.
 
-    Args:
-      found: from `sample_and_judge`.
-      temperature: of sampling.
-
-    Returns:
-      `eval/accuracy` (mean over all completions), `eval/pass@K`, `eval/mean_length` (tokens, end token included),
-      `eval/clipped_ratio` (share without an end token), `eval/prompts`, `eval/maj@K` if completions are decoded (share of prompts
-      whose most frequent answer is correct), `eval/entropy` as in `all_metrics`, and the metrics of `method_metrics`.
+    They are `eval/accuracy` (mean over all completions), `eval/pass@K`, `eval/mean_length` (tokens, end token
+    included), `eval/clipped_ratio` (share without an end token), `eval/prompts`, `eval/maj@K` if completions are
+    decoded (share of prompts whose most frequent answer is correct), `eval/entropy` as in `all_metrics`, and the
+    metrics of `method_metrics`.
     """
     prompts, samples = found.correct.shape
     majority = {}
@@ -169,14 +146,10 @@ def summary_metrics(found: Evaluated, temperature: float) -> dict[str, float]:
 def method_metrics(found: Evaluated) -> dict[str, float]:
     """Returns the metrics that the methods improve, as far as the data and the rollout allow.
 
-    Args:
-      found: from `sample_and_judge`.
-
-    Returns:
-      With human values (RLEV, arXiv 2510.20187): `h_accuracy`, `value_density`, accuracy on the fifth of the prompts of highest and
-      of lowest value, and the mean length in each fifth, 1 being the lowest. With decoded completions (ProGRPO, arXiv 2602.05281):
-      the number of distinct correct answers and of distinct correct completions per prompt. With self-rewards:
-      `self_reward_metrics`.
+    With human values (RLEV, arXiv 2510.20187): `h_accuracy`, `value_density`, accuracy on the fifth of the prompts of
+    highest and of lowest value, and the mean length in each fifth, 1 being the lowest. With decoded completions
+    (ProGRPO, arXiv 2602.05281): the number of distinct correct answers and of distinct correct completions per prompt.
+    With self-rewards: `self_reward_metrics`.
     """
     out = self_reward_metrics(found)
     if found.values is not None:
@@ -199,15 +172,12 @@ def method_metrics(found: Evaluated) -> dict[str, float]:
 
 
 def self_reward_metrics(found: Evaluated) -> dict[str, float]:
-    """Returns the metrics of LaSeR's self-rewards (arXiv 2510.14943): how well they tell correct from incorrect completions.
+    """Returns how well LaSeR's self-rewards (arXiv 2510.14943) tell correct from incorrect completions.
 
-    Args:
-      found: from `sample_and_judge`.
-
-    Returns:
-      `self_reward_f1` (harmonic mean of the accuracies on correct and on incorrect completions), `self_reward_calibration_error`,
-      `best_of_K_accuracy` (of the completion of highest self-reward) and, with answers, `weighted_vote`, comparable with `maj@K`.
-      A truncated completion has no self-reward: it is never chosen, and its vote has weight 0. {} without self-rewards.
+    They are `self_reward_f1` (harmonic mean of the accuracies on correct and on incorrect completions),
+    `self_reward_calibration_error`, `best_of_K_accuracy` (of the completion of highest self-reward) and, with answers,
+    `weighted_vote`, comparable with `maj@K`. A truncated completion has no self-reward: it is never chosen, and its
+    vote has weight 0. {} without self-rewards.
     """
     if found.self_rewards is None:
         return {}
@@ -229,21 +199,13 @@ def self_reward_metrics(found: Evaluated) -> dict[str, float]:
 
 
 def all_metrics(found: Evaluated, temperature: float) -> dict[str, float]:
-    """Returns every metric of decoded completions; NaN if there is nothing to average.
+    """Returns every metric, NaN if there is nothing to average. Raises ValueError for completions that are not decoded.
 
-    Args:
-      found: from `sample_and_judge`, with a tokenizer.
-      temperature: of sampling.
-
-    Returns:
-      `accuracy` (equal to `avg@K`) with its 95 % interval over prompts, `accuracy_low` and `accuracy_high`; for k = 1, 2, 4, ..., K
-      the unbiased `pass@k` and, over the first k samples, `maj@k`, the share of prompts whose most frequent final answer is
-      correct; rewards; lengths of all, correct and incorrect completions; `clipped_ratio`; `answered_ratio`, the share of
-      completions with a final answer; `entropy` in nats per token, estimated from the sampled tokens (not at temperature 0);
-      `prompts`; and the metrics of `method_metrics`.
-
-    Raises:
-      ValueError: nothing was decoded.
+    They are `accuracy` (equal to `avg@K`) with its 95 % interval over prompts, `accuracy_low` and `accuracy_high`; for
+    k = 1, 2, 4, ..., K the unbiased `pass@k` and, over the first k samples, `maj@k`, the share of prompts whose most
+    frequent final answer is correct; rewards; lengths of all, correct and incorrect completions; `clipped_ratio`;
+    `answered_ratio`, the share of completions with a final answer; `entropy` in nats per token, estimated from the
+    sampled tokens (not at temperature 0); `prompts`; and `method_metrics`.
     """
     if found.answers is None:
         raise ValueError("These completions are not decoded, so they have no answers to count.")

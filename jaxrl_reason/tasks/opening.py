@@ -34,17 +34,10 @@ def open_task(config: Config, method: Method, mesh: jax.sharding.Mesh, workdir: 
 
 
 def open_for_evaluation(config: Config, method: Method, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> Task:
-    """Opens the task of a trained run with its held-out data only.
+    """Opens the task of a trained run with its held-out data only. Arguments and errors: see `open_task`.
 
     Text problems read no training row. Tables read the training rows again, because targets are scaled by them.
-
-    Args:
-      config, method: of the run.
-      mesh: the devices that share the prompts of a batch.
-      workdir: the work directory, which holds the tokenizer.
-
-    Raises:
-      ConfigError, RewardError, ValueError, OSError: the data cannot be judged; the message names the cause and its place.
+    The work directory holds the tokenizer.
     """
     if config.regression.tokenizer:
         return numbers.open_for_evaluation(config, mesh, workdir)

@@ -17,9 +17,7 @@ from jaxrl_reason.runs.workdir import model_source
 def find(config: Config, workdir: pathlib.Path) -> tuple[Mapping[str, Any] | None, models.Opened | None]:
     """Returns the config.json of the pretrained model, and the opened model if the run is new.
 
-    Args:
-      config: of the run.
-      workdir: the work directory. If it records the model's config.json, the model is not opened.
+    If the work directory records the config.json, the model is not opened.
     """
     source = model_source(workdir)
     if not config.model.path or source is not None:
@@ -38,11 +36,9 @@ def tokenizer_of(config: Config, opened: models.Opened) -> data.Tokenizer:
 
 
 def base_shape(model: models.ModelConfig, vocab_size: int | None = None) -> models.ModelConfig:
-    """Returns the decoder that config.model.path holds: without adapters, and with its own vocabulary.
+    """Returns the decoder that config.model.path holds, without the adapters of the run's decoder `model`.
 
-    Args:
-      model: the decoder of the run.
-      vocab_size: ids of the pretrained model, if the run adds tokens before them.
+    For a run that adds tokens before the model's own, `vocab_size` is the number of ids of the pretrained model.
     """
     base = models.lora.base_of(model)
     return base if vocab_size is None else dataclasses.replace(base, vocab_size=vocab_size)
@@ -59,11 +55,9 @@ def load_weights(
     """Loads the weights of config.model.path onto the mesh, and adds fresh adapters if the run trains adapters.
 
     Args:
-      config: of the run.
-      opened: the model. None: it is opened again, at the commit that `source` records.
-      source: the model's config.json.
-      model: the decoder of the run.
-      mesh: the devices.
+      config, model, mesh: of the run.
+      opened: the pretrained model. None: it is opened again, at the commit that `source` records.
+      source: its config.json.
       vocab_size: see `base_shape`.
     """
     opened = opened or models.open_model(models.pinned(config.model.path, source or {}))
@@ -79,7 +73,7 @@ def load_weights(
 
 
 def _add_tokens(params: models.Params, model: models.ModelConfig, mesh: jax.sharding.Mesh, count: int) -> None:
-    """Adds `count` tokens before the model's own, in place. Each begins as the mean embedding, and the mean output head."""
+    """Adds `count` tokens before the model's own, in place, with the mean embedding and the mean output head."""
     placed = models.param_shardings(models.lora.base_of(model), mesh)
     for name, axis in ({"embedding": 0} | ({} if model.tied_embedding else {"head": 1})).items():
         mean = params[name].astype("float32").mean(axis=axis, keepdims=True).astype(params[name].dtype)

@@ -1,6 +1,7 @@
 """The results of an evaluation for people: tables on the screen, pictures, and lines of files."""
 
 from collections.abc import Iterator, Mapping
+import contextlib
 import json
 import math
 import pathlib
@@ -8,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 import numpy as np
-import rich.table
+from rich.table import Column, Table
 
 from jaxrl_reason import data
 from jaxrl_reason.data.tables import TargetScaler
@@ -35,17 +36,10 @@ def headlines(method: Method) -> tuple[str, ...]:
 def write_results(
     directory: pathlib.Path, judged: Judged, metrics: Mapping[str, float], record: Mapping[str, Any], title: str
 ) -> list[str]:
-    """Writes the files of an evaluation.
+    """Writes an evaluation's lines, its picture and, as evaluation.json, `record`. Returns the names of the files.
 
-    Args:
-      directory: an existing directory for the files.
-      judged: gives lines and picture.
-      metrics: all metrics of `judged`.
-      record: the content of evaluation.json. It is written last: if it is there, the other files belong to the same evaluation.
-      title: of the picture.
-
-    Returns:
-      The names of the files.
+    evaluation.json is written last: if it is there, the other files belong to the same evaluation. `title` is that of
+    the picture.
     """
     lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in judged.lines())
     write_text(directory / judged.file, "".join(lines))
@@ -57,12 +51,7 @@ def write_results(
 def completion_lines(
     found: evaluation.Evaluated, template: data.PromptTemplate | data.ChatTemplate
 ) -> Iterator[dict[str, Any]]:
-    """Yields the lines of completions.jsonl, one per completion.
-
-    Args:
-      found: decoded completions.
-      template: renders the prompts.
-    """
+    """Yields the lines of completions.jsonl, one per decoded completion; `template` renders the prompts."""
     if found.answers is None or found.texts is None:
         raise ValueError("These completions are not decoded, so they cannot be written.")
     for n, k in np.ndindex(*found.correct.shape):
@@ -90,8 +79,7 @@ def prediction_lines(
     """Yields the lines of predictions.jsonl, one per row of the table.
 
     Args:
-      samples: f32[N, K], predictions as z-scores.
-      z: f32[N], targets as z-scores.
+      samples, z: f32[N, K] and f32[N], predictions and targets as z-scores.
       targets: float64[M], M >= N, targets in their own unit.
       scale: converts z-scores to the unit of the targets.
     """
@@ -106,12 +94,10 @@ def prediction_lines(
         }
 
 
-def metric_tables(metrics: Mapping[str, float], title: str) -> list[rich.table.Table]:
-    """Returns the tables for the screen: one row per metric, and pass@k next to maj@k. Shares are in percent, NaN is a dash."""
-    main = rich.table.Table("", title=title)
-    for heading in ("", "95 % interval"):
-        main.add_column(heading, justify="right")
-    curve = rich.table.Table("k", "pass@k", "maj@k")
+def metric_tables(metrics: Mapping[str, float], title: str) -> list[Table]:
+    """Returns tables for the screen: metrics, and pass@k next to maj@k. Shares are in percent, NaN is a dash."""
+    main = Table("", Column(justify="right"), Column("95 % interval", justify="right"), title=title)
+    curve = Table("k", "pass@k", "maj@k")
     for name, value in metrics.items():
         kind, _, k = name.partition("@")
         if kind == "pass":
@@ -135,59 +121,43 @@ def _cell(name: str, value: float) -> str:
 
 
 def plot_completions(found: evaluation.Evaluated, metrics: Mapping[str, float], path: pathlib.Path, title: str) -> None:
-    """Draws pass@k and maj@k over k, and the number of prompts by their accuracy.
-
-    Args:
-      found: judged completions.
-      metrics: from `evaluation.all_metrics`.
-      path: of the PNG.
-      title: of the picture.
-    """
+    """Draws pass@k and maj@k over k, from `evaluation.all_metrics`, and the number of prompts by their accuracy."""
     samples = found.correct.shape[1]
-    figure = Figure(figsize=(10, 4), layout="constrained")  # not pyplot, which needs global state and a display
-    figure.suptitle(title)
-    curves, histogram = figure.subplots(1, 2)
     ks = evaluation.powers(samples)
-    for kind in ("pass", "maj"):
-        curves.plot(ks, [100 * metrics[f"{kind}@{k}"] for k in ks], "o-", label=f"{kind}@k")
-    low, high = (100 * metrics[f"accuracy_{end}"] for end in ("low", "high"))
-    curves.axhspan(low, high, alpha=0.2, color="tab:gray", label="accuracy, 95 % interval")
-    curves.set_xscale("log", base=2)
-    curves.set_xticks(ks, [str(k) for k in ks])
-    curves.set_xlabel("k, completions per prompt")
-    curves.set_ylabel("%")
-    curves.legend(loc="best")
-    counts = np.bincount(found.correct.sum(axis=1), minlength=samples + 1)
-    histogram.bar(100 * np.arange(samples + 1) / samples, counts, width=80 / (samples + 1))
-    histogram.set_xlabel(f"accuracy of a prompt over {samples} completions (%)")
-    histogram.set_ylabel("prompts")
-    for axis in (curves, histogram):
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120, format="png")
+    with _two_plots(path, title) as (curves, histogram):
+        for kind in ("pass", "maj"):
+            curves.plot(ks, [100 * metrics[f"{kind}@{k}"] for k in ks], "o-", label=f"{kind}@k")
+        low, high = (100 * metrics[f"accuracy_{end}"] for end in ("low", "high"))
+        curves.axhspan(low, high, alpha=0.2, color="tab:gray", label="accuracy, 95 % interval")
+        curves.set_xscale("log", base=2)
+        curves.set_xticks(ks, [str(k) for k in ks])
+        curves.set(xlabel="k, completions per prompt", ylabel="%")
+        curves.legend(loc="best")
+        counts = np.bincount(found.correct.sum(axis=1), minlength=samples + 1)
+        histogram.bar(100 * np.arange(samples + 1) / samples, counts, width=80 / (samples + 1))
+        histogram.set(xlabel=f"accuracy of a prompt over {samples} completions (%)", ylabel="prompts")
 
 
 def plot_predictions(samples: np.ndarray, targets: np.ndarray, path: pathlib.Path, title: str) -> None:
-    """Draws the mean of the samples over the target, with a bar of one standard deviation, and a histogram of the errors.
-
-    Args:
-      samples: f32[N, K], in z-scores.
-      targets: f32[N], in z-scores.
-      path: of the PNG.
-      title: of the picture.
-    """
+    """Draws mean and standard deviation of z-scores [N, K] over the targets [N], and a histogram of the errors."""
     samples = samples.astype(np.float64)  # squares of numbers of the wide alphabets overflow float32
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    figure.suptitle(title)
-    scatter, histogram = figure.subplots(1, 2)
     mean = samples.mean(axis=1)
-    scatter.errorbar(targets, mean, yerr=samples.std(axis=1), fmt="o", ms=2, lw=0.5, alpha=0.5)
-    scatter.axline((0, 0), slope=1, color="tab:gray", lw=1)
-    scatter.set_xlabel("target (z-score)")
-    scatter.set_ylabel(f"mean of {samples.shape[1]} samples (z-score)")
     errors = mean - targets
-    histogram.hist(errors[np.isfinite(errors)], bins=40)
-    histogram.set_xlabel("error of the mean (z-score)")
-    histogram.set_ylabel("rows")
-    for axis in (scatter, histogram):
+    with _two_plots(path, title) as (scatter, histogram):
+        scatter.errorbar(targets, mean, yerr=samples.std(axis=1), fmt="o", ms=2, lw=0.5, alpha=0.5)
+        scatter.axline((0, 0), slope=1, color="tab:gray", lw=1)
+        scatter.set(xlabel="target (z-score)", ylabel=f"mean of {samples.shape[1]} samples (z-score)")
+        histogram.hist(errors[np.isfinite(errors)], bins=40)
+        histogram.set(xlabel="error of the mean (z-score)", ylabel="rows")
+
+
+@contextlib.contextmanager
+def _two_plots(path: pathlib.Path, title: str) -> Iterator[Any]:
+    """Yields the axes of two plots side by side, and then writes the picture."""
+    figure = Figure(figsize=(10, 4), layout="constrained")  # not pyplot, which needs global state and a display
+    figure.suptitle(title)
+    axes = figure.subplots(1, 2)
+    yield axes
+    for axis in axes:
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120, format="png")

@@ -18,27 +18,20 @@ from jaxrl_reason.rl.types import Rollout, TrainState
 from jaxrl_reason.runs.files import write_json
 from jaxrl_reason.runs.workdir import Workdir
 
+Weights = Callable[[], models.Params]  # the policy's weights as rollouts read them
 BATCHES = 4  # prompt batches over whose completions the constant is averaged
 
 
 def probe_token(method: Method, tokenizer: data.Tokenizer) -> int | None:
-    """Returns the id of the token whose log-probability after the end token is the self-reward.
+    """Returns the id of the token whose log-probability after the end token is the self-reward; None without one.
 
-    Args:
-      method: of the run.
-      tokenizer: of the run; its padding token is the default.
-
-    Returns:
-      The id; None if the method has no self-reward.
-
-    Raises:
-      ConfigError: the configured text is not one token, or the padding token is an end token.
+    The padding token of the tokenizer is the default. Raises ConfigError for a configured text that is not one token,
+    and for a padding token that is an end token.
     """
     settings = method.loss.find("self_reward")
     if not settings:
         return None
-    text = settings.token
-    if text:
+    if text := settings.token:
         ids = tokenizer.encode(text)
         if len(ids) != 1:
             raise ConfigError(
@@ -55,14 +48,9 @@ def probe_token(method: Method, tokenizer: data.Tokenizer) -> int | None:
 
 
 def self_reward_of(method: Method, c_ref: float | jax.Array | None) -> Callable[[Rollout], np.ndarray] | None:
-    """Returns a function that computes self-rewards.
+    """Returns a function from a rollout to self-rewards f32[P, G], NaN for truncated completions.
 
-    Args:
-      method: of the run.
-      c_ref: LaSeR's constant, f32 scalar.
-
-    Returns:
-      Rollout -> f32[P, G], NaN for truncated completions; None if there is no constant or no self-reward.
+    Returns None without LaSeR's constant `c_ref`, and for a method without self-reward.
     """
     settings = method.loss.find("self_reward")
     if c_ref is None or not settings:
@@ -78,11 +66,7 @@ def self_reward_of(method: Method, c_ref: float | jax.Array | None) -> Callable[
 
 
 def read_constant(workdir: pathlib.Path) -> float | None:
-    """Returns LaSeR's constant c_ref of a run; None if the run has not measured it.
-
-    Raises:
-      ConfigError: the file self_reward.json of the run is damaged.
-    """
+    """Returns a run's LaSeR constant; None before it is measured. Raises ConfigError for a damaged self_reward.json."""
     file = workdir / "self_reward.json"
     try:
         return float(json.loads(file.read_bytes())["c_ref"]) if file.exists() else None
@@ -91,28 +75,12 @@ def read_constant(workdir: pathlib.Path) -> float | None:
 
 
 def constant(
-    method: Method,
-    programs: Programs,
-    prompts: Any,
-    work: Workdir,
-    state: TrainState,
-    weights: Callable[[], models.Params],
+    method: Method, programs: Programs, prompts: Any, work: Workdir, state: TrainState, weights: Weights
 ) -> jax.Array | None:
-    """Returns c_ref, measured at step 0 and kept in self_reward.json.
+    """Returns c_ref, f32 scalar, measured at step 0 and kept in self_reward.json; None without a self-reward.
 
     Evaluation uses it even if training scores every completion under the reference policy (reference "exact").
-
-    Args:
-      method, programs, work: of the run.
-      prompts: batches of training prompts by number.
-      state: of the policy that RL begins with, or of a later step.
-      weights: () -> the policy's weights as rollouts read them.
-
-    Returns:
-      f32 scalar; None if the method has no self-reward.
-
-    Raises:
-      ConfigError: no completion ended.
+    `prompts` gives batches of training prompts by number. Raises ConfigError when no completion ended.
     """
     if not method.loss.find("self_reward"):
         return None

@@ -24,63 +24,37 @@ SelfRewardConstant = float | jax.Array | None
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """Judged samples of held-out prompts.
+    """Judged samples of held-out prompts."""
 
-    Attributes:
-      summary: () -> the metrics of a run in progress; their names begin with eval/.
-      metrics: () -> all metrics, NaN if there is nothing to average.
-      file: name of the file that holds `lines`.
-      lines: () -> JSON objects, one per sample or per row.
-      draw: (metrics, path, title) -> None; writes the picture, a PNG.
-    """
-
-    summary: Callable[[], dict[str, float]]
-    metrics: Callable[[], dict[str, float]]
-    file: str
-    lines: Callable[[], Iterator[dict[str, Any]]]
-    draw: Callable[[Mapping[str, float], pathlib.Path, str], None]
+    summary: Callable[[], dict[str, float]]  # metrics of a run in progress; their names begin with eval/
+    metrics: Callable[[], dict[str, float]]  # all metrics, NaN if there is nothing to average
+    file: str  # name of the file that holds `lines`
+    lines: Callable[[], Iterator[dict[str, Any]]]  # JSON objects, one per sample or per row
+    draw: Callable[[Mapping[str, float], pathlib.Path, str], None]  # (metrics, path, title); writes a PNG
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Held-out data, and how a policy is judged on them.
+    """Held-out data, and how a policy is judged on them."""
 
-    Attributes:
-      tokenizer: maps ids to text, or to numbers.
-      model: shape of the decoder for this vocabulary.
-      source: name and fingerprint of the held-out data.
-      held_out: batches of held-out prompts, all of one size.
-      scorer: computes the rewards of a rollout.
-      verdict: the reward that judges held-out samples.
-      judge: samples and judges, see `evaluate`.
-      legal: bool[T, V], tokens allowed at each position; None: all.
-      expert: computes the targets of the expert term, see `experience.make_experience`; None without the term.
-      probe_token: id of LaSeR's probe token; None without self-rewards.
-    """
-
-    tokenizer: data.Tokenizer | Digits
-    model: models.ModelConfig
-    source: tuple[str, str]
-    held_out: list[PromptBatch]
-    scorer: RewardScorer | NumberScorer
-    verdict: str
-    judge: Callable[[Generate, Any, SelfRewardConstant], Judged]
-    legal: np.ndarray | None = None
-    expert: Callable | None = None
-    probe_token: int | None = None
+    tokenizer: data.Tokenizer | Digits  # maps ids to text, or to numbers
+    model: models.ModelConfig  # shape of the decoder for this vocabulary
+    source: tuple[str, str]  # name and fingerprint of the held-out data
+    held_out: list[PromptBatch]  # batches of held-out prompts, all of one size
+    scorer: RewardScorer | NumberScorer  # computes the rewards of a rollout
+    verdict: str  # the reward that judges held-out samples
+    judge: Callable[[Generate, Any, SelfRewardConstant], Judged]  # samples and judges, see `evaluate`
+    legal: np.ndarray | None = None  # bool[T, V], tokens allowed at each position; None: all
+    expert: Callable | None = None  # targets of the expert term, see `experience.make_experience`
+    probe_token: int | None = None  # id of LaSeR's probe token; None without self-rewards
 
     def evaluate(
         self, generate: Generate, scorer: RewardScorer | NumberScorer, c_ref: SelfRewardConstant = None
     ) -> dict[str, float]:
-        """Evaluates a run in progress.
+        """Evaluates a run in progress and returns metrics named eval/...
 
-        Args:
-          generate: samples completions for a batch; its keys are the same in every evaluation.
-          scorer: the task's scorer, with a reward model if the run has one.
-          c_ref: LaSeR's constant, f32 scalar, or None.
-
-        Returns:
-          Metrics named eval/...
+        The keys of `generate` are the same in every evaluation; `scorer` is the task's, with a reward model if the run
+        has one; `c_ref` is LaSeR's constant, f32 scalar, or None.
         """
         return self.judge(generate, scorer, c_ref).summary()
 
@@ -93,37 +67,21 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingTask(Task):
-    """A task with its training data and its work directory.
-
-    Attributes:
-      work: the work directory, checked but not yet written to.
-      prompts: `batch(i)` returns the i-th PromptBatch for RL.
-      solutions: `batch(i)` returns the i-th SolutionBatch of the supervised phase; None without that phase.
-      baselines: () -> metrics of other approaches on the same data, measured once per run.
-      pretrained: the model that a new run begins with; None if there is none or the work directory records it already.
-      load_weights: () -> the pretrained weights, on the mesh; None if the run begins with random weights.
-    """
+    """A task with its training data and its work directory."""
 
     _: dataclasses.KW_ONLY
-    work: Workdir
-    prompts: data.PromptStream | Stream[PromptBatch]
-    solutions: data.SolutionStream | Stream[SolutionBatch] | None
+    work: Workdir  # checked but not yet written to
+    prompts: data.PromptStream | Stream[PromptBatch]  # `batch(i)` returns the i-th batch for RL
+    solutions: data.SolutionStream | Stream[SolutionBatch] | None  # of the supervised phase; None without it
+    # Metrics of other approaches on the same data, measured once per run.
     baselines: Callable[[], dict[str, float]] = dict
+    # The model that a new run begins with; None if there is none or the work directory records it already.
     pretrained: models.Opened | None = None
-    load_weights: Callable[[], models.Params] | None = None
+    load_weights: Callable[[], models.Params] | None = None  # the pretrained weights, on the mesh; None: random weights
 
 
 def build_programs(config: Config, method: Method, task: Task, mesh: jax.sharding.Mesh) -> programs.Programs:
-    """Builds the programs of a task; nothing is compiled before it is called.
-
-    Args:
-      config, method: what to run.
-      task: the vocabulary, the decoder and the rewards.
-      mesh: the devices.
-
-    Raises:
-      ConfigError: the mesh does not divide the prompts per step or the model.
-    """
+    """Builds a task's programs; compiles nothing. Raises ConfigError when the mesh does not divide prompts or model."""
     return programs.build(
         config,
         method,

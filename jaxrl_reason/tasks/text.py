@@ -45,14 +45,9 @@ def open_for_training(
     scorer.check_references(train_rows)
     if c.eval.every:
         scorer.check_references(eval_rows, c.eval.prompts)
-    load = functools.partial(pretrained.load_weights, c, opened, source, model, mesh)
+    load = functools.partial(pretrained.load_weights, c, opened, source, model, mesh) if c.model.path else None
     return TrainingTask(
-        **vars(task),
-        work=work,
-        prompts=prompts,
-        solutions=solutions,
-        pretrained=opened,
-        load_weights=load if c.model.path else None,
+        **vars(task), work=work, prompts=prompts, solutions=solutions, pretrained=opened, load_weights=load
     )
 
 
@@ -81,14 +76,7 @@ def _task(
     batch_size: int,
     values: np.ndarray | None,
 ) -> Task:
-    """Returns the task that judges completions of held-out problems.
-
-    Args:
-      c, method, tokenizer, model, scorer: of the run.
-      rows: the held-out problems.
-      batch_size: held-out prompts per batch.
-      values: f32[N], human values of all `rows`, or None.
-    """
+    """Returns the task that judges completions of the held-out `rows`, whose human values f32[N] may be None."""
     template = config_lib.prompt_template(c, tokenizer)
     verdict = scorer.by_function.get(c.eval.verdict, scorer.verdict)
     batches = data.eval_prompts(
@@ -96,15 +84,9 @@ def _task(
     )
 
     def judge(generate: Generate, scorer: RewardScorer, c_ref: SelfRewardConstant) -> Judged:
+        answers, reward = scorer.answers_of(verdict), self_reward_of(method, c_ref)
         found = evaluation.sample_and_judge(
-            generate,
-            batches,
-            scorer,
-            tokenizer,
-            answers_of=scorer.answers_of(verdict),
-            verdict=verdict,
-            self_reward=self_reward_of(method, c_ref),
-            values=values,
+            generate, batches, scorer, tokenizer, answers_of=answers, verdict=verdict, self_reward=reward, values=values
         )
         return Judged(
             summary=functools.partial(evaluation.summary_metrics, found, c.eval.temperature),
@@ -114,16 +96,8 @@ def _task(
             draw=functools.partial(reporting.plot_completions, found),
         )
 
-    return Task(
-        tokenizer=tokenizer,
-        model=model,
-        source=(rows.name, rows.fingerprint),
-        held_out=batches,
-        scorer=scorer,
-        verdict=verdict,
-        judge=judge,
-        probe_token=probe_token(method, tokenizer),
-    )
+    source, probe = (rows.name, rows.fingerprint), probe_token(method, tokenizer)
+    return Task(tokenizer, model, source, batches, scorer, verdict, judge, probe_token=probe)
 
 
 def _scorer(c: Config, tokenizer: data.Tokenizer, mesh: jax.sharding.Mesh) -> RewardScorer:
@@ -166,50 +140,24 @@ def _make_tokenizer(c: Config, rows: data.Source, opened: models.Opened | None) 
 
 def _prompt_options(c: Config, tokenizer: data.Tokenizer) -> dict[str, Any]:
     """Returns how streams encode prompts."""
-    return dict(
-        max_prompt_length=c.max_prompt_length,
-        on_long=c.data.on_long_prompt,
-        add_bos=config_lib.begins_with_bos(c, tokenizer),
-    )
+    add_bos = config_lib.begins_with_bos(c, tokenizer)
+    return dict(max_prompt_length=c.max_prompt_length, on_long=c.data.on_long_prompt, add_bos=add_bos)
 
 
 def _streams(
-    c: Config,
-    mesh: jax.sharding.Mesh,
-    rows: data.Source,
-    tokenizer: data.Tokenizer,
-    columns: dict[str, np.ndarray],
+    c: Config, mesh: jax.sharding.Mesh, rows: data.Source, tokenizer: data.Tokenizer, columns: dict[str, np.ndarray]
 ) -> tuple[data.SolutionStream | None, data.PromptStream]:
     """Returns the training batches: worked solutions if the run has a supervised phase, and prompts for RL.
 
-    Args:
-      c: of the run.
-      mesh: the devices; a stream reads the rows of a batch that belong to this process.
-      rows: the training rows.
-      tokenizer: of the run.
-      columns: name -> [N, ...], arrays that prompts carry.
+    The prompts carry `columns`, name -> [N, ...]. A stream reads the rows of a batch that belong to this process.
     """
     template = config_lib.prompt_template(c, tokenizer)
-    by_prompt = sharding.batch_sharding(mesh)
     options = _prompt_options(c, tokenizer) | {"seed": c.seed}
+    batches = lambda size: (
+        options | dict(batch_size=size, local_rows=hosts.local_rows(sharding.batch_sharding(mesh), size))
+    )
     solutions = None
     if c.supervised.steps:
-        solutions = data.SolutionStream(
-            rows,
-            tokenizer,
-            template,
-            batch_size=c.supervised.batch_size,
-            max_completion_length=c.max_completion_length,
-            local_rows=hosts.local_rows(by_prompt, c.supervised.batch_size),
-            **options,
-        )
-    prompts = data.PromptStream(
-        rows,
-        tokenizer,
-        template,
-        batch_size=c.prompts_per_step,
-        columns=columns,
-        local_rows=hosts.local_rows(by_prompt, c.prompts_per_step),
-        **options,
-    )
-    return solutions, prompts
+        more = batches(c.supervised.batch_size) | {"max_completion_length": c.max_completion_length}
+        solutions = data.SolutionStream(rows, tokenizer, template, **more)
+    return solutions, data.PromptStream(rows, tokenizer, template, columns=columns, **batches(c.prompts_per_step))

@@ -18,11 +18,8 @@ from jaxrl_reason.models import sharding
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs.workdir import model_source, Workdir
 from jaxrl_reason.tasks import evaluation, pretrained, reporting
-from jaxrl_reason.tasks.regression.evaluation import predict, prediction_metrics
-from jaxrl_reason.tasks.regression.pointwise import pointwise_regressor
-from jaxrl_reason.tasks.regression.reward import NumberScorer
-from jaxrl_reason.tasks.regression.rows import eval_batches, Rows, Stream
-from jaxrl_reason.tasks.regression.tables import open_tables, Tables
+from jaxrl_reason.tasks.regression.evaluation import NumberScorer, pointwise_regressor, predict, prediction_metrics
+from jaxrl_reason.tasks.regression.tables import eval_batches, open_tables, Rows, Stream, Tables
 from jaxrl_reason.tasks.regression.vocabulary import Digits
 from jaxrl_reason.tasks.task import Generate, Judged, SelfRewardConstant, Task, TrainingTask
 
@@ -47,14 +44,15 @@ def open_for_training(
     stream = lambda make, size: Stream(
         len(train.targets), make, batch_size=size, seed=c.seed, local_rows=hosts.local_rows(by_prompt, size)
     )
+    solutions = (
+        stream(lambda chosen, _: train.solutions(chosen), c.supervised.batch_size) if c.supervised.steps else None
+    )
     load = functools.partial(pretrained.load_weights, c, opened, source, model, mesh, digits.text_size)
     return TrainingTask(
         **vars(_task(c, mesh, tables, held_out, model, c.prompts_per_step)) | {"expert": expert},
         work=Workdir(workdir, c, tables.fingerprint),
         prompts=stream(train.prompts, c.prompts_per_step),
-        solutions=stream(lambda chosen, _: train.solutions(chosen), c.supervised.batch_size)
-        if c.supervised.steps
-        else None,
+        solutions=solutions,
         baselines=functools.partial(_baselines, c, tables.held_out.best_r2, train, held_out),
         pretrained=opened,
         load_weights=load if source else None,
@@ -95,30 +93,16 @@ def _task(
             draw=lambda metrics, path, title: reporting.plot_predictions(samples, z, path, title),
         )
 
-    return Task(
-        tokenizer=digits,
-        model=model,
-        source=(c.data.eval or c.data.train, tables.fingerprint),
-        held_out=batches,
-        scorer=scorer,
-        verdict=scorer.verdict,
-        judge=judge,
-        legal=digits.legal,
-    )
+    source = c.data.eval or c.data.train, tables.fingerprint
+    return Task(digits, model, source, batches, scorer, scorer.verdict, judge, legal=digits.legal)
 
 
 def _model(c: Config, tables: Tables, source: Mapping[str, Any] | None) -> models.ModelConfig:
-    """Returns the decoder of a regression run.
-
-    Args:
-      c: of the run.
-      tables: if rows enter as features, the decoder gets an encoder for them.
-      source: config.json of a pretrained model, whose vocabulary follows the tokens of numbers; None without one.
-    """
-    digits, r = tables.digits, c.regression
-    model = config_lib.model_config(c, 1 if source else digits.vocab_size, source)
+    """Returns the decoder of a regression run. The vocabulary of a pretrained model follows the tokens of numbers."""
+    size, r = tables.digits.vocab_size, c.regression
+    model = config_lib.model_config(c, 1 if source else size, source)
     if source:
-        return dataclasses.replace(model, vocab_size=digits.vocab_size)
+        return dataclasses.replace(model, vocab_size=size)
     if not tables.features:
         return model
     return dataclasses.replace(

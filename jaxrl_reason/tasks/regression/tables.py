@@ -1,37 +1,95 @@
-"""The tables of a regression run, with the scales that its training table sets."""
+"""The tables of a regression run: encoded rows, with the scales that the training table sets, and batches of them."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from jaxrl_reason.config import Config, ConfigError
-from jaxrl_reason.data import load_tokenizer, numbers, streams, Tokenizer, train_tokenizer
+from jaxrl_reason.data import load_tokenizer, numbers, PromptBatch, SolutionBatch, streams, Tokenizer, train_tokenizer
 from jaxrl_reason.data.tables import FeatureScaler, fit_features, load_table, Table, TargetScaler
 from jaxrl_reason.methods import nearest
-from jaxrl_reason.tasks.regression.rows import Rows
 from jaxrl_reason.tasks.regression.vocabulary import Digits
+
+Batch = TypeVar("Batch")
+Make = Callable[[np.ndarray, np.ndarray], Batch]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A table, encoded."""
+
+    padded: streams.Padded  # the N prompts
+    features: np.ndarray | None  # f32[N, F] for the policy; None if rows enter as text
+    numeric: np.ndarray  # f32[N, F], the features for the pointwise regressor, also if rows enter as text
+    digits: np.ndarray  # int32[N, L], encoded targets
+    z: np.ndarray  # f32[N], targets as z-scores
+    targets: np.ndarray  # float64[N]
+    values: np.ndarray | None = None  # f32[N], human values of the rows, or None
+
+    def prompts(self, chosen: np.ndarray, prompt_ids: np.ndarray, weight: np.ndarray | None = None) -> PromptBatch:
+        """Returns the prompts at positions int[P], with ids int32[P] and weight f32[P]; see `PromptBatch`."""
+        columns = {"digits": self.digits[chosen], "z": self.z[chosen]}
+        if self.values is not None:
+            columns["values"] = self.values[chosen]
+        weight = np.ones(len(chosen), np.float32) if weight is None else weight
+        rows = [{"row": int(i), "target": float(self.targets[i])} for i in chosen]
+        features = None if self.features is None else self.features[chosen]
+        return PromptBatch(*self.padded.take(chosen), prompt_ids, weight, rows, features=features, columns=columns)
+
+    def solutions(self, chosen: np.ndarray) -> SolutionBatch:
+        """Returns a batch of prompts with their digits; `chosen` int[B] are positions in the table."""
+        digits = self.digits[chosen]
+        features = None if self.features is None else self.features[chosen]
+        return SolutionBatch(*self.padded.take(chosen), digits, np.ones(digits.shape, bool), features)
+
+
+class Stream(Generic[Batch]):
+    """Rows of a table as endless shuffled batches; `batch(i)` is a pure function of i, as in `data.PromptStream`.
+
+    `make` makes a batch from positions in the table int[P] and prompt ids int32[P].
+    """
+
+    skipped = 0
+
+    def __init__(
+        self, rows: int, make: Make[Batch], *, batch_size: int, seed: int, local_rows: np.ndarray | None = None
+    ):
+        self._make, self._batch_size = make, batch_size
+        self._order = streams.endless(rows, batch_size, seed, shuffle=True)
+        self._local_rows = np.arange(batch_size) if local_rows is None else local_rows
+
+    def batch(self, i: int) -> Batch:
+        """Returns batch `i`, for any i >= 0."""
+        chosen = streams.batch_at(self._order, i)[self._local_rows]
+        return self._make(chosen, (i * self._batch_size + self._local_rows).astype(np.int32))
+
+
+def eval_batches(rows: Rows, count: int, batch_size: int) -> list[PromptBatch]:
+    """Returns the first `count` rows in batches; copies of its first row, of weight 0, fill up the last batch."""
+    count = min(count, len(rows.targets))
+    batches = []
+    for start in range(0, count, batch_size):
+        real = np.arange(start, min(start + batch_size, count))
+        chosen = np.concatenate([real, np.full(batch_size - len(real), start)]).astype(np.int32)
+        weight = (np.arange(batch_size) < len(real)).astype(np.float32)
+        batches.append(rows.prompts(chosen, chosen, weight))
+    return batches
 
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """The data of a regression run. `encode` turns a table into batches' rows.
-
-    Attributes:
-      digits: the vocabulary.
-      scaler: scales features as the training table does.
-      train, held_out: tables without the column of human values.
-      train_values, held_out_values: f32[N], human values of the rows, or None.
-      max_prompt_length: the most tokens per prompt.
-    """
+    """The data of a regression run."""
 
     digits: Digits
-    scaler: FeatureScaler
-    train: Table
+    scaler: FeatureScaler  # scales features as the training table does
+    train: Table  # without the column of human values, as `held_out`
     held_out: Table
-    train_values: np.ndarray | None
+    train_values: np.ndarray | None  # f32[N], human values of the rows, or None
     held_out_values: np.ndarray | None
-    max_prompt_length: int
+    max_prompt_length: int  # the most tokens per prompt
 
     @property
     def features(self) -> int:
@@ -44,11 +102,9 @@ class Tables:
         return f"{self.train.fingerprint}/{self.held_out.fingerprint}"
 
     def train_rows(self) -> Rows:
-        """Encodes the training table."""
         return self._encode(self.train, self.train_values)
 
     def held_out_rows(self) -> Rows:
-        """Encodes the held-out table."""
         return self._encode(self.held_out, self.held_out_values)
 
     def _encode(self, table: Table, values: np.ndarray | None) -> Rows:
@@ -93,15 +149,8 @@ def open_tables(config: Config, text: Tokenizer | None = None, text_size: int = 
     elif text is None:
         text = load_tokenizer(c.data.tokenizer) if c.data.tokenizer else None
         text = text or train_tokenizer(row_texts(train)[:2000], c.data.vocab_size)
-    return Tables(
-        digits=Digits(number, TargetScaler.fit(train.targets), text, text_size),
-        scaler=fit_features(train),
-        train=train,
-        held_out=held_out,
-        train_values=train_values,
-        held_out_values=held_out_values,
-        max_prompt_length=c.max_prompt_length,
-    )
+    digits = Digits(number, TargetScaler.fit(train.targets), text, text_size)
+    return Tables(digits, fit_features(train), train, held_out, train_values, held_out_values, c.max_prompt_length)
 
 
 def _number_tokenizer(config: Config) -> numbers.NumberTokenizer:
@@ -130,17 +179,9 @@ def row_texts(table: Table) -> list[str]:
 
 
 def take_values(table: Table, column: str) -> tuple[Table, np.ndarray | None]:
-    """Takes the human values of the rows out of a table.
+    """Returns a table without its column of human values, and the values f32[N], or None for an empty `column`.
 
-    Args:
-      table: the table.
-      column: name of the column of values; "": none.
-
-    Returns:
-      The table without the column, and the values f32[N]; without a name the table itself, and None.
-
-    Raises:
-      ConfigError: there is no such column of numbers, or a value is missing or outside [0, 1].
+    Raises ConfigError without such a column of numbers, and for a value that is missing or outside [0, 1].
     """
     if not column:
         return table, None

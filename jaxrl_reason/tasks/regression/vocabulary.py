@@ -15,18 +15,12 @@ from jaxrl_reason.data.tables import TargetScaler
 
 @dataclasses.dataclass(frozen=True)
 class Digits:
-    """The tokenizer of a regression run.
+    """The tokenizer of a regression run."""
 
-    Attributes:
-      number: alphabet and spelling of numbers.
-      target: scales targets to the range of the alphabet: z-scores, or the unit interval.
-      text: tokenizer of rows that enter as text, or None.
-      text_size: number of ids of the pretrained model, which can be larger than the size of its tokenizer; 0: the size of `text`.
-    """
-
-    number: numbers.NumberTokenizer
-    target: TargetScaler
-    text: Tokenizer | None = None
+    number: numbers.NumberTokenizer  # alphabet and spelling of numbers
+    target: TargetScaler  # scales targets to the range of the alphabet: z-scores, or the unit interval
+    text: Tokenizer | None = None  # of rows that enter as text, or None
+    # The number of ids of the pretrained model, at least as many as its tokenizer has; 0: the size of `text`.
     text_size: int = 0
 
     @property
@@ -65,12 +59,7 @@ class Digits:
         return [self._text(list(ids)) for ids in sequences]
 
     def prompts(self, texts: Sequence[str] | None, rows: int) -> list[list[int]]:
-        """Returns the prompts of a table's rows as ids.
-
-        Args:
-          texts: rows as text; None: rows enter as features, and a prompt is one token.
-          rows: number of rows.
-        """
+        """Returns the prompts of a table's rows as ids. Without texts, rows are features: a prompt is one token."""
         if texts is None:
             return [[self.pad_id]] * rows
         if self.text is None:
