@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -61,9 +60,7 @@ def test_after_installing_the_package_is_found(notebook, where, tmp_path):
     assert "\n" not in cell
     script = INSTALLING.format(cwd=str(place), site=str(site), package=str(repository / "jaxrl_reason"), cell=cell)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    process = subprocess.run(
-        [sys.executable, "-c", script], cwd=place, capture_output=True, text=True, env=environment
-    )
+    process = subprocess.run([sys.executable, "-c", script], cwd=place, capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr
     arguments, _, *_, origin = process.stdout.split("\n")[:-1]
     extra = "" if notebook == "one_step" else "[tpu]"

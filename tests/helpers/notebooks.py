@@ -1,6 +1,6 @@
 """Executes the notebooks of colab/, and stores them with their outputs.
 
-    cd tests && python -m helpers.notebooks one_step quickstart tpu_qwen
+cd tests && python -m helpers.notebooks one_step quickstart tpu_qwen
 """
 
 import contextlib
