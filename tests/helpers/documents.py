@@ -70,33 +70,27 @@ TINY_RUN = {
     "model.mlp_width": 16,
     "supervised.steps": 2,
     "supervised.batch_size": 4,
-    "reward_model.steps": 2,
-    "reward_model.batch_size": 4,
     "eval.every": 1,
     "eval.prompts": 2,
     "eval.samples": 2,
     "update.accumulation": 1,
 }
-SMALL = {  # command -> flags after those of the document
-    "train": [f"--config.{name}={value}" for name, value in TINY_RUN.items()],
-    "compare": [f"--config.{name}={value}" for name, value in TINY_RUN.items()],
-    "evaluate": ["--samples=2"],
-    "bench": [
-        "--size=tiny",
-        "--prompts=1",
-        "--group=2",
-        "--prompt-length=4",
-        "--new=2",
-        "--steps=1",
-        "--accumulation=1",
-    ],
+RUN_FLAGS = [f"--config.{name}={value}" for name, value in TINY_RUN.items()]
+SMALL = {  # shell pattern of command:arguments -> flags after those of the document
+    "train:*": RUN_FLAGS,
+    "compare:*hero*": [*RUN_FLAGS, "--config.reward_model.steps=2", "--config.reward_model.batch_size=4"],
+    "compare:*": RUN_FLAGS,
+    "evaluate:*": ["--samples=2"],
+    "bench:*": ["--size=tiny", "--prompts=1", "--group=2", "--prompt-length=4", "--new=2", "--steps=1"],
 }
 
 
 def write_small_python(folder: pathlib.Path) -> None:
     """Writes programs `python` and `pip` into a folder: commands of the package get small budgets, and pip installs nothing."""
-    cases = "".join(f"  'jaxrl_reason.{name}') set -- \"$@\" {shlex.join(flags)};;\n" for name, flags in SMALL.items())
-    python = f'#!/bin/sh\n[ "$1" = -m ] && case "$2" in\n{cases}esac\nexec {shlex.quote(sys.executable)} "$@"\n'
+    cases = "".join(
+        f'  jaxrl_reason.{pattern}) set -- "$@" {shlex.join(flags)};;\n' for pattern, flags in SMALL.items()
+    )
+    python = f'#!/bin/sh\n[ "$1" = -m ] && case "$2:$*" in\n{cases}esac\nexec {shlex.quote(sys.executable)} "$@"\n'
     for name, text in {"python": python, "pip": "#!/bin/sh\n", "pytest": "#!/bin/sh\n"}.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
