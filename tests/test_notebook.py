@@ -1,71 +1,89 @@
-"""The notebooks run as they stand, headless, with fewer steps."""
+"""The notebooks run again, headless, and agree with their stored outputs."""
 
-import dataclasses
 import json
 import os
-import pathlib
+import re
 import subprocess
 import sys
 
-import nbclient
-import nbformat
 import pytest
 
-from helpers import reference_decoder
-from jaxrl_reason import data, models
+from helpers.notebooks import COLAB, execute, images, INSTALL, NOTEBOOKS, read, text, write_stand_in
+from jaxrl_reason import models
 
-COLAB = pathlib.Path(__file__).parents[1] / "colab"
-NOTEBOOKS = sorted(path.stem for path in COLAB.glob("*.ipynb"))
-
-
-def read(notebook):
-    return nbformat.read(COLAB / f"{notebook}.ipynb", as_version=4)
-
-
-def run(notebook, folder):
-    """The notebook executed in a folder, and what it printed; rich shows its tables as display data in a notebook."""
-    done = read(notebook)
-    nbclient.NotebookClient(done, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
-    outputs = [output for cell in done.cells for output in cell.get("outputs", ())]
-    assert any("image/png" in output.get("data", ()) for output in outputs)
-    text = "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
-    assert "accuracy" in text and "advantage" in text
-    return text
+STORED = {"one_step": 1, "quickstart": 1, "tpu_qwen": 1}  # pictures
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
-def test_a_notebook_is_short_and_stored_without_output(notebook):
-    cells = read(notebook).cells
-    assert len(cells) <= 14
-    assert not any(cell.get("outputs") for cell in cells)
+def test_a_notebook_is_short_and_stored_with_its_outputs(notebook):
+    stored = read(notebook)
+    assert len(stored.cells) <= 14
+    assert images(stored) == STORED[notebook]
+    counts = [cell.execution_count for cell in stored.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))  # executed once, from top to bottom
+    assert not any(output.output_type == "error" for cell in stored.cells for output in cell.get("outputs", ()))
 
 
-@pytest.mark.parametrize("tpu", [False, True])
+def test_one_step_fits_on_a_screen():
+    assert max(cell.source.count("\n") for cell in read("one_step").cells) < 60
+
+
+INSTALLING = """
+import importlib.util, pathlib, subprocess, sys
+sys.path[:0] = [{cwd!r}, {site!r}]
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+def system(command):
+    command = command.replace(sys.executable + " -m pip", "echo")
+    print(subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True).stdout)
+    pathlib.Path({site!r}, "jaxrl_reason").symlink_to({package!r})
+shell.system = system
+shell.run_cell({cell!r}).raise_error()
+importlib.invalidate_caches()
+print(importlib.util.find_spec("jaxrl_reason").origin)
+"""
+
+
 @pytest.mark.parametrize("where", ["colab", "a folder that holds the clone"])
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
-def test_after_installing_the_package_is_found(notebook, where, tpu, tmp_path):
-    """A Python without site-packages, whose pip is a record of its arguments; the folder is on its path, as in a notebook."""
-    repository = COLAB.parent
+def test_after_installing_the_package_is_found(notebook, where, tmp_path):
+    """pip is a record of its arguments. The folder is on the path, as in a notebook, and may hold the clone by the package's name."""
+    repository, site = COLAB.parent, tmp_path / "site-packages"
+    site.mkdir()
     if where == "colab":
         place, clone = COLAB, ".."
     else:
-        place, clone = tmp_path, "jaxrl_reason"
-        (tmp_path / clone).symlink_to(repository)
-    install = read(notebook).cells[1].source
-    found = ["/dev/accel0"] if tpu else []
-    script = (
-        f"import glob\nglob.glob = lambda pattern: {found} * ('accel' in pattern)\n"
-        "import subprocess\ncalls = []\nsubprocess.run = lambda arguments, **_: calls.append(arguments[1:])\n"
-        f"{install}\n"
-        "import json\nprint(json.dumps([calls, importlib.util.find_spec('jaxrl_reason').origin]))\n"
-    )
-    process = subprocess.run(
-        [sys.executable, "-S", "-E", "-c", script], cwd=place, capture_output=True, text=True, env=os.environ
-    )
+        place, clone = tmp_path / "folder", "./jaxrl_reason"
+        place.mkdir()
+        (place / "jaxrl_reason").symlink_to(repository)
+    cell = read(notebook).cells[INSTALL].source
+    assert "\n" not in cell
+    script = INSTALLING.format(cwd=str(place), site=str(site), package=str(repository / "jaxrl_reason"), cell=cell)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    process = subprocess.run([sys.executable, "-c", script], cwd=place, capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr
-    calls, origin = json.loads(process.stdout)
-    assert calls == [["-m", "pip", "install", "-q", "-e", clone + "[tpu]" * tpu]]
-    assert pathlib.Path(origin).samefile(repository / "jaxrl_reason" / "__init__.py")
+    arguments, _, *_, origin = process.stdout.split("\n")[:-1]
+    extra = "" if notebook == "one_step" else "[tpu]"
+    assert arguments.split() == ["install", "-q", clone + extra]
+    assert origin == str(site / "jaxrl_reason" / "__init__.py")
+
+
+def rewards(notebook) -> list[float]:
+    return [float(x) for x in re.findall(r"reward (\d\.\d+)  error", text(notebook))]
+
+
+@pytest.mark.runs
+def test_one_step_learns_as_stored(tmp_path):
+    done = execute("one_step", tmp_path)
+    again, stored = rewards(done), rewards(read("one_step"))
+    assert len(again) == len(stored) and images(done) == images(read("one_step"))
+    assert again[0] == pytest.approx(stored[0], abs=0.02) and again[0] < 0.2
+    assert again[-1] == pytest.approx(stored[-1], abs=0.05) and again[-1] > 0.9
+
+
+def accuracies(notebook) -> list[float]:
+    """Returns the accuracy before and after RL, in percent."""
+    return [float(x) for x in re.findall(r"accuracy +│ +(\d+\.\d) % │ +(\d+\.\d) %", text(notebook))[0]]
 
 
 @pytest.mark.slow
@@ -73,40 +91,32 @@ def test_the_quickstart_runs_headless(tmp_path, monkeypatch):
     monkeypatch.setenv("STEPS", "5")
     monkeypatch.setenv("SUPERVISED_STEPS", "4")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    run("quickstart", tmp_path)
-
-
-CHAT = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% if not enable_thinking %}<think></think>{% endif %}{% endif %}"
-)
-
-
-@pytest.fixture
-def small_qwen3(tmp_path):
-    """A directory in the layout of the hub like that of Qwen3, with random weights of width 16."""
-    tokenizer = data.train_tokenizer(["1 + 1?", "Please reason step by step. It is 2."], 300)
-    config = models.ModelConfig(
-        vocab_size=tokenizer.vocab_size, width=16, layers=2, heads=4, kv_heads=2, mlp_width=24, qk_norm=True
-    )
-    params = reference_decoder.random_params(config, scale=0.3)
-    policy = models.Policy(config, params, dataclasses.replace(tokenizer, chat_template=CHAT))
-    models.save_pretrained(tmp_path / "model", policy)
-    assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == "qwen3"
-    return tmp_path / "model"
+    done = execute("quickstart", tmp_path)
+    assert images(done) == images(read("quickstart"))
+    assert "accuracy" in text(done) and "advantage" in text(done)
 
 
 @pytest.mark.slow
-def test_qwen_runs_headless_and_is_exported(small_qwen3, tmp_path, monkeypatch):
-    """On a model and problems of this size in place of Qwen3-0.6B and GSM8K."""
-    problems = tmp_path / "problems.jsonl"
-    problems.write_text("".join(json.dumps({"question": f"1 + {i}?", "answer": str(1 + i)}) + "\n" for i in range(100)))
-    for name, value in dict(STEPS="2", MODEL=small_qwen3, PROBLEMS=problems, WORKDIR=tmp_path / "run").items():
-        monkeypatch.setenv(name, str(value))
-    text = run("tpu_qwen", tmp_path)
-    assert "<user>1 + " in text and "<think></think>" in text  # a sample, in the model's chat without thinking
+def test_the_quickstart_learns_as_stored(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    again, stored = accuracies(execute("quickstart", tmp_path)), accuracies(read("quickstart"))
+    assert again == pytest.approx(stored, abs=8)
+    assert again[1] > again[0] + 25
+
+
+@pytest.mark.slow
+def test_qwen_runs_headless_and_is_exported(tmp_path, monkeypatch):
+    """The model and the problems are the stand-in of the stored outputs."""
+    for name, value in write_stand_in(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    done = execute("tpu_qwen", tmp_path)
+    shown, stored = text(done), text(read("tpu_qwen"))
+    assert images(done) == images(read("tpu_qwen"))
+    assert "accuracy" in shown and "advantage" in shown
+    assert "<user>1 + " in shown and "<think></think>" in shown  # a sample, in the model's chat without thinking
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
     exported = models.load_pretrained(tmp_path / "run" / "model")
     assert exported.config.qk_norm and not exported.config.lora_rank
-    assert "config.json" in text and "model.safetensors" in text
+    assert "config.json" in shown and "model.safetensors" in shown
+    assert shown.splitlines()[-1] == stored.splitlines()[-1]  # the files of the export

@@ -1,0 +1,105 @@
+"""Executes the notebooks of colab/, and stores them with their outputs.
+
+cd tests && python -m helpers.notebooks one_step quickstart tpu_qwen
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import tempfile
+
+import nbclient
+import nbformat
+
+from helpers import reference_decoder
+from jaxrl_reason import data, models
+
+COLAB = pathlib.Path(__file__).parents[2] / "colab"
+NOTEBOOKS = sorted(path.stem for path in COLAB.glob("*.ipynb"))
+INSTALL = 1  # the cell that installs the library
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% if not enable_thinking %}<think></think>{% endif %}{% endif %}"
+)
+
+
+def read(notebook: str):
+    """Returns a stored notebook."""
+    return nbformat.read(COLAB / f"{notebook}.ipynb", as_version=4)
+
+
+def execute(notebook: str, folder):
+    """Returns the notebook executed in a folder, without the cell that installs the library."""
+    done = read(notebook)
+    install = done.cells[INSTALL].source
+    done.cells[INSTALL].source = "pass"
+    nbclient.NotebookClient(done, timeout=1800, resources={"metadata": {"path": str(folder)}}).execute()
+    done.cells[INSTALL].source = install
+    return done
+
+
+def images(notebook) -> int:
+    """Returns the number of pictures among the outputs."""
+    return sum("image/png" in output.get("data", ()) for cell in notebook.cells for output in cell.get("outputs", ()))
+
+
+def text(notebook) -> str:
+    """Returns the text of all outputs; rich shows its tables as display data in a notebook."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    return "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
+
+
+def without_noise(notebook):
+    """Returns the notebook without warnings, paths of temporary files and times of execution; joins pieces of printed text."""
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        outputs = []
+        for output in cell.get("outputs", ()):
+            shown = output.get("text", "") + output.get("data", {}).get("text/plain", "")
+            if output.get("name") == "stderr" or "ownload" in shown or "Learning curve: " in shown:
+                continue
+            if outputs and output.get("name") == outputs[-1].get("name") == "stdout":
+                outputs[-1].text += output.text
+            else:
+                outputs.append(output)
+        if cell.cell_type == "code":
+            cell.outputs = outputs
+    return notebook
+
+
+def write_stand_in(folder: pathlib.Path) -> dict[str, str]:
+    """Writes a model of width 16 and a hundred sums, in place of Qwen3-0.6B and GSM8K.
+
+    The model has random weights, and is a directory in the layout of the hub.
+
+    Returns:
+      The environment under which tpu_qwen.ipynb uses both, for two steps.
+    """
+    tokenizer = data.train_tokenizer(["1 + 1?", "Please reason step by step. It is 2."], 300)
+    config = models.ModelConfig(
+        vocab_size=tokenizer.vocab_size, width=16, layers=2, heads=4, kv_heads=2, mlp_width=24, qk_norm=True
+    )
+    params = reference_decoder.random_params(config, scale=0.3)
+    policy = models.Policy(config, params, dataclasses.replace(tokenizer, chat_template=CHAT))
+    models.save_pretrained(folder / "model", policy)
+    assert json.loads((folder / "model" / "config.json").read_text())["model_type"] == "qwen3"
+    problems = folder / "problems.jsonl"
+    problems.write_text("".join(json.dumps({"question": f"1 + {i}?", "answer": str(1 + i)}) + "\n" for i in range(100)))
+    return dict(STEPS="2", MODEL=str(folder / "model"), PROBLEMS=str(problems), WORKDIR=str(folder / "run"))
+
+
+def main(names) -> None:
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(COLAB.parent):
+            os.environ["TFDS_DATA_DIR"] = folder
+            if name == "tpu_qwen":
+                os.environ.update(write_stand_in(pathlib.Path(folder)))
+            nbformat.write(without_noise(execute(name, folder)), COLAB / f"{name}.ipynb")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
