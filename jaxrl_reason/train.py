@@ -41,20 +41,13 @@ from jaxrl_reason.tasks import self_reward, summary, TrainingTask
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Everything that a run needs before its first step. Made by `setup`, which checks all of it.
-
-    Attributes:
-      config, method: of the run.
-      task: data, rewards and evaluation.
-      programs: the compiled functions.
-      reward_phase: how to get the learned reward model, or None.
-    """
+    """Everything that a run needs before its first step. Made by `setup`, which checks all of it."""
 
     config: Config
     method: Method
-    task: TrainingTask
-    programs: programs_lib.Programs
-    reward_phase: model_training.Phase | None = None
+    task: TrainingTask  # data, rewards and evaluation
+    programs: programs_lib.Programs  # the compiled functions
+    reward_phase: model_training.Phase | None = None  # how to get the learned reward model
 
     work = property(lambda self: self.task.work)
     model = property(lambda self: self.task.model)
@@ -151,17 +144,11 @@ def supervised(
 
 
 class Collected(NamedTuple):
-    """One batch of scored groups.
+    """One batch of scored groups."""
 
-    Attributes:
-      groups: the groups; with dynamic sampling the informative groups of several prompt batches.
-      metrics: of the host, over everything that was sampled.
-      data_position: prompt batches drawn since the run began.
-    """
-
-    groups: Groups
-    metrics: dict[str, float]
-    data_position: int
+    groups: Groups  # with dynamic sampling the informative groups of several prompt batches
+    metrics: dict[str, float]  # of the host, over everything that was sampled
+    data_position: int  # prompt batches drawn since the run began
 
 
 def collect(run: Run, state: TrainState, weights: models.Params, clock: Clock) -> Collected:
@@ -215,15 +202,7 @@ def _floats(metrics: dict[str, jax.Array]) -> dict[str, float]:
 
 
 class Step(NamedTuple):
-    """The result of one training step.
-
-    Attributes:
-      state: the new state.
-      groups: the completions and their rewards.
-      batch: the data of the update.
-      mismatch: the token on which sampler and trainer differ most.
-      metrics: by name.
-    """
+    """The result of one training step."""
 
     state: TrainState
     groups: Groups

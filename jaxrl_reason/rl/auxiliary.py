@@ -17,48 +17,37 @@ from jaxrl_reason.rl.types import LogProbs, Rollout
 
 
 class AuxiliaryInputs(NamedTuple):
-    """The scored groups from which an auxiliary loss takes its data.
+    """The scored groups from which an auxiliary loss takes its data."""
 
-    Attributes:
-      rollout: the completions that are learnt from.
-      verdicts: whether each is correct.
-      counts: completions that count in the loss.
-      columns: columns of the data by name.
-      probe_reference: c_ref of LaSeR, or None.
-      expert: (tokens [P, G, T], digits [P, 1, T]) -> the targets of GenRe2's expert term, or None.
-    """
-
-    rollout: Rollout
-    verdicts: Bool[Array, "P G"]
-    counts: Bool[Array, "P G"]
-    columns: Mapping[str, Array]
-    probe_reference: Float[Array, "P G"] | None
-    expert: Callable[[Array, Array], Array] | None
+    rollout: Rollout  # the completions that are learnt from
+    verdicts: Bool[Array, "P G"]  # whether each is correct
+    counts: Bool[Array, "P G"]  # completions that count in the loss
+    columns: Mapping[str, Array]  # columns of the data by name
+    probe_reference: Float[Array, "P G"] | None  # c_ref of LaSeR
+    expert: (
+        Callable[[Array, Array], Array] | None
+    )  # (tokens [P, G, T], digits [P, 1, T]) -> targets of GenRe2's expert term
 
 
 class AuxiliaryLoss(NamedTuple):
-    """How one auxiliary loss is computed. `settings` is the method's entry, `data` an array with leading axis P or a (nested) dict of them.
+    """How one auxiliary loss is computed.
 
-    Attributes:
-      data: (settings, AuxiliaryInputs) -> data, kept in `Experience.auxiliary`.
-      loss: (settings, data, LogProbs, mask [P, G, T], Totals, counts) -> f32 scalar: a sum over part of a minibatch, divided by counts of the
-        whole minibatch. So the losses of microbatches add up.
-      restrict: (data, mask [P, G, T]) -> data without the completions that the mask leaves out.
-      counts: data -> counts of the whole minibatch, a pytree of scalars.
-      from_step: settings -> the number of training steps before the loss begins; until then `restrict` gets an empty mask.
-      targets: data -> int32[P, G, T], other tokens whose log-probabilities the loss reads at the same positions; None: no tokens.
-      columns: columns of the data set that `data` reads.
-      rollout: the record that the sampler and the trainer keep for it: "probe", or "" for none.
+    `settings` is the method's entry. `data` is an array with leading axis P or a (nested) dict of such arrays.
     """
 
-    data: Callable[[Any, AuxiliaryInputs], Any]
+    data: Callable[[Any, AuxiliaryInputs], Any]  # (settings, inputs) -> data, kept in `Experience.auxiliary`
+    # (settings, data, LogProbs, mask [P, G, T], Totals, counts) -> f32 scalar: a sum over part of a minibatch, divided by counts of the
+    # whole minibatch. So the losses of microbatches add up.
     loss: Callable[..., jax.Array]
+    # (data, mask [P, G, T]) -> data without the completions that the mask leaves out
     restrict: Callable[[Any, Array], Any] = lambda data, mask: data
-    counts: Callable[[Any], Any] = lambda data: ()
+    counts: Callable[[Any], Any] = lambda data: ()  # counts of the whole minibatch, a pytree of scalars
+    # The number of training steps before the loss begins; until then `restrict` gets an empty mask.
     from_step: Callable[[Any], int] = lambda settings: 0
+    # int32[P, G, T], other tokens whose log-probabilities the loss reads at the same positions; None: no tokens
     targets: Callable[[Any], Array] | None = None
-    columns: tuple[str, ...] = ()
-    rollout: str = ""
+    columns: tuple[str, ...] = ()  # columns of the data set that `data` reads
+    rollout: str = ""  # the record that the sampler and the trainer keep for it: "probe", or "" for none
 
 
 def _judged(settings: SelfReward, x: AuxiliaryInputs) -> dict[str, Array]:

@@ -23,31 +23,19 @@ from jaxrl_reason.rl.types import Experience, Gradient, LogProbs, Mismatch, Roll
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UpdateOptions:
-    """Static choices of an update.
-
-    Attributes:
-      loss: the method's policy loss.
-      kl_coefficient: weight of KL(policy || reference) in the loss.
-      kl_kind: its estimator.
-      entropy_coefficient: weight of the entropy bonus.
-      epochs: passes over a rollout.
-      minibatches: optimizer updates per pass.
-      accumulation: microbatches per update. They change the memory, not the numbers.
-      logprob_chunk: completion positions whose logits are in memory at the same time; 0 chooses.
-      probe_token: the token whose log-probability after the end is LaSeR's self-reward, if an auxiliary loss reads it.
-      importance_cap: for rollouts whose distribution differs from the policy's (int8), each token's advantage is multiplied by
-        min(p / p_sampled, importance_cap), with p before the update: truncated importance sampling. 0: the distributions are equal.
-    """
+    """Static choices of an update."""
 
     loss: PolicyLoss
-    kl_coefficient: float = 0.0
-    kl_kind: str = "k3"
-    entropy_coefficient: float = 0.0
-    epochs: int = 1
-    minibatches: int = 1
-    accumulation: int = 1
-    logprob_chunk: int = 0
-    probe_token: int | None = None
+    kl_coefficient: float = 0.0  # weight of KL(policy || reference) in the loss
+    kl_kind: str = "k3"  # its estimator
+    entropy_coefficient: float = 0.0  # weight of the entropy bonus
+    epochs: int = 1  # passes over a rollout
+    minibatches: int = 1  # optimizer updates per pass
+    accumulation: int = 1  # microbatches per update; they change the memory, not the numbers
+    logprob_chunk: int = 0  # completion positions whose logits are in memory at the same time; 0 chooses
+    probe_token: int | None = None  # the token of LaSeR's self-reward, if an auxiliary loss reads it
+    # For rollouts whose distribution differs from the policy's (int8), each token's advantage is multiplied by
+    # min(p / p_sampled, importance_cap), with p before the update: truncated importance sampling. 0: the distributions are equal.
     importance_cap: float = 0.0
 
 

@@ -26,25 +26,15 @@ INIT, ROLLOUT, UPDATE, EVAL = range(4)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Programs:
-    """The jitted functions of a run as methods. P prompts, G completions per prompt (one more if the method asks for a greedy one), T tokens.
-
-    Attributes:
-      config: of the run.
-      needs: the requirements of the run.
-      sharding: of arrays with a leading prompt axis.
-      decoding: the same on the mesh that samples; both are equal if one mesh does both.
-      jitted: the functions before their constants are bound, by name, to compile ahead of time.
-      abstract_state: shapes, dtypes and shardings of the TrainState; nothing is allocated.
-      schedule: the learning rate as a function of the optimizer update.
-    """
+    """The jitted functions of a run as methods. P prompts, G completions per prompt (one more if the method asks for a greedy one), T tokens."""
 
     config: Config
     needs: Requirements
-    sharding: jax.sharding.NamedSharding
-    decoding: jax.sharding.NamedSharding
-    jitted: Mapping[str, Any]
-    abstract_state: TrainState
-    schedule: Callable
+    sharding: jax.sharding.NamedSharding  # of arrays with a leading prompt axis
+    decoding: jax.sharding.NamedSharding  # the same on the mesh that samples; both are equal if one mesh does both
+    jitted: Mapping[str, Any]  # the functions before their constants are bound, by name, to compile ahead of time
+    abstract_state: TrainState  # shapes, dtypes and shardings; nothing is allocated
+    schedule: Callable  # the learning rate as a function of the optimizer update
 
     def init(self) -> TrainState:
         """Returns step 0 with random weights."""

@@ -10,28 +10,18 @@ from jaxrl_reason.rl.signals import Signal, SIGNALS
 
 @dataclasses.dataclass(frozen=True)
 class Requirements:
-    """The signals that the sampler records, the columns of the data, and the forwards that a step computes.
+    """The signals that the sampler records, the columns of the data, and the forwards that a step computes."""
 
-    Attributes:
-      greedy: each group has one more completion, the greedy one.
-      prompt_logprobs: the sampler records the log-probabilities of the prompts.
-      probe: the sampler and the trainer record the log-probability of the probe token.
-      columns: columns of the data that belong to each group.
-      old_logprobs: the updates read log-probabilities under the policy before the first of them.
-      exact_sampler: the sampler's own log-probabilities serve as old log-probabilities. A float32 sampler agrees with the trainer to 1e-5; the completions of
-        other samplers are scored again.
-      kl: a step measures KL(policy || reference).
-      reference: a step scores its completions under the reference policy.
-    """
-
-    greedy: bool
-    prompt_logprobs: bool
-    probe: bool
-    columns: tuple[str, ...]
-    old_logprobs: bool
+    greedy: bool  # each group has one more completion, the greedy one
+    prompt_logprobs: bool  # the sampler records the log-probabilities of the prompts
+    probe: bool  # the sampler and the trainer record the log-probability of the probe token
+    columns: tuple[str, ...]  # columns of the data that belong to each group
+    old_logprobs: bool  # the updates read log-probabilities under the policy before the first of them
+    # The sampler's own log-probabilities serve as old ones. A float32 sampler agrees with the trainer to 1e-5; the completions of other
+    # samplers are scored again.
     exact_sampler: bool
-    kl: bool
-    reference: bool
+    kl: bool  # a step measures KL(policy || reference)
+    reference: bool  # a step scores its completions under the reference policy
 
 
 def requirements(config: Config, method: Method) -> Requirements:

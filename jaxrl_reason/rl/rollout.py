@@ -14,36 +14,24 @@ from jaxrl_reason.rl.types import Rollout
 
 
 class Probe(NamedTuple):
-    """The log-probabilities of the probe token that have been read so far.
+    """The log-probabilities of the probe token that have been read so far."""
 
-    Attributes:
-      logprobs: f32[P, G].
-      due: bool[P, G], completions whose end token was sampled in the last step: their probe is read in the next one.
-    """
-
-    logprobs: jax.Array
-    due: jax.Array
+    logprobs: jax.Array  # f32[P, G]
+    due: (
+        jax.Array
+    )  # bool[P, G], completions whose end token was sampled in the last step: their probe is read in the next one
 
 
 class Carry(NamedTuple):
-    """The state of the decoding loop.
+    """The state of the decoding loop."""
 
-    Attributes:
-      t: the position that is sampled next.
-      live: bool[P, G], completions that have not ended.
-      last: int32[P, G], the tokens at position t - 1.
-      tokens, logprobs, mask: the completions so far, [P, G, T] or one position longer with a probe.
-      cache: keys and values of the completions.
-      probe: None without a probe token.
-    """
-
-    t: jax.Array
-    live: jax.Array
-    last: jax.Array
-    tokens: jax.Array
+    t: jax.Array  # the position that is sampled next
+    live: jax.Array  # bool[P, G], completions that have not ended
+    last: jax.Array  # int32[P, G], the tokens at position t - 1
+    tokens: jax.Array  # the completions so far, [P, G, T], or one position longer with a probe
     logprobs: jax.Array
     mask: jax.Array
-    cache: Any
+    cache: Any  # keys and values of the completions
     probe: Probe | None
 
 

@@ -17,47 +17,29 @@ from jaxrl_reason.rl.types import Rollout
 
 
 class SignalInputs(NamedTuple):
-    """The data from which signals are computed.
+    """The data from which signals are computed."""
 
-    Attributes:
-      method: the method that asks.
-      rollout: the completions that are learnt from.
-      rewards: their unweighted rewards by name; NaN if missing.
-      total: their weighted total reward; NaN if missing.
-      greedy_total: the total reward of each group's greedy completion, or None.
-      verdict: the name of the reward whose value > 0.5 means correct.
-      columns: columns of the data by name.
-      kl: log pi - log pi_ref per token, or None.
-      probe_reference: c_ref of LaSeR, or None.
-    """
-
-    method: Method
-    rollout: Rollout
-    rewards: Mapping[str, Float[Array, "P G"]]
-    total: Float[Array, "P G"]
-    greedy_total: Float[Array, " P"] | None
-    verdict: str
-    columns: Mapping[str, Array]
-    kl: Float[Array, "P G T"] | None
-    probe_reference: Float[Array, "P G"] | None
+    method: Method  # the method that asks
+    rollout: Rollout  # the completions that are learnt from
+    rewards: Mapping[str, Float[Array, "P G"]]  # unweighted, by name; NaN if missing
+    total: Float[Array, "P G"]  # the weighted total reward; NaN if missing
+    greedy_total: Float[Array, " P"] | None  # the total reward of each group's greedy completion
+    verdict: str  # the name of the reward whose value > 0.5 means correct
+    columns: Mapping[str, Array]  # columns of the data by name
+    kl: Float[Array, "P G T"] | None  # log pi - log pi_ref per token
+    probe_reference: Float[Array, "P G"] | None  # c_ref of LaSeR
 
 
 class Signal(NamedTuple):
-    """How one signal is computed, and its requirements.
+    """How one signal is computed, and its requirements."""
 
-    Attributes:
-      compute: SignalInputs -> the field of AdvantageInputs.
-      known: SignalInputs -> bool[P, G]; a completion without the signal counts as one without a reward. None: all have it.
-      metrics: (AdvantageInputs, bool[P, G] of the completions that have a reward) -> f32 scalars by name, or None.
-      columns: columns of the data that `compute` reads.
-      rollout: the record that the sampler keeps for it: "greedy", "prompt_logprobs" or "probe".
-    """
-
-    compute: Callable[[SignalInputs], Array | None]
+    compute: Callable[[SignalInputs], Array | None]  # the field of AdvantageInputs
+    # bool[P, G]; a completion without the signal counts as one without a reward. None: all have it.
     known: Callable[[SignalInputs], Array] | None = None
+    # (inputs, bool[P, G] of the completions that have a reward) -> f32 scalars by name
     metrics: Callable[[AdvantageInputs, Array], dict[str, Array]] | None = None
-    columns: tuple[str, ...] = ()
-    rollout: str = ""
+    columns: tuple[str, ...] = ()  # columns of the data that `compute` reads
+    rollout: str = ""  # the record that the sampler keeps for it: "greedy", "prompt_logprobs" or "probe"
 
 
 def prompt_confidence(rollout: Rollout) -> Float[Array, " P"]:
@@ -150,13 +132,7 @@ def compute_inputs(x: SignalInputs) -> AdvantageInputs:
 
 
 def signal_metrics(inputs: AdvantageInputs, method: Method, real: Bool[Array, "P G"]) -> dict[str, jax.Array]:
-    """Computes the metrics of the signals of a method: f32 scalars.
-
-    Args:
-      inputs: the signals.
-      method: the method that asked for them.
-      real: completions that exist and have a reward.
-    """
+    """Computes the metrics of the signals of a method. `real` completions exist and have a reward."""
     tables = (SIGNALS[name].metrics for name in SIGNALS if name in method.signals)
     return {name: value for table in tables if table for name, value in table(inputs, real).items()}
 

@@ -9,118 +9,73 @@ from jaxrl_reason import models
 
 
 class Rollout(NamedTuple):
-    """G completions for each of P prompts, with at most T tokens per completion.
+    """G completions for each of P prompts, with at most T tokens per completion."""
 
-    Attributes:
-      prompt_tokens: prompts, padded on the left or the right.
-      prompt_mask: True on real prompt tokens.
-      tokens: completions, `pad_id` after the end.
-      mask: True on sampled tokens, the end token included.
-      logprobs: log-probability of each token under the distribution that sampled it (temperature and legal tokens included; greedy
-        completions: at temperature 1). 0 if the mask is False.
-      truncated: True if the budget ran out before an end token. False throughout if no token ends a completion (numbers of a fixed length).
-      features: numbers that belong to the prompts in addition to their tokens, or None.
-      prompt_logprobs: log-probability of each prompt token given its prefix, at temperature 1. 0 on the first real token and if
-        prompt_mask is False. None unless asked for.
-      probe_logprobs: log-probability of the probe token right after the end token, at the probe temperature. 0 if truncated. None unless
-        asked for.
-    """
-
-    prompt_tokens: Int[Array, "P S"]
-    prompt_mask: Bool[Array, "P S"]
-    tokens: Int[Array, "P G T"]
-    mask: Bool[Array, "P G T"]
+    prompt_tokens: Int[Array, "P S"]  # padded on the left or the right
+    prompt_mask: Bool[Array, "P S"]  # True on real prompt tokens
+    tokens: Int[Array, "P G T"]  # `pad_id` after the end
+    mask: Bool[Array, "P G T"]  # True on sampled tokens, the end token included
+    # Log-probability of each token under the distribution that sampled it (temperature and legal tokens included; greedy completions:
+    # at temperature 1); 0 if the mask is False.
     logprobs: Float[Array, "P G T"]
+    # True if the budget ran out before an end token. False throughout if no token ends a completion (numbers of a fixed length).
     truncated: Bool[Array, "P G"]
-    features: Float[Array, "P F"] | None = None
+    features: Float[Array, "P F"] | None = None  # numbers that belong to the prompts in addition to their tokens
+    # If asked for: log-probability of each prompt token given its prefix, at temperature 1; 0 on the first real token and if masked.
     prompt_logprobs: Float[Array, "P S"] | None = None
+    # If asked for: log-probability of the probe token right after the end token, at the probe temperature; 0 if truncated.
     probe_logprobs: Float[Array, "P G"] | None = None
 
 
 class Groups(NamedTuple):
-    """P scored groups. If a method asks for a greedy completion, it is the last one of each group.
+    """P scored groups. If a method asks for a greedy completion, it is the last one of each group."""
 
-    Attributes:
-      rollout: the completions, G + 1 per prompt with a greedy one.
-      rewards: the unweighted rewards by name; NaN if a reward gave none.
-      columns: columns of the data that a method needs, by name: `values`, f32[P]; `digits`, int32[P, T].
-    """
-
-    rollout: Rollout
-    rewards: dict[str, Float[Array, "P G"]]
-    columns: dict[str, Array] = {}
+    rollout: Rollout  # G + 1 completions per prompt with a greedy one
+    rewards: dict[str, Float[Array, "P G"]]  # unweighted, by name; NaN if a reward gave none
+    columns: dict[str, Array] = {}  # columns of the data that a method needs: `values`, f32[P]; `digits`, int32[P, T]
 
 
 class Experience(NamedTuple):
-    """The data of an update.
-
-    Attributes:
-      rollout: the completions.
-      mask: tokens that count in the loss: rollout.mask without completions that are left out (missing rewards, truncated completions if
-        configured, padding groups).
-      advantages: one number per completion or per token.
-      old_logprobs: under the policy before the first update. None with one update per rollout: then they are the current
-        log-probabilities, and the ratio is exactly 1.
-      ref_logprobs: under the reference policy, or None.
-      auxiliary: the data of each auxiliary loss by its name, with leading axis P, see `rl.auxiliary`.
-    """
+    """The data of an update."""
 
     rollout: Rollout
+    # Tokens that count in the loss: rollout.mask without completions that are left out (missing rewards, truncated completions if
+    # configured, padding groups).
     mask: Bool[Array, "P G T"]
     advantages: Float[Array, "P G"] | Float[Array, "P G T"]
+    # Under the policy before the first update. None with one update per rollout: then they are the current ones, and the ratio is 1.
     old_logprobs: Float[Array, "P G T"] | None = None
-    ref_logprobs: Float[Array, "P G T"] | None = None
-    auxiliary: dict[str, Any] = {}
+    ref_logprobs: Float[Array, "P G T"] | None = None  # under the reference policy
+    auxiliary: dict[str, Any] = {}  # data of each auxiliary loss by its name, with leading axis P, see `rl.auxiliary`
 
 
 class LogProbs(NamedTuple):
-    """Log-probabilities of P x G completions. Values after the end of a completion have no meaning.
+    """Log-probabilities of P x G completions. Values after the end of a completion have no meaning."""
 
-    Attributes:
-      logprobs: of every token under the distribution that samples.
-      entropy: of that distribution, in nats.
-      targets: of other tokens at the same positions, by the name of the auxiliary loss that asked for them.
-      probe_logprobs: of the probe token right after the end token, or None. Values of truncated completions have no meaning.
-    """
-
-    logprobs: Float[Array, "P G T"]
-    entropy: Float[Array, "P G T"]
-    targets: dict[str, Float[Array, "P G T"]] = {}
-    probe_logprobs: Float[Array, "P G"] | None = None
+    logprobs: Float[Array, "P G T"]  # of every token under the distribution that samples
+    entropy: Float[Array, "P G T"]  # of that distribution, in nats
+    targets: dict[str, Float[Array, "P G T"]] = {}  # of other tokens at the same positions, by auxiliary loss
+    probe_logprobs: Float[Array, "P G"] | None = None  # of the probe token right after the end; no meaning if truncated
 
 
 class Mismatch(NamedTuple):
-    """The unmasked token on whose log-probability the sampler and the trainer differ most.
+    """The unmasked token on whose log-probability the sampler and the trainer differ most, by its indices in [P, G, T]."""
 
-    Attributes:
-      difference: the trainer's log-probability minus the sampler's, in nats.
-      prompt, sample, position: its indices in [P, G, T].
-    """
-
-    difference: Float[Array, ""]
+    difference: Float[Array, ""]  # the trainer's log-probability minus the sampler's, in nats
     prompt: Int[Array, ""]
     sample: Int[Array, ""]
     position: Int[Array, ""]
 
 
 class TrainState(NamedTuple):
-    """Everything that a run carries from step to step; the content of a checkpoint.
+    """Everything that a run carries from step to step; the content of a checkpoint."""
 
-    Attributes:
-      step: steps done in the current phase.
-      trained: the weights that the optimizer changes: all of them, or the LoRA adapters.
-      frozen: the other weights; empty if all are trained.
-      opt_state: optax state, in float32 whatever the weights are.
-      advantage_state: state of the method's advantage chain.
-      data_position: prompt batches drawn from the data so far.
-    """
-
-    step: Int[Array, ""]
-    trained: models.Params
-    frozen: models.Params
-    opt_state: Any
-    advantage_state: Any
-    data_position: Int[Array, ""]
+    step: Int[Array, ""]  # steps done in the current phase
+    trained: models.Params  # the weights that the optimizer changes: all of them, or the LoRA adapters
+    frozen: models.Params  # the other weights; empty if all are trained
+    opt_state: Any  # optax state, in float32 whatever the weights are
+    advantage_state: Any  # state of the method's advantage chain
+    data_position: Int[Array, ""]  # prompt batches drawn from the data so far
 
     @property
     def params(self) -> models.Params:
@@ -129,32 +84,25 @@ class TrainState(NamedTuple):
 
 
 class UpdateResult(NamedTuple):
-    """The result of an update: the new state, f32 scalars by metric name, and the token with the largest mismatch before the update."""
+    """The result of an update."""
 
     state: TrainState
-    metrics: dict[str, jax.Array]
-    mismatch: Mismatch
+    metrics: dict[str, jax.Array]  # f32 scalars
+    mismatch: Mismatch  # before the update
 
 
 class Prepared(NamedTuple):
-    """The result of `make_experience`: the data of the update, the new state of the advantage chain, and metrics."""
+    """The result of `make_experience`."""
 
     experience: Experience
-    advantage_state: Any
-    metrics: dict[str, jax.Array]
+    advantage_state: Any  # the new state of the advantage chain
+    metrics: dict[str, jax.Array]  # f32 scalars
 
 
 class Gradient(NamedTuple):
-    """The gradient of one minibatch.
+    """The gradient of one minibatch, and per completion the token with the largest mismatch."""
 
-    Attributes:
-      grads: of the trained weights, their structure.
-      metrics: f32 scalars by name.
-      difference: per completion, the largest difference between the trainer's and the sampler's log-probability of a token.
-      position: the position of that token.
-    """
-
-    grads: Any
-    metrics: dict[str, jax.Array]
-    difference: Float[Array, "P G"]
-    position: Int[Array, "P G"]
+    grads: Any  # structure of the trained weights
+    metrics: dict[str, jax.Array]  # f32 scalars
+    difference: Float[Array, "P G"]  # the trainer's log-probability of that token minus the sampler's
+    position: Int[Array, "P G"]  # the position of that token
