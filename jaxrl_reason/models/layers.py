@@ -94,12 +94,11 @@ def rotary_frequencies(config: ModelConfig, sliding: bool) -> Float[Array, " hal
         return freqs
     if scaling.kind == "linear":
         return freqs / scaling.factor
-    wavelengths = 2 * math.pi / freqs
     low, high, length = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_length
-    smooth = (length / wavelengths - low) / (high - low)
+    waves = 2 * math.pi / freqs  # wavelengths in positions
+    smooth = (length / waves - low) / (high - low)
     blended = (1 - smooth) * freqs / scaling.factor + smooth * freqs
-    kept = jnp.where(wavelengths < length / high, freqs, blended)
-    return jnp.where(wavelengths > length / low, freqs / scaling.factor, kept)
+    return jnp.where(waves > length / low, freqs / scaling.factor, jnp.where(waves < length / high, freqs, blended))
 
 
 def rotary_angles(positions: Int[Array, "*batch"], config: ModelConfig, sliding: bool) -> Rotary:
