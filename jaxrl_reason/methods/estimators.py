@@ -50,7 +50,7 @@ def dapo(
     The penalty is on if overlong_max_length > 0 (normally max_completion_length).
     """
     if bool(overlong_max_length) != bool(overlong_cache_length):
-        raise ValueError("Set both method.overlong_max_length and method.overlong_cache_length, or neither.")
+        raise ValueError("method.overlong_max_length and method.overlong_cache_length: set both or neither.")
     penalty = (soft_overlong_penalty(overlong_max_length, overlong_cache_length),) if overlong_max_length else ()
     loss = PolicyLoss(clip_low=clip_low, clip_high=clip_high)
     advantage = chain(*penalty, standardize_by_group(eps))
