@@ -152,12 +152,7 @@ class Collected(NamedTuple):
 
 
 def collect(run: Run, state: TrainState, weights: models.Params, clock: Clock) -> Collected:
-    """Samples and scores one batch of groups.
-
-    Args:
-      run, state, clock: see `train_step`.
-      weights: the policy's, from `Programs.rollout_weights`.
-    """
+    """Samples and scores one batch of groups with the policy's `weights` from `Programs.rollout_weights`."""
     first = int(jax.device_get(state.data_position))
     sample = lambda i: _sample_and_score(run, first + i, state.step, weights, clock)
     if run.method.dynamic_sampling:
@@ -404,11 +399,7 @@ COMMAND = command.Command(
 
 
 def prepare(arguments: command.Arguments) -> Run:
-    """Connects the processes and sets the run up.
-
-    Raises:
-      ConfigError, RewardError, ValueError, OSError: see `setup`.
-    """
+    """Connects the processes and sets the run up. Raises what `setup` raises."""
     config = arguments.configuration()
     hosts.initialize(config.mesh.host_timeout, config.mesh.initialization_timeout)
     return setup(config, arguments.training_workdir())

@@ -43,12 +43,10 @@ def make_experience(
     """Computes advantages and everything else that an update needs. Pure; jit it with the keywords bound.
 
     Args:
-      groups: completions and their rewards.
-      advantage_state: state of the method's chain.
+      groups, advantage_state: scored completions, and the state of the method's chain.
       kl: log pi - log pi_ref per token, if the run measures it.
       probe_reference: c_ref of LaSeR, if the method has it.
-      method: its chain computes the advantages.
-      weights: the rewards' weights by name.
+      method, weights: the method, and the rewards' weights by name.
       verdict: the name of the reward whose value > 0.5 means correct.
       mask_truncated: leave completions without an end token out of the loss, but not out of the statistics.
       expert: (tokens [P, G, T], digits [P, 1, T]) -> the targets of GenRe2's expert term, if the method has it.
@@ -156,13 +154,7 @@ def fill(
     """Writes the informative groups of `new` after the first `filled` groups of `buffer`, for dynamic sampling.
 
     A group is informative if some but not all of its completions are correct (DAPO, arXiv 2503.14476, eq. 11). The verdict decides, not the
-    shaped reward, which may differ between correct answers.
-
-    Args:
-      buffer, filled: groups to learn from, and their number.
-      new: freshly sampled groups.
-      verdict: the name of the reward whose value > 0.5 means correct.
-      group_size: the completions that decide are the first `group_size` (a greedy one may follow); None: all.
+    shaped reward, which may differ between correct answers. Only the first `group_size` completions decide (a greedy one may follow); None: all.
 
     Returns:
       The buffer, the number of groups in it (at most P), and the share of new groups that are informative.

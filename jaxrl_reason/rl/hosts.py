@@ -112,11 +112,7 @@ def barrier(name: str) -> None:
 
 
 def leave(code: int) -> int:
-    """Ends one of several processes at once. A normal exit would wait for the other processes, which wait for this one.
-
-    Returns:
-      `code`, if there is only one process.
-    """
+    """Ends one of several processes at once, since a normal exit would wait for the others. Returns `code` if there is only one process."""
     if jax.process_count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()

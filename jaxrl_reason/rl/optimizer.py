@@ -33,8 +33,7 @@ def apply_gradients(
 ) -> tuple[Any, Any, jax.Array, jax.Array]:
     """Applies one optax update in float32, whatever the weights are. If the loss or the gradient is not finite, nothing changes.
 
-    Returns:
-      The weights, the optimizer state, the norm of the gradient (f32 scalar), and whether the update was applied (bool scalar).
+    Returns the weights, the optimizer state, the norm of the gradient (f32 scalar), and whether the update was applied (bool scalar).
     """
     grads, wide = _to_float32(grads), _to_float32(params)
     norm = optax.tree.norm(grads)

@@ -40,13 +40,9 @@ def sample_token(
 ) -> tuple[Int[Array, "*batch"], Float[Array, "*batch"]]:
     """Draws one token per row by inverting the cumulative distribution.
 
-    The token is the first one whose cumulative probability exceeds the row's uniform number. This takes one random number per row instead of
-    Gumbel noise over the vocabulary. The sum runs over blocks of the vocabulary first, then inside the block that holds the token.
-
-    Args:
-      logits: f32, -inf on illegal tokens.
-      noise: f32 in [0, 1).
-      greedy: True takes the most probable token.
+    The token is the first one whose cumulative probability exceeds the row's `noise` in [0, 1). This takes one random number per row instead of
+    Gumbel noise over the vocabulary. The sum runs over blocks of the vocabulary first, then inside the block that holds the token. Illegal
+    tokens have logits of -inf; `greedy` rows take the most probable token.
 
     Returns:
       The tokens and their log-probabilities.
