@@ -29,16 +29,23 @@ def forgetful():
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    """Where TFDS data are prepared, once for all tests."""
-    return tmp_path_factory.mktemp("tensorflow_datasets")
+def shared_directory(tmp_path_factory):
+    """Returns one directory for all workers of a test session."""
+    directory = tmp_path_factory.getbasetemp()
+    return directory.parent if "PYTEST_XDIST_WORKER" in os.environ else directory
 
 
 @pytest.fixture(scope="session")
-def shared_programs(tmp_path_factory):
-    """JAX settings under which the processes of a test session find what another has compiled."""
+def data_dir(shared_directory):
+    """Returns the directory in which TFDS prepares data, once for all tests of all workers."""
+    return shared_directory / "tensorflow_datasets"
+
+
+@pytest.fixture(scope="session")
+def shared_programs(shared_directory):
+    """Returns JAX settings under which every process of a test session finds the programs that another has compiled."""
     return {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_compilation_cache_dir": str(shared_directory / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }

@@ -15,6 +15,7 @@ from jaxrl_reason.runs import checkpoints
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
+@pytest.mark.runs
 def test_all_runs_begin_with_the_same_weights_and_give_a_row_each(tmp_path, capsys):
     config = tiny(write_rows(tmp_path / "rows.jsonl"), steps=1, supervised__steps=3, eval__every=1)
     rows = compare.compare(config, {"Leave-one-out": {"method": {"name": "rloo"}, "seed": 0}}, tmp_path / "runs")

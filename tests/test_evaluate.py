@@ -24,7 +24,7 @@ from jaxrl_reason.rewards import model_training
 from jaxrl_reason.rewards.numeric import extract_answer, numeric_verdict, parse_number
 from jaxrl_reason.runs import checkpoints, read_metrics
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.runs, pytest.mark.usefixtures("quick_compilation")]
 
 DIGITS = [{"question": str(i), "solution": f"#### {i % 10}", "answer": str(i % 10)} for i in range(20)]
 

@@ -591,6 +591,7 @@ EIGHT_DEVICES = """
 """
 
 
+@pytest.mark.processes
 def test_eight_devices_give_the_numbers_of_one():
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     script = [sys.executable, "-c", textwrap.dedent(EIGHT_DEVICES)]

@@ -27,7 +27,7 @@ def wilder(row, completion_ids, **_):
 """
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.runs, pytest.mark.usefixtures("quick_compilation")]
 
 
 @pytest.fixture(autouse=True)

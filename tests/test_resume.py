@@ -23,6 +23,8 @@ from jaxrl_reason.runs import checkpoints
 from jaxrl_reason.runs.files import write_json
 from jaxrl_reason.runs.metrics_file import MetricsWriter, read_metrics, SampleTable
 
+pytestmark = pytest.mark.runs
+
 # -- what tells that nothing differs ---------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ from jaxrl_reason.models import reward_model, sharding
 from jaxrl_reason.rewards import model_training
 from jaxrl_reason.runs import checkpoints, read_metrics
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.runs, pytest.mark.usefixtures("quick_compilation")]
 
 # The prompt says which of two digits is preferred: each digit is as often chosen as rejected.
 PAIRS = [

@@ -20,6 +20,8 @@ WATCHED = """
 import sys, time
 import jax
 from jaxrl_reason import train
+
+pytestmark = pytest.mark.runs
 out = open(sys.argv[1], "a", buffering=1)
 def listen(event, _, **details):
     if event == "/jax/core/compile/backend_compile_duration":

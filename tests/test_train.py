@@ -28,7 +28,7 @@ from jaxrl_reason.runs import checkpoints, loop, read_metrics
 from jaxrl_reason.runs.progress import Clock
 from jaxrl_reason.tasks import summary
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.runs, pytest.mark.usefixtures("quick_compilation")]
 
 # Names of TRL where TRL has one, then ours.
 STEP_METRICS = [

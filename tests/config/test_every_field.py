@@ -271,7 +271,24 @@ def same(a, b) -> bool:
     return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b))
 
 
-@pytest.mark.parametrize("name", EFFECTS)
+def trains(observe) -> bool:
+    """Returns whether an observer trains or samples with freshly compiled programs."""
+    return getattr(observe, "func", observe) in (
+        see.trained,
+        see.reward_model,
+        see.dynamic_sampling,
+        see.drawn,
+        see.judged,
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.runs) if trains(observe) else name
+        for name, (_, observe, _) in EFFECTS.items()
+    ],
+)
 def test_every_field_changes_something(name, rows, observed, tmp_path, request):
     value, observe, base = EFFECTS[name]
 

@@ -256,6 +256,7 @@ EIGHT_DEVICES = """
 """
 
 
+@pytest.mark.processes
 def test_eight_devices_give_the_numbers_of_one():
     here = os.path.dirname(os.path.abspath(__file__))
     env = os.environ | {

@@ -13,7 +13,7 @@ from jaxrl_reason import train
 from jaxrl_reason.config import ConfigError, Reward, RewardModel
 from jaxrl_reason.runs import checkpoints
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.runs, pytest.mark.usefixtures("quick_compilation")]
 
 GRADED = [row | {"value": i / 40, "chosen": f"#### {i}", "rejected": f"#### {i + 1}"} for i, row in enumerate(ROWS)]
 HERO = dict(

@@ -443,7 +443,8 @@ def one_update(parts, base):
     return state, {k: float(v) for k, v in (metrics | learnt).items()}, batch
 
 
-SOME = dict(  # each pair and each base once; all others are slow
+FAST = ("grpo", "gspo", "rloo")
+SOME = dict(  # each pair and each base once; in the default tier for the bases of FAST; all others are slow
     grpo=("hero", "laser"),
     dr_grpo=("rlev", "progrpo"),
     dapo=("hero", "progrpo"),
@@ -456,10 +457,14 @@ SOME = dict(  # each pair and each base once; all others are slow
 )
 
 
+def marks_of(parts, base):
+    return () if SOME[base] == parts and base in FAST else pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     "parts, base",
     [
-        pytest.param(parts, base, id=f"{named(parts)}-{base}", marks=() if SOME[base] == parts else pytest.mark.slow)
+        pytest.param(parts, base, id=f"{named(parts)}-{base}", marks=marks_of(parts, base))
         for parts in SOUND
         for base in reference.ESTIMATORS
     ],

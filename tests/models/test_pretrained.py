@@ -36,7 +36,9 @@ def test_outputs_equal_those_of_transformers(name, side):
         np.testing.assert_allclose(alone, want[:1], atol=2e-4)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    "name", [n if n in ("gemma3", "llama") else pytest.param(n, marks=pytest.mark.slow) for n in POLICIES]
+)
 def test_outputs_with_a_cache_equal_those_of_transformers(name):
     policy, golden = load(name), expected(name)
     tokens, want = golden["right_tokens"][:1], golden["right_output"][:1]
@@ -77,6 +79,7 @@ def test_bfloat16_outputs_are_close(name):
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_weights_are_read_shard_by_shard():
     env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     script = pathlib.Path(__file__).with_name("sharded_loading.py")

@@ -118,6 +118,7 @@ def learnt(tmp_path_factory):
     return of
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "mesh, shards",
     [

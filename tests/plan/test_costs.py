@@ -80,9 +80,9 @@ def with_(config=CONFIG, **changes):
     "config",
     [
         CONFIG,
-        with_(tied_embedding=False, qkv_bias=True, compute_dtype="bfloat16"),
+        pytest.param(with_(tied_embedding=False, qkv_bias=True, compute_dtype="bfloat16"), marks=pytest.mark.slow),
         with_(ADAPTED, qk_norm=True, sliding_window=6, sliding_period=2),
-        with_(features=5, prefix_length=4, encoder_width=96),
+        pytest.param(with_(features=5, prefix_length=4, encoder_width=96), marks=pytest.mark.slow),
     ],
 )
 def test_flops_of_rollout_and_score_equal_those_of_their_programs(config):
@@ -91,6 +91,7 @@ def test_flops_of_rollout_and_score_equal_those_of_their_programs(config):
     assert costs.score(config, *sizes).flops == pytest.approx(of_program(lowered("score", config)), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_flops_include_options():
     more = lowered("rollout", CONFIG, with_prompt_logprobs=True, probe_token=3)
     expected = costs.rollout(CONFIG, P, G, S, T, prompt_logprobs=True, probe=True).flops
@@ -107,13 +108,13 @@ def test_flops_include_options():
 @pytest.mark.parametrize(
     "config",
     [
-        with_(remat="none", qkv_bias=True, tied_embedding=False),
-        with_(remat="dots"),
+        pytest.param(with_(remat="none", qkv_bias=True, tied_embedding=False), marks=pytest.mark.slow),
+        pytest.param(with_(remat="dots"), marks=pytest.mark.slow),
         with_(remat="layer", compute_dtype="bfloat16"),
         pytest.param(with_(remat="layer", post_norms=True), marks=pytest.mark.slow),
         pytest.param(with_(ADAPTED, remat="none", compute_dtype="bfloat16"), marks=pytest.mark.slow),
         pytest.param(with_(ADAPTED, remat="dots", lora_projections=("q", "v")), marks=pytest.mark.slow),
-        with_(ADAPTED, remat="layer"),
+        pytest.param(with_(ADAPTED, remat="layer"), marks=pytest.mark.slow),
         pytest.param(with_(remat="layer", features=5, prefix_length=4, encoder_width=96), marks=pytest.mark.slow),
     ],
 )

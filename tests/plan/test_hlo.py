@@ -112,6 +112,7 @@ def run_python(script, folder, **environment):
     assert run.returncode == 0, run.stderr[-3000:]
 
 
+@pytest.mark.processes
 def test_collectives_of_eight_devices_are_counted_by_kind_and_bytes(tmp_path):
     run_python(SHARDED, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=8")
     read = lambda name: hlo.read((tmp_path / f"{name}.txt").read_text())

@@ -56,6 +56,7 @@ def assert_sound(found):
     assert found["update"]["donation"] == 1.0
 
 
+@pytest.mark.processes
 def test_a_step_is_sharded_and_donated_and_its_flops_equal_the_compilers(sharded):
     found = sharded()
     assert_sound(found)
@@ -69,6 +70,7 @@ def test_a_step_is_sharded_and_donated_and_its_flops_equal_the_compilers(sharded
     assert found["reshard"]["collectives"]["all-gather"]["count"] > 0
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("broken", ["replicated", "undonated"])
 def test_a_broken_step_is_detected(broken, sharded):
     with pytest.raises(AssertionError):

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import jax
@@ -17,9 +16,9 @@ import pytest
 from helpers.tiny_runs import ROWS, tiny, write_rows
 from jaxrl_reason import train
 from jaxrl_reason.config import to_dict
-from jaxrl_reason.models import sharding
-from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs import checkpoints, read_metrics
+
+pytestmark = pytest.mark.processes
 
 REWARDS = """
 import os
@@ -459,58 +458,3 @@ def test_a_work_directory_that_not_all_see_is_refused(folder, shared_programs, t
     ended = finish(start(path, tmp_path / "run{process}", shared_programs, processes=2), limit=60)
     assert [code for code, *_ in ended] == [2, 2]
     assert all("all processes must see the same work directory" in err and "Traceback" not in err for *_, err in ended)
-
-
-def test_half_an_address_is_refused(monkeypatch):
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
-    with pytest.raises(ValueError, match="JAX_COORDINATOR_ADDRESS=''"):
-        hosts.initialize(10, 20)
-
-
-def test_a_tpu_machine_that_jax_knows_no_cluster_of_is_alone_and_one_that_nobody_answers_is_refused(monkeypatch):
-    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(hosts, "_on_a_tpu_vm", lambda: True)
-
-    def fails(error):
-        def initialize(**_):
-            raise error
-
-        monkeypatch.setattr(jax.distributed, "initialize", initialize)
-
-    fails(ValueError("coordinator_address should be defined."))
-    hosts.initialize(10, 20)
-    fails(OSError("no metadata"))
-    with pytest.raises(ValueError, match="cannot be connected with the others .*no metadata.*JAX_NUM_PROCESSES=1"):
-        hosts.initialize(10, 20)
-
-
-def test_alone_there_is_nothing_to_connect_and_a_share_is_everything(monkeypatch):
-    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
-        monkeypatch.delenv(name, raising=False)
-    hosts.initialize(10, 20)
-    assert jax.process_count() == 1 and hosts.is_first()
-    split = sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:1]))
-    np.testing.assert_array_equal(hosts.local_rows(split, 5), np.arange(5))
-    x = np.arange(10.0).reshape(5, 2)
-    np.testing.assert_array_equal(hosts.rows_to_host(hosts.put_rows(x, split, 5), split), x)
-
-
-def test_sigterm_is_told_stays_told_and_ends_nothing_meanwhile():
-    if threading.current_thread() is not threading.main_thread():
-        pytest.skip("Only the main thread hears signals.")
-    before = signal.getsignal(signal.SIGTERM)
-    with hosts.preemption() as asked:
-        assert not asked()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert asked() and asked()
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_what_was_attempted_raises_when_it_is_asked_for():
-    assert hosts.attempt(lambda: 3, ValueError)() == 3
-    failed = hosts.attempt(lambda: int("x"), ValueError)
-    with pytest.raises(ValueError, match="invalid literal"):
-        hosts.agree(failed, ValueError)
-    with pytest.raises(KeyError):  # not foreseen: at once
-        hosts.attempt(lambda: {}["x"], ValueError)

@@ -291,12 +291,16 @@ def baseline():
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(accumulation=4),
         dict(accumulation=2, logprob_chunk=2),
-        dict(logprob_chunk=T),
         *(
             pytest.param(c, marks=pytest.mark.slow)
-            for c in (dict(accumulation=2), dict(logprob_chunk=1), dict(logprob_chunk=2))
+            for c in (
+                dict(accumulation=2),
+                dict(accumulation=4),
+                dict(logprob_chunk=1),
+                dict(logprob_chunk=2),
+                dict(logprob_chunk=T),
+            )
         ),
     ],
     ids=lambda c: "-".join(f"{k}{v}" for k, v in c.items()),
@@ -558,7 +562,12 @@ def test_the_sampling_difference_is_that_of_live_tokens():
 
 
 @pytest.mark.parametrize(
-    "options", [FULL, dataclasses.replace(FULL, accumulation=4), dataclasses.replace(FULL, minibatches=2)]
+    "options",
+    [
+        pytest.param(FULL, marks=pytest.mark.slow),
+        pytest.param(dataclasses.replace(FULL, accumulation=4), marks=pytest.mark.slow),
+        dataclasses.replace(FULL, minibatches=2),
+    ],
 )
 def test_the_worst_token_is_named_whatever_part_of_the_batch_it_is_in(options):
     """With minibatches, of the first: the weights have changed before the others."""

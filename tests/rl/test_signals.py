@@ -118,7 +118,14 @@ def behind_the_end(rollout, temperature=1.0, token=PROBE):
     return law[:, token].reshape(P, G)
 
 
-@pytest.mark.parametrize("side, temperature, of_probe", [("left", 1.0, 1.0), ("right", 0.7, 0.7), ("mixed", 1.3, 0.8)])
+@pytest.mark.parametrize(
+    "side, temperature, of_probe",
+    [
+        pytest.param("left", 1.0, 1.0, marks=pytest.mark.slow),
+        pytest.param("right", 0.7, 0.7, marks=pytest.mark.slow),
+        ("mixed", 1.3, 0.8),
+    ],
+)
 def test_the_probe_is_the_law_behind_the_end_token_in_sampling_in_training_and_in_a_plain_forward(
     side, temperature, of_probe
 ):
@@ -187,7 +194,7 @@ def test_the_greedy_member_of_a_group_has_a_probe_at_temperature_one():
 # -- log-probabilities of prompts --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("side", [*(pytest.param(s, marks=pytest.mark.slow) for s in ("left", "right")), "mixed"])
 def test_prompt_logprobs_are_those_of_a_plain_forward_wherever_the_padding_stands(side):
     out = sample(side, temperature=0.6, with_prompt_logprobs=True)  # at temperature 1 whatever the sampler's
     prompts, mask = SIDES[side]
@@ -513,7 +520,7 @@ def test_features_reach_the_encoder_with_the_right_gradient():
 # -- legal tokens ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.3])
+@pytest.mark.parametrize("temperature", [0.7, pytest.param(1.3, marks=pytest.mark.slow)])
 def test_legal_tokens_by_position_hold_in_sampling_and_in_training(temperature):
     drawn = 0
     for key in range(10):

@@ -123,7 +123,13 @@ def test_weights_have_the_requested_dtypes(saved):
     chex.assert_trees_all_equal(found["large"], a_state().params["large"].astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("file", ["_METADATA", "_sharding", "array_metadatas/process_0", "manifest.ocdbt"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("_METADATA", "_sharding", "manifest.ocdbt")),
+        "array_metadatas/process_0",
+    ],
+)
 def test_a_wrong_bit_in_a_description_costs_one_checkpoint_at_most(file, saved, tmp_path):
     state, rng = a_state(), np.random.default_rng(0)
     path, numbers = tmp_path / "checkpoints" / "2" / "default" / file, []
@@ -196,6 +202,7 @@ for spec in (jax.P(), jax.P("fsdp"), jax.P(("data", "tensor"), None, "fsdp")):
 """
 
 
+@pytest.mark.processes
 def test_the_digest_is_the_same_on_every_mesh():
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run([sys.executable, "-c", ON_EIGHT_DEVICES], env=env, capture_output=True, text=True)

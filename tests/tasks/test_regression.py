@@ -106,6 +106,7 @@ def test_the_heavy_tailed_reward_stops_at_50_and_is_100_for_no_number():
     assert scorer.weights == {"heavy_tailed": 2.0}
 
 
+@pytest.mark.runs
 def test_a_policy_learns_to_predict_and_reports_the_pointwise_regressor(table, tmp_path):
     config = a_config(
         table,
@@ -148,6 +149,7 @@ def test_a_policy_learns_to_predict_and_reports_the_pointwise_regressor(table, t
     assert (tmp_path / "run" / "evaluation" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.runs
 def test_evaluation_of_numbers_raises_for_another_training_table(table, tmp_path, capsys):
     own = tmp_path / "line.csv"
     own.write_text(table.read_text())
@@ -162,6 +164,7 @@ def test_evaluation_of_numbers_raises_for_another_training_table(table, tmp_path
     assert "is not the training table of the run" in capsys.readouterr().err
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "number, options, length", [("p10", {}, 6), pytest.param("ieee", {"mantissa_digits": 3}, 7, marks=pytest.mark.slow)]
 )
@@ -190,6 +193,7 @@ def test_the_other_alphabets_as_text_with_the_group_estimator(table, tmp_path, n
     assert evaluate.main([f"--workdir={tmp_path / 'run'}", "--samples=2"]) == 0
 
 
+@pytest.mark.runs
 def test_the_dense_expert_term_is_in_the_loss(table, tmp_path):
     config = a_config(table, method={"name": "genre2", "expert_coefficient": 0.05})
     train.train(train.setup(config, tmp_path / "run"))
@@ -243,6 +247,7 @@ def test_numbers_far_off_have_a_finite_reward_and_finite_metrics():
     assert all(np.isfinite(x) for name, x in found.items() if "spearman" not in name)
 
 
+@pytest.mark.runs
 def test_a_start_with_another_scale_of_numbers_raises(table, tmp_path):
     train.train(train.setup(a_config(table, steps=1, checkpoint__keep_start=True), tmp_path / "start"))
     begin = dict(supervised__start_from=str(tmp_path / "start"))
@@ -251,6 +256,7 @@ def test_a_start_with_another_scale_of_numbers_raises(table, tmp_path):
         train.setup(a_config(table, **begin, data__train_split="[:50%]"), tmp_path / "other")
 
 
+@pytest.mark.runs
 def test_rows_with_human_values_under_genre2_and_rlev(table, tmp_path):
     """Advantages of RLOO are multiplied by 1 + min(alpha v, 1): by 1 for the value 0, by 2 for the value 1."""
     header, *lines = table.read_text().splitlines()
