@@ -19,6 +19,8 @@ from jaxrl_reason.rl import optimizer as optimizers
 from jaxrl_reason.rl.learner import UpdateOptions
 from jaxrl_reason.rl.types import Experience, Rollout, TrainState
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONFIG = ModelConfig(
     vocab_size=20,
     width=16,

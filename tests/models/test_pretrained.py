@@ -16,6 +16,8 @@ from jaxrl_reason import models
 from jaxrl_reason.models import PretrainedError
 from jaxrl_reason.models.formats import pretrained
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # -- outputs -----------------------------------------------------------------------------------------------------
 
 

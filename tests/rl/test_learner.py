@@ -20,6 +20,8 @@ from jaxrl_reason.rl.learner import UpdateOptions
 from jaxrl_reason.rl.rollout import generate
 from jaxrl_reason.rl.types import Experience, Rollout, TrainState
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 P, G, S, T, V = 4, 3, 4, 5, 23
 CONFIG = ModelConfig(
     vocab_size=V,

@@ -18,6 +18,8 @@ from jaxrl_reason.rl import scoring
 from jaxrl_reason.rl.rollout import generate
 from jaxrl_reason.rl.sampling import sample_token, sampling_noise
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 P, G, S, T, V = 3, 4, 5, 6, 37
 ONE = np.nextafter(np.float32(1), np.float32(0))  # the largest float32 below 1
 EOS, PAD = (5, 9), 5  # with pad == eos
