@@ -153,7 +153,7 @@ def test_other_errors_of_the_work_keep_their_traceback(error):
 
 def test_an_early_end_has_the_exit_code_of_its_signal(capsys):
     assert command.run(COMMAND, ["--out=a"], lambda arguments: arguments, raising(hosts.Preempted("step 3"))) == 143
-    assert capsys.readouterr().err == "Asked to end, and saved after step 3: the same command goes on from there.\n"
+    assert capsys.readouterr().err == "Asked to end, and saved after step 3: the same command continues from there.\n"
 
 
 def test_done_is_0_and_the_work_gets_what_was_prepared(capsys):
