@@ -15,15 +15,12 @@ from jaxrl_reason.config import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device of a TPU generation, from its data sheet.
-
-    The link rate is for the traffic to the other chips of the slice in one direction, all links together.
-    """
+    """One device of a TPU generation, from its data sheet."""
 
     hbm: float  # GiB that the compiler gives to a program
     flops: float  # bfloat16, per second
     bandwidth: float  # memory, bytes per second
-    links: float  # bytes per second
+    links: float  # bytes per second to the other chips of the slice in one direction, all links together
 
 
 CHIPS = {

@@ -2,10 +2,9 @@
 
 FLOPs count products, padding and recomputation included: two per multiply-add, none per elementwise operation. They
 agree with `hlo.read` of the compiled programs (tests/plan/test_costs.py). Bytes are a lower bound to first order, for a
-roofline: the traffic between a device's memory and its cores that remains if everything is fused that can be.
-
-P prompts of S tokens, G completions of T tokens each. All numbers are sums over the devices. D width, F mlp_width,
-H heads, N kv_heads, K head_dim, L layers; c: bytes of a number in compute_dtype.
+roofline: the traffic between a device's memory and its cores that remains if everything is fused that can be. P prompts
+of S tokens, G completions of T tokens each. All numbers are sums over the devices. D width, F mlp_width, H heads, N
+kv_heads, K head_dim, L layers; c: bytes of a number in compute_dtype.
 """
 
 import dataclasses
@@ -21,15 +20,11 @@ _FLOAT32 = 4
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """The cost of one program, over all devices.
-
-    An update computes `recomputed_flops` again in its backward pass instead of keeping results. `flops -
-    recomputed_flops` are the model FLOPs from which hardware utilization is usually computed.
-    """
+    """The cost of one program, over all devices. Utilization is usually computed from `flops - recomputed_flops`."""
 
     flops: float = 0.0  # of all products
     attention_flops: float = 0.0  # the share of products of queries with keys and of weights with values
-    recomputed_flops: float = 0.0
+    recomputed_flops: float = 0.0  # that the backward pass of an update computes again instead of keeping results
     bytes: float = 0.0  # least traffic with memory, read and written
 
     def __add__(self, other: "Cost") -> "Cost":
@@ -115,10 +110,9 @@ def score(
 
     Args:
       model, P, G, S, T, attention, replicas: see `rollout`.
-      parts: microbatches.
       logprob_chunk: positions whose logits are in memory at once; 0: the program's own choice.
       probe: whether a token after the end is scored too.
-      tensor: number of devices over which the vocabulary is split.
+      parts, tensor: number of microbatches; of devices over which the vocabulary is split.
     """
     _check(model, attention, P=P, G=G, S=S, T=T, replicas=replicas, parts=parts)
     p, (chunks, computed) = P / parts, _chunks(model, P // parts, G, T, logprob_chunk, replicas, tensor)
@@ -130,10 +124,7 @@ def score(
 def reward_model(
     model: ModelConfig, P: int, G: int, S: int, T: int, *, attention: str = "plain", replicas: int = 1, parts: int = 1
 ) -> Cost:
-    """Returns the cost of `models.reward_model.group_scores`: as `score`, over P * (S + G * T) tokens without a head.
-
-    If T is 0 there are P whole texts of S tokens.
-    """
+    """Returns the cost of `reward_model.group_scores`: `score` without a head, P (S + G T) tokens; T = 0: P texts."""
     _check(model, attention, P=P, G=G, S=S, T=max(T, 1), replicas=replicas, parts=parts)
     return _forward(model, P / parts, G, S, T, attention, replicas) * parts
 
@@ -192,16 +183,13 @@ def update(
 def _layers_backward(
     model: ModelConfig, forward: Cost, P: float, G: int, S: int, T: int, attention: str, replicas: int
 ) -> Cost:
-    """Returns the cost of the backward pass through the layers of one microbatch.
-
-    FLOPs: each product twice, for the gradients of its two operands; once for a frozen matrix. With remat "dots" the
-    attention again. With remat "layer" the layers again too, without the MLP's last product unless a norm after it needs
-    the result. Splash attention recomputes the scores in each of its two gradient kernels: 7 products in addition to the
-    forward's 2. With remat it computes the forward's again.
-
-    Bytes: every matrix again, and twice the forward's traffic of activations and scores (kept results are read, gradients
-    are written and read). Recomputed results count once more. `forward` is the cost of the microbatch's forward.
-    """
+    """Returns the cost of the backward pass through the layers of one microbatch."""
+    # FLOPs: each product twice, for the gradients of its two operands; once for a frozen matrix. With remat "dots" the
+    # attention again. With remat "layer" the layers again too, without the MLP's last product unless a norm after it
+    # needs the result. Splash attention recomputes the scores in each of its two gradient kernels: 7 products in
+    # addition to the forward's 2. With remat it computes the forward's again. Bytes: every matrix again, and twice the
+    # forward's traffic of activations and scores (kept results are read, gradients are written and read). Recomputed
+    # results count once more. `forward` is the cost of the microbatch's forward.
     attended, body = forward.attention_flops, forward.flops - forward.attention_flops
     tokens, weight_bytes = P * (S + G * T), replicas * _weight_bytes(model)
     frozen = 0 if not model.lora_rank else 2.0 * tokens * _matrices(model)  # products with one gradient only
@@ -220,11 +208,9 @@ def _layers_backward(
 
 
 def _head(model: ModelConfig, rows: float, chunks: int, computed: int, replicas: int, probe: bool) -> Cost:
-    """Returns the cost of the logits of one microbatch of `rows` completions, forward and backward.
-
-    The gradients cost two products, one if the head is frozen. If there are several chunks the logits are recomputed in
-    the backward. A trained head's gradient is read and written for every chunk.
-    """
+    """Returns the cost of the logits of one microbatch of `rows` completions, forward and backward."""
+    # The gradients cost two products, one if the head is frozen. If there are several chunks the logits are recomputed
+    # in the backward. A trained head's gradient is read and written for every chunk.
     trained = not model.lora_rank
     once = _logits(model, rows * computed, replicas * chunks)
     head = once * (2 + trained)

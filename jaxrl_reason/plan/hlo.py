@@ -52,22 +52,16 @@ class CustomCall(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One run of a compiled program on one device.
+    """One run of a compiled program on one device."""
 
-    Attributes:
-      flops: of matrix products and convolutions, two per multiply-add.
-      reduced_flops: of products that were compiled to a multiplication of two different arrays and a sum. They include
-        matrix products with few rows (decoding on one prompt), and also sums of squares and of weighted terms, of which
-        every model has a few.
-      collectives, custom_calls: by kind, see `COLLECTIVES`; by name and operands.
-      unknown_loops: name -> most trips that the condition allows (or None), for loops whose length depends on data.
-        The numbers above assume that they run `loop_trips` times.
-    """
-
-    flops: float
+    flops: float  # of matrix products and convolutions, two per multiply-add
+    # Of products that were compiled to a multiplication of two different arrays and a sum: matrix products with few
+    # rows (decoding on one prompt), and sums of squares and of weighted terms, of which every model has a few.
     reduced_flops: float
-    collectives: dict[str, Collective]
-    custom_calls: tuple[CustomCall, ...]
+    collectives: dict[str, Collective]  # by kind, see `COLLECTIVES`
+    custom_calls: tuple[CustomCall, ...]  # by name and operands
+    # Name -> most trips that the condition allows (or None), for loops whose length depends on data. The numbers above
+    # assume that they run `loop_trips` times.
     unknown_loops: dict[str, int | None]
 
 
@@ -93,21 +87,16 @@ def read(text: str, *, loop_trips: Mapping[str, int] | int | None = None) -> Pro
     return Program(total.flops, total.reduced, collectives, calls, dict(walk.unknown))
 
 
-# -- the walk --------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass
 class _Tally:
-    """Sums over a computation.
-
-    TPU spreads collectives over a chain of fusions, each of which repeats the instruction. `chained` has their kind and
-    bytes. They count once in the computation that runs the chain.
-    """
+    """Sums over a computation."""
 
     flops: float = 0.0
     reduced: float = 0.0
     moved: dict[str, Collective] = dataclasses.field(default_factory=dict)
     calls: dict[tuple[str, str, tuple[str, ...]], float] = dataclasses.field(default_factory=dict)
+    # TPU spreads collectives over a chain of fusions, each of which repeats the instruction. Their kind and bytes count
+    # once in the computation that runs the chain.
     chained: dict[tuple[str, str, str | None], tuple[str, float]] = dataclasses.field(default_factory=dict)
 
     def add(self, other: "_Tally", times: float = 1.0) -> None:
@@ -260,10 +249,8 @@ def _kernel_name(i: Instruction) -> str:
 
 @functools.cache
 def _meetings(kernel: int, size: int, out: int, stride: int, pad: int, lhs_dilate: int, rhs_dilate: int) -> int:
-    """Returns the pairs of an output and a kernel position, along one axis, that meet an input element.
-
-    Padding and the holes between dilated elements are no input elements.
-    """
+    """Returns the pairs of an output and a kernel position, along one axis, that meet an input element."""
+    # Padding and the holes between dilated elements are no input elements.
     starts = np.arange(out) * stride - pad
     inside = lambda at: int(((at >= 0) & (at < size * lhs_dilate) & (at % lhs_dilate == 0)).sum())
     return sum(inside(starts + k * rhs_dilate) for k in range(kernel))

@@ -12,17 +12,13 @@ _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<= ]*)\]")
 
 
 class Instruction(NamedTuple):
-    """One line `[ROOT] %name = shape opcode(operands), attributes`.
-
-    Names are without "%". `shape` is the result's, with layout; a tuple's is in parentheses. `operands` are names; a
-    constant has its literal, a parameter its number. `attributes` is the rest of the line.
-    """
+    """One line `[ROOT] %name = shape opcode(operands), attributes`. Names are without "%"."""
 
     name: str
-    shape: str
+    shape: str  # of the result, with layout; a tuple's is in parentheses
     opcode: str
-    operands: tuple[str, ...]
-    attributes: str
+    operands: tuple[str, ...]  # names; a constant has its literal, a parameter its number
+    attributes: str  # the rest of the line
 
     def attribute(self, name: str) -> str | None:
         """Returns the value of `name=value` or `name={value}`, or None."""

@@ -40,10 +40,9 @@ def make_plan(
     """Compiles the programs of a step one after another.
 
     `devices` are the `chips.devices_of` the slice, such as "v5e:4x4", and config.mesh is for these devices. `say`
-    receives a line before each program is compiled.
-
-    Returns a JSON-able dict: the run's sizes, "parts" (see `measure_part`), "fits", and "step" with the least time and
-    its assumptions. Raises ConfigError if the configuration cannot run on the devices.
+    receives a line before each program is compiled. Returns a JSON-able dict: the run's sizes, "parts" (see
+    `measure_part`), "fits", and "step" with the least time and its assumptions. Raises ConfigError if the configuration
+    cannot run on the devices.
     """
     parts = []
     for part in parts_of(config, devices):
@@ -149,16 +148,10 @@ def requested_bytes(error: Exception) -> float | None:
     return float(used[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[used[2]]
 
 
-# -- the search ------------------------------------------------------------------------------------
-
-
 def find_largest(
     config: Config, topology: str, devices: Sequence[jax.Device], say: Callable[[str], None] = lambda text: None
 ) -> dict[str, int]:
-    """Returns the largest prompts_per_step, group_size and max_completion_length that fit.
-
-    Each is searched with the others as configured; 0: none fits. For the arguments see `make_plan`.
-    """
+    """Returns the largest value of each size (see `_grains`) that fits with the others as configured; 0: none fits."""
     chip = chip_of(topology)
 
     def fits(name: str, value: int) -> bool:

@@ -1,11 +1,9 @@
-"""Rewards: completions in, numbers out.
+"""Rewards: completions in, numbers out. `scorer` computes all rewards of a run.
 
-`numeric`: exact numeric verdicts. `functions`, `task_rewards` and `math`: the built-in host rewards. `host`: loads and
-calls host rewards. `isolated`: calls a user's function in the worker processes of `pool`. `device`: rewards that are
-traced into the step. `learned`: a pretrained reward model. `scorer`: all rewards of a run.
-
-Import `device`, `learned` and `scorer` by their own names. They need JAX, and the workers, which import this package,
-do without.
+`functions`, `task_rewards` and `math` are the built-in host rewards; `numeric` gives exact numeric verdicts. `host`
+loads and calls host rewards, `isolated` calls a user's function in the worker processes of `pool`. On the device run
+`device`, rewards that are traced into the step, and `learned`, a pretrained reward model. Import `device`, `learned`
+and `scorer` by their own names: they need JAX, and the workers, which import this package, do without.
 """
 
 from jaxrl_reason.rewards.functions import accuracy_reward, format_reward, last_number_reward

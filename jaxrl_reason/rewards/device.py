@@ -1,9 +1,7 @@
-"""Rewards that run on the device: pure functions of arrays, traced into the training step.
+"""Rewards that run on the device, traced into the training step: f(tokens, mask, columns) -> rewards float32[P,G].
 
-    f(completion_tokens int32[P,G,T], completion_mask [P,G,T], columns) -> rewards float32[P,G]
-
-The mask is 1 on sampled tokens, a prefix of every row that includes the end token. Tokens after the mask have any
-value. `columns` maps names to arrays [P, ...] of the data.
+`tokens` int32[P,G,T] and `mask` [P,G,T] are of completions. The mask is 1 on sampled tokens, a prefix of every row that
+includes the end token. Tokens after the mask have any value. `columns` maps names to arrays [P, ...] of the data.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,13 +17,10 @@ DeviceReward = Callable[[jax.Array, jax.Array, Mapping[str, jax.Array]], jax.Arr
 def match_answer_tokens(marker: tuple[int, ...], *, eos_ids: tuple[int, ...]) -> DeviceReward:
     """Returns a device reward: 1.0 if the tokens between the last marker and the end token are the reference, else 0.0.
 
-    The reference is the column `answer_tokens`, int32[P,A], padded with -1. A completion is incorrect if it has no
-    marker, or if it was cut off before an end token.
-
-    Args:
-      marker: token ids that announce the answer, for instance the ids of "####". A tokenizer may merge a space with the
-        text after it, so the space between marker and answer is part of the answer: " -3".
-      eos_ids: token ids that end a completion.
+    The reference is the column `answer_tokens`, int32[P,A], padded with -1. The ids in `marker` announce the answer,
+    for instance the ids of "####"; `eos_ids` end a completion. A tokenizer may merge a space with the text after it, so
+    the space between marker and answer is part of the answer: " -3". A completion is incorrect if it has no marker, or
+    if it was cut off before an end token.
 
     Raises ValueError if an argument is empty or has a negative id, or if the marker contains an end token. The returned
     function raises KeyError or AssertionError if the column is missing or a shape is wrong.
@@ -46,7 +41,6 @@ def match_answer_tokens(marker: tuple[int, ...], *, eos_ids: tuple[int, ...]) ->
         chex.assert_rank([completion_tokens, completion_mask, answer], [3, 3, 2])
         chex.assert_equal_shape([completion_tokens, completion_mask])
         chex.assert_equal_shape_prefix([completion_tokens, answer], 1)
-
         matches = functools.partial(_matches, marker=marker, eos_ids=eos_ids)
         by_completion = jax.vmap(jax.vmap(matches, in_axes=(0, 0, None)))
         return by_completion(completion_tokens, completion_mask, answer).astype(jnp.float32)
@@ -60,14 +54,12 @@ def _matches(
     """Compares one completion, tokens int32[T] and mask [T], with its answer int32[A]. Returns a bool scalar."""
     end = jnp.sum(mask != 0) - 1  # index of the end token; -1 for an empty completion
     ended = (end >= 0) & jnp.isin(tokens[end], jnp.array(eos_ids))
-
     # Positions at which the marker starts. A match that rolls over the end has a position after `end` and is dropped.
     starts = jnp.stack([jnp.roll(tokens, -offset) == token for offset, token in enumerate(marker)]).all(axis=0)
     position = jnp.arange(tokens.shape[0])
     starts &= position + len(marker) <= end
     found = starts.any()
     begin = jnp.max(jnp.where(starts, position, 0)) + len(marker)
-
     index = begin + jnp.arange(answer.shape[0])
     agrees = tokens.at[index].get(mode="fill", fill_value=-1) == answer
     length = jnp.sum(answer >= 0)

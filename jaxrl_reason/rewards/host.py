@@ -53,8 +53,7 @@ class RewardError(Exception):
 class HostReward:
     """A reward function, any callable by TRL's signature, and its name in the metrics `rewards/<name>/...`.
 
-    An empty name becomes the function's own (of a callable object, its class's). Raises RewardError if `function` is not
-    callable.
+    An empty name becomes the function's own (or its class's). Raises RewardError if `function` is not callable.
     """
 
     name: str
@@ -126,14 +125,12 @@ def compute_rewards(
     If a function raises, it is called again for each row alone. Only the rows that raise go missing, and all other rows
     keep their reward. A reward that compares the rows of a batch must therefore not rely on raising. A function that
     returns `pool.Results` has counted its errors and timeouts itself. If more than `max_failure_share` of a function's
-    rows fail, the fault is in the function rather than in the rows, and this raises.
+    rows fail, the fault is in the function rather than in the rows, and this raises. Rewards have distinct names. There
+    are P prompts, P lists of G completions and of their ids, end token included, and per column P values, which are
+    repeated for the completions.
 
-    Rewards have distinct names. There are P prompts, P lists of G completions and of their ids, end token included, and
-    per column P values, which are repeated for the completions.
-
-    Raises:
-      RewardError: a function fails too often, lacks an argument, returns the wrong length, or returns a value that is
-        neither a finite number nor None; or the inputs do not fit each other. The message names the function.
+    Raises RewardError if a function fails too often, lacks an argument, returns the wrong length or a value that is
+    neither a finite number nor None, or if the inputs do not fit each other. The message names the function.
     """
     shape = checked_shape(prompts, completions, completion_ids, columns)
     repeat = lambda values: [value for value in values for _ in range(shape[1])]
@@ -163,7 +160,6 @@ def _rewards_of_rows(reward: HostReward, rows: dict[str, list], max_failure_shar
             missing = f"{failures} of {count} rows, which get no reward"
             _log.warning("Reward %r failed on %s; the last error is %s", name, missing, results.error)
         return results
-
     results = Results([], [])
     for row in range(count):
         one, cause = _try_call(reward, {name: column[row : row + 1] for name, column in rows.items()}, first_row=row)
@@ -248,10 +244,7 @@ def _checked_value(reward: HostReward, row: int, value: Any) -> float:
 
 
 def check_signature(reward: HostReward, rows: Mapping[str, Sequence]) -> None:
-    """Raises RewardError if the function cannot take these arguments.
-
-    Checked before the call, because a TypeError of the call could come from inside the function.
-    """
+    """Raises RewardError if the function cannot take these arguments. A TypeError of the call can have other causes."""
     try:
         signature = inspect.signature(reward.function)
     except (TypeError, ValueError):  # some callables written in C have none

@@ -21,10 +21,7 @@ _SAMPLE = 16  # rows that are called singly before the failures among them are c
 
 
 def make_pool(specs: Sequence[str], *, workers: int, timeout_s: float, memory_mb: int) -> Pool:
-    """Returns a pool whose workers start with the first call and load the functions `specs` then.
-
-    `workers` is the maximum number of workers; 0: one per core, at most `MAX_WORKERS`. For the limits see `Pool`.
-    """
+    """Returns a pool whose workers load `specs` at the first call; `workers` 0: one per core, at most `MAX_WORKERS`."""
     load = functools.partial(_load_all, [_absolute(spec) for spec in specs])
     workers = workers or min(os.cpu_count() or 1, MAX_WORKERS)
     return Pool(_answer, workers=workers, timeout_s=timeout_s, memory_mb=memory_mb, initializer=load)
@@ -36,11 +33,9 @@ class Isolated:
     The rows of a prompt are one call (`in_groups_of`; before that, all rows are). A call that raises, dies or exceeds a
     limit is made again row by row, so that only the rows at fault go missing. The retries end early when more than
     `max_failure_share` of the rows tried have failed, unless success of all other rows could still meet that share. A
-    row that was not tried keeps the outcome of its prompt's call.
-
-    The workers of the pool load the function by `spec`; `function` is the same, loaded in this process for its name, its
-    arguments and its `answer_of`. A call raises RewardError if the function breaks its contract, if no worker starts, or
-    if the data cannot be sent to a worker.
+    row that was not tried keeps the outcome of its prompt's call. The workers of the pool load the function by `spec`;
+    `function` is the same, loaded in this process for its name, its arguments and its `answer_of`. A call raises
+    RewardError if the function breaks its contract, if no worker starts, or if the data cannot be sent to a worker.
     """
 
     def __init__(self, spec: str, function: host.RewardFunction, pool: Pool, max_failure_share: float):
@@ -116,8 +111,7 @@ def _absolute(spec: str) -> str:
     return f"{pathlib.Path(place).absolute()}{colon}{attribute}" if place.endswith(".py") else spec
 
 
-# -- in the workers ----------------------------------------------------------------------------------------------------
-
+# Called in the workers, like everything below.
 _loaded = functools.cache(host.load_reward)
 
 

@@ -102,10 +102,7 @@ def chat_of(tokenizer: Tokenizer, system: str) -> ChatTemplate | None:
 
 
 def scoring_program(config: ModelConfig, sharding: jax.sharding.NamedSharding) -> Callable[..., jax.Array]:
-    """Returns the jitted (params, texts int[P, G, L], lengths int[P, G], static parts) -> scores f32[P, G].
-
-    The score of a text is NaN if its length is 0.
-    """
+    """Returns the jitted (params, texts int[P,G,L], lengths int[P,G], static parts) -> f32[P,G], NaN for no tokens."""
     score = on_mesh(_mesh(sharding), functools.partial(_in_parts, config))
     return jax.jit(score, static_argnums=3, out_shardings=sharding)
 

@@ -1,8 +1,7 @@
 r"""Verdicts on LaTeX answers by math-verify: "\frac{\sqrt{3}}{3}" is "\frac{1}{\sqrt{3}}", and "x=5" is "5".
 
 Plain numbers are compared exactly in this process (`numeric`). Worker processes (`pool`) judge everything else, because
-math-verify computes the expressions of a model: "9^{9^{9^9}}" would not return, and nothing in its process could stop
-it.
+math-verify computes a model's expressions: "9^{9^{9^9}}" would not return, and nothing in its process could stop it.
 """
 
 from collections.abc import Sequence
@@ -47,13 +46,10 @@ def math_verify_reward(completions: Sequence[str], answer: Sequence[str | int | 
     The final answer follows the last "#### " or is in the last "\boxed{}". A completion is incorrect if it has neither,
     or if math-verify cannot read the answer. Two plain numbers must be exactly equal. An answer is an error if it has
     more than `MAX_ANSWER_LENGTH` characters or if the verifier dies on it. It is a timeout if the verifier takes longer
-    than `TIMEOUT_S`. Neither has a reward.
+    than `TIMEOUT_S`. Neither has a reward. References are numbers, LaTeX, or worked solutions that end in "#### x" or
+    "\boxed{x}".
 
-    References are numbers, LaTeX, or worked solutions that end in "#### x" or "\boxed{x}".
-
-    Raises:
-      ValueError: a reference cannot be read. The fault is in the data, not in the completion.
-      ImportError: math-verify is not installed.
+    Raises ValueError if a reference cannot be read, a fault in the data, and ImportError without math-verify.
     """
     results = Results([None] * len(completions), ["error"] * len(completions))
     questions: dict[tuple[str, str | None], list[int]] = {}  # a group often repeats an answer: each is judged once
@@ -69,7 +65,6 @@ def math_verify_reward(completions: Sequence[str], answer: Sequence[str | int | 
             questions.setdefault((reference, prediction), []).append(row)
     if not questions:
         return results
-
     verdicts = _pool().map(questions)
     results.error = verdicts.error or results.error
     for rows, verdict, outcome in zip(questions.values(), verdicts, verdicts.outcomes):
@@ -116,11 +111,8 @@ def _unreadable(answer: object, row: int) -> ValueError:
     )
 
 
-# -- in the workers ----------------------------------------------------------------------------------------------------
-
-
 def _judge(question: tuple[str, str | None]) -> float | None:
-    """Returns 1.0 or 0.0; None if the reference cannot be read."""
+    """In a worker, like everything below: returns 1.0 or 0.0; None if the reference cannot be read."""
     from math_verify import verify  # imported here, so that only workers load sympy
 
     reference, prediction = question
@@ -136,11 +128,9 @@ def _judge(question: tuple[str, str | None]) -> float | None:
 
 
 def _differ_exactly(a, b) -> bool:
-    """Returns whether two expressions, or the right-hand sides of two equations, are unequal rational numbers.
-
-    math-verify compares the first 15 decimals of a difference, by which 1/2004! equals 1/2006!. Percentages are left to
-    math-verify, which compares them with and without the sign.
-    """
+    """Returns whether two expressions, or the right-hand sides of two equations, are unequal rational numbers."""
+    # math-verify compares the first 15 decimals of a difference, by which 1/2004! equals 1/2006!. Percentages are left
+    # to math-verify, which compares them with and without the sign.
     from sympy import Equality, Expr, UnevaluatedExpr
 
     a, b = (x.rhs if isinstance(x, Equality) else x for x in (a, b))  # "x = 1/2006!"

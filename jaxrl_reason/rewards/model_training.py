@@ -36,8 +36,7 @@ from jaxrl_reason.runs.pictures import summary_table
 from jaxrl_reason.runs.progress import Clock
 from jaxrl_reason.runs.workdir import tokenizer_of, Workdir
 
-# Folded into the seed for the score vector and, if no policy initialises it, the decoder. The purposes in `rl.programs`
-# are other numbers.
+# Folded into the seed for the score vector and, without a policy, the decoder. `rl.programs` uses other numbers.
 _INIT = 101
 # Sources require the column of an answer; a file of pairs need not have one, and nothing here reads it.
 _PAIR_COLUMNS = {"answer": "question", "chosen": "chosen", "rejected": "rejected"}
@@ -46,13 +45,10 @@ _HELD_OUT = "reward_model/held_out/"
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Everything that is needed to load or train a reward model. Made by `setup`, which checks all of it.
-
-    A reward model that is trained here has the shape of the policy's decoder, `model`.
-    """
+    """Everything that is needed to load or train a reward model. Made by `setup`, which checks all of it."""
 
     config: Config
-    model: models.ModelConfig
+    model: models.ModelConfig  # the policy's decoder, whose shape a reward model that is trained here has
     mesh: jax.sharding.Mesh
     tokenizer: data.Tokenizer
     work: Workdir | None = None  # of the model to train, not yet written to; None if config.reward_model.path is set
@@ -113,8 +109,7 @@ def setup(
 def open_pretrained(config: Config, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> models.Opened:
     """Opens the pretrained reward model of config.reward_model.path; of a hub's model, the commit kept by `begin`.
 
-    Raises ConfigError if there is none, if its tokenizer or chat template cannot be used, or if the mesh does not divide
-    it.
+    Raises ConfigError if there is none, if the mesh does not divide it, or if its tokenizer or chat cannot be used.
     """
     path, kept = config.reward_model.path, workdir / "reward_model" / model_files.SOURCE
     origin = read_json(kept) if kept.is_file() else {}

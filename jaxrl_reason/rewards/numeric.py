@@ -4,12 +4,9 @@ r"""Exact numeric verdicts on text that a model wrote, without evaluating it.
 fractions are compared for equality. Nothing is computed from the text: "2+3" is not a number, and "9**9**9**9" costs as
 much as "hello". Every function takes time linear in the text and keeps no state, so any thread can call it.
 
-Numbers are, for example:
-
+Numbers:
     18  -3  +3  1,234  0.50  .5  3/4  1e3  $18  -$18  \$18  18.  \frac{1}{2}  -\dfrac{1}{2}  5\text{ cm}  50%
-
-Not numbers are, for example, digits that are not ASCII, and:
-
+Not numbers, and neither are digits that are not ASCII:
     1,2,3  1,23  --5  3/0  1e101  1 1/2  2+3  nan  inf  5 apples  x = 5  5\text{00}  5\text{ million}  5\mathrm{i}
 
 `parse_number` divides by 100 if a percent sign follows. `numeric_verdict` accepts "50%" for the references "50%", "0.5"
@@ -94,10 +91,9 @@ def extract_answer(text: str, *, fallback: str | None = None) -> str | None:
 
 
 def parse_number(text: str) -> Fraction | None:
-    """Returns the exact value of a text that is one number and nothing else, or None.
+    """Returns the exact value of a text that is one number and nothing else, or None. "50%" is 1/2.
 
-    The module's docstring shows the grammar. "50%" is 1/2. A text of more than `MAX_NUMBER_LENGTH` characters is not a
-    number.
+    The module's docstring shows the grammar. A text of more than `MAX_NUMBER_LENGTH` characters is not a number.
     """
     value, percent = _read(text) or (None, False)
     return value / 100 if value is not None and percent else value
@@ -108,11 +104,9 @@ def numeric_verdict(completion: str, answer: str | int | float, *, fallback: str
 
     The reference `answer` is a number, a text that is a number, or a worked solution that ends in "#### x" or
     "\boxed{x}", as GSM8K's `answer` column does. A float means the decimal that it prints as: 0.1 is 1/10.
-    `extract_answer` finds the final answer, with the given fallback.
-
-    Returns False also if there is no answer or the answer is not a number. "0.50" and "1/2" are equal.
-
-    Raises ValueError if the reference is not a number: the fault is in the data, not in the completion.
+    `extract_answer` finds the final answer, with the given fallback. Returns False also if there is no answer or the
+    answer is not a number. "0.50" and "1/2" are equal. Raises ValueError if the reference is not a number: the fault is
+    in the data, not in the completion.
     """
     reference, reference_percent = _read_reference(answer)
     extracted = extract_answer(completion, fallback=fallback)

@@ -58,8 +58,7 @@ class Pool:
 
     Args:
       function: a function at the top level of an importable module, or a `functools.partial` of such a function.
-      workers: the maximum number of processes.
-      timeout_s: seconds per item. Then the worker is killed, with its child processes.
+      workers, timeout_s: most processes; seconds per item, after which a worker and its child processes are killed.
       memory_mb: memory that a worker may add to its size when it became ready (enforced on Linux).
       max_tasks: items after which a worker is replaced; None: never.
       initializer: called in each worker before its first item, for slow imports; it has no limit of an item.
@@ -182,11 +181,7 @@ class Pool:
 
 
 class _Worker:
-    """A worker process, the parent's end of the connection to it, and its current item.
-
-    `item` is the index of its item, None if it is idle or starting. `deadline` is the time, by time.monotonic(), at
-    which its report is due, `_NEVER` if it is idle. `tasks` counts the items that it has finished.
-    """
+    """A worker process, the parent's end of the connection to it, and its current item."""
 
     def __init__(self, setup: Sequence[bytes], send_limit_s: float):
         self.connection, theirs = multiprocessing.Pipe()
@@ -204,7 +199,8 @@ class _Worker:
                 env=os.environ | {"JAX_PLATFORMS": "cpu"},
                 start_new_session=True,  # a process group of its own, so that its child processes can be killed with it
             )
-        self.item: int | None = None
+        self.item: int | None = None  # its index; None if the worker is idle or starting
+        # The time.monotonic() at which its report is due (`_NEVER` if it is idle), and the number of items finished.
         self.deadline, self.tasks = time.monotonic() + START_LIMIT_S, 0
         for part in setup:
             self.send(part)

@@ -41,14 +41,10 @@ class RewardScorer:
     user's own functions in worker processes (`isolated`). The tokenizer and the template convert ids and rows to the
     text that host rewards read. `sharding` is that of rewards [P, G].
 
-    Attributes:
-      names, weights, verdict: as configured, by the names in the metrics.
-      by_function: maps the entries of `config.reward.functions` to names in the metrics.
-      on_host: whether any reward needs the host.
-
-    Raises:
-      RewardError: a function cannot be found, two have one name, a weight is not finite, all weights are 0, or
-        match_answer cannot work with the tokenizer.
+    `names`, `weights` and `verdict` are as configured, by the names in the metrics, to which `by_function` maps the
+    entries of `config.reward.functions`. `on_host` tells whether any reward needs the host. Raises RewardError if a
+    function cannot be found, two have one name, a weight is not finite, all weights are 0, or match_answer cannot work
+    with the tokenizer.
     """
 
     def __init__(self, settings: Reward, *, tokenizer: Tokenizer, template: Template, sharding: jax.sharding.Sharding):
@@ -99,10 +95,8 @@ class RewardScorer:
 
         Returns name -> f32[P, G] on the device, in the order of `names`, NaN if missing; and the metrics
         `rewards/<name>/{error_rate,none_rate,timeout_rate}` of host rewards, `rewards/reward_model/too_long_ratio` of a
-        pretrained reward model.
-
-        Raises RewardError if a host reward breaks its contract (see `host.compute_rewards`), or if match_answer cannot
-        compare the answer of a row.
+        pretrained reward model. Raises RewardError if a host reward breaks its contract (see `host.compute_rewards`),
+        or if match_answer cannot compare the answer of a row.
         """
         return self.begin(rollout, batch)()
 
@@ -242,11 +236,10 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list]:
 
 
 class _AnswerTokens:
-    """The tokens that match_answer compares: the marker, and after it the tokens of " " and the answer.
+    """The tokens that match_answer compares: the marker, and after it the tokens of " " and the answer."""
 
-    Both are cut out of one encoded text, on a line of its own as in the solutions. A tokenizer may join the space with
-    the text after it: the embedded tokenizer splits " -3" into " -" and "3".
-    """
+    # Both are cut out of one encoded text, on a line of its own as in the solutions. A tokenizer may join the space
+    # with the text after it: the embedded tokenizer splits " -3" into " -" and "3".
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer

@@ -26,9 +26,7 @@ def canonical_answer(completion: str, *, kind: str, target: int, low: int, high:
 
     The final answer, as `extract_answer` finds it, lists whole numbers. `kind`, `target`, `low` and `high` are the
     constraint, as in the columns of the data set. The result is None if the answer violates it or cannot be read.
-
-    Raises:
-      ValueError: `kind` is unknown, another column is not a whole number, or the target of a multiple is 0.
+    Raises ValueError if `kind` is unknown, another column is not a whole number, or the target of a multiple is 0.
     """
     if kind not in tuple(_CONSTRAINTS):  # a tuple, because a value in the data may have no hash
         raise ValueError(

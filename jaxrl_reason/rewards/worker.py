@@ -71,13 +71,10 @@ def _words(error: BaseException) -> str:
 
 
 def _end_with_parent() -> None:
-    """Makes the kernel end this process and its child processes when the parent's end of stdin closes.
-
-    An idle worker would notice that its connection closed. A worker in a long computation in C, which no thread or
-    Python handler can interrupt, would go on for hours. The kernel sends SIGIO when the state of stdin changes, and
-    SIGIO ends a process by default. On Linux the whole process group gets SIGKILL instead, which also ends a stopped
-    process.
-    """
+    """Makes the kernel end this process and its child processes when the parent's end of stdin closes."""
+    # An idle worker would notice that its connection closed. A worker in a long computation in C, which no thread or
+    # Python handler can interrupt, would go on for hours. The kernel sends SIGIO when the state of stdin changes, and
+    # SIGIO ends a process by default. On Linux the whole process group gets SIGKILL, which ends stopped ones too.
     for asked_to_end in (signal.SIGINT, signal.SIGTERM):  # sent to all processes at once; the run decides when to end
         signal.signal(asked_to_end, signal.SIG_IGN)
     signal.signal(signal.SIGIO, signal.SIG_DFL)

@@ -1,15 +1,10 @@
-"""The files of a run, and how the run resumes from them.
+"""The files of a run, which README.md lists, and how the run resumes from them.
 
-    files           JSON and append-only files that survive a kill
-    metrics_file    metrics.jsonl, samples.jsonl, TensorBoard events
-    pictures        the learning curve, tables
-    workdir         which configuration, data and tokenizer a work directory belongs to; the weights of a finished run
-    checkpoints     the training state; `digests` finds a single wrong bit in it
-    watch           updates that are skipped too often, and warnings about metrics
-    progress        progress bar, heartbeat, timings
-    command         flags, --help, errors and exit codes of every command
-
-README.md lists the files of a work directory.
+`workdir` knows the configuration, data and tokenizer of a work directory, and the weights of a finished run;
+`checkpoints` keeps the training state, in which `digests` finds a single wrong bit. `files` has JSON and append-only
+files that survive a kill, `metrics_file` metrics.jsonl, samples.jsonl and TensorBoard events, `pictures` the learning
+curve and tables. `loop` is the skeleton of training; `watch` warns, and ends a run that skips updates too often;
+`progress` shows bar, heartbeat and timings. `command` has flags, --help, errors and exit codes of every command.
 """
 
 from jaxrl_reason.runs.metrics_file import read_metrics

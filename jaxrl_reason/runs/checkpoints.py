@@ -95,9 +95,7 @@ def read_newest(
 
     `like` maps fields to arrays or ShapeDtypeStructs with the shapes, dtypes and shardings of the result. A checkpoint
     is unreadable if at least one process cannot read it, or if its arrays differ from the saved ones.
-
-    Returns:
-      The number of the checkpoint, or None; its fields by name; and the fault of each unreadable checkpoint before it.
+    Returns the number of the checkpoint, or None; its fields by name; the fault of each unreadable one before it.
     """
     faults: dict[int, str] = {}
     for number in numbers:
@@ -145,10 +143,8 @@ def _read_by_all(read: Callable[[], dict[str, Any]], like: Mapping[str, Any]) ->
 
 
 def _restored(directory: pathlib.Path, like: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads the fields in `like` and all digests from a directory of orbax, in the saved dtypes.
-
-    Every process reads by itself: in orbax's common read the other processes wait for one that has failed.
-    """
+    """Reads the fields in `like` and all digests from a directory of orbax, in the saved dtypes."""
+    # Every process reads by itself: in orbax's common read the other processes wait for one that has failed.
     mine = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=mine, active_processes={mine})
     handler = ocp.PyTreeCheckpointHandler(

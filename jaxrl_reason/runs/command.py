@@ -1,18 +1,13 @@
 """The skeleton of every command: a table of flags, --help, errors as sentences, exit codes.
 
-    COMMAND = Command("export", __doc__, (WORKDIR, Flag("out", "DIR", "the directory to write", path)),
-    "--workdir=runs/a")
+    COMMAND = Command("export", __doc__, (WORKDIR, Flag("out", "DIR", "where to write", path)), "--workdir=runs/a")
 
     def main(argv: list[str] | None = None) -> int:
         return run(COMMAND, argv, prepare, work)
 
 `prepare(arguments)` does everything that can refuse the command: it reads configuration and data. `work(prepared)` does
-the rest. Exit codes:
-
-    0    done
-    2    refused before it began: flags, configuration, data
-    1    failed while running: diverged, reward failures, checkpoint, disk
-    143  ended by SIGTERM, after saving
+the rest. Exit codes: 0 done; 2 refused before it began (flags, configuration, data); 1 failed while running (diverged,
+reward failures, checkpoint, disk); 143 ended by SIGTERM, after saving.
 """
 
 from collections.abc import Callable, Sequence

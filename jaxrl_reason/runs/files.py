@@ -2,9 +2,8 @@
 
 A `.jsonl` file holds one JSON object per line, each with its `step`. Every append is one write to the system, so a
 killed run leaves at most its last line torn. Opening the file again removes the torn line. A run that resumes from a
-checkpoint of step k passes `resume_step=k`: the lines of later steps are dropped, because the run writes them again.
-
-A file that cannot be written (a full or a read-only disk) raises an OSError whose message names the file.
+checkpoint of step k passes `resume_step=k`: the lines of later steps are dropped, because the run writes them again. A
+file that cannot be written (a full or a read-only disk) raises an OSError whose message names the file.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

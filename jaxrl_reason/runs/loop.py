@@ -1,7 +1,4 @@
-"""The skeleton of the three training loops: supervised, reward model, RL.
-
-It brings metrics, checkpoints, the progress bar, and an early end.
-"""
+"""The skeleton of the training loops (supervised, reward model, RL): metrics, checkpoints, progress bar, early end."""
 
 from collections.abc import Callable, Mapping
 import contextlib
@@ -46,10 +43,9 @@ def run_loop(
     after: Callable[[int, Any, dict[str, float], Any, Clock], dict[str, float]] | None = None,
     observe: Callable[[list[dict[str, float]]], Callable[[int, dict[str, float], Any], None]] | None = None,
 ) -> Any:
-    """Runs the steps `loop.begin` to `loop.end`, and returns the state after the last step.
+    """Runs the steps `loop.begin` to `loop.end`, from `state`, and returns the state after the last step.
 
     Args:
-      loop, state: the loop, and the state before the first step.
       train_step: (step, state, clock) -> the new state, metrics, and details for the other functions.
       save: (steps done, state) -> writes a checkpoint.
       progress: metrics -> text next to the progress bar.

@@ -27,7 +27,6 @@ class MetricsWriter(contextlib.ExitStack):
 
     Args:
       workdir: the directory of the files; made if needed.
-      tensorboard: whether to write events.
       resume_step: the last step to keep (-1: none, for a run that starts over); None keeps every complete line.
       enabled: False writes nothing, for all processes of a run but the first.
     """
@@ -46,8 +45,7 @@ class MetricsWriter(contextlib.ExitStack):
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes one line, {"step": step, **metrics}; a value that is not finite becomes null, and no event.
 
-        Raises ValueError for a value that is not a scalar number and for a metric named "step", and OSError on a full
-        disk.
+        Raises ValueError if a value is not a scalar number or a metric is named "step", and OSError on a full disk.
         """
         if "step" in metrics:
             raise ValueError('A metric is named "step", which every line already has; rename it.')
@@ -120,10 +118,9 @@ def read_metrics(path: PathLike) -> list[dict[str, Any]]:
 
 
 class _Events(files.AppendOnly):
-    """A file of scalars for TensorBoard, written without tensorboardX's own writer, which works in a thread.
+    """A file of scalars for TensorBoard, written without tensorboardX's own writer, which works in a thread."""
 
-    A kill loses the pending events of such a thread, and a run waits forever for one that fails on a full disk.
-    """
+    # A kill loses the pending events of such a thread, and a run waits forever for one that fails on a full disk.
 
     def __init__(self, directory: Path, purge_step: int | None):
         # TensorBoard reads the files of a directory in the order of their names.

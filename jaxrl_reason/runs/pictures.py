@@ -59,10 +59,7 @@ def summary_table(before: Mapping[str, float | None], after: Mapping[str, float 
     Accuracy and pass@k are shares, shown in percent. NaN and a metric that only one side has are shown as a dash. If
     one of the arguments is empty, the table has only the column of the other. Rows are in the order of `before`;
     metrics of `after` alone follow.
-
-    Args:
-      before, after: metric name -> value, for instance {"eval/accuracy": .41, "eval/pass@4": .6, "eval/mean_length":
-        37.2}.
+    An argument is for instance {"eval/accuracy": .41, "eval/pass@4": .6, "eval/mean_length": 37.2}.
     """
     columns = {"before": bool(before), "after": bool(after), "change": bool(before and after)}
     table = Table("", *(Column(heading, justify="right") for heading, shown in columns.items() if shown))

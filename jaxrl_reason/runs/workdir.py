@@ -70,8 +70,7 @@ class Workdir:
     def begin(self, tokenizer: Savable, pretrained: models.Opened | None = None) -> None:
         """Writes the configuration and, if there is none, the tokenizer; each is complete or absent.
 
-        The config.json of a pretrained model is written next to the tokenizer. Raises OSError for a file that cannot be
-        written.
+        The config.json of a pretrained model is written next to the tokenizer. Raises OSError on failure.
         """
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)

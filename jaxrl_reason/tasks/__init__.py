@@ -1,13 +1,9 @@
 """The task of a run: its data, its rewards and its evaluation.
 
-task.py          Task, TrainingTask, and the programs of a task
-opening.py       opens a task for training, or for evaluation with held-out data only
-text.py          text problems
-regression/      tables of numbers, predicted digit by digit (GenRe2)
-pretrained.py    the pretrained model that a run begins with
-evaluation.py    held-out completions: sampled, judged, averaged
-self_reward.py   LaSeR's probe token, constant and self-rewards
-reporting.py     tables on the screen, pictures, and the files of an evaluation
+`opening` opens a `Task` for training, or for evaluation with held-out data only: text problems (`text`), or tables of
+numbers that are predicted digit by digit (`regression`, GenRe2). `pretrained` loads the model that a run begins with.
+`evaluation` samples, judges and averages held-out completions, and `reporting` shows the results as tables, pictures
+and files. `self_reward` has LaSeR's probe token, constant and self-rewards.
 """
 
 from jaxrl_reason.tasks.opening import open_for_evaluation, open_task

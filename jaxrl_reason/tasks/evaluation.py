@@ -75,7 +75,6 @@ def sample_and_judge(
       generate: samples K completions per prompt of a batch. Its keys are the same in every evaluation, so that two
         policies are compared on the same noise.
       batches: from `data.eval_prompts`; rows of weight 0 are left out.
-      scorer: computes rewards.
       tokenizer: decodes completions, on the first process only; None: there are no texts and no answers.
       answers_of: (completions [P][K], rows) -> final answers, equal and hashed alike if two are the same, or None; by
         default `final_answer` of each completion.

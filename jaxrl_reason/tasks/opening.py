@@ -16,13 +16,8 @@ from jaxrl_reason.tasks.task import Task, TrainingTask
 def open_task(config: Config, method: Method, mesh: jax.sharding.Mesh, workdir: str | pathlib.Path) -> TrainingTask:
     """Opens a task for training: reads and checks the data, and writes nothing.
 
-    Args:
-      config, method: of the run.
-      mesh: the devices that share the prompts of a batch.
-      workdir: the work directory; it need not exist.
-
-    Raises:
-      ConfigError, RewardError, ValueError, OSError: the run cannot begin; the message names the cause and its place.
+    The devices of `mesh` share the prompts of a batch. The work directory need not exist. Raises ConfigError,
+    RewardError, ValueError or OSError if the run cannot begin; the message names the cause and its place.
     """
     sharding.check_batch(mesh, "config.prompts_per_step", config.prompts_per_step)
     if config.supervised.steps:
@@ -36,8 +31,7 @@ def open_task(config: Config, method: Method, mesh: jax.sharding.Mesh, workdir: 
 def open_for_evaluation(config: Config, method: Method, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> Task:
     """Opens the task of a trained run with its held-out data only. Arguments and errors: see `open_task`.
 
-    Text problems read no training row. Tables read the training rows again, because targets are scaled by them.
-    The work directory holds the tokenizer.
+    The work directory holds the tokenizer. Only tables read the training rows again, by which targets are scaled.
     """
     if config.regression.tokenizer:
         return numbers.open_for_evaluation(config, mesh, workdir)

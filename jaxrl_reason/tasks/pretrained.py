@@ -15,10 +15,7 @@ from jaxrl_reason.runs.workdir import model_source
 
 
 def find(config: Config, workdir: pathlib.Path) -> tuple[Mapping[str, Any] | None, models.Opened | None]:
-    """Returns the config.json of the pretrained model, and the opened model if the run is new.
-
-    If the work directory records the config.json, the model is not opened.
-    """
+    """Returns the model's config.json, and the opened model unless the work directory records the config.json."""
     source = model_source(workdir)
     if not config.model.path or source is not None:
         return source, None
@@ -36,10 +33,7 @@ def tokenizer_of(config: Config, opened: models.Opened) -> data.Tokenizer:
 
 
 def base_shape(model: models.ModelConfig, vocab_size: int | None = None) -> models.ModelConfig:
-    """Returns the decoder that config.model.path holds, without the adapters of the run's decoder `model`.
-
-    For a run that adds tokens before the model's own, `vocab_size` is the number of ids of the pretrained model.
-    """
+    """Returns the decoder that config.model.path holds: `model` without adapters, with its `vocab_size` if given."""
     base = models.lora.base_of(model)
     return base if vocab_size is None else dataclasses.replace(base, vocab_size=vocab_size)
 
@@ -54,11 +48,8 @@ def load_weights(
 ) -> models.Params:
     """Loads the weights of config.model.path onto the mesh, and adds fresh adapters if the run trains adapters.
 
-    Args:
-      config, model, mesh: of the run.
-      opened: the pretrained model. None: it is opened again, at the commit that `source` records.
-      source: its config.json.
-      vocab_size: see `base_shape`.
+    `opened` None: the model is opened again, at the commit that `source`, its config.json, records. If the run adds
+    tokens before the model's own, `vocab_size` is the number of ids of the pretrained model.
     """
     opened = opened or models.open_model(models.pinned(config.model.path, source or {}))
     base = models.place_weights(opened, base_shape(model, vocab_size), mesh)

@@ -78,10 +78,8 @@ def prediction_lines(
 ) -> Iterator[dict[str, Any]]:
     """Yields the lines of predictions.jsonl, one per row of the table.
 
-    Args:
-      samples, z: f32[N, K] and f32[N], predictions and targets as z-scores.
-      targets: float64[M], M >= N, targets in their own unit.
-      scale: converts z-scores to the unit of the targets.
+    `samples` f32[N, K] and `z` f32[N] are predictions and targets as z-scores. `targets` float64[M], M >= N, are in
+    their own unit, to which `scale` converts.
     """
     for i, (drawn, z_score) in enumerate(zip(samples, z)):
         yield {

@@ -48,10 +48,7 @@ def probe_token(method: Method, tokenizer: data.Tokenizer) -> int | None:
 
 
 def self_reward_of(method: Method, c_ref: float | jax.Array | None) -> Callable[[Rollout], np.ndarray] | None:
-    """Returns a function from a rollout to self-rewards f32[P, G], NaN for truncated completions.
-
-    Returns None without LaSeR's constant `c_ref`, and for a method without self-reward.
-    """
+    """Returns rollout -> self-rewards f32[P, G], NaN if truncated; None without LaSeR's constant or a self-reward."""
     settings = method.loss.find("self_reward")
     if c_ref is None or not settings:
         return None

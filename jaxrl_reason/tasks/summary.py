@@ -29,9 +29,8 @@ def report(
 ) -> dict[str, dict[str, float]]:
     """Prints the table of before and after, and draws the learning curve.
 
-    Returns:
-      {"before": the evaluation of step 0, "after": the last later one}, without evaluations that were not made, and
-      without the first if config.eval has changed since. Empty on all processes but the first.
+    Returns {"before": the evaluation of step 0, "after": the last later one}, without evaluations that were not made,
+    and without the first if config.eval has changed since. Empty on all processes but the first.
     """
     if not hosts.is_first():
         return {}

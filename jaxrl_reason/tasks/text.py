@@ -147,10 +147,8 @@ def _prompt_options(c: Config, tokenizer: data.Tokenizer) -> dict[str, Any]:
 def _streams(
     c: Config, mesh: jax.sharding.Mesh, rows: data.Source, tokenizer: data.Tokenizer, columns: dict[str, np.ndarray]
 ) -> tuple[data.SolutionStream | None, data.PromptStream]:
-    """Returns the training batches: worked solutions if the run has a supervised phase, and prompts for RL.
-
-    The prompts carry `columns`, name -> [N, ...]. A stream reads the rows of a batch that belong to this process.
-    """
+    """Returns the training batches: worked solutions if the run has a supervised phase, and prompts for RL."""
+    # The prompts carry `columns`, name -> [N, ...]. A stream reads the rows of a batch that belong to this process.
     template = config_lib.prompt_template(c, tokenizer)
     options = _prompt_options(c, tokenizer) | {"seed": c.seed}
     batches = lambda size: (

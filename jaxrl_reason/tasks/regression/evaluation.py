@@ -21,14 +21,9 @@ Scores = tuple[dict[str, jax.Array], dict[str, float]]
 
 
 class NumberScorer:
-    """Computes the reward of decoded numbers on the device, in z-scores.
+    """Computes rewards [P, G] of decoded numbers on the device, in z-scores, by one function and with a `sharding`.
 
     "squared_error": -(yhat - y)^2. "heavy_tailed": -min((yhat - y)^2, 50), and -100 if the tokens are no number.
-
-    Args:
-      functions, weights: as in `config.reward`: exactly one function.
-      digits: decodes completions.
-      sharding: of the rewards [P, G].
     """
 
     def __init__(
@@ -83,9 +78,8 @@ def predict(
 def prediction_metrics(samples: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     """Computes regression scores of mean and median of the samples f32[N, K], and their spread, all in z-scores.
 
-    Returns:
-      `rmse`, `r2`, `spearman` of the mean; `median_rmse`, ... of the median; `spread`, the mean over rows of the
-      standard deviation of the samples; `sample_rmse`, of single samples; `prompts`.
+    They are `rmse`, `r2`, `spearman` of the mean; `median_rmse`, ... of the median; `spread`, the mean over rows of the
+    standard deviation of the samples; `sample_rmse`, of single samples; and `prompts`.
     """
     samples, targets = samples.astype(np.float64), targets.astype(np.float64)  # a float32 sum can overflow
     mean, median = samples.mean(axis=1), np.median(samples, axis=1)

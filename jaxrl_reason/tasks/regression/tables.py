@@ -14,7 +14,7 @@ from jaxrl_reason.methods import nearest
 from jaxrl_reason.tasks.regression.vocabulary import Digits
 
 Batch = TypeVar("Batch")
-Make = Callable[[np.ndarray, np.ndarray], Batch]
+Make = Callable[[np.ndarray, np.ndarray], Batch]  # of positions in the table int[P] and prompt ids int32[P]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +47,7 @@ class Rows:
 
 
 class Stream(Generic[Batch]):
-    """Rows of a table as endless shuffled batches; `batch(i)` is a pure function of i, as in `data.PromptStream`.
-
-    `make` makes a batch from positions in the table int[P] and prompt ids int32[P].
-    """
+    """Rows of a table as endless shuffled batches; `batch(i)` is a pure function of i, as in `data.PromptStream`."""
 
     skipped = 0
 
@@ -129,13 +126,9 @@ class Tables:
 def open_tables(config: Config, text: Tokenizer | None = None, text_size: int = 0) -> Tables:
     """Opens the tables of a configuration with `regression.tokenizer`.
 
-    Args:
-      config: of the run.
-      text: tokenizer of rows as text; None: config.data.tokenizer, or a new one that is trained on the rows.
-      text_size: see `Digits`.
-
-    Raises:
-      ConfigError, ValueError, OSError: the tables cannot be used; the message names the cause and its place.
+    `text` is the tokenizer of rows as text; None: config.data.tokenizer, or a new one that is trained on the rows. For
+    `text_size` see `Digits`. Raises ConfigError, ValueError or OSError if the tables cannot be used; the message names
+    the cause and its place.
     """
     c, r = config, config.regression
     number = _number_tokenizer(c)
