@@ -20,23 +20,17 @@ _GIVEN = {"messages", "add_generation_prompt", "bos_token", "eos_token"}  # name
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """A prompt template inside a model's own chat template, with the methods of a `PromptTemplate`.
-
-    `options` are further names that the chat template knows, such as {"enable_thinking": False} of Qwen 3.
-    """
+    """A prompt template inside a model's own chat template, with the methods of a `PromptTemplate`."""
 
     inner: PromptTemplate  # of the user's turn and of the worked solution
     text: str  # the model's chat template: Jinja as Hugging Face writes it; it runs in a sandbox
     system: str = ""  # the system prompt; if empty, there is none, and some templates insert their own
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further names: enable_thinking of Qwen 3
     bos: str = ""  # the text of the begin token, which a template may write
     eos: str = ""  # the text of the end token
 
     def render_prompt(self, row: Mapping[str, Any]) -> str:
-        """Returns the conversation up to the start of the assistant's turn.
-
-        Raises ValueError if the row lacks a column, or the chat template fails.
-        """
+        """Returns the text before the assistant's. Raises ValueError if a column is missing, or the template fails."""
         content = self.inner.render_prompt(row).strip()  # the template marks the end of a turn
         return self.render([{"role": "user", "content": content}], add_generation_prompt=True)
 

@@ -35,15 +35,12 @@ class FileRows:
 def read_jsonl(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) -> FileRows:
     """Reads and checks a whole file: UTF-8, one JSON object per line, blank lines at the end only.
 
-    Args:
-      path: the file; it may begin with a byte order mark.
-      columns: maps our names to the file's. `question`, `answer` and every column named here must be non-empty text or
-        a finite number.
-      on_bad_row: "refuse" raises after the last line; "skip" leaves bad rows out, counts them and warns.
+    The file may begin with a byte order mark. `columns` maps our names to the file's. `question`, `answer` and every
+    column named there must be non-empty text or a finite number. `on_bad_row` "refuse" raises after the last line;
+    "skip" leaves bad rows out, counts them and warns.
 
-    Raises:
-      FileNotFoundError: if the file does not exist.
-      ValueError: if a row is bad under "refuse", no row is usable, or the file is UTF-16 or UTF-32.
+    Raises FileNotFoundError, and ValueError if a row is bad under "refuse", no row is usable, or the file is UTF-16 or
+    UTF-32.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no data file {path}.")
@@ -73,10 +70,7 @@ def read_parquet(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str
 
     A needed column is a column in `columns` or one of our names (`question`, `answer`, `solution`, `value`, ...). Dots
     select a field of a structured column: {"question": "prompt.0.content", "answer": "reward_model.ground_truth"}.
-
-    Raises:
-      FileNotFoundError: if the file does not exist.
-      ValueError: if the file is not Parquet or lacks a column, and as `read_jsonl`.
+    Raises ValueError also if the file is not Parquet or lacks a column.
     """
     import pyarrow  # costs a second; needed only for Parquet
     import pyarrow.parquet

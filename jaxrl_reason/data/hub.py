@@ -44,16 +44,10 @@ def at_revision(address: str, revision: str) -> str:
 def fetch(address: str, wanted: Sequence[str], *, kind: str = "model", ignored: Sequence[str] = ()) -> Fetched:
     """Downloads files of a repository, or finds them in the hub's cache. Prints their commit to stderr.
 
-    The hub's client compares sizes after a download. This function also compares contents with the hash in the name of
-    the cached file: git's hash for a small file, SHA-256 for a large one.
-
-    Args:
-      address: owner/name, or owner/name@revision.
-      wanted, ignored: patterns of the names of files to fetch, and to leave out.
-      kind: "model" or "dataset".
-
-    Raises:
-      HubError: if the repository or revision does not exist, the network fails, or a file differs from the hub's.
+    `wanted` and `ignored` are patterns of the names of files to fetch, and to leave out; `kind` is "model" or
+    "dataset". The hub's client compares sizes after a download. This function also compares contents with the hash in
+    the name of the cached file: git's hash for a small file, SHA-256 for a large one. Raises HubError if the repository
+    or revision does not exist, the network fails, or a file differs from the hub's.
     """
     import huggingface_hub.utils  # costs a second; needed only for downloads
 
@@ -76,11 +70,7 @@ def fetch(address: str, wanted: Sequence[str], *, kind: str = "model", ignored: 
 
 
 def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
-    """Returns the path `directory/name`, whether or not the file exists.
-
-    Raises HubError if the path leads out of the directory, by its name or as a link. Links of the hub's cache may point
-    to the cache's blobs.
-    """
+    """Returns `directory/name`, existing or not. Raises HubError if it leads out, except to the hub cache's blobs."""
     path = directory / name
     try:
         home, found = directory.resolve(), path.resolve()
@@ -103,12 +93,10 @@ def _parts(address: str) -> tuple[str, str | None]:
 
 
 def _verify(path: pathlib.Path) -> None:
-    """Raises HubError if a cached file does not have the hash that is its name in the cache."""
-    # On a file system without links the hash is unknown.
+    """Raises HubError if a cached file does not have the hash in its name: SHA-256, or SHA-1 as git computes it."""
     expected = pathlib.PurePath(os.readlink(path)).name if path.is_symlink() else ""
-    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", expected):
+    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", expected):  # unknown on a file system without links
         return
-    # SHA-1 as git computes it.
     digest = hashlib.sha256() if len(expected) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
     with path.open("rb") as file:
         hashlib.file_digest(file, lambda: digest)

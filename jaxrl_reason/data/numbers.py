@@ -1,14 +1,8 @@
 """Numbers as tokens: three alphabets of fixed length, encoded exactly on the host and decoded on the device.
 
 A policy that does regression writes its prediction as L digit tokens (GenRe2, arXiv 2512.06533), and the compiled step
-decodes them for the reward. `encode` writes the canonical spelling of a number; `decode` reads every legal spelling.
-
-    NormalizedTokenizer(2, 8)   0.7      -> 1 0 1 1 0 0 1 1              179 / 2**8 = 0.69921875
-    P10Tokenizer(4, 10)         1.23456  -> + 1 2 3 5 E-3                1235 * 10**-3
-    IEEETokenizer(10, 2, 6)     1000     -> + + 0 3 1 0 0 0 0 0          1.00000 * 10**3
-
-Values are rounded to the nearest number that has a spelling, half to even, in exact rational arithmetic: with a
-floating-point logarithm, the exponent of 1000 would be 2.
+decodes them for the reward. Values are rounded to the nearest number that has a spelling, half to even, in exact
+rational arithmetic: with a floating-point logarithm, the exponent of 1000 would be 2.
 """
 
 import abc
@@ -101,7 +95,7 @@ class NumberTokenizer(abc.ABC):
 class NormalizedTokenizer(NumberTokenizer):
     """k / base**digits in [0, 1): the digits of k, most significant first. The token ids are the digits.
 
-    1 has no spelling and is written as the largest number, 1 - base**-digits.
+    0.7 -> 1 0 1 1 0 0 1 1. 1 has no spelling and is written as the largest number, 1 - base**-digits.
     """
 
     base: int = 2
@@ -132,8 +126,8 @@ class NormalizedTokenizer(NumberTokenizer):
 class P10Tokenizer(NumberTokenizer):
     """Sign, decimal digits of an integer, and one token for the power of ten that multiplies it (arXiv 2112.01898).
 
-    The first digit is 0 only in 0, which is "+ 0 0 0 0 E0", and at the smallest exponent, where small numbers lose
-    digits gradually.
+    1.23456 -> + 1 2 3 5 E-3. The first digit is 0 only in 0, which is "+ 0 0 0 0 E0", and at the smallest exponent,
+    where small numbers lose digits gradually.
     """
 
     digits: int = 4
@@ -167,8 +161,8 @@ class P10Tokenizer(NumberTokenizer):
 class IEEETokenizer(NumberTokenizer):
     """Sign, sign and digits of the exponent, digits d1 d2 ... of the mantissa: sign * d1.d2d3... * base**exponent.
 
-    d1 is 0 only in 0, which is "+ + 0 0 0 0 ...", and at the smallest exponent. Exponents of two decimal digits exceed
-    float32: `decode` gives its largest number for 1e99.
+    1000 -> + + 0 3 1 0 0 0 0 0. d1 is 0 only in 0, which is "+ + 0 0 0 0 ...", and at the smallest exponent. Exponents
+    of two decimal digits exceed float32: `decode` gives its largest number for 1e99.
     """
 
     base: int = 10
@@ -233,13 +227,8 @@ def expert_targets(tokens: jax.Array, truth: jax.Array, base: int) -> jax.Array:
     a smaller prefix the highest. Each brings the number as near to the truth as the prefix allows. For
     `NormalizedTokenizer`, whose ids are digits without a sign.
 
-    Args:
-      tokens, truth: int[..., L], the sampled digits and those of the target, most significant first. Axes of length 1
-        broadcast: [P, 1, L] with [P, G, L]. The result is int32[..., L].
-      base: the base of the digits.
-
-    Raises:
-      AssertionError: if ranks or lengths differ, or the digits are not integers.
+    `tokens` and `truth` are int[..., L], digits in `base`, most significant first. [P, 1, L] broadcasts to [P, G, L].
+    The result is int32[..., L]. Raises AssertionError if ranks or lengths differ, or the digits are not integers.
     """
     chex.assert_type([tokens, truth], int)
     chex.assert_equal_rank([tokens, truth])
@@ -253,13 +242,10 @@ def expert_targets(tokens: jax.Array, truth: jax.Array, base: int) -> jax.Array:
 
 
 def _nearest(value: Fraction, base: int, digits: int, lowest: int, highest: int) -> tuple[int, int]:
-    """Returns (mantissa, exponent) of the mantissa * base**exponent nearest to a value >= 0; ties go to the even mantissa.
-
-    The exponent is the smallest of [lowest, highest] at which the rounded mantissa has at most `digits` digits.
-    """
+    """Returns (mantissa, exponent) of the mantissa * base**exponent nearest to a value >= 0; ties go to even."""
     mantissa = lambda exponent: round(value / Fraction(base) ** exponent)
     exponent = lowest + bisect.bisect_left(range(lowest, highest), True, key=lambda e: mantissa(e) < base**digits)
-    return min(mantissa(exponent), base**digits - 1), exponent
+    return min(mantissa(exponent), base**digits - 1), exponent  # the smallest exponent at which the mantissa fits
 
 
 def _digits_of(value: int, base: int, digits: int) -> list[int]:
@@ -273,11 +259,7 @@ def _integer(digits: jax.Array, base: int) -> jax.Array:
 
 
 def _scaled(mantissa: jax.Array, exponent: jax.Array, base: int) -> jax.Array:
-    """Returns mantissa * base**exponent, saturating: int32[...], int32[...] -> float32[...].
-
-    Negative exponents divide, because 10**2 is a float32 and 10**-2 is not: 123400 * 10**-2 is exactly 1234. If the
-    power of an exponent exceeds float32, the exponent is applied in two parts.
-    """
+    """Returns mantissa * base**exponent, saturating. Negative exponents divide: 10**2 is a float32, 10**-2 is not."""
     largest = float(np.finfo(np.float32).max)
     powers = [1]
     while powers[-1] * base <= largest:
@@ -286,7 +268,7 @@ def _scaled(mantissa: jax.Array, exponent: jax.Array, base: int) -> jax.Array:
     most = len(powers) - 1
     value = mantissa.astype(jnp.float32)
     once = jnp.clip(exponent, -most, most)
-    for part in (once, jnp.clip(exponent - once, -most, most)):
+    for part in (once, jnp.clip(exponent - once, -most, most)):  # two parts if the power exceeds float32
         power = table[jnp.abs(part)]
         value = jnp.where(part < 0, value / power, value * power)
     return jnp.minimum(value, largest)

@@ -26,9 +26,7 @@ class PreferenceStream(TextStream):
 
     The columns `chosen` and `rejected` are completions without their end token. The template renders each of them as a
     `solution`: a template whose solutions begin with a space adds the space. A row fits if its longer completion does.
-
-    Raises:
-      ValueError: as `TextStream`; also if a column is missing or not text, or the tokens of a pair are equal.
+    Raises ValueError also if a column is missing or not text, or the tokens of a pair are equal.
     """
 
     def _completions(self, template: Template, row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -13,7 +13,6 @@ class Template(Protocol):
     """Renders rows: a `PromptTemplate`, or a `ChatTemplate` around one."""
 
     def render_prompt(self, row: Mapping[str, Any]) -> str: ...
-
     def render_solution(self, row: Mapping[str, Any]) -> str: ...
 
 
@@ -44,8 +43,7 @@ class PromptTemplate:
                 raise ValueError(f"column {match[1]!r} is {value!r:.80}, and {use}.")
             return str(value)
 
-        # One pass over the template: braces inside values stay.
-        return _FIELD.sub(written, text)
+        return _FIELD.sub(written, text)  # one pass over the template: braces inside values stay
 
 
 _TEMPLATES = (
@@ -64,10 +62,7 @@ TEMPLATES: dict[str, PromptTemplate] = {template.name: template for template in 
 
 
 def get_template(name_or_inline: str | PromptTemplate) -> PromptTemplate:
-    """Returns a template of `TEMPLATES`, or one from the text of a prompt with at least one column: "Q: {question} A: ".
-
-    Raises ValueError if the name is unknown; the message names the nearest template.
-    """
+    """Returns a template of `TEMPLATES`, or one from a text with a column, "Q: {question}"; else raises ValueError."""
     if isinstance(name_or_inline, PromptTemplate):
         return name_or_inline
     if name_or_inline in TEMPLATES:

@@ -72,12 +72,10 @@ def load_source(
       data_dir: the directory of TFDS's prepared data; None means its default, ~/tensorflow_datasets. Unused for files.
       columns: maps our names to the data's, such as {"question": "problem"}. Other columns keep their names. Parquet
         columns are read only if they are needed (see `files.read_parquet`).
-      on_bad_row: "refuse" raises if a file has a bad row; "skip" leaves bad rows out, counts them and warns. Rows of
-        TFDS are not checked.
+      on_bad_row: as in `files.read_jsonl`. Rows of TFDS are not checked.
 
-    Raises:
-      FileNotFoundError: if the file does not exist.
-      ValueError: if the name or split is unknown, a column is missing, a row is bad, or there are no rows.
+    Raises FileNotFoundError for a file, and ValueError for an unknown name or split, a missing column, a bad row, or no
+    rows.
     """
     if on_bad_row not in ("refuse", "skip"):
         raise ValueError(f"on_bad_row is {on_bad_row!r}; it has to be 'refuse' or 'skip'.")
@@ -139,7 +137,6 @@ def warn_of_repeats(train: Source, held_out: Source, prompt: Callable[[Mapping[s
 
 
 def _download(name: str) -> list[pathlib.Path]:
-    """Returns the files of an hf:// address, downloaded or from the hub's cache."""
     parts = name.removeprefix(_HUB).split("/", 2)
     address = "/".join(parts[:2])
     if len(parts) < 3 or not hub.is_address(address) or not name.endswith((".jsonl", ".parquet")):
@@ -159,8 +156,7 @@ def _download(name: str) -> list[pathlib.Path]:
 def open_prepared(name: str, split: str, data_dir: str | pathlib.Path | None, kind: str = "data set") -> Any:
     """Opens a split with TFDS, which prepares the data on first use: a random-access data source with at least one row.
 
-    Raises:
-      ValueError: if the name or the split is unknown, or the split is empty. `kind` is the noun in the message.
+    Raises ValueError if the name or the split is unknown, or the split is empty. `kind` is the noun in the message.
     """
     builder = re.split("[/:]", name)[0]  # name/config:version
     if builder in _BUILDER_MODULES:

@@ -21,15 +21,11 @@ T = TypeVar("T")
 
 
 class PromptBatch(NamedTuple):
-    """P prompts, right padded to S tokens.
-
-    A prompt id is, in training, the position in the endless stream, which never repeats; in evaluation, the row of the
-    source.
-    """
+    """P prompts, right padded to S tokens."""
 
     tokens: np.ndarray  # int32[P, S]
     mask: np.ndarray  # bool[P, S], True on real tokens
-    prompt_ids: np.ndarray  # int32[P]
+    prompt_ids: np.ndarray  # int32[P]: places in the endless stream, never repeated; in evaluation, rows of the source
     weight: np.ndarray  # float32[P], 1 on real rows, 0 on the copies that fill up the last evaluation batch
     rows: list[dict[str, Any]]  # the P rows of the source, for rewards
     features: np.ndarray | None = None  # float32[P, F], the numbers of a table's rows
@@ -66,18 +62,14 @@ class TextStream:
     An epoch has `size` rows; `skipped` rows are left out.
 
     Args:
-      source, tokenizer, template: the rows; the tokenizer encodes the texts that the template renders.
       batch_size: rows per batch; it need not divide the number of rows.
-      max_prompt_length: S, the most tokens of a prompt.
-      max_completion_length: T, the most tokens of a completion with its end token. A stream of prompts does not use it.
-      seed: the seed of the shuffle, in [0, 2**32).
-      shuffle: False keeps the order of the source in every epoch.
+      max_prompt_length, max_completion_length: S and T, the most tokens of prompts, and of completions with end token.
+      seed, shuffle: the seed of the shuffle, in [0, 2**32); shuffle=False keeps the order of the source in every epoch.
       on_long: the treatment of rows with no tokens or too many: "refuse" raises; "skip" leaves them out and warns.
       add_bos: whether prompts begin with the tokenizer's begin token.
       local_rows: int[n], the rows of a batch that this process reads and returns; None: all.
 
-    Raises:
-      ValueError: if no row exists, rows do not fit, the template's column is missing, or an argument is out of range.
+    Raises ValueError if no row exists, rows do not fit, a column is missing, or an argument is out of range.
     """
 
     def __init__(
@@ -128,10 +120,7 @@ class TextStream:
 
 
 class PromptStream(TextStream):
-    """Prompts for training, with the arguments of `TextStream`.
-
-    Every batch carries its rows of the arrays in `columns`, name -> [rows of the source, ...].
-    """
+    """Prompts for training; a batch has its rows of the arrays in `columns`. Other arguments are as in `TextStream`."""
 
     def __init__(
         self, source: Rows, tokenizer: Tokenizer, template: Template, *, columns: Arrays | None = None, **options: Any
@@ -251,12 +240,8 @@ def render_rows(source: Rows, render: Callable[[Mapping[str, Any]], T], rows: Ro
 def fitting_rows(source: Rows, on_long: str, **sequences: tuple[list[list[int]], int]) -> list[int]:
     """Returns the rows of which every sequence has between 1 and its limit of tokens.
 
-    Args:
-      source, on_long: the rows, for their places in messages; "refuse" or "skip".
-      **sequences: kind -> (the ids of the first rows or of all rows, the limit).
-
-    Raises:
-      ValueError: if there are no rows, a limit is below 1, no row fits, or a row does not fit under "refuse".
+    `sequences` maps kind -> (the ids of the first rows or of all rows, the limit). `on_long` is "refuse" or "skip".
+    Raises ValueError if there are no rows, a limit is below 1, no row fits, or a row does not fit under "refuse".
     """
     if on_long not in ("refuse", "skip"):
         raise ValueError(f"on_long is {on_long!r}; it has to be 'refuse' or 'skip'.")

@@ -18,18 +18,14 @@ _CHAT_FILE = "chat_template.jinja"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """Converts text to ids and back. Ids are Python ints. Special tokens come only from the text or from `add_bos`.
-
-    `adds_bos` is whether the tokenizer begins a text with the begin token when it is asked for special tokens, as other
-    programs do. Plain prompts then begin with the begin token.
-    """
+    """Converts text to ids and back. Ids are Python ints. Special tokens come only from the text or from `add_bos`."""
 
     backend: tokenizers.Tokenizer
     eos_ids: tuple[int, ...]  # the ids that end a completion, at least one; supervised completions end with the first
     pad_id: int  # the id at unused positions; it may equal an end token: masks are never inferred from ids
     bos_id: int | None = None  # the id that begins a sequence, if the vocabulary has one
     chat_template: str | None = None  # the Jinja text that came with the tokenizer
-    adds_bos: bool = False
+    adds_bos: bool = False  # whether asking for special tokens adds the begin token; plain prompts then begin with it
 
     def __post_init__(self) -> None:
         if not self.eos_ids:
@@ -47,14 +43,11 @@ class Tokenizer:
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
-        """Returns the ids of a text, in which special tokens are recognised.
-
-        `add_bos` adds the begin token, unless the text has it; raises ValueError if there is no begin token.
-        """
+        """Returns the ids of a text with its special tokens; `add_bos` adds the begin token, unless the text has it."""
         return self.encode_batch([text], add_bos)[0]
 
     def encode_batch(self, texts: Sequence[str], add_bos: bool = False) -> list[list[int]]:
-        """Encodes many texts, on all cores."""
+        """Encodes many texts, on all cores. Raises ValueError for `add_bos` if the tokenizer has no begin token."""
         ids = [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
         if not add_bos:
             return ids
@@ -97,10 +90,8 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
 
     Begin, end and padding tokens come from tokenizer_config.json, else from special_tokens_map.json.
     generation_config.json, else the model's config.json, may add end tokens. Without a padding token, eos_ids[0] pads.
-
-    Raises:
-      FileNotFoundError: if there is no tokenizer.json.
-      ValueError: if a file is damaged or a link that leads out of the directory, or if no end token is known.
+    Raises FileNotFoundError without a tokenizer.json, and ValueError if a file is damaged or a link that leads out of
+    the directory, or if no end token is known.
     """
     path = pathlib.Path(path).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -149,12 +140,10 @@ def fitted(tokenizer: Tokenizer, size: int) -> Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> Tokenizer:
-    """Trains a byte-level BPE tokenizer that splits numbers into digits and encodes any text. Training is deterministic.
+    """Trains a byte-level BPE tokenizer that splits numbers into digits and encodes any text.
 
-    Args:
-      texts: the texts to learn merges from; two thousand problems take a fraction of a second.
-      vocab_size: the upper bound of the vocabulary, which a few texts may not fill. Raises ValueError if it is below
-        259: the bytes, `<pad>`, `<bos>`, `<eos>`.
+    Training is deterministic; two thousand problems take a fraction of a second. `vocab_size` is an upper bound, which
+    a few texts may not fill. Raises ValueError if it is below 259: the bytes, `<pad>`, `<bos>`, `<eos>`.
     """
     special = ["<pad>", "<bos>", "<eos>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

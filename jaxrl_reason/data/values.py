@@ -52,11 +52,8 @@ def held_out_values(source: Source, needed: bool) -> np.ndarray | None:
 def altered(values: Sequence[float] | np.ndarray, kind: str, *, alpha: float, clip: float, seed: int) -> np.ndarray:
     """Returns the values that a run trains with, f32[N]: RLEV's own, or the values of one of its two ablations.
 
-    Args:
-      values: f32[N].
-      kind: "own"; "shuffled": the values in another order; "uniform": one value for all rows, for which RLEV's scale
-        1 + min(alpha v, clip) is the mean scale of the rows.
-      alpha, clip, seed: the slope and the limit of the scale, and the seed of the shuffle.
+    The kind is "own"; "shuffled", the values in another order by `seed`; or "uniform", one value for all rows, for
+    which RLEV's scale 1 + min(alpha v, clip) is the mean scale of the rows.
     """
     own = np.asarray(values, np.float32)
     if kind == "own":
@@ -70,7 +67,6 @@ def altered(values: Sequence[float] | np.ndarray, kind: str, *, alpha: float, cl
 
 
 def _shares_of_exams(source: Source) -> list[float]:
-    """Returns points over the sum of the points of the rows with the same exam."""
     points = [_number(source, i, row, "points") for i, row in enumerate(source)]
     exams: list[Any] = [row.get("exam") for row in source]
     totals: dict[str | int, float] = {}

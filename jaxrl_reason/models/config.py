@@ -17,8 +17,7 @@ _CHOICES = {
 class RopeScaling:
     """A change of the rotary frequencies for contexts longer than the contexts of the first training."""
 
-    # "linear" divides every frequency by `factor` (global layers of Gemma 3). "llama3" divides low frequencies by `factor`, keeps
-    # high ones and blends between them (Llama 3.1 and later).
+    # "linear" divides every frequency by `factor` (Gemma 3); "llama3" low ones, and blends up to high ones (Llama 3.1).
     kind: str
     factor: float
     low_freq_factor: float = 1.0  # "llama3" divides frequencies with fewer periods than this in the original context
@@ -57,8 +56,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0  # base of the rotary frequencies
     rope_scaling: RopeScaling | None = None  # change of the frequencies for long contexts
     sliding_window: int = 0  # keys that a sliding layer sees, the query's own included; 0: no layer slides
-    # With a sliding window: every `sliding_period`-th layer is global, the others slide (Gemma 3: 6); 0: all slide (Mistral).
-    sliding_period: int = 0
+    sliding_period: int = 0  # every n-th layer is global, and the others slide (Gemma 3: 6); 0: all slide (Mistral)
     local_rope_theta: float = 0.0  # rotary base of sliding layers; 0: rope_theta with its scaling
     norm_eps: float = 1e-6  # epsilon inside the root of RMSNorm
     norm_offset: float = 0.0  # added to the stored scale of a norm (Gemma stores scale - 1)
@@ -71,17 +69,13 @@ class ModelConfig:
     param_dtype: str = "float32"  # dtype of the stored weights and of the residual stream
     compute_dtype: str = "float32"  # dtype of the operands of matrix products; sums are always float32
     remat: str = "layer"  # values computed again in the backward pass: "none", "dots" (all but products), "layer"
-    # Attention to whole prompts and completions; decoding is always plain. "plain" holds all scores of a layer. "splash", the kernels
-    # for TPUs, holds no scores and skips blocks that no query sees; on other devices it is interpreted: slow, for tests.
+    # Attention to whole prompts and completions: "plain" or "splash", see `models.splash`. Decoding is always plain.
     attention: str = "plain"
-    lora_rank: int = (
-        0  # rank of the adapters, which are trained instead of the weights, see `models.lora`; 0: no adapters
-    )
+    lora_rank: int = 0  # rank of the adapters, trained instead of the weights, see `models.lora`; 0: no adapters
     lora_alpha: float = 16.0  # the product of an adapter's matrices is multiplied by lora_alpha / lora_rank
     lora_projections: tuple[str, ...] = PROJECTIONS  # the matrices of each layer that have adapters
-    # Numbers per prompt in addition to its tokens. An MLP turns them into `prefix_length` embeddings before the tokens. 0: none.
-    features: int = 0
-    prefix_length: int = 0
+    features: int = 0  # numbers per prompt in addition to its tokens; 0: none
+    prefix_length: int = 0  # embeddings before the tokens, into which an MLP turns the features
     encoder_width: int = 0  # hidden size of the MLP
 
     def __post_init__(self) -> None:
@@ -118,7 +112,6 @@ class ModelConfig:
             )
 
     def _check_additions(self) -> None:
-        """Checks the adapters, the encoder of features and the windows."""
         if self.lora_rank < 0 or self.lora_alpha <= 0:
             raise ValueError(
                 f"lora.rank is {self.lora_rank} and lora.alpha {self.lora_alpha}; rank must not be negative, alpha must be above 0."
@@ -145,7 +138,6 @@ class ModelConfig:
 
     @property
     def lora_scale(self) -> float:
-        """The factor on the product of an adapter's two matrices."""
         return self.lora_alpha / self.lora_rank
 
     @property

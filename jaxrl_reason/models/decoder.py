@@ -1,7 +1,6 @@
 """The decoder: one transformer for all families, in Flax NNX, used functionally.
 
-`bind(config, params)` makes the module over a plain pytree of arrays. Three forwards share their layers, so sampling and training
-compute the same log-probabilities:
+Three forwards share their layers, so sampling and training compute the same log-probabilities:
 
   prefill   prompts [P, S]                             -> hidden [P, S, D], and one KV cache per prompt
   extend    completions [P, G, T] on that cache        -> hidden [P, G, T, D]    (training)
@@ -50,8 +49,8 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "P S D"], PromptCache]:
         """Computes the hidden states of prompts after the final norm, and their cache.
 
-        The mask is 1 on real tokens; padding can be anywhere. In a model with features, the embeddings of each prompt's numbers precede
-        its tokens: they are in the cache, and not in the hidden states.
+        The mask is 1 on real tokens, which can be anywhere. The embeddings of features precede the tokens, but only in
+        the cache.
         """
         mask = mask.astype(bool)
         x = self._embed(tokens[:, None])
@@ -73,7 +72,6 @@ class Decoder(nnx.Module):
             return block(x, self._rotary(at, sliding), self._attend(at, sliding, mask))
 
         x, (keys, values) = self._scan(layer, x)
-        # One sample per prompt: the axis of samples is removed.
         keys, values = (sharding.constrain(kv[:, :, 0], "layers", "prompts", "kv_heads") for kv in (keys, values))
         x, cache = x[:, 0], PromptCache(keys, values, mask, positions, mask.sum(axis=1))
         if order is not None:
@@ -83,8 +81,7 @@ class Decoder(nnx.Module):
     def extend(self, tokens: Int[Array, "P G T"], prompt: PromptCache) -> Float[Array, "P G T D"]:
         """Computes the hidden states of completions after the final norm, each completion after its prompt.
 
-        Tokens after the end of a completion see the tokens before it, and no token before the end sees them. No mask is needed here,
-        because the loss leaves them out.
+        No mask is needed: no token of a completion sees the tokens after its end, and the loss leaves them out.
         """
         T = tokens.shape[-1]
         at = (prompt.lengths[:, None] + jnp.arange(T))[:, None]  # [P, 1, T]
@@ -100,10 +97,7 @@ class Decoder(nnx.Module):
     def step(
         self, tokens: Int[Array, "P G"], index: Int[Array, ""], blocks: Blocks, prompt: PromptCache, cache: SampleCache
     ) -> tuple[Float[Array, "P G D"], SampleCache]:
-        """Computes the hidden state of one token per sample after the final norm, and the cache with the new token.
-
-        The tokens are at position `index` of the completions. `unstack`, called once before the loop, gives layers and prompt cache.
-        """
+        """Computes the hidden states of tokens at position `index` of completions, and the new cache; see `unstack`."""
         at = (prompt.lengths[:, None] + index)[:, None]  # [P, 1, 1]
         places = jnp.arange(cache.keys[0].shape[-1])
         own_at = prompt.lengths[:, None, None] + places  # [P, 1, T]
@@ -119,9 +113,9 @@ class Decoder(nnx.Module):
         return self._final(x)[:, :, 0], SampleCache(*zip(*updated))
 
     def unstack(self, prompt: PromptCache, int8: bool = False) -> tuple[Blocks, PromptCache]:
-        """Splits the layers and the cache of `prefill` into one entry per layer, and casts matrices once, for a decoding loop.
+        """Splits layers and prompt cache into one entry per layer for a decoding loop, and casts matrices once.
 
-        With int8, the layers' matrices are also rounded, with one scale per column, and the cache, with one scale per position.
+        With int8, it also rounds the matrices, with one scale per column, and the cache, with one scale per position.
         """
         c = self.config
         graphdef, stacked = nnx.split(self.layers)
@@ -154,8 +148,7 @@ class Decoder(nnx.Module):
         rows = sharding.constrain(self.embedding[...], "vocab", None)
         x = sharding.constrain(rows[tokens], "prompts")
         scale = self.config.embedding_scale
-        # Families with a scale round it to the dtype of the weights.
-        return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
+        return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)  # families round it to the dtype of the weights
 
     def _encode(self, features):
         """Returns the embeddings [P, prefix_length, D] of features f32[P, F]: an MLP with one hidden layer."""

@@ -65,16 +65,11 @@ class DecoderLayer(nnx.Module):
         cache: L.KeysValues | None = None,
         index: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "P G T D"], L.KeysValues]:
-        """Computes one layer.
+        """Computes one layer: the residual stream, and own keys [P, G, N, K, C] and values [P, G, N, C, K].
 
-        Args:
-          rotary: f32, broadcastable to [P, G, T, head_dim / 2].
-          attend: function of queries [P, G, T, H, K] and of own keys and values (as returned) to [P, G, T, H * K].
-          cache: own keys and values, updated with the keys and values of this call. None: own positions are the positions of this call.
-          index: the first of this call's positions along C.
-
-        Returns:
-          The new residual stream, and keys [P, G, N, K, C] and values [P, G, N, C, K] of the own positions.
+        `rotary` broadcasts to [P, G, T, head_dim / 2]. `attend` is a function of queries [P, G, T, H, K] and of own
+        keys and values to [P, G, T, H * K]. `cache` has own keys and values, which this call updates from position
+        `index` along C; without it, own positions are those of this call.
         """
         c = self.config
         P, G, T, _ = x.shape

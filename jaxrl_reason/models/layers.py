@@ -128,14 +128,13 @@ def group_attention(
 ) -> Float[Array, "P G T H*K"]:
     """Computes softmax attention of G samples per prompt over their own keys and one shared prompt.
 
-    The prompt's keys are read once per group: one dense product serves the queries of all G samples, with G * T * H / N rows per
-    key head. One softmax covers both parts. Sums, the softmax and the result are float32.
+    The prompt's keys are read once per group: one dense product serves the queries of all G samples, with G * T * H / N
+    rows per key head. One softmax covers both parts. Sums, the softmax and the result are float32.
 
     Args:
-      own: keys [P, G, N, K, C] and values [P, G, N, C, K] of the samples' own positions, with N key/value heads. An Int8 has a
-        scale [P, G, N, 1, C].
-      own_mask, prompt_mask: True if the query sees the key.
+      own: keys [P, G, N, K, C] and values [P, G, N, C, K] of N key/value heads. An Int8 has a scale [P, G, N, 1, C].
       prompt: keys [P, N, K, S] and values [P, N, S, K], or None. An Int8 has a scale [P, N, 1, S].
+      own_mask, prompt_mask: True if the query sees the key.
       scale, dtype: factor on the scores, and dtype of the operands of products.
     """
     P, G, T, H, K = q.shape
@@ -193,13 +192,9 @@ class PromptCache(NamedTuple):
 
 
 class SampleCache(NamedTuple):
-    """Keys and values of the samples' own tokens, one entry per layer.
+    """Keys and values of the samples' own tokens, one entry per layer; an Int8 has one scale per position."""
 
-    Keys have the layout of the product with a query, because each step of decoding reads all of them for a few rows of queries. An
-    entry can be an Int8 with one scale per position.
-    """
-
-    keys: tuple[Array | Int8, ...]  # rotated, [P, G, N, K, T] per layer
+    keys: tuple[Array | Int8, ...]  # rotated, [P, G, N, K, T] per layer: the layout of the product with a query
     values: tuple[Array | Int8, ...]  # [P, G, N, T, K] per layer
 
 
@@ -220,10 +215,7 @@ def empty_cache(config: ModelConfig, prompts: int, group: int, length: int, int8
 
 
 def write_cache(cache: KeysValues, new: tuple[Array, Array], index: Int[Array, ""] | int) -> KeysValues:
-    """Returns the cache of one layer, keys [P, G, N, K, C] and values [P, G, N, C, K], with new entries, rounded if the cache is.
-
-    New keys and values have a smaller C, and begin at position `index` along C.
-    """
+    """Returns one layer's cache with new entries from position `index` along C, rounded if the cache is."""
     update = jax.lax.dynamic_update_slice_in_dim
 
     def put(old, new, axis):

@@ -75,10 +75,9 @@ def scores(
 
 
 def group_scores(config: ModelConfig, params: Params, rollout: Completions, *, parts: int = 1) -> Float[Array, "P G"]:
-    """Computes the scores of completions after their prompts, end token included, in float32: `scores` of each whole text.
+    """Computes `scores` of completions after their prompts, end token included; NaN without a token.
 
-    The score of a completion without a token is NaN. For less memory, `parts` microbatches of prompts are computed one after the other.
-    Raises ValueError if `parts` does not divide P.
+    For less memory, `parts` microbatches of prompts follow each other. Raises ValueError if `parts` does not divide P.
     """
     P, G, _ = rollout.tokens.shape
     if P % parts:
@@ -101,9 +100,8 @@ def pair_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Computes the Bradley-Terry loss, the mean of -log sigmoid(score of the chosen - score of the rejected).
 
-    arXiv 2203.02155, eq. 1; 1706.03741, 2.2.3. Raises ValueError if a group does not have two completions, first the chosen one. The
-    metrics are `reward_model/accuracy`, the share of pairs whose chosen completion has the higher score, and `reward_model/margin`, the
-    mean difference.
+    arXiv 2203.02155, eq. 1; 1706.03741, 2.2.3. Metrics are the share of pairs whose chosen completion has the higher
+    score, and the mean difference. Raises ValueError if a group does not have two completions, first the chosen one.
     """
     if pairs.tokens.shape[1] != 2:
         raise ValueError(f"A pair is one chosen and one rejected completion; the groups have {pairs.tokens.shape[1]}.")

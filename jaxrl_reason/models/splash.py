@@ -1,10 +1,9 @@
-"""Attention of `prefill` and `extend` by the splash kernels for TPUs: they skip blocks that no query sees, and keep scores on the chip.
+"""Attention of `prefill` and `extend` by the splash kernels for TPUs, which skip blocks that no query sees.
 
-A prompt and its G completions form one sequence of keys, [prompt | completion 1 | ... | completion G]. The prompt's tokens are at the
-end of their part, and the tokens of each completion at the beginning of theirs. Whether a query sees a key is then a static function
-of their places, also under a sliding window. Segment ids tell which places of the prompt hold tokens, because that is not static.
-Without a prompt, attention is causal. The kernels are compiled if the program is lowered for TPUs, and interpreted otherwise: slow, for
-tests.
+The keys of a prompt and its G completions form one sequence, [prompt | completion 1 | ... | completion G]. Tokens are
+at the end of the prompt's part, and at the beginning of each completion's. Whether a query sees a key is then a static
+function of their places, also under a sliding window. Segment ids tell which places of the prompt hold tokens. Without
+a prompt, attention is causal. Scores stay on the chip. On other devices the kernels are interpreted: slow, for tests.
 """
 
 import dataclasses
@@ -38,14 +37,12 @@ def group_attention(
 ) -> Float[Array, "P G T H*K"]:
     """Computes `layers.group_attention` under the masks of `prefill` and `extend`, in the dtype of products.
 
-    On the mesh of `jax.set_mesh`, prompts are split over "slice", "data" and "fsdp" and heads over "tensor", as far as these axes
-    divide them. Without a mesh, one device computes everything. The softmax and sums are float32. A TPU multiplies float32 operands
-    as the kernels choose, which is less exact than `layers.group_attention`.
+    On the mesh of `jax.set_mesh`, prompts and heads are split as far as its axes divide them. The softmax and sums are
+    float32. A TPU multiplies float32 operands less exactly than `layers.group_attention`.
 
     Args:
       own: keys and values of the same positions, with N key/value heads. A query sees its own key and earlier ones.
-      own_real: True on tokens, which must be at the end (G = 1). Tokens see tokens; padding sees padding, so that its results are
-        numbers too. None: all are tokens.
+      own_real: True on tokens, which must be at the end (G = 1). Padding sees only padding. None: all are tokens.
       prompt, prompt_real: keys and values that every query sees, and True on tokens, which must be at the end.
       sliding: whether the layer slides, for a model with sliding and global layers.
     """
@@ -148,7 +145,6 @@ class _GroupMask(kernels.Mask):
         return self.G * self.T, self.S + self.G * self.T
 
     def __getitem__(self, index):
-        """Returns bool[queries, keys] of a block."""
         queries, keys = index
         sample, t = divmod(queries.start, self.T)
         if keys.start < self.S:
@@ -163,10 +159,7 @@ class _GroupMask(kernels.Mask):
 
     @property
     def q_sequence(self):
-        """The queries for `mask_function`, int32[G * T]: the place among all keys or, with a window, completion and place in it.
-
-        With both functions, a kernel computes the mask of blocks that are not empty instead of reading it.
-        """
+        """The queries for `mask_function`, int32[G * T]: places among keys or, with a window, completion and place."""
         place = np.arange(self.G * self.T, dtype=np.int32)
         return place // self.T << self._bits | place % self.T if self.window else place + self.S
 

@@ -33,12 +33,9 @@ _CARELESS = 0.3  # share of solutions whose last step, and so the answer, is inc
 
 @dataclasses.dataclass(frozen=True)
 class _Topic:
-    """One kind of question, asked `count` times per exam. `changes` turns numbers into the arguments of `sum_up`.
+    """One kind of question, asked `count` times per exam. `changes` turns numbers into the arguments of `sum_up`."""
 
-    Topics of one `group` share their questions, and so the numbers and `things` of a split.
-    """
-
-    group: str
+    group: str  # topics of one group share their questions, and so the numbers and things of a split
     count: int
     points: tuple[int, int]
     numbers: Sequence[Numbers]

@@ -1,8 +1,7 @@
 """Prompts with many correct answers: a TFDS builder without network, for ProGRPO (arXiv 2602.05281).
 
-All whole numbers that satisfy the constraint are correct. The correct answers are equally likely in the solutions, so
-that a policy that imitates them is diverse. `rewards.task_rewards` has the verdict and the canonical form that
-distinguishes correct answers.
+Correct answers are equally likely in the solutions, so that a policy that imitates them is diverse.
+`rewards.task_rewards` has the verdict and the canonical form that distinguishes correct answers.
 
     kind         a question of it                                   correct answers, at least 5
     sum          Name two numbers from 3 to 24 whose sum is 27.     3, 24   4, 23   ...   13, 14

@@ -15,10 +15,7 @@ def split_of(a: int, b: int) -> str:
 
 
 class Sums(OfflineBuilder):
-    """The hundred sums of two numbers from 0 to 9.
-
-    Columns, all text: `question` ("What is 7 + 5?"); `solution` ("7 + 5 = 12"); `answer` ("12").
-    """
+    """All sums of two numbers from 0 to 9: `question` "What is 7 + 5?", `solution` "7 + 5 = 12", `answer` "12"."""
 
     DESCRIPTION = "All sums of two digits; a + b and b + a are in the same split."
     SIZES = {"train": 71, "test": 29}

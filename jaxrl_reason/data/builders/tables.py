@@ -13,14 +13,13 @@ import tensorflow_datasets as tfds
 from jaxrl_reason.data.builders.offline import OfflineBuilder
 
 TARGETS = {"diabetes": "progression", "synthetic": "y"}  # data set -> column to predict
-NOISE = "noise_std"
+NOISE = "noise_std"  # the column of the standard deviation of the target given the features
 
 
 class Diabetes(OfflineBuilder):
     """442 patients: age, sex, body mass index, blood pressure, six blood values; diabetes progression a year later.
 
-    The raw numbers, from the copy in scikit-learn. A hash of the features of a row assigns its split: about 7/10 train,
-    1/10 validation, 2/10 test.
+    The raw numbers, from scikit-learn's copy. A hash of a row's features assigns its split (about 7/10, 1/10, 2/10).
     """
 
     DESCRIPTION = "Diabetes progression by ten measurements (Efron et al., Least Angle Regression, 2004)."
@@ -68,9 +67,7 @@ class SyntheticConfig(tfds.core.BuilderConfig):
     """The function, and the number of modes of its noise."""
 
     function: str = ""  # a key of `_FUNCTIONS`
-    bimodal: bool = (
-        False  # whether the noise is on either side of the function and seldom near it, rather than Gaussian
-    )
+    bimodal: bool = False  # whether the noise is on either side of the function and seldom near it; else Gaussian
 
 
 def _synthetic_rows(config: SyntheticConfig, split: str, size: int) -> Iterator[dict[str, float]]:
@@ -87,10 +84,7 @@ def _synthetic_rows(config: SyntheticConfig, split: str, size: int) -> Iterator[
 
 
 class Synthetic(OfflineBuilder):
-    """A smooth function of uniform features plus noise of known standard deviation, which grows with the first feature.
-
-    Columns: `x1` ..., `y` to predict, and `noise_std`, the standard deviation of y given the features.
-    """
+    """A smooth function y of uniform features x1 ... plus noise of known std, which grows with the first feature."""
 
     DESCRIPTION = "Smooth functions with noise of known, uneven size, so that the best reachable R2 is known."
     SIZES = {"train": 3000, "validation": 500, "test": 1000}

@@ -1,7 +1,6 @@
 """Procedural arithmetic word problems with worked solutions: a TFDS builder without network.
 
-Each skill is a set of number combinations, a few question templates and the steps that solve them. A hash assigns each
-combination of numbers to one split: a test problem is never a training problem in other words.
+A hash assigns each combination of numbers to one split: a test problem is never a training problem in other words.
 """
 
 from collections.abc import Callable, Iterator
@@ -124,12 +123,10 @@ _SKILLS = {
 def split_of(skill: str, numbers: Numbers, thing: str = "") -> str:
     """Returns the only split that may use the numbers for the skill: 6/8 train, 1/8 validation, 1/8 test.
 
-    The order of the numbers does not matter, so that 3 + 4 and 4 + 3 share a split. A skill with few numbers is split
-    by numbers and things.
+    The order of the numbers does not matter. A skill with few numbers is split by numbers and things.
     """
-    # hashlib, because `hash` differs between processes.
     key = " ".join(filter(None, [f"{skill}:", "-".join(map(str, sorted(numbers))), thing]))
-    bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 8
+    bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 8  # `hash` differs per process
     return {0: "validation", 1: "test"}.get(bucket, "train")
 
 

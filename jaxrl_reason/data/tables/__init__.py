@@ -1,7 +1,6 @@
 """Tables for regression: our TFDS builders and CSV files, and scaling learned from training rows.
 
-`load_table` treats each row by itself. Every statistic (the mean that fills a gap, the texts of a column, the scale) is
-learned by `fit_features` and `TargetScaler.fit` from the training table and applied unchanged to the other tables, so
+Every statistic (the mean that fills a gap, the texts of a column, the scale) is learned from the training table, so
 that no test row influences training:
 
     train, test = load_table("diabetes", "train"), load_table("diabetes", "test")

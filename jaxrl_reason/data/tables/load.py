@@ -67,10 +67,8 @@ def load_table(
     """Opens a table; TFDS prepares it on first use.
 
     Args:
-      name: "diabetes"; "synthetic", short for "synthetic/friedman", or another config of `Synthetic`; or a path that
-        ends in .csv.
-      split: for our data sets "train", "validation", "test[:100]" and so on; for a file, "all" or a slice in the order
-        of its rows, such as "[:90%]".
+      name: "diabetes"; "synthetic", short for "synthetic/friedman", or another config of `Synthetic`; or a .csv file.
+      split: "train", "validation", "test[:100]" and so on; for a file, "all" or a slice of its rows, such as "[:90%]".
       target: the column of a file to predict. Our data sets have a fixed one.
       categorical: the treatment of a column of texts: "refuse" raises, "onehot" keeps it for `fit_features`, "drop"
         leaves it out. A column of numbers and texts always raises.
@@ -78,10 +76,8 @@ def load_table(
         the gap for `fit_features` to fill, "drop" leaves the row out and warns. A target is never filled.
       data_dir: the directory of TFDS's prepared data; None means its default, ~/tensorflow_datasets. Unused for files.
 
-    Raises:
-      FileNotFoundError, ImportError: if the file does not exist, or "diabetes" has to be prepared without scikit-learn,
-        which contains the data.
-      ValueError: if the name, the split or an option is unknown, or the file is not such a table.
+    Raises FileNotFoundError; ImportError if "diabetes" has to be prepared without scikit-learn, which contains the
+    data; and ValueError if the name, the split or an option is unknown, or the file is not such a table.
     """
     for option, value in (("categorical", categorical), ("missing", missing)):
         if value not in _OPTIONS[option]:

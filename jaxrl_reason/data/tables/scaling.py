@@ -14,10 +14,7 @@ Numbers = TypeVar("Numbers", float, np.ndarray, jax.Array)
 
 @dataclasses.dataclass(frozen=True)
 class FeatureScaler:
-    """Converts tables with the columns of the training table to inputs of a model; made by `fit_features`.
-
-    All fields are lists, so that `dataclasses.asdict` can be saved as JSON and restored as `FeatureScaler(**saved)`.
-    """
+    """Converts tables like the training table to inputs of a model. All fields are lists: `asdict` of it is JSON."""
 
     names: list[str]  # the columns of numbers
     means: list[float]  # their training means, over the values that are not missing
@@ -61,10 +58,7 @@ class FeatureScaler:
 
 
 def fit_features(train: Table) -> FeatureScaler:
-    """Learns the scaling of features from the training table.
-
-    Raises ValueError if a column has no value in any row, or values too large for a standard deviation.
-    """
+    """Learns the scaling; raises ValueError if a column has no value, or values too large for a standard deviation."""
     means, stds = [], []
     for name, column in zip(train.names, train.features.T, strict=True):
         known = column[~np.isnan(column)]

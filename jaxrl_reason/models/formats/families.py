@@ -1,7 +1,4 @@
-"""Model families: Hugging Face's config.json to the configuration of the decoder, and back.
-
-A family is one entry of `FAMILIES`: the switches of `ModelConfig` that it always has, and the meaning of keys that config.json lacks.
-"""
+"""Model families, the entries of `FAMILIES`: Hugging Face's config.json to the decoder's configuration, and back."""
 
 from collections.abc import Mapping
 import dataclasses

@@ -1,7 +1,6 @@
 """Pretrained models, read and written: policies, reward models and, in the layout of PEFT, adapters.
 
-Weights are read tensor by tensor, cast, and put into their shards. Nothing in a directory is ever executed. `transformers`, vLLM and
-the converter of llama.cpp load the written directories.
+Nothing in a directory is ever executed. `transformers`, vLLM and llama.cpp's converter load the written directories.
 """
 
 from collections.abc import Iterator, Mapping
@@ -91,10 +90,7 @@ def _load(path_or_hub_id: Address, dtype: str, mesh: Mesh | None, kind: type[_Ki
 
 
 def check_weights(opened: Opened, config: ModelConfig, kind: type[Policy] = Policy) -> None:
-    """Checks that an opened model has the tensors of `config`, and is a policy or a reward model as `kind` requires.
-
-    Raises PretrainedError if not; the message has the names of missing, surplus or misshapen tensors.
-    """
+    """Raises PretrainedError if an opened model lacks tensors of `config`, has others, or is not of the `kind`."""
     classifier = issubclass(kind, RewardModel)
     found = opened.source.get("architectures")
     architecture = str(found[0]) if isinstance(found, list) and found else ""

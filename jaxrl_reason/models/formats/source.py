@@ -61,10 +61,7 @@ def pinned(path_or_hub_id: str, source: Mapping[str, Any]) -> str:
 
 
 def tokenizer_files(directory: pathlib.Path) -> dict[str, bytes]:
-    """Reads the content of the tokenizer's files in a directory, by name; leaves out code that tokenizer_config.json names.
-
-    Raises PretrainedError if a file is a link that leads out of the directory.
-    """
+    """Reads the tokenizer's files, by name, without names of code; raises PretrainedError if a link leads outside."""
     paths = {name: inside(directory, name) for name in _FILES}
     files = {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
     if b'"auto_map"' in files.get("tokenizer_config.json", b""):

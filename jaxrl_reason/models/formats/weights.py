@@ -21,10 +21,7 @@ _BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".masked_bias")  # in old files
 
 
 class SafetensorsDirectory:
-    """The safetensors of a directory in the Hugging Face layout, one file or several with an index. See `Weights`.
-
-    Raises PretrainedError if there are none, a file is damaged, or the index and the files disagree.
-    """
+    """Safetensors of a directory, see `Weights`. Raises PretrainedError if one is missing, damaged or not indexed."""
 
     def __init__(self, directory: pathlib.Path) -> None:
         self.where = str(directory)
@@ -106,10 +103,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def check(weights: Weights, table: Tree, *, tied: bool) -> None:
-    """Checks that the tensors of a model are the expected ones, given a `Tensor` per weight.
+    """Raises PretrainedError, with their names, if tensors are missing, surplus or have another shape than in `table`.
 
-    If the output head is the embedding (`tied`), some writers store the head nevertheless. It must then equal the embedding.
-    Raises PretrainedError if tensors are missing, surplus or have another shape; the message has their names.
+    Some writers store the output head although it is the embedding (`tied`). It must then equal the embedding.
     """
     wanted = {name: t.shape for t in _leaves(table) for name in t.names}
     missing = [name for name in wanted if name not in weights.shapes]
