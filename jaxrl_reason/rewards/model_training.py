@@ -105,9 +105,10 @@ def setup(
         on_long=c.data.on_long_prompt,
         add_bos=config_lib.begins_with_bos(c, tokenizer),
     )
+    pairs = stream(rows)  # first, because its errors name the file and the line of a row
     evaluated = stream(held_out.read(range(min(len(held_out), c.eval.prompts))), shuffle=False)
     own = Workdir(work.path / "reward_model", c, f"{rows.fingerprint}/{held_out.fingerprint}")
-    return dataclasses.replace(phase, pairs=stream(rows), held_out=evaluated, work=own)
+    return dataclasses.replace(phase, pairs=pairs, held_out=evaluated, work=own)
 
 
 def open_pretrained(config: Config, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> models.Opened:
