@@ -23,7 +23,7 @@ from jaxrl_reason.models import reward_model, sharding
 from jaxrl_reason.models.formats.weights import read_json
 from jaxrl_reason.rewards import model_files
 from jaxrl_reason.rewards.learned import chat_of, TextScorer
-from jaxrl_reason.rewards.model_files import is_ours, load_reward_model, tokenizer_digest
+from jaxrl_reason.rewards.model_files import is_ours, load_reward_model, tokenizer_digest, write_description
 from jaxrl_reason.rewards.scorer import RewardModelScorer
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.optimizer import apply_gradients, init_opt_state, make_supervised_optimizer
@@ -101,9 +101,10 @@ def setup(
         on_long=c.data.on_long_prompt,
         add_bos=config_lib.begins_with_bos(c, tokenizer),
     )
+    pairs = stream(rows)  # first, because its errors name the file and the line of a row
     evaluated = stream(held_out.read(range(min(len(held_out), c.eval.prompts))), shuffle=False)
     own = Workdir(work.path / "reward_model", c, f"{rows.fingerprint}/{held_out.fingerprint}")
-    return dataclasses.replace(phase, pairs=stream(rows), held_out=evaluated, work=own)
+    return dataclasses.replace(phase, pairs=pairs, held_out=evaluated, work=own)
 
 
 def open_pretrained(config: Config, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> models.Opened:
@@ -279,7 +280,7 @@ def _report(phase: Phase, console: rich.console.Console) -> None:
     assert phase.pairs is not None and phase.held_out is not None
     facts: dict[str, Any] = {"steps": phase.config.reward_model.steps, "pairs": phase.pairs.size}
     facts["held_out"] = held_out | {"pairs": phase.held_out.size}
-    model_files.write_description(phase.directory, phase.model, tokenizer_digest(phase.tokenizer), facts)
+    write_description(phase.directory, phase.model, tokenizer_digest(phase.tokenizer), facts)
     console.print(summary_table(measured[0], measured[-1]))
 
 
