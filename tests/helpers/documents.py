@@ -81,7 +81,15 @@ SMALL = {  # shell pattern of command:arguments -> flags after those of the docu
     "compare:*hero*": [*RUN_FLAGS, "--config.reward_model.steps=2", "--config.reward_model.batch_size=4"],
     "compare:*": RUN_FLAGS,
     "evaluate:*": ["--samples=2"],
-    "bench:*": ["--size=tiny", "--prompts=1", "--group=2", "--prompt-length=4", "--new=2", "--steps=1"],
+    "bench:*": [
+        "--size=tiny",
+        "--prompts=1",
+        "--group=2",
+        "--prompt-length=4",
+        "--new=2",
+        "--steps=1",
+        "--accumulation=1",
+    ],
 }
 
 
