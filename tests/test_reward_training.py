@@ -354,7 +354,7 @@ def test_the_digest_tells_tokenizers_apart_and_survives_saving(trained, tmp_path
 
 def test_a_model_of_another_tokenizer_is_refused_before_anything_is_written(trained, rows, tmp_path):
     directory = trained[0] / "reward_model"
-    message = f"^The reward model in {directory} was trained with another tokenizer .digest .*000000000000.* set config.data.tokenizer to {directory}/tokenizer, or.*\\.$"
+    message = f"^The reward model in {directory} was trained with another tokenizer .digest .*000000000000.* Set config.data.tokenizer to {directory}/tokenizer, or.*\\.$"
     with pytest.raises(ValueError, match=message):
         model_training.load_reward_model(directory, "0" * 64)
     config = tiny_pairs(rows, path=str(directory), data__train_split="[:10]")
@@ -442,7 +442,7 @@ def test_the_decoder_begins_as_the_newest_policy_past_its_supervised_phase(rows,
     for number, same in ((None, True), (1, True), (2, False), (3, False)):
         if number:
             saver = checkpoints.Checkpoints(tmp_path / "checkpoints", 5)
-            saver.save(number, fresh._replace(params=jax.tree.map(lambda x: x + number, fresh.params)))
+            saver.save(number, fresh._replace(trained=jax.tree.map(lambda x: x + number, fresh.trained)))
             saver.close()
         params = reward_training.start_decoder(run, out)
         assert_equal(params, fresh.params if same else jax.tree.map(lambda x: x + number, fresh.params))

@@ -96,7 +96,7 @@ def test_flops_include_options():
     more = lowered("rollout", CONFIG, with_prompt_logprobs=True, probe_token=3)
     expected = costs.rollout(CONFIG, P, G, S, T, prompt_logprobs=True, probe=True).flops
     assert expected == pytest.approx(of_program(more, loop_trips=T), rel=1e-3)
-    more = lowered("score", CONFIG, parts=2, chunk=5, probe_token=3)  # 16 positions are four chunks of 5
+    more = lowered("score", CONFIG, microbatches=2, chunk=5, probe_token=3)  # 16 positions are four chunks of 5
     expected = costs.score(CONFIG, P, G, S, T, parts=2, logprob_chunk=5, probe=True).flops
     assert expected == pytest.approx(of_program(more), rel=1e-3)
     rounded = lowered("rollout", CONFIG, int8=True)
