@@ -93,6 +93,7 @@ def run(block, folder, environment):
     assert "error: " not in done.stderr, done.stderr  # of a process in the background
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "document, block", [b for b in BLOCKS if b.values[1].needs == "nothing" and is_quick(b.values[1])]
 )

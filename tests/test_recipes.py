@@ -149,6 +149,7 @@ def test_there_is_a_recipe_for_every_method():
     assert sorted(names) == ["genre2", "grpo", "hero", "laser", "progrpo", "rlev"]
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "recipe", [r if r in TRACED_BY_DEFAULT else pytest.param(r, marks=pytest.mark.slow) for r in RECIPES]
 )

@@ -141,4 +141,9 @@ def test_a_checkpoint_that_is_a_link_to_elsewhere_is_not_read(tmp_path):
     (tmp_path / "run" / "checkpoints" / "7").symlink_to(tmp_path / "elsewhere")
     for number in (None, 7):
         with pytest.raises(ConfigError, match="7 cannot be read: .*7 leads to .*elsewhere, outside of .*checkpoints"):
-            runs.load_weights(tmp_path / "run", number, {"embedding": 0}, ModelConfig(vocab_size=8))
+            runs.load_weights(
+                tmp_path / "run",
+                number,
+                {"embedding": 0},
+                ModelConfig(vocab_size=8, width=8, layers=1, heads=1, kv_heads=1, mlp_width=8),
+            )

@@ -282,10 +282,20 @@ def trains(observe) -> bool:
     )
 
 
+SECONDS = (
+    "reward.workers",
+    "reward.timeout_s",
+    "reward.memory_mb",
+    "seed",
+    "update.kl_coefficient",
+    "sampling.quantize",
+)
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.runs) if trains(observe) else name
+        pytest.param(name, marks=pytest.mark.runs) if trains(observe) or name in SECONDS else name
         for name, (_, observe, _) in EFFECTS.items()
     ],
 )

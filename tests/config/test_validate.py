@@ -197,6 +197,7 @@ def test_an_estimator_that_cannot_be_traced_raises(function, reason, registry):
     assert "config.method.name 'untraceable'" in text and reason in text and "\n" not in text
 
 
+@pytest.mark.runs
 def test_a_registered_estimator_gets_boolean_signals_and_trains(registry, tmp_path):
     @methods.register
     def ended_only():

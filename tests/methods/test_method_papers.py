@@ -100,6 +100,7 @@ OFF = {
 }
 
 
+@pytest.mark.runs
 @either_way
 @every_base
 @pytest.mark.parametrize("switch", OFF)

@@ -461,6 +461,7 @@ def marks_of(parts, base):
     return () if SOME[base] == parts and base in FAST else pytest.mark.slow
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "parts, base",
     [

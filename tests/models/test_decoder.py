@@ -64,6 +64,7 @@ def logits_of(config):
     return np.asarray(run(reference.random_params(config), TOKENS))
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("name", SWITCHES)
 def test_each_switch_matches_the_reference_and_changes_the_output(name):
     new, old = SWITCHES[name]
@@ -131,6 +132,7 @@ def loss_and_grad(config):
     return jit_once(jax.value_and_grad(loss))(params)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "dtypes",
     [

@@ -108,6 +108,7 @@ def batch():
     return jax.tree.map(jnp.asarray, Experience(rollout, mask, advantages))
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_update_moves_only_the_adapters_along_their_gradient(accumulation):
     params, rate = params_with_adapters(), 1e-2

@@ -38,6 +38,7 @@ def test_outputs_equal_those_of_transformers(name, side):
         np.testing.assert_allclose(alone, want[:1], atol=2e-4)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "name", [n if n in ("gemma3", "llama") else pytest.param(n, marks=pytest.mark.slow) for n in POLICIES]
 )

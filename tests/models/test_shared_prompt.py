@@ -57,6 +57,7 @@ def plain_forward(config):
     return jit_once(jax.value_and_grad(loss, has_aux=True))
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("side", ["left", "right", "mixed"])
 @pytest.mark.parametrize("family", ["gemma3", pytest.param("llama3_qwen", marks=pytest.mark.slow)])
 def test_values_and_gradients_on_the_shared_prompt_equal_the_plain_forward(family, side):

@@ -79,6 +79,7 @@ def assert_close(found, wanted):
         assert size > 1e-3 and np.abs(x - y).max() <= 2e-5 * size, jax.tree_util.keystr(path)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "padding", ["between", slow("left", id="left"), slow("right", id="right"), slow("none", id="none")]
 )
@@ -91,6 +92,7 @@ ALTERNATING = dataclasses.replace(SLIDING, sliding_period=2, local_rope_theta=10
 FEATURES = dataclasses.replace(SMALL, features=3, prefix_length=2, encoder_width=4)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "config",
     [
@@ -163,6 +165,7 @@ def sampled(config, params, **options):
     return run(params, prompts, mask, jnp.arange(P), jax.random.key(1), temperature=jnp.float32(1.3))
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("config", [pytest.param(ALTERNATING, id="alternating"), slow(SMALL, id="global")])
 def test_samples_equal_those_of_plain_attention(config):
     params = reference.random_params(config, scale=0.3)

@@ -76,6 +76,7 @@ def with_(config=CONFIG, **changes):
     return dataclasses.replace(config, **changes)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "config",
     [
@@ -105,6 +106,7 @@ def test_flops_include_options():
     assert costs.reward_model(CONFIG, P, G, S, T, parts=2).flops == pytest.approx(of_program(scored), rel=1e-3)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "config",
     [
@@ -123,6 +125,7 @@ def test_flops_of_an_update_equal_those_of_its_program(config):
     assert costs.update(config, P, G, S, T).flops == pytest.approx(of_program(program), rel=1e-3)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "settings",
     [

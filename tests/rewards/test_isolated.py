@@ -95,6 +95,7 @@ def table_of(reward, groups, share=1.0, **columns):
     return compute_rewards([reward], prompts, groups, ids, columns, share)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("act", ["raise", "exit", "kill", "leave", "memory", "compute", "stay"])
 def test_only_the_row_at_fault_goes_missing(act):
     begin = time.monotonic()
@@ -205,6 +206,7 @@ def test_threads_get_their_own_values():
         np.testing.assert_array_equal(tables[i], [[i * 10 + g for g in range(3)]] * 4)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("forged", ["[]", "[1]", '[[1.0], ["ok"], ""]', '[[1.0, 1.0], 7, ""]', "7"])
 def test_a_forged_report_is_a_failure(forged):
     # One worker: the forger does not answer again, so it must get the row at fault and not another one.

@@ -119,6 +119,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.processes
 def test_hostile_answers_cost_at_most_their_limit_and_no_other_answer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     judge((r"\sqrt{2}", boxed("1")))  # starts the workers

@@ -187,6 +187,7 @@ def test_each_completion_token_is_predicted_from_what_stands_before_it():
         assert touched == read, t
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("kind", ["k3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("k1", "k2"))])
 def test_kl_is_measured_by_its_kind_and_pulls_towards_the_reference(kind):
     options = UpdateOptions(loss=PolicyLoss(), kl_coefficient=1.0, kl_kind=kind)
@@ -222,6 +223,7 @@ def test_a_coefficient_of_zero_reports_the_kl_and_leaves_the_loss():
     assert_same(with_ref.params, without.params)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("several", [False, True])
 def test_a_sampler_of_another_law_is_corrected_by_capped_weights(several):
     """Truncated importance sampling: each advantage times min(p / p_sampled, cap), p the policy's before the update."""
@@ -293,6 +295,7 @@ def baseline():
     return update(experience())
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "changes",
     [
@@ -447,6 +450,7 @@ def test_old_logprobs_from_score_are_on_policy():
     assert_same(one.params, two.params, atol=2e-6)
 
 
+@pytest.mark.runs
 def test_later_epochs_train_against_the_policy_that_sampled():
     batch = experience()
     batch = batch._replace(old_logprobs=scores(PARAMS, batch))
@@ -494,6 +498,7 @@ def recorder(updates):
     return optax.GradientTransformation(init, record)
 
 
+@pytest.mark.runs
 def test_minibatches_cover_each_prompt_once_an_epoch_in_an_order_from_the_key():
     epochs, minibatches = 3, 2
     options = dataclasses.replace(FULL, epochs=epochs, minibatches=minibatches)
@@ -558,6 +563,7 @@ def test_entropy_is_that_of_the_law_that_samples():
     np.testing.assert_allclose(entropy, entropy_of(law), atol=5e-5)
 
 
+@pytest.mark.runs
 def test_the_sampling_difference_is_that_of_live_tokens():
     batch = experience()
     logprobs = np.array(batch.rollout.logprobs)
@@ -568,6 +574,7 @@ def test_the_sampling_difference_is_that_of_live_tokens():
         assert metrics["sampling/logp_difference_max"] == pytest.approx(0.25, abs=1e-4)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "options",
     [
@@ -602,6 +609,7 @@ def test_the_worst_token_is_named_whatever_part_of_the_batch_it_is_in(options):
 CLIPPED = optax.chain(optax.clip_by_global_norm(0.5), optax.trace(0.9), optax.scale(-1.0))
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_clipping_bounds_the_update_that_is_applied_and_the_optimizer_state_is_float32(dtype):
     config = dataclasses.replace(CONFIG, param_dtype=dtype)
@@ -621,6 +629,7 @@ def test_clipping_bounds_the_update_that_is_applied_and_the_optimizer_state_is_f
 # -- supervised ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.runs
 def test_supervised_loss_is_cross_entropy_and_updates_lower_it():
     tokens, mask = TOKENS[:, 1], MASK[:, 1] & MASK[:, 2] | (np.arange(T) == 0)
     want = -chosen(reference_law(temperature=1.0, legal=None))[:, 1]

@@ -118,6 +118,7 @@ def behind_the_end(rollout, temperature=1.0, token=PROBE):
     return law[:, token].reshape(P, G)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "side, temperature, of_probe",
     [
@@ -143,6 +144,7 @@ def test_the_probe_is_the_law_behind_the_end_token_in_sampling_in_training_and_i
     assert np.ptp(out.probe_logprobs[ended]) > 0.5
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("length", [pytest.param(1, marks=pytest.mark.slow), T])
 def test_sampling_a_probe_changes_no_sample(length):
     for key in range(2):
@@ -158,6 +160,7 @@ def test_sampling_a_probe_changes_no_sample(length):
     np.testing.assert_allclose(with_probe.probe_logprobs[ended], scored.probe_logprobs[ended], atol=1e-5)
 
 
+@pytest.mark.runs
 def test_a_probe_and_targets_change_no_score_whatever_the_chunk():
     out = sample(probe_token=PROBE)
     targets = RNG.integers(0, V, out.tokens.shape)
@@ -194,6 +197,7 @@ def test_the_greedy_member_of_a_group_has_a_probe_at_temperature_one():
 # -- log-probabilities of prompts --------------------------------------------------------------------------------------
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("side", [*(pytest.param(s, marks=pytest.mark.slow) for s in ("left", "right")), "mixed"])
 def test_prompt_logprobs_are_those_of_a_plain_forward_wherever_the_padding_stands(side):
     out = sample(side, temperature=0.6, with_prompt_logprobs=True)  # at temperature 1 whatever the sampler's
@@ -403,6 +407,7 @@ PLAIN = UpdateOptions(loss=PolicyLoss(**KEYS))
 JUDGING = UpdateOptions(loss=PolicyLoss(**KEYS, auxiliary=(JUDGE,)), probe_token=PROBE)
 
 
+@pytest.mark.runs
 def test_the_self_reward_loss_and_its_gradient_are_those_of_the_definition():
     prompts, mask, tokens, live, _, adv, verdicts, judged, ref = problem()
     new, metrics = update(judged_batch(), JUDGING, step=4)
@@ -424,6 +429,7 @@ def test_the_self_reward_loss_and_its_gradient_are_those_of_the_definition():
     assert_gradient(PARAMS, alone, lambda params: 0.7 * self_reward(params), trials=1)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "options",
     [
@@ -443,6 +449,7 @@ def test_the_added_losses_do_not_depend_on_accumulation(options):
     assert other == pytest.approx(metrics, abs=2e-6, rel=1e-5)
 
 
+@pytest.mark.runs
 def test_before_the_warmup_is_over_only_the_policy_loss_acts():
     base, base_metrics = update(batch_of(), PLAIN)
     off = dataclasses.replace(
@@ -475,6 +482,7 @@ def test_what_is_not_judged_is_not_noticed():
     jax.tree.map(np.testing.assert_array_equal, nobody, early)
 
 
+@pytest.mark.runs
 def test_the_expert_term_is_the_cross_entropy_of_its_targets():
     prompts, mask, tokens, live, _, adv, *_ = problem()
     targets = np.random.default_rng(7).integers(0, V, tokens.shape)
@@ -499,6 +507,7 @@ def test_the_expert_term_is_the_cross_entropy_of_its_targets():
     jax.tree.map(np.testing.assert_array_equal, unmasked, new)  # targets behind the end mean nothing
 
 
+@pytest.mark.runs
 def test_features_reach_the_encoder_with_the_right_gradient():
     prompts, mask, tokens, live, _, adv, *_ = problem()
     features = np.random.default_rng(8).normal(size=(A, F))
@@ -520,6 +529,7 @@ def test_features_reach_the_encoder_with_the_right_gradient():
 # -- legal tokens ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("temperature", [0.7, pytest.param(1.3, marks=pytest.mark.slow)])
 def test_legal_tokens_by_position_hold_in_sampling_and_in_training(temperature):
     drawn = 0
@@ -558,6 +568,7 @@ def test_legal_tokens_may_be_a_constant_of_the_program():
     np.testing.assert_array_equal(out.tokens, sample(legal=jnp.asarray(LEGAL)).tokens)
 
 
+@pytest.mark.runs
 def test_the_gradient_under_legal_tokens_is_exact():
     prompts, mask, tokens, live, _, adv, *_ = problem()
     legal = LEGAL.copy()
@@ -575,6 +586,7 @@ def test_the_gradient_under_legal_tokens_is_exact():
     assert not np.abs(np.asarray(new["head"]) - np.asarray(PARAMS["head"]))[:, illegal].any()
 
 
+@pytest.mark.runs
 def test_the_probe_is_of_the_whole_vocabulary_in_sampling_and_in_training():
     """The position behind the end has no legal tokens of its own."""
     legal = LEGAL.copy()

@@ -73,6 +73,7 @@ def damaged_copies(saved, part, folder):
             yield copy, f"{file} {how}"
 
 
+@pytest.mark.runs
 def test_damage_of_any_file_is_noticed_or_harmless(saved, tmp_path, caplog):
     state, skipped = a_state(), set()
     for directory, what in damaged_copies(saved, "checkpoints/2", tmp_path):
@@ -96,7 +97,12 @@ def test_a_damaged_data_file_is_one_sentence(how, saved, tmp_path, caplog):
     for part in ("checkpoints/2", "start"):
         DAMAGES[how](max((tmp_path / "run" / part).rglob("d/*"), key=lambda path: path.stat().st_size))
     with caplog.at_level(logging.WARNING):
-        number, params = runs.load_weights(tmp_path / "run", None, state.params, ModelConfig(vocab_size=8))
+        number, params = runs.load_weights(
+            tmp_path / "run",
+            None,
+            state.params,
+            ModelConfig(vocab_size=8, width=8, layers=1, heads=1, kv_heads=1, mlp_width=8),
+        )
     assert number == 1 and f"{tmp_path / 'run/checkpoints/2'} cannot be read: " in caplog.text
     chex.assert_trees_all_equal(params, state.params)
     with pytest.raises(checkpoints.CheckpointError, match="^The weights .*start cannot be read: ") as fault:
