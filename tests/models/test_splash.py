@@ -129,6 +129,7 @@ def test_bfloat16_operands_are_close_to_plain_attention():
     assert np.linalg.norm(flat(grads) - flat(plain_grads)) < 0.03 * np.linalg.norm(flat(plain_grads))
 
 
+@pytest.mark.runs
 def test_padding_gives_neither_nan_nor_gradient():
     """One prompt has no token at all. Only padding has token 0."""
     mask = np.array([[0, 1, 0, 1, 1, 0], [0] * S], bool)

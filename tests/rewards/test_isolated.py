@@ -13,6 +13,8 @@ import pytest
 from jaxrl_reason.rewards import compute_rewards, HostReward, load_reward, RewardError
 from jaxrl_reason.rewards.isolated import Isolated, make_pool
 
+pytestmark = pytest.mark.processes
+
 LIMIT_S = 1.0
 MINE = '''
 import os, pathlib, signal, sys, threading, time

@@ -16,6 +16,8 @@ import pytest
 
 from jaxrl_reason.rewards.pool import Pool, Results
 
+pytestmark = pytest.mark.processes
+
 LIMIT_S = 1.0
 
 

@@ -251,6 +251,7 @@ def test_frequencies_match_the_softmax_with_the_noise_that_is_used(size):
     assert scipy.stats.chisquare(counts[law > 0], law[law > 0] * len(noise)).pvalue > 1e-4
 
 
+@pytest.mark.runs
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(0, 2**32 - 1),
@@ -487,6 +488,7 @@ def test_a_rounded_rollout_reports_the_law_that_sampled_it():
     assert mask.sum() > 100 and 1e-3 < far < 0.02 and near < far
 
 
+@pytest.mark.runs
 def test_attention_over_a_rounded_cache_is_attention_over_what_it_stands_for():
     P, G, N, R, K, C, S, T = 2, 3, 2, 2, 8, 5, 4, 1
     rng = np.random.default_rng(0)

@@ -178,6 +178,7 @@ def test_a_probe_and_targets_change_no_score_whatever_the_chunk():
     np.testing.assert_allclose(base.logprobs[out.mask], out.logprobs[out.mask], atol=1e-5)
 
 
+@pytest.mark.runs
 def test_a_score_keeps_its_probes_in_order_whatever_the_parts():
     out = sample(probe_token=PROBE)
     run = jit_once(functools.partial(scoring.score, CONFIG, microbatches=P, probe_token=PROBE))
@@ -469,6 +470,7 @@ def test_before_the_warmup_is_over_only_the_policy_loss_acts():
         assert max(jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), late, base))) > 1e-3
 
 
+@pytest.mark.runs
 def test_what_is_not_judged_is_not_noticed():
     *_, verdicts, judged, ref = problem()
     clean, metrics = update(judged_batch(), JUDGING, step=4)
@@ -549,6 +551,7 @@ def test_legal_tokens_by_position_hold_in_sampling_and_in_training(temperature):
     )
 
 
+@pytest.mark.runs
 def test_legal_tokens_may_be_a_constant_of_the_program():
     """As the programs of a run have them: an array of numpy that is not an argument."""
     constant = jit_once(

@@ -109,7 +109,7 @@ def test_a_damaged_data_file_is_one_sentence(how, saved, tmp_path, caplog):
         checkpoints.load_params(tmp_path / "run" / "start", state.params)
     if how == "flipped":
         assert str(fault.value).endswith("params.large differs from the saved array: its file is damaged.")
-        assert "params.large differs from the saved array" in caplog.text
+        assert "trained.large differs from the saved array" in caplog.text
     gc.collect()
 
 
