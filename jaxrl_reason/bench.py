@@ -149,7 +149,7 @@ def prepare(arguments: command.Arguments) -> Bench:
     programs = programs_lib.build(
         config, method, model, mesh, eos_ids=(-1,), pad_id=0, weights={"even": 1.0}, verdict="even"
     )
-    return Bench(a.size, config, model, programs, max(a.max_steps, a.steps))
+    return Bench(a.size, config, model, programs, max(a.max_steps or 0, a.steps))
 
 
 def measure(bench: Bench) -> tuple[float, list[Timing]]:
@@ -218,7 +218,7 @@ COMMAND = command.Command(
         Flag("compute-dtype", "DTYPE", "dtype of the operands of products", str, "float32", choices=DTYPES),
         Flag("remat", "POLICY", "the activations to recompute in the backward pass", str, "layer", choices=REMAT),
         Flag("steps", "N", "undisturbed steps to measure", number, 6),
-        Flag("max-steps", "N", "steps at most; as many as --steps by default", number, 0),
+        Flag("max-steps", "N", "steps at most, --steps by default", number),
         Flag("seed", "N", "seed of weights, prompts and samples", number, 0),
     ),
     "--size=small --accumulation=4",

@@ -222,16 +222,16 @@ def token_confidence(
 ) -> Float[Array, "*batch"]:
     """Computes c(o|q) of ProGRPO, arXiv 2602.05281: exp of the mean log-probability of the least probable tokens.
 
-    Of n live tokens the ceil(fraction * n) with the lowest log-probability count, at least one. With fraction 1 the
+    Of n unmasked tokens the ceil(fraction * n) with the lowest log-probability count, at least one. With fraction 1 the
     result is the inverse perplexity, which is c(q) for prompt tokens. Traceable; no gradient flows.
 
     Args:
-      logprobs, mask: log-probabilities, and nonzero on live tokens; dead tokens may hold NaN. Raises AssertionError
+      logprobs, mask: log-probabilities, and nonzero on unmasked tokens; masked tokens may hold NaN. Raises AssertionError
         for different shapes.
       fraction: a Python number in (0, 1].
 
     Returns:
-      float32. 0 for a row without a live token (padding: finite, so that it can be masked later). NaN if a live
+      float32. 0 for a row without an unmasked token (padding: finite, so that it can be masked later). NaN if an unmasked
       log-probability is NaN.
 
     Example:

@@ -209,7 +209,7 @@ class Step(NamedTuple):
 def train_step(
     run: Run, state: TrainState, reference: models.Params | None, clock: Clock, c_ref: jax.Array | None = None
 ) -> Step:
-    """One step: rollout, rewards, advantages, update.
+    """Runs one step: rollout, rewards, advantages, update.
 
     Args:
       run: what to run.

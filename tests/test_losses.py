@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import scipy.special
 
+from helpers.advantage_batches import either_way
 from jaxrl_reason import losses
 
 NAN, INF = float("nan"), float("inf")
-either_way = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
 every_ratio = pytest.mark.parametrize("ratio", ["token", "sequence", "cispo", "none"])
 every_aggregation = pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "sequence_sum", "constant"])
 BOTH = [dict(ratio=r, aggregation=a) for r, a in itertools.product(losses.RATIOS, losses.AGGREGATIONS)]

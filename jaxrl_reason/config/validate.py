@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import math
-from typing import Any, get_type_hints, NamedTuple
+from typing import Any, get_args, get_type_hints, NamedTuple
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from jaxrl_reason.config.build import make_method, model_config, OVERRIDES
 from jaxrl_reason.config.schema import Config, ConfigError, field_names, with_article
 from jaxrl_reason.methods import Method
 
-ALWAYS = frozenset({"rewards", "completion_mask", "verdicts", "truncated"})  # signals that every method gets
+ALWAYS = frozenset({"rewards", "completion_mask", "verdicts", "truncated"})  # fields that no method need name
 
 
 class Rule(NamedTuple):
@@ -232,11 +232,13 @@ def _check_signals(config: Config, method: Method) -> None:
 def _chain_error(config: Config, method: Method, signals: frozenset[str]) -> Exception | None:
     """Returns the exception that the advantage chain raises when traced with these signals, or None."""
     P, G, T = config.prompts_per_step, config.group_size, config.max_completion_length
-    shapes = dict(completion_mask=(P, G, T), greedy_rewards=(P,), values=(P,), prompt_confidence=(P,), kl=(P, G, T))
-    dtypes = dict.fromkeys(("completion_mask", "verdicts", "truncated"), "bool")
-    inputs: dict[str, Any] = {
-        name: jax.ShapeDtypeStruct(shapes.get(name, (P, G)), dtypes.get(name, "float32")) for name in ALWAYS | signals
-    }
+    inputs: dict[str, Any] = {}
+    for name, hint in get_type_hints(AdvantageInputs, include_extras=True).items():
+        if name in ALWAYS | signals:
+            array = next(kind for kind in get_args(hint) or (hint,) if kind is not type(None))
+            shape = tuple({"P": P, "G": G, "T": T}[letter] for letter in array.dim_str.split())
+            floating = isinstance(array.dtypes, tuple) and "float32" in array.dtypes
+            inputs[name] = jax.ShapeDtypeStruct(shape, "float32" if floating else "bool")
     inputs = dict.fromkeys(AdvantageInputs._fields) | inputs
     try:
         jax.eval_shape(method.advantage.update, None, jax.eval_shape(method.advantage.init), AdvantageInputs(**inputs))

@@ -1,4 +1,4 @@
-"""Calls reward functions of the user's own in worker processes, so that a function that hangs or dies costs no run.
+"""Calls reward functions of the user's own in worker processes, so that a function that hangs or dies does not end the run.
 
 A worker loads the function by the name in the configuration, so a lambda in a file works. One call has all completions
 of a prompt. Each worker has its own copy of any state that a function keeps between calls.

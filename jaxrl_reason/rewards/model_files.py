@@ -25,7 +25,7 @@ def tokenizer_digest(tokenizer: data.Tokenizer) -> str:
 
 
 def is_ours(directory: str | pathlib.Path) -> bool:
-    """Whether the directory holds a reward model that was trained here."""
+    """Returns whether the directory holds a reward model that was trained here."""
     return (pathlib.Path(directory).expanduser() / DESCRIPTION).is_file()
 
 

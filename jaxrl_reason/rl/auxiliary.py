@@ -96,7 +96,7 @@ def restrict(auxiliary: Mapping[str, Any], mask: Bool[Array, "P G T"]) -> dict[s
 
 
 def at_step(loss: PolicyLoss, auxiliary: Mapping[str, Any], mask: Bool[Array, "P G T"], step: Any) -> dict[str, Any]:
-    """Returns the data as the training step after `step` others uses them: without all completions until the loss begins."""
+    """Returns the data for step number `step`, from 0. Before a loss begins, its data contain no completions."""
     found = dict(auxiliary)
     for settings in loss.auxiliary:
         entry = AUXILIARY[settings.name]
@@ -111,7 +111,7 @@ def targets(auxiliary: Mapping[str, Any]) -> dict[str, Int[Array, "P G T"]]:
 
 
 def needs_probe(loss: PolicyLoss) -> bool:
-    """Whether an auxiliary loss reads the log-probability of the probe token."""
+    """Returns whether an auxiliary loss reads the log-probability of the probe token."""
     return any(AUXILIARY[settings.name].rollout == "probe" for settings in loss.auxiliary)
 
 

@@ -95,13 +95,13 @@ def _patient(seconds: int, listed: str) -> Iterator[None]:
 
 
 def _on_a_tpu_vm() -> bool:
-    """Whether this machine has TPUs and may be one of several. A notebook's machine is alone and has no metadata server."""
+    """Returns whether this machine has TPUs and may be one of several. A notebook's machine is alone and has no metadata server."""
     alone = "COLAB_RELEASE_TAG" in os.environ or os.environ.get("JAX_PLATFORMS") == "cpu"
     return not alone and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes files and prints."""
+    """Returns whether this is the process that writes files and prints."""
     return jax.process_index() == 0
 
 
@@ -133,7 +133,7 @@ def leaving_together() -> Iterator[None]:
 
 
 def came_from_devices(error: Exception) -> bool:
-    """Whether the runtime raised this error. Its errors have several classes; their messages begin with a status."""
+    """Returns whether the runtime raised this error. Its errors have several classes; their messages begin with a status."""
     return bool(
         re.match(
             r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ", str(error)

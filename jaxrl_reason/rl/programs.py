@@ -46,7 +46,7 @@ class Programs:
 
     @property
     def moves_weights(self) -> bool:
-        """Whether rollouts have a mesh of their own."""
+        """Returns whether rollouts have a mesh of their own."""
         return self.decoding.mesh is not self.sharding.mesh
 
     def rollout_weights(self, params: models.Params) -> models.Params:

@@ -4,7 +4,7 @@ import dataclasses
 
 from jaxrl_reason.config import Config
 from jaxrl_reason.methods import Method
-from jaxrl_reason.rl.auxiliary import AUXILIARY, AuxiliaryLoss, needs_probe
+from jaxrl_reason.rl.auxiliary import AUXILIARY, AuxiliaryLoss
 from jaxrl_reason.rl.signals import Signal, SIGNALS
 
 
@@ -36,7 +36,7 @@ def requirements(config: Config, method: Method) -> Requirements:
     return Requirements(
         greedy="greedy" in recorded,
         prompt_logprobs="prompt_logprobs" in recorded,
-        probe=needs_probe(method.loss),
+        probe="probe" in recorded,
         columns=tuple(dict.fromkeys(name for entry in entries for name in entry.columns)),
         old_logprobs=config.update.epochs * config.update.minibatches > 1 or (quantized and "kl" in method.signals),
         exact_sampler=model.compute_dtype == model.param_dtype == "float32" and not quantized,

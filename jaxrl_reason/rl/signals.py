@@ -117,7 +117,7 @@ SIGNALS: dict[str, Signal] = {
         lambda x: token_confidence(x.rollout.logprobs, x.rollout.mask), metrics=_confidence_metrics
     ),
 }
-ALWAYS = ("verdicts", "truncated", "kl")  # supplied to every method: they cost nothing
+ALWAYS = ("verdicts", "truncated", "kl")  # supplied to every method, kl only if the run measures it: they cost nothing
 
 
 def compute_inputs(x: SignalInputs) -> AdvantageInputs:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers.advantage_batches import either_way
 from jaxrl_reason import advantages
 
 NAN, INF = float("nan"), float("inf")
@@ -19,7 +20,6 @@ GROUPWISE = {
 }
 WHITEN, WHITEN_KL = advantages.whiten_by_token(), advantages.whiten_by_token(0.5)
 OVERLONG, GREEDY = advantages.soft_overlong_penalty(5, 3), advantages.subtract_greedy()
-either_way = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
 
 
 def mask_of(lengths, T=None):

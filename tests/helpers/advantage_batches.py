@@ -11,7 +11,10 @@ from jaxrl_reason import advantages
 from jaxrl_reason.advantages import AdvantageInputs
 
 NAN, INF = float("nan"), float("inf")
-either_way = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+EAGER = pytest.param(
+    False, id="eager", marks=pytest.mark.runs
+)  # each operation is compiled by itself: seconds per file
+either_way = pytest.mark.parametrize("compiled", [EAGER, pytest.param(True, id="jit")])
 SELF_REWARDS = [[1, 0, 0.5, -0.2]]  # .1 (log pi + 23) for log pi of -13, -23, -18, -25
 STRATIFY, MIX, SCALE = advantages.stratify_by_verifier(), advantages.mix_self_reward(), advantages.scale_by_value()
 WEIGH, REWEIGH = advantages.weight_by_score_spread(), advantages.reweight_by_confidence()

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers.advantage_batches import either_way
 from jaxrl_reason import losses, methods
 from jaxrl_reason.advantages import AdvantageInputs, AdvantageTransform, center_by_group, chain
 
@@ -135,7 +136,7 @@ HAND = {  # rewards 1, 0 (greedy .25) on 1 and 3 tokens of 4; ratios e^.3, then 
 }
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+@either_way
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_the_whole_method_by_hand(name, compiled):
     method = methods.create(name)

@@ -142,6 +142,7 @@ def test_padding_gives_neither_nan_nor_gradient():
     assert np.abs(grads["embedding"][0]).max() == 0 and np.abs(grads["embedding"][1:]).max() > 0.1
 
 
+@pytest.mark.runs
 def test_values_of_padding_change_nothing():
     mask = jnp.asarray(PADDING["between"], bool)
     prompts, _, *others = inputs(mask, T, SMALL)
@@ -151,6 +152,7 @@ def test_values_of_padding_change_nothing():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), one, two)
 
 
+@pytest.mark.runs
 def test_the_cache_has_the_tokens_of_each_prompt_at_the_end():
     mask = jnp.asarray(PADDING["between"], bool)
     config, params = dataclasses.replace(SMALL, attention="splash"), reference.random_params(SMALL)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers.advantage_batches import either_way
 from helpers.shapes import check_fields
 from jaxrl_reason import methods
 from jaxrl_reason.advantages import AdvantageTransform, chain
@@ -16,7 +17,6 @@ from jaxrl_reason.rl.experience import empty_like, fill, log_ratio, make_experie
 from jaxrl_reason.rl.types import Groups, Rollout
 
 NAN = float("nan")
-either_way = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
 
 
 def make_groups(lengths, T, truncated=None, logprobs=None, **rewards):
