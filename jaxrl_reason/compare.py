@@ -18,6 +18,7 @@ from rich.table import Column, Table
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import tasks, train
 from jaxrl_reason.config import Config, ConfigError
+from jaxrl_reason.methods import Method
 from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.runs import command, pictures, read_metrics
 from jaxrl_reason.runs.files import write_json
@@ -32,7 +33,10 @@ class Comparison:
 
     workdir: pathlib.Path  # holds the work directory of each run
     configs: Mapping[str, Config]  # row name -> configuration; the method comes first
-    first: train.Run  # the method's run, set up
+    method: Method
+    pending: list[
+        train.Run
+    ]  # the method's run, set up; `train_all` takes it, so that it ends before the baselines begin
 
 
 def variant(config: Config, changes: Mapping[str, object]) -> Config:
@@ -79,7 +83,8 @@ def prepare(config: Config, baselines: Mapping[str, Mapping[str, object]], workd
         if not any(n.startswith("reward_model") for n in changed.reward.functions):
             changed.reward_model = config_lib.RewardModel()
         configs[name] = changed
-    return Comparison(workdir, configs, train.setup(config, workdir / METHOD))
+    run = train.setup(config, workdir / METHOD)
+    return Comparison(workdir, configs, run.method, [run])
 
 
 def train_all(comparison: Comparison) -> Rows:
@@ -87,7 +92,9 @@ def train_all(comparison: Comparison) -> Rows:
     workdir, rows = comparison.workdir, {}
     for name, config in comparison.configs.items():
         directory = workdir / re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-        train.train(comparison.first if name == METHOD else train.setup(config, directory))
+        if name != METHOD:
+            comparison.pending.append(_set_up(name, config, directory))
+        train.train(comparison.pending.pop())
         lines = read_metrics(directory / "metrics.jsonl")
         prefixes = ("eval/", *tasks.BASELINES)
         evaluations = [e for line in lines if (e := {k: v for k, v in line.items() if k.startswith(prefixes)})]
@@ -98,6 +105,14 @@ def train_all(comparison: Comparison) -> Rows:
         rows[name] = evaluations[-1]
     write_json(workdir / "comparison.json", rows)
     return rows
+
+
+def _set_up(name: str, config: Config, directory: pathlib.Path) -> train.Run:
+    """Sets a baseline up. Raises ConfigError, which names the baseline, for everything that `train.setup` refuses."""
+    try:
+        return train.setup(config, directory)
+    except (ValueError, OSError) as e:
+        raise ConfigError(f"The baseline {name!r} cannot begin: {e}") from e
 
 
 def _other_approaches(metrics: Mapping[str, float]) -> Rows:
@@ -136,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work(comparison: Comparison) -> None:
         rows, console = train_all(comparison), rich.console.Console(highlight=False, markup=False)
-        console.print(table(rows, tasks.headlines(comparison.first.method)))
+        console.print(table(rows, tasks.headlines(comparison.method)))
         console.print(f"Written: {comparison.workdir / 'comparison.json'}", soft_wrap=True)
 
     return command.run(COMMAND, argv, begin, work)

@@ -301,8 +301,10 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> dict[str, dict[str, flo
     weights = lambda: rollout_weights(run, state.params, Clock())
     c_ref = self_reward.constant(run.method, run.programs, run.prompts, work, state, weights)
     if run.reward_phase:
-        decoder = models.lora.merge(run.model, state.params)[1]
-        score = model_training.scorer(run.reward_phase, decoder, console, should_stop)
+        merged = lambda: models.lora.merge(run.model, state.params)[
+            1
+        ]  # not a variable, which would keep the copy during RL
+        score = model_training.scorer(run.reward_phase, merged(), console, should_stop)
         run = dataclasses.replace(run, task=run.task.with_reward_model(score))
     reinforce(run, state, reference, c_ref, saver, console, should_stop)
     saver.close()

@@ -78,12 +78,12 @@ def events_forgotten(folder):
     [
         (
             other_weights,
-            ["checkpoints/5/default:['digests']['params'] differs", "checkpoints/5/default:['params']['a'] differs"],
+            ["checkpoints/5/default:['digests']['trained'] differs", "checkpoints/5/default:['trained']['a'] differs"],
         ),
         (lambda folder: shutil.rmtree(folder / "checkpoints" / "5"), ["checkpoints/5/default:['step'] is missing"]),
         (
             lambda folder: shutil.rmtree(folder / "start"),
-            ["start:['digests']['params'] is missing", "start:['params']['a'] is missing"],
+            ["start:['digests']['trained'] is missing", "start:['trained']['a'] is missing"],
         ),
         (
             functools.partial(edited, "metrics.jsonl", b"0.3333333333333333", b"0.3333333333333334"),

@@ -219,7 +219,8 @@ def load_batch(file: pathlib.Path) -> tuple[Experience, dict[str, np.ndarray]]:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             for key, x in arrays.items():
-                *path, leaf = key.split(".")
+                head, _, rest = key.partition(".")
+                *path, leaf = (head, rest) if head == "rewards" else key.split(".")  # a reward's name may hold dots
                 functools.reduce(lambda at, name: at.setdefault(name, {}), path, parts)[leaf] = x
         batch = parts["batch"]
         return Experience(**batch | {"rollout": Rollout(**batch["rollout"])}), parts["rewards"]

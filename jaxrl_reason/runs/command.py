@@ -192,12 +192,12 @@ def run(
     failures: tuple[type[Exception], ...] = (*_FAILURES, *command.errors)
     with hosts.leaving_together():
         try:
-            prepared = prepare(parse(command, argv))
-        except refusals as e:
-            if hosts.came_from_devices(e) and jax.process_count() > 1:
-                raise  # another process has ended
-            return _report(e, 2)
-        try:
+            try:
+                prepared = prepare(parse(command, argv))
+            except refusals as e:
+                if hosts.came_from_devices(e) and jax.process_count() > 1:
+                    raise  # another process has ended
+                return _report(e, 2)
             work(prepared)
             hosts.barrier("end")
         except failures as e:

@@ -199,7 +199,7 @@ def test_the_error_of_a_missing_value_names_the_row(tmp_path):
 
 
 def test_a_start_that_was_not_kept_raises(rows, tmp_path):
-    with pytest.raises(ConfigError, match="start_from is .*no start/ in it.*config.checkpoint.keep_start"):
+    with pytest.raises(ConfigError, match="start_from is .*has no folder start/.*config.checkpoint.keep_start"):
         train.setup(bare(rows, supervised__start_from=str(tmp_path)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
