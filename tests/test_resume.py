@@ -83,7 +83,7 @@ def events_forgotten(folder):
         (lambda folder: shutil.rmtree(folder / "checkpoints" / "5"), ["checkpoints/5/default:['step'] is missing"]),
         (
             lambda folder: shutil.rmtree(folder / "start"),
-            ["start:['digests']['trained'] is missing", "start:['trained']['a'] is missing"],
+            ["start:['digests']['params'] is missing", "start:['params']['a'] is missing"],
         ),
         (
             functools.partial(edited, "metrics.jsonl", b"0.3333333333333333", b"0.3333333333333334"),
