@@ -89,3 +89,19 @@ def test_the_table_has_a_dash_for_a_missing_metric():
     table = compare.table(rows, ("accuracy", "r2"))
     assert [c.header for c in table.columns] == ["", "start", "pointwise"]
     assert [list(c.cells) for c in table.columns] == [["accuracy", "r2"], ["50.0 %", "-"], ["-", "0.250"]]
+
+
+def test_a_baseline_that_cannot_begin_is_named_when_the_method_has_ended(tmp_path, monkeypatch):
+    config = tiny(write_rows(tmp_path / "rows.jsonl"), eval__every=1)
+    comparison = compare.prepare(config, {"other": {"data.template": "nope"}}, tmp_path / "runs")
+    trained = []
+
+    def end(run):
+        (run.work.path / "start").mkdir()
+        trained.append(len(comparison.pending))
+
+    monkeypatch.setattr(train, "train", end)
+    monkeypatch.setattr(compare, "read_metrics", lambda _: [{"eval/accuracy": 0.5}])
+    with pytest.raises(ConfigError, match="The baseline 'other' cannot begin: .*nope"):
+        compare.train_all(comparison)
+    assert trained == [0]  # the method's run was handed over

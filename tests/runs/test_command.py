@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import pytest
 
 from helpers.tiny_runs import tiny, write_recipe
@@ -159,3 +160,12 @@ def test_an_early_end_has_the_exit_code_of_its_signal(capsys):
 def test_done_is_0_and_the_work_gets_what_was_prepared(capsys):
     assert command.run(COMMAND, ["--out=a"], lambda arguments: arguments.portions, print) == 0
     assert capsys.readouterr() == ("2\n", "")
+
+
+@pytest.mark.parametrize("place", ["prepare", "work"])
+def test_the_end_of_another_process_is_a_sentence_at_any_time(place, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "leave", lambda code: code)  # the process would end
+    ended, fine = raising(jax.errors.JaxRuntimeError("UNAVAILABLE: connection lost")), lambda arguments: arguments
+    assert command.run(COMMAND, ["--out=a"], *((ended, fine) if place == "prepare" else (fine, ended))) == 1
+    assert "cannot go on: a computation that all processes share has failed" in capsys.readouterr().err
