@@ -16,6 +16,7 @@ from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.rewards.model_training import get_reward_model, Phase
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs import checkpoints, command
+from jaxrl_reason.tasks import supervised
 
 
 def start_decoder(run: train.Run, console: rich.console.Console) -> models.Params:
@@ -32,7 +33,7 @@ def start_decoder(run: train.Run, console: rich.console.Console) -> models.Param
         origin, state = str(saver.directory / str(restored[0])), restored[1]
     else:
         random = "random weights: the run has no policy yet that is past its supervised phase"
-        start, state = c.supervised.start_from, train.first_state(run)
+        start, state = c.supervised.start_from, supervised.first_state(run.task, run.programs)
         origin = str(pathlib.Path(start).expanduser() / "start") if start else c.model.path or random
     _, params = models.lora.merge(run.model, state.params)
     console.print(f"The reward model starts from {origin}.", soft_wrap=True)

@@ -28,15 +28,14 @@ from jaxrl_reason.rewards import model_training, RewardError
 from jaxrl_reason.rewards.scorer import LEARNED
 from jaxrl_reason.rl import dynamic_sampling, experience, hosts
 from jaxrl_reason.rl import programs as programs_lib
-from jaxrl_reason.rl.types import Experience, Groups, LogProbs, Mismatch, Rollout, TrainState
+from jaxrl_reason.rl.types import Groups, LogProbs, Rollout, Step, TrainState
 from jaxrl_reason.runs import checkpoints, command
 from jaxrl_reason.runs.files import write_json
 from jaxrl_reason.runs.loop import Loop, run_loop
 from jaxrl_reason.runs.metrics_file import SampleTable
 from jaxrl_reason.runs.progress import Clock
-from jaxrl_reason.runs.records import describe_mismatch, save_for_replay, write_samples
-from jaxrl_reason.runs.watch import Watch
-from jaxrl_reason.tasks import self_reward, summary, TrainingTask
+from jaxrl_reason.runs.records import observer, save_for_replay
+from jaxrl_reason.tasks import self_reward, summary, supervised, TrainingTask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,53 +95,6 @@ def _setup(config: Config, workdir: str | pathlib.Path) -> Run:
     return Run(config, method, task, programs, reward_phase)
 
 
-def first_state(run: Run) -> TrainState:
-    """Returns step 0 of a run: another run's start, a pretrained model, or random weights."""
-    start, abstract = run.config.supervised.start_from, run.programs.abstract_state
-    if not start and not run.task.load_weights:
-        return run.programs.init()
-    trained, frozen = abstract.trained, abstract.frozen
-    if not start or frozen:
-        weights = run.task.load_weights() if run.task.load_weights else run.programs.init().params
-        trained, frozen = models.lora.split(run.model, weights)
-    if start:
-        trained = checkpoints.load_params(pathlib.Path(start).expanduser() / "start", trained)
-    return run.programs.restart(models.lora.join(trained, frozen))
-
-
-def supervised(
-    run: Run,
-    state: TrainState,
-    saver: checkpoints.Checkpoints,
-    console: rich.console.Console,
-    should_stop: Callable[[], bool],
-) -> TrainState:
-    """Runs the supervised phase: cross-entropy on worked solutions, with checkpoints and metrics of its own."""
-
-    def step(i: int, state: TrainState, clock: Clock):
-        state, metrics = run.programs.supervised_update(state, run.solutions.batch(i))
-        return state, _floats(metrics), None
-
-    return run_loop(
-        Loop(
-            name="supervised",
-            step_name="supervised step {}",
-            directory=run.work.path / "supervised",
-            begin=int(state.step),
-            end=run.config.supervised.steps,
-            config=run.config,
-            console=console,
-            should_stop=should_stop,
-            saves_last=False,  # RL begins with a checkpoint of its own
-        ),
-        state,
-        step,
-        saver.save,
-        progress=lambda metrics: f"loss {metrics['sft/loss']:.3f}",
-        advice=lambda *_: "Lower config.supervised.learning_rate.",
-    )
-
-
 class Collected(NamedTuple):
     """One batch of scored groups."""
 
@@ -187,23 +139,11 @@ def _sample_and_score(
 
 
 _count = jax.jit(jnp.sum)
-_drop_greedy = jax.jit(
-    experience.drop_greedy, static_argnums=1
-)  # without jit, slicing would move its bounds to the device
+_drop_greedy = jax.jit(experience.drop_greedy, static_argnums=1)  # jit: else slicing moves its bounds to the device
 
 
 def _floats(metrics: dict[str, jax.Array]) -> dict[str, float]:
     return {name: float(value) for name, value in jax.device_get(metrics).items()}
-
-
-class Step(NamedTuple):
-    """The result of one training step."""
-
-    state: TrainState
-    groups: Groups
-    batch: Experience
-    mismatch: Mismatch
-    metrics: dict[str, float]
 
 
 def train_step(
@@ -287,10 +227,9 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> dict[str, dict[str, flo
         say(f"Going on from {saver.directory / str(number)}.")
     if hosts.is_first():
         summary.picture_of(work.path).unlink(missing_ok=True)  # the picture of a shorter run
-    state = first_state(run) if state is None else state
+    state = supervised.first_state(run.task, run.programs) if state is None else state
     if number is None or number < c.supervised.steps:
-        if run.solutions:
-            state = supervised(run, state, saver, console, should_stop)
+        state = supervised.train(run.task, run.programs, state, saver, console, should_stop)
         params = state.params
         del state  # frees the optimizer's state before another one is made
         state = run.programs.restart(params)
@@ -301,9 +240,7 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> dict[str, dict[str, flo
     weights = lambda: rollout_weights(run, state.params, Clock())
     c_ref = self_reward.constant(run.method, run.programs, run.prompts, work, state, weights)
     if run.reward_phase:
-        merged = lambda: models.lora.merge(run.model, state.params)[
-            1
-        ]  # not a variable, which would keep the copy during RL
+        merged = lambda: models.lora.merge(run.model, state.params)[1]  # a variable would keep the copy during RL
         score = model_training.scorer(run.reward_phase, merged(), console, should_stop)
         run = dataclasses.replace(run, task=run.task.with_reward_model(score))
     reinforce(run, state, reference, c_ref, saver, console, should_stop)
@@ -348,27 +285,6 @@ def reinforce(
             return evaluate(state)
 
     with SampleTable(work.path, resume_step=begin or -1, enabled=hosts.is_first()) as samples:
-
-        def observe(past: list[dict[str, float]]) -> Callable:
-            watch = Watch(functools.partial(console.print, soft_wrap=True), mismatch_limit(run), past)
-
-            def written(done: int, metrics: dict[str, float], details: Step) -> None:
-                describe = lambda: describe_mismatch(details.batch, details.mismatch, run.tokenizer, programs.sharding)
-                watch.look(metrics, describe)
-                if hosts.is_first() and c.log.samples_every and (done % c.log.samples_every == 0 or done == c.steps):
-                    write_samples(
-                        samples,
-                        done,
-                        details.groups,
-                        details.batch,
-                        prompts=-(-c.log.samples // c.group_size),
-                        tokenizer=run.tokenizer,
-                        weights=run.scorer.weights,
-                        sharding=programs.sharding,
-                    )
-
-            return written
-
         return run_loop(
             Loop("RL", "step {}", work.path, begin, c.steps, c, console, should_stop),
             state,
@@ -376,18 +292,13 @@ def reinforce(
             lambda done, state: saver.save(c.supervised.steps + done, state),
             progress=lambda metrics: f"reward {metrics['reward']:.3f}",
             advice=lambda done, state, details: (
-                f"{save_for_replay(work.path, done, state, details.groups, details.batch)} A lower config.optimizer.learning_rate, rewards of a "
-                "smaller scale or float32 help most often. The newest checkpoint holds the weights from before."
+                f"{save_for_replay(work.path, done, state, details)} A lower config.optimizer.learning_rate, rewards of a smaller scale or "
+                "float32 help most often. The newest checkpoint holds the weights from before."
             ),
             before=before if c.eval.every else None,
             after=after,
-            observe=observe,
+            observe=functools.partial(observer, samples, programs, run.tokenizer, run.scorer.weights, console),
         )
-
-
-def mismatch_limit(run: Run) -> float:
-    """Returns the difference in nats between sampler and trainer that a token may have without a warning."""
-    return run.config.sampling.mismatch_limit or (0.01 if run.programs.needs.exact_sampler else 1.0)
 
 
 COMMAND = command.Command(

@@ -10,9 +10,10 @@ import rich.console
 
 from helpers.tiny_runs import tiny, write_rows
 from jaxrl_reason import replay, train
-from jaxrl_reason.runs import read_metrics
+from jaxrl_reason.runs import read_metrics, records
 from jaxrl_reason.runs.checkpoints import Checkpoints
 from jaxrl_reason.runs.watch import NonFiniteError
+from jaxrl_reason.tasks import supervised
 
 REWARDS = """
 def wild(row, completion_ids, **_):
@@ -94,7 +95,9 @@ def test_a_row_of_skipped_steps_ends_the_run_and_the_last_can_be_replayed(tmp_pa
     np.testing.assert_array_equal(
         rewards["wilder"][rows.index(next(r for r in rows if r % 2))], np.float32([0, 3e38, 0, 3e38])
     )
-    jax.tree.map(np.testing.assert_array_equal, params, train.first_state(run).params)  # nothing has moved
+    jax.tree.map(
+        np.testing.assert_array_equal, params, supervised.first_state(run.task, run.programs).params
+    )  # nothing has moved
 
 
 def test_a_step_that_cannot_be_saved_still_says_what_is_wrong(tmp_path):
@@ -114,24 +117,23 @@ def test_the_whole_batch_has_the_gradient_that_replay_says(method, tmp_path):
     answering = dict(supervised__steps=30, supervised__learning_rate=1e-2, supervised__batch_size=4)
     config = config_of(tmp_path, "sound", steps=1, method=method, **answering)
     run = train.setup(config, tmp_path / "run")
-    state = train.first_state(run)
+    state = supervised.first_state(run.task, run.programs)
     for i in range(30):  # until completions end: others are not judged anyway
         state, _ = run.programs.supervised_update(state, run.solutions.batch(i))
     state = run.programs.restart(state.params)
     c_ref = np.float32(-1) if method["name"] == "laser" else None
-    _, groups, batch, _, metrics = train.train_step(
-        run, jax.tree.map(jax.numpy.copy, state), None, train.Clock(), c_ref
-    )
+    step = train.train_step(run, jax.tree.map(jax.numpy.copy, state), None, train.Clock(), c_ref)
+    batch, metrics = step.batch, step.metrics
     valid = lambda batch: batch.auxiliary["self_reward"]["valid"] if batch.auxiliary else None
     assert valid(batch) is None or valid(batch).any()
-    train.save_for_replay(run.work.path, 1, state, groups, batch)
+    records.save_for_replay(run.work.path, 1, state, step)
     _, params, loaded, rewards = replay.load(run, 1)
     assert valid(loaded) is None or not valid(loaded).any()
     saved = batch
     if loaded.auxiliary:
         data = batch.auxiliary["self_reward"] | {"valid": valid(loaded)}
         saved = batch._replace(auxiliary={"self_reward": data})
-    jax.tree.map(np.testing.assert_array_equal, (params, loaded, rewards), (state.params, saved, groups.rewards))
+    jax.tree.map(np.testing.assert_array_equal, (params, loaded, rewards), (state.params, saved, step.groups.rewards))
     whole, *prompts = replay.examine(run, params, loaded)
     assert metrics["skipped_update_ratio"] == 0 < metrics["grad_norm"]
     assert whole.grad_norm == pytest.approx(metrics["grad_norm"], rel=1e-4)

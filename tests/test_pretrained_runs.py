@@ -16,6 +16,7 @@ from jaxrl_reason import data, evaluate, export, models, reward_training, runs, 
 from jaxrl_reason.config import Lora, Model, Regression, Reward, RewardModel
 from jaxrl_reason.models import ModelConfig, sharding
 from jaxrl_reason.rewards import model_training
+from jaxrl_reason.tasks import supervised
 
 pytestmark = [pytest.mark.runs, pytest.mark.usefixtures("quick_compilation")]
 
@@ -98,7 +99,7 @@ def test_a_run_begins_with_the_model_and_its_tokenizer(trained, rows, model, tmp
     run = train.setup(a_config(rows, model), tmp_path / "new")
     assert run.model.qkv_bias and run.model.rope_theta == 5000 and run.model.vocab_size == 310
     assert run.tokenizer.eos_ids == (2, 20)
-    start = train.first_state(run)
+    start = supervised.first_state(run.task, run.programs)
     jax.tree.map(np.testing.assert_array_equal, start.params, models.load_pretrained(model).params)
     # What belongs to the tokenizer is kept as it came, with the model's description.
     for name in ("tokenizer.json", "special_tokens_map.json", "generation_config.json", "config.json"):
@@ -147,7 +148,11 @@ def test_an_own_model_is_exported_and_trained_further(rows, tmp_path):
     content = json.loads((tmp_path / "out" / "config.json").read_text())
     assert content["model_type"] == "qwen3" and content["max_position_embeddings"] == 22
     run = train.setup(tiny(rows, model=Model(path=str(tmp_path / "out"))), tmp_path / "second")
-    jax.tree.map(np.testing.assert_array_equal, train.first_state(run).params, weights_of(tmp_path / "first").params)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        supervised.first_state(run.task, run.programs).params,
+        weights_of(tmp_path / "first").params,
+    )
 
 
 def test_adapters_alone_are_trained(adapted, model):
@@ -300,7 +305,7 @@ def test_a_kl_in_the_reward_is_of_the_policy_not_of_its_rounding(rows, model, tm
         return call
 
     programs = with_program(run.programs, "make_experience", spy)
-    state = train.first_state(run)
+    state = supervised.first_state(run.task, run.programs)
     reference = jax.tree.map(jax.numpy.copy, state.params)
     train.train_step(dataclasses.replace(run, programs=programs), state, reference, train.Clock())
     assert np.abs(seen["kl"]).max() < 1e-5  # the reference is the policy
@@ -350,9 +355,10 @@ def test_adapters_of_other_weights_are_refused(rows, model, adapted, tmp_path):
     config = runs.load_config(adapted, {})
     config.supervised.start_from, config.seed = str(adapted), 5
     run = train.setup(config, tmp_path / "same")
-    adapters, frozen = models.lora.split(run.model, train.first_state(run).params)
+    adapters, frozen = models.lora.split(run.model, supervised.first_state(run.task, run.programs).params)
     jax.tree.map(np.testing.assert_array_equal, frozen, models.load_pretrained(model).params)
-    original = train.first_state(train.setup(runs.load_config(adapted, {}), tmp_path / "original"))
+    original = train.setup(runs.load_config(adapted, {}), tmp_path / "original")
+    original = supervised.first_state(original.task, original.programs)
     expected, _ = models.lora.split(run.model, original.params)
     jax.tree.map(np.testing.assert_array_equal, adapters, expected)
     config.lora.alpha = 3.0
@@ -423,7 +429,7 @@ def hero(rows, model, grader, **changes):
 
 def test_a_pretrained_reward_model_scores_the_text_in_its_own_words(rows, model, grader, tmp_path):
     run = train.setup(hero(rows, model, grader), tmp_path / "run")
-    state, batch = train.first_state(run), run.prompts.batch(0)
+    state, batch = supervised.first_state(run.task, run.programs), run.prompts.batch(0)
     rollout = run.programs.generate(state.params, batch, state.step)
     score = model_training.scorer(run.reward_phase, state.params, None)
     found, metrics = score(rollout, batch)
@@ -470,7 +476,7 @@ def test_a_text_that_is_too_long_has_no_score_and_is_never_cut(rows, model, grad
     def scores(limit):
         config = hero(rows, model, grader, reward_model__max_length=limit)
         run = train.setup(config, tmp_path / str(limit))
-        state, batch = train.first_state(run), run.prompts.batch(0)
+        state, batch = supervised.first_state(run.task, run.programs), run.prompts.batch(0)
         rollout = run.programs.generate(state.params, batch, state.step)
         score = model_training.scorer(run.reward_phase, state.params, None)
         decode = lambda p, g: run.tokenizer.decode(rollout.tokens[p, g][rollout.mask[p, g]].tolist())
@@ -572,7 +578,7 @@ def test_a_pretrained_model_learns_to_write_numbers(model, tmp_path):
         eval__every=2,
     )
     run = train.setup(config, tmp_path / "run")
-    start, base = train.first_state(run).params, models.load_pretrained(model).params
+    start, base = supervised.first_state(run.task, run.programs).params, models.load_pretrained(model).params
     new = run.model.vocab_size - 310
     assert new == run.tokenizer.pad_id + 1 and start["embedding"].shape == (310 + new, 16)
     np.testing.assert_array_equal(start["embedding"][new:], base["embedding"])

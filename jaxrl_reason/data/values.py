@@ -1,4 +1,4 @@
-"""Human values of questions for RLEV: points over the total points of the exam, or a column of values."""
+"""Columns of numbers, and human values of questions for RLEV: points over the total points of the exam, or a column of values."""
 
 from collections.abc import Sequence
 import itertools
@@ -35,6 +35,11 @@ def read_values(source: Source) -> np.ndarray:
         if value > 1:
             raise ValueError(f"{source.place(i)} has the value {value:g}; a value is a share of an exam, in [0, 1].")
     return np.array(values, np.float32)
+
+
+def read_numbers(source: Source, column: str) -> np.ndarray:
+    """Returns a column of numbers, f32[N]. Raises ValueError that names the first row without a finite number."""
+    return np.array([_number(source, i, row, column, least=-math.inf) for i, row in enumerate(source)], np.float32)
 
 
 def held_out_values(source: Source, needed: bool) -> np.ndarray | None:
@@ -79,7 +84,7 @@ def _shares_of_exams(source: Source) -> list[float]:
     return [_share(source, i, worth, totals[exam]) for i, (exam, worth) in enumerate(zip(exams, points))]
 
 
-def _number(source: Source, i: int, row: dict[str, Any], column: str) -> float:
+def _number(source: Source, i: int, row: dict[str, Any], column: str, least: float = 0.0) -> float:
     value: Any = row.get(column)
     try:
         # `float` also reads 0_1 and the digits of every script.
@@ -87,9 +92,9 @@ def _number(source: Source, i: int, row: dict[str, Any], column: str) -> float:
         number = float(value) if plain else math.nan
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number) or number < 0:
-        cell = f"{value!r:.80} in the column {column!r}"
-        raise ValueError(f"{source.place(i)} has {cell}; it must be a number and not negative.")
+    if not math.isfinite(number) or number < least:
+        cell, rule = f"{value!r:.80} in the column {column!r}", " and not negative" if least == 0 else ""
+        raise ValueError(f"{source.place(i)} has {cell}; it must be a number{rule}.")
     return number
 
 

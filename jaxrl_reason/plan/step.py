@@ -170,7 +170,7 @@ def _step_shapes(
     step, temperatures = shape((), jnp.int32), shape((G,), jnp.float32)
     rollout = jax.eval_shape(programs.jitted["rollout"], _bare(state.params), *prompts, features, step, temperatures)
     rewards = {name: shape((P, G), jnp.float32) for name in _reward_names(config)}
-    columns = {"values": shape((P,), jnp.float32)} if "values" in needs.columns else {}
+    columns = {name: shape((P,), jnp.float32) for name in needs.columns}
     groups = Groups(rollout, cast(Any, rewards), cast(Any, columns))
     learnt = jax.eval_shape(functools.partial(experience_lib.drop_greedy, method=method), rollout)
     per_token = shape(learnt.mask.shape, jnp.float32)

@@ -106,3 +106,13 @@ class Gradient(NamedTuple):
     metrics: dict[str, jax.Array]  # f32 scalars
     difference: Float[Array, "P G"]  # the trainer's log-probability of that token minus the sampler's
     position: Int[Array, "P G"]  # the position of that token
+
+
+class Step(NamedTuple):
+    """The result of one training step."""
+
+    state: TrainState
+    groups: Groups
+    batch: Experience
+    mismatch: Mismatch  # before the update
+    metrics: dict[str, float]

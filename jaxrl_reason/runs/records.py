@@ -1,44 +1,69 @@
 """Looks at completions of a step: sample tables, the token with the largest mismatch, a step saved for replay."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+import functools
 import pathlib
 
 import jax
 from jax.sharding import Sharding
 import numpy as np
+import rich.console
 
 from jaxrl_reason.data import Tokenizer
 from jaxrl_reason.rl import experience, hosts
-from jaxrl_reason.rl.types import Experience, Groups, Mismatch, TrainState
+from jaxrl_reason.rl.programs import Programs
+from jaxrl_reason.rl.types import Experience, Mismatch, Step, TrainState
 from jaxrl_reason.runs import checkpoints
 from jaxrl_reason.runs.metrics_file import SampleTable
+from jaxrl_reason.runs.watch import Watch
+
+
+def observer(
+    table: SampleTable,
+    programs: Programs,
+    tokenizer: Tokenizer,
+    weights: Mapping[str, float],
+    console: rich.console.Console,
+    past: list[dict[str, float]],
+) -> Callable[[int, dict[str, float], Step], None]:
+    """Returns what is called with each written step: it prints warnings, and writes samples every `log.samples_every` steps.
+
+    `weights` belong to the rewards, by name; `past` are the metrics of the steps done before.
+    """
+    c, exact = programs.config, programs.needs.exact_sampler
+    limit = c.sampling.mismatch_limit or (0.01 if exact else 1.0)  # in nats per token
+    watch = Watch(functools.partial(console.print, soft_wrap=True), limit, past)
+
+    def written(done: int, metrics: dict[str, float], step: Step) -> None:
+        watch.look(metrics, lambda: describe_mismatch(step.batch, step.mismatch, tokenizer, programs.sharding))
+        if hosts.is_first() and c.log.samples_every and (done % c.log.samples_every == 0 or done == c.steps):
+            prompts = -(-c.log.samples // c.group_size)
+            write_samples(table, done, step, prompts, tokenizer, weights, programs.sharding)
+
+    return written
 
 
 def write_samples(
     table: SampleTable,
-    step: int,
-    groups: Groups,
-    batch: Experience,
-    *,
+    number: int,
+    step: Step,
     prompts: int,
     tokenizer: Tokenizer,
     weights: Mapping[str, float],
     sharding: Sharding,
 ) -> None:
-    """Writes the completions of this process's first `prompts` prompts, with their rewards and advantages, to `table`.
-
-    `groups` and `batch` are the scored groups and the data of the update; `weights` belong to the rewards, by name, and
-    `sharding` to the prompt axis.
-    """
-    rollout, groups, advantages, mask = jax.tree.map(
-        lambda x: hosts.rows_to_host(x, sharding)[:prompts], (batch.rollout, groups, batch.advantages, batch.mask)
+    """Writes the completions of this process's first `prompts` prompts, with their rewards and advantages, to `table`."""
+    batch = step.batch
+    rollout, rewards, advantages, mask = jax.tree.map(
+        lambda x: hosts.rows_to_host(x, sharding)[:prompts],
+        (batch.rollout, step.groups.rewards, batch.advantages, batch.mask),
     )
     if advantages.ndim == 3:  # per token: their mean over the completion
         advantages = (advantages * mask).sum(-1) / np.maximum(mask.sum(-1), 1)
-    rewards = {name: r[:, : rollout.tokens.shape[1]] for name, r in groups.rewards.items()}
+    rewards = {name: r[:, : rollout.tokens.shape[1]] for name, r in rewards.items()}
     decode = lambda tokens, masks: tokenizer.decode_batch([t[m].tolist() for t, m in zip(tokens, masks)])
     table.write(
-        step,
+        number,
         decode(rollout.prompt_tokens, rollout.prompt_mask),
         [decode(*group) for group in zip(rollout.tokens, rollout.mask)],
         rewards={name: np.asarray(r) for name, r in rewards.items()},
@@ -67,12 +92,12 @@ def describe_mismatch(batch: Experience, mismatch: Mismatch, tokenizer: Tokenize
     )
 
 
-def save_for_replay(workdir: pathlib.Path, step: int, state: TrainState, groups: Groups, batch: Experience) -> str:
+def save_for_replay(workdir: pathlib.Path, number: int, state: TrainState, step: Step) -> str:
     """Writes the weights and the batch of a step to WORKDIR/replay/STEP. Returns a sentence about the result."""
-    directory = workdir / "replay" / str(step)
+    directory = workdir / "replay" / str(number)
     replay = f"python -m jaxrl_reason.replay --workdir={workdir}"
     result = f"Its weights and batch are in {directory}: {replay} names the cause."
-    batch, rewards = jax.tree.map(hosts.to_host, (batch, groups.rewards))
+    batch, rewards = jax.tree.map(hosts.to_host, (step.batch, step.groups.rewards))
     try:
         checkpoints.save_params(directory / "params", state.params)
         if hosts.is_first():

@@ -1,9 +1,9 @@
 """The task of a run: its data, its rewards and its evaluation.
 
 `opening` opens a `Task` for training, or for evaluation with held-out data only: text problems (`text`), or tables of
-numbers that are predicted digit by digit (`regression`, GenRe2). `pretrained` loads the model that a run begins with.
-`evaluation` samples, judges and averages held-out completions, and `reporting` shows the results as tables, pictures
-and files. `self_reward` has LaSeR's probe token, constant and self-rewards.
+numbers that are predicted digit by digit (`regression`, GenRe2). `pretrained` loads the model that a run begins with,
+and `supervised` trains it before RL. `evaluation` samples, judges and averages held-out completions, and `reporting`
+shows the results as tables, pictures and files. `self_reward` has LaSeR's probe token, constant and self-rewards.
 """
 
 from jaxrl_reason.tasks.opening import open_for_evaluation, open_task

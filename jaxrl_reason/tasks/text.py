@@ -10,11 +10,12 @@ import numpy as np
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import data, methods, models
 from jaxrl_reason.config import Config
-from jaxrl_reason.data.values import altered, held_out_values, read_values
+from jaxrl_reason.data.values import altered, held_out_values, read_numbers, read_values
 from jaxrl_reason.methods import Method
 from jaxrl_reason.models import sharding
 from jaxrl_reason.rewards.scorer import RewardScorer
 from jaxrl_reason.rl import hosts
+from jaxrl_reason.rl.requirements import requirements
 from jaxrl_reason.runs.workdir import model_source, tokenizer_of, Workdir
 from jaxrl_reason.tasks import evaluation, pretrained, reporting
 from jaxrl_reason.tasks.self_reward import probe_token, self_reward_of
@@ -29,7 +30,7 @@ def open_for_training(
     train_rows = _read(c, c.data.train, c.data.train_split, c.data.columns)
     eval_rows = _held_out_rows(c)
     data.warn_of_repeats(train_rows, eval_rows, data.get_template(c.data.template).render_prompt)
-    columns = {"values": _values(c, train_rows)} if "values" in method.signals else {}
+    columns = {name: _column(c, train_rows, name) for name in requirements(c, method).columns}
     work = Workdir(workdir, c, f"{train_rows.fingerprint}/{eval_rows.fingerprint}")
     source, opened = pretrained.find(c, work.path)
     tokenizer = work.tokenizer(functools.partial(_make_tokenizer, c, train_rows, opened))
@@ -115,8 +116,10 @@ def _held_out_rows(c: Config) -> data.Source:
     return _read(c, c.data.eval or c.data.train, c.data.eval_split, c.data.eval_columns or c.data.columns)
 
 
-def _values(c: Config, rows: data.Source) -> np.ndarray:
-    """Returns the human values of the training rows, f32[N], as config.data.values alters them."""
+def _column(c: Config, rows: data.Source, name: str) -> np.ndarray:
+    """Returns a column that a signal reads, f32[N]: human values as config.data.values alters them, or the file's numbers."""
+    if name != "values":
+        return read_numbers(rows, name)
     given = c.method.get("rlev", c.method)
     scale = {k: given.get(k, default) for k, default in methods.keywords("rlev").items() if k in ("alpha", "clip")}
     return altered(read_values(rows), c.data.values, seed=c.seed, **scale)
