@@ -164,7 +164,7 @@ def train_step(
     del weights  # if they are a copy, the update needs the memory
     with clock("update"):
         rollout = _drop_greedy(groups.rollout, run.method)
-        old, ref = score_again(run, state, reference, rollout)
+        old, ref = logprobs_again(run, state, reference, rollout)
         kl = None
         if ref is not None and programs.needs.kl:
             kl = experience.log_ratio(rollout if old is None else rollout._replace(logprobs=old), ref.logprobs)
@@ -179,16 +179,16 @@ def train_step(
     return Step(state, groups, batch, mismatch, metrics | _floats(prepared | updated))
 
 
-def score_again(
+def logprobs_again(
     run: Run, state: TrainState, reference: models.Params | None, rollout: Rollout
 ) -> tuple[jax.Array | None, LogProbs | None]:
     """Returns the log-probabilities before the update, and those under the reference policy; None if the step does not need them."""
     old = ref = None
     if run.programs.needs.old_logprobs:
         exact = run.programs.needs.exact_sampler
-        old = rollout.logprobs if exact else run.programs.score(state.params, rollout).logprobs
+        old = rollout.logprobs if exact else run.programs.compute_logprobs(state.params, rollout).logprobs
     if reference is not None:
-        ref = run.programs.score(models.lora.join(reference, state.frozen), rollout)
+        ref = run.programs.compute_logprobs(models.lora.join(reference, state.frozen), rollout)
     return old, ref
 
 

@@ -91,7 +91,7 @@ class Programs:
         """See `experience.fill`; the buffer is donated."""
         return self.jitted["fill"](buffer, filled, groups)
 
-    def score(self, params: models.Params, rollout: Rollout) -> LogProbs:
+    def compute_logprobs(self, params: models.Params, rollout: Rollout) -> LogProbs:
         """Computes the log-probabilities of a rollout under any weights."""
         return self.jitted["score"](params, rollout, self._constant(self.config.sampling.temperature))
 

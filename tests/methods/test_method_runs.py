@@ -134,7 +134,7 @@ def test_the_probe_is_read_at_the_temperature_of_training_whatever_samples(rows,
         ready.programs.generate(state.params, ready.prompts.batch(0), state.step),
         ready.programs.generate_eval(state.params, ready.held_out[0]),
     ):
-        scored = ready.programs.score(state.params, rollout)
+        scored = ready.programs.compute_logprobs(state.params, rollout)
         ended = ~np.asarray(rollout.truncated)
         assert ended.any()
         np.testing.assert_allclose(
