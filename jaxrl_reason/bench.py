@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import models
-from jaxrl_reason.config import Config, Model, Optimizer, Update
+from jaxrl_reason.config import Config, Model, Optimizer, Sampling, Update
 from jaxrl_reason.data import PromptBatch
 from jaxrl_reason.models import sharding
 from jaxrl_reason.rewards.host import compute_rewards, HostReward
@@ -40,6 +40,19 @@ SIZES: dict[str, tuple[int, dict[str, Any]]] = {  # vocabulary size, and sizes o
 }
 DTYPES, REMAT = ("float32", "bfloat16"), ("none", "dots", "layer")
 UNDISTURBED = 0.06  # share of the machine that other processes may take during a step
+
+
+def mixed_lengths(prompts: int, group: int, new: int) -> np.ndarray:
+    """Returns tokens per completion, int[P, G] of mean `new` / 4: the quantiles of an exponential distribution, cut at `new`, in a fixed random order.
+
+    The mean of the uncut distribution is chosen such that the mean of the cut one is `new` / 4.
+    """
+    quantiles = (np.arange(prompts * group) + 0.5) / (prompts * group)
+    cut = lambda mean: np.clip(np.round(-mean * np.log1p(-quantiles)), 1, new).astype(int)
+    low, high = 0.0, 4.0 * new
+    for _ in range(60):
+        low, high = (low, (low + high) / 2) if cut((low + high) / 2).mean() > new / 4 else ((low + high) / 2, high)
+    return np.random.default_rng(0).permutation(cut(low)).reshape(prompts, group)
 
 
 def share_of_even_ids(completions: list[str], **_: Any) -> list[float]:
@@ -141,13 +154,16 @@ def prepare(arguments: command.Arguments) -> Bench:
         model=Model(**sizes, compute_dtype=a.compute_dtype, remat=a.remat),
         method={"name": "grpo"},
         optimizer=Optimizer(learning_rate=1e-4),
+        sampling=Sampling(halvings=a.halvings, cache_pieces=a.cache_pieces),
         update=Update(accumulation=a.accumulation),
     )
     method = config_lib.validate(config)
     model = config_lib.model_config(config, vocab_size)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    lengths = mixed_lengths(a.prompts, a.group, a.new) if a.lengths == "mixed" else None
+    end_at, eos = (None, -1) if lengths is None else (lengths - 1, vocab_size - 1)
     programs = programs_lib.build(
-        config, method, model, mesh, eos_ids=(-1,), pad_id=0, weights={"even": 1.0}, verdict="even"
+        config, method, model, mesh, eos_ids=(eos,), pad_id=0, weights={"even": 1.0}, verdict="even", end_at=end_at
     )
     return Bench(a.size, config, model, programs, max(a.max_steps or 0, a.steps))
 
@@ -214,6 +230,15 @@ COMMAND = command.Command(
         Flag("group", "G", "completions per prompt", number, 8),
         Flag("prompt-length", "S", "tokens per prompt", number, 32, alias="prompt-len"),
         Flag("new", "T", "tokens per completion", number, 64),
+        Flag(
+            "lengths",
+            "KIND",
+            "full: T tokens each; mixed: a skewed distribution of mean T/4",
+            default="full",
+            choices=("full", "mixed"),
+        ),
+        Flag("halvings", "N", "see config.sampling.halvings", int, -1),
+        Flag("cache-pieces", "N", "see config.sampling.cache_pieces", int, 0),
         Flag("accumulation", "N", "microbatches per update", number, 1),
         Flag("compute-dtype", "DTYPE", "dtype of the operands of products", str, "float32", choices=DTYPES),
         Flag("remat", "POLICY", "the activations to recompute in the backward pass", str, "layer", choices=REMAT),

@@ -170,6 +170,16 @@ class Sampling:
     parts: int = _field(
         1, "parts of a step's prompts, sampled in turn: smaller KV caches, and rewards overlap with sampling", low=1
     )
+    halvings: int = _field(
+        -1,
+        "how often completions that still grow move into a loop of half the size; the samples are the same; -1: automatic",
+        low=-1,
+    )
+    cache_pieces: int = _field(
+        0,
+        "pieces of the completions' KV cache; a step reads those that are begun; the samples are the same; 0: automatic",
+        low=0,
+    )
     mismatch_limit: float = _field(
         0.0, "warn if log-probabilities of sampler and trainer differ by more nats; 0: 0.01 in float32, else 1", low=0
     )

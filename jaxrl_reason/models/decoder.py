@@ -99,7 +99,8 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "P G D"], SampleCache]:
         """Computes the hidden states of tokens at position `index` of completions, and the new cache; see `unstack`."""
         at = (prompt.lengths[:, None] + index)[:, None]  # [P, 1, 1]
-        places = jnp.arange(cache.keys[0].shape[-1])
+        pieces, size = len(cache.keys[0]), cache.keys[0][0].shape[-1]
+        places = jnp.arange(pieces * size)
         own_at = prompt.lengths[:, None, None] + places  # [P, 1, T]
         x = self._embed(tokens[:, :, None])
         updated = []
@@ -107,9 +108,17 @@ class Decoder(nnx.Module):
             sliding = self.config.sliding_layers[i]
             own_mask = (places <= index)[None, None, None] & self._window(at, own_at, sliding)
             one = prompt._replace(keys=prompt.keys[i], values=prompt.values[i])
-            attend = self._attend_under(own_mask, at, sliding, one)
-            x, kv = block(x, self._rotary(at, sliding), attend, (cache.keys[i], cache.values[i]), index)
-            updated.append(kv)
+
+            def first(n, own_mask=own_mask, sliding=sliding, one=one):
+                attend = self._attend_under(own_mask[..., : n * size], at, sliding, one)
+                return lambda q, own: attend(q, own[:n])
+
+            # Only the pieces that hold positions up to `index` are read.
+            attends = [first(n + 1) for n in range(pieces)]
+            attend = lambda q, own, attends=attends: jax.lax.switch(index // size, attends, q, own)
+            own = tuple(zip(cache.keys[i], cache.values[i]))
+            x, own = block(x, self._rotary(at, sliding), attend if pieces > 1 else attends[0], own, index)
+            updated.append(tuple(zip(*own)))
         return self._final(x)[:, :, 0], SampleCache(*zip(*updated))
 
     def unstack(self, prompt: PromptCache, int8: bool = False) -> tuple[Blocks, PromptCache]:
@@ -130,9 +139,9 @@ class Decoder(nnx.Module):
         keys, values = zip(*cache)
         return blocks, prompt._replace(keys=keys, values=values)
 
-    def empty_cache(self, prompts: int, group: int, length: int, int8: bool = False) -> SampleCache:
+    def empty_cache(self, prompts: int, group: int, length: int, int8: bool = False, pieces: int = 1) -> SampleCache:
         """Makes the cache of `step` before the first token, see `layers.empty_cache`."""
-        return L.empty_cache(self.config, prompts, group, length, int8)
+        return L.empty_cache(self.config, prompts, group, length, int8, pieces)
 
     def head_matrix(self, int8: bool = False) -> Head:
         """Returns the output head; with int8 rounded, with one scale per token of the vocabulary."""
@@ -201,10 +210,11 @@ class Decoder(nnx.Module):
         # By index, not by position: padding shares a position with its neighbour.
         own_mask = jnp.tril(jnp.ones((at.shape[-1],) * 2, bool)) & self._window(at, at, sliding)
         own_mask = own_mask if real is None else own_mask & real[:, None, None, :]
-        return self._attend_under(own_mask, at, sliding, prompt)
+        attend = self._attend_under(own_mask, at, sliding, prompt)
+        return lambda q, own: attend(q, (own,))
 
     def _attend_under(self, own_mask, at, sliding, prompt=None):
-        """Returns plain attention of queries at positions `at`, under `own_mask` on own keys and the window on the prompt's keys."""
+        """Returns plain attention of queries at positions `at`, under `own_mask` on pieces of own keys and the window on the prompt's keys."""
         c = self.config
         kv = ()
         if prompt is not None:

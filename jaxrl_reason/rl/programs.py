@@ -164,6 +164,7 @@ def build(
     probe_token: int | None = None,
     legal: np.ndarray | None = None,
     expert: Callable | None = None,
+    end_at: np.ndarray | None = None,
 ) -> Programs:
     """Makes the programs of a configuration. Compiles nothing and puts nothing on a device before a program is called.
 
@@ -173,6 +174,7 @@ def build(
       weights, verdict, expert: see `experience.make_experience`.
       probe_token: the token of LaSeR's self-reward, if the method has one.
       legal: bool[T, V], tokens allowed at each position; None: all.
+      end_at: for measurements, see `rollout.generate`; of training rollouts.
 
     Raises:
       ConfigError: the mesh does not divide the prompts of a step or the model.
@@ -188,6 +190,7 @@ def build(
 
     def sampler(purpose: int, group_size: int, **options: Any) -> Any:
         common = dict(eos_ids=eos_ids, pad_id=pad_id, legal=legal, probe_token=probe_token, **options)
+        common |= dict(zip(("cache_pieces", "halvings"), sampling_sizes(config)))
         sample = _sample_fn(config, model, jax.random.fold_in(root, purpose), group_size, common)
         return jax.jit(sharding.on_mesh(decoding, sample), out_shardings=by_prompt)
 
@@ -199,6 +202,7 @@ def build(
             config.group_size + needs.greedy,
             with_prompt_logprobs=needs.prompt_logprobs,
             int8=config.sampling.quantize == "int8",
+            end_at=end_at,
         ),
         "evaluation": sampler(EVAL, config.eval.samples),
         "join": jax.jit(lambda *parts: scoring.join_prompts(_stack(parts)), out_shardings=by_prompt),
@@ -240,6 +244,13 @@ def _shardings(config: Config, method: Method, model: models.ModelConfig, mesh: 
             f"tensor={decoding.shape['tensor']}, and for this mesh {e}"
         ) from e
     return decoding, shardings, rollout_shardings
+
+
+def sampling_sizes(config: Config) -> tuple[int, int]:
+    """Returns the pieces of the completions' cache and the halvings of the decoding loop, as configured or chosen by the length."""
+    s, T = config.sampling, config.max_completion_length
+    pieces = s.cache_pieces or min(max(1, T // 64), 4)
+    return pieces, min(3, T // 64) if s.halvings < 0 else s.halvings
 
 
 def _sample_fn(config: Config, model: models.ModelConfig, root: jax.Array, group_size: int, options: dict) -> Callable:
