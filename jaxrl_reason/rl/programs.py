@@ -249,8 +249,9 @@ def _shardings(config: Config, method: Method, model: models.ModelConfig, mesh: 
 def sampling_sizes(config: Config) -> tuple[int, int]:
     """Returns the pieces of the completions' cache and the halvings of the decoding loop, as configured or chosen by the length."""
     s, T = config.sampling, config.max_completion_length
-    pieces = s.cache_pieces or min(max(1, T // 64), 4)
-    return pieces, min(3, T // 64) if s.halvings < 0 else s.halvings
+    halvings = min(3, T // 64) if s.halvings < 0 else s.halvings
+    # XLA on CPU copies a cache of one piece in every step of a smaller loop.
+    return s.cache_pieces or min(max(T // 128, 2 if halvings else 1), 8), halvings
 
 
 def _sample_fn(config: Config, model: models.ModelConfig, root: jax.Array, group_size: int, options: dict) -> Callable:
