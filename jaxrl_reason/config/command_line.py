@@ -115,17 +115,18 @@ def help_text(config: Config, width: int) -> str:
         base = own.get("base", "") if name == config.method.get("name") else ""
         keywords = methods.keywords(name, base) | (own if name == config.method.get("name") else {})
         rows.append((name, f"{methods.summary(name)}\n" + ", ".join(f"{k}={v!r}" for k, v in keywords.items())))
-    listed = two_columns(rows, width)
-    return "\n\n".join([*texts, f"Methods (config.method.name) and their keywords (config.method.*):\n\n{listed}"])
+    title = textwrap.fill("Methods (config.method.name) and their keywords (config.method.*):", width)
+    return "\n\n".join([*texts, title, two_columns(rows, width)])
 
 
 def two_columns(rows: Iterable[tuple[str, str]], width: int) -> str:
     """Returns (name, text) in two columns, in lines of at most `width` characters; each line of a text begins a new line."""
     rows = list(rows)
     left = min(max((len(name) for name, _ in rows), default=0), 46, width // 2 - 2)
+    options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}  # flags stay in one piece
     lines = []
     for name, text in rows:
-        wrapped = [line for part in text.split("\n") for line in textwrap.wrap(part, max(width - left - 4, 20))]
+        wrapped = [line for part in text.split("\n") for line in textwrap.wrap(part, width - left - 4, **options)]
         if len(name) > left:
             lines.append(f"  {name}")
         elif wrapped:

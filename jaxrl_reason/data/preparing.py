@@ -52,15 +52,16 @@ def _prepare(tfds: Any, builder: Any, what: str) -> None:
 
 @contextlib.contextmanager
 def _quiet(tfds: Any) -> Iterator[None]:
-    """Silences the progress bars of TFDS, what it prints, and warnings in the logs of TFDS and of its downloads."""
+    """Silences the progress bars of TFDS, what it prints, and warnings in the logs of TFDS and of its downloads.
+
+    After an error all but the printing stays silent: other threads may still try to download.
+    """
     levels = {logger: logger.level for logger in map(logging.getLogger, ("absl", "urllib3"))}
     tfds.display_progress_bar(False)
     for logger in levels:
         logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        tfds.display_progress_bar(True)
-        for logger, level in levels.items():
-            logger.setLevel(level)
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+    tfds.display_progress_bar(True)
+    for logger, level in levels.items():
+        logger.setLevel(level)

@@ -19,6 +19,8 @@ from jaxrl_reason.data.files import Row
 _OURS = ("word_problems", "exam", "many_answers", "answer_forms", "sums")
 _BUILDER_MODULES = {name: f"jaxrl_reason.data.builders.{name}" for name in _OURS}
 _BUILDER_MODULES["gsm8k"] = "tensorflow_datasets.text.gsm8k.gsm8k"
+_NAMES = tuple(_BUILDER_MODULES)  # of text problems
+_BUILDER_MODULES |= dict.fromkeys(("diabetes", "synthetic"), "jaxrl_reason.data.builders.tables")
 _HUB = "hf://datasets/"
 _CHUNK = 1024  # rows that an iteration reads at once
 
@@ -166,7 +168,7 @@ def open_prepared(name: str, split: str, data_dir: str | pathlib.Path | None, ki
     except ValueError as error:
         raise ValueError(f"Split {split!r} of {kind} {name!r} cannot be opened: {error}") from error
     if data is None:
-        names, paths = ", ".join(_BUILDER_MODULES), "a path that ends in .jsonl or .parquet"
+        names, paths = ", ".join(_NAMES), "a path that ends in .jsonl or .parquet"
         fault = f"There is no data set {name!r}"
         raise ValueError(f"{fault}: give {names}, another name that TFDS knows, or {paths}.")
     if not len(data):

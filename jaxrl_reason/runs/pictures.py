@@ -103,10 +103,12 @@ def print_table(
 
     Headings wrap, and cells do not. Columns that do not fit in the width of the terminal follow in another table below.
     """
+    endless = console.options.update(width=10_000)
+    natural_width = lambda chosen: console.measure(_table(labels, columns, chosen, title), options=endless).maximum
     rest = list(columns)
     while rest:
         count = len(rest)
-        while count > 1 and console.measure(_table(labels, columns, rest[:count], title)).maximum > console.width:
+        while count > 1 and natural_width(rest[:count]) > console.width:
             count -= 1
         console.print(_table(labels, columns, rest[:count], title))
         rest = rest[count:]

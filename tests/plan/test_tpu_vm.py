@@ -179,8 +179,10 @@ def test_the_steps_pasted_in_order(cloud):
 @pytest.mark.processes
 def test_a_run_is_stopped_and_its_state_is_shown(cloud):
     setup = [text for number, text in steps() if number < 6]
+    setup += [text for number, text in steps() if number in (4, 5)]  # again, as after a preemption
     end_the_other = """on_all 'pkill -TERM -f "[j]axrl_reason.train"'"""  # on TPUs, the end of one host ends the others
     results, _ = cloud([*setup, block(6), block(7, 1), "sleep 1", block(7).splitlines()[0], end_the_other], seconds=20)
+    assert [code for _, code, _ in results[:-2]] == [0] * (len(results) - 2), results
     state = results[-2][0]
     assert "host0 has ended" in state and "saved" in state and "host1 trains" in state
 
