@@ -112,7 +112,7 @@ def help_text(config: Config, width: int) -> str:
     texts = [two_columns(rows, width) for rows in _sections(config, "config")]
     rows = []
     for name in methods.names():
-        base = own.get("base", "") if name == config.method.get("name") else ""
+        base = str(own.get("base", "")) if name == config.method.get("name") else ""
         keywords = methods.keywords(name, base) | (own if name == config.method.get("name") else {})
         rows.append((name, f"{methods.summary(name)}\n" + ", ".join(f"{k}={v!r}" for k, v in keywords.items())))
     title = textwrap.fill("Methods (config.method.name) and their keywords (config.method.*):", width)

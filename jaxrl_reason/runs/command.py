@@ -109,7 +109,8 @@ class Command:
     def help(self, argv: Sequence[str] = ()) -> str:
         """Returns the text of --help in the width of the terminal; fields of the configuration have the values of `argv`.
 
-        Raises ConfigError for a recipe that cannot be read, and for a field that it does not have.
+        Raises ConfigError for a recipe that cannot be read, and for a field that it does not have, and ValueError for a
+        base of its method that does not exist.
         """
         width = max(shutil.get_terminal_size().columns, 40)
         program = f"python -m jaxrl_reason.{self.name}"
@@ -214,7 +215,7 @@ def run(
     if any(word in argv for word in _HELP_WORDS) or not argv and any(flag.required for flag in command.flags):
         try:
             print(command.help(argv))
-        except ConfigError as e:
+        except ValueError as e:
             return _report(e, 2)
         return 0
     refusals: tuple[type[Exception], ...] = (ValueError, OSError, *command.errors)

@@ -153,6 +153,14 @@ def test_help_has_the_values_of_a_recipe_and_of_the_command_line(argv, tmp_path,
     assert "grade, prompts" not in out and "alpha=0.125, beta=0.05," in out and "base='rloo'" in out
 
 
+@pytest.mark.parametrize("base, said", [("hero", "'hero'"), ("rlo", "'rloo'"), (3, "'3'")])
+def test_help_of_a_recipe_with_an_unknown_base_is_a_sentence(base, said, tmp_path, capsys):
+    recipe = write_recipe(tmp_path / "mine.py", tiny("rows.jsonl", method={"name": "rlev", "base": base}))
+    assert command.run(TRAINING, [f"--config={recipe}", "--help"], lambda _: pytest.fail("ran"), print) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: method.base is ") and said in err
+
+
 def test_help_of_a_recipe_that_is_missing_is_a_sentence(capsys):
     assert command.run(TRAINING, ["--config=/missing.py", "--help"], lambda _: pytest.fail("ran"), print) == 2
     assert capsys.readouterr() == ("", "error: There is no configuration file /missing.py.\n")
