@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import models
-from jaxrl_reason.config import Config, Model, Optimizer, Sampling, Update
+from jaxrl_reason.config import Config, ConfigError, Model, Optimizer, Sampling, Update
 from jaxrl_reason.data import PromptBatch
 from jaxrl_reason.models import sharding
 from jaxrl_reason.rewards.host import compute_rewards, HostReward
@@ -143,6 +143,9 @@ class Bench:
 def prepare(arguments: command.Arguments) -> Bench:
     """Builds the programs of a training run; raises ConfigError for sizes that do not fit together."""
     a = arguments
+    most = a.steps if a.max_steps is None else a.max_steps
+    if most < a.steps:
+        raise ConfigError(f"--max-steps={most} is less than --steps={a.steps}; raise it, or lower --steps.")
     vocab_size, sizes = SIZES[a.size]
     config = Config(
         seed=a.seed,
@@ -165,7 +168,7 @@ def prepare(arguments: command.Arguments) -> Bench:
     programs = programs_lib.build(
         config, method, model, mesh, eos_ids=(eos,), pad_id=0, weights={"even": 1.0}, verdict="even", end_at=end_at
     )
-    return Bench(a.size, config, model, programs, max(a.max_steps or 0, a.steps))
+    return Bench(a.size, config, model, programs, most)
 
 
 def measure(bench: Bench) -> tuple[float, list[Timing]]:

@@ -13,7 +13,6 @@ import re
 import sys
 
 import rich.console
-from rich.table import Column, Table
 
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import tasks, train
@@ -90,8 +89,13 @@ def prepare(config: Config, baselines: Mapping[str, Mapping[str, object]], workd
 def train_all(comparison: Comparison) -> Rows:
     """Trains all runs and writes comparison.json. Returns its content, see `compare`."""
     workdir, rows = comparison.workdir, {}
-    for name, config in comparison.configs.items():
+    console, count = rich.console.Console(highlight=False, markup=False), len(comparison.configs)
+    for number, (name, config) in enumerate(comparison.configs.items(), 1):
         directory = workdir / re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+        left = count - number
+        follow = "none follows" if not left else "1 follows" if left == 1 else f"{left} follow"
+        who = f"the method, {config.method['name']}" if name == METHOD else f"the baseline {name!r}"
+        console.print(f"Run {number} of {count}, {who}, in {directory}; {follow}.", soft_wrap=True)
         if name != METHOD:
             comparison.pending.append(_set_up(name, config, directory))
         train.train(comparison.pending.pop())
@@ -125,14 +129,11 @@ def _other_approaches(metrics: Mapping[str, float]) -> Rows:
     return rows
 
 
-def table(rows: Mapping[str, Mapping[str, float]], shown: tuple[str, ...]) -> Table:
-    """Returns one row per metric whose name, without "eval/", begins with `shown`, and one column per run."""
+def print_rows(console: rich.console.Console, rows: Mapping[str, Mapping[str, float]], shown: tuple[str, ...]) -> None:
+    """Prints one row per metric whose name, without "eval/", begins with `shown`, and one column per run."""
     names = dict.fromkeys(n for row in rows.values() for n in row if n.removeprefix("eval/").startswith(shown))
-    out = Table("", *(Column(row, justify="right") for row in rows))
-    for name in names:
-        cells = (pictures.cell(name, row.get(name)) for row in rows.values())
-        out.add_row(name.removeprefix("eval/").replace("_", " "), *cells)
-    return out
+    columns = {title: [pictures.cell(name, row.get(name)) for name in names] for title, row in rows.items()}
+    pictures.print_table(console, [name.removeprefix("eval/").replace("_", " ") for name in names], columns)
 
 
 COMMAND = command.Command(
@@ -151,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work(comparison: Comparison) -> None:
         rows, console = train_all(comparison), rich.console.Console(highlight=False, markup=False)
-        console.print(table(rows, tasks.headlines(comparison.method)))
+        print_rows(console, rows, tasks.headlines(comparison.method))
         console.print(f"Written: {comparison.workdir / 'comparison.json'}", soft_wrap=True)
 
     return command.run(COMMAND, argv, begin, work)

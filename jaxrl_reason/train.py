@@ -306,7 +306,6 @@ COMMAND = command.Command(
     __doc__,
     command.TRAINING,
     "--config=configs/quickstart.py --workdir=/tmp/quickstart",
-    details=command.configuration_help,
     errors=(RewardError,),
 )
 

@@ -613,6 +613,23 @@ def test_a_finished_run_says_so_and_trains_nothing(rows, tmp_path, capsys):
     }
 
 
+def test_a_finished_run_reads_no_rows_but_those_of_its_evaluation(rows, tmp_path, capsys, monkeypatch):
+    config = tiny(rows, steps=1, supervised__steps=1)
+    train.train(train.setup(config, tmp_path / "run"))
+
+    def read(*_, **__):
+        raise AssertionError("A stream reads and encodes all rows, which takes seconds.")
+
+    monkeypatch.setattr(data.streams.TextStream, "__init__", read)
+    monkeypatch.setattr(data, "warn_of_repeats", read)
+    capsys.readouterr()
+    assert train.train(train.setup(config, tmp_path / "run")) == {}
+    assert "finished: all 1 steps are done" in " ".join(capsys.readouterr().out.split())
+    config.steps = 2  # not finished any more
+    with pytest.raises(AssertionError, match="takes seconds"):
+        train.setup(config, tmp_path / "run")
+
+
 def test_a_finished_run_without_its_picture_is_reported_after_all(rows, tmp_path, capsys, monkeypatch):
     """Killed between the last checkpoint and the report; the second time with a picture of a shorter run in place."""
     picture, report = tmp_path / "learning_curve.png", summary.report

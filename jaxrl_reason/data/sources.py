@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
-import functools
 import hashlib
 import importlib
 import json
@@ -12,15 +11,16 @@ from typing import Any
 import warnings
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from jaxrl_reason.data import files, hub
+from jaxrl_reason.data import files, hub, preparing
 from jaxrl_reason.data.files import Row
 
 # TFDS finds these data sets by name only after the import of their module.
 _OURS = ("word_problems", "exam", "many_answers", "answer_forms", "sums")
 _BUILDER_MODULES = {name: f"jaxrl_reason.data.builders.{name}" for name in _OURS}
 _BUILDER_MODULES["gsm8k"] = "tensorflow_datasets.text.gsm8k.gsm8k"
+_NAMES = tuple(_BUILDER_MODULES)  # of text problems
+_BUILDER_MODULES |= dict.fromkeys(("diabetes", "synthetic"), "jaxrl_reason.data.builders.tables")
 _HUB = "hf://datasets/"
 _CHUNK = 1024  # rows that an iteration reads at once
 
@@ -156,25 +156,21 @@ def _download(name: str) -> list[pathlib.Path]:
 def open_prepared(name: str, split: str, data_dir: str | pathlib.Path | None, kind: str = "data set") -> Any:
     """Opens a split with TFDS, which prepares the data on first use: a random-access data source with at least one row.
 
-    Raises ValueError if the name or the split is unknown, or the split is empty. `kind` is the noun in the message.
+    Raises ValueError if the name or the split is unknown, or the split is empty, and OSError if the data set cannot be
+    prepared. `kind` is the noun in the message.
     """
     builder = re.split("[/:]", name)[0]  # name/config:version
     if builder in _BUILDER_MODULES:
         importlib.import_module(_BUILDER_MODULES[builder])
     folder = None if data_dir is None else pathlib.Path(data_dir).expanduser()
-    options = {"file_format": "array_record"}  # the default format needs TensorFlow
-    open_it = functools.partial(tfds.data_source, name, split=split, data_dir=folder, builder_kwargs=options)
     try:
-        try:
-            data = open_it()
-        except FileExistsError:  # another process has prepared the data in the meantime
-            data = open_it()
-    except tfds.core.DatasetNotFoundError as error:
-        names, paths = ", ".join(_BUILDER_MODULES), "a path that ends in .jsonl or .parquet"
-        fault = f"There is no data set {name!r}"
-        raise ValueError(f"{fault}: give {names}, another name that TFDS knows, or {paths}.") from error
+        data = preparing.open_split(name, split, folder, kind)
     except ValueError as error:
         raise ValueError(f"Split {split!r} of {kind} {name!r} cannot be opened: {error}") from error
+    if data is None:
+        names, paths = ", ".join(_NAMES), "a path that ends in .jsonl or .parquet"
+        fault = f"There is no data set {name!r}"
+        raise ValueError(f"{fault}: give {names}, another name that TFDS knows, or {paths}.")
     if not len(data):
         raise ValueError(f"Split {split!r} of {kind} {name!r} has no rows.")
     return data

@@ -32,7 +32,7 @@ from jaxrl_reason.rl.types import Rollout, TrainState
 from jaxrl_reason.runs import checkpoints, read_metrics
 from jaxrl_reason.runs.files import write_json, writing
 from jaxrl_reason.runs.loop import Loop, run_loop
-from jaxrl_reason.runs.pictures import summary_table
+from jaxrl_reason.runs.pictures import print_summary
 from jaxrl_reason.runs.progress import Clock
 from jaxrl_reason.runs.workdir import tokenizer_of, Workdir
 
@@ -281,7 +281,7 @@ def _report(phase: Phase, console: rich.console.Console) -> None:
     facts: dict[str, Any] = {"steps": phase.config.reward_model.steps, "pairs": phase.pairs.size}
     facts["held_out"] = held_out | {"pairs": phase.held_out.size}
     write_description(phase.directory, phase.model, tokenizer_digest(phase.tokenizer), facts)
-    console.print(summary_table(measured[0], measured[-1]))
+    print_summary(console, measured[0], measured[-1])
 
 
 def make_update(config: models.ModelConfig, optimizer: optax.GradientTransformation) -> Callable:

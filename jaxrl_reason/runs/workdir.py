@@ -63,6 +63,10 @@ class Workdir:
                 f"{self.path} holds another run: {listed}. Restore the old values, or choose another --workdir."
             )
 
+    def is_finished(self, steps: int) -> bool:
+        """Returns whether there is a checkpoint after `steps` steps, those of the supervised phase included."""
+        return max(checkpoint_numbers(self.path), default=-1) >= steps
+
     def tokenizer(self, make: Callable[[], Tokenizer]) -> Tokenizer:
         """Returns the tokenizer that the run began with; a new one, from `make`, if the run has not begun."""
         return tokenizer_of(self.path) if self._tokenizer.exists() else make()

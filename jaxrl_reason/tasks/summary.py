@@ -53,7 +53,7 @@ def report(
         before, after = (
             {k: v for k, v in evaluations.get(side, {}).items() if k.startswith(shown)} for side in ("before", "after")
         )
-        console.print(pictures.summary_table(before, after))
+        pictures.print_summary(console, before, after)
     if baselines:
         console.print("Baselines: " + ", ".join(f"{name} {pictures.cell(name, x)}" for name, x in baselines.items()))
     scratch = picture.with_suffix(".tmp")

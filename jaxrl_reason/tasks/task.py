@@ -71,13 +71,19 @@ class TrainingTask(Task):
 
     _: dataclasses.KW_ONLY
     work: Workdir  # checked but not yet written to
-    prompts: data.PromptStream | Stream[PromptBatch]  # `batch(i)` returns the i-th batch for RL
-    solutions: data.SolutionStream | Stream[SolutionBatch] | None  # of the supervised phase; None without it
+    # Reads all training rows when it is called first. Returns the streams of the supervised phase, None without it, and
+    # of RL; `batch(i)` of a stream returns its i-th batch.
+    streams: Callable[
+        [], tuple[data.SolutionStream | Stream[SolutionBatch] | None, data.PromptStream | Stream[PromptBatch]]
+    ]
     # Metrics of other approaches on the same data, measured once per run.
     baselines: Callable[[], dict[str, float]] = dict
     # The model that a new run begins with; None if there is none or the work directory records it already.
     pretrained: models.Opened | None = None
     load_weights: Callable[[], models.Params] | None = None  # the pretrained weights, on the mesh; None: random weights
+
+    prompts = property(lambda self: self.streams()[1])
+    solutions = property(lambda self: self.streams()[0])
 
 
 def build_programs(config: Config, method: Method, task: Task, mesh: jax.sharding.Mesh) -> programs.Programs:

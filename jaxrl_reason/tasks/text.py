@@ -29,7 +29,6 @@ def open_for_training(
     c = config
     train_rows = _read(c, c.data.train, c.data.train_split, c.data.columns)
     eval_rows = _held_out_rows(c)
-    data.warn_of_repeats(train_rows, eval_rows, data.get_template(c.data.template).render_prompt)
     columns = {name: _column(c, train_rows, name) for name in requirements(c, method).columns}
     work = Workdir(workdir, c, f"{train_rows.fingerprint}/{eval_rows.fingerprint}")
     source, opened = pretrained.find(c, work.path)
@@ -38,18 +37,18 @@ def open_for_training(
     if opened is not None:
         models.check_weights(opened, pretrained.base_shape(model))
     scorer = _scorer(c, tokenizer, mesh)
-    solutions, prompts = _streams(c, mesh, train_rows, tokenizer, columns)
+    streams = functools.cache(lambda: _streams(c, mesh, train_rows, tokenizer, columns))
     values = held_out_values(eval_rows, "values" in method.signals) if c.eval.every else None
     task = _task(c, method, eval_rows, tokenizer, model, scorer, batch_size=c.prompts_per_step, values=values)
-    for batch in (prompts.batch(0), *(task.held_out if c.eval.every else ())):
-        scorer.check(batch.rows)
-    scorer.check_references(train_rows)
-    if c.eval.every:
-        scorer.check_references(eval_rows, c.eval.prompts)
+    if not work.is_finished(c.supervised.steps + c.steps):  # a finished run has passed these checks, which take seconds
+        data.warn_of_repeats(train_rows, eval_rows, data.get_template(c.data.template).render_prompt)
+        for batch in (streams()[1].batch(0), *(task.held_out if c.eval.every else ())):
+            scorer.check(batch.rows)
+        scorer.check_references(train_rows)
+        if c.eval.every:
+            scorer.check_references(eval_rows, c.eval.prompts)
     load = functools.partial(pretrained.load_weights, c, opened, source, model, mesh) if c.model.path else None
-    return TrainingTask(
-        **vars(task), work=work, prompts=prompts, solutions=solutions, pretrained=opened, load_weights=load
-    )
+    return TrainingTask(**vars(task), work=work, streams=streams, pretrained=opened, load_weights=load)
 
 
 def open_for_evaluation(config: Config, method: Method, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> Task:

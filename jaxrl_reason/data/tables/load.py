@@ -17,8 +17,9 @@ import warnings
 import numpy as np
 
 from jaxrl_reason.data import files, sources
-from jaxrl_reason.data.builders.tables import NOISE, TARGETS
 
+TARGETS = {"diabetes": "progression", "synthetic": "y"}  # data set of a TFDS builder of ours -> column to predict
+NOISE = "noise_std"  # the column of the standard deviation of the target given the features
 _OPTIONS = {"categorical": ("refuse", "onehot", "drop"), "missing": ("refuse", "mean", "drop")}
 _GAPS = frozenset({"", "?", "na", "n/a", "nan", "null"})  # cells without a value, in lower case
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")  # float() also reads 1_000

@@ -47,12 +47,12 @@ def open_for_training(
     solutions = (
         stream(lambda chosen, _: train.solutions(chosen), c.supervised.batch_size) if c.supervised.steps else None
     )
+    prompts = stream(train.prompts, c.prompts_per_step)
     load = functools.partial(pretrained.load_weights, c, opened, source, model, mesh, digits.text_size)
     return TrainingTask(
         **vars(_task(c, mesh, tables, held_out, model, c.prompts_per_step)) | {"expert": expert},
         work=Workdir(workdir, c, tables.fingerprint),
-        prompts=stream(train.prompts, c.prompts_per_step),
-        solutions=solutions,
+        streams=lambda: (solutions, prompts),
         baselines=functools.partial(_baselines, c, tables.held_out.best_r2, train, held_out),
         pretrained=opened,
         load_weights=load if source else None,
