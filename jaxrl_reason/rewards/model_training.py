@@ -38,8 +38,8 @@ from jaxrl_reason.runs.workdir import tokenizer_of, Workdir
 
 # Folded into the seed for the score vector and, without a policy, the decoder. `rl.programs` uses other numbers.
 _INIT = 101
-# Sources require the column of an answer; a file of pairs need not have one, and nothing here reads it.
-_PAIR_COLUMNS = {"answer": "question", "chosen": "chosen", "rejected": "rejected"}
+# The columns that every row of a file of pairs needs, next to the question.
+_PAIR_COLUMNS = {"chosen": "chosen", "rejected": "rejected"}
 _HELD_OUT = "reward_model/held_out/"
 
 

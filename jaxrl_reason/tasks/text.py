@@ -29,7 +29,8 @@ def open_for_training(
     c = config
     train_rows = _read(c, c.data.train, c.data.train_split, c.data.columns)
     eval_rows = _held_out_rows(c)
-    data.warn_of_repeats(train_rows, eval_rows, data.get_template(c.data.template).render_prompt)
+    turns = data.get_template(c.data.template).turns
+    data.warn_of_repeats(train_rows, eval_rows, lambda row: "\n".join(turn["content"] for turn in turns(row)))
     columns = {name: _column(c, train_rows, name) for name in requirements(c, method).columns}
     work = Workdir(workdir, c, f"{train_rows.fingerprint}/{eval_rows.fingerprint}")
     source, opened = pretrained.find(c, work.path)

@@ -1,12 +1,10 @@
 """Tables by name: our TFDS builders and CSV files. A fault in a file is reported with its line and column."""
 
 from collections.abc import Mapping, Sequence
-import csv
 import dataclasses
 import difflib
 import functools
 import hashlib
-import io
 import json
 import math
 import pathlib
@@ -16,7 +14,7 @@ import warnings
 
 import numpy as np
 
-from jaxrl_reason.data import files, sources
+from jaxrl_reason.data import files, parsers, sources
 from jaxrl_reason.data.builders.tables import NOISE, TARGETS
 
 _OPTIONS = {"categorical": ("refuse", "onehot", "drop"), "missing": ("refuse", "mean", "drop")}
@@ -161,50 +159,18 @@ def _kept_rows(
 
 
 def _read_csv(path: pathlib.Path) -> tuple[list[str], list[list[str]], list[int]]:
-    """Returns the header, the rows of stripped cells, and the first line of each row: quoted cells can hold line breaks."""
+    """Returns the header, the rows of stripped cells, and the first line of each row."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no data file {path}.")
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line} is not UTF-8; save the file in that encoding.") from error
-
-    rows, lines, line = [], [], 1
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
-    try:
-        for row in reader:
-            rows.append([cell.strip() for cell in row])
-            lines.append(line)
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {line} is not readable as CSV: {error}.") from error
-    while rows and rows[-1] in ([], [""]):  # blank lines at the end
-        rows.pop()
-        lines.pop()
-    if len(rows) < 2:
-        raise ValueError(f"{path} has {'a header and no rows' if rows else 'no header: it is empty'}.")
-    header = rows[0]
-    _check_header(path, header, lines[0])
-    for row, line in zip(rows, lines, strict=True):
-        if len(row) != len(header):
-            cells = "1 cell" if len(row) == 1 else f"{len(row) or 'no'} cells"
-            raise ValueError(f"{path}, line {line} has {cells}, but the header names {len(header)} columns.")
-    return header, rows[1:], lines[1:]
-
-
-def _check_header(path: pathlib.Path, header: Sequence[str], line: int) -> None:
-    if not header:
-        raise ValueError(f"{path}, line 1 is blank; the first line has to name every column.")
-    first: dict[str, int] = {}
-    for i, name in enumerate(header):
-        if not name:
-            fault = f"column {i + 1} has no name"
-            raise ValueError(f"{path}, line {line}: {fault}; the first line has to name every column.")
-        if first.setdefault(name, i) < i:
-            fault = f"columns {first[name] + 1} and {i + 1} are both named {name!r:.80}"
-            raise ValueError(f"{path}, line {line}: {fault}; rename one of them.")
+    header, found = parsers.read_cells(path, ",")
+    rows, lines = [], []
+    for line, cells in found:
+        if isinstance(cells, ValueError):
+            verb = "is" if str(cells).startswith("not ") else "has"
+            raise ValueError(f"{path}, line {line} {verb} {cells}.")
+        rows.append([cell.strip() for cell in cells])
+        lines.append(line)
+    return header, rows, lines
 
 
 def _parse_column(path: pathlib.Path, name: str, cells: Sequence[str], lines: Sequence[int]) -> list[float] | None:

@@ -218,9 +218,7 @@ def _agreed(spellings: Mapping[str, Any], where: str, default: Any) -> Any:
     return first
 
 
-def _sliding(
-    source: Mapping[str, Any], given: Mapping[str, Any], family: Family, where: str
-) -> tuple[int, int, float]:
+def _sliding(source: Mapping[str, Any], given: Mapping[str, Any], family: Family, where: str) -> tuple[int, int, float]:
     """Returns (sliding_window, sliding_period, local_rope_theta) of ModelConfig."""
     layers, window = source["num_hidden_layers"], source.get("sliding_window")
     if family.sliding == "none" or (family.sliding == "all" and window is None):
