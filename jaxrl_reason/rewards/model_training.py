@@ -115,7 +115,7 @@ def open_pretrained(config: Config, mesh: jax.sharding.Mesh, workdir: pathlib.Pa
     path, kept = config.reward_model.path, workdir / "reward_model" / model_files.SOURCE
     origin = read_json(kept) if kept.is_file() else {}
     try:
-        found = models.open_model(models.pinned(path, origin.get("config", {})) if origin.get("path") == path else path)
+        found = models.reopen(path, origin.get("config", {}) if origin.get("path") == path else {})
     except models.PretrainedError as e:
         raise ConfigError(
             f"config.reward_model.path is {path!r}, which has neither a {model_files.DESCRIPTION} (the reward_model folder "

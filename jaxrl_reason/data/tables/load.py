@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import decimal
 import difflib
 import functools
 import hashlib
@@ -35,6 +36,8 @@ class Table:
     target: str  # the column to predict
     targets: np.ndarray  # float64[N]
     noise_std: np.ndarray | None = None  # float64[N], the standard deviation of the target given the features, if known
+    # (row, column) -> a number as the file has it, if float64 does not keep all of its digits
+    exact: Mapping[tuple[int, str], str] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -45,6 +48,8 @@ class Table:
         digest = hashlib.sha256(json.dumps([self.names, self.label_names, self.target, self.labels.tolist()]).encode())
         for numbers in (self.features, self.targets):
             digest.update(np.ascontiguousarray(numbers, "<f8").tobytes())
+        if self.exact:
+            digest.update(repr(sorted(self.exact.items())).encode())
         return digest.hexdigest()
 
     @property
@@ -130,7 +135,13 @@ def _read_table(path: pathlib.Path, split: str, target: str, categorical: str, m
     labels = np.array([["" if _is_gap(cells[name][i]) else cells[name][i] for name in texts] for i in part], str)
     features, labels = features.reshape(len(part), len(names)), labels.reshape(len(part), len(texts))
     predicted = np.array([targets[i] for i in part], np.float64)
-    return Table(str(path), tuple(names), features, tuple(texts), labels, target, predicted)
+    exact = {(row, name): cells[name][i] for row, i in enumerate(part) for name in names if _is_rounded(cells[name][i])}
+    return Table(str(path), tuple(names), features, tuple(texts), labels, target, predicted, exact=exact)
+
+
+def _is_rounded(cell: str) -> bool:
+    """Returns whether the shortest decimal of a number's float64 is another number; up to 15 digits, it never is."""
+    return len(cell) > 15 and not _is_gap(cell) and decimal.Decimal(repr(float(cell))) != decimal.Decimal(cell)
 
 
 def _kept_rows(
