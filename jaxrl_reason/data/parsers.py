@@ -52,7 +52,8 @@ def parse(path: pathlib.Path, needed: Callable[[Sequence[str]], Sequence[str]]) 
 def read_cells(path: pathlib.Path, delimiter: str) -> tuple[list[str], Iterator[tuple[int, list[str] | ValueError]]]:
     """Returns the header of a CSV file, and its rows of cells with their first lines: quoted cells can hold line breaks.
 
-    Raises ValueError if the header does not name every column once, or no row follows.
+    Raises ValueError if the header does not name every column once, no row follows, or the file is damaged: after an open
+    quote, nothing can tell where the next row begins.
     """
     content = b"".join(_binary_lines(path))
     try:
@@ -60,12 +61,13 @@ def read_cells(path: pathlib.Path, delimiter: str) -> tuple[list[str], Iterator[
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}, line {line} is not UTF-8; save the file in that encoding.") from error
-    rows = _cells(text, delimiter)
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise ValueError(f"{path}, line {line} holds NUL, as in a damaged file or one in UTF-16.")
+    rows = _cells(path, text, delimiter)
     first_line, header = next(rows, (1, None))
     if header is None:
         raise ValueError(f"{path} has no header: it is empty.")
-    if isinstance(header, ValueError):
-        raise ValueError(f"{path}, line {first_line} is {header}.")
     names = [name.strip() for name in header]
     _check_header(path, names, first_line)
     second = next(rows, None)
@@ -74,8 +76,8 @@ def read_cells(path: pathlib.Path, delimiter: str) -> tuple[list[str], Iterator[
     return names, _of_width(len(names), (row for part in ([second], rows) for row in part))
 
 
-def _cells(text: str, delimiter: str) -> Iterator[tuple[int, list[str] | ValueError]]:
-    """Yields rows without the blank lines at the end. A fault of the format ends the file."""
+def _cells(path: pathlib.Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yields rows without the blank lines at the end."""
     csv.field_size_limit(2**31 - 1)  # solutions are longer than the default, 131,072
     reader, line = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True), 1
     blank: list[tuple[int, list[str]]] = []
@@ -89,17 +91,14 @@ def _cells(text: str, delimiter: str) -> Iterator[tuple[int, list[str] | ValueEr
                 yield line, row
             line = reader.line_num + 1
     except csv.Error as error:
-        yield line, ValueError(f"not readable as CSV: {error}")
+        raise ValueError(f"{path}, line {line} is not readable as CSV: {error}.") from error
 
 
-def _of_width(
-    width: int, rows: Iterable[tuple[int, list[str] | ValueError]]
-) -> Iterator[tuple[int, list[str] | ValueError]]:
+def _of_width(width: int, rows: Iterable[tuple[int, list[str]]]) -> Iterator[tuple[int, list[str] | ValueError]]:
     for line, row in rows:
-        if isinstance(row, list) and len(row) != width:
-            cells = "1 cell" if len(row) == 1 else f"{len(row) or 'no'} cells"
-            row = ValueError(f"{cells}, but the header names {width} columns")
-        yield line, row
+        cells = "1 cell" if len(row) == 1 else f"{len(row) or 'no'} cells"
+        fault = ValueError(f"{cells}, but the header names {width} columns")
+        yield line, row if len(row) == width else fault
 
 
 def _named(header: Sequence[str], rows: Iterable[tuple[int, list[str] | ValueError]]) -> Numbered:

@@ -102,8 +102,9 @@ def test_names_that_tfds_cannot_parse_raise_one_sentence(name):
         ("a.csv", b"question,\n1,2\n", "line 1: column 2 has no name"),
         ("a.csv", b"question,answer\na,1\nb\n", "line 3: 1 cell, but the header names 2 columns"),
         ("a.csv", b"question,answer\na,1\n\nb,2\n", "line 3: no cells, but the header names 2 columns"),
-        ("a.csv", b'question,answer\na,1\n"b,2\n', "line 3: not readable as CSV: unexpected end of data"),
+        ("a.csv", b'question,answer\na,1\n"b,2\n', "line 3 is not readable as CSV: unexpected end of data"),
         ("a.csv", b"question,answer\na,1\n\xff,2\n", "line 3 is not UTF-8"),
+        ("a.csv", b"question,answer\na\0,1\n", "line 2 holds NUL, as in a damaged file"),
         ("a.csv", b"question,answer\na,1\n,2\n", "line 3: column 'question' is empty"),
         ("a.csv", b"question;answer\na;1\n", "there is no column 'question', only 'question;answer'. Name the columns"),
         ("a.tsv", "question\tanswer\na\t1\n".encode("utf-16"), "a.tsv is UTF-16 or UTF-32 by its first bytes"),
@@ -123,6 +124,12 @@ def test_bad_rows_of_csv_files_can_be_skipped(write):
     ):
         source = data.load_source(path, "all", on_bad_row="skip")
     assert list(source) == [{"question": "a", "answer": "1"}, {"question": "c", "answer": "3"}]
+
+
+def test_rows_after_an_open_quote_are_not_lost_unnoticed(write):
+    path = write('question,answer\na,1\n"b"c,2\nd,3\n', "rows.csv")
+    with pytest.raises(ValueError, match=f"^{path}, line 3 is not readable as CSV: ',' expected after '\"'.$"):
+        data.load_source(path, "all", on_bad_row="skip")
 
 
 def test_long_cells(write):

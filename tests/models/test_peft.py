@@ -59,6 +59,13 @@ def test_our_own_export_computes_what_the_policy_computed(exported):
     assert models.read_source(directory) == models.read_source(GOLDEN / "qwen3")
 
 
+def test_a_config_of_the_base_next_to_the_adapters_is_no_model(adapters, exported):
+    shutil.copy(GOLDEN / "qwen3" / "config.json", adapters)
+    np.testing.assert_allclose(logits(adapters), exported[1], rtol=0, atol=2e-5)
+    shutil.copy(GOLDEN / "qwen3" / "model.safetensors", adapters)  # a whole model, in which PEFT left a file
+    np.testing.assert_array_equal(logits(adapters), logits(GOLDEN / "qwen3"))
+
+
 def test_an_export_of_merged_adapters_is_a_plain_model(exported, tmp_path):
     directory, expected = exported
     models.save_pretrained(tmp_path / "merged", models.load_pretrained(directory))

@@ -177,8 +177,7 @@ def _read_csv(path: pathlib.Path) -> tuple[list[str], list[list[str]], list[int]
     rows, lines = [], []
     for line, cells in found:
         if isinstance(cells, ValueError):
-            verb = "is" if str(cells).startswith("not ") else "has"
-            raise ValueError(f"{path}, line {line} {verb} {cells}.")
+            raise ValueError(f"{path}, line {line} has {cells}.")
         rows.append([cell.strip() for cell in cells])
         lines.append(line)
     return header, rows, lines

@@ -26,8 +26,9 @@ _PLAIN: dict[str, tuple] = {
 
 
 def is_adapter(directory: pathlib.Path) -> bool:
-    """Returns whether a directory holds adapters and no model of its own."""
-    return inside(directory, CONFIG).is_file() and not inside(directory, "config.json").is_file()
+    """Returns whether a directory holds adapters and no weights of a whole model. Some hold its config.json."""
+    whole = ("model.safetensors", "model.safetensors.index.json")
+    return inside(directory, CONFIG).is_file() and not any(inside(directory, name).is_file() for name in whole)
 
 
 def base_of(directory: pathlib.Path) -> str:

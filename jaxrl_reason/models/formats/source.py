@@ -100,7 +100,8 @@ def read_source(path_or_hub_id: Address) -> Mapping[str, Any]:
             directory = hub.fetch(str(path_or_hub_id), ["config.json", peft.CONFIG]).directory
         except hub.HubError as e:
             raise PretrainedError(str(e)) from e
-    return read_source(peft.base_of(directory)) if peft.is_adapter(directory) else _read_config(directory)
+    alone = peft.is_adapter(directory) and not (directory / "config.json").is_file()
+    return read_source(peft.base_of(directory)) if alone else _read_config(directory)
 
 
 def pinned(path_or_hub_id: str, source: Mapping[str, Any]) -> str:
