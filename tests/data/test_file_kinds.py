@@ -188,6 +188,19 @@ def test_a_named_answer_is_needed_in_every_row(write):
         data.load_source(path, "all", columns={"answer": "answer"})
 
 
+def test_rows_without_an_answer_are_listed_in_order(write):
+    lines = [
+        '{"question": "a"}',
+        '{"question": "b", "answer": 1}',
+        '{"question": "", "answer": 1}',
+        '{"question": "d"}',
+    ]
+    with pytest.raises(
+        ValueError, match="3 bad rows:\n.*line 1: .*'answer'.*\n.*line 3: .* empty\n.*line 4: .*'answer'"
+    ):
+        data.load_source(write("\n".join(lines)), "all")
+
+
 def test_structured_columns_of_parquet_files_reach_rewards(tmp_path):
     rows = [{"question": "a", "answer": "1", "tests": [{"in": [1, 2], "out": "x"}], "none": None, "big": "y" * 99}]
     path = tmp_path / "rows.parquet"

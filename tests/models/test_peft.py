@@ -106,6 +106,15 @@ def test_scales(adapters, changes, scale):
     np.testing.assert_allclose(found, by_hand(adapters, scale), rtol=1e-5, atol=1e-6)
 
 
+def test_parts_of_a_weight_are_parts_of_the_sum(exported):
+    weights = models.open_model(exported[0]).weights
+    name = "model.layers.1.mlp.down_proj.weight"
+    whole = weights.read(name, (slice(None), slice(None)))
+    part = weights.read(name, (slice(1, 5), slice(2, 9)))
+    np.testing.assert_allclose(part, whole[1:5, 2:9], rtol=1e-6)
+    assert part.shape == (4, 7)
+
+
 def test_bfloat16_adapters_on_one_layer_alone(adapters):
     def edit(tensors):
         for name in list(tensors):
