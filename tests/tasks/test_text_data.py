@@ -36,7 +36,7 @@ def last_reward(directory):
 def test_a_csv_file_trains(tmp_path):
     path = tmp_path / "rows.CSV"
     path.write_text("question,answer\n" + "".join(f"Write {i}.,{i}\n" for i in range(20)))
-    train.train(tiny(path), str(tmp_path / "run"))
+    train.train(train.setup(tiny(path), tmp_path / "run"))
     assert last_reward(tmp_path / "run") >= 0
 
 
@@ -55,14 +55,14 @@ def test_conversations_with_structured_columns_and_no_answer_train(tmp_path, jud
     settings = Data(
         train=str(path), train_split="all", eval_split="all", tokenizer=str(tmp_path / "tokenizer"), chat=True
     )
-    train.train(tiny(path, data=settings, reward=judge, max_prompt_length=128), str(tmp_path / "run"))
+    train.train(train.setup(tiny(path, data=settings, reward=judge, max_prompt_length=128), tmp_path / "run"))
     assert last_reward(tmp_path / "run") >= 0
 
 
 def test_a_reward_that_needs_an_answer_says_so_before_the_run(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"question": f"Write {i}."} for i in range(20)])
     with pytest.raises(RewardError, match="Reward 'accuracy' cannot be called: .*'answer'.*--config.data.columns"):
-        train.train(tiny(path), str(tmp_path / "run"))
+        train.setup(tiny(path), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -76,5 +76,5 @@ def test_adapters_on_a_model_train(tmp_path, judge):
     policy = models.Policy(config, reference_decoder.random_params(config), tokenizer)
     models.save_adapters(tmp_path / "adapters", policy, str(tmp_path / "base"))
     config = tiny(path, model=Model(path=str(tmp_path / "adapters")), reward=judge)
-    train.train(config, str(tmp_path / "run"))
+    train.train(train.setup(config, tmp_path / "run"))
     assert last_reward(tmp_path / "run") >= 0
