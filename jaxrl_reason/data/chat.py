@@ -21,6 +21,7 @@ _GIVEN = {"messages", "add_generation_prompt", "bos_token", "eos_token", "strfti
 # The day that `strftime_now` tells: a run that is resumed on another day keeps its prompts. It is the one that Llama's
 # templates fall back to.
 DAY = "2024-07-26"
+_TRIAL = ("You answer in full sentences.", "How much is 7 + 5, and why?")  # a system prompt and a question
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,8 @@ def chat_template(
 ) -> ChatTemplate:
     """Returns `inner` as the user's turn of the tokenizer's chat template; see the fields of `ChatTemplate`.
 
-    Raises ValueError if the tokenizer has no chat template, the template is not Jinja, or an option's name is taken.
+    Raises ValueError if the tokenizer has no chat template, the template is not Jinja or leaves out the system prompt or
+    the user's turn, or an option's name is taken.
     """
     if not tokenizer.chat_template:
         raise ValueError("config.data.chat is set, and the tokenizer has no chat template; set it to False.")
@@ -106,7 +108,15 @@ def chat_template(
         raise ValueError(f"The tokenizer's chat template is not Jinja that can be read: {e}.") from e
     spell = lambda i: "" if i is None else tokenizer.backend.id_to_token(i) or ""
     bos, eos = spell(tokenizer.bos_id), spell(tokenizer.eos_ids[0])
-    return ChatTemplate(inner, tokenizer.chat_template, system, dict(options or {}), bos, eos)
+    chat = ChatTemplate(inner, tokenizer.chat_template, system, dict(options or {}), bos, eos)
+    # Tried with long texts, because short ones can occur in the template's own text.
+    trial, turns = dataclasses.replace(chat, system=system and _TRIAL[0]), [{"role": "user", "content": _TRIAL[1]}]
+    try:
+        text = trial.render(turns, add_generation_prompt=True)
+    except ValueError:  # it may depend on the conversation; the rows will tell
+        return chat
+    trial.check_complete(text, turns)
+    return chat
 
 
 class _Generation(jinja2.ext.Extension):

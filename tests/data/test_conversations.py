@@ -131,12 +131,14 @@ def test_repeats_of_conversations_are_found(write):
 @pytest.mark.parametrize(
     "text, question, system, message",
     [
-        (NO_SYSTEM, "1 + 1?", "Think.", "leaves out the system prompt 'Think.'"),
+        (NO_SYSTEM, "1 + 1?", "Think.", "leaves out the system prompt"),
         (NO_SYSTEM, TURNS, "", "leaves out the system's turn 'Be brief.'"),
-        (PARTS, "1 + 1?", "", "leaves out the user's turn '1 \\+ 1\\?'"),
+        (PARTS, "1 + 1?", "", "leaves out the user's turn"),
         (LAST, TURNS, "", "leaves out the (system|user)'s turn"),
         ("<|user|>", "1 + 1?", "", "leaves out the user's turn"),
         ("{{ messages[0].content }}", "the same", "the same", "leaves out"),  # one text, two turns
+        (NO_SYSTEM, "1 + 1?", "user", "leaves out the system prompt"),  # also a word of the template
+        (PARTS, "user", "", "leaves out the user's turn"),
         ("{{ messages[-1].content[:20] }}", "a question of 26 letters..", "", "leaves out the user's turn"),
     ],
 )
