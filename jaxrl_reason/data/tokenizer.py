@@ -97,8 +97,8 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
 
     Begin, end and padding tokens come from tokenizer_config.json, else from special_tokens_map.json. Tokens that only
     added_tokens.json or tokenizer_config.json have are added. generation_config.json, else the model's config.json, may
-    add end tokens. Without a padding token, eos_ids[0] pads. Prompts begin with the begin token if add_bos_token of
-    tokenizer_config.json says so; without this key, if tokenizer.json adds it.
+    add end tokens. Without a padding token, eos_ids[0] pads. Prompts begin with the begin token if tokenizer.json adds it,
+    as in transformers 5 whatever add_bos_token of tokenizer_config.json says, or if add_bos_token is true.
     Raises FileNotFoundError without a tokenizer.json, and ValueError if a file is damaged or a link that leads out of
     the directory, or if no end token is known.
     """
@@ -138,9 +138,7 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     adds_bos = config.get("add_bos_token")
     if adds_bos not in (None, True, False):
         raise ValueError(f"The add_bos_token of {file.parent} is {adds_bos!r}; it must be true or false.")
-    if adds_bos is None:
-        adds_bos = backend.encode("a").ids[:1] == [bos]
-    adds_bos = bos is not None and bool(adds_bos)
+    adds_bos = bos is not None and (bool(adds_bos) or backend.encode("a").ids[:1] == [bos])
     return Tokenizer(backend, eos_ids, pad_id, bos, _chat_template(file.parent, config), adds_bos)
 
 

@@ -100,7 +100,7 @@ def chat_of(tokenizer: Tokenizer, system: str) -> ChatTemplate | None:
             raise ValueError(f"{fault}; leave the field empty.")
         return None
     chat = chat_template(_QUESTION, tokenizer, system)
-    turns = [{"role": "user", "content": "How much is 2 + 3?"}, {"role": "assistant", "content": "It is 5."}]
+    turns = [{"role": "user", "content": "How much is 2 + 3?"}, {"role": "assistant", "content": "!"}]
     chat.check_complete(chat.render(turns, add_generation_prompt=False), turns)
     return chat
 

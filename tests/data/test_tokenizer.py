@@ -239,11 +239,12 @@ def files_of(tmp_path, post_bos=False, added=None, **config):
         (True, {}, True),
         (False, {"add_bos_token": True}, True),
         (True, {"add_bos_token": True}, True),
-        (True, {"add_bos_token": False}, False),
+        (False, {"add_bos_token": False}, False),
+        (True, {"add_bos_token": False}, True),  # as in transformers 5
         (False, {"add_bos_token": True, "bos_token": None}, False),  # there is none to add
     ],
 )
-def test_add_bos_token_decides_how_prompts_begin(tmp_path, post_bos, config, expected):
+def test_add_bos_token_and_tokenizer_json_decide_how_prompts_begin(tmp_path, post_bos, config, expected):
     found = data.load_tokenizer(files_of(tmp_path, post_bos, **config))
     assert found.adds_bos is expected
     found.save(tmp_path / "again")
