@@ -114,7 +114,7 @@ COMMAND = command.Command(
         Flag(
             "data",
             "NAME_OR_PATH",
-            "other data, as config.data.eval; the split is then test, or all of a .jsonl, .parquet or .csv file",
+            "other data, as config.data.eval; the split is then test, or all of a file",
             field="data.eval",
         ),
         Flag("split", "SPLIT", "as config.data.eval_split", field="data.eval_split"),

@@ -47,7 +47,7 @@ ROWS = {
     "zwhe99/DeepMath-103K": {"question": "1 + 1?", "final_answer": "\\frac{4}{2}", "difficulty": 5.0, "topic": "x"},
     "open-r1/DAPO-Math-17k-Processed": {"prompt": "1 + 1?", "solution": "2", "data_source": "x"},
     "HuggingFaceH4/MATH-500": {"problem": "1 + 1?", "answer": "2", "solution": "\\boxed{2}", "level": 1},
-    "sarosavo/RLEV": {"question": "1 + 1?", "answer": "Two.", "score": 5, "exam": "a"},
+    "sarosavo/RLEV": {"query": [{"role": "user", "content": "1 + 1?"}], "label": "Two.", "score": 5, "total": 100},
 }
 
 
@@ -88,8 +88,10 @@ def hub(monkeypatch, tmp_path, tokenizer):
     def download(address):
         owner, name, pattern = address.removeprefix("hf://datasets/").split("/", 2)
         rows = [ROWS[f"{owner}/{name}"]] * 1100
-        file = tmp_path / pattern.replace("*", "0").replace("/", "_")
-        if file.suffix == ".parquet":
+        file = tmp_path / pattern.removesuffix("*").replace("*", "0").replace("/", "_")
+        if file.suffix == ".json":
+            file.write_text(json.dumps(rows))
+        elif file.suffix == ".parquet":
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
         else:
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -100,6 +102,7 @@ def hub(monkeypatch, tmp_path, tokenizer):
         return data.Source(name, "0", 0, lambda indices: [rows[i] for i in indices], len(rows))
 
     monkeypatch.setattr(models, "open_model", open_model)
+    monkeypatch.setattr(models, "reopen", lambda name, source: open_model(name))
     monkeypatch.setattr(sources, "_download", download)
     monkeypatch.setattr(
         data, "load_source", lambda name, *a, **k: (gsm8k if name == "gsm8k" else sources.load_source)(name, *a, **k)

@@ -75,7 +75,8 @@ class Lora:
 @dataclasses.dataclass(kw_only=True)
 class Data:
     train: str = _field(
-        "word_problems", "TFDS name (gsm8k, ...), path of a .jsonl or .parquet file, or hf://datasets/OWNER/NAME/PATH"
+        "word_problems",
+        "TFDS name (gsm8k, ...), path of a .jsonl, .json, .csv, .tsv or .parquet file, or hf://datasets/OWNER/NAME/PATH",
     )
     train_split: str = _field("train", "TFDS split, or a slice such as [:90%] of a file")
     eval: str = _field("", "evaluation data; empty: as data.train")
@@ -84,7 +85,9 @@ class Data:
     columns: dict = _field({}, "maps our column names to those of the data, e.g. {'question': 'problem'}")
     eval_columns: dict = _field({}, "column names of data.eval; empty: as data.columns")
     template: str = _field("plain", "prompt template: a name from data/prompts.py, or a text with a {column}")
-    chat: bool = _field(False, "put the prompt into the model's chat template, as the user's turn")
+    chat: bool = _field(
+        False, "put the prompt into the model's chat template, as the user's turn after the row's earlier turns"
+    )
     system: str = _field("", "system prompt of the chat; empty: none, or the default of the chat template")
     chat_options: dict = _field({}, "further variables of the chat template, e.g. {'enable_thinking': False}")
     on_bad_row: str = _field("refuse", "treatment of malformed rows", choices=("refuse", "skip"))

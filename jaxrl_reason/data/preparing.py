@@ -19,6 +19,10 @@ def open_split(name: str, split: str, folder: pathlib.Path | None, kind: str) ->
     import tensorflow_datasets as tfds  # costs a fifth of a second; files do not need it
 
     open_it = lambda: tfds.builder(name, data_dir=folder, file_format="array_record")  # the default needs TensorFlow
+    try:
+        tfds.core.naming.parse_builder_name_kwargs(name)
+    except ValueError:
+        return None
     with _quiet(tfds):
         try:
             builder = open_it()

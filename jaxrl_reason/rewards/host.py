@@ -254,7 +254,7 @@ def check_signature(reward: HostReward, rows: Mapping[str, Sequence]) -> None:
     except TypeError as error:
         raise RewardError(
             f"Reward {reward.name!r} cannot be called: {error}. It gets {', '.join(rows)}, by keyword; name the arguments "
-            "that it uses and take the others as **columns."
+            "that it uses and take the others as **columns. --config.data.columns names columns of the data."
         ) from None
 
 

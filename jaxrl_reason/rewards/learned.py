@@ -76,12 +76,15 @@ class TextScorer:
 
     def text(self, row: Mapping[str, Any], completion: str) -> str:
         """Returns the text that the reward model reads. The question is without the policy's template."""
-        question = _QUESTION.render_prompt(row)
-        if self._chat is None:
-            return f"{question}\n{completion}"
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": completion}]
         try:
-            return self._chat.render(turns, add_generation_prompt=False)
+            if self._chat is None:
+                return f"{_QUESTION.render_prompt(row)}\n{completion}"
+            turns = _QUESTION.turns(row)
+            if self._chat.system:  # instead of the policy's
+                turns = [turn for turn in turns if turn["role"] != "system"]
+            return self._chat.render(
+                [*turns, {"role": "assistant", "content": completion}], add_generation_prompt=False
+            )
         except ValueError as e:  # some templates depend on the content of the turns
             raise RewardError(f"The reward model's chat cannot be rendered around a completion: {e}") from e
 
@@ -97,7 +100,8 @@ def chat_of(tokenizer: Tokenizer, system: str) -> ChatTemplate | None:
             raise ValueError(f"{fault}; leave the field empty.")
         return None
     chat = chat_template(_QUESTION, tokenizer, system)
-    chat.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], add_generation_prompt=False)
+    turns = [{"role": "user", "content": "How much is 2 + 3?"}, {"role": "assistant", "content": "!"}]
+    chat.check_complete(chat.render(turns, add_generation_prompt=False), turns)
     return chat
 
 

@@ -38,8 +38,8 @@ from jaxrl_reason.runs.workdir import tokenizer_of, Workdir
 
 # Folded into the seed for the score vector and, without a policy, the decoder. `rl.programs` uses other numbers.
 _INIT = 101
-# Sources require the column of an answer; a file of pairs need not have one, and nothing here reads it.
-_PAIR_COLUMNS = {"answer": "question", "chosen": "chosen", "rejected": "rejected"}
+# The columns that every row of a file of pairs needs, next to the question.
+_PAIR_COLUMNS = {"chosen": "chosen", "rejected": "rejected"}
 _HELD_OUT = "reward_model/held_out/"
 
 
@@ -115,7 +115,7 @@ def open_pretrained(config: Config, mesh: jax.sharding.Mesh, workdir: pathlib.Pa
     path, kept = config.reward_model.path, workdir / "reward_model" / model_files.SOURCE
     origin = read_json(kept) if kept.is_file() else {}
     try:
-        found = models.open_model(models.pinned(path, origin.get("config", {})) if origin.get("path") == path else path)
+        found = models.reopen(path, origin.get("config", {}) if origin.get("path") == path else {})
     except models.PretrainedError as e:
         raise ConfigError(
             f"config.reward_model.path is {path!r}, which has neither a {model_files.DESCRIPTION} (the reward_model folder "

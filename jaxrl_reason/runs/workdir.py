@@ -12,6 +12,7 @@ from jaxrl_reason import config as config_lib
 from jaxrl_reason import models
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data import fitted, load_tokenizer, Tokenizer
+from jaxrl_reason.data.parsers import kind_of
 from jaxrl_reason.models.formats.weights import read_json
 from jaxrl_reason.runs import checkpoints
 from jaxrl_reason.runs.files import write_json, writing
@@ -151,7 +152,7 @@ def load_config(workdir: pathlib.Path, fields: Mapping[str, str]) -> Config:
     for name, text in fields.items():
         config_lib.override(config, name, text)
     if "data.eval" in fields and "data.eval_split" not in fields:
-        config.data.eval_split = "all" if config.data.eval.endswith((".jsonl", ".parquet", ".csv")) else "test"
+        config.data.eval_split = "all" if kind_of(config.data.eval) else "test"
     if config.eval.temperature == 0 and "eval.samples" not in fields:
         config.eval.samples = 1  # greedy completions are all alike
     config_lib.validate(config)

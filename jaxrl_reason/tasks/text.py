@@ -41,7 +41,8 @@ def open_for_training(
     values = held_out_values(eval_rows, "values" in method.signals) if c.eval.every else None
     task = _task(c, method, eval_rows, tokenizer, model, scorer, batch_size=c.prompts_per_step, values=values)
     if not work.is_finished(c.supervised.steps + c.steps):  # a finished run has passed these checks, which take seconds
-        data.warn_of_repeats(train_rows, eval_rows, data.get_template(c.data.template).render_prompt)
+        turns = data.get_template(c.data.template).turns
+        data.warn_of_repeats(train_rows, eval_rows, lambda row: "\n".join(turn["content"] for turn in turns(row)))
         for batch in (streams()[1].batch(0), *(task.held_out if c.eval.every else ())):
             scorer.check(batch.rows)
         scorer.check_references(train_rows)

@@ -190,6 +190,7 @@ BAD_LINES = [
     (b"3", "a JSON number; a row has to be an object"),
     (b"{}", "there is no column 'question', only an empty row"),
     (b'{"question": "a"}', "there is no column 'answer', only 'question'"),
+    (b'{"question": "a", "answer": null}', "column 'answer' is a JSON null; it has to be text or a number"),
     (b'{"question": null, "answer": 1}', "column 'question' is a JSON null; it has to be text or a number"),
     (b'{"question": "a", "answer": true}', "column 'answer' is a JSON boolean"),
     (b'{"question": "a", "answer": [1]}', "column 'answer' is a JSON list"),
@@ -231,7 +232,9 @@ def test_a_column_named_in_columns_is_required(write):
     path = write(b'{"question": "a", "answer": 1, "cot": null}\n')
     with pytest.raises(ValueError, match="line 1: column 'solution' is a JSON null"):
         data.load_source(path, "all", columns={"solution": "cot"})
-    with pytest.raises(ValueError, match="line 1: there is no column 'steps' \\(to be used as 'solution'\\)"):
+    with pytest.raises(
+        ValueError, match=f"^In {path}, there is no column 'steps' \\(to be used as 'solution'\\), only"
+    ):
         data.load_source(path, "all", columns={"solution": "steps"})
 
 
@@ -380,8 +383,8 @@ def test_invalid_parquet_files_raise_a_sentence(tmp_path):
         data.load_source(str(tmp_path / "bad.parquet"), "all")
     with pytest.raises(FileNotFoundError, match="There is no data file"):
         data.load_source(str(tmp_path / "absent.parquet"), "all")
-    with pytest.raises(ValueError, match="there is no column 'question'"):
-        data.load_source(str(parquet(tmp_path / "m.parquet")), "all")
+    with pytest.raises(ValueError, match="there is no column 'question', only 'text', 'points'. Name the columns with"):
+        data.load_source(str(parquet(tmp_path / "m.parquet", [{"text": "a", "points": 1}])), "all")
 
 
 def test_hub_files_have_a_named_revision_and_are_joined_in_order(hub_cache, tmp_path, capsys):
@@ -405,6 +408,6 @@ def test_hub_files_have_a_named_revision_and_are_joined_in_order(hub_cache, tmp_
         data.load_source("hf://datasets/owner/maths/data/dev-*.parquet", "all")
     with pytest.raises(ValueError, match="nobody/nothing could not be had from the Hugging Face hub: Local"):
         data.load_source("hf://datasets/nobody/nothing/x.jsonl", "all")
-    for wrong in ("owner/maths", "owner/maths/data.csv", "../maths/data.jsonl", "owner/maths@../x/data.jsonl"):
+    for wrong in ("owner/maths", "owner/maths/data.txt", "../maths/data.jsonl", "owner/maths@../x/data.jsonl"):
         with pytest.raises(ValueError, match="is not understood: write hf://datasets/OWNER/NAME/PATH"):
             data.load_source(f"hf://datasets/{wrong}", "all")

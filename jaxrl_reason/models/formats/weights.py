@@ -30,7 +30,7 @@ class SafetensorsDirectory:
         if inside(directory, _INDEX).is_file():
             self._file_of = _read_index(directory)
         elif alone.is_file():
-            with _open(alone) as file:
+            with open_safetensors(alone) as file:
                 self._file_of = dict.fromkeys(file.keys(), alone)
         else:
             pickles = [p.name for p in directory.glob("*.bin")] + [p.name for p in directory.glob("*.pt*")]
@@ -40,7 +40,7 @@ class SafetensorsDirectory:
             self._read_shapes(path)
 
     def _read_shapes(self, path: pathlib.Path) -> None:
-        with _open(path) as file:
+        with open_safetensors(path) as file:
             held, indexed = set(file.keys()), {n for n, p in self._file_of.items() if p == path}
             for name in sorted(held - indexed):
                 raise PretrainedError(f"{path} holds a tensor that the index does not assign to it: {name}.")
@@ -56,11 +56,12 @@ class SafetensorsDirectory:
 
     def read(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
         """Reads a part of a tensor."""
-        with _open(self._file_of[name]) as file:  # opened anew each time: mapped memory is released
+        with open_safetensors(self._file_of[name]) as file:  # opened anew each time: mapped memory is released
             return file.get_slice(name)[part]
 
 
-def _open(path: pathlib.Path):
+def open_safetensors(path: pathlib.Path):
+    """Opens a safetensors file; raises a PretrainedError if it is damaged."""
     try:
         return safetensors.safe_open(path, framework="numpy")
     except (safetensors.SafetensorError, OSError) as e:
