@@ -1,14 +1,13 @@
 """A file for the output of worker processes, which stays small."""
 
 import contextlib
-from logging import handlers, LogRecord, makeLogRecord
 import os
 import pathlib
 import threading
 import weakref
 
 MAX_BYTES = 5_000_000  # per file; there are two, the newest and the one before it
-_MAX_LINE = 10_000  # characters after which a line is broken, so that an endless one fills no memory
+_BLOCK = 2**16
 
 
 class Output:
@@ -44,16 +43,11 @@ def _close(opened: list[tuple[int, threading.Thread]]) -> None:
 
 
 def _copy(read_end: int, path: pathlib.Path) -> None:
-    log = _Log(path, maxBytes=MAX_BYTES, backupCount=1, encoding="utf-8", errors="backslashreplace", delay=True)
-    with open(read_end, encoding="utf-8", errors="backslashreplace") as lines, contextlib.closing(log):
-        while line := lines.readline(_MAX_LINE):
-            log.emit(makeLogRecord({"msg": line.removesuffix("\n")}))
-
-
-class _Log(handlers.RotatingFileHandler):
-    def _open(self):
-        pathlib.Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
-        return super()._open()
-
-    def handleError(self, record: LogRecord) -> None:
-        """Drops a line that cannot be written."""
+    with open(read_end, "rb", buffering=0) as pipe:
+        while block := pipe.read(_BLOCK):
+            with contextlib.suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if path.is_file() and path.stat().st_size + len(block) > MAX_BYTES:
+                    path.replace(f"{path}.1")
+                with open(path, "ab", buffering=0) as file:
+                    file.write(block)

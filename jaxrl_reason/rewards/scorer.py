@@ -69,7 +69,7 @@ class RewardScorer:
         self._reward_model: RewardModelScorer | None = None
         self.by_function: dict[str, str] = {}
         own = {spec: load_reward(spec) for spec in functions if ":" in spec}
-        names = distinct_names(own, [*host.BUILT_IN, *LEARNED, "match_answer"])
+        names = distinct_names(own, [spec for spec in functions if spec not in own])
         pool_of = _pools(own, settings, output)
         for spec, weight in zip(functions, weights, strict=True):
             name = names.get(spec, spec)

@@ -17,11 +17,13 @@ import pathlib
 import resource
 import signal
 import sys
+import threading
 from typing import Any, TextIO
 
 MAX_STDERR = 10_000  # characters that a worker without a file may print to stderr
 MAX_WORDS = 300  # characters of an error that are reported
 MAX_REPORT_BYTES = 2**24  # keeps a worker that a hostile item took over from filling the parent's memory
+_ASKED_TO_END = (signal.SIGINT, signal.SIGTERM)
 _F_SETSIG = 10  # a Linux constant that Python's fcntl does not name
 
 
@@ -85,10 +87,10 @@ def _end_with_parent() -> None:
     # An idle worker would notice that its connection closed. A worker in a long computation in C, which no thread or
     # Python handler can interrupt, would go on for hours. The kernel sends SIGIO when the state of stdin changes, and
     # SIGIO ends a process by default. On Linux the whole process group gets SIGKILL, which ends stopped ones too.
-    for asked_to_end in (signal.SIGINT, signal.SIGTERM):  # sent to all processes at once; the run decides when to end
+    for asked_to_end in _ASKED_TO_END:  # sent to all processes at once; the run decides when to end
         # Not SIG_IGN, which every program that an item starts would inherit: nothing could ask such a program to end.
         signal.signal(asked_to_end, _ignore)
-    os.register_at_fork(after_in_child=_end_when_asked)
+    os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_end_when_asked)
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     if sys.platform == "linux":
         fcntl.fcntl(0, _F_SETSIG, signal.SIGKILL)
@@ -100,10 +102,23 @@ def _ignore(*_: object) -> None:
     """Handles a signal by doing nothing."""
 
 
+# A signal that reached a forked process before it can end of it would be lost, so such signals wait.
+_before_fork = threading.local()
+
+
+def _hold() -> None:
+    _before_fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ASKED_TO_END)
+
+
+def _release() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _before_fork.mask)
+
+
 def _end_when_asked() -> None:
     """Gives a process that an item forks the signals of an ordinary Python process."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    _release()
 
 
 class _Limited(io.TextIOBase):
