@@ -51,16 +51,18 @@ class Isolated:
     limit is made again row by row, so that only the rows at fault go missing. The retries end early when more than
     `max_failure_share` of the rows tried have failed, unless success of all other rows could still meet that share. A
     row that was not tried keeps the outcome of its prompt's call. The workers of the pool load the function by `spec`;
-    `function` is the same, loaded in this process for its name, its arguments and its `answer_of`. A call raises
-    RewardError if the function breaks its contract, if no worker starts, or if the data cannot be sent to a worker.
+    `function` is the same, loaded in this process for its name, its arguments and its `answer_of`; another `name` can
+    be given for messages. A call raises RewardError if the function breaks its contract, if no worker starts, or if the data cannot be sent to a worker.
 
     If the function is `asynchronous`, all calls run at the same time in one worker, each within the limit of a call.
-    Those that fail are made again one by one before their rows are: another call may have blocked the worker.
+    Failed calls are made again one by one, before their rows are: another call may have blocked the worker.
     """
 
-    def __init__(self, spec: str, function: host.RewardFunction, pool: Pool, max_failure_share: float):
+    def __init__(
+        self, spec: str, function: host.RewardFunction, pool: Pool, max_failure_share: float, name: str | None = None
+    ):
         self.__wrapped__ = function  # `inspect` reads the signature here,
-        self.__name__ = host.name_of(function)  # and `HostReward` the name
+        self.__name__ = name or host.name_of(function)  # and `HostReward` the name
         self.asynchronous = is_async(function)
         self._spec, self._pool, self._max_failure_share = _absolute(spec), pool, max_failure_share
         self._group: int | None = None

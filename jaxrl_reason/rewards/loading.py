@@ -51,9 +51,9 @@ def load_reward(spec: str, other_names: Sequence[str] = ()) -> RewardFunction:
 def distinct_names(functions: dict[str, Callable], taken: Iterable[str]) -> dict[str, str]:
     """Returns the names in the metrics of a user's own functions, by spec.
 
-    A function has its own name, and an object the name of its class. Where these are equal, the names are those after
-    the colon; where these are equal too, the names of the files or modules come before them. `taken` are the names of
-    built-in rewards: a function whose names are all taken keeps the last.
+    A function has its own name, and an object the name of its class. Functions of equal names get the text after the
+    colon; if it is equal too, the name of the file or module comes before it. `taken` are the names of built-in rewards;
+    a function whose text after the colon is taken gets it nevertheless.
     """
     taken = set(taken)
     names = {spec: name_of(function) for spec, function in functions.items()}
@@ -110,7 +110,7 @@ def _import_file(path: Path, spec: str) -> ModuleType:
 @contextlib.contextmanager
 def _found_first(folder: Path) -> Iterator[None]:
     """Makes imports find the modules of a folder: before all others in this context, after all others later."""
-    # Functions may import when they are called. By then the modules must not hide those that the run itself imports.
+    # Functions may import when they are called. By then these modules must not hide the imports of the run itself.
     siblings = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
     siblings -= {*sys.stdlib_module_names, "jaxrl_reason"}
     elsewhere = {
@@ -121,7 +121,7 @@ def _found_first(folder: Path) -> Iterator[None]:
     for name in elsewhere:
         del sys.modules[name]
     sys.path.insert(0, str(folder))
-    importlib.invalidate_caches()  # files may be newer than what is known of the folder
+    importlib.invalidate_caches()  # a file may be newer than the known list of the folder
     try:
         yield
     finally:

@@ -74,7 +74,7 @@ class RewardScorer:
         for spec, weight in zip(functions, weights, strict=True):
             name = names.get(spec, spec)
             if spec in own:
-                isolate = isolated.Isolated(spec, own[spec], pool_of(spec), self._max_failure_share)
+                isolate = isolated.Isolated(spec, own[spec], pool_of(spec), self._max_failure_share, name)
                 self._host.append(host.HostReward(name, isolate))
             else:
                 self._open(spec)

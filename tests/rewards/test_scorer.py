@@ -60,7 +60,7 @@ class Scaled:
     def __call__(self, completion_ids, **_):
         return [self.scale * len(ids) for ids in completion_ids]
 
-once, twice = Scaled(1), Scaled(2)
+once, twice, worded = Scaled(1), Scaled(2), Scaled("2")
 
 calls = 0
 
@@ -240,6 +240,9 @@ def test_two_objects_of_one_class_are_two_rewards():
     np.testing.assert_array_equal(rewards["once"], lengths)
     np.testing.assert_array_equal(rewards["twice"], 2 * lengths)
     assert make_scorer("mine.py:once").names == ("Scaled",)
+    scorer = make_scorer("mine.py:once", "mine.py:worded")
+    with pytest.raises(RewardError, match="Reward 'worded' returned '2222"):
+        scorer(rollout, batch_of(ROWS))
     pathlib.Path("other.py").write_text(MINE)
     assert make_scorer("mine.py:length", "other.py:length").names == ("mine.length", "other.length")
 
