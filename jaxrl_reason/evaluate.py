@@ -2,9 +2,9 @@
 
 Samples several completions per prompt, scores them by the run's rewards, and prints a table. Writes evaluation.json
 (every number), evaluation.png and completions.jsonl (predictions.jsonl if a run predicts numbers). Nothing else in the
-work directory changes. Fields of the configuration on which the weights do not depend can be set as in training:
---config.seed=1, --config.mesh.fsdp=-1 on another number of devices, --config.data.columns={} if other data have other
-names.
+work directory changes, but rewards.log takes what rewards print. Fields of the configuration on which the weights do
+not depend can be set as in training: --config.seed=1, --config.mesh.fsdp=-1 on another number of devices,
+--config.data.columns={} if other data have other names.
 """
 
 import math

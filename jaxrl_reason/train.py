@@ -297,7 +297,7 @@ def reinforce(
             ),
             before=before if c.eval.every else None,
             after=after,
-            observe=functools.partial(observer, samples, programs, run.tokenizer, run.scorer.weights, console),
+            observe=functools.partial(observer, c, samples, programs, run.tokenizer, run.scorer.weights, console),
         )
 
 

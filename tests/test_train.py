@@ -1039,7 +1039,8 @@ def test_a_supervised_start_without_solutions_is_refused(tmp_path, capsys):
 def test_a_reward_that_breaks_its_contract_stops_the_run_in_a_sentence(
     function, names, rows, rewards, tmp_path, capsys
 ):
-    error = refusal(tiny(rows, reward__functions=[f"{rewards}:{function}"]), tmp_path, capsys, code=1)
+    config = tiny(rows, reward__functions=[f"{rewards}:{function}"], supervised__steps=1)
+    error = refusal(config, tmp_path, capsys)  # before the supervised start
     assert error.count("\n") == 1 and all(name in error for name in names), error
 
 

@@ -159,6 +159,9 @@ class Reward:
     workers: int = _field(0, "processes for module:function and file.py:function; 0: one per core, at most 8", low=0)
     timeout_s: float = _field(10.0, "seconds per call; a call scores all completions of one prompt", above=0)
     memory_mb: int = _field(2048, "memory per call, beyond the memory its process began with", low=1)
+    skip_special_tokens: bool = _field(
+        False, "hide special tokens of completions from rewards and sample tables; end tokens are always hidden"
+    )
 
 
 @dataclasses.dataclass(kw_only=True)

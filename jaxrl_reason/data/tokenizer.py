@@ -71,6 +71,14 @@ class Tokenizer:
         """Decodes many rows, on all cores."""
         return self.backend.decode_batch([list(row) for row in rows], skip_special_tokens=skip_special)
 
+    def completions(self, rows: Sequence[Sequence[int]], skip_special: bool = False) -> list[str]:
+        """Returns the texts of sampled ids as they were sampled, without end and padding tokens.
+
+        `skip_special` leaves out all other special tokens too, such as a `<think>` that is one.
+        """
+        unseen = {*self.eos_ids, self.pad_id}
+        return self.decode_batch([[i for i in row if i not in unseen] for row in rows], skip_special)
+
     def save(self, directory: str | pathlib.Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and, for several end tokens, generation_config.json."""
         directory = pathlib.Path(directory)

@@ -195,6 +195,7 @@ def pretrained_scorer(
         models.place_weights(opened, model, mesh, models.RewardModel),
         opened.tokenizer,
         policy_tokenizer=tokenizer,
+        skip_special=c.reward.skip_special_tokens,
         system=c.reward_model.system,
         max_length=c.reward_model.max_length,
         parts=c.update.accumulation * c.update.minibatches,

@@ -90,15 +90,12 @@ def generate(
       ValueError: a probe token without an end token.
     """
     if probe_token is not None and not eos_ids:
-        raise ValueError(
-            "A probe token is read after the end token, and no token ends a completion because eos_ids is empty."
-        )
+        raise ValueError("A probe token is read after the end token, and no token ends a completion: eos_ids is empty.")
     P, G, T = prompt_tokens.shape[0], group_size, max_length
     model = models.bind(config, params)
     hidden, prompt = model.prefill(prompt_tokens, prompt_mask, features)
     prompt_logprobs = _prompt_logprobs(model, hidden, prompt_tokens, prompt_mask) if with_prompt_logprobs else None
-    last = prompt_mask.shape[1] - 1 - jnp.argmax(prompt_mask[:, ::-1], axis=1)
-    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)  # [P, 1, D]: all samples of a group start equal
+    hidden = last_hidden(hidden, prompt_mask)  # all samples of a group start equal
     blocks, prompt = model.unstack(prompt, int8)
     head = model.head_matrix(int8)
 
@@ -125,6 +122,12 @@ def generate(
         prompt_logprobs=prompt_logprobs,
         probe_logprobs=end.probe,
     )
+
+
+def last_hidden(hidden: Float[Array, "P S D"], mask: Bool[Array, "P S"]) -> Float[Array, "P 1 D"]:
+    """Returns the hidden states of the last real tokens."""
+    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)
 
 
 def _no_tokens(P: int, G: int, steps: int, pad_id: int, with_probe: bool) -> Completions:

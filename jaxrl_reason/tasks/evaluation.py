@@ -64,6 +64,7 @@ def sample_and_judge(
     scorer: RewardScorer,
     tokenizer: data.Tokenizer | None = None,
     *,
+    skip_special: bool = False,
     answers_of: AnswersOf | None = None,
     verdict: str = "",
     self_reward: Callable[[Rollout], np.ndarray] | None = None,
@@ -76,6 +77,7 @@ def sample_and_judge(
         policies are compared on the same noise.
       batches: from `data.eval_prompts`; rows of weight 0 are left out.
       tokenizer: decodes completions, on the first process only; None: there are no texts and no answers.
+      skip_special: leaves special tokens out of the texts, as the rewards read them.
       answers_of: (completions [P][K], rows) -> final answers, equal and hashed alike if two are the same, or None; by
         default `final_answer` of each completion.
       verdict: the reward whose value > 0.5 means correct; empty: the scorer's verdict.
@@ -104,7 +106,7 @@ def sample_and_judge(
         rows += [row for row, counts in zip(batch.rows, real) if counts]
         if tokenizer is not None:
             ids = [[t[live].tolist() for t, live in zip(*group)] for group in zip(tokens[real], mask[real])]
-            texts += [tokenizer.decode_batch(group) for group in ids]
+            texts += [tokenizer.completions(group, skip_special) for group in ids]
     together = jax.tree.map(lambda *x: np.concatenate(x), *parts)
     find = answers_of or each(final_answer)
     answers = hosts.agree(lambda: find(texts, rows) if texts else None, RewardError)

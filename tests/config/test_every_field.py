@@ -52,6 +52,8 @@ def rows(tmp_path_factory):
         "def pid(completions, **_):\n"
         "    time.sleep(0.5)\n"
         "    return [float(os.getpid())] * len(completions)\n"
+        "def length(completions, **_):\n"
+        "    return [float(len(text)) for text in completions]\n"
         "def always(completions, **_):\n"
         "    return [1.0] * len(completions)\n"
     )
@@ -202,6 +204,7 @@ EFFECTS = {
         see.scored,
         dict(reward__functions=["accuracy", f"{HERE}/reward.py:often_fails"]),
     ),
+    "reward.skip_special_tokens": (True, see.scored, dict(reward__functions=[f"{HERE}/reward.py:length"])),
     "reward.workers": (3, see.workers, dict(reward__functions=[f"{HERE}/reward.py:pid"], reward__workers=1)),
     "reward.timeout_s": (0.3, see.scored, dict(reward__functions=[f"{HERE}/reward.py:heavy"])),
     "reward.memory_mb": (64, see.scored, dict(reward__functions=[f"{HERE}/reward.py:heavy"])),

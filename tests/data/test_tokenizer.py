@@ -286,3 +286,16 @@ def test_an_end_token_of_added_tokens_ends_completions(tmp_path):
         data.load_tokenizer(files_of(tmp_path, added={"<|im_end|>": SIZE + 5}, eos_token="<|im_end|>"))
     with pytest.raises(ValueError, match="The added tokens of .* must map texts to whole numbers"):
         data.load_tokenizer(files_of(tmp_path, added={"<|im_end|>": "first"}))
+
+
+def test_completions_have_all_but_end_and_padding_tokens():
+    """What is sampled is shown: special tokens of reasoning and of turns, unless they end or pad a text."""
+    tokenizer = data.train_tokenizer([], vocab_size=259)
+    tokenizer.backend.add_special_tokens(["<think>", "</think>", "<turn>"])
+    ends = dataclasses.replace(tokenizer, eos_ids=(2, tokenizer.backend.token_to_id("<turn>")))
+    rows = [ends.encode(text) for text in ("<think>a</think>b<eos>", "<bos>c<turn>", "d<pad>e", "<eos>", "ü\n")] + [[]]
+    assert ends.completions(rows) == ["<think>a</think>b", "<bos>c", "de", "", "ü\n", ""]
+    assert ends.completions(rows, skip_special=True) == ["ab", "c", "de", "", "ü\n", ""]
+    assert tokenizer.completions(rows[1:2]) == ["<bos>c<turn>"]  # no end token here
+    words = dataclasses.replace(tokenizer, eos_ids=tuple(tokenizer.encode("\n")))  # an end token of ordinary text
+    assert words.completions([words.encode("18\n")]) == ["18"]
