@@ -81,9 +81,9 @@ ANSWERS = {
     **_ends(
         text_zeros=(r"5\text{00}", "0"), text_point=(r"5\text{.5}", "1/2"), text_million=(r"5\text{ million}", 5), text_or=(r"5\text{ or six}", 5),
         text_half=(r"5\text{ and a half}", 5), text_factorial=(r"5\text{!}", 5), text_imaginary=(r"5\mathrm{i}", 5), text_e=(r"5\mathrm{e}", 5),
-        text_percent=(r"75\text{\%}", 75), text_percent_word=(r"75\text{ percent}", 75), text_power=(r"5\text{²}", 5), text_wan=(r"5\text{万}", 5),
+        text_points=(r"75\text{ percentage points}", 75), text_power=(r"5\text{²}", 5), text_wan=(r"5\text{万}", 5),
         text_tenths=(r"5\text{ tenths}", 5), text_thousands=(r"5\text{ Thousands}", 5), text_lakh=(r"5\text{ lakh}", 5), text_pi=(r"5\text{π}", 5),
-        text_pi_word=(r"5\mathrm{pi}", 5), text_raised=(r"5\text{ⁿ}", 5), text_per_cent=(r"75\text{ per cent}", 75), text_per_mille=(r"5\text{ per mille}", 5),
+        text_pi_word=(r"5\mathrm{pi}", 5), text_raised=(r"5\text{ⁿ}", 5), text_per_mille=(r"5\text{ per mille}", 5),
         text_foreign_or=(r"5\text{ oder sechs}", 5), text_han_or=(r"5\text{ 或 六}", 5), text_wide=(r"5\text{ ｋ}", 5), text_variable=(r"5\text{x}", 5),
         text_over_e=(r"5\mathrm{c/e}", 5), text_word=(r"5\text{ point five}", 5), text_base=(r"5\text{ base six}", 5), text_below_zero=(r"5\text{ below zero}", 5),
         text_twice=(r"5\text{ cm}\text{ cm}", 5), text_below=(r"5\mathrm{_2}", 2), text_sum=(r"5\text{ cm}+\frac{1}{2}", "1/2"),
