@@ -42,7 +42,7 @@ _RUN = rf"{_PARTS}(?:{_BETWEEN_DIGITS}{_PARTS})*+"
 _FRACTION = r"\\[dt]?frac\{[^{}]{1,50}\}\{[^{}]{1,50}\}"
 _LUMP = re.compile(
     rf"(?:(?<![{_SIGNS}\w)}}])[{_SIGNS}]+)?\$?(?:0[xXoObB]\w++|{_FRACTION}{_RUN}"
-    rf"|(?:(?<![\w.])\.)?[\d\u00bc-\u00be\u2150-\u215f]{_RUN}(?:[eE][-+\u2212]?\d{_RUN})*+(?:{_FRACTION}{_RUN})?)(?:\\?%)?"
+    rf"|(?:(?<![\w.])\.)?[\d\u00bc-\u00be\u2150-\u215f]{_RUN}(?:[eE][-+\u2212]?\d{_RUN})*+(?:{_FRACTION}{_RUN})?)(?:\\?%(?:(?![\d.,/]){_RUN})?)?"
 )
 
 _FORMULA, _WITH_NUMBER, _WORDS = 2, 1, 0  # how surely a marker announces an answer
@@ -53,7 +53,9 @@ _BOX = re.compile(
     r"(?:\\[a-zA-Z]+(?:\{(?:[^{}]++|\{[^{}]*\})*+\})*+|\\[^a-zA-Z\s]|[^\s\\{}$])++))"
 )
 _BRACES = re.compile(rf"(?P<box>{_BOX.pattern})|\\\\(?!(?:boxed|fbox)(?![a-zA-Z]))|\\[{{}}]|[{{}}]")
-_HASHES = re.compile(r"(?<!#)####(?!#)(?P<answer>[^\n#]*+)")  # five are a heading, and so are three
+_HASHES = re.compile(
+    r"(?<!#)####(?!#)(?P<answer>[^\n#]*+(?:#(?!###)[^\n#]*+)*+)"
+)  # five are a heading, and so are three
 _BOLD = re.compile(r"(\*{1,3}|__)(?![*_])(.*[^*_])\1", re.DOTALL)
 # Words of prose: two letters or more outside LaTeX commands, except names of functions and what joins numbers.
 _WORD = re.compile(
@@ -70,7 +72,7 @@ _WRAPPED = re.compile(
     re.DOTALL,
 )
 _IDLE = re.compile(
-    rf"^(?:{_BLANKS}|\\(?:display|text)style(?![a-zA-Z])|\\text\s*\{{\s*\}})+|(?:{_BLANKS}|(?<!\\)\\$)+$"
+    rf"^(?:(?!~){_BLANKS}|\\(?:display|text)style(?![a-zA-Z])|\\text\s*\{{\s*\}})+|(?:{_BLANKS}|(?<!\\)\\$)+$"
 )
 _STOPS = (".", "\N{IDEOGRAPHIC FULL STOP}")
 
@@ -87,7 +89,7 @@ class Marker(NamedTuple):
     begin: int  # its place in the text
     is_box: bool
     rank: int
-    count: int  # of all markers that a number or a formula follows
+    total: int  # of all markers that a number or a formula follows
 
 
 def extract_answer(text: str, *, fallback: str | None = None) -> str | None:
@@ -126,7 +128,10 @@ def find_marker(text: str) -> Marker | None:
 
 
 def _rank(answer: str) -> int:
-    if not _WORD.search(TEXT_GROUP.sub("x", answer)) and any(map(str.isalnum, answer)):
+    if answer.isdecimal():
+        return _FORMULA
+    prose = TEXT_GROUP.sub("x", answer) if "\\" in answer else answer
+    if not _WORD.search(prose) and any(map(str.isalnum, answer)):
         return _FORMULA
     return _WITH_NUMBER if any(map(str.isdecimal, answer)) else _WORDS
 
@@ -166,7 +171,7 @@ def _last_box(text: str) -> tuple[int, str | None, int]:
 
 def _without_bold(answer: str) -> str:
     answer = answer.strip()
-    bold = _BOLD.fullmatch(answer)
+    bold = _BOLD.fullmatch(answer) if answer[:1] in ("*", "_") else None
     return bold[2].strip() if bold else answer
 
 

@@ -59,7 +59,7 @@ def format_reward(completions: Sequence[str], **_) -> list[float]:
 
 def _states_one_answer(text: str) -> bool:
     marker = find_marker(text)
-    if marker is None or marker.count != 1 or marker.answer is None or parse_number(marker.answer) is None:
+    if marker is None or marker.total != 1 or marker.answer is None or parse_number(marker.answer) is None:
         return False
     begin_of_last_line = text.rstrip().rfind("\n") + 1
     return marker.is_box or marker.begin == begin_of_last_line and text.startswith("#### ", begin_of_last_line)

@@ -114,8 +114,10 @@ def _trimmed(text):
     while before != text:
         before = text
         for blank in (*BLANKS, *LEFT_OUT):
-            is_whole = not (blank[-1].isalpha() and text[len(blank) :][:1].isascii() and text[len(blank) :][:1].isalpha())
-            if text.startswith(blank) and is_whole:
+            is_whole = not (
+                blank[-1].isalpha() and text[len(blank) :][:1].isascii() and text[len(blank) :][:1].isalpha()
+            )
+            if text.startswith(blank) and is_whole and blank != "~":  # "~5" is about 5
                 text = text[len(blank) :]
         text = text.lstrip()
     before = None
@@ -157,7 +159,7 @@ def _without_unit(text):
     value, rest = _trimmed(text[:at]), text[at:].rstrip(" .$")
     number, per_cent = text, False
     if value and (value[-1].isalnum() or value[-1] in ")}!"):
-        parts = rest.replace(r"\cdot", "/").replace(r"\times", "/").replace(r"\,\", "/\\").split("/")
+        parts = rest.replace(r"\cdot", "/").replace(r"\times", "/").replace("\\,\\", "/\\").split("/")
         names = [_trimmed(part) for part in parts]
         for power in ("^2", "^{2}", "{2}", *(f"^{digit}" for digit in DIGITS)):
             names = [name.removesuffix(power) if name.endswith("}" + power) else name for name in names]
@@ -212,7 +214,9 @@ def check_completion(text):
         for reference in (18, Fraction(1, 2), -3):
             forms = {value, value * 100} if value is not None and "%" in answer else {value}
             assert numeric_verdict(text, reference, fallback=fallback) == (reference in forms)
-    if "#" not in text and r"\boxed{" not in text and value is not None:  # the number is not cut out of a longer one
+    if (
+        not any(mark in text for mark in ("#", r"\boxed", r"\fbox")) and value is not None
+    ):  # the number is not cut out of a longer one
         before, _, after = text.rpartition(answer)
         assert not (before[-1:].isdecimal() and answer[0].isdecimal()) and not after[:1].isnumeric()
         if answer[-1].isdecimal():

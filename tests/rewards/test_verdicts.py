@@ -69,7 +69,7 @@ def test_headings_are_no_markers_for_the_format():
 
 PLAIN = {
     r"$ \sqrt{2} $.": r"\sqrt{2}", r"$\displaystyle\pi$.": r"\pi", r"\[ x \]": "x", r"\(x\).": "x", "$$x$$": "x", "$x.$": "x", r"\displaystyle 18": "18", r"\text{18}": "18",
-    r"\,x\,": "x", r"~x\ ": "x", r"\text{}x": "x", "甲。": "甲", "`x`": "x", r"\!x\!": "x", "$18": "$18", "$5$ and $6$": "$5$ and $6$", r"\(5\) or \(6\)": r"\(5\) or \(6\)",
+    r"\,x\,": "x", r"x~\ ": "x", "~5": "~5", r"\text{}x": "x", "甲。": "甲", "`x`": "x", r"\!x\!": "x", "$18": "$18", "$5$ and $6$": "$5$ and $6$", r"\(5\) or \(6\)": r"\(5\) or \(6\)",
     "1, 2, ...": "1, 2, ...", r"\displaystyles": r"\displaystyles", "": "", ".": "", "$$": "", r"\text{a}\text{b}": r"\text{a}\text{b}", r"\quad x": "x", r"\textstyle\frac12": r"\frac12",
 }  # fmt: skip
 
