@@ -63,7 +63,7 @@ _WORD = re.compile(
 )
 
 _BLANKS = r"(?:\\[,;:! ]|\\q?quad(?![a-zA-Z])|[\s~])"
-TEXT_OPEN = r"\\(?:mbox|operatorname|text(?:normal|bf|it|rm|sf)?|math(?:rm|it|bf|sf))\s*\{"
+TEXT_OPEN = r"\\(?:mbox|operatorname|text(?:normal|bf|it|rm|sf)?|math(?:rm|it|bf|sf)|boldsymbol)\s*\{"
 _GROUP = rf"{TEXT_OPEN}((?:[^{{}}]++|\{{[^{{}}]*\}})*+)\}}"
 TEXT_GROUP = re.compile(_GROUP)
 _WRAPPED = re.compile(

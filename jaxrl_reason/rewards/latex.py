@@ -51,6 +51,7 @@ _BARE_UNIT = re.compile(
     r"(?:inch|feet|foot|(?:centi|kilo|milli)?met(?:er|re)|mile|yard|lit(?:er|re)|(?:kilo)?gram|pound|hour|hr|minute|min|"
     r"second|sec|day|week|month|year|dollar|cent|degree|unit)(?:e?s)?)(?:\^\{?[0-9]\}?)?$"
 )
+_PER_CENT = re.compile(r"(?:(?<=[0-9})])|\s)\s*(?:percent|per cent|pct|%|\\%)$")
 _BASES = "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
 _DIGITS = r"(?=[A-F]*[0-9])[0-9A-F]+(?:\.[0-9A-F]+)?"
 _BASE_NAME = rf"([0-9]{{1,2}}|[a-z]|{'|'.join(_BASES)})"
@@ -80,14 +81,14 @@ def normalised(answer: str) -> str:
     "$ \sqrt{2} $." is \sqrt{2}; \log_2 3 is \log_{2} 3; 5\,\text{cm} is 5; 1010_2 is the text "1010 base 2"; words that
     are not ASCII are text.
     """
-    latex = unicodedata.normalize("NFC", plain(answer)).translate(_PUNCTUATION)
+    latex = unicodedata.normalize("NFC", plain(answer)).translate(_PUNCTUATION).rstrip(",; ")
     latex = _SIZES.sub("", _BRACE_NAMES.sub(lambda name: r"\{" if name[1] == "l" else r"\}", latex))
     latex = _outside_text(latex, lambda part: _PRIMES.sub(_as_primes, _wrap_words(part)))
     while _DROPPED.search(latex):  # repeated, because a removal may create another match
         if _JOINED.search(latex):
             return ""
         latex = _DROPPED.sub("", latex)
-    latex, percent = split_unit(_based_as_text(without_blanks(latex)))
+    latex, percent = split_unit(_PER_CENT.sub(r"\\%", _based_as_text(without_blanks(latex))))
     latex = _without_bare_unit(latex)
     latex = _THOUSANDS.sub(lambda number: re.sub(r"[^0-9]", "", number[0]), latex)
     latex = _ROOT.sub(r"\\sqrt{\1}", _ARGUMENTS.sub(r"\\\1{\2}{\3}", _SCRIPT.sub(r"\1{\2}", latex)))
@@ -121,7 +122,7 @@ def same_words(a: str, b: str) -> bool | None:
         return None
     if words[0] == words[1]:
         return True
-    are_certain = all(re.search(r"[^\W\d_]{4}", text) or not text.isascii() for text in words if text is not None)
+    are_certain = all(re.search("[a-z]{4}", text) or any(map(_is_foreign, text)) for text in words if text is not None)
     return False if are_certain else None
 
 
@@ -164,6 +165,11 @@ def _is_letter(c: str) -> bool:
     return c.isalpha() or unicodedata.category(c).startswith("M")
 
 
+def _is_foreign(c: str) -> bool:
+    """Returns whether a character is a letter of words only: neither ASCII nor Greek, whose letters are variables."""
+    return c.isalpha() and not c.isascii() and not "\u0370" <= c <= "\u03ff"
+
+
 def _outside_text(latex: str, rewrite: Callable[[str], str]) -> str:
     r"""Returns LaTeX with the parts outside of \text{} and the like rewritten."""
     parts, end = [], 0
@@ -180,8 +186,7 @@ def _as_primes(match: re.Match) -> str:
 def _wrap_words(latex: str) -> str:
     r"""Returns LaTeX with words of other letters than ASCII and Greek as \text{word}."""
     runs = ("".join(run) for _, run in itertools.groupby(latex, _is_letter))
-    is_foreign = lambda c: not (c.isascii() or "\u0370" <= c <= "\u03ff") and c.isalpha()
-    return "".join(rf"\text{{{run}}}" if any(map(is_foreign, run)) else run for run in runs)
+    return "".join(rf"\text{{{run}}}" if any(map(_is_foreign, run)) else run for run in runs)
 
 
 def _without_bare_unit(latex: str) -> str:

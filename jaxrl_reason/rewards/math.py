@@ -167,7 +167,9 @@ def _contradicts_itself(answer: str) -> bool:
 def _parse(latex: str) -> list:
     """Returns a normalised answer as sympy expressions, or as text if it is no expression; empty if it has no meaning."""
     from latex2sympy2_extended import NormalizationConfig
+    from latex2sympy2_extended.latex2sympy2 import convert_to_pct
     from math_verify import LatexExtractionConfig, parse
+    from sympy import Equality, Expr
 
     # Reads the whole box or nothing: a brace in the answer must not close the box. By default, math-verify would take
     # any number or formula in it for the answer, and remove letters as units.
@@ -175,6 +177,11 @@ def _parse(latex: str) -> list:
         return []
     if is_phrase(latex):
         return ["".join(latex.casefold().split())]
+    if latex.endswith(r"\%"):  # some versions of the grammar do not know the sign
+        value, *_ = _parse(latex.removesuffix(r"\%")) or [None]
+        if isinstance(value, Equality) and isinstance(value.rhs, Expr):  # x = 50\%
+            return [value.func(value.lhs, convert_to_pct(value.rhs), evaluate=False), latex]
+        return [convert_to_pct(value) if isinstance(value, Expr) else latex, latex]
     norm = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True)
     whole = LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0, normalization_config=norm)
     return parse(rf"\boxed{{{latex}}}", [whole], parsing_timeout=None, extraction_mode="first_match")

@@ -142,6 +142,7 @@ MATH = [
     ([r"\pi", "π", r"$\pi$"], [r"$\pi$.", r"\pi", "π"], 1), (["3.14"], [r"$\pi$."], 0),
     (["(1,2)", r"(1,\,2)", r"\left(1,2\right)", "$(1, 2)$."], ["$(1,2)$.", "(1,2)", r"\((1,2)\)."], 1), (["(2,1)", "(1,3)"], ["$(1,2)$."], 0),
     ([r"\frac13", r"\frac1 3", r"\frac 1 3", r"\frac 13", r"\tfrac{1}{3}", "1/3"], [r"\frac{1}{3}", r"\frac1 3"], 1), (["0.333333", r"\displaystyle 0.333333", r"0.333333\,\text{cm}"], [r"\frac{1}{3}", "1/3"], 0),
+    ([r"\sqrt{2}", r"$\sqrt{2}$,", r"\sqrt{2};"], [r"$\sqrt{2}$,", r"$\sqrt{2}$;", r"$\sqrt{2}$ .", r"\(\sqrt{2}\),"], 1), (["1,2", "1, 2,"], ["1,2.", "2, 1"], 1),
     # A digit apart from a subscript or a power.
     ([r"\log_2 3", r"\log_{2}3", r"\log_2{3}", r"\log_{2} 3", r"\log_2\,3", r"\log_ 2 3", r"\frac{\ln 3}{\ln 2}"], [r"\log_2 3", r"\log_{2}3"], 1),
     ([r"\log_3 2", r"\log_2 5", r"\log_{23}", "3"], [r"\log_2 3"], 0), ([r"\log_2 3.5"], [r"\log_{2}3.5", r"\log_2{3.5}"], 1), ([r"\log_2 3.5"], [r"\log_2 3"], 0), ([r"\log_2 10"], [r"1+\log_2 5"], 1),
@@ -167,12 +168,15 @@ MATH = [
     (["甲, 乙", "甲、乙", "乙，甲", r"\text{甲}, \text{乙}", r"\{甲,乙\}"], [r"\text{甲}, \text{乙}", "甲、乙"], 1), (["甲、丙"], ["甲、乙"], 0), (["x = 甲"], [r"x=\text{甲}", r"\text{甲}"], 1), (["x=乙"], [r"x=\text{甲}"], 0),
     (["Evelyn", r"\text{Evelyn}", r"\textbf{Evelyn}", "evelyn", r"\mathrm{Evelyn}."], ["Evelyn", r"\text{Evelyn}"], 1), (["silent", r"\text{silent}"], ["listen", r"\text{listen}"], 0), (["yes", r"\text{Yes}", "Yes."], [r"\text{yes}", "yes"], 1), (["no"], ["yes"], 0),
     ([r"\text{no solution}", "no solution", r"\text{no}\ \text{solution}"], [r"\text{no solution}"], 1), (["C", "C.", "(C)", r"\text{(C)}", r"\textbf{(C)}"], ["C", "(C)", "C."], 1), (["D"], ["C"], 0), ([r"\text{B and A}", "A, B"], [r"\text{A and B}"], 1),
+    (["rπ", "πr", r"\pi r"], ["πr", r"\pi r"], 1), (["βα"], ["αβ"], 1), ([r"\text{甲}和\text{乙}"], ["甲和乙"], 1),
+    ([r"\boldsymbol{5}", r"\mathbf{5}"], ["5"], 1),
     (["18元", r"18\text{元}"], ["18"], 1), (["18或19", "18万"], ["18"], 0), ([r"n\text{ is even}"], [r"n\text{ is odd}"], 0),
     # Letters and marks that math-verify takes for units, or removes.
     (["5", "5n"], ["5m"], 0), (["5m", "m5"], ["5m"], 1), ([r"2\pi r"], [r"2\pi r h"], 0), ([r"\frac{1}{2} b", r"\frac12"], [r"\frac{1}{2} b h"], 0), ([r"\frac{bh}{2}"], [r"\frac{1}{2} b h"], 1), (["x"], ["x + d", "x d"], 0),
     (["5 cm", "5cm", r"5\text{ cm}", "5 miles", "5 square units", r"5\mathrm{~km} / \mathrm{h}", "5 cm^2"], ["5"], 1), ([r"12\pi\text{ cm}", r"12\pi cm"], [r"12\pi", r"12\pi\text{ cm}"], 1),
     (["f(x)=2x"], ["f'(x)=2x"], 0), (["f'(x)=2x", r"f^{\prime}(x)=2x"], ["f'(x)=2x"], 1), (["y'=x"], ["y''=x", "y=x"], 0),
-    ([r"50\text{ percent}", "50 percent", r"50\%"], ["50", r"50\%", "0.5"], 1), ([r"20\text{ hours and }3\text{ minutes}", r"3\text{ hours and }50\text{ minutes}"], [r"3\text{ hours and }20\text{ minutes}"], 0),
+    ([r"50\text{ percent}", "50 percent", r"50\%", "50%", r"50\,\%", "50 pct", r"x=50\%"], ["50", r"50\%", "0.5", "50 percent"], 1), ([r"20\text{ hours and }3\text{ minutes}", r"3\text{ hours and }50\text{ minutes}"], [r"3\text{ hours and }20\text{ minutes}"], 0),
+    ([r"x=50\%", r"\sqrt{2500}\%"], [r"x=50\%", r"50\%"], 1), ([r"x=51\%", "51 percent", r"\sqrt{2}\%"], [r"x=50\%", r"50\%", r"\sqrt{3}\%"], 0), ([r"\sqrt{2}\%", r"\sqrt{2}\text{ percent}"], [r"\sqrt{2}\%"], 1),
     ([r"90^\circ", "90", r"90^{\circ}", "90\u00b0", r"90\text{ degrees}"], [r"90^\circ", "90"], 1), (["\u2212\\sqrt{2}"], [r"-\sqrt{2}"], 1), ([r"6 \fbox{5}", r"6 \boxed {5}", r"6 \boxed5"], ["5"], 0),
 ]  # fmt: skip
 
