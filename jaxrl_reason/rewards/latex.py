@@ -81,7 +81,7 @@ def normalised(answer: str) -> str:
     "$ \sqrt{2} $." is \sqrt{2}; \log_2 3 is \log_{2} 3; 5\,\text{cm} is 5; 1010_2 is the text "1010 base 2"; words that
     are not ASCII are text.
     """
-    latex = unicodedata.normalize("NFC", plain(answer)).translate(_PUNCTUATION).rstrip(",; ")
+    latex = unicodedata.normalize("NFC", plain(plain(answer).rstrip(",; "))).translate(_PUNCTUATION)
     latex = _SIZES.sub("", _BRACE_NAMES.sub(lambda name: r"\{" if name[1] == "l" else r"\}", latex))
     latex = _outside_text(latex, lambda part: _PRIMES.sub(_as_primes, _wrap_words(part)))
     while _DROPPED.search(latex):  # repeated, because a removal may create another match
