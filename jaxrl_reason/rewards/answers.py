@@ -6,6 +6,7 @@ takes time linear in the text, evaluates nothing and keeps no state, so any thre
 """
 
 import collections
+from collections.abc import Iterator
 import itertools
 import re
 from typing import NamedTuple
@@ -53,9 +54,7 @@ _BOX = re.compile(
     r"(?:\\[a-zA-Z]+(?:\{(?:[^{}]++|\{[^{}]*\})*+\})*+|\\[^a-zA-Z\s]|[^\s\\{}$])++))"
 )
 _BRACES = re.compile(rf"(?P<box>{_BOX.pattern})|\\\\(?!(?:boxed|fbox)(?![a-zA-Z]))|\\[{{}}]|[{{}}]")
-_HASHES = re.compile(
-    r"(?<!#)####(?!#)(?P<answer>[^\n#]*+(?:#(?!###)[^\n#]*+)*+)"
-)  # five are a heading, and so are three
+_MAX_RANKED = 2_000  # characters of a line that tell whether it is an answer
 _BOLD = re.compile(r"(\*{1,3}|__)(?![*_])(.*[^*_])\1", re.DOTALL)
 # Words of prose: two letters or more outside LaTeX commands, except names of functions and what joins numbers.
 _WORD = re.compile(
@@ -88,8 +87,7 @@ class Marker(NamedTuple):
     answer: str | None
     begin: int  # its place in the text
     is_box: bool
-    rank: int
-    total: int  # of all markers that a number or a formula follows
+    rank: int  # how surely it announces an answer
 
 
 def extract_answer(text: str, *, fallback: str | None = None) -> str | None:
@@ -115,19 +113,40 @@ def extract_answer(text: str, *, fallback: str | None = None) -> str | None:
 
 def find_marker(text: str) -> Marker | None:
     """Returns the marker that announces the final answer, or None: the last of those that do so most surely."""
-    begin, answer, count = _last_box(text)
-    best = (_FORMULA, begin, answer) if begin >= 0 else None
-    for line in _HASHES.finditer(text):
-        found = _without_bold(line["answer"])
-        if found:
-            rank = _rank(found)
-            count += rank > _WORDS
-            if best is None or (rank, line.start()) > best[:2]:
-                best = (rank, line.start(), found)
-    return best and Marker(best[2], best[1], best[1] == begin, best[0], count)
+    begin, answer, _ = _last_box(text)
+    box = Marker(answer, begin, True, _FORMULA) if begin >= 0 else None
+    best: Marker | None = None
+    for begin, answer in _hash_lines(text):
+        rank = _rank(answer)
+        if best is None or rank > best.rank:
+            best = Marker(answer, begin, False, rank)
+        if rank == _FORMULA:
+            break
+    if best is None or box is not None and (box.rank, box.begin) > (best.rank, best.begin):
+        return box
+    return best
+
+
+def count_markers(text: str) -> int:
+    """Returns the number of boxes, and of hash marks that a number or a formula follows."""
+    return _last_box(text)[2] + sum(_rank(answer) > _WORDS for _, answer in _hash_lines(text))
+
+
+def _hash_lines(text: str) -> Iterator[tuple[int, str]]:
+    """Yields (the place of "####", what follows it), from the last to the first, if anything follows."""
+    end = len(text)
+    while (last := text.rfind("####", 0, end)) >= 0:
+        begin = last
+        while begin and text[begin - 1] == "#":
+            begin -= 1
+        answer = _without_bold(text[last + 4 : end].partition("\n")[0])
+        if begin == last and answer:  # more hashes are a heading
+            yield begin, answer
+        end = begin
 
 
 def _rank(answer: str) -> int:
+    answer = answer[:_MAX_RANKED]
     if answer.isdecimal():
         return _FORMULA
     prose = TEXT_GROUP.sub("x", answer) if "\\" in answer else answer

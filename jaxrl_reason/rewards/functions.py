@@ -8,7 +8,7 @@ from fractions import Fraction
 import functools
 from typing import Any, TypeVar
 
-from jaxrl_reason.rewards.answers import extract_answer, find_marker
+from jaxrl_reason.rewards.answers import count_markers, extract_answer, find_marker
 from jaxrl_reason.rewards.numeric import numeric_verdict, parse_number
 
 F = TypeVar("F", bound=Callable)
@@ -59,7 +59,7 @@ def format_reward(completions: Sequence[str], **_) -> list[float]:
 
 def _states_one_answer(text: str) -> bool:
     marker = find_marker(text)
-    if marker is None or marker.total != 1 or marker.answer is None or parse_number(marker.answer) is None:
+    if marker is None or marker.answer is None or parse_number(marker.answer) is None or count_markers(text) != 1:
         return False
     begin_of_last_line = text.rstrip().rfind("\n") + 1
     return marker.is_box or marker.begin == begin_of_last_line and text.startswith("#### ", begin_of_last_line)
