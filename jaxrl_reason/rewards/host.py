@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrl_reason.rewards import math as math_rewards
 from jaxrl_reason.rewards.functions import accuracy_reward, format_reward, last_number_reward
 from jaxrl_reason.rewards.math import math_verify_reward
 from jaxrl_reason.rewards.pool import Results
@@ -38,8 +39,8 @@ BUILT_IN: dict[str, RewardFunction] = {
     "judge": judge_reward,
     "math_verify": math_verify_reward,
 }
-# Cheap rewards that compare with a reference of each row, so that all references can be tried before training.
-COMPARING = tuple(BUILT_IN[name] for name in ("accuracy", "last_number", "many_answers", "strict", "judge"))
+# Rewards that compare with a reference of each row, so that all references are tried before training.
+COMPARING = tuple(BUILT_IN[name] for name in BUILT_IN if name != "format")
 
 _LARGEST = float(np.finfo(np.float32).max)
 _log = logging.getLogger(__name__)
@@ -81,6 +82,21 @@ class RewardTable:
         """Returns `rewards/<name>/{error_rate,none_rate,timeout_rate}`, the shares of rows without a reward."""
         kinds = {"error_rate": self.error_rate, "none_rate": self.none_rate, "timeout_rate": self.timeout_rate}
         return {f"rewards/{name}/{kind}": rate for kind, rates in kinds.items() for name, rate in rates.items()}
+
+
+def reference_faults(function: RewardFunction, columns: Mapping[str, Sequence]) -> list[str | None]:
+    """Returns, for each row, why a reward of `COMPARING` cannot judge completions of it, or None if it can."""
+    size = len(next(iter(columns.values())))
+    if function is math_verify_reward:
+        return math_rewards.reference_faults(columns.get("answer", [None] * size))
+    faults: list[str | None] = []
+    for row in range(size):
+        try:
+            function(**{name: [values[row]] for name, values in columns.items()}, prompts=[""], completions=[""])
+            faults.append(None)
+        except (ValueError, TypeError) as error:  # the reference is missing or cannot be read
+            faults.append(str(error))
+    return faults
 
 
 def compute_rewards(

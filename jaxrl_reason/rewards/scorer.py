@@ -14,10 +14,10 @@ import numpy as np
 from jaxrl_reason.config import Reward
 from jaxrl_reason.data import ChatTemplate, files, PromptBatch, PromptTemplate, Source, Tokenizer
 from jaxrl_reason.rewards import host, isolated
+from jaxrl_reason.rewards.answers import extract_answer
 from jaxrl_reason.rewards.device import match_answer_tokens
 from jaxrl_reason.rewards.host import RewardError
 from jaxrl_reason.rewards.loading import distinct_names, load_reward
-from jaxrl_reason.rewards.numeric import extract_answer
 from jaxrl_reason.rewards.output import Output
 from jaxrl_reason.rewards.pool import Pool
 from jaxrl_reason.rl import hosts
@@ -28,6 +28,7 @@ LEARNED: dict[str, Callable[[jax.Array], jax.Array]] = {
     "reward_model": lambda x: x,
     "reward_model_probability": jax.nn.sigmoid,
 }
+_ROWS_PER_CHECK = 4096  # rows whose references are read at once, by the worker processes of math_verify together
 ANSWER_MARKER = "####"  # announces the answer that `match_answer` compares, after one space: "#### -3"
 
 Template = PromptTemplate | ChatTemplate
@@ -229,19 +230,23 @@ class RewardScorer:
 
         Checks the first rows, or all. Raises RewardError if such rows are more than `max_failure_share` of the rows.
         """
-        empty = dict(prompts=[""], completions=[""], completion_ids=[[]])
         for reward in self._host:
             if reward.function not in host.COMPARING:
                 continue
             reports: list[str] = []
             count = total = 0
-            for total, row in enumerate(itertools.islice(source, first), start=1):
+            rows = itertools.islice(source, first)
+            while chunk := list(itertools.islice(rows, _ROWS_PER_CHECK)):
                 try:
-                    reward.function(**_columns([row]) | empty)
-                except (ValueError, TypeError) as e:  # the reference is missing or cannot be read
-                    count += 1
-                    if len(reports) < files.REPORTED:
-                        reports.append(f"{source.place(total - 1)}: {e}")
+                    faults = host.reference_faults(reward.function, _columns(chunk))
+                except RuntimeError as error:  # no worker process can start
+                    raise RewardError(f"Reward {reward.name!r} cannot be called. {error}") from None
+                for place, fault in enumerate(faults, start=total):
+                    if fault is not None:
+                        count += 1
+                        if len(reports) < files.REPORTED:
+                            reports.append(f"{source.place(place)}: {fault}")
+                total += len(chunk)
             if not count:
                 continue
             report = files.listed(f"Reward {reward.name!r} cannot judge {count} of {total} rows", reports, count)

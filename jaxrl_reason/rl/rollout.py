@@ -63,8 +63,7 @@ def generate(
 ) -> Rollout:
     """Samples G completions per prompt. Pure; jit it with the keyword sizes static.
 
-    Decoding is a `lax.while_loop`, which stops when every completion has ended. When few are left, they move into a smaller loop, see
-    `rl.compaction`.
+    Decoding is a `lax.while_loop`, which stops when every completion has ended. When few are left, they move into a smaller loop.
 
     Args:
       config, params: the decoder.
@@ -78,11 +77,10 @@ def generate(
       legal: the tokens allowed at each position; None allows all.
       features: numbers of the prompts, for a model with `features`.
       with_prompt_logprobs: also return the prompts' log-probabilities, from the prefill.
-      probe_token: also return this token's log-probability after each end token. The decoder reads the end token like any other token. This
-        costs at most one more iteration of the loop and no further forward pass.
+      probe_token: also return this token's log-probability after each end token, which costs at most one more iteration of the loop.
       probe_temperature: the temperature of that log-probability, whatever temperature samples.
       int8: decode with rounded weights and caches, half or a quarter of the memory traffic. Log-probabilities are those of the rounded model.
-      cache_pieces: number of pieces of the completions' cache. A step reads the pieces that are begun. The samples are the same.
+      cache_pieces: pieces of the completions' cache; a step reads those that are begun. The samples are the same.
       halvings: how often the loop is halved. The samples are the same.
       end_at: for measurements: the positions at which the first end token is forced, and nowhere else; None: completions end by themselves.
 
@@ -91,7 +89,7 @@ def generate(
     """
     if probe_token is not None and not eos_ids:
         raise ValueError("A probe token is read after the end token, and no token ends a completion: eos_ids is empty.")
-    P, G, T = prompt_tokens.shape[0], group_size, max_length
+    (P, S), G, T = prompt_tokens.shape, group_size, max_length
     model = models.bind(config, params)
     hidden, prompt = model.prefill(prompt_tokens, prompt_mask, features)
     prompt_logprobs = _prompt_logprobs(model, hidden, prompt_tokens, prompt_mask) if with_prompt_logprobs else None
@@ -107,9 +105,8 @@ def generate(
     after_end = lambda logits: jax.nn.log_softmax(scale_logits(logits, probe_temperature, None))[..., probe_token]
     steps = T + (probe_token is not None)  # one more, to read what follows an end token at the last position
     rows = first_rows(prompt, sampling_noise(key, prompt_ids, G, steps), temperature, legal, end_at)
-    none = _no_tokens(P, G, steps, pad_id, probe_token is not None)
-    empty = Carry(jnp.int32(0), none.tokens[:, :, 0], None, model.empty_cache(P, G, T, int8, cache_pieces), none)
-    sizes = compaction.sizes(P // sharding.num_prompt_shards(), G, prompt_tokens.shape[1], T, halvings)
+    empty = _no_tokens(P, G, steps, pad_id, probe_token is not None, model.empty_cache(P, G, T, int8, cache_pieces))
+    sizes = compaction.sizes(P // sharding.num_prompt_shards(), G, S, T, halvings)
     end = _decode(rows, empty, models.project(hidden, head, config), next_logits, after_end, eos_ids, pad_id, T, sizes)
     return Rollout(
         prompt_tokens,
@@ -130,11 +127,13 @@ def last_hidden(hidden: Float[Array, "P S D"], mask: Bool[Array, "P S"]) -> Floa
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)
 
 
-def _no_tokens(P: int, G: int, steps: int, pad_id: int, with_probe: bool) -> Completions:
-    """Returns completions before the first token."""
+def _no_tokens(P: int, G: int, steps: int, pad_id: int, with_probe: bool, cache: Any) -> Carry:
+    """Returns the state before the first token."""
     shape = (P, G, steps)
     tokens, logprobs, mask = jnp.full(shape, pad_id, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool)
-    return Completions(jnp.ones((P, G), bool), tokens, logprobs, mask, jnp.zeros((P, G)) if with_probe else None)
+    probe = jnp.zeros((P, G)) if with_probe else None
+    completions = Completions(jnp.ones((P, G), bool), tokens, logprobs, mask, probe)
+    return Carry(jnp.int32(0), tokens[:, :, 0], None, cache, completions)
 
 
 def _decode(

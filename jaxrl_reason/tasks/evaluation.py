@@ -12,7 +12,8 @@ from jaxrl_reason.config import Config
 from jaxrl_reason.data import PromptBatch
 from jaxrl_reason.models import sharding
 from jaxrl_reason.rewards import RewardError
-from jaxrl_reason.rewards.numeric import extract_answer, parse_number
+from jaxrl_reason.rewards.answers import extract_answer
+from jaxrl_reason.rewards.numeric import parse_number
 from jaxrl_reason.rewards.scorer import each, RewardScorer
 from jaxrl_reason.rl import experience, hosts
 from jaxrl_reason.rl.types import Rollout

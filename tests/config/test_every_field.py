@@ -213,6 +213,8 @@ EFFECTS = {
     "sampling.quantize": ("int8", see.sampled, {}),
     "sampling.importance_cap": (0.5, see.loss, dict(sampling__quantize="int8")),
     "sampling.mask_truncated_completions": (True, see.prepared, {}),
+    "sampling.halvings": (1, see.rollout_program, {}),
+    "sampling.cache_pieces": (2, see.rollout_program, {}),
     "sampling.parts": (2, see.drawn, {}),
     "sampling.max_batches": (3, see.dynamic_sampling, NEVER_MIXED),
     "optimizer.learning_rate": (0.1, see.optimizer, {}),

@@ -107,6 +107,15 @@ def sampled(config, tmp_path):
     return run.programs.generate(state.params, run.prompts.batch(0), state.step)
 
 
+def rollout_program(config, tmp_path):
+    """Returns the program of a rollout, as text."""
+    ready = setup(config, tmp_path).programs
+    prompts = [jax.ShapeDtypeStruct((config.prompts_per_step, config.max_prompt_length), d) for d in (jnp.int32, bool)]
+    ids, step = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((config.prompts_per_step,), ()))
+    temperatures = jax.ShapeDtypeStruct((config.group_size,), jnp.float32)
+    return ready.jitted["rollout"].lower(ready.abstract_state.params, *prompts, ids, None, step, temperatures).as_text()
+
+
 def evaluated(config, tmp_path):
     run = setup(config, tmp_path)
     return run.programs.generate_eval(run.programs.init().params, run.held_out[0])

@@ -2,9 +2,11 @@
 
 import functools
 import gc
+import importlib.util
 import json
 import math
 import pathlib
+import types
 import warnings
 
 from hypothesis import given, settings
@@ -16,7 +18,9 @@ import pytest
 
 from jaxrl_reason import data
 from jaxrl_reason.config import Reward
+from jaxrl_reason.rewards import math as math_rewards
 from jaxrl_reason.rewards import RewardError
+from jaxrl_reason.rewards import scorer as scorer_lib
 from jaxrl_reason.rewards.output import Output
 from jaxrl_reason.rewards.scorer import RewardScorer
 from jaxrl_reason.rl import hosts
@@ -346,6 +350,38 @@ def test_unreadable_references_are_listed_and_too_many_raise():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_scorer("accuracy", "last_number", "strict", "judge", max_failure_share=0).check_references(good)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed")
+def test_references_that_math_verify_cannot_read_are_listed(monkeypatch):
+    monkeypatch.setattr(scorer_lib, "_ROWS_PER_CHECK", 3)
+    answers = ["12", r"$\sqrt{2}$.", "", r"\log_2 3", "}", None, r"\boxed{", "5_000"]
+    rows = [{"question": "q", "answer": answer} for answer in answers]
+    place = lambda i: f"line {i + 1}"
+    source = data.Source("rows.jsonl", "", 0, lambda where: [rows[i] for i in where], len(rows), place)
+    with pytest.warns(UserWarning) as said:
+        make_scorer("math_verify", max_failure_share=0.7).check_references(source)
+    lines = str(said[0].message).splitlines()
+    assert "Reward 'math_verify' cannot judge 5 of 8 rows" in lines[0]
+    for line, (number, answer) in zip(
+        lines[1:], [(3, "''"), (5, "'}'"), (6, "None"), (7, r"'\\boxed{'"), (8, "'5_000'")]
+    ):
+        assert line.startswith(f"  line {number}: math-verify cannot read the reference answer {answer}, so no")
+    with pytest.raises(RewardError, match="(?s)cannot judge 5 of 8 rows.*line 3: math-verify cannot read"):
+        make_scorer("math_verify", max_failure_share=0.5).check_references(source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_scorer("math_verify", max_failure_share=0.5).check_references(source, 2)
+
+
+def test_a_verifier_that_cannot_start_is_a_sentence(monkeypatch):
+    def fail(items):
+        raise RuntimeError("A worker process of the pool could not start: ImportError: Unsupported ANTLR version 4.10.")
+
+    monkeypatch.setattr(math_rewards, "_pool", lambda: types.SimpleNamespace(map=fail))
+    source = data.Source("rows.jsonl", "", 0, lambda where: [{"answer": "x+1"} for _ in where], 1)
+    with pytest.raises(RewardError, match="'math_verify' cannot be called. A worker process .* ANTLR version 4.10"):
+        make_scorer("math_verify").check_references(source)
 
 
 def test_a_missing_value_of_a_column_is_none():
