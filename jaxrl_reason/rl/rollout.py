@@ -63,7 +63,7 @@ def generate(
 ) -> Rollout:
     """Samples G completions per prompt. Pure; jit it with the keyword sizes static.
 
-    Decoding is a `lax.while_loop`, which stops when every completion has ended. When few are left, they move into a smaller loop.
+    A `lax.while_loop` decodes until every completion has ended. When few are left, they move into a smaller loop.
 
     Args:
       config, params: the decoder.
@@ -80,8 +80,7 @@ def generate(
       probe_token: also return this token's log-probability after each end token, which costs at most one more iteration of the loop.
       probe_temperature: the temperature of that log-probability, whatever temperature samples.
       int8: decode with rounded weights and caches, half or a quarter of the memory traffic. Log-probabilities are those of the rounded model.
-      cache_pieces: pieces of the completions' cache; a step reads those that are begun. The samples are the same.
-      halvings: how often the loop is halved. The samples are the same.
+      cache_pieces, halvings: pieces of the completions' cache, and how often the loop is halved. The samples are the same.
       end_at: for measurements: the positions at which the first end token is forced, and nowhere else; None: completions end by themselves.
 
     Raises:
@@ -101,7 +100,7 @@ def generate(
         hidden, cache = model.step(carry.last, carry.t - 1, blocks, rows.prompt, carry.cache)
         return models.project(hidden, head, config), cache
 
-    # The legal tokens end with the completion: the probe token is scored among all tokens.
+    # The probe token is scored among all tokens: the legal tokens end with the completion.
     after_end = lambda logits: jax.nn.log_softmax(scale_logits(logits, probe_temperature, None))[..., probe_token]
     steps = T + (probe_token is not None)  # one more, to read what follows an end token at the last position
     rows = first_rows(prompt, sampling_noise(key, prompt_ids, G, steps), temperature, legal, end_at)
