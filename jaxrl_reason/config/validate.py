@@ -12,6 +12,7 @@ from jaxrl_reason import methods
 from jaxrl_reason.advantages import AdvantageInputs
 from jaxrl_reason.config import schema
 from jaxrl_reason.config.build import make_method, model_config, OVERRIDES
+from jaxrl_reason.config.paths import remote
 from jaxrl_reason.config.schema import Config, ConfigError, field_names, with_article
 from jaxrl_reason.methods import Method
 
@@ -63,9 +64,21 @@ def _uses(m: Method, *signals: str) -> str:
     return ", ".join(name for name in signals if name in m.signals)
 
 
+def _remote(field: str) -> Rule:
+    """Returns the rule that a field names files of this machine; data may lie on the Hugging Face hub."""
+    hub = ("hf://datasets/",) if field in ("data.train", "data.eval", "reward_model.data") else ()
+    return Rule(field, lambda c, m: remote(_value(c, field), hub), "only paths on this machine are supported: {found}")
+
+
+PATHS = (
+    *("model.path", "reward_model.path", "supervised.start_from", "data.tokenizer"),
+    *("data.data_dir", "data.train", "data.eval", "reward_model.data"),
+)
+
 # The first broken rule is the error, so a rule can rely on the rules before it.
 # fmt: off
 RULES = (
+    *map(_remote, PATHS),
     # method
     Rule("group_size", lambda c, m: m.dynamic_sampling and c.group_size < 2,
          "config.method.dynamic_sampling keeps groups with both correct and incorrect completions: set it to at least 2"),

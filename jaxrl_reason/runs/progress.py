@@ -64,6 +64,8 @@ class _Step(NamedTuple):
     begin: float
     limit: float  # seconds
     clock: "Clock"
+    compiles: str  # the end of its message, if it takes long because it compiles
+    usual: bool  # whether its duration says how long a step takes
 
 
 class Heartbeat:
@@ -80,13 +82,18 @@ class Heartbeat:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def step(self, name: str, clock: "Clock") -> None:
-        """Begins the next step, which ends the step before it."""
+    def step(self, name: str, clock: "Clock", *, compiles: str = "", usual: bool = True) -> None:
+        """Begins the next step, which ends the step before it.
+
+        `compiles` ends the message of a step that also compiles. The duration of such a step, and of a step that is not
+        `usual`, says nothing about the next steps.
+        """
         now = time.monotonic()
-        if self._step is not None:
+        if self._step is not None and self._step.usual:
             self._times = [*self._times[-19:], now - self._step.begin]
-        usual = statistics.median(self._times) if self._times else 0.0
-        self._step = _Step(name, now, max(self._patience, 5 * usual), clock)
+        median = statistics.median(self._times) if self._times else 0.0
+        limit = max(self._patience, 5 * median)
+        self._step = _Step(name, now, limit, clock, compiles, usual and not compiles)
 
     def _watch(self) -> None:
         watched, due = None, 0.0
@@ -100,7 +107,7 @@ class Heartbeat:
             if took >= due:
                 due = 2 * took
                 part = f"is in its {step.clock.part}" if step.clock.part else "is not done"
-                compiling = "; the first step also compiles" if not self._times else ""
+                compiling = f"; {step.compiles}" if step.compiles else ""
                 self._say(f"{step.name} has been going on for {duration(took)}, and {part}{compiling}.")
 
     def __enter__(self) -> Self:

@@ -9,7 +9,7 @@ import shutil
 from typing import Any, Protocol
 
 from jaxrl_reason import config as config_lib
-from jaxrl_reason import models
+from jaxrl_reason import methods, models
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data import fitted, load_tokenizer, Tokenizer
 from jaxrl_reason.data.parsers import kind_of
@@ -155,7 +155,13 @@ def load_config(workdir: pathlib.Path, fields: Mapping[str, str]) -> Config:
         config.data.eval_split = "all" if kind_of(config.data.eval) else "test"
     if config.eval.temperature == 0 and "eval.samples" not in fields:
         config.eval.samples = 1  # greedy completions are all alike
-    config_lib.validate(config)
+    try:
+        config_lib.validate(config)
+    except ConfigError as e:
+        used = [*str(config.method.get("name")).split("+"), config.method.get("base") or "grpo"]
+        if all(name in methods.names() for name in used):
+            raise
+        raise ConfigError(f"{e} If the run's recipe registers it, name the recipe: --config=FILE.") from e
     return config
 
 
