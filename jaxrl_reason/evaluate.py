@@ -18,7 +18,7 @@ import rich.console
 
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import models, runs, tasks
-from jaxrl_reason.config import Config, ConfigError
+from jaxrl_reason.config import Config
 from jaxrl_reason.data import PromptBatch
 from jaxrl_reason.rewards import model_training, RewardError
 from jaxrl_reason.rewards.scorer import LEARNED

@@ -240,7 +240,7 @@ def accuracy_interval(x: ArrayLike, *, level: float = 0.95) -> tuple[float, floa
         return low, high
     n, mean, z2 = x.size, float(x[0]), statistics.NormalDist().inv_cdf((1 + level) / 2) ** 2
     center, half = mean + z2 / (2 * n), math.sqrt(z2 * (mean * (1 - mean) + z2 / (4 * n)) / n)
-    return tuple(min(max((center + side * half) / (1 + z2 / n), 0.0), 1.0) for side in (-1, 1))
+    return min((center - half) / (1 + z2 / n), mean), max((center + half) / (1 + z2 / n), mean)
 
 
 def token_confidence(

@@ -64,21 +64,9 @@ def _uses(m: Method, *signals: str) -> str:
     return ", ".join(name for name in signals if name in m.signals)
 
 
-def _remote(field: str) -> Rule:
-    """Returns the rule that a field names files of this machine; data may lie on the Hugging Face hub."""
-    hub = ("hf://datasets/",) if field in ("data.train", "data.eval", "reward_model.data") else ()
-    return Rule(field, lambda c, m: remote(_value(c, field), hub), "only paths on this machine are supported: {found}")
-
-
-PATHS = (
-    *("model.path", "reward_model.path", "supervised.start_from", "data.tokenizer"),
-    *("data.data_dir", "data.train", "data.eval", "reward_model.data"),
-)
-
 # The first broken rule is the error, so a rule can rely on the rules before it.
 # fmt: off
 RULES = (
-    *map(_remote, PATHS),
     # method
     Rule("group_size", lambda c, m: m.dynamic_sampling and c.group_size < 2,
          "config.method.dynamic_sampling keeps groups with both correct and incorrect completions: set it to at least 2"),
@@ -172,6 +160,7 @@ RULES = (
 def validate(config: Config) -> Method:
     """Checks all that is known before data are read, and returns the method. The first failure raises ConfigError."""
     _check_fields(config)
+    _check_paths(config)
     method = make_method(config)
     _check_signals(config, method)
     for rule in RULES:
@@ -224,6 +213,20 @@ def _violated_bound(value: Any, low: Any, above: Any, high: Any, below: Any, cho
     if choices and value not in choices:
         return f"one of {', '.join(choices)}"
     return ""
+
+
+PATHS = (
+    *("model.path", "reward_model.path", "supervised.start_from", "data.tokenizer"),
+    *("data.data_dir", "data.train", "data.eval", "reward_model.data"),
+)
+
+
+def _check_paths(config: Config) -> None:
+    """Raises ConfigError if a path is an address of another machine; data may lie on the Hugging Face hub."""
+    for name in PATHS:
+        supported = ("hf://datasets/",) if name in ("data.train", "data.eval", "reward_model.data") else ()
+        if elsewhere := remote(value := _value(config, name), supported):
+            raise ConfigError(f"config.{name} is {value!r}; only paths on this machine are supported: {elsewhere}.")
 
 
 def _check_signals(config: Config, method: Method) -> None:

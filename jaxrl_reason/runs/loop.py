@@ -65,7 +65,7 @@ def run_loop(
         metrics_file = stack.enter_context(writer)
         heart = stack.enter_context(Heartbeat(say, c.log.heartbeat))
         if loop.begin == 0 and before:
-            heart.step("The evaluation before training", Clock(), compiles="it also compiles")
+            heart.step("The evaluation before training", Clock(), extra=True)
             metrics_file.write(0, before())
         past = history(loop.directory, loop.begin)
         skipped, written = SkippedUpdates(c.optimizer.max_skipped, past), observe(past) if observe else None
@@ -74,8 +74,7 @@ def run_loop(
         for step in range(loop.begin, loop.end):
             done, last = step + 1, step + 1 == loop.end
             name = loop.step_name.format(done)
-            first = "the first step also compiles" if step == loop.begin else ""
-            heart.step(name[0].upper() + name[1:], clock, compiles=first)
+            heart.step(name[0].upper() + name[1:], clock)
             state, metrics, details = train_step(step, state, clock)
             if after:
                 metrics |= after(done, state, metrics, details, clock)
@@ -87,7 +86,7 @@ def run_loop(
                 raise skipped.error(name, advice(done, state, details))
             ending = loop.should_stop() and not last
             if ending or (loop.saves_last if last else done % c.checkpoint.every == 0):
-                heart.step(f"The checkpoint of {name}", clock, usual=False)
+                heart.step(f"The checkpoint of {name}", clock, extra=True)
                 with clock("checkpoint"):
                     save(done, state)
             if ending:

@@ -58,13 +58,16 @@ def _holds_other(directory: pathlib.Path, record: Mapping[str, Any]) -> bool:
     if not file.exists():
         return directory.exists() and not directory.is_dir()
     try:
-        found = json.loads(file.read_bytes())
-        return any(found.get(name) != json.loads(json.dumps(record[name])) for name in _IDENTITY)
-    except (ValueError, AttributeError):  # not ours
+        return _identity(json.loads(file.read_bytes())) != _identity(json.loads(json.dumps(record)))
+    except (ValueError, TypeError, KeyError, AttributeError):  # of an earlier version, or not ours
         return True
 
 
-_IDENTITY = ("checkpoint", "data", "config")  # two evaluations of a run with equal ones have the same results
+def _identity(record: Mapping[str, Any]) -> list[Any]:
+    """Returns what decides the results of an evaluation, from its record."""
+    without = ("steps", "mesh", "checkpoint", "log")  # sections that change no result
+    config = {name: value for name, value in record["config"].items() if name not in without}
+    return [record["checkpoint"], record["data"], config]
 
 
 def write_results(
