@@ -392,7 +392,7 @@ def test_sigterm_and_ctrl_c_save_and_the_same_command_goes_on(processes, number,
     started[-1].send_signal(number)  # one of them is enough
     ended = finish(started, limit=60)
     assert [code for code, _, _ in ended] == [143] * processes, ended
-    assert processes > 1 or ended[0][2].count("\n") == 1, ended
+    assert "Traceback" not in ended[0][2] and ended[0][2].splitlines()[-1].startswith("Asked to end"), ended
     done = read_metrics(file)[-1]["step"]
     assert f"saved after step {done}" in ended[0][2]
     _, path = recipe(folder, f"goes_on{number}", mesh__fsdp=1, steps=done + 1, checkpoint__every=100_000)
