@@ -84,7 +84,7 @@ def probe_reference(
     params = models.lora.join(reference, frozen)
 
     def log_ref(rollout: Rollout) -> np.ndarray:
-        scored = programs.score(params, rollout).probe_logprobs
+        scored = programs.compute_logprobs(params, rollout).probe_logprobs
         assert scored is not None  # the method has a probe token
         return hosts.to_host(scored)
 
