@@ -152,8 +152,11 @@ def base_run(rows, tmp_path_factory):
     "changes",
     [
         {},
-        pytest.param(dict(lora__rank=2, max_completion_length=120), marks=pytest.mark.slow),
-    ],  # long enough to end by chance
+        # Adapters on random weights: long enough to end by chance, and the entropy moves them.
+        pytest.param(
+            dict(lora__rank=2, max_completion_length=120, update__entropy_coefficient=1.0), marks=pytest.mark.slow
+        ),
+    ],
     ids=str,
 )
 def test_an_exact_reference_for_self_rewards_is_that_of_evaluations_too(changes, rows, tmp_path):
