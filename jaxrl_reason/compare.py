@@ -6,7 +6,7 @@ recipe's supervised start (and its reward model) is trained once, in DIR/method.
 DIR/comparison.json. The same command again resumes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import pathlib
 import re
@@ -19,6 +19,7 @@ from jaxrl_reason import tasks, train
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.methods import Method
 from jaxrl_reason.rewards import RewardError
+from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs import command, pictures, read_metrics
 from jaxrl_reason.runs.files import write_json
 
@@ -69,6 +70,8 @@ def prepare(config: Config, baselines: Mapping[str, Mapping[str, object]], workd
 
     Raises ConfigError without evaluations to compare, and for a baseline that changes an unknown field.
     """
+    if elsewhere := config_lib.remote(str(workdir)):
+        raise ConfigError(f"The work directory is {str(workdir)!r}, and must be on this machine: {elsewhere}.")
     workdir = pathlib.Path(workdir).expanduser().resolve()  # the configurations of the baselines hold it
     if not config.eval.every:
         raise ConfigError("config.eval.every is 0, and a comparison needs held-out metrics; set it above 0.")
@@ -88,6 +91,11 @@ def prepare(config: Config, baselines: Mapping[str, Mapping[str, object]], workd
 
 def train_all(comparison: Comparison) -> Rows:
     """Trains all runs and writes comparison.json. Returns its content, see `compare`."""
+    with hosts.preemption() as should_stop:  # around all runs: a signal in one of them ends the comparison
+        return _train_all(comparison, should_stop)
+
+
+def _train_all(comparison: Comparison, should_stop: Callable[[], bool]) -> Rows:
     workdir, rows = comparison.workdir, {}
     console, count = rich.console.Console(highlight=False, markup=False), len(comparison.configs)
     for number, (name, config) in enumerate(comparison.configs.items(), 1):
@@ -99,6 +107,8 @@ def train_all(comparison: Comparison) -> Rows:
         if name != METHOD:
             comparison.pending.append(_set_up(name, config, directory))
         train.train(comparison.pending.pop())
+        if should_stop() and left:
+            raise hosts.Preempted(f"the last step of the run in {directory}")
         lines = read_metrics(directory / "metrics.jsonl")
         prefixes = ("eval/", *tasks.BASELINES)
         evaluations = [e for line in lines if (e := {k: v for k, v in line.items() if k.startswith(prefixes)})]

@@ -132,6 +132,7 @@ COMMAND = command.Command(
     (
         command.WORKDIR,
         command.Flag("step", "N", "a number under DIR/replay; the last by default", command.number),
+        command.RECIPE,
         command.Flag("config.mesh.", "NAME=SIZE", "another size of the mesh, such as --config.mesh.fsdp=-1"),
     ),
     "--workdir=/tmp/quickstart",
@@ -142,6 +143,7 @@ COMMAND = command.Command(
 def prepare(arguments: command.Arguments) -> tuple[train.Run, Saved]:
     """Sets the run up and reads the saved step; raises ConfigError or CheckpointError without a readable one."""
     workdir = arguments.workdir
+    command.load_recipe(arguments)
     config = runs.load_config(workdir, arguments.fields)
     saved = runs.numbers_in(workdir / "replay")
     if not saved:

@@ -29,8 +29,7 @@ from jaxrl_reason.rewards.scorer import LEARNED
 from jaxrl_reason.rl import dynamic_sampling, experience, hosts
 from jaxrl_reason.rl import programs as programs_lib
 from jaxrl_reason.rl.types import Groups, LogProbs, Rollout, Step, TrainState
-from jaxrl_reason.runs import checkpoints, command
-from jaxrl_reason.runs.files import write_json
+from jaxrl_reason.runs import checkpoints, command, pictures
 from jaxrl_reason.runs.loop import Loop, run_loop
 from jaxrl_reason.runs.metrics_file import SampleTable
 from jaxrl_reason.runs.progress import Clock
@@ -259,23 +258,21 @@ def reinforce(
 ) -> TrainState:
     """Runs the RL phase: the loop around `train_step`, with evaluations, samples and warnings."""
     c, programs, work, begin = run.config, run.programs, run.work, int(state.step)
-    settings = run.method.loss.find("self_reward")
-    constant = None if settings and settings.reference == "exact" else c_ref
 
     def step(i: int, state: TrainState, clock: Clock):
         with jax.transfer_guard("disallow"):  # an unintended transfer is an error
-            done = train_step(run, state, reference, clock, constant)
+            done = train_step(run, state, reference, clock, c_ref)
         clock.count("update", int(_count(done.batch.mask)))
-        metrics = done.metrics | {"learning_rate": programs.learning_rate(i)} | clock.metrics()
-        return done.state, metrics, done
+        return done.state, done.metrics | {"learning_rate": programs.learning_rate(i)}, done
 
     def evaluate(state: TrainState) -> dict[str, float]:
         weights = rollout_weights(run, state.params, Clock())
-        return run.task.evaluate(functools.partial(programs.generate_eval, weights), run.scorer, c_ref)
+        probe = self_reward.probe_reference(run.method, programs, c_ref, reference, state.frozen)
+        return run.task.evaluate(functools.partial(programs.generate_eval, weights), run.scorer, probe)
 
     def before() -> dict[str, float]:
         if hosts.is_first():
-            write_json(work.path / "evaluation.json", summary.evaluation_settings(c))
+            summary.write_settings(work.path, c)
         return evaluate(state) | run.task.baselines()
 
     def after(done: int, state: TrainState, metrics: dict, details: Step, clock: Clock) -> dict[str, float]:
@@ -290,7 +287,7 @@ def reinforce(
             state,
             step,
             lambda done, state: saver.save(c.supervised.steps + done, state),
-            progress=lambda metrics: f"reward {metrics['reward']:.3f}",
+            progress=pictures.reward_text,
             advice=lambda done, state, details: (
                 f"{save_for_replay(work.path, done, state, details)} A lower config.optimizer.learning_rate, rewards of a smaller scale or "
                 "float32 help most often. The newest checkpoint holds the weights from before."

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 
 import jax
 import numpy as np
@@ -84,6 +86,33 @@ def test_a_comparison_that_is_asked_to_end_says_that_it_goes_on(tmp_path, capsys
     monkeypatch.setattr(compare, "train_all", stopped)
     assert compare.main([f"--config={recipe}", f"--workdir={tmp_path / 'run'}"]) == 143
     assert capsys.readouterr().err == "Asked to end, and saved after step 3: the same command continues from there.\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("ending", [0, 1])
+def test_a_signal_in_the_last_step_of_a_run_ends_the_comparison(ending, number, tmp_path, monkeypatch):
+    """After the last run there is nothing left to end."""
+    config = tiny(write_rows(tmp_path / "rows.jsonl"), eval__every=1)
+    comparison = compare.prepare(config, {"other": {"seed": 0}}, tmp_path / "runs")
+    trained = []
+
+    def last_step(run):
+        (run.work.path / "start").mkdir(exist_ok=True)
+        with hosts.preemption():
+            if len(trained) == ending:
+                os.kill(os.getpid(), number)
+        trained.append(run.work.path.name)
+
+    monkeypatch.setattr(train, "train", last_step)
+    monkeypatch.setattr(compare, "read_metrics", lambda _: [{"eval/accuracy": 0.5}])
+    if ending == 1:
+        assert list(compare.train_all(comparison)) == ["start", "grpo", "other"]
+    else:
+        with pytest.raises(
+            hosts.Preempted, match="saved after the last step of the run in .*/method: the same command"
+        ):
+            compare.train_all(comparison)
+    assert trained == ["method", "other"][: ending + 1]
 
 
 def test_the_table_has_a_dash_for_a_missing_metric():

@@ -83,9 +83,9 @@ class Programs:
         """See `experience.make_experience`."""
         return self.jitted["make_experience"](groups, advantage_state, kl, probe_reference)
 
-    def mean_reward(self, groups: Groups) -> jax.Array:
-        """Returns the mean total reward of all groups, informative or not; f32 scalar."""
-        return self.jitted["mean_reward"](groups)
+    def sampled_means(self, groups: Groups) -> dict[str, jax.Array]:
+        """Returns the mean total reward and length over all groups, informative or not; f32 scalars."""
+        return self.jitted["sampled_means"](groups)
 
     def fill(self, buffer: Groups, filled: jax.Array, groups: Groups) -> tuple[Groups, jax.Array, jax.Array]:
         """See `experience.fill`; the buffer is donated."""
@@ -284,11 +284,14 @@ def _experience_programs(config, method, weights, verdict, expert, by_prompt, wh
         mask_truncated=config.sampling.mask_truncated_completions,
         expert=expert,
     )
-    mean_reward = functools.partial(experience.mean_reward, weights=weights, group_size=config.group_size)
+    sampled_means = lambda groups: {
+        "reward": experience.mean_reward(groups, weights, config.group_size),
+        "mean_length": experience.mean_length(groups, config.group_size),
+    }
     fill = functools.partial(experience.fill, verdict=verdict, group_size=config.group_size)
     return {
         "make_experience": jax.jit(make_experience, out_shardings=Prepared(by_prompt, whole, whole)),
-        "mean_reward": jax.jit(mean_reward),
+        "sampled_means": jax.jit(sampled_means),
         "fill": jax.jit(fill, donate_argnums=0, out_shardings=(by_prompt, whole, whole)),
     }
 
@@ -308,14 +311,20 @@ def _learner_programs(config, method, model, mesh, options, optimizer, legal, ro
     def update_step(state, batch, temperature):
         return update(state, batch, temperature, jax.random.fold_in(jax.random.fold_in(root, UPDATE), state.step))
 
-    score = functools.partial(
-        scoring.score,
-        model,
-        legal=legal,
-        microbatches=options.accumulation * options.minibatches,
-        chunk=options.logprob_chunk,
-        probe_token=options.probe_token,
-    )
+    parts = options.accumulation * options.minibatches
+
+    def score(params, rollout, temperature):
+        return scoring.score(
+            model,
+            params,
+            rollout,
+            temperature,
+            legal,
+            microbatches=sharding.microbatches(mesh, len(rollout.tokens), parts),  # evaluations have other batches
+            chunk=options.logprob_chunk,
+            probe_token=options.probe_token,
+        )
+
     supervised = learner.make_supervised_update(model, make_supervised_optimizer(config), legal)
     gradient = lambda params, batch, temperature: learner.gradient(model, options, params, batch, temperature, legal)
     init = lambda: fresh(models.init_params(model, jax.random.fold_in(root, INIT)))

@@ -7,5 +7,6 @@ curve and tables. `loop` is the skeleton of training; `watch` warns, and ends a 
 `progress` shows bar, heartbeat and timings. `command` has flags, --help, errors and exit codes of every command.
 """
 
+from jaxrl_reason.runs.checkpoints import numbers_in
 from jaxrl_reason.runs.metrics_file import read_metrics
-from jaxrl_reason.runs.workdir import checkpoint_numbers, load_config, load_weights, numbers_in
+from jaxrl_reason.runs.workdir import checkpoint_numbers, load_config, load_weights

@@ -7,7 +7,8 @@
 
 `prepare(arguments)` does everything that can refuse the command: it reads configuration and data. `work(prepared)` does
 the rest. Exit codes: 0 done; 2 refused before it began (flags, configuration, data); 1 failed while running (diverged,
-reward failures, checkpoint, disk); 143 ended by SIGTERM, after saving.
+reward failures, checkpoint, disk); 143 ended by SIGTERM or Ctrl-C, after saving; 130 ended by Ctrl-C, without saving (a
+command that has nothing to save, or a second Ctrl-C).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -46,11 +47,18 @@ def number(text: str) -> int:
     return int(text)
 
 
-def path(text: str) -> pathlib.Path:
-    """Returns an absolute path; ~ is the home directory."""
+def local(text: str) -> str:
+    """Returns the text of a path; raises ValueError for an empty text, and for the address of another machine."""
     if not text:
         raise ValueError("a path")
-    return pathlib.Path(text).expanduser().resolve()
+    if elsewhere := config_lib.remote(text):
+        raise ValueError(f"a path on this machine: {elsewhere}")
+    return text
+
+
+def path(text: str) -> pathlib.Path:
+    """Returns an absolute path; ~ is the home directory."""
+    return pathlib.Path(local(text)).expanduser().resolve()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +92,22 @@ class Flag:
 WORKDIR = Flag("workdir", "DIR", "the work directory of a run", path, required=True)
 CHECKPOINT = Flag("checkpoint", "N", "a number under DIR/checkpoints; the newest by default", number)
 RECIPE = Flag("config", "FILE", "the run's recipe, needed if it registers an estimator of its own", path)
+
+
+def load_recipe(arguments: "Arguments") -> None:
+    """Executes the recipe of the flag RECIPE, if it is given, which registers the estimators of the recipe."""
+    if arguments.config:
+        config_lib.load_module(arguments.config)
+
+
 # Any field; --help of a command with this flag lists the fields with the values of the recipe --config.
 FIELDS = Flag(
     "config.", "FIELD=VALUE", "sets a field of the configuration, such as --config.optimizer.learning_rate=1e-5"
 )
 # Flags of the commands that train.
 TRAINING = (
-    Flag("config", "FILE", "the recipe: a Python file with get_config()", required=True),
-    Flag("workdir", "DIR", "the work directory; runs/NAME by default, for a recipe NAME.py"),
+    Flag("config", "FILE", "the recipe: a Python file with get_config()", local, required=True),
+    Flag("workdir", "DIR", "the work directory; runs/NAME by default, for a recipe NAME.py", local),
     FIELDS,
 )
 
@@ -220,7 +236,7 @@ def run(
         return 0
     refusals: tuple[type[Exception], ...] = (ValueError, OSError, *command.errors)
     failures: tuple[type[Exception], ...] = (*_FAILURES, *command.errors)
-    with hosts.leaving_together(), _plain_warnings():
+    with hosts.leaving_together(), hosts.leaving_at_once(), _plain_warnings():
         try:
             try:
                 prepared = prepare(parse(command, argv))
@@ -236,6 +252,8 @@ def run(
             hosts.barrier("preempted")
             print(e, file=sys.stderr)
             return hosts.leave(e.exit_code)
+        except KeyboardInterrupt:
+            return hosts.leave(_report("Ended by Ctrl-C, without saving.", hosts.INTERRUPTED))
         except (jax.errors.JaxRuntimeError, ValueError) as e:
             if jax.process_count() == 1 or not hosts.came_from_devices(e):
                 raise

@@ -13,7 +13,7 @@ import rich.console
 from rich.table import Column, Table
 
 from jaxrl_reason.runs.files import writing
-from jaxrl_reason.runs.metrics_file import read_metrics
+from jaxrl_reason.runs.metrics_file import mean_over_all, read_metrics
 
 # Metrics that are shown with three places.
 _FINE = ("entropy", "r2", "rmse", "spearman", "spread", "density", "f1", "error", "loss", "margin")
@@ -37,7 +37,7 @@ def plot_learning_curve(metrics_path: str | os.PathLike, out_png: str | os.PathL
         top.plot(steps, rewards, linewidth=0.7, alpha=0.4, color="tab:blue", label="reward")
         window = max(1, len(rewards) // 20)
         label = f"reward, mean of the last {window} steps"
-        top.plot(steps, _running_mean(rewards, window), color="tab:blue", label=label)
+        top.plot(steps, _running_mean(rewards, window), color="tab:blue", label=label, **_dots(steps))
     _draw_held_out(top, records)
     lines = [line for axis in figure.axes for line in axis.lines]
     if lines:
@@ -45,7 +45,7 @@ def plot_learning_curve(metrics_path: str | os.PathLike, out_png: str | os.PathL
     top.set(ylabel="reward", title=title)
     steps, lengths = _series(records, "completions/mean_length")
     if steps:
-        bottom.plot(steps, lengths, color="tab:green")
+        bottom.plot(steps, lengths, color="tab:green", **_dots(steps))
     bottom.set(xlabel="step", ylabel="mean length (tokens)")
     for axis in (top, bottom):
         axis.grid(alpha=0.3)
@@ -136,10 +136,21 @@ def cell(name: str, value: float | None, *, signed: bool = False) -> str:
     return f"{value:{sign}.3f}" if short.endswith(_FINE) else f"{value:{sign}.1f}"
 
 
+def reward_text(metrics: Mapping[str, Any]) -> str:
+    """Returns the mean reward of a step as text for the progress bar; a dash if no completion has a reward."""
+    reward = mean_over_all(metrics, "reward")
+    return "reward -" if reward is None else f"reward {reward:.3f}"
+
+
 def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Returns the steps and values of a metric, without the steps that lack it."""
-    points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+    """Returns the steps and values of a metric, see `mean_over_all`, without the steps that lack it."""
+    points = [(record["step"], x) for record in records if (x := mean_over_all(record, name)) is not None]
     return [step for step, _ in points], [value for _, value in points]
+
+
+def _dots(steps: Sequence[int]) -> dict[str, str]:
+    """Returns the marker of a curve: a line of one point cannot be seen."""
+    return {"marker": "o"} if len(steps) == 1 else {}
 
 
 def _running_mean(values: Sequence[float], window: int) -> np.ndarray:

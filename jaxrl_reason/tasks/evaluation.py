@@ -213,7 +213,7 @@ def all_metrics(found: Evaluated, temperature: float) -> dict[str, float]:
         raise ValueError("These completions are not decoded, so they have no answers to count.")
     correct, lengths = found.correct, found.lengths
     prompts, samples = correct.shape
-    low, high = metrics.bootstrap_interval(correct.mean(axis=1))
+    low, high = metrics.accuracy_interval(correct.mean(axis=1))
     out = {
         "accuracy": float(correct.mean()),
         "accuracy_low": low,

@@ -17,9 +17,9 @@ from jaxrl_reason.rl import programs
 from jaxrl_reason.rl.types import Rollout
 from jaxrl_reason.runs.workdir import Workdir
 from jaxrl_reason.tasks.regression import Digits, NumberScorer, Stream
+from jaxrl_reason.tasks.self_reward import ProbeReference
 
 Generate = Callable[[PromptBatch], Rollout]
-SelfRewardConstant = float | jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,20 +43,20 @@ class Task:
     held_out: list[PromptBatch]  # batches of held-out prompts, all of one size
     scorer: RewardScorer | NumberScorer  # computes the rewards of a rollout
     verdict: str  # the reward that judges held-out samples
-    judge: Callable[[Generate, Any, SelfRewardConstant], Judged]  # samples and judges, see `evaluate`
+    judge: Callable[[Generate, Any, ProbeReference], Judged]  # samples and judges, see `evaluate`
     legal: np.ndarray | None = None  # bool[T, V], tokens allowed at each position; None: all
     expert: Callable | None = None  # targets of the expert term, see `experience.make_experience`
     probe_token: int | None = None  # id of LaSeR's probe token; None without self-rewards
 
     def evaluate(
-        self, generate: Generate, scorer: RewardScorer | NumberScorer, c_ref: SelfRewardConstant = None
+        self, generate: Generate, scorer: RewardScorer | NumberScorer, reference: ProbeReference = None
     ) -> dict[str, float]:
         """Evaluates a run in progress and returns metrics named eval/...
 
         The keys of `generate` are the same in every evaluation; `scorer` is the task's, with a reward model if the run
-        has one; `c_ref` is LaSeR's constant, f32 scalar, or None.
+        has one; `reference` is that of LaSeR's self-rewards.
         """
-        return self.judge(generate, scorer, c_ref).summary()
+        return self.judge(generate, scorer, reference).summary()
 
     def with_reward_model(self, score: RewardModelScorer) -> Self:
         """Returns the task with a reward model in its scorer, see `RewardScorer.with_reward_model`."""

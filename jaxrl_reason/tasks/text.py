@@ -19,8 +19,8 @@ from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.requirements import requirements
 from jaxrl_reason.runs.workdir import model_source, tokenizer_of, Workdir
 from jaxrl_reason.tasks import evaluation, pretrained, reporting
-from jaxrl_reason.tasks.self_reward import probe_token, self_reward_of
-from jaxrl_reason.tasks.task import Generate, Judged, SelfRewardConstant, Task, TrainingTask
+from jaxrl_reason.tasks.self_reward import probe_token, ProbeReference, self_reward_of
+from jaxrl_reason.tasks.task import Generate, Judged, Task, TrainingTask
 
 
 def open_for_training(
@@ -87,8 +87,8 @@ def _task(
         rows, tokenizer, template, c.eval.prompts, batch_size=batch_size, **_prompt_options(c, tokenizer)
     )
 
-    def judge(generate: Generate, scorer: RewardScorer, c_ref: SelfRewardConstant) -> Judged:
-        answers, reward = scorer.answers_of(verdict), self_reward_of(method, c_ref)
+    def judge(generate: Generate, scorer: RewardScorer, reference: ProbeReference) -> Judged:
+        answers, reward = scorer.answers_of(verdict), self_reward_of(method, reference)
         found = evaluation.sample_and_judge(
             generate,
             batches,

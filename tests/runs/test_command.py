@@ -2,6 +2,10 @@
 
 import dataclasses
 import pathlib
+import signal
+import subprocess
+import sys
+import time
 import warnings
 
 import jax
@@ -88,6 +92,8 @@ def test_flags_have_defaults():
         (["--out=a", "--portions=²"], "expected a number"),
         (["--out=a", "--spice=mint"], "^--spice is 'mint'; it must be one of salt, pepper.$"),
         (["--out=a", "--no-salt=yes"], "^--no-salt takes no value.$"),
+        (["--out=gs://b/run"], "^--out=gs://b/run: expected a path on this machine: mount the bucket .gcsfuse b DIR."),
+        (["--out", "s3:/b/run"], "mount the bucket .mount-s3 b DIR."),
     ],
 )
 def test_an_invalid_flag_is_one_sentence(argv, message):
@@ -105,6 +111,11 @@ def test_the_configuration_of_the_training_flags(tmp_path):
         parse(training, ["--workdir=w"])
     with pytest.raises(ConfigError, match="config has no field 'stepz'"):
         parse(training, [f"--config={recipe}", "--config.stepz=7"]).configuration()
+    for flag in ("config", "workdir"):
+        with pytest.raises(
+            ConfigError, match=f"--{flag}=gs://b/x.py: expected a path on this machine: mount the bucket"
+        ):
+            parse(training, [f"--config={recipe}", f"--{flag}=gs://b/x.py"])
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["--nonsense", "--help"]])
@@ -212,6 +223,46 @@ def test_other_errors_of_the_work_keep_their_traceback(error):
 def test_an_early_end_has_the_exit_code_of_its_signal(capsys):
     assert command.run(COMMAND, ["--out=a"], lambda arguments: arguments, raising(hosts.Preempted("step 3"))) == 143
     assert capsys.readouterr().err == "Asked to end, and saved after step 3: the same command continues from there.\n"
+
+
+def test_ctrl_c_is_one_line(capsys):
+    for prepare, work in (
+        (raising(KeyboardInterrupt()), print),
+        (lambda arguments: arguments, raising(KeyboardInterrupt())),
+    ):
+        assert command.run(COMMAND, ["--out=a"], prepare, work) == 130
+        assert capsys.readouterr() == ("", "error: Ended by Ctrl-C, without saving.\n")
+
+
+BUSY = """
+import hashlib, sys
+from jaxrl_reason.runs import command
+from jaxrl_reason.rl import hosts
+
+def work(_):
+    with hosts.preemption():
+        print("begun", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # compiled code, in which Python handles no signal
+
+sys.exit(command.run(command.Command("busy", "Is busy.", (), ""), [], lambda arguments: arguments, work))
+"""
+
+
+@pytest.mark.processes
+def test_a_second_ctrl_c_ends_a_process_in_compiled_code():
+    arguments = [sys.executable, "-c", BUSY]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "begun\n"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=10)
+    finally:
+        process.kill()
+    assert (process.returncode, out, err) == (130, "", "")
 
 
 def test_done_is_0_and_the_work_gets_what_was_prepared(capsys):

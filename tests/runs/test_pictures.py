@@ -11,7 +11,7 @@ import pytest
 import rich.console
 
 from jaxrl_reason.runs.metrics_file import MetricsWriter
-from jaxrl_reason.runs.pictures import plot_learning_curve, print_summary, print_table
+from jaxrl_reason.runs.pictures import plot_learning_curve, print_summary, print_table, reward_text
 
 
 def test_learning_curve(tmp_path):
@@ -24,6 +24,41 @@ def test_learning_curve(tmp_path):
     assert picture.shape[0] > 400 and picture.std() > 0.05
     for colour in ((31, 119, 180), (255, 127, 14), (44, 160, 44)):  # reward, accuracy, length are all drawn
         assert np.isclose(picture[..., :3], np.array(colour) / 255, atol=0.01).all(axis=-1).any()
+
+
+NOTHING_KEPT = {"reward": math.nan, "completions/mean_length": math.nan}  # no group informs
+OVER_ALL = {"dynamic_sampling/reward": 0.25, "dynamic_sampling/mean_length": 7.0}
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("metrics", [{"reward": 0.5, "completions/mean_length": 7.0}, NOTHING_KEPT | OVER_ALL])
+def test_every_run_has_curves(metrics, steps, tmp_path):
+    """A run of one step, and dynamic sampling that has kept no group."""
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        for step in range(steps):
+            writer.write(step, metrics)
+    plot_learning_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png", title="dapo")
+    picture = imread(tmp_path / "curve.png")
+    plotted = picture[:, : int(picture.shape[1] * 0.6)]  # without the legend, at the right
+    for colour in ((31, 119, 180), (44, 160, 44)):  # reward and length
+        assert np.isclose(plotted[..., :3], np.array(colour) / 255, atol=0.01).all(axis=-1).sum() > 10
+
+
+@pytest.mark.parametrize(
+    "metrics, text",
+    [
+        ({"reward": 0.25}, "reward 0.250"),
+        ({"reward": -1234.5}, "reward -1234.500"),
+        ({"reward": math.nan}, "reward -"),
+        ({"reward": None}, "reward -"),
+        ({}, "reward -"),
+        (NOTHING_KEPT | OVER_ALL, "reward 0.250"),
+        ({"reward": 0.5} | OVER_ALL, "reward 0.250"),
+        (NOTHING_KEPT | {"dynamic_sampling/reward": math.nan}, "reward -"),
+    ],
+)
+def test_the_reward_next_to_the_progress_bar(metrics, text):
+    assert reward_text(metrics) == text
 
 
 @pytest.mark.parametrize(

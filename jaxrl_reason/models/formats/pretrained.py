@@ -16,7 +16,6 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Shaped
 import numpy as np
-import safetensors.numpy
 
 from jaxrl_reason.data import hub
 from jaxrl_reason.data.tokenizer import Tokenizer
@@ -185,7 +184,7 @@ def save_adapters(directory: str | pathlib.Path, policy: Policy, base_model: str
                 module = layer.removesuffix(".weight")
                 tensors[f"base_model.model.{module}.{theirs}.weight"] = np.ascontiguousarray(matrix.T)
     with _complete_or_absent(directory) as scratch:
-        safetensors.numpy.save_file(tensors, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
+        weights_lib.save_tensors(scratch / "adapter_model.safetensors", tensors)
         _write_json(scratch / "adapter_config.json", content)
         _write_tokenizer(scratch, policy)
 

@@ -195,7 +195,15 @@ def write(directory: pathlib.Path, params: Tree, table: Tree, max_shard_bytes: i
         for name, leaf, layer, t in entries:
             found = np.asarray(leaf if layer is None else leaf[layer])
             tensors[name] = np.ascontiguousarray(found.T if t.transposed else found.reshape(t.shape))
-        safetensors.numpy.save_file(tensors, directory / file, metadata={"format": "pt"})
+        save_tensors(directory / file, tensors)
+
+
+def save_tensors(file: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a safetensors file with the mode of every other new file; the library lets nobody but the owner read it."""
+    file.touch()
+    mode = file.stat().st_mode & 0o777
+    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
 
 
 def _leaves(table: Tree) -> Iterator[Tensor]:
