@@ -43,7 +43,9 @@ def first_rows(prompt: PromptCache, noise: Array, temperature: Any, legal: Any, 
     P, G, _ = noise.shape
     home = jnp.arange(P * G).reshape(P, G) % (P * G // sharding.num_prompt_shards())
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (P, G))
-    return Rows(home, prompt, noise, temperature, None if legal is None else jnp.asarray(legal), end_at)
+    if legal is not None:  # [T, V] is the same for all prompts
+        legal = jnp.asarray(legal).reshape(-1, *legal.shape[-2:])
+    return Rows(home, prompt, noise, temperature, legal, end_at)
 
 
 def most_per_device(busy: Bool[Array, "P G"]) -> Int[Array, ""]:

@@ -20,7 +20,7 @@ from jaxrl_reason.rl.rollout import generate
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 P, G, S, T, V = 8, 3, 5, 12, 37
-EOS, PAD = (5, 9, 20), 0
+EOS, PAD = (1, 5, 7, 9, 13, 20, 24, 30, 33), 0
 CONFIG = ModelConfig(
     vocab_size=V, width=16, layers=2, heads=4, kv_heads=2, mlp_width=24, sliding_window=4, sliding_period=2
 )
@@ -67,7 +67,7 @@ def assert_same(a, b):
         if x is None or x.dtype != np.float32:
             np.testing.assert_array_equal(x, y, err_msg=name)
         else:
-            np.testing.assert_allclose(x, y, atol=1e-5 if np.abs(x).max() > 5 else 5e-6, err_msg=name)
+            np.testing.assert_allclose(x, y, atol=5e-6, rtol=2e-6, err_msg=name)
 
 
 OPTIONS = {
@@ -78,7 +78,7 @@ OPTIONS = {
     "log-probabilities of prompts": dict(with_prompt_logprobs=True),
     "a probe": dict(probe_token=2, probe_temperature=0.7),
     "temperatures, one greedy": dict(temperature=[1.0, 0.0, 1.3]),
-    "forced ends": dict(end_at=RNG.integers(0, T, (P, G))),
+    "forced ends": dict(end_at=np.arange(P * G).reshape(P, G) % T // 2 * (np.arange(G) + 1) % T),
 }
 
 
@@ -94,7 +94,7 @@ def one_loop(name):
 def test_samples_do_not_depend_on_the_loops(name):
     expected = one_loop(name)
     lengths = expected.mask.sum(-1)
-    assert lengths.min() < 4 and lengths.max() == T  # some end early, and some are long
+    assert 1 <= (lengths > T // 2).sum() <= P * G / 2  # few are long, so all loops run
     assert_same(run(cache_pieces=3, halvings=3, **OPTIONS[name]), expected)
 
 
