@@ -23,6 +23,7 @@ from jaxrl_reason.rewards import model_training, RewardError
 from jaxrl_reason.rl import learner, programs
 from jaxrl_reason.rl import optimizer as optimizers
 from jaxrl_reason.rl.types import Experience, Groups, Rollout, TrainState
+from jaxrl_reason.runs import compilation_cache as cache_lib
 from jaxrl_reason.runs.progress import Clock
 from jaxrl_reason.runs.watch import NonFiniteError
 
@@ -47,6 +48,15 @@ def prompts(config, tmp_path):
         return batch.tokens, batch.mask, [row["question"] for row in batch.rows]
 
     return outcome(read)
+
+
+def compilation_cache(config, tmp_path):
+    """What a run asks of the cache of compiled programs."""
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_lib, "enable", asked.append)
+        setup(config, tmp_path)
+    return asked
 
 
 def held_out(config, tmp_path):

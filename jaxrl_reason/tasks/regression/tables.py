@@ -113,7 +113,7 @@ class Tables:
             )
         features = self.scaler.transform(table)
         return Rows(
-            padded=streams.Padded(prompts, self.max_prompt_length, self.digits.pad_id),
+            padded=streams.Padded(prompts, self.digits.pad_id),
             features=None if self.digits.text else features,
             numeric=features,
             digits=self.digits.encode(table.targets),
