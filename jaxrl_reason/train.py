@@ -219,7 +219,7 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> dict[str, dict[str, flo
     c, work, needs = run.config, run.work, run.programs.needs
     console = rich.console.Console(highlight=False, markup=False, quiet=not hosts.is_first())
     say = functools.partial(console.print, soft_wrap=True)
-    if compiled := jax.config.jax_compilation_cache_dir:
+    if compiled := compilation_cache.directory():
         say(f"Compiled programs are kept in {compiled}.")
     if trimmed := run.task.trimmed_lengths(c):
         say(trimmed)
@@ -234,10 +234,11 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> dict[str, dict[str, flo
         summary.picture_of(work.path).unlink(missing_ok=True)  # the picture of a shorter run
     state = supervised.first_state(run.task, run.programs) if state is None else state
     if number is None or number < c.supervised.steps:
-        state = supervised.train(run.task, run.programs, state, saver, console, should_stop)
-        params = state.params
-        del state  # frees the optimizer's state before another one is made
-        state = run.programs.restart(params)
+        if c.supervised.steps:
+            state = supervised.train(run.task, run.programs, state, saver, console, should_stop)
+            params = state.params
+            del state  # frees the optimizer's state before another one is made
+            state = run.programs.restart(params)
         saver.save(c.supervised.steps, state)
     if int(state.step) == 0 and (needs.reference or c.checkpoint.keep_start):
         checkpoints.save_params(work.path / "start", state.trained)

@@ -5,7 +5,6 @@ module names the directory, limits its size, and removes entries that a killed p
 them, and compile their programs at every start.
 """
 
-import importlib
 import logging
 import os
 import pathlib
@@ -14,14 +13,23 @@ import zlib
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+try:
+    from compression import zstd
+except ImportError:
+    try:
+        import zstandard as zstd
+    except ImportError:
+        zstd = None
+
 MAX_BYTES = 4 * 2**30  # of a directory, when a run begins
 _CHECKED = "checked"  # the modification time of this file is that of the last check
+_ZSTD = b"\x28\xb5\x2f\xfd"  # the first bytes of a Zstandard frame
 _log = logging.getLogger(__name__)
 _ours: str | None = None  # the directory that this module has set
 
 
-def enable(name: str) -> str:
-    """Lets JAX keep compiled programs in a directory, and returns the directory; "" if there is none.
+def enable(name: str) -> None:
+    """Lets JAX keep compiled programs in a directory.
 
     A setting of JAX's own comes first, JAX_COMPILATION_CACHE_DIR or jax.config. A directory that cannot be used costs a
     warning.
@@ -30,28 +38,30 @@ def enable(name: str) -> str:
       name: the directory, "auto" for `default_directory`, or "" for none; `config.compilation_cache`.
     """
     global _ours
-    now = jax.config.jax_compilation_cache_dir
+    now = jax.config.values["jax_compilation_cache_dir"]
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or now not in (None, _ours):
-        return now or ""
-    directory = (
-        str(default_directory() if name == "auto" else pathlib.Path(name).expanduser().resolve()) if name else None
-    )
-    if directory:
-        try:
-            pathlib.Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
-            clean(pathlib.Path(directory))
-        except OSError as e:
-            _log.warning(
-                "Compiled programs cannot be kept in %s (%s); they are compiled again at every start.", directory, e
-            )
-            directory = None
-    if directory != now:
-        jax.config.update("jax_compilation_cache_dir", directory)
+        return
+    path, place = None, pathlib.Path(name)
+    try:
+        if name:
+            place = default_directory() if name == "auto" else place.expanduser().resolve()
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            clean(place)
+            path = str(place)
+    except (OSError, RuntimeError) as e:  # RuntimeError: there is no home directory
+        _log.warning("Compiled programs cannot be kept in %s (%s); they are compiled again at every start.", place, e)
+    if path != now:
+        jax.config.update("jax_compilation_cache_dir", path)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
         compilation_cache.reset_cache()  # JAX opens a directory once
-        _ours = directory
-    return directory or ""
+        _ours = path
+
+
+def directory() -> str:
+    """Returns the directory in which JAX keeps compiled programs; "" if it keeps none."""
+    values = jax.config.values
+    return (values["jax_enable_compilation_cache"] and values["jax_compilation_cache_dir"]) or ""
 
 
 def default_directory() -> pathlib.Path:
@@ -73,9 +83,11 @@ def clean(directory: pathlib.Path, max_bytes: int = MAX_BYTES) -> None:
     for path in directory.glob("*-cache"):
         try:
             stat = path.stat()
-            if stat.st_mtime_ns >= last_check and not _is_whole(path.read_bytes()):
-                path.unlink()
-                continue
+            if stat.st_mtime_ns >= last_check:
+                if not _is_whole(path.read_bytes()):
+                    path.unlink()
+                    continue
+                os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the check is no use
         except FileNotFoundError:  # another process has removed it
             continue
         entries[path] = max(stat.st_atime_ns, stat.st_mtime_ns), stat.st_size
@@ -88,17 +100,9 @@ def clean(directory: pathlib.Path, max_bytes: int = MAX_BYTES) -> None:
 
 
 def _is_whole(content: bytes) -> bool:
-    """Returns whether an entry can be decompressed: by zlib, or by zstandard, which JAX uses where it is installed."""
+    """Returns whether an entry can be decompressed: by Zstandard, which JAX uses if it is installed, or by zlib."""
     try:
-        if content[:4] != b"\x28\xb5\x2f\xfd":
-            zlib.decompress(content)
-            return True
-        for name in ("compression.zstd", "zstandard"):
-            try:
-                importlib.import_module(name).decompress(content)
-                return True
-            except ImportError:
-                continue
-        return True  # nothing here can tell; JAX cannot read it either
-    except Exception:  # noqa: BLE001 - the classes of zstd's errors differ between packages
+        (zstd if zstd and content.startswith(_ZSTD) else zlib).decompress(content)
+    except Exception:  # the packages have different classes of errors
         return False
+    return True
