@@ -24,7 +24,7 @@ from jaxrl_reason.rewards import model_training, RewardError
 from jaxrl_reason.rewards.scorer import LEARNED
 from jaxrl_reason.rl import programs as programs_lib
 from jaxrl_reason.rl.types import Rollout
-from jaxrl_reason.runs import command
+from jaxrl_reason.runs import command, compilation_cache
 from jaxrl_reason.runs.command import Flag
 from jaxrl_reason.runs.progress import Progress
 from jaxrl_reason.tasks import reporting, self_reward
@@ -48,6 +48,7 @@ def prepare(arguments: command.Arguments) -> Evaluation:
     command.load_recipe(arguments)
     workdir, out = arguments.workdir, arguments.out
     c = runs.load_config(workdir, arguments.fields)
+    compilation_cache.enable(c.compilation_cache)
     method = config_lib.make_method(c)
     mesh = programs_lib.make_mesh(c)
     task = tasks.open_for_evaluation(c, method, mesh, workdir)

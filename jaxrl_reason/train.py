@@ -29,7 +29,7 @@ from jaxrl_reason.rewards.scorer import LEARNED
 from jaxrl_reason.rl import dynamic_sampling, experience, hosts
 from jaxrl_reason.rl import programs as programs_lib
 from jaxrl_reason.rl.types import Groups, LogProbs, Rollout, Step, TrainState
-from jaxrl_reason.runs import checkpoints, command, pictures
+from jaxrl_reason.runs import checkpoints, command, compilation_cache, pictures
 from jaxrl_reason.runs.loop import Loop, run_loop
 from jaxrl_reason.runs.metrics_file import SampleTable
 from jaxrl_reason.runs.progress import Clock
@@ -64,6 +64,7 @@ def setup(config: Config, workdir: str | pathlib.Path) -> Run:
     Raises:
       ConfigError, RewardError, ValueError, OSError: a sentence that names the fault and its place.
     """
+    compilation_cache.enable(config.compilation_cache)
     turns = [hosts.agree(lambda: _setup(config, workdir) if hosts.is_first() else None, ConfigError, *_REFUSALS)]
     with warnings.catch_warnings():
         if not hosts.is_first():
@@ -217,6 +218,10 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> dict[str, dict[str, flo
     c, work, needs = run.config, run.work, run.programs.needs
     console = rich.console.Console(highlight=False, markup=False, quiet=not hosts.is_first())
     say = functools.partial(console.print, soft_wrap=True)
+    if compiled := compilation_cache.directory():
+        say(f"Compiled programs are kept in {compiled}.")
+    if trimmed := run.task.trimmed_lengths(c):
+        say(trimmed)
     saver = checkpoints.Checkpoints(work.path / "checkpoints", c.checkpoint.keep)
     number, state = saver.restore(run.programs.abstract_state) or (None, None)
     if number is not None:
@@ -228,10 +233,11 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> dict[str, dict[str, flo
         summary.picture_of(work.path).unlink(missing_ok=True)  # the picture of a shorter run
     state = supervised.first_state(run.task, run.programs) if state is None else state
     if number is None or number < c.supervised.steps:
-        state = supervised.train(run.task, run.programs, state, saver, console, should_stop)
-        params = state.params
-        del state  # frees the optimizer's state before another one is made
-        state = run.programs.restart(params)
+        if c.supervised.steps:
+            state = supervised.train(run.task, run.programs, state, saver, console, should_stop)
+            params = state.params
+            del state  # frees the optimizer's state before another one is made
+            state = run.programs.restart(params)
         saver.save(c.supervised.steps, state)
     if int(state.step) == 0 and (needs.reference or c.checkpoint.keep_start):
         checkpoints.save_params(work.path / "start", state.trained)

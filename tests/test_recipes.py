@@ -135,7 +135,7 @@ def step_shapes(config, method, task, built):
     shape = lambda *s, dtype="float32": jax.ShapeDtypeStruct(s, dtype)
     P, G = config.prompts_per_step, config.group_size + ("greedy_rewards" in method.signals)
     prompts = abstract((batch.tokens, batch.mask, batch.prompt_ids, batch.features))
-    rollout = jax.eval_shape(built.jitted["rollout"], state.params, *prompts, state.step, shape(G))
+    rollout = jax.eval_shape(built.jitted["rollout"], state.params, *prompts, state.step, shape(G), state.step)
     assert rollout.tokens.shape[:2] == (P, G)
     rewards = {name: shape(P, G) for name in task.scorer.names}
     columns = {name: abstract(batch.columns[name]) for name in built.needs.columns}
@@ -265,8 +265,8 @@ def test_the_programs_of_a_recipe_fit_on_the_chips(recipe, v5e8, hub, tmp_path):
     scalar = jax.ShapeDtypeStruct((), "float32")
     prompts = abstract((batch.tokens, batch.mask, batch.prompt_ids, batch.features))
     runs = {
-        "rollout": (read, *on(decoding, (*prompts, state.step)), temperatures),
-        "update": (state, *on(mesh, (learnt, scalar))),
+        "rollout": (read, *on(decoding, (*prompts, state.step)), temperatures, on(decoding, state.step)),
+        "update": (state, *on(mesh, (learnt, scalar, state.step))),
     }
     if config.supervised.steps:
         runs["supervised"] = (state, *on(mesh, abstract(tuple(task.solutions.batch(0)))))

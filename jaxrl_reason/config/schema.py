@@ -270,6 +270,9 @@ class Config:
     group_size: int = _field(8, "completions per prompt (G)", low=1)
     max_prompt_length: int = _field(64, "maximum tokens per prompt (S)", low=1)
     max_completion_length: int = _field(64, "maximum tokens per completion, end token included (T)", low=1)
+    compilation_cache: str = _field(
+        "auto", "directory that keeps compiled programs; auto: jaxrl_reason/xla in the user's cache; empty: none"
+    )
     model: Model = dataclasses.field(default_factory=Model)
     lora: Lora = dataclasses.field(default_factory=Lora)
     data: Data = dataclasses.field(default_factory=Data)

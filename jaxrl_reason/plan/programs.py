@@ -72,7 +72,9 @@ def _rollout(step: Step) -> Part:
     prompts_kv, samples_kv = _cache_bytes(step)
     return Part(
         "rollout",
-        _lowering(step.programs.jitted["rollout"], step.decoding_params, *prompts, features, index, temperatures),
+        _lowering(
+            step.programs.jitted["rollout"], step.decoding_params, *prompts, features, index, temperatures, index
+        ),
         cost,
         _kernel_flops(step, rollout(1)),  # kernels only in the prefill
         (m.weights if m.copy else 0.0) + m.optimizer + m.reference + m.reward_model,
@@ -157,9 +159,11 @@ def _update(step: Step) -> Part:
         optimizer_slots=3 if step.config.optimizer.float32_master else 2,
         **_scoring_options(step),
     )
-    temperature = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
+    scalar = functools.partial(jax.ShapeDtypeStruct, (), sharding=sharding.replicated(mesh))
     state = step.programs.abstract_state
-    lower = _lowering(step.programs.jitted["update"], state, step.experience, temperature)
+    lower = _lowering(
+        step.programs.jitted["update"], state, step.experience, scalar(dtype=jnp.float32), scalar(dtype=jnp.int32)
+    )
     contents = {"weights": m.weights, "optimizer": m.optimizer, "rollouts": bytes_per_device(step.rollout)}
     resident, donated = m.reference + m.reward_model, bytes_per_device(state)
     return Part("update", lower, cost, _kernel_flops(step, cost), resident, contents, donated)

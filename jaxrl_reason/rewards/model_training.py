@@ -226,13 +226,13 @@ def train_reward_model(
     c, r, directory = phase.config, phase.config.reward_model, phase.directory
     work, pairs, held_out = phase.work, phase.pairs, phase.held_out
     assert work is not None and pairs is not None and held_out is not None  # `setup` makes all three, or none
-    key = jax.random.fold_in(jax.random.key(c.seed), _INIT)
     supervised = config_lib.Supervised(steps=r.steps, learning_rate=r.learning_rate)
     optimizer = make_supervised_optimizer(dataclasses.replace(c, supervised=supervised))
     shardings, by_prompt = state_shardings(phase.model, phase.mesh, optimizer), sharding.batch_sharding(phase.mesh)
     place = lambda batch: jax.tree.map(lambda x: hosts.put_rows(x, by_prompt, r.batch_size), batch)
 
-    def fresh(decoder) -> TrainState:
+    def fresh(decoder, seed) -> TrainState:
+        key = jax.random.fold_in(jax.random.key(seed), _INIT)
         params = reward_model.init_params(phase.model, key, decoder)
         return TrainState(jnp.int32(0), params, {}, init_opt_state(optimizer, params), (), jnp.int32(0))
 
@@ -247,7 +247,7 @@ def train_reward_model(
     if hosts.is_first():
         work.begin(phase.tokenizer)
     hosts.barrier("reward model's directory")
-    state = jax.jit(fresh, out_shardings=shardings)(decoder)
+    state = jax.jit(fresh, out_shardings=shardings)(decoder, np.int32(c.seed))
     saver = checkpoints.Checkpoints(directory / "checkpoints", c.checkpoint.keep)
     number, state = saver.restore(state) or (0, state)
     if number:

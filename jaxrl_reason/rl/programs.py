@@ -22,6 +22,7 @@ from jaxrl_reason.rl.types import Experience, Gradient, Groups, LogProbs, Prepar
 
 # The purposes of random numbers, folded into the seed before anything else.
 INIT, ROLLOUT, UPDATE, EVAL = range(4)
+SEED = jax.ShapeDtypeStruct((), jnp.int32)  # the last argument of the programs that draw random numbers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ class Programs:
 
     def init(self) -> TrainState:
         """Returns step 0 with random weights."""
-        return self.jitted["init"]()
+        return self.jitted["init"](self._seed)
 
     def restart(self, params: models.Params) -> TrainState:
         """Returns step 0 with these weights, which are donated."""
@@ -97,7 +98,7 @@ class Programs:
 
     def update(self, state: TrainState, batch: Experience) -> UpdateResult:
         """Updates the weights; the state is donated."""
-        return self.jitted["update"](state, batch, self._constant(self.config.sampling.temperature))
+        return self.jitted["update"](state, batch, self._constant(self.config.sampling.temperature), self._seed)
 
     def gradient(self, params: models.Params, batch: Experience) -> Gradient:
         """Computes the gradient of the whole batch as one minibatch."""
@@ -117,9 +118,15 @@ class Programs:
 
     def _sample(self, name: str, size: int, weights: models.Params, batch: PromptBatch, step, temperature) -> Rollout:
         prompts = self.place((batch.tokens, batch.mask, batch.prompt_ids, batch.features), size)
+        scalars = step, temperature, self._seed
         if self.moves_weights:  # a rollout's inputs have to be on its mesh
-            prompts, step, temperature = self.jitted["move"](prompts, step, temperature)
-        return self.jitted[name](weights, *prompts, step, temperature)
+            prompts, scalars = self.jitted["move"](prompts, scalars)
+        return self.jitted[name](weights, *prompts, *scalars)
+
+    @property
+    def _seed(self) -> jax.Array:
+        """The seed is an argument of the programs: the same compiled programs serve every seed."""
+        return self._constant(self.config.seed, np.int32)
 
     @functools.cached_property
     def _constant(self) -> Callable[..., jax.Array]:
@@ -186,17 +193,16 @@ def build(
     options = update_options(config, method, probe_token)
     by_prompt, by_prompt_decoding = sharding.batch_sharding(mesh), sharding.batch_sharding(decoding)
     whole, whole_decoding = sharding.replicated(mesh), sharding.replicated(decoding)
-    root = jax.random.key(config.seed)
 
     def sampler(purpose: int, group_size: int, **options: Any) -> Any:
         common = dict(eos_ids=eos_ids, pad_id=pad_id, legal=legal, probe_token=probe_token, **options)
         common |= dict(zip(("cache_pieces", "halvings"), sampling_sizes(config)))
-        sample = _sample_fn(config, model, jax.random.fold_in(root, purpose), group_size, common)
+        sample = _sample_fn(config, model, purpose, group_size, common)
         return jax.jit(sharding.on_mesh(decoding, sample), out_shardings=by_prompt)
 
     jitted = {
         "reshard": jax.jit(functools.partial(_matrices_for_products, model), out_shardings=rollout_shardings),
-        "move": jax.jit(lambda *args: args, out_shardings=(by_prompt_decoding, whole_decoding, whole_decoding)),
+        "move": jax.jit(lambda *args: args, out_shardings=(by_prompt_decoding, whole_decoding)),
         "rollout": sampler(
             ROLLOUT,
             config.group_size + needs.greedy,
@@ -207,11 +213,10 @@ def build(
         "evaluation": sampler(EVAL, config.eval.samples),
         "join": jax.jit(lambda *parts: scoring.join_prompts(_stack(parts)), out_shardings=by_prompt),
         **_experience_programs(config, method, weights, verdict, expert, by_prompt, whole),
-        **_learner_programs(config, method, model, mesh, options, optimizer, legal, root, shardings),
+        **_learner_programs(config, method, model, mesh, options, optimizer, legal, shardings),
     }
-    abstract_state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(jitted["init"]), shardings
-    )
+    state = jax.eval_shape(jitted["init"], SEED)
+    abstract_state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
     return Programs(config, needs, by_prompt, by_prompt_decoding, jitted, abstract_state, schedule)
 
 
@@ -254,15 +259,15 @@ def sampling_sizes(config: Config) -> tuple[int, int]:
     return s.cache_pieces or min(max(T // 128, 2 if halvings else 1), 8), halvings
 
 
-def _sample_fn(config: Config, model: models.ModelConfig, root: jax.Array, group_size: int, options: dict) -> Callable:
-    def generate(params, tokens, mask, prompt_ids, features, step, temperature):
+def _sample_fn(config: Config, model: models.ModelConfig, purpose: int, group_size: int, options: dict) -> Callable:
+    def generate(params, tokens, mask, prompt_ids, features, step, temperature, seed):
         return rollout.generate(
             model,
             params,
             tokens,
             mask,
             prompt_ids,
-            jax.random.fold_in(root, step),
+            jax.random.fold_in(_key(seed, purpose), step),
             group_size=group_size,
             max_length=config.max_completion_length,
             temperature=temperature,
@@ -296,7 +301,7 @@ def _experience_programs(config, method, weights, verdict, expert, by_prompt, wh
     }
 
 
-def _learner_programs(config, method, model, mesh, options, optimizer, legal, root, shardings) -> dict[str, Any]:
+def _learner_programs(config, method, model, mesh, options, optimizer, legal, shardings) -> dict[str, Any]:
     """Returns the programs that initialise, score and update."""
     by_prompt: Any = sharding.batch_sharding(mesh)
     whole: Any = sharding.replicated(mesh)
@@ -308,8 +313,8 @@ def _learner_programs(config, method, model, mesh, options, optimizer, legal, ro
 
     update = learner.make_update(model, options, optimizer, legal)
 
-    def update_step(state, batch, temperature):
-        return update(state, batch, temperature, jax.random.fold_in(jax.random.fold_in(root, UPDATE), state.step))
+    def update_step(state, batch, temperature, seed):
+        return update(state, batch, temperature, jax.random.fold_in(_key(seed, UPDATE), state.step))
 
     parts = options.accumulation * options.minibatches
 
@@ -327,7 +332,7 @@ def _learner_programs(config, method, model, mesh, options, optimizer, legal, ro
 
     supervised = learner.make_supervised_update(model, make_supervised_optimizer(config), legal)
     gradient = lambda params, batch, temperature: learner.gradient(model, options, params, batch, temperature, legal)
-    init = lambda: fresh(models.init_params(model, jax.random.fold_in(root, INIT)))
+    init = lambda seed: fresh(models.init_params(model, _key(seed, INIT)))
     on_mesh = functools.partial(sharding.on_mesh, mesh)
     return {
         "init": jax.jit(init, out_shardings=shardings),
@@ -337,6 +342,10 @@ def _learner_programs(config, method, model, mesh, options, optimizer, legal, ro
         "gradient": jax.jit(on_mesh(gradient)),
         "supervised": jax.jit(on_mesh(supervised), donate_argnums=0, out_shardings=(shardings, whole)),
     }
+
+
+def _key(seed: jax.Array, purpose: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), purpose)
 
 
 def _stack(parts: tuple[Any, ...]) -> Any:

@@ -20,7 +20,7 @@ from jaxrl_reason.runs.files import write_json, writing
 _log = logging.getLogger(__name__)
 # Fields that a resumed run may change: its length, its evaluation, its files, its devices, its limits.
 MAY_CHANGE = (
-    *("steps", "mesh", "checkpoint", "eval", "log"),
+    *("steps", "mesh", "checkpoint", "eval", "log", "compilation_cache"),
     *("reward.workers", "reward.timeout_s", "reward.memory_mb", "reward.max_failure_share"),
     *("sampling.mismatch_limit", "optimizer.max_skipped"),
 )

@@ -85,6 +85,17 @@ class TrainingTask(Task):
     prompts = property(lambda self: self.streams()[1])
     solutions = property(lambda self: self.streams()[0])
 
+    def trimmed_lengths(self, config: Config) -> str:
+        """Returns a sentence if batches are shorter than the configured lengths; they are padded to their longest row."""
+        found = {"Prompts": (self.prompts.batch(0).tokens.shape[1], "max_prompt_length")}
+        if self.solutions:
+            found["Solutions"] = self.solutions.batch(0).completion_tokens.shape[1], "max_completion_length"
+        return " ".join(
+            f"{kind} have at most {length} tokens, and are padded to {length} instead of config.{field} ({limit})."
+            for kind, (length, field) in found.items()
+            if length < (limit := getattr(config, field))
+        )
+
 
 def build_programs(config: Config, method: Method, task: Task, mesh: jax.sharding.Mesh) -> programs.Programs:
     """Builds a task's programs; compiles nothing. Raises ConfigError when the mesh does not divide prompts or model."""

@@ -116,7 +116,7 @@ class Tables:
                 f"config.max_prompt_length is {self.max_prompt_length}, and a row of {table.name} has {longest} tokens; raise it."
             )
         return Rows(
-            padded=streams.Padded(prompts, self.max_prompt_length, self.digits.pad_id),
+            padded=streams.Padded(prompts, self.digits.pad_id),
             features=None if self.digits.text else features,
             numeric=features,
             digits=self.digits.encode(table.targets),
