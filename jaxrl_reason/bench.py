@@ -1,7 +1,8 @@
 """Measures the speed of a training step, and prints it as one JSON line.
 
-A step samples P prompts x G completions of exactly `new` tokens at temperature 1, computes a trivial reward from
-decoded text on the host, and makes one AdamW update over all of them, with random weights. The line holds completion
+A step samples P prompts x G completions at temperature 1, computes a trivial reward from decoded text on the host, and
+makes one AdamW update over all of them, with random weights. Completions have exactly `new` tokens, or, with
+--lengths=mixed, between 1 and `new` tokens and a quarter of it on average. The line holds completion
 tokens per second of rollout, update and step, compile seconds, peak memory, and the share of the machine's float32 peak
 (measured by a 2048^3 product in the same process). Steps during which other processes took more than 6 % of the machine
 are left out if enough others remain.
@@ -117,6 +118,7 @@ class Bench:
     model: models.ModelConfig
     programs: programs_lib.Programs
     max_steps: int
+    tokens: int  # of all completions of a step
 
     def step(self, state: TrainState, i: int) -> tuple[TrainState, np.ndarray]:
         """Makes one step on random prompts; returns the new state, and the seconds of rollout, reward and update."""
@@ -168,7 +170,8 @@ def prepare(arguments: command.Arguments) -> Bench:
     programs = programs_lib.build(
         config, method, model, mesh, eos_ids=(eos,), pad_id=0, weights={"even": 1.0}, verdict="even", end_at=end_at
     )
-    return Bench(a.size, config, model, programs, most)
+    tokens = a.prompts * a.group * a.new if lengths is None else int(lengths.sum())
+    return Bench(a.size, config, model, programs, most, tokens)
 
 
 def measure(bench: Bench) -> tuple[float, list[Timing]]:
@@ -196,8 +199,9 @@ def results(bench: Bench, first: float, timings: list[Timing]) -> dict[str, Any]
     rollout, reward, update = (statistics.median(float(t.seconds[i]) for t in used) for i in range(3))
     step = statistics.median(float(t.seconds.sum()) for t in used)
     P, G, S, T = c.prompts_per_step, c.group_size, c.max_prompt_length, c.max_completion_length
-    tokens, peak, flops = P * G * T, measured_peak(), step_flops(bench.model, P, G, S, T)
-    work = {"prompts": P, "group": G, "prompt_len": S, "new": T}
+    tokens, peak, flops = bench.tokens, measured_peak(), step_flops(bench.model, P, G, S, T)
+    share = lambda rate: round(rate / peak, 3) if tokens == P * G * T else None  # the operations are of full lengths
+    work = {"prompts": P, "group": G, "prompt_len": S, "new": T, "tokens": tokens, "padding": P * G * T - tokens}
     return {
         "peer": "jaxrl_reason",
         "size": bench.size,
@@ -208,7 +212,7 @@ def results(bench: Bench, first: float, timings: list[Timing]) -> dict[str, Any]
         "rollout_tokens_per_s": round(tokens / rollout, 1),
         "update_tokens_per_s": round(tokens / update, 1),
         "step_tokens_per_s": round(tokens / step, 1),
-        "train_tokens_per_s": round(P * G * (S + T) / update, 1),
+        "train_tokens_per_s": round((P * G * S + tokens) / update, 1),
         "rollout_seconds": round(rollout, 4),
         "reward_seconds": round(reward, 4),
         "train_seconds": round(update, 4),
@@ -216,8 +220,8 @@ def results(bench: Bench, first: float, timings: list[Timing]) -> dict[str, Any]
         "compile_seconds": round(first - step, 2),
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "peak_gflops": round(peak / 1e9, 1),
-        "rollout_share_of_peak": round(flops["rollout"] / rollout / peak, 3),
-        "update_share_of_peak": round(flops["update"] / update / peak, 3),
+        "rollout_share_of_peak": share(flops["rollout"] / rollout),
+        "update_share_of_peak": share(flops["update"] / update),
         "timed_steps": len(timings),
         "clean_steps": len(clean),
         "others_share": round(statistics.median(t.disturbance for t in used), 3),

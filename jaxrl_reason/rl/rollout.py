@@ -187,7 +187,8 @@ def _decode(
 
     def run(rows: Rows, carry: Carry, smaller: int) -> Carry:
         """Runs until no device has more than `smaller` completions that grow."""
-        go_on = lambda carry: most_per_device(busy(carry)) > smaller
+        steps = T + (carry.due is not None)
+        go_on = lambda carry: (carry.t < steps) & (most_per_device(busy(carry)) > smaller)
         return jax.lax.while_loop(go_on, functools.partial(body, rows), carry)
 
     carry = run(rows, advance(rows, empty, first_logits), sizes[0] if sizes else 0)
