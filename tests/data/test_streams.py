@@ -60,7 +60,7 @@ def test_a_batch_holds_the_ids_of_its_rows_right_padded():
     assert batch.prompt_ids.tolist() == [15, 16, 17, 18, 19]
     for row, tokens, mask in zip(batch.rows, batch.tokens, batch.mask):
         length = mask.sum()
-        assert mask.tolist() == [True] * length + [False] * (8 - length)
+        assert mask.tolist() == [True] * length + [False] * (4 - length)
         assert TOKENIZER.decode(tokens[mask]) == row["question"] + "\n"
         assert set(tokens[~mask]) <= {TOKENIZER.pad_id}
         assert row["extra"] == [row["answer"]]
