@@ -139,7 +139,7 @@ def test_a_run_that_diverges_has_exit_code_1_from_compare_as_well(tmp_path, caps
 
 def test_bench(capsys):
     sizes = ["--prompts=1", "--group=2", "--prompt-len=4", "--new=2", "--steps=1"]
-    assert bench.main(["--size=tiny", "--lengths=mixed", "--halvings=1", "--cache-pieces=2", *sizes]) == 0
+    assert bench.main(["--size=tiny", "--lengths=mixed", *sizes]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["work"]["prompt_len"] == 4 and math.isfinite(result["step_seconds"]) and result["timed_steps"] == 1
 

@@ -142,7 +142,9 @@ class Command:
         if any(word.partition("=")[0] == "--config" for word in argv):
             arguments = parse(self, [word for word in argv if word not in _HELP_WORDS], complete=False)
             config, values = arguments.configuration(), f"the values of {arguments.config}"
-        title = textwrap.fill(f"Fields of the configuration and {values}:", width)
+        title = textwrap.fill(
+            f"Fields of the configuration and {values}:", width, break_on_hyphens=False, break_long_words=False
+        )
         return f"{text}\n\n{title}\n\n{config_lib.help_text(config, width)}"
 
     def find(self, name: str) -> Flag:

@@ -90,14 +90,18 @@ def one_loop(name):
     return run(**OPTIONS[name])
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+QUICK = ("legal tokens of all prompts", "a probe")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.runs) for n in OPTIONS])
 def test_samples_do_not_depend_on_the_loops(name):
     expected = one_loop(name)
     lengths = expected.mask.sum(-1)
     assert 1 <= (lengths > T // 2).sum() <= P * G / 2  # few are long, so all loops run
-    assert_same(run(cache_pieces=3, halvings=3, **OPTIONS[name]), expected)
+    assert_same(run(cache_pieces=2, halvings=2, **OPTIONS[name]), expected)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("sizes", [(1, 1), (5, 0), (12, 5)])  # 5 pieces of 3 places are more than T
 def test_samples_do_not_depend_on_the_sizes(sizes):
     assert_same(run(cache_pieces=sizes[0], halvings=sizes[1]), one_loop("several end tokens"))
@@ -131,6 +135,7 @@ def save_samples_on_devices(folder):
             np.savez(folder / f"{name}-{mesh[2]}.npz", **{k: v for k, v in out._asdict().items() if v is not None})
 
 
+@pytest.mark.runs
 def test_a_smaller_loop_takes_over_when_few_are_left(monkeypatch):
     """24 completions, of which 13, 6, 3 and 2 end together: the loops begin with 24, 12, 6 and 3 rows, none of them with an ended one."""
     ends = np.array([1] * 12 + [5] * 6 + [8] * 3 + [11] * 3).reshape(P, G)
