@@ -220,7 +220,7 @@ class RewardScorer:
                 if self._max_failure_share < 1:
                     raise RewardError(
                         f"Reward {reward.name!r} failed on all {samples} made-up completions, of each of {len(rows)} rows; "
-                        f"the last error is {table.error[reward.name] or 'unknown'}. Correct the function; if it may "
+                        f"the last error is {(table.error[reward.name] or 'unknown').rstrip('.')}. Correct the function; if it may "
                         "fail on such texts, return None for them, or set config.reward.max_failure_share=1."
                     )
             reward.function.forget()
