@@ -10,7 +10,15 @@ import itertools
 import re
 import unicodedata
 
-from jaxrl_reason.rewards.answers import plain, split_unit, TEXT_GROUP, TEXT_OPEN, without_blanks
+from jaxrl_reason.rewards.answers import (
+    BARE_PER_CENT,
+    plain,
+    split_unit,
+    TEXT_GROUP,
+    TEXT_OPEN,
+    without_bare_unit,
+    without_blanks,
+)
 from jaxrl_reason.rewards.numeric import parse_number
 
 # Forms that LaTeX would misread: "1e-7" as Euler's number minus 7, and "1 1/2" as 1.
@@ -45,13 +53,6 @@ _PUNCTUATION = str.maketrans(
         "\uff1d": "=",
     }
 )
-# Units in letters. math-verify would remove single letters too, and 5m is not 5.
-_BARE_UNIT = re.compile(
-    r"(?:(?<=[0-9})])\s*|(?<=\\pi)\s+)(?:(?:square|sq\.?|cubic|cu\.?)\s+)?(?:[ckm]m|kg|m[lgL]|lbs?|ft|oz|[km]ph|km/h|m/s|"
-    r"(?:inch|feet|foot|(?:centi|kilo|milli)?met(?:er|re)|mile|yard|lit(?:er|re)|(?:kilo)?gram|pound|hour|hr|minute|min|"
-    r"second|sec|day|week|month|year|dollar|cent|degree|unit)(?:e?s)?)(?:\^\{?[0-9]\}?)?$"
-)
-_PER_CENT = re.compile(r"(?:(?<=[0-9})])|\s)\s*(?:percent|per cent|pct|%|\\%)$")
 _BASES = "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
 _DIGITS = r"(?=[A-F]*[0-9])[0-9A-F]+(?:\.[0-9A-F]+)?"
 _BASE_NAME = rf"([0-9]{{1,2}}|[a-z]|{'|'.join(_BASES)})"
@@ -88,8 +89,8 @@ def normalised(answer: str) -> str:
         if _JOINED.search(latex):
             return ""
         latex = _DROPPED.sub("", latex)
-    latex, percent = split_unit(_PER_CENT.sub(r"\\%", _based_as_text(without_blanks(latex))))
-    latex = _without_bare_unit(latex)
+    latex, percent = split_unit(BARE_PER_CENT.sub(r"\\%", _based_as_text(without_blanks(latex))))
+    latex = without_bare_unit(latex)
     latex = _THOUSANDS.sub(lambda number: re.sub(r"[^0-9]", "", number[0]), latex)
     latex = _ROOT.sub(r"\\sqrt{\1}", _ARGUMENTS.sub(r"\\\1{\2}{\3}", _SCRIPT.sub(r"\1{\2}", latex)))
     mixed = _MIXED_NUMBER.fullmatch(latex)
@@ -187,11 +188,6 @@ def _wrap_words(latex: str) -> str:
     r"""Returns LaTeX with words of other letters than ASCII and Greek as \text{word}."""
     runs = ("".join(run) for _, run in itertools.groupby(latex, _is_letter))
     return "".join(rf"\text{{{run}}}" if any(map(_is_foreign, run)) else run for run in runs)
-
-
-def _without_bare_unit(latex: str) -> str:
-    match = _BARE_UNIT.search(latex)
-    return latex[: match.start()] if match else latex
 
 
 def _based_as_text(latex: str) -> str:
