@@ -8,7 +8,7 @@ from helpers.hostile_answers import call_reward
 from jaxrl_reason.rewards.answers import extract_answer, plain, split_unit
 from jaxrl_reason.rewards.functions import accuracy_reward, format_reward, last_number_reward
 from jaxrl_reason.rewards.latex import normalised
-from jaxrl_reason.rewards.math import math_verify_reward
+from jaxrl_reason.rewards.math import math_verify_reward, reference_faults
 from jaxrl_reason.rewards.task_rewards import judge_reward, strict_reward
 
 needs_math_verify = pytest.mark.skipif(
@@ -177,6 +177,16 @@ MATH = [
     (["3.24_{8}", "3.24_8", "3.240_8"], ["3.24_{8}", "3.24_8"], 1), (["3.24_{7}", "3.25_8"], ["3.24_{8}"], 0), (["12_{10}", "12"], ["12", "12_{10}"], 1),
     (["2A_{16}", "2A", r"2A_{\text{sixteen}}"], ["2A_{16}"], 1), (["2A_{12}", "2B_{16}"], ["2A_{16}"], 0), (["a_{16}"], ["a_{16}"], 1), (["2a_{16}"], ["2a_{15}", "2"], 0), (["24_b"], ["24_b"], 1), (["24_c"], ["24_b"], 0),
     ([r"\{10_2, 11_3\}", r"\{11_3, 10_2\}"], [r"\{10_2, 11_3\}"], 1), ([r"\{10_3, 11_2\}"], [r"\{10_2, 11_3\}"], 0), (["1010_2 + 11_2 = 1101_2"], ["1101_2"], 1), (["5_000", "5_00"], ["5"], 0), (["-101_2"], ["-101_2"], 1),
+    ([r"1010_{10}", r"1010_{\text{ten}}", r"1010\text{ base }10", "1010 base 10", r"x = 1010_{10}", "(1010)_{10}"], ["1010_2"], 0), (["1010_{10}", r"1010_{\text{ten}}"], ["1010", 1010, "1010_{10}"], 1),
+    (["12_{10}", r"12_{\text{10}}", r"12_{\text{ten}}", r"12\text{ base }10"], ["12_3"], 0), (["12_{10}"], ["12_{10}"], 1), (["12_3"], ["12_{10}"], 0),
+    (["1a_{16}", "1A_{16}"], ["1A_{16}"], 1), (["1A_{16}", "1a_{16}"], ["1a_{16}"], 1), (["1b_{16}", "1a_{12}"], ["1A_{16}"], 0), ([r"2\cdot a_{16}"], ["2a_{16}"], 1),
+    # Roots, bold and wrappers with braces.
+    ([r"\sqrt[3]2", r"\sqrt[3]{2}", r"\sqrt[3] 2", r"2^{1/3}"], [r"\sqrt[3]{2}", r"\sqrt[3]2"], 1), ([r"\sqrt2", r"\sqrt[4]2"], [r"\sqrt[3]{2}"], 0),
+    ([r"\sqrt{2}", r"**$\sqrt{2}$**.", r"**\sqrt{2}**"], [r"**$\sqrt{2}$**.", "Work.\n#### **$\\sqrt{2}$**."], 1),
+    ([r"\mathbf{\frac{1}{2}}", r"\boldsymbol{\dfrac{1}{2}}", r"\textbf{$\frac{1}{2}$}"], ["1/2", r"\mathbf{\frac{1}{2}}"], 1), ([r"\mathrm{\frac{\sqrt{3}}{2}}", r"\mathbf{\frac{\sqrt3}{2}}"], [r"\frac{\sqrt{3}}{2}"], 1),
+    ([r"\mathbf{\frac{1}{3}}"], ["1/2"], 0), ([r"18\,{\rm cm}", r"\mathrm{18\,cm}", r"\text{18 cm}", "{18}", "'18'"], ["18", r"18\text{ cm}"], 1), ([r"\sqrt{2}\,{\rm cm}", r"\mathrm{\sqrt{2}\,cm}"], [r"\sqrt{2}"], 1),
+    # Choices.
+    (["C)", "C:", "(C) 18", r"\textbf{(C)}\ 18", "Option C", "**C**", "c"], ["C", "(C)", "(c)", "c", "**C**."], 1), (["D)", "(D) 18", "Option D", "(C) or (D)", "(C), (D)"], ["C", "(c)"], 0),
     # Kinds of brackets.
     ([r"\{0,1\}", r"\{1,0\}", r"\left\{0,1\right\}", r"\lbrace 0,1\rbrace", "0,1", r"x \in \{0,1\}"], [r"\{0,1\}", r"$\{0, 1\}$."], 1), (["(0,1)", "[0,1]", "(0,1]", r"x \in (0,1)"], [r"\{0,1\}"], 0),
     (["(0,1)", r"\left(0,1\right)", r"\big(0,1\big)"], ["(0,1)", "$(0,1)$."], 1), ([r"\{0,1\}", "[0,1]", "[0,1)", r"\left\{0,1\right\}", r"x\in\{0,1\}"], ["(0,1)"], 0),
@@ -219,3 +229,11 @@ def test_a_normalised_answer_stays_as_it_is():
         for answer in [*answers, *map(str, references)]:
             latex = normalised(answer)
             assert normalised(latex) in (latex, ""), answer
+
+
+@needs_math_verify
+def test_a_number_apart_from_a_power_is_refused_by_name():
+    fault, readable = reference_faults(["2^3 5", "2^3"])
+    assert fault is not None and "'2^3 5'" in fault and readable is None
+    with pytest.raises(ValueError, match=r"cannot read the reference answer '2\^3 5'"):
+        math_verify_reward(completions=["#### 40"], answer=["2^3 5"])
