@@ -220,8 +220,6 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> dict[str, dict[str, flo
     say = functools.partial(console.print, soft_wrap=True)
     if compiled := compilation_cache.directory():
         say(f"Compiled programs are kept in {compiled}.")
-    if trimmed := run.task.trimmed_lengths(c):
-        say(trimmed)
     saver = checkpoints.Checkpoints(work.path / "checkpoints", c.checkpoint.keep)
     number, state = saver.restore(run.programs.abstract_state) or (None, None)
     if number is not None:
@@ -229,6 +227,8 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> dict[str, dict[str, flo
             say(f"This run is finished: all {c.steps} steps are done. Raise config.steps, or choose another --workdir.")
             return {} if summary.picture_of(work.path).exists() else summary.report(work.path, c, run.method, console)
         say(f"Going on from {saver.directory / str(number)}.")
+    if trimmed := run.task.trimmed_lengths(c):
+        say(trimmed)
     if hosts.is_first():
         summary.picture_of(work.path).unlink(missing_ok=True)  # the picture of a shorter run
     state = supervised.first_state(run.task, run.programs) if state is None else state

@@ -39,9 +39,12 @@ def open_for_training(
         models.check_weights(opened, pretrained.base_shape(model))
     scorer = _scorer(c, tokenizer, mesh, work.path)
     streams = functools.cache(lambda: _streams(c, mesh, train_rows, tokenizer, columns))
+    checks = not work.is_finished(c.supervised.steps + c.steps)  # a finished run has passed them, and they take seconds
+    if checks:
+        streams()  # refuses training rows that do not fit before held-out ones
     values = held_out_values(eval_rows, "values" in method.signals) if c.eval.every else None
     task = _task(c, method, eval_rows, tokenizer, model, scorer, batch_size=c.prompts_per_step, values=values)
-    if not work.is_finished(c.supervised.steps + c.steps):  # a finished run has passed these checks, which take seconds
+    if checks:
         turns = data.get_template(c.data.template).turns
         data.warn_of_repeats(train_rows, eval_rows, lambda row: "\n".join(turn["content"] for turn in turns(row)))
         for batch in (streams()[1].batch(0), *(task.held_out if c.eval.every else ())):
