@@ -38,7 +38,8 @@ SIZES: dict[str, tuple[int, dict[str, Any]]] = {  # vocabulary size, and sizes o
     "small": (8192, dict(width=512, layers=8, heads=8, kv_heads=4, mlp_width=1536)),
     "smollm": (49152, dict(width=576, layers=30, heads=9, kv_heads=3, mlp_width=1536)),
 }
-DTYPES, REMAT = ("float32", "bfloat16"), ("none", "dots", "layer")
+DTYPES, REMAT = ("float32", "bfloat16"), ("auto", "none", "dots", "layer")
+ATTENTION = ("auto", "plain", "blockwise")
 UNDISTURBED = 0.06  # share of the machine that other processes may take during a step
 
 
@@ -138,7 +139,7 @@ def prepare(arguments: command.Arguments) -> Bench:
         group_size=a.group,
         max_prompt_length=a.prompt_length,
         max_completion_length=a.new,
-        model=Model(**sizes, compute_dtype=a.compute_dtype, remat=a.remat),
+        model=Model(**sizes, compute_dtype=a.compute_dtype, remat=a.remat, attention=a.attention),
         method={"name": "grpo"},
         optimizer=Optimizer(learning_rate=1e-4),
         update=Update(accumulation=a.accumulation),
@@ -146,6 +147,7 @@ def prepare(arguments: command.Arguments) -> Bench:
     method = config_lib.validate(config)
     model = config_lib.model_config(config, vocab_size)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    model = programs_lib.with_remat(programs_lib.with_attention(model, config, mesh), config, mesh)
     programs = programs_lib.build(
         config, method, model, mesh, eos_ids=(-1,), pad_id=0, weights={"even": 1.0}, verdict="even"
     )
@@ -184,7 +186,8 @@ def results(bench: Bench, first: float, timings: list[Timing]) -> dict[str, Any]
         "size": bench.size,
         "compute_dtype": c.model.compute_dtype,
         "n_params": models.param_count(bench.model),
-        "work": work | {"micro": P * G // c.update.accumulation, "remat": c.model.remat},
+        "work": work
+        | {"micro": P * G // c.update.accumulation, "remat": bench.model.remat, "attention": bench.model.attention},
         "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
         "rollout_tokens_per_s": round(tokens / rollout, 1),
         "update_tokens_per_s": round(tokens / update, 1),
@@ -216,7 +219,8 @@ COMMAND = command.Command(
         Flag("new", "T", "tokens per completion", number, 64),
         Flag("accumulation", "N", "microbatches per update", number, 1),
         Flag("compute-dtype", "DTYPE", "dtype of the operands of products", str, "float32", choices=DTYPES),
-        Flag("remat", "POLICY", "the activations to recompute in the backward pass", str, "layer", choices=REMAT),
+        Flag("remat", "POLICY", "the activations to recompute in the backward pass", str, "auto", choices=REMAT),
+        Flag("attention", "KIND", "the attention of prompts and updates", str, "auto", choices=ATTENTION),
         Flag("steps", "N", "undisturbed steps to measure", number, 6),
         Flag("max-steps", "N", "steps at most, --steps by default", number),
         Flag("seed", "N", "seed of weights, prompts and samples", number, 0),

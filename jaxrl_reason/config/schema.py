@@ -54,14 +54,14 @@ class Model:
     param_dtype: str = _field("float32", "dtype of the weights", choices=DTYPES)
     compute_dtype: str = _field("float32", "dtype of the operands of matrix products; sums are float32", choices=DTYPES)
     remat: str = _field(
-        "layer",
-        "values that the backward pass recomputes: none, all but matrix products, or whole layers",
-        choices=("none", "dots", "layer"),
+        "auto",
+        "values that the backward pass recomputes: none, all but matrix products (dots), whole layers, or auto (dots on CPUs if up to 2 GiB hold the products, else layer)",
+        choices=("auto", "none", "dots", "layer"),
     )
     attention: str = _field(
         "auto",
-        "attention of prompts and updates: plain, splash (TPU kernels, interpreted elsewhere), auto (splash on TPUs)",
-        choices=("auto", "plain", "splash"),
+        "attention of prompts and updates: plain, blockwise (CPUs and GPUs), splash (TPU kernels, interpreted elsewhere), or auto",
+        choices=("auto", "plain", "blockwise", "splash"),
     )
 
 

@@ -188,7 +188,7 @@ def pretrained_scorer(
 ) -> TextScorer:
     """Returns the scorer of a pretrained reward model, with its weights on the mesh in the dtypes of the policy."""
     assert opened.tokenizer is not None  # checked by `open_pretrained`
-    model, m = with_attention(opened.config, c, mesh), c.model
+    model, m = with_attention(opened.config, c, mesh, c.reward_model.max_length), c.model
     model = dataclasses.replace(model, param_dtype=m.param_dtype, compute_dtype=m.compute_dtype, remat="none")
     return TextScorer(
         model,

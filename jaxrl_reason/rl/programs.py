@@ -14,7 +14,7 @@ from jaxrl_reason import models
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data import PromptBatch, SolutionBatch
 from jaxrl_reason.methods import Method
-from jaxrl_reason.models import sharding
+from jaxrl_reason.models import blockwise, sharding
 from jaxrl_reason.rl import experience, hosts, learner, rollout, scoring
 from jaxrl_reason.rl.optimizer import init_opt_state, make_optimizer, make_supervised_optimizer
 from jaxrl_reason.rl.requirements import Requirements, requirements
@@ -22,6 +22,7 @@ from jaxrl_reason.rl.types import Experience, Gradient, Groups, LogProbs, Prepar
 
 # The purposes of random numbers, folded into the seed before anything else.
 INIT, ROLLOUT, UPDATE, EVAL = range(4)
+_KEPT_ON_CPU = 2**31  # bytes of products that an update on a CPU keeps for its backward pass, at most
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -134,21 +135,49 @@ def make_mesh(config: Config, devices: Any = None) -> jax.sharding.Mesh:
     return sharding.make_mesh(m.data, m.fsdp, m.tensor, m.slice, devices=devices)
 
 
-def with_attention(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> models.ModelConfig:
+def with_attention(
+    model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh, length: int = 0
+) -> models.ModelConfig:
     """Returns the decoder with the attention that config.model.attention means on these devices.
+
+    `length` is the length of texts in tokens, if the decoder reads texts that are longer than prompts.
 
     Raises:
       ConfigError: the devices cannot run it.
     """
     chosen, device = config.model.attention, mesh.devices.flat[0]
-    unable = device.device_kind in ("TPU v2", "TPU v3")  # their kernels cannot multiply bfloat16
+    on_tpu, kernels = device.platform == "tpu", device.device_kind not in ("TPU v2", "TPU v3")
+    prompt = config.max_prompt_length + model.prefix_length
     if chosen == "auto":
-        chosen = "splash" if device.platform == "tpu" and not unable else "plain"
-    if chosen == "splash" and unable:
+        long = blockwise.pays(config.max_completion_length, prompt) or blockwise.pays(max(prompt, length))
+        chosen = "splash" if on_tpu and kernels else "blockwise" if long and not on_tpu else "plain"
+    if chosen == "splash" and not kernels:  # their kernels cannot multiply bfloat16
         raise ConfigError(
             f"config.model.attention is 'splash', whose kernels do not run on {device.device_kind}; set it to 'auto' or 'plain'."
         )
+    if chosen == "blockwise" and on_tpu:
+        raise ConfigError(
+            "config.model.attention is 'blockwise', which is for CPUs and GPUs, and the devices are TPUs; set it to 'auto'."
+        )
     return dataclasses.replace(model, attention=chosen)
+
+
+def with_remat(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> models.ModelConfig:
+    """Returns the decoder with the rematerialisation that config.model.remat means on these devices.
+
+    "auto" keeps the products of a microbatch on CPUs if they are small: memory is cheap there, and operations are not.
+    """
+    c, u, s = config, config.update, config.supervised
+    if c.model.remat != "auto" or mesh.devices.flat[0].platform != "cpu":
+        return model
+    prompt = c.max_prompt_length + model.prefix_length
+    microbatch = (
+        c.prompts_per_step // (u.minibatches * u.accumulation) * (prompt + c.group_size * c.max_completion_length)
+    )
+    tokens = max(microbatch, s.steps and s.batch_size * (prompt + c.max_completion_length))
+    kept = (2 * model.heads + 2 * model.kv_heads) * model.head_dim + 3 * model.width + 2 * model.mlp_width
+    size = 4 * tokens // sharding.num_shards(mesh) * model.layers * kept
+    return dataclasses.replace(model, remat="dots" if size <= _KEPT_ON_CPU else "layer")
 
 
 def build(
@@ -179,7 +208,7 @@ def build(
     """
     schedule, optimizer = make_optimizer(config)
     decoding, shardings, rollout_shardings = _shardings(config, method, model, mesh, optimizer)
-    model = with_attention(model, config, mesh)
+    model = with_remat(with_attention(model, config, mesh), config, mesh)
     needs = requirements(config, method)
     options = update_options(config, method, probe_token)
     by_prompt, by_prompt_decoding = sharding.batch_sharding(mesh), sharding.batch_sharding(decoding)
