@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from helpers import reference_decoder as reference
-from helpers.configurations import tiny
 from helpers.tiny_decoders import make
+from helpers.tiny_runs import tiny
 from jaxrl_reason import models
 from jaxrl_reason.config import ConfigError
 from jaxrl_reason.models import blockwise, layers
