@@ -6,6 +6,8 @@ For one TPU v5e-8. Needs the extra `tables`, and the internet once. It was never
 
 From the paper: IEEE-style numbers, 16 samples, temperature 1, learning rate 1e-5, no KL, the heavy-tailed reward, ReMax, and
 cross-entropy first. Other tables: --config.data.train=FILE.csv --config.regression.target=COLUMN, with slices as splits.
+
+Data: the diabetes table inside scikit-learn, whose columns tests check. No card and no download are involved.
 """
 
 from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Model, Optimizer, Regression, Reward, Supervised

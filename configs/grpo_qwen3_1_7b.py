@@ -4,6 +4,8 @@
 
 Needs the internet once, for the model and the data. Thinking is off, so completions are short. Both clip ratios and the
 token-mean loss are from DAPO (arXiv 2503.14476). It was never run to the end.
+
+Data: GSM8K by the builder of TFDS, which names the columns question and answer; a test runs this builder on local files.
 """
 
 from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Model, Optimizer, Reward, Update

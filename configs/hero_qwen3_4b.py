@@ -8,6 +8,13 @@ For 32 chips or more. Needs the extra `math`, and the internet once, for the mod
 From the paper: 8 completions per prompt, 512 prompts per step in minibatches of 128, learning rate 1e-6, clip 0.2 / 0.28, no
 KL, alpha = beta = 0.05, temperature 1, and a cold start. The cold start has 4,000 worked solutions once; the paper takes 2,000
 twice. Lengths are ours; rows with a solution longer than a completion can be are left out.
+
+Training data: nvidia/OpenMathReasoning. Checked in cards of its excerpts and in articles on it: the columns problem,
+expected_answer (for some problems a majority vote of models) and generated_solution, a split cot, and Parquet files. Not
+checked: its own card, which was not found, and the name of its first file; excerpts use data/cot-*.
+
+Held-out data: HuggingFaceH4/MATH-500. Checked: its list of files has test.jsonl; programs that read it, and cards of its copies,
+have the columns problem, answer, solution, subject, level and unique_id. Not checked: its own card, which was not found.
 """
 
 from jaxrl_reason.config import (

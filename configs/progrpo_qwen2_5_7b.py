@@ -6,6 +6,13 @@ For 32 chips or more. Needs the extra `math`, and the internet once. It was neve
 
 From the paper: clip 0.2 / 0.28, token-mean loss, no KL. The paper does not give alpha; 0.3 is a first guess. Group size, batch
 size, learning rate and lengths are ours.
+
+Training data: open-r1/DAPO-Math-17k-Processed. Checked in the program that made it, and in its list of files: the configurations
+all, en and cn; the columns prompt (text) and solution (the answer alone); Parquet files such as all/train-00000-of-00001.parquet.
+Not checked: the name of the file in en/.
+
+Held-out data: HuggingFaceH4/MATH-500. Checked: its list of files has test.jsonl; programs that read it, and cards of its copies,
+have the columns problem, answer, solution, subject, level and unique_id. Not checked: its own card, which was not found.
 """
 
 from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Model, Optimizer, Reward, Update

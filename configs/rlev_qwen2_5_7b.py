@@ -4,9 +4,15 @@
 
 For 32 chips or more. Needs the internet once. It was never run to the end.
 
-From the paper: one epoch, 128 prompts per step, learning rate 5e-7, prompts and responses of 1,024 tokens, alpha 10. The data
-come from the paper too: JSONL with question, answer, score and exam. In the paper a language model judges the answers. Here
-the final answer must have the words of the reference; --config.reward.functions=FILE.py:FUNCTION names another judge.
+From the paper: one epoch, 128 prompts per step, learning rate 5e-7, prompts and responses of 1,024 tokens, alpha 10. In the
+paper a language model judges the answers. Here the final answer must have the words of the reference;
+--config.reward.functions=FILE.py:FUNCTION names another judge.
+
+Data: sarosavo/RLEV, of the paper. Checked in its card: the columns query, label, score (points of the question) and total
+(points of its exam), a "JSON list using chat-template", 100,000 and 8,000 rows split by exam, English and Chinese. Not checked,
+because the card does not say it: the names of the files, so the patterns below match any JSON file with "train" or "test" in
+its name, of both languages; and whether a query is a text or a list of turns, so both are read (chat=True). A row with a
+system turn of its own keeps it.
 """
 
 from collections.abc import Sequence
@@ -32,12 +38,13 @@ def get_config() -> Config:
         max_completion_length=1024,
         model=Model(path="Qwen/Qwen2.5-7B", param_dtype="bfloat16", compute_dtype="bfloat16"),
         data=Data(
-            train="hf://datasets/sarosavo/RLEV/*train*.jsonl",
+            train="hf://datasets/sarosavo/RLEV/*train*.json*",
             train_split="all",
-            eval="hf://datasets/sarosavo/RLEV/*test*.jsonl",
+            eval="hf://datasets/sarosavo/RLEV/*test*.json*",
             eval_split="all",
-            columns={"points": "score"},
+            columns={"question": "query", "answer": "label", "points": "score", "exam_total": "total"},
             template="boxed",
+            chat=True,
             on_bad_row="skip",
             on_long_prompt="skip",
         ),

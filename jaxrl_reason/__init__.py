@@ -1,6 +1,6 @@
 """Reinforcement learning that teaches language models to reason, in JAX, for TPUs.
 
-Commands, each with --help:
+Commands, each with --help; python -m jaxrl_reason lists them:
   train, evaluate, compare, export, replay, bench, plan, reward_training
 
 Mathematics, arrays in and arrays out:
@@ -14,3 +14,5 @@ Rooms, each imports only from rooms above it:
 
 The run, from top to bottom, is in train.py.
 """
+
+__version__ = "0.2.0.dev0"

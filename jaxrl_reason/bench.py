@@ -1,7 +1,8 @@
 """Measures the speed of a training step, and prints it as one JSON line.
 
-A step samples P prompts x G completions of exactly `new` tokens at temperature 1, computes a trivial reward from
-decoded text on the host, and makes one AdamW update over all of them, with random weights. The line holds completion
+A step samples P prompts x G completions at temperature 1, computes a trivial reward from decoded text on the host, and
+makes one AdamW update over all of them, with random weights. Completions have exactly `new` tokens, or, with
+--lengths=mixed, between 1 and `new` tokens and a quarter of it on average. The line holds completion
 tokens per second of rollout, update and step, compile seconds, peak memory, and the share of the machine's float32 peak
 (measured by a 2048^3 product in the same process). Steps during which other processes took more than 6 % of the machine
 are left out if enough others remain.
@@ -23,7 +24,7 @@ import numpy as np
 
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import models
-from jaxrl_reason.config import Config, Model, Optimizer, Update
+from jaxrl_reason.config import Config, ConfigError, Model, Optimizer, Sampling, Update
 from jaxrl_reason.data import PromptBatch
 from jaxrl_reason.models import sharding
 from jaxrl_reason.rewards.host import compute_rewards, HostReward
@@ -38,9 +39,22 @@ SIZES: dict[str, tuple[int, dict[str, Any]]] = {  # vocabulary size, and sizes o
     "small": (8192, dict(width=512, layers=8, heads=8, kv_heads=4, mlp_width=1536)),
     "smollm": (49152, dict(width=576, layers=30, heads=9, kv_heads=3, mlp_width=1536)),
 }
-DTYPES, REMAT = ("float32", "bfloat16"), ("auto", "none", "dots", "layer")
+DTYPES, REMAT = ("float32", "bfloat16"), ("none", "dots", "layer")
 ATTENTION = ("auto", "plain", "blockwise")
 UNDISTURBED = 0.06  # share of the machine that other processes may take during a step
+
+
+def mixed_lengths(prompts: int, group: int, new: int) -> np.ndarray:
+    """Returns tokens per completion, int[P, G] of mean `new` / 4: the quantiles of an exponential distribution, cut at `new`, in a fixed random order.
+
+    The mean of the uncut distribution is chosen such that the mean of the cut one is `new` / 4.
+    """
+    quantiles = (np.arange(prompts * group) + 0.5) / (prompts * group)
+    cut = lambda mean: np.clip(np.round(-mean * np.log1p(-quantiles)), 1, new).astype(int)
+    low, high = 0.0, 4.0 * new
+    for _ in range(60):
+        low, high = (low, (low + high) / 2) if cut((low + high) / 2).mean() > new / 4 else ((low + high) / 2, high)
+    return np.random.default_rng(0).permutation(cut(low)).reshape(prompts, group)
 
 
 def share_of_even_ids(completions: list[str], **_: Any) -> list[float]:
@@ -105,6 +119,7 @@ class Bench:
     model: models.ModelConfig
     programs: programs_lib.Programs
     max_steps: int
+    tokens: int  # of all completions of a step
 
     def step(self, state: TrainState, i: int) -> tuple[TrainState, np.ndarray]:
         """Makes one step on random prompts; returns the new state, and the seconds of rollout, reward and update."""
@@ -131,6 +146,9 @@ class Bench:
 def prepare(arguments: command.Arguments) -> Bench:
     """Builds the programs of a training run; raises ConfigError for sizes that do not fit together."""
     a = arguments
+    most = a.steps if a.max_steps is None else a.max_steps
+    if most < a.steps:
+        raise ConfigError(f"--max-steps={most} is less than --steps={a.steps}; raise it, or lower --steps.")
     vocab_size, sizes = SIZES[a.size]
     config = Config(
         seed=a.seed,
@@ -142,16 +160,19 @@ def prepare(arguments: command.Arguments) -> Bench:
         model=Model(**sizes, compute_dtype=a.compute_dtype, remat=a.remat, attention=a.attention),
         method={"name": "grpo"},
         optimizer=Optimizer(learning_rate=1e-4),
+        sampling=Sampling(halvings=a.halvings, cache_pieces=a.cache_pieces),
         update=Update(accumulation=a.accumulation),
     )
     method = config_lib.validate(config)
     model = config_lib.model_config(config, vocab_size)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    model = programs_lib.with_remat(programs_lib.with_attention(model, config, mesh), config, mesh)
+    lengths = mixed_lengths(a.prompts, a.group, a.new) if a.lengths == "mixed" else None
+    end_at, eos = (None, -1) if lengths is None else (lengths - 1, vocab_size - 1)
     programs = programs_lib.build(
-        config, method, model, mesh, eos_ids=(-1,), pad_id=0, weights={"even": 1.0}, verdict="even"
+        config, method, model, mesh, eos_ids=(eos,), pad_id=0, weights={"even": 1.0}, verdict="even", end_at=end_at
     )
-    return Bench(a.size, config, model, programs, max(a.max_steps or 0, a.steps))
+    tokens = a.prompts * a.group * a.new if lengths is None else int(lengths.sum())
+    return Bench(a.size, config, model, programs, most, tokens)
 
 
 def measure(bench: Bench) -> tuple[float, list[Timing]]:
@@ -179,20 +200,21 @@ def results(bench: Bench, first: float, timings: list[Timing]) -> dict[str, Any]
     rollout, reward, update = (statistics.median(float(t.seconds[i]) for t in used) for i in range(3))
     step = statistics.median(float(t.seconds.sum()) for t in used)
     P, G, S, T = c.prompts_per_step, c.group_size, c.max_prompt_length, c.max_completion_length
-    tokens, peak, flops = P * G * T, measured_peak(), step_flops(bench.model, P, G, S, T)
-    work = {"prompts": P, "group": G, "prompt_len": S, "new": T}
+    tokens, peak, flops = bench.tokens, measured_peak(), step_flops(bench.model, P, G, S, T)
+    share = lambda rate: round(rate / peak, 3) if tokens == P * G * T else None  # the operations are of full lengths
+    work = {"prompts": P, "group": G, "prompt_len": S, "new": T, "tokens": tokens, "padding": P * G * T - tokens}
     return {
         "peer": "jaxrl_reason",
         "size": bench.size,
         "compute_dtype": c.model.compute_dtype,
         "n_params": models.param_count(bench.model),
         "work": work
-        | {"micro": P * G // c.update.accumulation, "remat": bench.model.remat, "attention": bench.model.attention},
+        | {"micro": P * G // c.update.accumulation, "remat": c.model.remat, "attention": c.model.attention},
         "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
         "rollout_tokens_per_s": round(tokens / rollout, 1),
         "update_tokens_per_s": round(tokens / update, 1),
         "step_tokens_per_s": round(tokens / step, 1),
-        "train_tokens_per_s": round(P * G * (S + T) / update, 1),
+        "train_tokens_per_s": round((P * G * S + tokens) / update, 1),
         "rollout_seconds": round(rollout, 4),
         "reward_seconds": round(reward, 4),
         "train_seconds": round(update, 4),
@@ -200,8 +222,8 @@ def results(bench: Bench, first: float, timings: list[Timing]) -> dict[str, Any]
         "compile_seconds": round(first - step, 2),
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "peak_gflops": round(peak / 1e9, 1),
-        "rollout_share_of_peak": round(flops["rollout"] / rollout / peak, 3),
-        "update_share_of_peak": round(flops["update"] / update / peak, 3),
+        "rollout_share_of_peak": share(flops["rollout"] / rollout),
+        "update_share_of_peak": share(flops["update"] / update),
         "timed_steps": len(timings),
         "clean_steps": len(clean),
         "others_share": round(statistics.median(t.disturbance for t in used), 3),
@@ -217,9 +239,18 @@ COMMAND = command.Command(
         Flag("group", "G", "completions per prompt", number, 8),
         Flag("prompt-length", "S", "tokens per prompt", number, 32, alias="prompt-len"),
         Flag("new", "T", "tokens per completion", number, 64),
+        Flag(
+            "lengths",
+            "KIND",
+            "full: T tokens each; mixed: a skewed distribution of mean T/4",
+            default="full",
+            choices=("full", "mixed"),
+        ),
+        Flag("halvings", "N", "see config.sampling.halvings", int, -1),
+        Flag("cache-pieces", "N", "see config.sampling.cache_pieces", int, 0),
         Flag("accumulation", "N", "microbatches per update", number, 1),
         Flag("compute-dtype", "DTYPE", "dtype of the operands of products", str, "float32", choices=DTYPES),
-        Flag("remat", "POLICY", "the activations to recompute in the backward pass", str, "auto", choices=REMAT),
+        Flag("remat", "POLICY", "the activations to recompute in the backward pass", str, "layer", choices=REMAT),
         Flag("attention", "KIND", "the attention of prompts and updates", str, "auto", choices=ATTENTION),
         Flag("steps", "N", "undisturbed steps to measure", number, 6),
         Flag("max-steps", "N", "steps at most, --steps by default", number),

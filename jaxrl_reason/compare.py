@@ -6,20 +6,20 @@ recipe's supervised start (and its reward model) is trained once, in DIR/method.
 DIR/comparison.json. The same command again resumes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import pathlib
 import re
 import sys
 
 import rich.console
-from rich.table import Column, Table
 
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import tasks, train
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.methods import Method
 from jaxrl_reason.rewards import RewardError
+from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs import command, pictures, read_metrics
 from jaxrl_reason.runs.files import write_json
 
@@ -70,6 +70,8 @@ def prepare(config: Config, baselines: Mapping[str, Mapping[str, object]], workd
 
     Raises ConfigError without evaluations to compare, and for a baseline that changes an unknown field.
     """
+    if elsewhere := config_lib.remote(str(workdir)):
+        raise ConfigError(f"The work directory is {str(workdir)!r}, and must be on this machine: {elsewhere}.")
     workdir = pathlib.Path(workdir).expanduser().resolve()  # the configurations of the baselines hold it
     if not config.eval.every:
         raise ConfigError("config.eval.every is 0, and a comparison needs held-out metrics; set it above 0.")
@@ -89,12 +91,24 @@ def prepare(config: Config, baselines: Mapping[str, Mapping[str, object]], workd
 
 def train_all(comparison: Comparison) -> Rows:
     """Trains all runs and writes comparison.json. Returns its content, see `compare`."""
+    with hosts.preemption() as should_stop:  # around all runs: a signal in one of them ends the comparison
+        return _train_all(comparison, should_stop)
+
+
+def _train_all(comparison: Comparison, should_stop: Callable[[], bool]) -> Rows:
     workdir, rows = comparison.workdir, {}
-    for name, config in comparison.configs.items():
+    console, count = rich.console.Console(highlight=False, markup=False), len(comparison.configs)
+    for number, (name, config) in enumerate(comparison.configs.items(), 1):
         directory = workdir / re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+        left = count - number
+        follow = "none follows" if not left else "1 follows" if left == 1 else f"{left} follow"
+        who = f"the method, {config.method['name']}" if name == METHOD else f"the baseline {name!r}"
+        console.print(f"Run {number} of {count}, {who}, in {directory}; {follow}.", soft_wrap=True)
         if name != METHOD:
             comparison.pending.append(_set_up(name, config, directory))
         train.train(comparison.pending.pop())
+        if should_stop() and left:
+            raise hosts.Preempted(f"the last step of the run in {directory}")
         lines = read_metrics(directory / "metrics.jsonl")
         prefixes = ("eval/", *tasks.BASELINES)
         evaluations = [e for line in lines if (e := {k: v for k, v in line.items() if k.startswith(prefixes)})]
@@ -125,14 +139,11 @@ def _other_approaches(metrics: Mapping[str, float]) -> Rows:
     return rows
 
 
-def table(rows: Mapping[str, Mapping[str, float]], shown: tuple[str, ...]) -> Table:
-    """Returns one row per metric whose name, without "eval/", begins with `shown`, and one column per run."""
+def print_rows(console: rich.console.Console, rows: Mapping[str, Mapping[str, float]], shown: tuple[str, ...]) -> None:
+    """Prints one row per metric whose name, without "eval/", begins with `shown`, and one column per run."""
     names = dict.fromkeys(n for row in rows.values() for n in row if n.removeprefix("eval/").startswith(shown))
-    out = Table("", *(Column(row, justify="right") for row in rows))
-    for name in names:
-        cells = (pictures.cell(name, row.get(name)) for row in rows.values())
-        out.add_row(name.removeprefix("eval/").replace("_", " "), *cells)
-    return out
+    columns = {title: [pictures.cell(name, row.get(name)) for name in names] for title, row in rows.items()}
+    pictures.print_table(console, [name.removeprefix("eval/").replace("_", " ") for name in names], columns)
 
 
 COMMAND = command.Command(
@@ -151,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work(comparison: Comparison) -> None:
         rows, console = train_all(comparison), rich.console.Console(highlight=False, markup=False)
-        console.print(table(rows, tasks.headlines(comparison.method)))
+        print_rows(console, rows, tasks.headlines(comparison.method))
         console.print(f"Written: {comparison.workdir / 'comparison.json'}", soft_wrap=True)
 
     return command.run(COMMAND, argv, begin, work)

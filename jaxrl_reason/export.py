@@ -109,8 +109,7 @@ def prepare(arguments: command.Arguments) -> tuple[str, pathlib.Path, Callable[[
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out={out} is there already and not empty; choose another directory.")
-    if arguments.config:
-        config_lib.load_module(arguments.config)
+    command.load_recipe(arguments)
     if arguments.reward_model:
         judge = in_dtype(load_reward_model(workdir), dtype)
         return "The reward model", out, functools.partial(models.save_pretrained, out, judge)

@@ -7,6 +7,8 @@ the range that its docstring states.
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
+import math
+import statistics
 
 import chex
 import jax
@@ -215,6 +217,30 @@ def bootstrap_interval(
     drawn = np.random.default_rng(seed).multinomial(x.size, counts / x.size, size=resamples)
     low, high = np.quantile(drawn @ distinct / x.size, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def accuracy_interval(x: ArrayLike, *, level: float = 0.95) -> tuple[float, float]:
+    """Computes an interval (low, high) of a mean accuracy over prompts.
+
+    It is `bootstrap_interval`, or Wilson's score interval (1927) if all prompts have the same accuracy: other draws of
+    equal numbers are equal, which says nothing about other prompts.
+
+    Args:
+      x: [N], N >= 1, the accuracy of each prompt, in [0, 1].
+      level: share of such intervals that hold the mean, in (0, 1).
+
+    Example:
+      >>> print([round(x, 3) for x in accuracy_interval([0.0, 0.0, 0.0, 0.0])])
+      [0.0, 0.49]
+    """
+    x = np.asarray(x, np.float64)
+    low, high = bootstrap_interval(x, level=level)
+    _refuse((x < 0) | (x > 1), "x must be accuracies between 0 and 1", x=x)
+    if x.min() < x.max():
+        return low, high
+    n, mean, z2 = x.size, float(x[0]), statistics.NormalDist().inv_cdf((1 + level) / 2) ** 2
+    center, half = mean + z2 / (2 * n), math.sqrt(z2 * (mean * (1 - mean) + z2 / (4 * n)) / n)
+    return min((center - half) / (1 + z2 / n), mean), max((center + half) / (1 + z2 / n), mean)
 
 
 def token_confidence(

@@ -117,9 +117,9 @@ def _print_prompt(
     # repr escapes characters that a terminal would obey.
     short = lambda text: textwrap.shorten(repr(text), 200, placeholder="...")
     rollout = jax.device_get(jax.tree.map(lambda x: x[p], batch.rollout))
-    (prompt,) = run.tokenizer.decode_batch([rollout.prompt_tokens[rollout.prompt_mask].tolist()])
+    (prompt,) = run.tokenizer.decode_batch([rollout.prompt_tokens[rollout.prompt_mask].tolist()], skip_special=False)
     console.print(f"Prompt {p}: {short(prompt)}", soft_wrap=True)
-    texts = run.tokenizer.decode_batch([t[m].tolist() for t, m in zip(rollout.tokens, rollout.mask)])
+    texts = run.tokenizer.completions([t[m].tolist() for t, m in zip(rollout.tokens, rollout.mask)])
     for g, text in enumerate(texts):
         given = ", ".join(f"{name} {values[p, g]:.4g}" for name, values in rewards.items())
         advantage = float(np.asarray(batch.advantages)[p, g].max())
@@ -132,6 +132,7 @@ COMMAND = command.Command(
     (
         command.WORKDIR,
         command.Flag("step", "N", "a number under DIR/replay; the last by default", command.number),
+        command.RECIPE,
         command.Flag("config.mesh.", "NAME=SIZE", "another size of the mesh, such as --config.mesh.fsdp=-1"),
     ),
     "--workdir=/tmp/quickstart",
@@ -142,6 +143,7 @@ COMMAND = command.Command(
 def prepare(arguments: command.Arguments) -> tuple[train.Run, Saved]:
     """Sets the run up and reads the saved step; raises ConfigError or CheckpointError without a readable one."""
     workdir = arguments.workdir
+    command.load_recipe(arguments)
     config = runs.load_config(workdir, arguments.fields)
     saved = runs.numbers_in(workdir / "replay")
     if not saved:

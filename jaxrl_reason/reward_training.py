@@ -45,7 +45,6 @@ COMMAND = command.Command(
     __doc__,
     command.TRAINING,
     "--config=configs/hero.py --workdir=/tmp/hero",
-    details=command.configuration_help,
     errors=(RewardError,),
 )
 

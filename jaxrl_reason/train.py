@@ -29,8 +29,7 @@ from jaxrl_reason.rewards.scorer import LEARNED
 from jaxrl_reason.rl import dynamic_sampling, experience, hosts
 from jaxrl_reason.rl import programs as programs_lib
 from jaxrl_reason.rl.types import Groups, LogProbs, Rollout, Step, TrainState
-from jaxrl_reason.runs import checkpoints, command
-from jaxrl_reason.runs.files import write_json
+from jaxrl_reason.runs import checkpoints, command, compilation_cache, pictures
 from jaxrl_reason.runs.loop import Loop, run_loop
 from jaxrl_reason.runs.metrics_file import SampleTable
 from jaxrl_reason.runs.progress import Clock
@@ -65,6 +64,7 @@ def setup(config: Config, workdir: str | pathlib.Path) -> Run:
     Raises:
       ConfigError, RewardError, ValueError, OSError: a sentence that names the fault and its place.
     """
+    compilation_cache.enable(config.compilation_cache)
     turns = [hosts.agree(lambda: _setup(config, workdir) if hosts.is_first() else None, ConfigError, *_REFUSALS)]
     with warnings.catch_warnings():
         if not hosts.is_first():
@@ -218,6 +218,10 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> dict[str, dict[str, flo
     c, work, needs = run.config, run.work, run.programs.needs
     console = rich.console.Console(highlight=False, markup=False, quiet=not hosts.is_first())
     say = functools.partial(console.print, soft_wrap=True)
+    if compiled := compilation_cache.directory():
+        say(f"Compiled programs are kept in {compiled}.")
+    if trimmed := run.task.trimmed_lengths(c):
+        say(trimmed)
     saver = checkpoints.Checkpoints(work.path / "checkpoints", c.checkpoint.keep)
     number, state = saver.restore(run.programs.abstract_state) or (None, None)
     if number is not None:
@@ -229,10 +233,11 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> dict[str, dict[str, flo
         summary.picture_of(work.path).unlink(missing_ok=True)  # the picture of a shorter run
     state = supervised.first_state(run.task, run.programs) if state is None else state
     if number is None or number < c.supervised.steps:
-        state = supervised.train(run.task, run.programs, state, saver, console, should_stop)
-        params = state.params
-        del state  # frees the optimizer's state before another one is made
-        state = run.programs.restart(params)
+        if c.supervised.steps:
+            state = supervised.train(run.task, run.programs, state, saver, console, should_stop)
+            params = state.params
+            del state  # frees the optimizer's state before another one is made
+            state = run.programs.restart(params)
         saver.save(c.supervised.steps, state)
     if int(state.step) == 0 and (needs.reference or c.checkpoint.keep_start):
         checkpoints.save_params(work.path / "start", state.trained)
@@ -259,23 +264,21 @@ def reinforce(
 ) -> TrainState:
     """Runs the RL phase: the loop around `train_step`, with evaluations, samples and warnings."""
     c, programs, work, begin = run.config, run.programs, run.work, int(state.step)
-    settings = run.method.loss.find("self_reward")
-    constant = None if settings and settings.reference == "exact" else c_ref
 
     def step(i: int, state: TrainState, clock: Clock):
         with jax.transfer_guard("disallow"):  # an unintended transfer is an error
-            done = train_step(run, state, reference, clock, constant)
+            done = train_step(run, state, reference, clock, c_ref)
         clock.count("update", int(_count(done.batch.mask)))
-        metrics = done.metrics | {"learning_rate": programs.learning_rate(i)} | clock.metrics()
-        return done.state, metrics, done
+        return done.state, done.metrics | {"learning_rate": programs.learning_rate(i)}, done
 
     def evaluate(state: TrainState) -> dict[str, float]:
         weights = rollout_weights(run, state.params, Clock())
-        return run.task.evaluate(functools.partial(programs.generate_eval, weights), run.scorer, c_ref)
+        probe = self_reward.probe_reference(run.method, programs, c_ref, reference, state.frozen)
+        return run.task.evaluate(functools.partial(programs.generate_eval, weights), run.scorer, probe)
 
     def before() -> dict[str, float]:
         if hosts.is_first():
-            write_json(work.path / "evaluation.json", summary.evaluation_settings(c))
+            summary.write_settings(work.path, c)
         return evaluate(state) | run.task.baselines()
 
     def after(done: int, state: TrainState, metrics: dict, details: Step, clock: Clock) -> dict[str, float]:
@@ -290,14 +293,14 @@ def reinforce(
             state,
             step,
             lambda done, state: saver.save(c.supervised.steps + done, state),
-            progress=lambda metrics: f"reward {metrics['reward']:.3f}",
+            progress=pictures.reward_text,
             advice=lambda done, state, details: (
                 f"{save_for_replay(work.path, done, state, details)} A lower config.optimizer.learning_rate, rewards of a smaller scale or "
                 "float32 help most often. The newest checkpoint holds the weights from before."
             ),
             before=before if c.eval.every else None,
             after=after,
-            observe=functools.partial(observer, samples, programs, run.tokenizer, run.scorer.weights, console),
+            observe=functools.partial(observer, c, samples, programs, run.tokenizer, run.scorer.weights, console),
         )
 
 
@@ -306,7 +309,6 @@ COMMAND = command.Command(
     __doc__,
     command.TRAINING,
     "--config=configs/quickstart.py --workdir=/tmp/quickstart",
-    details=command.configuration_help,
     errors=(RewardError,),
 )
 

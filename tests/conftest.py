@@ -7,6 +7,10 @@ import gc
 import hashlib
 import os
 
+os.environ["JAX_COMPILATION_CACHE_DIR"] = (
+    ""  # before JAX is imported: tests, and processes they start, keep off the user's cache
+)
+
 from huggingface_hub import constants
 import hypothesis
 import jax

@@ -1,8 +1,10 @@
 """Every command of the package runs: one tiny run is trained, and the other commands work on it."""
 
+import configparser
 import json
 import math
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -10,6 +12,8 @@ import sys
 import pytest
 
 from helpers.tiny_runs import tiny, write_recipe, write_rows
+import jaxrl_reason
+from jaxrl_reason import __main__ as listing
 from jaxrl_reason import bench, compare, evaluate, export, replay, reward_training, train
 from jaxrl_reason.plan import __main__ as plan
 from jaxrl_reason.runs.watch import NonFiniteError
@@ -135,9 +139,56 @@ def test_a_run_that_diverges_has_exit_code_1_from_compare_as_well(tmp_path, caps
 
 def test_bench(capsys):
     sizes = ["--prompts=1", "--group=2", "--prompt-len=4", "--new=2", "--steps=1"]
-    assert bench.main(["--size=tiny", *sizes]) == 0
+    assert bench.main(["--size=tiny", "--lengths=mixed", *sizes]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["work"]["prompt_len"] == 4 and math.isfinite(result["step_seconds"]) and result["timed_steps"] == 1
+
+
+@pytest.mark.parametrize("flags", [["--steps=3", "--max-steps=2"], ["--max-steps=5"], ["--max-steps=0"]])
+def test_bench_refuses_fewer_steps_at_most_than_steps(flags, capsys):
+    assert bench.main(flags) == 2
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"error: --max-steps=\d is less than --steps=\d; raise it, or lower --steps.\n", err)
+
+
+def test_the_package_lists_its_commands(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert listing.main([]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"jaxrl_reason {jaxrl_reason.__version__}\n") and max(map(len, out.splitlines())) <= 100
+    assert set(listing.COMMANDS) == set(COMMANDS)
+    for name, (main, _) in COMMANDS.items():
+        summary = " ".join((sys.modules[main.__module__].__doc__ or "").partition("\n\n")[0].split())
+        assert re.search(rf"^  python -m jaxrl_reason\.{name} +{re.escape(summary[:30])}", out, re.MULTILINE)
+        assert summary in " ".join(out.split())
+    assert listing.main(["--help"]) == 0 and capsys.readouterr().out == out
+
+
+@pytest.mark.parametrize(
+    "argv, code, said",
+    [
+        (["--version"], 0, f"jaxrl_reason {jaxrl_reason.__version__}\n"),
+        (["train", "--config=x"], 2, "error: 'train' is not an argument; write python -m jaxrl_reason.train.\n"),
+        (["bake"], 2, f"error: 'bake' is not an argument; commands are {', '.join(listing.COMMANDS)}.\n"),
+    ],
+)
+def test_arguments_of_the_package(argv, code, said, capsys):
+    assert listing.main(argv) == code
+    assert "".join(capsys.readouterr()) == said
+
+
+def test_the_version_has_one_place():
+    setup = configparser.ConfigParser()
+    setup.read(pathlib.Path(jaxrl_reason.__file__).parents[1] / "setup.cfg")
+    assert setup["metadata"]["version"] == "attr: jaxrl_reason.__version__"
+
+
+def test_a_command_says_what_it_refuses_without_the_libraries_of_data_and_pictures():
+    """They take half a second of the two that a refusal takes."""
+    code = "import sys, jaxrl_reason.train; print(sorted({'matplotlib', 'tensorflow_datasets'} & sys.modules.keys()))"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_plan(tmp_path):

@@ -1,10 +1,14 @@
 """A recipe and its baselines: one start for all, one row for each."""
 
+import io
 import json
+import os
+import signal
 
 import jax
 import numpy as np
 import pytest
+import rich.console
 
 from helpers.tiny_runs import tiny, write_rows
 from jaxrl_reason import compare, train
@@ -84,11 +88,59 @@ def test_a_comparison_that_is_asked_to_end_says_that_it_goes_on(tmp_path, capsys
     assert capsys.readouterr().err == "Asked to end, and saved after step 3: the same command continues from there.\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("ending", [0, 1])
+def test_a_signal_in_the_last_step_of_a_run_ends_the_comparison(ending, number, tmp_path, monkeypatch):
+    """After the last run there is nothing left to end."""
+    config = tiny(write_rows(tmp_path / "rows.jsonl"), eval__every=1)
+    comparison = compare.prepare(config, {"other": {"seed": 0}}, tmp_path / "runs")
+    trained = []
+
+    def last_step(run):
+        (run.work.path / "start").mkdir(exist_ok=True)
+        with hosts.preemption():
+            if len(trained) == ending:
+                os.kill(os.getpid(), number)
+        trained.append(run.work.path.name)
+
+    monkeypatch.setattr(train, "train", last_step)
+    monkeypatch.setattr(compare, "read_metrics", lambda _: [{"eval/accuracy": 0.5}])
+    if ending == 1:
+        assert list(compare.train_all(comparison)) == ["start", "grpo", "other"]
+    else:
+        with pytest.raises(
+            hosts.Preempted, match="saved after the last step of the run in .*/method: the same command"
+        ):
+            compare.train_all(comparison)
+    assert trained == ["method", "other"][: ending + 1]
+
+
 def test_the_table_has_a_dash_for_a_missing_metric():
     rows = {"start": {"eval/accuracy": 0.5, "eval/prompts": 4}, "pointwise": {"eval/r2": 0.25}}
-    table = compare.table(rows, ("accuracy", "r2"))
-    assert [c.header for c in table.columns] == ["", "start", "pointwise"]
-    assert [list(c.cells) for c in table.columns] == [["accuracy", "r2"], ["50.0 %", "-"], ["-", "0.250"]]
+    console = rich.console.Console(file=io.StringIO(), width=80)
+    compare.print_rows(console, rows, ("accuracy", "r2"))
+    lines = [line for line in console.file.getvalue().splitlines() if line[0] in "│┃"]
+    words = [line.replace("│", " ").replace("┃", " ").split() for line in lines]
+    assert words == [["start", "pointwise"], ["accuracy", "50.0", "%", "-"], ["r2", "-", "0.250"]]
+
+
+def test_every_run_is_announced_with_the_number_of_runs_that_follow(tmp_path, monkeypatch, capsys):
+    config = tiny(write_rows(tmp_path / "rows.jsonl"), eval__every=1)
+    baselines = {"Other, seed": {"seed": 1}, "loo": {"method": {"name": "rloo"}}}
+    comparison = compare.prepare(config, baselines, tmp_path / "runs")
+    monkeypatch.setattr(compare, "_set_up", lambda *_: None)
+    monkeypatch.setattr(train, "train", lambda run: print("trains"))
+    monkeypatch.setattr(compare, "read_metrics", lambda _: [{"eval/accuracy": 0.5}])
+    compare.train_all(comparison)
+    runs = tmp_path / "runs"
+    assert capsys.readouterr().out.splitlines() == [
+        f"Run 1 of 3, the method, grpo, in {runs}/method; 2 follow.",
+        "trains",
+        f"Run 2 of 3, the baseline 'Other, seed', in {runs}/other_seed; 1 follows.",
+        "trains",
+        f"Run 3 of 3, the baseline 'loo', in {runs}/loo; none follows.",
+        "trains",
+    ]
 
 
 def test_a_baseline_that_cannot_begin_is_named_when_the_method_has_ended(tmp_path, monkeypatch):

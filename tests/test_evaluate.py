@@ -16,7 +16,7 @@ import rich.console
 
 from helpers.tiny_runs import tiny, write_rows
 from jaxrl_reason import config as config_lib
-from jaxrl_reason import data, evaluate, methods, runs, train
+from jaxrl_reason import data, evaluate, export, methods, runs, train
 from jaxrl_reason.data.preferences import PreferenceBatch
 from jaxrl_reason.metrics import pass_at_k
 from jaxrl_reason.models import reward_model
@@ -142,6 +142,7 @@ def test_every_number_follows_from_the_completions(trained, tmp_path):
     groups = [lines[i : i + 5] for i in range(0, 80, 5)]
     assert numbers["accuracy"] == numbers["avg@5"] == mean([line["right"] for line in lines])
     assert 0 < numbers["accuracy"] < 1
+    assert record["config"]["eval"]["samples"] == 5 and record["config"]["data"]["eval_split"] == "[4:]"
     assert numbers["accuracy_low"] < numbers["accuracy"] < numbers["accuracy_high"]
     for k in (1, 2, 4, 5):
         right = [sum(line["right"] for line in group) for group in groups]
@@ -176,8 +177,14 @@ def test_a_run_with_an_estimator_of_its_recipe(tmp_path, monkeypatch, capsys):
     train.train(train.setup(tiny(rows, steps=1, method={"name": "centered"}), tmp_path / "run"))
     methods.registry._ESTIMATORS.pop("centered")  # another process has not registered it
     assert evaluate.main([f"--workdir={tmp_path / 'run'}"]) == 2
-    assert "'centered'" in capsys.readouterr().err
+    advice = "If the run's recipe registers it, name the recipe: --config=FILE.\n"
+    error = capsys.readouterr().err
+    assert "'centered'" in error and error.endswith(advice)
+    out = f"--out={tmp_path / 'model'}"
+    assert export.main([f"--workdir={tmp_path / 'run'}", out]) == 2 and capsys.readouterr().err.endswith(advice)
     assert evaluate.main([f"--workdir={tmp_path / 'run'}", f"--config={tmp_path / 'recipe.py'}"]) == 0
+    methods.registry._ESTIMATORS.pop("centered")
+    assert export.main([f"--workdir={tmp_path / 'run'}", out, f"--config={tmp_path / 'recipe.py'}"]) == 0
 
 
 def test_fewer_samples_are_the_first_ones_and_again_is_the_same(trained, tmp_path):
@@ -186,8 +193,41 @@ def test_fewer_samples_are_the_first_ones_and_again_is_the_same(trained, tmp_pat
     assert command(trained[1], tmp_path) == first and first["checkpoint"] == 152
     assert files == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     texts = [line["completion"] for line in completions(tmp_path) if line["sample"] < 2]
-    command(trained[1], tmp_path, "--samples=2")
-    assert texts == [line["completion"] for line in completions(tmp_path)] and len(set(texts)) > 2
+    command(trained[1], tmp_path / "two", "--samples=2")
+    assert texts == [line["completion"] for line in completions(tmp_path / "two")] and len(set(texts)) > 2
+
+
+def test_an_evaluation_overwrites_no_other(trained, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained[1], workdir, ignore=shutil.ignore_patterns("evaluation*"))
+    (workdir / "evaluation.json").write_text("{}")  # of an earlier version
+    contents = lambda: {p: p.read_bytes() for p in workdir.glob("evaluation*/*")}
+    samples = lambda: {
+        p.parent.name: json.loads(p.read_bytes())["samples"] for p in workdir.glob("evaluation*/evaluation.json")
+    }
+    for flags in ([], ["--samples=2"], ["--samples=2", "--checkpoint=151"], ["--samples=2", "--split=[3:]"]):
+        before = contents()
+        assert evaluate.main([f"--workdir={workdir}", *flags]) == 0
+        assert before == {path: x for path, x in contents().items() if path in before}
+        assert len(contents()) == len(before) + 3
+    assert samples() == {"evaluation": 3, "evaluation-2": 2, "evaluation-3": 2, "evaluation-4": 2}
+    before = contents()
+    # The same evaluation again, in other words.
+    for flags in (["--config.eval.samples=2"], ["--config.log.progress=true", "--samples", "3"], ["--checkpoint=152"]):
+        assert evaluate.main([f"--workdir={workdir}", *flags]) == 0
+    assert before.keys() == contents().keys()
+    assert f"Written: {workdir}/evaluation-2/evaluation.json" in capsys.readouterr().out
+    # A kill before evaluation.json is written leaves nothing to keep.
+    (workdir / "evaluation-2" / "evaluation.json").unlink()
+    assert evaluate.main([f"--workdir={workdir}", "--samples=1"]) == 0
+    assert samples() == {"evaluation": 3, "evaluation-2": 1, "evaluation-3": 2, "evaluation-4": 2}
+    # A directory of the flag is never overwritten, and no other one is written instead.
+    before = contents()
+    error = refusal(capsys, f"--workdir={workdir}", f"--out={workdir / 'evaluation'}", "--samples=2")
+    assert "holds another evaluation; name another directory" in error and contents() == before
+    (workdir / "evaluation" / "evaluation.json").write_text("[")
+    assert "holds another" in refusal(capsys, f"--workdir={workdir}", f"--out={workdir / 'evaluation'}")
+    assert (workdir / "evaluation.json").read_text() == "{}"
 
 
 @pytest.mark.slow
@@ -196,8 +236,9 @@ def test_an_older_checkpoint_and_greedy_completions(trained, tmp_path):
     assert record["checkpoint"] == 150 and record["phase"] == "RL step 0"
     assert record["samples"] == 1 and record["temperature"] == 0 and "entropy" not in record["metrics"]
     assert len(completions(tmp_path)) == 7
-    other = command(trained[1], tmp_path, "--temperature=0", "--checkpoint=151", "--samples=2", "--config.seed=1")
-    texts = [line["completion"] for line in completions(tmp_path)]
+    flags = ["--temperature=0", "--checkpoint=151", "--samples=2", "--config.seed=1"]
+    other = command(trained[1], tmp_path / "other", *flags)
+    texts = [line["completion"] for line in completions(tmp_path / "other")]
     assert other["phase"] == "RL step 1" and other["seed"] == 1 and texts[::2] == texts[1::2]
 
 
@@ -218,7 +259,7 @@ def test_other_data_with_human_values(trained, tmp_path, monkeypatch):
     rows = write_rows(
         tmp_path / "points.jsonl", [row | {"points": str(i + 1), "exam": "a"} for i, row in enumerate(DIGITS[:5])]
     )
-    again = command(trained[1], tmp_path / "out", f"--data={rows}", "--samples=8")
+    again = command(trained[1], tmp_path / "points", f"--data={rows}", "--samples=8")
     assert again["metrics"]["h_accuracy"] == pytest.approx(earned)
 
 
@@ -361,8 +402,8 @@ def test_a_learned_reward_and_a_verdict_of_its_own(tmp_path, rewards, capsys, sh
     on_four_devices(tmp_path / "run", tmp_path / "four", shared_programs)
     again = [line["rewards"]["reward_model"] for line in completions(tmp_path / "four")]
     assert again == pytest.approx(scores, rel=1e-4, abs=1e-5)
-    record = command(tmp_path / "run", tmp_path / "out", f"--config.eval.verdict={rewards}:even", "--samples=8")
-    lines = completions(tmp_path / "out")
+    record = command(tmp_path / "run", tmp_path / "even", f"--config.eval.verdict={rewards}:even", "--samples=8")
+    lines = completions(tmp_path / "even")
     assert record["verdict"] == "even" and 0 < record["metrics"]["accuracy"] < 1
     assert all(line["right"] == line["rewards"]["even"] == (len(line["completion"]) % 2 == 0) for line in lines)
     (tmp_path / "run" / "reward_model" / "reward_model.json").unlink()
@@ -459,8 +500,22 @@ def test_a_damaged_checkpoint_is_skipped_unless_the_flag_names_it(trained, tmp_p
     before = contents(workdir)
     assert command(workdir, tmp_path / "out")["checkpoint"] == 151
     assert any(str(newest) in record.getMessage() for record in caplog.records)
-    assert str(newest) in refusal(capsys, f"--workdir={workdir}", "--checkpoint=152")
+    error = refusal(capsys, f"--workdir={workdir}", "--checkpoint=152")
+    assert re.fullmatch(
+        rf"error: Checkpoint {newest} cannot be read: .*{newest}/default/\S+ is missing or damaged\. "
+        r"Choose another one: --checkpoint=151 or 150\.\n",
+        error,
+    )
     assert contents(workdir) == before
+
+
+@pytest.mark.parametrize("part", ["default", "default/_METADATA", "default/manifest.ocdbt", "default/d"])
+def test_a_checkpoint_that_was_half_removed_is_not_offered(part, trained, tmp_path, capsys):
+    workdir, oldest = tmp_path / "run", tmp_path / "run" / "checkpoints" / "150"
+    shutil.copytree(trained[1], workdir)
+    shutil.rmtree(oldest / part) if (oldest / part).is_dir() else (oldest / part).unlink()
+    error = refusal(capsys, f"--workdir={workdir}", "--checkpoint=150")
+    assert error == f"error: The run in {workdir} has only a part of checkpoint 150; it has 152, 151.\n"
 
 
 def test_help_names_every_flag(capsys):

@@ -259,6 +259,35 @@ def test_bootstrap_interval():
             metrics.bootstrap_interval(x, level=level)
 
 
+@pytest.mark.parametrize(
+    "x, expected",
+    [  # z**2 = 3.8415
+        ([0.0] * 4, (0, 0.48989)),  # z**2 / (4 + z**2)
+        ([1.0] * 4, (0.51011, 1)),
+        ([0.0], (0, 0.79345)),
+        ([1], (0.20655, 1)),
+        ([0.0] * 1000, (0, 0.00383)),
+        ([0.5] * 3, (0.12533, 0.87467)),  # 0.5 -+ sqrt(z**2 / 12 + z**4 / 36) / (1 + z**2 / 3)
+        ([True] * 4, (0.51011, 1)),
+    ],
+)
+def test_the_interval_of_equal_accuracies_is_wilsons(x, expected):
+    low, high = metrics.accuracy_interval(x)
+    assert (low, high) == pytest.approx(expected, abs=1e-5)
+    assert low <= x[0] <= high and low < high
+    narrow = metrics.accuracy_interval(x, level=0.5)
+    assert low <= narrow[0] <= x[0] <= narrow[1] <= high and narrow[1] - narrow[0] < high - low
+
+
+def test_the_interval_of_different_accuracies_is_the_bootstraps():
+    x = np.random.default_rng(1).binomial(4, 0.3, size=40) / 4
+    assert metrics.accuracy_interval(x) == metrics.bootstrap_interval(x)
+    with pytest.raises(ValueError, match="between 0 and 1; x is 1.5 at index .1,"):
+        metrics.accuracy_interval([0.0, 1.5])
+    with pytest.raises(ValueError, match="at least one"):
+        metrics.accuracy_interval([])
+
+
 @pytest.mark.slow
 def test_the_bootstrap_interval_has_its_nominal_coverage():
     rng = np.random.default_rng(0)

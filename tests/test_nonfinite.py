@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import rich.console
 
-from helpers.tiny_runs import tiny, write_rows
-from jaxrl_reason import replay, train
+from helpers.tiny_runs import ROWS, tiny, write_rows
+from jaxrl_reason import config as config_lib
+from jaxrl_reason import methods, replay, train
 from jaxrl_reason.runs import read_metrics, records
 from jaxrl_reason.runs.checkpoints import Checkpoints
 from jaxrl_reason.runs.watch import NonFiniteError
@@ -138,6 +139,27 @@ def test_the_whole_batch_has_the_gradient_that_replay_says(method, tmp_path):
     assert metrics["skipped_update_ratio"] == 0 < metrics["grad_norm"]
     assert whole.grad_norm == pytest.approx(metrics["grad_norm"], rel=1e-4)
     assert whole.loss == pytest.approx(metrics["loss"], abs=1e-5) and all(found.finite for found in prompts)
+
+
+@pytest.mark.parametrize("method", [{"name": "plain"}, {"name": "rlev", "base": "plain"}], ids=str)
+def test_replay_with_an_estimator_of_the_recipe(method, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(methods.registry, "_ESTIMATORS", dict(methods.registry._ESTIMATORS))
+    recipe, workdir = tmp_path / "recipe.py", tmp_path / "run"
+    recipe.write_text(
+        "from jaxrl_reason.advantages import center_by_group\nfrom jaxrl_reason.methods import Method, PolicyLoss, register\n"
+        "@register\ndef plain():\n    return Method(center_by_group(), PolicyLoss())\n"
+    )
+    write_rows(tmp_path / "rows.jsonl", [row | {"value": 0.5} for row in ROWS])
+    config_lib.load_module(recipe)
+    with pytest.raises(NonFiniteError):
+        train.train(train.setup(config_of(tmp_path, "wilder", optimizer__max_skipped=1, method=method), workdir))
+    methods.registry._ESTIMATORS.pop("plain")  # another process has not registered it
+    capsys.readouterr()
+    assert replay.main([f"--workdir={workdir}"]) == 2
+    error = capsys.readouterr().err
+    assert "'plain'" in error and error.endswith("If the run's recipe registers it, name the recipe: --config=FILE.\n")
+    assert replay.main([f"--workdir={workdir}", f"--config={recipe}"]) == 0
+    assert "Step 1: loss" in capsys.readouterr().out
 
 
 def test_replay_of_what_is_not_there_is_a_sentence(tmp_path, capsys):

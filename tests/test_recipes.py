@@ -47,7 +47,7 @@ ROWS = {
     "zwhe99/DeepMath-103K": {"question": "1 + 1?", "final_answer": "\\frac{4}{2}", "difficulty": 5.0, "topic": "x"},
     "open-r1/DAPO-Math-17k-Processed": {"prompt": "1 + 1?", "solution": "2", "data_source": "x"},
     "HuggingFaceH4/MATH-500": {"problem": "1 + 1?", "answer": "2", "solution": "\\boxed{2}", "level": 1},
-    "sarosavo/RLEV": {"question": "1 + 1?", "answer": "Two.", "score": 5, "exam": "a"},
+    "sarosavo/RLEV": {"query": [{"role": "user", "content": "1 + 1?"}], "label": "Two.", "score": 5, "total": 100},
 }
 
 
@@ -88,8 +88,10 @@ def hub(monkeypatch, tmp_path, tokenizer):
     def download(address):
         owner, name, pattern = address.removeprefix("hf://datasets/").split("/", 2)
         rows = [ROWS[f"{owner}/{name}"]] * 1100
-        file = tmp_path / pattern.replace("*", "0").replace("/", "_")
-        if file.suffix == ".parquet":
+        file = tmp_path / pattern.removesuffix("*").replace("*", "0").replace("/", "_")
+        if file.suffix == ".json":
+            file.write_text(json.dumps(rows))
+        elif file.suffix == ".parquet":
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
         else:
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -100,6 +102,7 @@ def hub(monkeypatch, tmp_path, tokenizer):
         return data.Source(name, "0", 0, lambda indices: [rows[i] for i in indices], len(rows))
 
     monkeypatch.setattr(models, "open_model", open_model)
+    monkeypatch.setattr(models, "reopen", lambda name, source: open_model(name))
     monkeypatch.setattr(sources, "_download", download)
     monkeypatch.setattr(
         data, "load_source", lambda name, *a, **k: (gsm8k if name == "gsm8k" else sources.load_source)(name, *a, **k)
@@ -132,7 +135,7 @@ def step_shapes(config, method, task, built):
     shape = lambda *s, dtype="float32": jax.ShapeDtypeStruct(s, dtype)
     P, G = config.prompts_per_step, config.group_size + ("greedy_rewards" in method.signals)
     prompts = abstract((batch.tokens, batch.mask, batch.prompt_ids, batch.features))
-    rollout = jax.eval_shape(built.jitted["rollout"], state.params, *prompts, state.step, shape(G))
+    rollout = jax.eval_shape(built.jitted["rollout"], state.params, *prompts, state.step, shape(G), state.step)
     assert rollout.tokens.shape[:2] == (P, G)
     rewards = {name: shape(P, G) for name in task.scorer.names}
     columns = {name: abstract(batch.columns[name]) for name in built.needs.columns}
@@ -262,8 +265,8 @@ def test_the_programs_of_a_recipe_fit_on_the_chips(recipe, v5e8, hub, tmp_path):
     scalar = jax.ShapeDtypeStruct((), "float32")
     prompts = abstract((batch.tokens, batch.mask, batch.prompt_ids, batch.features))
     runs = {
-        "rollout": (read, *on(decoding, (*prompts, state.step)), temperatures),
-        "update": (state, *on(mesh, (learnt, scalar))),
+        "rollout": (read, *on(decoding, (*prompts, state.step)), temperatures, on(decoding, state.step)),
+        "update": (state, *on(mesh, (learnt, scalar, state.step))),
     }
     if config.supervised.steps:
         runs["supervised"] = (state, *on(mesh, abstract(tuple(task.solutions.batch(0)))))

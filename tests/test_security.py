@@ -48,8 +48,8 @@ UNPICKLES = {"recv", "loads"}  # of multiprocessing's connections and of its For
 # What is done on purpose: (file, function, what).
 ALLOWED = {
     ("config/command_line.py", "load_module", "exec_module"),  # a recipe is a Python file that the user names
-    ("rewards/host.py", "_import_file", "exec_module"),  # a reward function is in a Python file that the user names,
-    ("rewards/host.py", "_import_module", "import_module"),  # or in a module
+    ("rewards/loading.py", "_import_file", "exec_module"),  # a reward function is in a Python file that the user names,
+    ("rewards/loading.py", "_import_module", "import_module"),  # or in a module
     ("data/sources.py", "open_prepared", "import_module"),  # a builder of ours, out of a table
     # A worker unpickles what the process that started it sends; that process never unpickles what a worker reports.
     ("rewards/pool.py", "", "multiprocessing.reduction"),

@@ -296,7 +296,7 @@ def test_dynamic_sampling_refills_the_batch(rows, rewards, tmp_path):
     assert state.data_position == sum(drawn) and state.step == 6
 
 
-def test_dynamic_sampling_gives_up_where_no_group_is_mixed(rows, rewards, tmp_path):
+def test_dynamic_sampling_gives_up_where_no_group_is_mixed(rows, rewards, tmp_path, capsys):
     config = tiny(
         rows,
         method={"name": "dapo"},
@@ -304,9 +304,12 @@ def test_dynamic_sampling_gives_up_where_no_group_is_mixed(rows, rewards, tmp_pa
         reward__functions=[f"{rewards}:zero"],
         log__samples_every=1,
     )
+    config.log.progress = True
     lines = run(config, tmp_path / "run")
+    assert "RL 2/2  reward 0.000" in capsys.readouterr().out
     for line in lines:
         assert line["dynamic_sampling/batches"] == 3 and line["dynamic_sampling/groups"] == 0
+        assert 1 <= line["dynamic_sampling/mean_length"] <= 6
         assert line["grad_norm"] == 0 and line["loss"] == 0
         assert line["dynamic_sampling/reward"] == 0 and np.isnan(line["reward"] or np.nan)  # none was kept
     assert len(lines) == 2
@@ -613,6 +616,23 @@ def test_a_finished_run_says_so_and_trains_nothing(rows, tmp_path, capsys):
     }
 
 
+def test_a_finished_run_reads_no_rows_but_those_of_its_evaluation(rows, tmp_path, capsys, monkeypatch):
+    config = tiny(rows, steps=1, supervised__steps=1)
+    train.train(train.setup(config, tmp_path / "run"))
+
+    def read(*_, **__):
+        raise AssertionError("A stream reads and encodes all rows, which takes seconds.")
+
+    monkeypatch.setattr(data.streams.TextStream, "__init__", read)
+    monkeypatch.setattr(data, "warn_of_repeats", read)
+    capsys.readouterr()
+    assert train.train(train.setup(config, tmp_path / "run")) == {}
+    assert "finished: all 1 steps are done" in " ".join(capsys.readouterr().out.split())
+    config.steps = 2  # not finished any more
+    with pytest.raises(AssertionError, match="takes seconds"):
+        train.setup(config, tmp_path / "run")
+
+
 def test_a_finished_run_without_its_picture_is_reported_after_all(rows, tmp_path, capsys, monkeypatch):
     """Killed between the last checkpoint and the report; the second time with a picture of a shorter run in place."""
     picture, report = tmp_path / "learning_curve.png", summary.report
@@ -649,8 +669,31 @@ def test_an_evaluation_that_has_changed_is_not_compared_with_the_first(rows, tmp
     assert list(result) == ["after"] and "is not compared, because config.eval has changed" in capsys.readouterr().out
     again = train.train(train.setup(tiny(rows, steps=3, eval__every=2), tmp_path))
     assert again["before"] == both["before"]
+    (tmp_path / "eval_settings.json").rename(tmp_path / "evaluation.json")  # its name in earlier versions
+    old = train.train(train.setup(tiny(rows, steps=4, eval__every=2), tmp_path))
+    assert old["before"] == both["before"]
     (tmp_path / "evaluation.json").unlink()
-    assert list(train.train(train.setup(tiny(rows, steps=4, eval__every=2), tmp_path))) == ["after"]
+    assert list(train.train(train.setup(tiny(rows, steps=5, eval__every=2), tmp_path))) == ["after"]
+
+
+def test_the_seconds_of_evaluations_and_checkpoints_are_in_the_metrics(rows, tmp_path):
+    """A line has the time since the line before it: of its step and evaluation, and of the checkpoint before them."""
+    config = tiny(rows, steps=4, supervised__steps=3, eval__every=2, checkpoint__every=1)
+    train.train(train.setup(config, tmp_path))
+    supervised = metrics_of(tmp_path / "supervised", perf=True)
+    lines = metrics_of(tmp_path, perf=True)[1:]
+    parts = [{n.rpartition("/")[2] for n in line if n.startswith("perf/step_seconds/")} for line in lines]
+    usual = {"rollout", "reward", "update"}
+    assert parts == [
+        usual,
+        usual | {"checkpoint", "evaluation"},
+        usual | {"checkpoint"},
+        usual | {"checkpoint", "evaluation"},
+    ]
+    assert ["perf/step_seconds/checkpoint" in line for line in supervised] == [False, True, True]
+    for line in supervised + lines:
+        parts = [x for name, x in line.items() if name.startswith("perf/step_seconds/")]
+        assert all(x > 0 for x in parts) and line["perf/step_seconds"] >= sum(parts)
 
 
 @pytest.mark.parametrize(
@@ -1022,7 +1065,8 @@ def test_a_supervised_start_without_solutions_is_refused(tmp_path, capsys):
 def test_a_reward_that_breaks_its_contract_stops_the_run_in_a_sentence(
     function, names, rows, rewards, tmp_path, capsys
 ):
-    error = refusal(tiny(rows, reward__functions=[f"{rewards}:{function}"]), tmp_path, capsys, code=1)
+    config = tiny(rows, reward__functions=[f"{rewards}:{function}"], supervised__steps=1)
+    error = refusal(config, tmp_path, capsys)  # before the supervised start
     assert error.count("\n") == 1 and all(name in error for name in names), error
 
 

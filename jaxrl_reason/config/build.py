@@ -61,7 +61,7 @@ def begins_with_bos(config: Config, tokenizer: data.Tokenizer) -> bool:
 
 
 def model_config(config: Config, vocab_size: int, source: Mapping[str, Any] | None = None) -> models.ModelConfig:
-    """Returns the configuration of the decoder; `programs.build` sets what depends on the devices.
+    """Returns the configuration of the decoder; `programs.with_attention` sets its attention later, by the devices.
 
     `vocab_size` is the number of tokens of the tokenizer. `source` is config.json of the pretrained model, or None for
     a new model. Raises ConfigError for fields that do not make a decoder.
@@ -77,18 +77,12 @@ def model_config(config: Config, vocab_size: int, source: Mapping[str, Any] | No
             f"The tokenizer has {vocab_size} tokens, and the model of config.model.path has {found.vocab_size}; leave "
             "config.data.tokenizer empty to use the tokenizer of the model."
         )
-    return dataclasses.replace(found, **_overrides(config), **adapters)
-
-
-def _overrides(config: Config) -> dict[str, Any]:
-    found = {name: getattr(config.model, name) for name in OVERRIDES}
-    return found | ({"remat": "layer"} if found["remat"] == "auto" else {})
+    return dataclasses.replace(found, **{name: getattr(config.model, name) for name in OVERRIDES}, **adapters)
 
 
 def _new_model(config: Config, vocab_size: int, adapters: Mapping[str, Any]) -> models.ModelConfig:
     sizes = dataclasses.asdict(config.model)
     del sizes["path"], sizes["attention"]
-    sizes |= _overrides(config)
     scaling = sizes.pop("rope_scaling")
     try:
         rope_scaling = models.RopeScaling(**scaling) if scaling else None

@@ -1,10 +1,12 @@
 """Reads recipes and the values of fields as text, and writes the help text."""
 
 import ast
+from collections.abc import Iterable
 import dataclasses
 import difflib
 import importlib.util
 import pathlib
+import textwrap
 import types
 from typing import Any, get_type_hints
 
@@ -104,23 +106,46 @@ def _convert(text: str, kind: type, name: str) -> Any:
     return value
 
 
-def help_text() -> str:
-    """Returns one line per field (default, help, choices) and one line per method (keywords, defaults)."""
-    lines = _describe(Config(), "config")
-    lines.append("\nMethods (config.method.name) and their keywords (config.method.*):")
+def help_text(config: Config, width: int) -> str:
+    """Returns the fields of a configuration (value, help, choices) and the methods (keywords, values), in lines of `width`."""
+    own = {name: value for name, value in config.method.items() if name != "name"}
+    texts = [two_columns(rows, width) for rows in _sections(config, "config")]
+    rows = []
     for name in methods.names():
-        lines.append(f"  {name:<22} {', '.join(f'{k}={v}' for k, v in methods.keywords(name).items())}")
+        base = str(own.get("base", "")) if name == config.method.get("name") else ""
+        keywords = methods.keywords(name, base) | (own if name == config.method.get("name") else {})
+        rows.append((name, f"{methods.summary(name)}\n" + ", ".join(f"{k}={v!r}" for k, v in keywords.items())))
+    title = textwrap.fill("Methods (config.method.name) and their keywords (config.method.*):", width)
+    return "\n\n".join([*texts, title, two_columns(rows, width)])
+
+
+def two_columns(rows: Iterable[tuple[str, str]], width: int) -> str:
+    """Returns (name, text) in two columns, in lines of at most `width` characters; each line of a text begins a new line."""
+    rows = list(rows)
+    left = min(max((len(name) for name, _ in rows), default=0), 46, width // 2 - 2)
+    options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}  # flags stay in one piece
+    lines = []
+    for name, text in rows:
+        wrapped = [line for part in text.split("\n") for line in textwrap.wrap(part, width - left - 4, **options)]
+        if len(name) > left:
+            lines.append(f"  {name}")
+        elif wrapped:
+            lines.append(f"  {name:<{left}}  {wrapped.pop(0)}")
+        else:
+            lines.append(f"  {name}")
+        lines += [f"{'':{left + 4}}{line}" for line in wrapped]
     return "\n".join(lines)
 
 
-def _describe(section: Any, prefix: str) -> list[str]:
-    lines = []
+def _sections(section: Any, prefix: str) -> list[list[tuple[str, str]]]:
+    """Returns the fields of a section and then of each section in it, as (--name=value, help)."""
+    own: list[tuple[str, str]] = []
+    inner = []
     for f in dataclasses.fields(section):
         value, name = getattr(section, f.name), f"{prefix}.{f.name}"
         if dataclasses.is_dataclass(value):
-            lines += ["", *_describe(value, name)]
+            inner += _sections(value, name)
         else:
-            choices = f.metadata["choices"]
-            text = f.metadata["help"] + (f" ({' | '.join(choices)})" if choices else "")
-            lines.append(f"  {f'--{name}={value!r}':<44} {text}")
-    return lines
+            choices = [repr(choice) if choice == "" else choice for choice in f.metadata["choices"] or ()]
+            own.append((f"--{name}={value!r}", f.metadata["help"] + (f" ({' | '.join(choices)})" if choices else "")))
+    return [own, *inner]

@@ -54,13 +54,13 @@ class Model:
     param_dtype: str = _field("float32", "dtype of the weights", choices=DTYPES)
     compute_dtype: str = _field("float32", "dtype of the operands of matrix products; sums are float32", choices=DTYPES)
     remat: str = _field(
-        "auto",
-        "values that the backward pass recomputes: none, all but matrix products (dots), whole layers, or auto (dots on CPUs if up to 2 GiB hold the products, else layer)",
-        choices=("auto", "none", "dots", "layer"),
+        "layer",
+        "values that the backward pass recomputes: none, all but matrix products, or whole layers",
+        choices=("none", "dots", "layer"),
     )
     attention: str = _field(
         "auto",
-        "attention of prompts and updates: plain, blockwise (CPUs and GPUs), splash (TPU kernels, interpreted elsewhere), or auto",
+        "attention of prompts and updates: plain, blockwise (CPUs and GPUs), splash (TPU kernels, interpreted elsewhere), auto (splash on TPUs, else plain)",
         choices=("auto", "plain", "blockwise", "splash"),
     )
 
@@ -75,7 +75,8 @@ class Lora:
 @dataclasses.dataclass(kw_only=True)
 class Data:
     train: str = _field(
-        "word_problems", "TFDS name (gsm8k, ...), path of a .jsonl or .parquet file, or hf://datasets/OWNER/NAME/PATH"
+        "word_problems",
+        "TFDS name (gsm8k, ...), path of a .jsonl, .json, .csv, .tsv or .parquet file, or hf://datasets/OWNER/NAME/PATH",
     )
     train_split: str = _field("train", "TFDS split, or a slice such as [:90%] of a file")
     eval: str = _field("", "evaluation data; empty: as data.train")
@@ -84,7 +85,9 @@ class Data:
     columns: dict = _field({}, "maps our column names to those of the data, e.g. {'question': 'problem'}")
     eval_columns: dict = _field({}, "column names of data.eval; empty: as data.columns")
     template: str = _field("plain", "prompt template: a name from data/prompts.py, or a text with a {column}")
-    chat: bool = _field(False, "put the prompt into the model's chat template, as the user's turn")
+    chat: bool = _field(
+        False, "put the prompt into the model's chat template, as the user's turn after the row's earlier turns"
+    )
     system: str = _field("", "system prompt of the chat; empty: none, or the default of the chat template")
     chat_options: dict = _field({}, "further variables of the chat template, e.g. {'enable_thinking': False}")
     on_bad_row: str = _field("refuse", "treatment of malformed rows", choices=("refuse", "skip"))
@@ -156,6 +159,9 @@ class Reward:
     workers: int = _field(0, "processes for module:function and file.py:function; 0: one per core, at most 8", low=0)
     timeout_s: float = _field(10.0, "seconds per call; a call scores all completions of one prompt", above=0)
     memory_mb: int = _field(2048, "memory per call, beyond the memory its process began with", low=1)
+    skip_special_tokens: bool = _field(
+        False, "hide special tokens of completions from rewards and sample tables; end tokens are always hidden"
+    )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -169,6 +175,16 @@ class Sampling:
     )
     parts: int = _field(
         1, "parts of a step's prompts, sampled in turn: smaller KV caches, and rewards overlap with sampling", low=1
+    )
+    halvings: int = _field(
+        -1,
+        "how often completions that still grow move into a loop of half the size; the samples are the same; -1: automatic",
+        low=-1,
+    )
+    cache_pieces: int = _field(
+        0,
+        "pieces of the completions' KV cache; a step reads those that are begun; the samples are the same; 0: automatic",
+        low=0,
     )
     mismatch_limit: float = _field(
         0.0, "warn if log-probabilities of sampler and trainer differ by more nats; 0: 0.01 in float32, else 1", low=0
@@ -254,6 +270,9 @@ class Config:
     group_size: int = _field(8, "completions per prompt (G)", low=1)
     max_prompt_length: int = _field(64, "maximum tokens per prompt (S)", low=1)
     max_completion_length: int = _field(64, "maximum tokens per completion, end token included (T)", low=1)
+    compilation_cache: str = _field(
+        "auto", "directory that keeps compiled programs; auto: jaxrl_reason/xla in the user's cache; empty: none"
+    )
     model: Model = dataclasses.field(default_factory=Model)
     lora: Lora = dataclasses.field(default_factory=Lora)
     data: Data = dataclasses.field(default_factory=Data)

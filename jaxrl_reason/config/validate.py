@@ -12,6 +12,7 @@ from jaxrl_reason import methods
 from jaxrl_reason.advantages import AdvantageInputs
 from jaxrl_reason.config import schema
 from jaxrl_reason.config.build import make_method, model_config, OVERRIDES
+from jaxrl_reason.config.paths import remote
 from jaxrl_reason.config.schema import Config, ConfigError, field_names, with_article
 from jaxrl_reason.methods import Method
 
@@ -159,6 +160,7 @@ RULES = (
 def validate(config: Config) -> Method:
     """Checks all that is known before data are read, and returns the method. The first failure raises ConfigError."""
     _check_fields(config)
+    _check_paths(config)
     method = make_method(config)
     _check_signals(config, method)
     for rule in RULES:
@@ -211,6 +213,20 @@ def _violated_bound(value: Any, low: Any, above: Any, high: Any, below: Any, cho
     if choices and value not in choices:
         return f"one of {', '.join(choices)}"
     return ""
+
+
+PATHS = (
+    *("model.path", "reward_model.path", "supervised.start_from", "data.tokenizer"),
+    *("data.data_dir", "data.train", "data.eval", "reward_model.data"),
+)
+
+
+def _check_paths(config: Config) -> None:
+    """Raises ConfigError if a path is an address of another machine; data may lie on the Hugging Face hub."""
+    for name in PATHS:
+        supported = ("hf://datasets/",) if name in ("data.train", "data.eval", "reward_model.data") else ()
+        if elsewhere := remote(value := _value(config, name), supported):
+            raise ConfigError(f"config.{name} is {value!r}; only paths on this machine are supported: {elsewhere}.")
 
 
 def _check_signals(config: Config, method: Method) -> None:

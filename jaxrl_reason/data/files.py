@@ -1,23 +1,28 @@
-"""JSONL and Parquet files as rows. Every row is checked when a file is read; a bad row is reported with its number."""
+"""Files as rows under our names of columns. Every row is checked when a file is read; a bad row is reported with its number."""
 
-import collections
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import hashlib
-import json
 import math
 import pathlib
 import re
 from typing import Any, TypeVar
 import warnings
 
-Row = dict[str, Any]
+from jaxrl_reason.data import parsers
+from jaxrl_reason.data.parsers import kind, Row
+from jaxrl_reason.data.prompts import turns_of
+
 T = TypeVar("T")
 
-# Columns that some module of this package reads by name.
+# Columns that some module of this package reads by name: text or numbers, apart from a question that is a conversation.
 _OURS = {"question", "answer", "solution", "chosen", "rejected", "value", "points", "exam", "exam_total"}
-_REQUIRED = {"question": "question", "answer": "answer"}
+_QUESTIONS = ("question", "prompt", "messages")  # the first of them that a row has is the question
 REPORTED = 10  # messages list so many rows and count the rest
+
+
+class MissingColumnError(ValueError):
+    """A row lacks a column."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,101 +37,93 @@ class FileRows:
     digest: str  # the SHA-256 of the file
 
 
-def read_jsonl(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) -> FileRows:
-    """Reads and checks a whole file: UTF-8, one JSON object per line, blank lines at the end only.
+def read(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) -> FileRows:
+    """Reads and checks a whole file of a kind that `parsers.kind_of` knows: UTF-8, blank lines at the end only.
 
-    The file may begin with a byte order mark. `columns` maps our names to the file's. `question`, `answer` and every
-    column named there must be non-empty text or a finite number. `on_bad_row` "refuse" raises after the last line;
-    "skip" leaves bad rows out, counts them and warns.
+    `columns` maps our names to the file's. Dots select a field of a structured column: {"question": "prompt.0.content",
+    "answer": "reward_model.ground_truth"}. Of a Parquet file, only columns in `columns` and our names enter memory.
 
-    Raises FileNotFoundError, and ValueError if a row is bad under "refuse", no row is usable, or the file is UTF-16 or
-    UTF-32.
+    `question` must be non-empty text, a finite number, or a conversation (see `prompts.turns_of`). Our other columns, if
+    named in `columns`, and `answer`, if any row has it, must be non-empty text or a finite number. Columns that only
+    rewards read can hold anything. `on_bad_row` "refuse" raises after the last row; "skip" leaves bad rows out, counts
+    them and warns.
+
+    Raises FileNotFoundError, and ValueError if a row is bad under "refuse", no row is usable, all rows lack a column, or
+    the file as a whole cannot be read.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no data file {path}.")
-    reader, digest = _FileReader(path, "line"), hashlib.sha256()
-    blank: list[int] = []  # lines that are bad only if a row follows
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            digest.update(line)
-            if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):
-                raise ValueError(f"{path} is UTF-16 or UTF-32 by its first bytes; save it as UTF-8.")
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if not line.strip():
-                blank.append(number)
-                continue
-            for earlier in blank:
-                reader.report(earlier, "the line is blank")
-            blank.clear()
-            try:
-                reader.keep(number, _parse(line, columns))
-            except ValueError as error:
-                reader.report(number, str(error))
-    return reader.settle(on_bad_row, digest.hexdigest())
-
-
-def read_parquet(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) -> FileRows:
-    """Reads and checks a Parquet file as `read_jsonl` does. Only columns that this package needs enter memory.
-
-    A needed column is a column in `columns` or one of our names (`question`, `answer`, `solution`, `value`, ...). Dots
-    select a field of a structured column: {"question": "prompt.0.content", "answer": "reward_model.ground_truth"}.
-    Raises ValueError also if the file is not Parquet or lacks a column.
-    """
-    import pyarrow  # costs a second; needed only for Parquet
-    import pyarrow.parquet
-
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no data file {path}.")
-    reader = _FileReader(path, "row")
-    theirs = set((_REQUIRED | dict(columns)).values())
-    needed = _OURS | theirs | {name.split(".")[0] for name in theirs}
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(columns=[name for name in file.schema_arrow.names if name in needed]):
-                for i in range(len(batch)):
-                    number = len(reader.rows) + reader.count
-                    try:
-                        (row,) = batch.slice(i, 1).to_pylist()
-                        reader.keep(number, _checked(row, columns))
-                    except (ValueError, OverflowError) as error:  # also text that is not UTF-8, a date beyond Python's
-                        reader.report(number, str(error))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a Parquet file that can be read: {error}.") from error
+    parsed = parsers.parse(path, lambda names: _needed(names, columns))
+    reader = _FileReader(path, parsed.unit)
+    for number, row in parsed.rows:
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            reader.keep(number, _checked(row, columns, parsed.columns or row))
+        except ValueError as error:
+            reader.report(number, error)
+    if "answer" not in columns:
+        reader.settle_answers()
     with path.open("rb") as content:
         return reader.settle(on_bad_row, hashlib.file_digest(content, "sha256").hexdigest())
 
 
+def _needed(names: Sequence[str], columns: Mapping[str, str]) -> list[str]:
+    """Returns the columns of a Parquet file that this package needs."""
+    wanted = _OURS | set(_wanted(names, columns).values())
+    wanted |= {name.split(".")[0] for name in wanted}
+    return [name for name in names if name in wanted]
+
+
 class _FileReader:
-    """Collects the good rows of a file, counts the bad rows and describes the first few."""
+    """Collects the good rows of a file, and the faults of the bad rows."""
 
     def __init__(self, path: pathlib.Path, unit: str):
-        self.path, self.unit, self.count = path, unit, 0
+        self.path, self.unit = path, unit
         self.rows: list[Row] = []
         self.numbers: list[int] = []
-        self.reports: list[str] = []
+        self.faults: list[tuple[int, ValueError]] = []
 
     def keep(self, number: int, row: Row) -> None:
         self.rows.append(row)
         self.numbers.append(number)
 
-    def report(self, number: int, reason: str) -> None:
-        self.count += 1
-        if len(self.reports) < REPORTED:
-            self.reports.append(f"{self.path}, {self.unit} {number}: {reason}")
+    def report(self, number: int, fault: ValueError) -> None:
+        self.faults.append((number, fault))
+
+    def settle_answers(self) -> None:
+        """Reports rows without an answer if other rows have one; otherwise no row has the column."""
+        answered = [row.get("answer") is not None for row in self.rows]
+        if not any(answered):
+            for row in self.rows:
+                row.pop("answer", None)
+        pairs = list(zip(self.numbers, self.rows, strict=True))
+        if not any(answered) or all(answered):
+            return
+        for number, row in (pair for pair, has in zip(pairs, answered, strict=True) if not has):
+            null = ValueError(f"column 'answer' is {kind(None)}; it has to be text or a number")
+            self.report(number, null if "answer" in row else _missing("answer", "answer", row))
+        self.faults.sort(key=lambda fault: fault[0])
+        self.numbers = [number for (number, _), has in zip(pairs, answered, strict=True) if has]
+        self.rows = [row for (_, row), has in zip(pairs, answered, strict=True) if has]
 
     def settle(self, on_bad_row: str, digest: str) -> FileRows:
         """Returns the rows of the whole file; raises ValueError or warns of bad rows, depending on `on_bad_row`."""
-        bad = "1 bad row" if self.count == 1 else f"{self.count} bad rows"
-        if self.count and on_bad_row == "refuse":
+        count = len(self.faults)
+        if count and not self.rows and all(isinstance(fault, MissingColumnError) for _, fault in self.faults):
+            raise ValueError(f"In {self.path}, {self.faults[0][1]}. {NAMING}")
+        bad = "1 bad row" if count == 1 else f"{count} bad rows"
+        reports = [f"{self.path}, {self.unit} {number}: {fault}" for number, fault in self.faults[:REPORTED]]
+        if count and on_bad_row == "refuse":
             remedy = "Correct the file, or set config.data.on_bad_row to 'skip' to leave such rows out."
-            raise ValueError(f"{listed(f'{self.path} has {bad}', self.reports, self.count)}\n{remedy}")
+            raise ValueError(f"{listed(f'{self.path} has {bad}', reports, count)}\n{remedy}")
         if not self.rows:
-            why = f"{bad} skipped, the first at {self.reports[0]}" if self.count else "the file is empty"
+            why = f"{bad} skipped, the first at {reports[0]}" if count else "the file is empty"
             raise ValueError(f"{self.path} has no usable row: {why}.")
-        if self.count:
+        if count:
             summary = f"{self.path}: {bad} skipped, {len(self.rows)} kept"
-            warnings.warn(listed(summary, self.reports, self.count), stacklevel=4)
-        return FileRows(self.path, self.unit, self.rows, self.numbers, self.count, digest)
+            warnings.warn(listed(summary, reports, count), stacklevel=4)
+        return FileRows(self.path, self.unit, self.rows, self.numbers, count, digest)
 
 
 def quoted(names: Iterable[str]) -> str:
@@ -143,23 +140,41 @@ def listed(summary: str, reports: Sequence[str], count: int) -> str:
     return "\n  ".join([f"{summary}:", *shown, *more])
 
 
-def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
+NAMING = (
+    "Name the columns with --config.data.columns, such as --config.data.columns=\"{'question': 'problem'}\"; "
+    "--config.data.eval_columns is for held-out data with other columns."
+)
+
+
+def rename_columns(row: Row, columns: Mapping[str, str], names: Iterable[str] | None = None) -> Row:
     """Returns the row under our names: `columns` maps them to the row's, and other columns keep their names.
 
-    A name that the row lacks can be a path into a structured column: "prompt.0.content". Raises ValueError if
-    `question`, `answer` or a column in `columns` is missing.
+    A name that the row lacks can be a path into a structured column: "prompt.0.content". Without a column `question`,
+    `prompt` or `messages` is the question. Raises MissingColumnError, which lists `names` (None: the row's), if the
+    question or a column in `columns` is missing.
     """
-    wanted = _REQUIRED | dict(columns)
+    wanted = _wanted(row, columns)
+    wanted |= {"answer": "answer"} if "answer" in row and "answer" not in wanted else {}
     row = dict(row)
     for ours, theirs in wanted.items():
         if theirs not in row and "." in theirs:
             for value in _inside(row, theirs):
                 row[theirs] = value
         if theirs not in row:
-            purpose = "" if ours == theirs else f" (to be used as {ours!r})"
-            raise ValueError(f"there is no column {theirs!r}{purpose}, only {quoted(row) or 'an empty row'}")
+            raise _missing(ours, theirs, row if names is None else names)
     rest = {name: value for name, value in row.items() if name not in wanted.values()}
     return rest | {ours: row[theirs] for ours, theirs in wanted.items()}
+
+
+def _wanted(names: Iterable[str], columns: Mapping[str, str]) -> dict[str, str]:
+    """Returns our name -> theirs for the columns that every row needs; `names` are the columns of a row."""
+    names = set(names)
+    return {"question": next((name for name in _QUESTIONS if name in names), "question")} | dict(columns)
+
+
+def _missing(ours: str, theirs: str, names: Iterable[str]) -> MissingColumnError:
+    purpose = "" if ours == theirs else f" (to be used as {ours!r})"
+    return MissingColumnError(f"there is no column {theirs!r}{purpose}, only {quoted(names) or 'an empty row'}")
 
 
 def slice_rows(rows: list[T], split: str, path: pathlib.Path | str) -> list[T]:
@@ -188,40 +203,6 @@ def slice_rows(rows: list[T], split: str, path: pathlib.Path | str) -> list[T]:
     return part
 
 
-def _parse(line: bytes, columns: Mapping[str, str]) -> Row:
-    """Returns one checked row; raises ValueError with the reason if the line is bad."""
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start + 1} is not UTF-8") from error
-    if "\0" in text:  # JSON writes it as \u0000
-        raise ValueError(f"byte {line.index(0) + 1} is NUL, as in a damaged file or one in UTF-16")
-    try:
-        row = json.loads(text, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        cut = "" if line.endswith(b"\n") else "; the file ends in this line, which may be cut off"
-        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}{cut}") from error
-    except _RepeatedNameError:
-        raise
-    except (ValueError, RecursionError) as error:  # integers of thousands of digits, thousands of brackets
-        raise ValueError(f"not readable as JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{_kind(row)}; a row has to be an object with columns")
-    return _checked(row, columns)
-
-
-class _RepeatedNameError(ValueError):
-    """An object has two values under one name; `json` would take the last."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> Row:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        (name, _), *_ = collections.Counter(name for name, _ in pairs).most_common(1)
-        raise _RepeatedNameError(f"{name!r:.80} occurs twice in one object")
-    return row
-
-
 def _inside(row: Row, path: str) -> Iterator[Any]:
     """Yields the value at a path such as "prompt.0.content", if the path exists."""
     at: Any = row
@@ -235,22 +216,35 @@ def _inside(row: Row, path: str) -> Iterator[Any]:
     yield at
 
 
-def _checked(row: Row, columns: Mapping[str, str]) -> Row:
+def _checked(row: Row, columns: Mapping[str, str], names: Iterable[str]) -> Row:
     """Returns the row under our names; raises ValueError with the reason if it is bad."""
-    row = rename_columns(row, columns)
-    for name in _REQUIRED | dict(columns):
-        value = row[name]
-        if not isinstance(value, str | int | float) or isinstance(value, bool):
-            raise ValueError(f"column {name!r} is {_kind(value)}; it has to be text or a number")
-        if isinstance(value, str) and not value.strip():
-            raise ValueError(f"column {name!r} is empty")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"column {name!r} is {value}, not a finite number")
+    row = rename_columns(row, columns, names)
+    for name in dict.fromkeys(["question", *(() if row.get("answer") is None else ["answer"]), *columns]):
+        if name == "question" and isinstance(row[name], list | dict):
+            _check_conversation(row[name])
+        elif name in _OURS:
+            _check_scalar(name, row[name])
     for name, value in row.items():
         for text in _texts(value):
             if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
                 raise ValueError(f"column {name!r} holds half of a surrogate pair, which is not a character")
     return row
+
+
+def _check_conversation(value: Any) -> None:
+    try:
+        turns_of(value)
+    except ValueError as error:
+        raise ValueError(f"column 'question' is {kind(value)}, and {error}") from error
+
+
+def _check_scalar(name: str, value: Any) -> None:
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        raise ValueError(f"column {name!r} is {kind(value)}; it has to be text or a number")
+    if isinstance(value, str) and not value.strip():
+        raise ValueError(f"column {name!r} is empty")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"column {name!r} is {value}, not a finite number")
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -264,10 +258,3 @@ def _texts(value: Any) -> Iterator[str]:
             waiting += [*value, *value.values()]
         elif isinstance(value, list):
             waiting += value
-
-
-def _kind(value: Any) -> str:
-    name = type(value).__name__
-    kinds = {"NoneType": "null", "bool": "boolean", "dict": "object", "list": "list", "str": "string"}
-    kind = "number" if name in ("int", "float") else kinds.get(name)
-    return f"a JSON {kind}" if kind else f"of type {name}"  # Parquet also has bytes, dates and decimals

@@ -9,6 +9,43 @@ from typing import Any, Protocol
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
+Turn = dict[str, Any]  # of a conversation: "role", "content", and what else the chat template reads
+
+
+def turns_of(question: Any) -> list[Turn]:
+    """Returns a question as a conversation: turns with a role and a text, of which the last is the user's.
+
+    A question can be text or a number; a list of turns, {"role": "user", "content": "1 + 1?"}; or, as TFDS stores them,
+    {"role": [...], "content": [...]}. A content can be a list of parts {"type": "text", "text": ...}, which are joined.
+    Raises ValueError if a turn has no role or no text, or the last one is not the user's.
+    """
+    if isinstance(question, Mapping) and all(isinstance(question.get(key), list) for key in ("role", "content")):
+        question = [dict(zip(question, turn)) for turn in zip(*question.values(), strict=True)]
+    if not isinstance(question, list | Mapping):
+        return [{"role": "user", "content": str(question)}]
+    if not question or not isinstance(question, list):
+        raise ValueError("it has to be text, a number, or a list of turns with role and content")
+    turns = [_turn(i, turn) for i, turn in enumerate(question)]
+    if turns[-1]["role"] in ("assistant", "system"):
+        last = f"its last turn is the {turns[-1]['role']}'s"
+        raise ValueError(f"{last}; it has to be the user's, because the policy writes the next one")
+    return turns
+
+
+def _turn(i: int, turn: Any) -> Turn:
+    turn = {key: value for key, value in turn.items() if value is not None} if isinstance(turn, Mapping) else {}
+    role, content = turn.get("role"), turn.get("content", "" if "tool_calls" in turn else None)
+    if isinstance(content, list):
+        parts = [x for x in content if isinstance(x, Mapping) and x.get("type") == "text"]
+        texts = [x["text"] for x in parts if isinstance(x.get("text"), str)]
+        content = "".join(texts) if len(texts) == len(content) else None
+    if not isinstance(role, str) or not role or not isinstance(content, str):
+        raise ValueError(f"turn {i} has to have a role and a content that is text")
+    if not content.strip() and "tool_calls" not in turn:
+        raise ValueError(f"turn {i}, the {role}'s, is empty")
+    return {**turn, "role": role, "content": content}
+
+
 class Template(Protocol):
     """Renders rows: a `PromptTemplate`, or a `ChatTemplate` around one."""
 
@@ -25,8 +62,25 @@ class PromptTemplate:
     solution: str = "{solution}"  # the completion that the supervised phase teaches, without the end token
 
     def render_prompt(self, row: Mapping[str, Any]) -> str:
-        """Returns the prompt of a row. Raises ValueError if a column is missing, or is neither text nor a number."""
-        return self._render(self.prompt, row)
+        """Returns the prompt of a row. Raises ValueError if a column is missing, or is neither text nor a number.
+
+        A question that is a conversation must have one turn only, because this template writes no roles.
+        """
+        *earlier, last = self.turns(row)
+        if earlier:
+            fault = f"is a conversation of {len(earlier) + 1} turns, and prompt template {self.name!r} writes no roles"
+            raise ValueError(f"column 'question' {fault}; set config.data.chat to True for the model's chat template.")
+        return last["content"]
+
+    def turns(self, row: Mapping[str, Any]) -> list[Turn]:
+        """Returns the prompt as a conversation: the template writes the last turn, and earlier turns do not change."""
+        if "{question}" not in self.prompt or not isinstance(row.get("question"), list | dict):
+            return [{"role": "user", "content": self._render(self.prompt, row)}]
+        try:
+            *earlier, last = turns_of(row["question"])
+        except ValueError as error:
+            raise ValueError(f"column 'question' is {row['question']!r:.80}, and {error}.") from error
+        return [*earlier, {**last, "content": self._render(self.prompt, {**row, "question": last["content"]})}]
 
     def render_solution(self, row: Mapping[str, Any]) -> str:
         """Returns the worked solution of a row. Raises ValueError as `render_prompt` does."""

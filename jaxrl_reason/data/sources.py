@@ -1,8 +1,7 @@
-"""Random-access rows by name: TFDS data sets, ours and others, and JSONL and Parquet files from the disk or the hub."""
+"""Random-access rows by name: TFDS data sets, ours and others, and files from the disk or the hub."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
-import functools
 import hashlib
 import importlib
 import json
@@ -12,22 +11,24 @@ from typing import Any
 import warnings
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from jaxrl_reason.data import files, hub
+from jaxrl_reason.data import files, hub, parsers, preparing
 from jaxrl_reason.data.files import Row
 
 # TFDS finds these data sets by name only after the import of their module.
 _OURS = ("word_problems", "exam", "many_answers", "answer_forms", "sums")
 _BUILDER_MODULES = {name: f"jaxrl_reason.data.builders.{name}" for name in _OURS}
 _BUILDER_MODULES["gsm8k"] = "tensorflow_datasets.text.gsm8k.gsm8k"
+_NAMES = tuple(_BUILDER_MODULES)  # of text problems
+_BUILDER_MODULES |= dict.fromkeys(("diabetes", "synthetic"), "jaxrl_reason.data.builders.tables")
 _HUB = "hf://datasets/"
+_FILES = f"a file ends in {parsers.SUFFIXES}"
 _CHUNK = 1024  # rows that an iteration reads at once
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-    """A sequence of rows, each a dict from column to value, with at least `question` and `answer`."""
+    """A sequence of rows, each a dict from column to value, with at least `question`; rewards may need an `answer`."""
 
     name: str  # the name given to `load_source`
     fingerprint: str  # short hex that changes with the name, the split, the columns, the size or the content
@@ -65,14 +66,14 @@ def load_source(
     """Opens a data set; TFDS prepares it on first use. Text is str, numbers int or float; other values do not change.
 
     Args:
-      name: a data set of TFDS or of ours: "gsm8k", "word_problems", "word_problems/chains"; a path that ends in .jsonl
-        or .parquet; or such files on the Hugging Face hub: "hf://datasets/zwhe99/DeepMath-103K/data/train-*.parquet".
-        "@REVISION" may follow the name of the data set on the hub.
+      name: a data set of TFDS or of ours: "gsm8k", "word_problems", "word_problems/chains"; a path that ends in .jsonl,
+        .json, .csv, .tsv (also with .gz) or .parquet; or such files on the Hugging Face hub:
+        "hf://datasets/zwhe99/DeepMath-103K/data/train-*.parquet". "@REVISION" may follow the data set's name.
       split: for TFDS, "train", "test[:100]" and so on; for a file, "all" or a slice such as "[:90%]".
       data_dir: the directory of TFDS's prepared data; None means its default, ~/tensorflow_datasets. Unused for files.
       columns: maps our names to the data's, such as {"question": "problem"}. Other columns keep their names. Parquet
-        columns are read only if they are needed (see `files.read_parquet`).
-      on_bad_row: as in `files.read_jsonl`. Rows of TFDS are not checked.
+        columns are read only if they are needed (see `files.read`).
+      on_bad_row: as in `files.read`. Rows of TFDS are not checked.
 
     Raises FileNotFoundError for a file, and ValueError for an unknown name or split, a missing column, a bad row, or no
     rows.
@@ -82,13 +83,16 @@ def load_source(
     columns = dict(columns or {})
     if name.startswith(_HUB):
         return _files_source(name, _download(name), split, columns, on_bad_row)
-    if name.endswith((".jsonl", ".parquet")):
-        return _files_source(name, [pathlib.Path(name).expanduser()], split, columns, on_bad_row)
+    path = pathlib.Path(name).expanduser()
+    if parsers.kind_of(name):
+        return _files_source(name, [path], split, columns, on_bad_row)
+    if path.is_file():  # a directory can have the name of a data set
+        raise ValueError(f"{path} is no file of rows that can be read: {_FILES}.")
     return _tfds_source(name, split, data_dir, columns)
 
 
 def _files_source(name: str, paths: list[pathlib.Path], split: str, columns: dict[str, str], on_bad_row: str) -> Source:
-    read = [(files.read_parquet if p.suffix == ".parquet" else files.read_jsonl)(p, columns, on_bad_row) for p in paths]
+    read = [files.read(path, columns, on_bad_row) for path in paths]
     every = [(file, row, number) for file in read for row, number in zip(file.rows, file.numbers, strict=True)]
     part = files.slice_rows(every, split, name)
     # Names without directories: the fingerprint of moved data does not change.
@@ -139,8 +143,8 @@ def warn_of_repeats(train: Source, held_out: Source, prompt: Callable[[Mapping[s
 def _download(name: str) -> list[pathlib.Path]:
     parts = name.removeprefix(_HUB).split("/", 2)
     address = "/".join(parts[:2])
-    if len(parts) < 3 or not hub.is_address(address) or not name.endswith((".jsonl", ".parquet")):
-        forms = f"write {_HUB}OWNER/NAME/PATH or {_HUB}OWNER/NAME@REVISION/PATH. PATH ends in .jsonl or .parquet, and"
+    if len(parts) < 3 or not hub.is_address(address) or not (parsers.kind_of(name) or name.endswith("*")):
+        forms = f"write {_HUB}OWNER/NAME/PATH or {_HUB}OWNER/NAME@REVISION/PATH. PATH ends in {parsers.SUFFIXES}, and"
         example = f"* in it matches anything, as in {_HUB}zwhe99/DeepMath-103K/data/train-*.parquet"
         raise ValueError(f"The address {name!r} is not understood: {forms} {example}.")
     pattern = parts[2]
@@ -150,34 +154,38 @@ def _download(name: str) -> list[pathlib.Path]:
         raise ValueError(f"{name}: {error}") from error
     if not paths:
         raise ValueError(f"{name}: the data set has no file {pattern!r}.")
+    for path in paths:
+        if not parsers.kind_of(path):
+            raise ValueError(f"{name}: {path.name} is no file of rows that can be read: {_FILES}.")
     return paths
 
 
 def open_prepared(name: str, split: str, data_dir: str | pathlib.Path | None, kind: str = "data set") -> Any:
     """Opens a split with TFDS, which prepares the data on first use: a random-access data source with at least one row.
 
-    Raises ValueError if the name or the split is unknown, or the split is empty. `kind` is the noun in the message.
+    Raises ValueError if the name or the split is unknown, or the split is empty, and OSError if the data set cannot be
+    prepared. `kind` is the noun in the message.
     """
     builder = re.split("[/:]", name)[0]  # name/config:version
     if builder in _BUILDER_MODULES:
         importlib.import_module(_BUILDER_MODULES[builder])
     folder = None if data_dir is None else pathlib.Path(data_dir).expanduser()
-    options = {"file_format": "array_record"}  # the default format needs TensorFlow
-    open_it = functools.partial(tfds.data_source, name, split=split, data_dir=folder, builder_kwargs=options)
     try:
-        try:
-            data = open_it()
-        except FileExistsError:  # another process has prepared the data in the meantime
-            data = open_it()
-    except tfds.core.DatasetNotFoundError as error:
-        names, paths = ", ".join(_BUILDER_MODULES), "a path that ends in .jsonl or .parquet"
-        fault = f"There is no data set {name!r}"
-        raise ValueError(f"{fault}: give {names}, another name that TFDS knows, or {paths}.") from error
+        data = preparing.open_split(name, split, folder, kind)
     except ValueError as error:
         raise ValueError(f"Split {split!r} of {kind} {name!r} cannot be opened: {error}") from error
+    if data is None:
+        raise _unknown(name)
     if not len(data):
         raise ValueError(f"Split {split!r} of {kind} {name!r} has no rows.")
     return data
+
+
+def _unknown(name: str) -> ValueError:
+    names = ", ".join(_NAMES)
+    return ValueError(
+        f"There is no data set {name!r}: give {names}, another name that TFDS knows, or a path; {_FILES}."
+    )
 
 
 def _tfds_source(name: str, split: str, data_dir: str | pathlib.Path | None, columns: dict[str, str]) -> Source:
@@ -192,7 +200,7 @@ def _tfds_source(name: str, split: str, data_dir: str | pathlib.Path | None, col
     try:
         ends = read([0, len(data) - 1])
     except ValueError as error:
-        raise ValueError(f"Data set {name!r} does not fit: {error}. Name its columns with `columns`.") from error
+        raise ValueError(f"Data set {name!r} does not fit: {error}. {files.NAMING}") from error
     sizes = [[part.num_examples, int(part.num_bytes)] for part in info.splits.values()]
     fingerprint = _fingerprint(info.full_name, split, columns, len(data), sizes, ends)
     return Source(name, fingerprint, 0, read, len(data))
@@ -205,9 +213,18 @@ def _adapt_gsm8k(row: Row) -> Row:
 
 
 def _plain(value: Any) -> Any:
-    """Returns text for bytes, a Python number for a NumPy scalar, and every other value unchanged."""
+    """Returns text for bytes, Python numbers and lists for NumPy's, also inside; images and other values do not change."""
     if isinstance(value, bytes):
-        return value.decode("utf-8")
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist()) if value.ndim < 3 else value
+    if isinstance(value, dict):
+        return {name: _plain(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
     return value.item() if isinstance(value, np.generic) else value
 
 

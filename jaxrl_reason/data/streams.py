@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class PromptBatch(NamedTuple):
-    """P prompts, right padded to S tokens."""
+    """P prompts, right padded to S tokens, the longest prompt of the stream."""
 
     tokens: np.ndarray  # int32[P, S]
     mask: np.ndarray  # bool[P, S], True on real tokens
@@ -46,7 +46,7 @@ class PromptBatch(NamedTuple):
 
 
 class SolutionBatch(NamedTuple):
-    """B prompts and the completions to learn, right padded to S and T tokens."""
+    """B prompts and the completions to learn, right padded to S and T tokens, the longest ones of the stream."""
 
     prompt_tokens: np.ndarray  # int32[B, S]
     prompt_mask: np.ndarray  # bool[B, S], True on real tokens
@@ -99,9 +99,9 @@ class TextStream:
         self._kept = fitting_rows(source, on_long, **limits)
         self.size, self.skipped = len(self._kept), len(source) - len(self._kept)
         self._batch_size = batch_size
-        self._prompts = Padded([prompts[i] for i in self._kept], max_prompt_length, tokenizer.pad_id)
+        self._prompts = Padded([prompts[i] for i in self._kept], tokenizer.pad_id)
         kept = [ids for i in self._kept for ids in completions[i]]
-        self._padded_completions = Padded(kept, max_completion_length, tokenizer.pad_id)
+        self._padded_completions = Padded(kept, tokenizer.pad_id)
         self._order = endless(self.size, batch_size, seed, shuffle)
         self._local_rows = np.arange(batch_size) if local_rows is None else local_rows
 
@@ -170,23 +170,25 @@ def eval_prompts(
     texts = render_rows(source, template.render_prompt, _read_rows(source, range(count)))
     prompts = tokenizer.encode_batch(texts, add_bos)
     kept = fitting_rows(source, on_long, prompt=(prompts, max_prompt_length))
-    padded = Padded(prompts, max_prompt_length, tokenizer.pad_id)
+    padded = Padded([prompts[i] for i in kept], tokenizer.pad_id)
     batches = []
     for start in range(0, len(kept), batch_size):
-        real = kept[start : start + batch_size]
-        chosen = np.array(real + real[:1] * (batch_size - len(real)), np.int32)
-        weight = (np.arange(batch_size) < len(real)).astype(np.float32)
-        batches.append(PromptBatch(*padded.take(chosen), chosen, weight, _read_rows(source, chosen)))
+        places = start + np.arange(batch_size)
+        real = places < len(kept)
+        places = np.where(real, places, start)
+        chosen = np.array(kept, np.int32)[places]
+        rows = _read_rows(source, chosen)
+        batches.append(PromptBatch(*padded.take(places), chosen, real.astype(np.float32), rows))
     return batches
 
 
 class Padded:
-    """Token sequences of different lengths, stored end to end and padded on access."""
+    """Token sequences of different lengths, stored end to end and padded on access to the length of the longest one."""
 
-    def __init__(self, sequences: list[list[int]], length: int, pad_id: int):
+    def __init__(self, sequences: list[list[int]], pad_id: int):
         self._flat = np.array([token for ids in sequences for token in ids], np.int32)
         self._starts = np.cumsum([0, *map(len, sequences)])
-        self._length, self._pad_id = length, pad_id
+        self._length, self._pad_id = max(map(len, sequences), default=0), pad_id
 
     def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the sequences at `indices`, int[n], as tokens int32[n, length] and mask bool[n, length]."""

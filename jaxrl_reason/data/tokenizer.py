@@ -12,7 +12,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from jaxrl_reason.data import hub
 
 # Files that `load_tokenizer` reads next to a tokenizer.json.
-_CONFIG_FILES = ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json", "config.json")
+_CONFIG_FILES = (
+    *("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json", "generation_config.json"),
+    "config.json",
+)
 _CHAT_FILE = "chat_template.jinja"
 
 
@@ -25,7 +28,7 @@ class Tokenizer:
     pad_id: int  # the id at unused positions; it may equal an end token: masks are never inferred from ids
     bos_id: int | None = None  # the id that begins a sequence, if the vocabulary has one
     chat_template: str | None = None  # the Jinja text that came with the tokenizer
-    adds_bos: bool = False  # whether asking for special tokens adds the begin token; plain prompts then begin with it
+    adds_bos: bool = False  # whether plain prompts begin with the begin token, as the model's files ask for
 
     def __post_init__(self) -> None:
         if not self.eos_ids:
@@ -41,6 +44,10 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """The largest id plus one, added tokens included: the number of rows that an embedding needs."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def spelled(self, token_id: int) -> str | None:
+        """Returns the text of a token; None if there is no such token."""
+        return self.backend.id_to_token(token_id)
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
         """Returns the ids of a text with its special tokens; `add_bos` adds the begin token, unless the text has it."""
@@ -64,6 +71,14 @@ class Tokenizer:
         """Decodes many rows, on all cores."""
         return self.backend.decode_batch([list(row) for row in rows], skip_special_tokens=skip_special)
 
+    def completions(self, rows: Sequence[Sequence[int]], skip_special: bool = False) -> list[str]:
+        """Returns the texts of sampled ids as they were sampled, without end and padding tokens.
+
+        `skip_special` leaves out all other special tokens too, such as a `<think>` that is one.
+        """
+        unseen = {*self.eos_ids, self.pad_id}
+        return self.decode_batch([[i for i in row if i not in unseen] for row in rows], skip_special)
+
     def save(self, directory: str | pathlib.Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and, for several end tokens, generation_config.json."""
         directory = pathlib.Path(directory)
@@ -74,7 +89,7 @@ class Tokenizer:
             "eos_token": self.backend.id_to_token(self.eos_ids[0]),
             "bos_token": None if self.bos_id is None else self.backend.id_to_token(self.bos_id),
             "pad_token": self.backend.id_to_token(self.pad_id),
-            "add_bos_token": False,
+            "add_bos_token": self.adds_bos,
             "clean_up_tokenization_spaces": False,
         }
         if self.chat_template is not None:
@@ -88,8 +103,10 @@ class Tokenizer:
 def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     """Reads a tokenizer from a directory in the Hugging Face layout, or from a tokenizer.json and the files next to it.
 
-    Begin, end and padding tokens come from tokenizer_config.json, else from special_tokens_map.json.
-    generation_config.json, else the model's config.json, may add end tokens. Without a padding token, eos_ids[0] pads.
+    Begin, end and padding tokens come from tokenizer_config.json, else from special_tokens_map.json. Tokens that only
+    added_tokens.json or tokenizer_config.json have are added. generation_config.json, else the model's config.json, may
+    add end tokens. Without a padding token, eos_ids[0] pads. Prompts begin with the begin token if tokenizer.json adds it,
+    as in transformers 5 whatever add_bos_token of tokenizer_config.json says, or if add_bos_token is true.
     Raises FileNotFoundError without a tokenizer.json, and ValueError if a file is damaged or a link that leads out of
     the directory, or if no end token is known.
     """
@@ -108,7 +125,13 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     backend.no_truncation()  # the file may store both, and they change ids
     backend.no_padding()
     config = _read_json(file.parent / "special_tokens_map.json") | _read_json(file.parent / "tokenizer_config.json")
-    bos, eos, pad = (_token_id(backend, x, config.get(f"{x}_token"), file.parent) for x in ("bos", "eos", "pad"))
+    added = _added_tokens(file.parent, config)
+    _add(backend, added)
+    bos, eos = (_token_id(backend, x, config.get(f"{x}_token"), file.parent) for x in ("bos", "eos"))
+    pad_token = _content(config.get("pad_token"))
+    # Padding is never read, so the end token stands in for a padding token beyond the vocabulary.
+    beyond = isinstance(pad_token, str) and pad_token in added and backend.token_to_id(pad_token) is None
+    pad = None if beyond else _token_id(backend, "pad", pad_token, file.parent)
     more = _read_json(file.parent / "generation_config.json").get("eos_token_id")
     more = _read_json(file.parent / "config.json").get("eos_token_id") if more is None else more
     more = more if isinstance(more, list) else [more]
@@ -120,14 +143,18 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
         more_remedy = '(or a generation_config.json with an "eos_token_id")'
         raise ValueError(f"No end token is known for {file}: {remedy} {more_remedy}.")
     pad_id = eos_ids[0] if pad is None else pad
-    adds_bos = bos is not None and backend.encode("a").ids[:1] == [bos]
+    adds_bos = config.get("add_bos_token")
+    if adds_bos not in (None, True, False):
+        raise ValueError(f"The add_bos_token of {file.parent} is {adds_bos!r}; it must be true or false.")
+    adds_bos = bos is not None and (bool(adds_bos) or backend.encode("a").ids[:1] == [bos])
     return Tokenizer(backend, eos_ids, pad_id, bos, _chat_template(file.parent, config), adds_bos)
 
 
 def fitted(tokenizer: Tokenizer, size: int) -> Tokenizer:
     """Returns the tokenizer without added tokens that an embedding of `size` rows lacks, such as Gemma 3's image token.
 
-    Raises ValueError if the vocabulary itself, or the begin, end or padding token, exceeds the model's.
+    The end token replaces such a padding token, which is never read. Raises ValueError if the vocabulary itself, or the
+    begin or end token, exceeds the model's.
     """
     if tokenizer.vocab_size <= size:
         return tokenizer
@@ -136,7 +163,8 @@ def fitted(tokenizer: Tokenizer, size: int) -> Tokenizer:
     backend = tokenizers.Tokenizer.from_str(json.dumps(content))
     if max(backend.get_vocab(with_added_tokens=True).values()) >= size:
         raise ValueError(f"The tokenizer has {tokenizer.vocab_size} tokens, and the model {size}.")
-    return dataclasses.replace(tokenizer, backend=backend)
+    pad_id = tokenizer.pad_id if tokenizer.pad_id < size else tokenizer.eos_ids[0]
+    return dataclasses.replace(tokenizer, backend=backend, pad_id=pad_id)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> Tokenizer:
@@ -162,10 +190,38 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> Tokenizer:
     return Tokenizer(backend, eos_ids=(2,), pad_id=0, bos_id=1)
 
 
+def _added_tokens(directory: pathlib.Path, config: dict) -> dict[str, int]:
+    """Returns the ids of the tokens in added_tokens.json, and in the added_tokens_decoder of tokenizer_config.json."""
+    found = _read_json(directory / "added_tokens.json")
+    decoder = config.get("added_tokens_decoder") or {}
+    try:
+        found |= {_content(token): int(token_id) for token_id, token in decoder.items()}
+        if not all(isinstance(token, str) and type(token_id) is int for token, token_id in found.items()):
+            raise TypeError
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"The added tokens of {directory} must map texts to whole numbers.") from error
+    return found
+
+
+def _add(backend: tokenizers.Tokenizer, tokens: dict[str, int]) -> None:
+    """Adds special tokens that a tokenizer lacks, if their ids continue its own. Others stay unknown to it."""
+    for token, token_id in sorted(tokens.items(), key=lambda item: item[1]):
+        if backend.token_to_id(token) is None and token_id == backend.get_vocab_size(with_added_tokens=True):
+            backend.add_special_tokens([token])
+            if backend.token_to_id(token) != token_id:
+                raise ValueError(
+                    f"The added token {token!r} has the id {token_id}, which the tokenizer cannot give it."
+                )
+
+
+def _content(token: Any) -> Any:
+    """Returns the text of a token that a configuration spells as a string or as {"content": string}."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
 def _token_id(backend: tokenizers.Tokenizer, name: str, token: Any, directory: pathlib.Path) -> int | None:
-    """Returns the id of a token that a configuration spells as a string or as {"content": string}."""
-    if isinstance(token, dict):
-        token = token.get("content")
+    """Returns the id of a token of a configuration, see `_content`."""
+    token = _content(token)
     if token is None:
         return None
     if not isinstance(token, str):

@@ -29,7 +29,7 @@ def read_values(source: Source) -> np.ndarray:
         values = _shares_of_exams(source)
     else:
         fault = "has neither a column 'value' nor 'points' with 'exam' or 'exam_total'"
-        remedy = f"only {', '.join(sorted(columns))}; name them with config.data.columns"
+        remedy = f"only {', '.join(sorted(columns))}; name them with --config.data.columns"
         raise ValueError(f"Values of questions are needed, and {source.name} {fault}, {remedy}.")
     for i, value in enumerate(values):
         if value > 1:

@@ -13,5 +13,15 @@ parameters become `config.method.*`:
 # The last two modules register the methods.
 from jaxrl_reason.methods import estimators as estimators
 from jaxrl_reason.methods import papers as papers
-from jaxrl_reason.methods.registry import combine, create, keywords, names, nearest, register, register_extension, stack
+from jaxrl_reason.methods.registry import (
+    combine,
+    create,
+    keywords,
+    names,
+    nearest,
+    register,
+    register_extension,
+    stack,
+    summary,
+)
 from jaxrl_reason.methods.types import ExpertDigits, Extension, Method, PolicyLoss, SelfReward

@@ -86,7 +86,7 @@ def reinforce_pp(*, kl_coef: float = 0.0, clip_low: float = 0.2, clip_high: floa
 
 @register
 def reinforce_pp_baseline(*, kl_coef: float = 0.0, clip_low: float = 0.2, clip_high: float = 0.2) -> Method:
-    """Builds REINFORCE++ with the group mean subtracted before the whitening."""
+    """Builds REINFORCE++ with a baseline, arXiv 2501.03262: the group mean is subtracted before the whitening."""
     plain = reinforce_pp(kl_coef=kl_coef, clip_low=clip_low, clip_high=clip_high)
     return dataclasses.replace(plain, advantage=chain(center_by_group(), whiten_by_token(kl_coef)))
 

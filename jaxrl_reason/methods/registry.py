@@ -63,8 +63,8 @@ def names() -> tuple[str, ...]:
 def keywords(name: str, base: str = "") -> dict[str, Any]:
     """Returns the parameters of a method and their defaults.
 
-    For an extension, they are its own parameters, `base`, and the parameters of the base. For a stack, they are a dict
-    per extension, `base`, and the parameters of the base.
+    For an extension, they are its own parameters, `base`, and the parameters of the base that the extension does not
+    set itself. For a stack, they are a dict per extension, `base`, and the same parameters of the base.
 
     Args:
       name: an estimator, an extension, or a stack ("hero+rlev").
@@ -73,6 +73,20 @@ def keywords(name: str, base: str = "") -> dict[str, Any]:
     Raises:
       ValueError: a name is unknown, or base is not an estimator.
     """
+    known = _all_keywords(name, base)
+    if name in _ESTIMATORS:
+        return known
+    try:
+        estimator = create(known["base"])
+        fixed = {field for part in name.split("+") for field in _EXTENSIONS[part].factory(estimator).loss}
+    except ValueError:  # the defaults do not fit this base; `create` names the cause
+        fixed = set()
+    own = {key for part in name.split("+") for key in _own_keywords(_EXTENSIONS[part].factory)}
+    return {key: default for key, default in known.items() if key in own or key not in fixed}
+
+
+def _all_keywords(name: str, base: str) -> dict[str, Any]:
+    """Returns the parameters as `keywords`, with those that an extension sets itself."""
     if name in _ESTIMATORS:
         return _own_keywords(_ESTIMATORS[name])
     parts = name.split("+")
@@ -88,6 +102,12 @@ def keywords(name: str, base: str = "") -> dict[str, Any]:
         raise ValueError(f"method.base is {base!r} ({why}).{nearest(base, _ESTIMATORS)}")
     own = {part: _own_keywords(_EXTENSIONS[part].factory) for part in parts}
     return (own[name] if len(parts) == 1 else own) | {"base": base} | _own_keywords(_ESTIMATORS[base])
+
+
+def summary(name: str) -> str:
+    """Returns the first sentence of the docstring of an estimator or extension, without "Builds"; "" without docstring."""
+    factory = _ESTIMATORS[name] if name in _ESTIMATORS else _EXTENSIONS[name].factory
+    return " ".join((inspect.getdoc(factory) or "").partition("\n\n")[0].split()).removeprefix("Builds ")
 
 
 def _own_keywords(factory: Callable[..., Any]) -> dict[str, Any]:
@@ -109,7 +129,7 @@ def create(name: str, **options: Any) -> Method:
     base = options.get("base", "")
     if name not in _ESTIMATORS and not isinstance(base, str):
         raise ValueError(f"method.base is {base!r}; it must be the name of an estimator.")
-    known = keywords(name, base)
+    known = _all_keywords(name, base)
     _check_keys(name, options, known)
     if name in _ESTIMATORS:
         return dataclasses.replace(_ESTIMATORS[name](**options), name=name)

@@ -25,6 +25,6 @@ from jaxrl_reason.models.formats.pretrained import (
     save_adapters,
     save_pretrained,
 )
-from jaxrl_reason.models.formats.source import open_model, pinned, read_source, tokenizer_files
+from jaxrl_reason.models.formats.source import open_model, pinned, read_source, reopen, tokenizer_files
 from jaxrl_reason.models.formats.tensors import Opened, PretrainedError
 from jaxrl_reason.models.layers import PromptCache, SampleCache

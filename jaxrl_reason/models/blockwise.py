@@ -29,7 +29,6 @@ class _Places(NamedTuple):
 
     order: Int[Array, "blocks C"]  # a query sees keys up to its own place in this order
     at: Int[Array, "blocks P g C"] | None  # and, in a sliding layer, from this position less the window
-    segment: Int[Array, "blocks P g C"] | None  # and of its own segment; None: of all
     real: Bool[Array, "blocks P g C"] | None  # False: no query sees the key
 
 
@@ -65,7 +64,6 @@ def group_attention(
     sliding: bool | Bool[Array, ""],
     at: Int[Array, "#P #G T"],
     prompt_at: Int[Array, "P S"] | None = None,
-    segments: Int[Array, "P G T"] | None = None,
 ) -> Float[Array, "P G T H*K"]:
     """Computes `layers.group_attention` under the masks of `prefill` and `extend`. The softmax and sums are float32.
 
@@ -75,7 +73,6 @@ def group_attention(
       prompt, prompt_real: keys and values that every query sees, and True on tokens.
       sliding: whether the layer slides, for a model with sliding and global layers.
       at, prompt_at: positions of the queries and of the prompt's keys.
-      segments: A query sees own keys of its segment only, for several completions in one row. None: each row is one.
     """
     P, G, T, H, K = q.shape
     N = own[0].shape[2]
@@ -88,18 +85,18 @@ def group_attention(
     def in_blocks(keys, values, side) -> _Keys:  # from [P, N, g, K, S] and [P, N, g, S, K]
         return _Keys(*(_cut(x.astype(dtype), 3, side) for x in (keys.swapaxes(3, 4), values)))
 
-    def places(order, at, segments, real, side) -> _Places:
-        by_prompt = (None if window is None else at, segments, None if real is None else real[:, None])
+    def places(order, at, real, side) -> _Places:
+        by_prompt = None if window is None else at, None if real is None else real[:, None]
         return _Places(order.reshape(-1, side), *(None if x is None else _cut(x, 2, side) for x in by_prompt))
 
-    queries = places(jnp.arange(_padded(T, side)), at, segments, own_real, side)
+    queries = places(jnp.arange(_padded(T, side)), at, own_real, side)
     sources, of = [in_blocks(own[0].swapaxes(1, 2), own[1].swapaxes(1, 2), side)], [queries]
     if prompt is not None:
         S = prompt[0].shape[-1]
         width = _side(S, P * G * H)
         sources.insert(0, in_blocks(prompt[0][:, :, None], prompt[1][:, :, None], width))
         first = jnp.full(_padded(S, width), -1)
-        of.insert(0, places(first, None if prompt_at is None else prompt_at[:, None], None, prompt_real, width))
+        of.insert(0, places(first, None if prompt_at is None else prompt_at[:, None], prompt_real, width))
     layout = _Layout(queries, tuple(of), tuple(_visible_blocks(queries, x, window) for x in of), window)
 
     q = _cut((q * config.query_scale).astype(dtype).reshape(P, G, T, N, R, K), 2, side)
@@ -133,11 +130,6 @@ def _visible_blocks(queries: _Places, keys: _Places, window) -> tuple[Array, Arr
     seen = row(high(queries.order)) >= column(low(keys.order))
     if window is not None:
         seen &= (row(low(queries.at)) - column(high(keys.at)) < window).any((2, 3))
-    if keys.segment is not None:
-        apart = (row(low(queries.segment)) > column(high(keys.segment))) | (
-            row(high(queries.segment)) < column(low(keys.segment))
-        )
-        seen &= ~apart.all((2, 3))
     blocks = jnp.arange(seen.shape[1])
     return jnp.where(seen, blocks, len(blocks)).min(1), jnp.where(seen, blocks + 1, 0).max(1)
 
@@ -148,8 +140,6 @@ def _visible(queries: _Places, keys: _Places, window) -> Bool[Array, "#P 1 #G C 
     seen = columns(keys.order[None, None]) <= rows(queries.order[None, None])
     if window is not None:
         seen &= rows(queries.at) - columns(keys.at) < window
-    if keys.segment is not None:
-        seen &= rows(queries.segment) == columns(keys.segment)
     return seen if keys.real is None else seen & columns(keys.real)
 
 

@@ -100,7 +100,8 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "P G D"], SampleCache]:
         """Computes the hidden states of tokens at position `index` of completions, and the new cache; see `unstack`."""
         at = (prompt.lengths[:, None] + index)[:, None]  # [P, 1, 1]
-        places = jnp.arange(cache.keys[0].shape[-1])
+        pieces, size = len(cache.keys[0]), cache.keys[0][0].shape[-1]
+        places = jnp.arange(pieces * size)
         own_at = prompt.lengths[:, None, None] + places  # [P, 1, T]
         x = self._embed(tokens[:, :, None])
         updated = []
@@ -108,9 +109,17 @@ class Decoder(nnx.Module):
             sliding = self.config.sliding_layers[i]
             own_mask = (places <= index)[None, None, None] & self._window(at, own_at, sliding)
             one = prompt._replace(keys=prompt.keys[i], values=prompt.values[i])
-            attend = self._attend_under(own_mask, at, sliding, one)
-            x, kv = block(x, self._rotary(at, sliding), attend, (cache.keys[i], cache.values[i]), index)
-            updated.append(kv)
+
+            def first(n, own_mask=own_mask, sliding=sliding, one=one):
+                attend = self._attend_under(own_mask[..., : n * size], at, sliding, one)
+                return lambda q, own: attend(q, own[:n])
+
+            # Only the pieces that hold positions up to `index` are read.
+            attends = [first(n + 1) for n in range(pieces)]
+            attend = lambda q, own, attends=attends: jax.lax.switch(index // size, attends, q, own)
+            own = tuple(zip(cache.keys[i], cache.values[i]))
+            x, own = block(x, self._rotary(at, sliding), attend if pieces > 1 else attends[0], own, index)
+            updated.append(tuple(zip(*own)))
         return self._final(x)[:, :, 0], SampleCache(*zip(*updated))
 
     def unstack(self, prompt: PromptCache, int8: bool = False) -> tuple[Blocks, PromptCache]:
@@ -131,9 +140,9 @@ class Decoder(nnx.Module):
         keys, values = zip(*cache)
         return blocks, prompt._replace(keys=keys, values=values)
 
-    def empty_cache(self, prompts: int, group: int, length: int, int8: bool = False) -> SampleCache:
+    def empty_cache(self, prompts: int, group: int, length: int, int8: bool = False, pieces: int = 1) -> SampleCache:
         """Makes the cache of `step` before the first token, see `layers.empty_cache`."""
-        return L.empty_cache(self.config, prompts, group, length, int8)
+        return L.empty_cache(self.config, prompts, group, length, int8, pieces)
 
     def head_matrix(self, int8: bool = False) -> Head:
         """Returns the output head; with int8 rounded, with one scale per token of the vocabulary."""
@@ -194,32 +203,23 @@ class Decoder(nnx.Module):
         near = queries_at[..., :, None] - keys_at[..., None, :] < c.sliding_window
         return near | jnp.logical_not(sliding)
 
-    def _attend(self, at, sliding, real=None, prompt=None, segments=None):
-        """Returns the causal attention of a layer, a function of queries and of own keys and values.
-
-        Args:
-          at: positions [P, #G, T] of queries and own keys.
-          sliding: whether the layer slides.
-          real: bool[P, T], True on own tokens (G = 1); None: all are tokens.
-          prompt: the cache of this layer that all queries see.
-          segments: int[P, G, T]; a query sees own keys of its own segment only. None: each row is one segment.
-        """
+    def _attend(self, at, sliding, real=None, prompt=None):
+        """Returns the causal attention of a layer, a function of queries and of own keys and values, both at positions `at` [P, 1, T]."""
         c, T = self.config, at.shape[-1]
         kv = () if prompt is None else ((prompt.keys, prompt.values), prompt.mask)
         if c.attention == "splash":
-            assert segments is None  # kernels have segment ids for padding
             return lambda q, own: splash.group_attention(q, own, real, *kv, config=c, sliding=sliding)
         if c.attention == "blockwise" and blockwise.pays(T, 0 if prompt is None else prompt.mask.shape[1]):
-            places = dict(at=at, prompt_at=None if prompt is None else prompt.positions, segments=segments)
+            places = dict(at=at, prompt_at=None if prompt is None else prompt.positions)
             return lambda q, own: blockwise.group_attention(q, own, real, *kv, config=c, sliding=sliding, **places)
         # By index, not by position: padding shares a position with its neighbour.
         own_mask = jnp.tril(jnp.ones((T, T), bool)) & self._window(at, at, sliding)
         own_mask = own_mask if real is None else own_mask & real[:, None, None, :]
-        own_mask = own_mask if segments is None else own_mask & (segments[..., None] == segments[..., None, :])
-        return self._attend_under(own_mask, at, sliding, prompt)
+        attend = self._attend_under(own_mask, at, sliding, prompt)
+        return lambda q, own: attend(q, (own,))
 
     def _attend_under(self, own_mask, at, sliding, prompt=None):
-        """Returns plain attention of queries at positions `at`, under `own_mask` on own keys and the window on the prompt's keys."""
+        """Returns plain attention of queries at positions `at`, under `own_mask` on pieces of own keys and the window on the prompt's keys."""
         c = self.config
         kv = ()
         if prompt is not None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+from typing import Any
 
 from flax import nnx
 import jax
@@ -61,15 +62,15 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "P G T D"],
         rotary: L.Rotary,
-        attend: Callable[[Array, L.KeysValues], Array],
-        cache: L.KeysValues | None = None,
+        attend: Callable[[Array, Any], Array],
+        cache: tuple[L.KeysValues, ...] | None = None,
         index: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "P G T D"], L.KeysValues]:
+    ) -> tuple[Float[Array, "P G T D"], Any]:
         """Computes one layer: the residual stream, and own keys [P, G, N, K, C] and values [P, G, N, C, K].
 
         `rotary` broadcasts to [P, G, T, head_dim / 2]. `attend` is a function of queries [P, G, T, H, K] and of own
-        keys and values to [P, G, T, H * K]. `cache` has own keys and values, which this call updates from position
-        `index` along C; without it, own positions are those of this call.
+        keys and values to [P, G, T, H * K]. `cache` has pieces of own keys and values, which this call updates from
+        position `index` along C and which are own keys and values then; without it, they are those of this call.
         """
         c = self.config
         P, G, T, _ = x.shape
@@ -86,7 +87,7 @@ class DecoderLayer(nnx.Module):
             q, k = norm(q, self.q_norm), norm(k, self.k_norm)
         q, k = L.rotate(q, *rotary), L.rotate(k, *rotary)
         new = k.transpose(0, 1, 3, 4, 2).astype(c.compute_dtype), v.swapaxes(2, 3).astype(c.compute_dtype)
-        own: L.KeysValues = new if cache is None else L.write_cache(cache, new, index)
+        own: Any = new if cache is None else L.write_cache(cache, new, index)
         y = dot(attend(q, own), "o").astype(x.dtype)
         x = x + (norm(y, self.post_attention_norm) if c.post_norms else y)
 

@@ -1,5 +1,6 @@
 """Parts of the decoder as pure functions: matrix products, RMSNorm, rotary positions, group attention; caches of keys and values."""
 
+from collections.abc import Sequence
 import functools
 import math
 from typing import NamedTuple
@@ -118,7 +119,7 @@ def rotate(
 
 def group_attention(
     q: Float[Array, "P G T H K"],
-    own: KeysValues,
+    own: Sequence[KeysValues],
     own_mask: Bool[Array, "#P #G #T C"],
     prompt: KeysValues | None = None,
     prompt_mask: Bool[Array, "#P #G #T S"] | None = None,
@@ -129,26 +130,30 @@ def group_attention(
     """Computes softmax attention of G samples per prompt over their own keys and one shared prompt.
 
     The prompt's keys are read once per group: one dense product serves the queries of all G samples, with G * T * H / N
-    rows per key head. One softmax covers both parts. Sums, the softmax and the result are float32.
+    rows per key head. One softmax covers all parts. Sums, the softmax and the result are float32.
 
     Args:
-      own: keys [P, G, N, K, C] and values [P, G, N, C, K] of N key/value heads. An Int8 has a scale [P, G, N, 1, C].
+      own: pieces of the samples' own keys and values. A piece has keys [P, G, N, K, c] and values [P, G, N, c, K] of N
+        key/value heads; an Int8 has a scale [P, G, N, 1, c]. The sizes c add up to C.
       prompt: keys [P, N, K, S] and values [P, N, S, K], or None. An Int8 has a scale [P, N, 1, S].
       own_mask, prompt_mask: True if the query sees the key.
       scale, dtype: factor on the scores, and dtype of the operands of products.
     """
     P, G, T, H, K = q.shape
-    N = own[0].shape[2]
+    N = own[0][0].shape[2]
     R = H // N
     q = (q * scale).astype(dtype).reshape(P, G, T, N, R, K)
     precision = _FLOAT32 if dtype == "float32" else None
     product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
 
-    keys, values = (x.astype(dtype) for x in own)
     q_own = q.transpose(0, 1, 3, 2, 4, 5).reshape(P, G, N, T * R, K)
-    s_own = _scaled(product("pgnmk,pgnkc->pgnmc", q_own, keys), own[0]).reshape(P, G, N, T, R, -1)
-    s_own = jnp.where(own_mask[:, :, None, :, None, :], s_own, _NEVER)
-    top = s_own.max(axis=-1)  # [P, G, N, T, R]
+    scores, seen = [], 0
+    for keys, _ in own:
+        s = _scaled(product("pgnmk,pgnkc->pgnmc", q_own, keys.astype(dtype)), keys).reshape(P, G, N, T, R, -1)
+        mask = own_mask[..., seen : seen + s.shape[-1]]
+        seen += s.shape[-1]
+        scores.append(jnp.where(mask[:, :, None, :, None, :], s, _NEVER))
+    top = functools.reduce(jnp.maximum, [s.max(axis=-1) for s in scores])  # [P, G, N, T, R]
     if prompt is not None:
         assert prompt_mask is not None
         prompt_keys, prompt_values = (x.astype(dtype) for x in prompt)
@@ -158,16 +163,18 @@ def group_attention(
         top = jnp.maximum(top, s_prompt.max(axis=-1).swapaxes(1, 2))
     top = jax.lax.stop_gradient(top)
 
-    e_own = jnp.exp(s_own - top[..., None])
-    total = e_own.sum(axis=-1)
-    out = product("pgnmc,pgnck->pgnmk", _scaled(e_own.reshape(P, G, N, T * R, -1), own[1]).astype(dtype), values)
-    out = out.reshape(P, G, N, T, R, K)
+    total, out = jnp.zeros_like(top), jnp.float32(0)
+    for s, (_, values) in zip(scores, own):
+        e = jnp.exp(s - top[..., None])
+        total += e.sum(axis=-1)
+        e = _scaled(e.reshape(P, G, N, T * R, -1), values).astype(dtype)
+        out += product("pgnmc,pgnck->pgnmk", e, values.astype(dtype)).reshape(P, G, N, T, R, K)
     if prompt is not None:
         e_prompt = jnp.exp(s_prompt - top.swapaxes(1, 2)[..., None])
         total += e_prompt.sum(axis=-1).swapaxes(1, 2)
         e_prompt = _scaled(e_prompt.reshape(P, N, G * T * R, -1), prompt[1]).astype(dtype)
-        seen = product("pnms,pnsk->pnmk", e_prompt, prompt_values)
-        out += seen.reshape(P, N, G, T, R, K).swapaxes(1, 2)
+        seen_in_prompt = product("pnms,pnsk->pnmk", e_prompt, prompt_values)
+        out += seen_in_prompt.reshape(P, N, G, T, R, K).swapaxes(1, 2)
     out = out / total[..., None]
     return out.transpose(0, 1, 3, 2, 4, 5).reshape(P, G, T, H * K)
 
@@ -192,39 +199,65 @@ class PromptCache(NamedTuple):
 
 
 class SampleCache(NamedTuple):
-    """Keys and values of the samples' own tokens, one entry per layer; an Int8 has one scale per position."""
+    """Keys and values of the samples' own tokens, per layer in pieces of c positions; an Int8 has one scale per position."""
 
-    keys: tuple[Array | Int8, ...]  # rotated, [P, G, N, K, T] per layer: the layout of the product with a query
-    values: tuple[Array | Int8, ...]  # [P, G, N, T, K] per layer
+    keys: tuple[
+        tuple[Array | Int8, ...], ...
+    ]  # rotated, [P, G, N, K, c] per piece: the layout of the product with a query
+    values: tuple[tuple[Array | Int8, ...], ...]  # [P, G, N, c, K] per piece
 
 
-def empty_cache(config: ModelConfig, prompts: int, group: int, length: int, int8: bool = False) -> SampleCache:
-    """Makes the cache of zeros for `group` samples of `length` tokens per prompt; with int8, of rounded entries."""
+def empty_cache(
+    config: ModelConfig, prompts: int, group: int, length: int, int8: bool = False, pieces: int = 1
+) -> SampleCache:
+    """Makes the cache of zeros for `group` samples of `length` tokens per prompt; with int8, of rounded entries.
+
+    The positions are cut into `pieces` of equal size; the last one is padded.
+    """
     lead = prompts, group, config.kv_heads
+    size = -(-length // pieces)
 
     def split(shape, dtype):
         return sharding.constrain(jnp.zeros(shape, dtype), "prompts", None, "kv_heads")
 
     def zeros(*shape):
         if int8:
-            return Int8(split((*lead, *shape), jnp.int8), split((*lead, 1, length), jnp.float32))
+            return Int8(split((*lead, *shape), jnp.int8), split((*lead, 1, size), jnp.float32))
         return split((*lead, *shape), config.compute_dtype)
 
-    empty = lambda *shape: tuple(zeros(*shape) for _ in range(config.layers))
-    return SampleCache(empty(config.head_dim, length), empty(length, config.head_dim))
+    empty = lambda *shape: tuple(tuple(zeros(*shape) for _ in range(pieces)) for _ in range(config.layers))
+    return SampleCache(empty(config.head_dim, size), empty(size, config.head_dim))
 
 
-def write_cache(cache: KeysValues, new: tuple[Array, Array], index: Int[Array, ""] | int) -> KeysValues:
-    """Returns one layer's cache with new entries from position `index` along C, rounded if the cache is."""
-    update = jax.lax.dynamic_update_slice_in_dim
+def write_cache(
+    pieces: Sequence[KeysValues], new: tuple[Array, Array], index: Int[Array, ""] | int
+) -> tuple[KeysValues, ...]:
+    """Returns one layer's cache with new entries from position `index` along C, rounded if the cache is.
 
-    def put(old, new, axis):
+    With several pieces, `new` is one position.
+    """
+    keys, values = round_to_int8(*new) if isinstance(pieces[0][0], Int8) else new
+    size, count = values_of(pieces[0][1]).shape[3], len(pieces)
+
+    def put(old, new, axis, i):
+        if count == 1:
+            return jax.lax.dynamic_update_slice_in_dim(old, new, index, axis)
+        at = jnp.clip(index - i * size, 0, size - 1)
+        # Pieces that do not hold the position write the entry that they have, so that all are updated in place.
+        held = jax.lax.dynamic_slice_in_dim(old, at, 1, axis)
+        return jax.lax.dynamic_update_slice_in_dim(old, jnp.where(index // size == i, new, held), at, axis)
+
+    def put_all(old, new, axis, i):
         if not isinstance(old, Int8):
-            return update(old, new, index, axis)
-        return Int8(update(old.values, new.values, index, axis), update(old.scale, new.scale, index, 4))
+            return put(old, new, axis, i)
+        return Int8(put(old.values, new.values, axis, i), put(old.scale, new.scale, 4, i))
 
-    keys, values = round_to_int8(*new) if isinstance(cache[0], Int8) else new
-    return put(cache[0], keys, 4), put(cache[1], values, 3)
+    return tuple((put_all(k, keys, 4, i), put_all(v, values, 3, i)) for i, (k, v) in enumerate(pieces))
+
+
+def values_of(x: Array | Int8) -> Array:
+    """Returns the array, without the scale of a rounded one."""
+    return x.values if isinstance(x, Int8) else x
 
 
 def round_to_int8(keys: Float[Array, "*lead K C"], values: Float[Array, "*lead C K"]) -> tuple[Int8, Int8]:

@@ -165,3 +165,9 @@ def by_prompt(function: Callable[..., Any]) -> Callable[..., Any]:
 def num_vocab_shards() -> int:
     """Returns into how many shards the ambient mesh splits the vocabulary."""
     return jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+
+
+def num_prompt_shards() -> int:
+    """Returns into how many shards the ambient mesh splits prompts."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return int(np.prod([shape.get(axis, 1) for axis in PROMPT_AXES]))

@@ -4,19 +4,18 @@ The programs are compiled by the TPU compiler, which needs no TPU (pip install -
 pretrained models only config.json is read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import pathlib
 import sys
 from typing import Any
 
 import jax
 import rich.console
-import rich.table
 
 from jaxrl_reason.config import ConfigError
 from jaxrl_reason.plan.chips import devices_of
 from jaxrl_reason.plan.measure import find_largest, GIB, make_plan
-from jaxrl_reason.runs import command
+from jaxrl_reason.runs import command, pictures
 from jaxrl_reason.runs.files import write_json
 
 _SLICE = "generation and shape of a slice in chips: v5e:4x4, v6e:4x4, v5p:2x2x2, v4:2x2x2, tpu7x:2x2x1, ..."
@@ -27,7 +26,7 @@ FLAGS = (
     command.Flag("slices", "N", "number of slices (config.mesh.slice)", command.number, 1),
     command.Flag("search", "", f"also finds the largest {_SIZES} that fit, each with the others as configured"),
     command.Flag("out", "FILE", "JSON file for the numbers", command.path, "plan.json"),
-    command.TRAINING[2],
+    command.FIELDS,
 )
 EXAMPLE = "--config=configs/grpo_qwen3_1_7b_v5e8.py --topology=v5e:2x4 --search"
 COMMAND = command.Command("plan", __doc__, FLAGS, EXAMPLE)
@@ -67,7 +66,7 @@ def write_plan(arguments: command.Arguments) -> tuple[dict[str, Any], rich.conso
 
 def print_plan(plan: Mapping[str, Any], console: rich.console.Console, path: pathlib.Path) -> None:
     """Prints the table of a plan, the least time of a step, the largest sizes that fit, and the path of the JSON file."""
-    console.print(table(plan))
+    print_parts(plan, console)
     step = plan["step"]
     too_large = "It does NOT fit: lower the batch, raise update.accumulation, split more, or take larger chips."
     console.print(
@@ -82,14 +81,14 @@ def print_plan(plan: Mapping[str, Any], console: rich.console.Console, path: pat
     console.print(f"Numbers: {path}", soft_wrap=True)
 
 
-def table(plan: Mapping[str, Any]) -> rich.table.Table:
-    """Returns a table of a plan with one column per program."""
+def print_parts(plan: Mapping[str, Any], console: rich.console.Console) -> None:
+    """Prints a table of a plan with one column per program."""
     parts = plan["parts"]
-    out = rich.table.Table(title=f"{plan['devices']} x {plan['topology'].partition(':')[0]} ({plan['topology']})")
-    out.add_column("", no_wrap=True)
-    for part in parts:
-        out.add_column(part["name"], justify="right", no_wrap=True)
-    row = lambda name, cell: out.add_row(name, *map(cell, parts))
+    rows: dict[str, list[str]] = {}
+
+    def row(name: str, cell: Callable[[Any], str]) -> None:
+        rows[name] = [cell(part) for part in parts]
+
     row("fits", lambda p: "yes" if p["fits"] else "NO")
     row("memory per chip", lambda p: f"{p['total_gib']:.2f} of {p['limit_gib']} GiB")
     row("  peak of the program", lambda p: f"{p['peak_gib']:.2f}")
@@ -106,7 +105,9 @@ def table(plan: Mapping[str, Any]) -> rich.table.Table:
     row("seconds at least", lambda p: f"{p['seconds'] * p['times']:.3g}")
     row("  bound by", lambda p: p["bound_by"])
     row("compiled in", lambda p: f"{p['compile_seconds']:.0f} s" + ("" if p["compiled"] else ", too large"))
-    return out
+    title = f"{plan['devices']} x {plan['topology'].partition(':')[0]} ({plan['topology']})"
+    columns = {part["name"]: [cells[i] for cells in rows.values()] for i, part in enumerate(parts)}
+    pictures.print_table(console, list(rows), columns, title=title)
 
 
 if __name__ == "__main__":

@@ -46,16 +46,17 @@ def rollout(
     prompt_logprobs: bool = False,
     probe: bool = False,
     int8: bool = False,
+    pieces: int = 1,
 ) -> Cost:
     """Returns the cost of `rollout.generate` if no completion ends early: a prefill and T - 1 steps (T with a probe).
 
-    FLOPs of a step: a forward of P * G tokens with the head, and 4 H K L P G (S + T) of attention. Each step multiplies
-    with the whole cache, masked positions included, for both kinds of attention. The first token's logits are computed
-    once per prompt.
+    FLOPs of a step: a forward of P * G tokens with the head, and 4 H K L P G (S + C) of attention. Each step multiplies
+    with the C places of the cache's pieces that are begun, masked positions included, for both kinds of attention. The
+    first token's logits are computed once per prompt.
 
     Bytes of the prefill: a pass over P * S tokens as in `score`, its keys and values written, all layers' matrices read
     once more in param_dtype and written in the dtype of decoding. Bytes of a step: the layers' matrices and the head
-    once per replica; each prompt's keys and values and all T positions of each sample's cache once; each sample's new
+    once per replica; each prompt's keys and values and C places of each sample's cache once; each sample's new
     key and value written, its float32 logits written and read. Attention scores and other activations of a step stay on
     the chip. With int8 a number of a matrix or a cache takes 1 byte, and a cache takes 4 more per head and position.
 
@@ -64,9 +65,12 @@ def rollout(
       attention: of the prefill: "plain" computes the whole S x S rectangle, "splash" the visible part.
       replicas: number of parts into which the mesh splits the prompts (all axes but "tensor"). Each reads all matrices.
       prompt_logprobs, probe, int8: as in `rollout.generate`.
+      pieces: of the completions' cache (`cache_pieces`).
     """
-    _check(model, attention, P=P, G=G, S=S, T=T, replicas=replicas)
+    _check(model, attention, P=P, G=G, S=S, T=T, replicas=replicas, pieces=pieces)
     steps, rows, S = T - 1 + probe, P * G, S + model.prefix_length
+    size = -(-T // pieces)
+    places = sum(size * min(index // size + 1, pieces) for index in range(steps)) / max(steps, 1)  # mean of C
     c = _BYTES[model.compute_dtype]
     weight, place = (1, model.head_dim + 4) if int8 else (c, model.head_dim * c)
     matrices, head = _matrices(model), model.width * model.vocab_size
@@ -74,12 +78,12 @@ def rollout(
     first = _forward(model, P, 1, S, 0, attention, replicas) + _encoder(model, P)
     first += Cost(2.0 * head * P * (1 + (S - model.prefix_length) * prompt_logprobs))
     first += Cost(bytes=P * S * cached + matrices * (_BYTES[model.param_dtype] + weight))
-    attended = 4.0 * model.heads * model.head_dim * (rows * (S + T)) * model.layers
+    attended = 4.0 * model.heads * model.head_dim * (rows * (S + places)) * model.layers
     step = Cost(2.0 * rows * (matrices + _adapters(model) + head) + attended, attended)
     read = replicas * weight * (matrices + head) + replicas * _FLOAT32 * _adapters(model)
-    read += P * S * cached + rows * T * cached
-    written = rows * (cached + 2 * _FLOAT32 * model.vocab_size)
-    return first + (step + Cost(bytes=read + written)) * steps
+    read += P * S * cached
+    moved = rows * (cached + 2 * _FLOAT32 * model.vocab_size) + rows * places * cached
+    return first + (step + Cost(bytes=read + moved)) * steps
 
 
 def score(

@@ -66,7 +66,8 @@ class Program:
 
 
 def read(text: str, *, loop_trips: Mapping[str, int] | int | None = None) -> Program:
-    """Returns the work of an executable from its text, for CPU or TPU. The branch of a conditional with most FLOPs counts.
+    """Returns the work of an executable from its text, for CPU or TPU. Branches of a conditional count
+    equally if all have FLOPs, as those that read more and more pieces of a cache; else the branch with most FLOPs counts.
 
     `loop_trips` are the trips of the loops of unknown length, one number for all or one per name. Loops without a number
     run as often as their condition allows, and once if it gives no limit. Raises ValueError if the text is not a compiled
@@ -139,7 +140,11 @@ class _Walk:
             tally.add(self.computation(loop.body, (loop,)), self._trips(i, loop))
         elif i.opcode == "conditional":
             branches = [self.computation(name, ()) for name in i.called()]
-            tally.add(max(branches, key=lambda branch: branch.flops))
+            if all(branch.flops for branch in branches):
+                for branch in branches:
+                    tally.add(branch, 1 / len(branches))
+            else:
+                tally.add(max(branches, key=lambda branch: branch.flops))
         elif i.opcode in ("call", "async-start"):
             for name in i.called():
                 tally.add(self.computation(name, later()))

@@ -13,6 +13,7 @@ from jaxrl_reason.models import sharding
 from jaxrl_reason.plan import costs
 from jaxrl_reason.plan.step import bytes_per_device, open_step, Step
 from jaxrl_reason.rewards import learned, model_files, model_training
+from jaxrl_reason.rl import programs as programs_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,6 @@ class Part:
     resident: float  # bytes of the run's other arrays, which stay in memory while the program runs
     contents: Mapping[str, float]  # bytes in the program's own memory, without activations and the compiler's copies
     donated: float = 0.0  # bytes that the program should overwrite
-    loop_trips: int | None = None  # of the program's loop of unknown length
     times: float = 1.0  # runs per step
 
 
@@ -65,19 +65,22 @@ def _rollout(step: Step) -> Part:
     prompts = of((P, S), jnp.int32), of((P, S), bool), of((P,), jnp.int32)
     features = of((P, model.features), jnp.float32) if model.features else None
     index, temperatures = of((), jnp.int32, sharding=whole), of((G,), jnp.float32, sharding=whole)
+    pieces, _ = programs_lib.sampling_sizes(config)
     rollout = functools.partial(costs.rollout, model, P, G, S, attention=model.attention)
     prompt_logprobs, int8 = step.programs.needs.prompt_logprobs, bool(config.sampling.quantize)
     replicas = sharding.num_shards(step.decoding)
-    cost = rollout(T, replicas=replicas, prompt_logprobs=prompt_logprobs, probe=step.probe, int8=int8)
+    cost = rollout(T, replicas=replicas, prompt_logprobs=prompt_logprobs, probe=step.probe, int8=int8, pieces=pieces)
     prompts_kv, samples_kv = _cache_bytes(step)
     return Part(
         "rollout",
-        _lowering(step.programs.jitted["rollout"], step.decoding_params, *prompts, features, index, temperatures),
+        _lowering(
+            step.programs.jitted["rollout"], step.decoding_params, *prompts, features, index, temperatures, index
+        ),
         cost,
         _kernel_flops(step, rollout(1)),  # kernels only in the prefill
         (m.weights if m.copy else 0.0) + m.optimizer + m.reference + m.reward_model,
         {"weights": bytes_per_device(step.decoding_params), "prompts' KV": prompts_kv, "samples' KV": samples_kv},
-        loop_trips=T - 1 + step.probe,
+        # The first loop runs as often as its condition allows; the smaller ones after it count once.
         times=config.sampling.parts,
     )
 
@@ -157,9 +160,11 @@ def _update(step: Step) -> Part:
         optimizer_slots=3 if step.config.optimizer.float32_master else 2,
         **_scoring_options(step),
     )
-    temperature = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
+    scalar = functools.partial(jax.ShapeDtypeStruct, (), sharding=sharding.replicated(mesh))
     state = step.programs.abstract_state
-    lower = _lowering(step.programs.jitted["update"], state, step.experience, temperature)
+    lower = _lowering(
+        step.programs.jitted["update"], state, step.experience, scalar(dtype=jnp.float32), scalar(dtype=jnp.int32)
+    )
     contents = {"weights": m.weights, "optimizer": m.optimizer, "rollouts": bytes_per_device(step.rollout)}
     resident, donated = m.reference + m.reward_model, bytes_per_device(state)
     return Part("update", lower, cost, _kernel_flops(step, cost), resident, contents, donated)

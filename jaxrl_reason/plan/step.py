@@ -168,7 +168,8 @@ def _step_shapes(
     prompts = [shape((P, S), jnp.int32), shape((P, S), bool), shape((P,), jnp.int32)]
     features = shape((P, model.features), jnp.float32) if model.features else None
     step, temperatures = shape((), jnp.int32), shape((G,), jnp.float32)
-    rollout = jax.eval_shape(programs.jitted["rollout"], _bare(state.params), *prompts, features, step, temperatures)
+    scalars = step, temperatures, programs_lib.SEED
+    rollout = jax.eval_shape(programs.jitted["rollout"], _bare(state.params), *prompts, features, *scalars)
     rewards = {name: shape((P, G), jnp.float32) for name in _reward_names(config)}
     columns = {name: shape((P,), jnp.float32) for name in needs.columns}
     groups = Groups(rollout, cast(Any, rewards), cast(Any, columns))

@@ -8,7 +8,8 @@ from fractions import Fraction
 import functools
 from typing import Any, TypeVar
 
-from jaxrl_reason.rewards.numeric import extract_answer, numeric_verdict, parse_number
+from jaxrl_reason.rewards.answers import count_markers, extract_answer, find_marker
+from jaxrl_reason.rewards.numeric import numeric_verdict, parse_number
 
 F = TypeVar("F", bound=Callable)
 
@@ -27,9 +28,9 @@ def with_answer_of(answer_of: Callable[[str, Mapping[str, Any]], Any]) -> Callab
 
 
 def accuracy_reward(completions: Sequence[str], answer: Sequence[str | int | float], **_) -> list[float]:
-    """Returns 1.0 if a completion's final answer is exactly the reference number of the column `answer`, else 0.0.
+    """Returns 1.0 if a completion's final answer is exactly the reference of the column `answer`, else 0.0.
 
-    For the references see `numeric_verdict`. Raises ValueError if a reference is not a number.
+    For the references see `numeric_verdict`. Raises ValueError if a reference is neither a number nor a choice.
     """
     return [float(numeric_verdict(text, reference)) for text, reference in zip(completions, answer, strict=True)]
 
@@ -51,15 +52,14 @@ def format_reward(completions: Sequence[str], **_) -> list[float]:
     r"""Returns 1.0 if a completion states one final answer in the agreed form, correct or not, else 0.0.
 
     The agreed form is one marker in the whole text, with a number: either "#### x" as the last line, or "\boxed{x}".
+    Headings are not markers.
     """
     return [float(_states_one_answer(completion)) for completion in completions]
 
 
 def _states_one_answer(text: str) -> bool:
-    boxes = text.count(r"\boxed{")
-    if text.count("####") + boxes != 1:
+    marker = find_marker(text)
+    if marker is None or marker.answer is None or parse_number(marker.answer) is None or count_markers(text) != 1:
         return False
-    answer = extract_answer(text)
-    if answer is None or parse_number(answer) is None:
-        return False
-    return boxes == 1 or text.rstrip().rpartition("\n")[2].startswith("#### ")
+    begin_of_last_line = text.rstrip().rfind("\n") + 1
+    return marker.is_box or marker.begin == begin_of_last_line and text.startswith("#### ", begin_of_last_line)

@@ -5,25 +5,26 @@ whole batch, or with `isolated` one prompt. A reward is a float, or `None` for "
 NaN, is left out of every statistic, and is never 0. A `pool.Results` list also tells why a reward is missing.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Mapping, Sequence, Set
+import concurrent.futures
 import dataclasses
-import difflib
 import functools
-import importlib
-import importlib.util
 import inspect
 import itertools
 import logging
 import math
 from pathlib import Path
 import sys
-from types import ModuleType
+import threading
+import traceback
 from typing import Any
 
 import numpy as np
 
+from jaxrl_reason.rewards import math as math_rewards
 from jaxrl_reason.rewards.functions import accuracy_reward, format_reward, last_number_reward
-from jaxrl_reason.rewards.math import math_verify_reward, require_math_verify
+from jaxrl_reason.rewards.math import math_verify_reward
 from jaxrl_reason.rewards.pool import Results
 from jaxrl_reason.rewards.task_rewards import judge_reward, many_answers_reward, strict_reward
 
@@ -38,8 +39,8 @@ BUILT_IN: dict[str, RewardFunction] = {
     "judge": judge_reward,
     "math_verify": math_verify_reward,
 }
-# Cheap rewards that compare with a reference of each row, so that all references can be tried before training.
-COMPARING = tuple(BUILT_IN[name] for name in ("accuracy", "last_number", "many_answers", "strict", "judge"))
+# Rewards that compare with a reference of each row, so that all references are tried before training.
+COMPARING = tuple(BUILT_IN[name] for name in BUILT_IN if name != "format")
 
 _LARGEST = float(np.finfo(np.float32).max)
 _log = logging.getLogger(__name__)
@@ -83,33 +84,19 @@ class RewardTable:
         return {f"rewards/{name}/{kind}": rate for kind, rates in kinds.items() for name, rate in rates.items()}
 
 
-def load_reward(spec: str, other_names: Sequence[str] = ()) -> RewardFunction:
-    """Returns the function of a name: built in ("accuracy"), "package.module:function", or "path/to/file.py:function".
-
-    Raises RewardError if nothing has that name, or if a package is missing. The message gives the nearest existing names;
-    `other_names` are built-in names that the caller handles itself.
-    """
-    place, colon, attribute = spec.rpartition(":")
-    if not colon:
-        if spec == "math_verify":
-            try:
-                require_math_verify()
-            except ImportError as error:
-                raise RewardError(str(error)) from None
-        if spec in BUILT_IN:
-            return BUILT_IN[spec]
-        known = [*BUILT_IN, *other_names]
-        raise RewardError(
-            f"There is no built-in reward {spec!r}{_nearest(spec, known)}. Built in are {', '.join(known)}; "
-            'name a function of your own as "package.module:function" or "path/to/file.py:function".'
-        )
-    module = _import_file(Path(place), spec) if place.endswith(".py") else _import_module(place, spec)
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        problem = f"has no function {attribute!r}" if function is None else f"has {attribute!r}, which cannot be called"
-        valid = [name for name, value in vars(module).items() if callable(value)]
-        raise RewardError(f"Reward {spec!r}: {place} {problem}{_nearest(attribute, valid)}.")
-    return function
+def reference_faults(function: RewardFunction, columns: Mapping[str, Sequence]) -> list[str | None]:
+    """Returns, for each row, why a reward of `COMPARING` cannot judge completions of it, or None if it can."""
+    size = len(next(iter(columns.values())))
+    if function is math_verify_reward:
+        return math_rewards.reference_faults(columns.get("answer", [None] * size))
+    faults: list[str | None] = []
+    for row in range(size):
+        try:
+            function(**{name: [values[row]] for name, values in columns.items()}, prompts=[""], completions=[""])
+            faults.append(None)
+        except (ValueError, TypeError) as error:  # the reference is missing or cannot be read
+            faults.append(str(error))
+    return faults
 
 
 def compute_rewards(
@@ -120,7 +107,7 @@ def compute_rewards(
     columns: Mapping[str, Sequence],
     max_failure_share: float = 0.5,
 ) -> RewardTable:
-    """Calls every reward on P prompts x G completions.
+    """Calls every reward on P prompts x G completions; those of `isolated` that are `async` while the others run.
 
     If a function raises, it is called again for each row alone. Only the rows that raise go missing, and all other rows
     keep their reward. A reward that compares the rows of a batch must therefore not rely on raising. A function that
@@ -138,10 +125,20 @@ def compute_rewards(
     rows = dict(prompts=repeat(prompts), completions=flatten(completions), completion_ids=flatten(completion_ids))
     rows |= {name: repeat(values) for name, values in columns.items()}
     table = RewardTable({}, {}, {}, {}, {})
+    grouped = [
+        dataclasses.replace(reward, function=reward.function.in_groups_of(shape[1]))
+        if hasattr(reward.function, "in_groups_of")
+        else reward
+        for reward in rewards
+    ]
+    waits = lambda reward: getattr(reward.function, "asynchronous", False)
+    with concurrent.futures.ThreadPoolExecutor(len(rewards) or 1) as threads:
+        call_one = lambda reward: _rewards_of_rows(reward, rows, max_failure_share)
+        begun = {reward.name: threads.submit(call_one, reward) for reward in grouped if waits(reward)}
+        done = {reward.name: call_one(reward) for reward in grouped if not waits(reward)}
+        done |= {name: future.result() for name, future in begun.items()}
     for reward in rewards:
-        if hasattr(reward.function, "in_groups_of"):
-            reward = dataclasses.replace(reward, function=reward.function.in_groups_of(shape[1]))
-        results = _rewards_of_rows(reward, rows, max_failure_share)
+        results = done[reward.name]
         table.per_reward[reward.name] = np.array(results, np.float32).reshape(shape)
         table.error[reward.name] = results.error or ""
         for kind in ("error", "none", "timeout"):
@@ -160,7 +157,7 @@ def _rewards_of_rows(reward: HostReward, rows: dict[str, list], max_failure_shar
             missing = f"{failures} of {count} rows, which get no reward"
             _log.warning("Reward %r failed on %s; the last error is %s", name, missing, results.error)
         return results
-    results = Results([], [])
+    first, results = results.error, Results([], [])
     for row in range(count):
         one, cause = _try_call(reward, {name: column[row : row + 1] for name, column in rows.items()}, first_row=row)
         results += one
@@ -168,7 +165,7 @@ def _rewards_of_rows(reward: HostReward, rows: dict[str, list], max_failure_shar
         results.error = one.error or results.error
         # Checked after every row, so that a broken function is not called for all rows.
         failures = _check_failures(reward, results, count, max_failure_share, cause)
-    first, missing = f"{type(first_error).__name__}: {first_error}", f"{failures} of {count} rows, which get no reward"
+    missing = f"{failures} of {count} rows, which get no reward"
     _log.warning("Reward %r raised %s; called row by row, it failed on %s.", name, first, missing)
     return results
 
@@ -180,7 +177,9 @@ def _try_call(reward: HostReward, rows: Mapping[str, Sequence], first_row: int) 
     except (RewardError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # not Exception: math-verify's timeouts derive from BaseException
-        return Results([math.nan], ["error"], f"{type(error).__name__}: {error}"), error
+        note_place(error, reward.function)
+        words = " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
+        return Results([math.nan], ["error"], words), error
 
 
 def _check_failures(
@@ -197,16 +196,43 @@ def _check_failures(
 
 
 def call(reward: HostReward, rows: Mapping[str, Sequence], first_row: int) -> Results:
-    """Calls a reward once and returns its rewards as floats, NaN for None, with their outcomes.
+    """Calls a reward once and returns what `checked` makes of its result. Anything that the function raises passes.
 
-    `first_row` is the number of the first row, for messages. Raises RewardError if the return value breaks the contract.
-    Anything that the function itself raises passes through.
+    `first_row` is the number of the first row, for messages.
     """
-    count = len(rows["completions"])
     # Each function gets its own lists, so that it may sort or clear them.
-    result = reward.function(**{name: list(column) for name, column in rows.items()})
+    result = finish(reward.function(**{name: list(column) for name, column in rows.items()}))
+    return checked(reward, result, count=len(rows["completions"]), first_row=first_row)
+
+
+_of_thread = threading.local()
+
+
+def finish(result: Any) -> Any:
+    """Returns the result of a call, which an `async` function gives only when its event loop runs."""
+    if not inspect.isawaitable(result):
+        return result
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        # One loop for all calls: the clients that a module holds belong to the loop of their first call.
+        if not hasattr(_of_thread, "loop"):
+            _of_thread.loop = asyncio.new_event_loop()
+        return _of_thread.loop.run_until_complete(result)
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:  # a notebook runs a loop of its own
+        return thread.submit(finish, result).result()
+
+
+def checked(reward: HostReward, result: Any, *, count: int, first_row: int) -> Results:
+    """Returns the rewards of a call as floats, NaN if missing, with their outcomes.
+
+    A number that is not finite is an "error": the reward of this row alone is missing. Raises RewardError if the result
+    breaks the contract in another way: it is no list, has another length, or holds something else than numbers and None.
+    """
     name = f"Reward {reward.name!r}"
     try:
+        if isinstance(result, (str, bytes, Mapping, Set)):
+            raise TypeError
         returned = list(result)
     except TypeError:
         kind = type(result).__name__
@@ -216,31 +242,43 @@ def call(reward: HostReward, rows: Mapping[str, Sequence], first_row: int) -> Re
             f"{name} returned {len(returned)} rewards for {count} completions; it must return one reward per completion, "
             "in order, and None for a missing reward."
         )
-    values = [_checked_value(reward, first_row + row, value) for row, value in enumerate(returned)]
-    given = ["none" if math.isnan(value) else "ok" for value in values]
+    values = [_number(reward, first_row + row, value) for row, value in enumerate(returned)]
+    given = ["none" if value is None else "ok" if math.isfinite(value) else "error" for value in values]
+    error = next((_fault(reward, first_row + i, returned[i]) for i in range(count) if given[i] == "error"), "")
+    values = [math.nan if value is None or not math.isfinite(value) else value for value in values]
     if not isinstance(result, Results):
-        return Results(values, given)
+        return Results(values, given, error)
     for row, (outcome, present) in enumerate(itertools.zip_longest(result.outcomes, given)):
+        if present == "error" and outcome == "ok":
+            continue
         if outcome != present and (present != "none" or outcome not in ("error", "timeout")):
             raise RewardError(
                 f"{name} reports the outcome {outcome!r} for row {first_row + row}, which has "
                 f"{'a' if present == 'ok' else 'no'} reward; give 'ok' with a reward, and 'none', 'error' or 'timeout' "
                 "without one."
             )
-    return Results(values, result.outcomes, result.error)
+    outcomes = ["error" if present == "error" else outcome for outcome, present in zip(result.outcomes, given)]
+    return Results(values, outcomes, error or result.error)
 
 
-def _checked_value(reward: HostReward, row: int, value: Any) -> float:
+def _number(reward: HostReward, row: int, value: Any) -> float | None:
+    """Returns a reward as a float, infinite if float32 cannot hold it. Raises RewardError if it is no number."""
     if value is None:
-        return math.nan
+        return None
     try:
-        number = math.nan if isinstance(value, (str, bytes)) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not abs(number) <= _LARGEST:  # also true of NaN
-        fault = f"Reward {reward.name!r} returned {value!r:.80} for row {row}"
-        raise RewardError(f"{fault}; return a finite float32 number, or None for a missing reward.")
-    return number
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        number = float(value)
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError):
+        raise RewardError(_fault(reward, row, value)) from None
+    return number if abs(number) <= _LARGEST or math.isnan(number) else math.inf
+
+
+def _fault(reward: HostReward, row: int, value: Any) -> str:
+    fault = f"Reward {reward.name!r} returned {value!r:.80} for row {row}"
+    return f"{fault}; return a finite float32 number, or None for a missing reward."
 
 
 def check_signature(reward: HostReward, rows: Mapping[str, Sequence]) -> None:
@@ -254,7 +292,7 @@ def check_signature(reward: HostReward, rows: Mapping[str, Sequence]) -> None:
     except TypeError as error:
         raise RewardError(
             f"Reward {reward.name!r} cannot be called: {error}. It gets {', '.join(rows)}, by keyword; name the arguments "
-            "that it uses and take the others as **columns."
+            "that it uses and take the others as **columns. --config.data.columns names columns of the data."
         ) from None
 
 
@@ -285,38 +323,32 @@ def checked_shape(
     return len(prompts), groups
 
 
-def name_of(function: Callable) -> str:
-    """Returns the name of a function, of the function in a partial, or of a callable object's class."""
+def innermost(function: Callable) -> Callable:
+    """Returns the function in a partial, or the function itself."""
     while isinstance(function, functools.partial):
         function = function.func
+    return function
+
+
+def name_of(function: Callable) -> str:
+    """Returns the name of a function, of the function in a partial, or of a callable object's class."""
+    function = innermost(function)
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _nearest(name: str, valid: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+def note_place(error: BaseException, function: Callable) -> None:
+    """Adds a note to the error of a user's function: the file and the line at which it was raised."""
+    module = sys.modules.get(getattr(innermost(function), "__module__", None) or "")
+    file = getattr(module, "__file__", None)
+    if file is None or Path(file).parent != Path(__file__).parent:  # not one of the built-in functions
+        place = place_of(error, Path(file).parent if file else None)
+        if place:
+            error.add_note(place)
 
 
-def _import_module(name: str, spec: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:
-        raise RewardError(
-            f"Reward {spec!r}: importing {name!r} failed with {type(error).__name__}: {error}. Install the module or start "
-            'the run in its directory; name a file anywhere else as "path/to/file.py:function".'
-        ) from error
-
-
-def _import_file(path: Path, spec: str) -> ModuleType:
-    if not path.is_file():
-        nearby = _nearest(path.name, [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else [])
-        raise RewardError(f"Reward {spec!r}: there is no file {path}{nearby} (in {path.parent.resolve()}).")
-    module_spec = importlib.util.spec_from_file_location(f"jaxrl_reason_reward_{path.stem}", path)
-    assert module_spec is not None and module_spec.loader is not None  # true of every .py file
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # dataclasses look up their module there
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise RewardError(f"Reward {spec!r}: running {path} failed with {type(error).__name__}: {error}.") from error
-    return module
+def place_of(error: BaseException, folder: Path | None) -> str:
+    """Returns "(FILE, line N)" of the last call in the folder of a user's code, else of the last call of all."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent != Path(__file__).parent]
+    here = lambda f: folder and Path(f.filename).is_relative_to(folder) and "site-packages" not in f.filename
+    frame = next((frame for frame in reversed(frames) if here(frame)), frames[-1] if frames else None)
+    return f"({frame.filename}, line {frame.lineno})" if frame else ""

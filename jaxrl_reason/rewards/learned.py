@@ -26,7 +26,8 @@ class TextScorer:
     Args:
       config, params, tokenizer: the reward model. If its tokenizer has a chat template, the question is the user's turn
         and the completion the assistant's; otherwise question and completion are joined by a line break.
-      policy_tokenizer: the tokenizer of the run, which decodes completions.
+      policy_tokenizer, skip_special: the tokenizer of the run, which decodes completions; with their special tokens or
+        without.
       system: the system prompt of the reward model's chat.
       max_length: maximum number of tokens of a text. A longer text is never cut; it has no score and no reward.
       parts: the number of microbatches, as far as they divide the groups of a batch.
@@ -39,12 +40,14 @@ class TextScorer:
         tokenizer: Tokenizer,
         *,
         policy_tokenizer: Tokenizer,
+        skip_special: bool,
         system: str,
         max_length: int,
         parts: int,
         sharding: jax.sharding.NamedSharding,
     ):
         self._params, self._tokenizer, self._policy_tokenizer = params, tokenizer, policy_tokenizer
+        self._skip_special = skip_special
         self._chat = chat_of(tokenizer, system)
         self._max_length, self._parts, self._sharding = max_length, parts, sharding
         self._score = scoring_program(config, sharding)
@@ -69,19 +72,22 @@ class TextScorer:
         texts = [
             self.text(row, completion)
             for row, group in zip(batch.rows, local_token_ids(rollout, self._sharding))
-            for completion in self._policy_tokenizer.decode_batch(group)
+            for completion in self._policy_tokenizer.completions(group, self._skip_special)
         ]
         # A chat template writes the begin token itself if the model uses one.
         return self._tokenizer.encode_batch(texts, add_bos=self._chat is None and self._tokenizer.adds_bos)
 
     def text(self, row: Mapping[str, Any], completion: str) -> str:
         """Returns the text that the reward model reads. The question is without the policy's template."""
-        question = _QUESTION.render_prompt(row)
-        if self._chat is None:
-            return f"{question}\n{completion}"
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": completion}]
         try:
-            return self._chat.render(turns, add_generation_prompt=False)
+            if self._chat is None:
+                return f"{_QUESTION.render_prompt(row)}\n{completion}"
+            turns = _QUESTION.turns(row)
+            if self._chat.system:  # instead of the policy's
+                turns = [turn for turn in turns if turn["role"] != "system"]
+            return self._chat.render(
+                [*turns, {"role": "assistant", "content": completion}], add_generation_prompt=False
+            )
         except ValueError as e:  # some templates depend on the content of the turns
             raise RewardError(f"The reward model's chat cannot be rendered around a completion: {e}") from e
 
@@ -97,7 +103,8 @@ def chat_of(tokenizer: Tokenizer, system: str) -> ChatTemplate | None:
             raise ValueError(f"{fault}; leave the field empty.")
         return None
     chat = chat_template(_QUESTION, tokenizer, system)
-    chat.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], add_generation_prompt=False)
+    turns = [{"role": "user", "content": "How much is 2 + 3?"}, {"role": "assistant", "content": "!"}]
+    chat.check_complete(chat.render(turns, add_generation_prompt=False), turns)
     return chat
 
 

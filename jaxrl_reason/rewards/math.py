@@ -13,38 +13,23 @@ import numbers
 import os
 import re
 
-from jaxrl_reason.rewards.numeric import extract_answer, is_unit, numeric_verdict, parse_number, shortened
+from jaxrl_reason.rewards.answers import extract_answer
+from jaxrl_reason.rewards.latex import differ_in_brackets, is_phrase, normalised, same_words, without_bases
+from jaxrl_reason.rewards.numeric import numeric_verdict, parse_number, shortened
 from jaxrl_reason.rewards.pool import Pool, Results
 
 TIMEOUT_S = 2.0  # for one answer: a number takes 1 ms, LaTeX 5 ms
 MAX_ANSWER_LENGTH = 2_000  # characters; a longer answer would use up its time, so it is an error and is not read
 MAX_WORKERS = 8
 
-# Forms that LaTeX would misread: "1e-7" as Euler's number minus 7, and "1 1/2" as 1.
-_EXPONENT = re.compile(r"(?<=[0-9.])[eE]([-+]?[0-9]+)")
-_MIXED_NUMBER = re.compile(r"([-+]?[0-9]+) +([0-9]+) ?/ ?([0-9]+)")
-_FLOAT = re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]{1,3}")
-# Forms that are not LaTeX: 5_000 is not the number 5 with an index, 1e9999 no product with e, 0x10 no product with x,
-# "5 0" no product.
-_APART = r"(?:\s|~|\\[,;: ]|\\q?quad|\\[lc]?dots)+"
-_NOT_LATEX = re.compile(
-    rf"[0-9]_[0-9]{{2}}|[0-9.][eE][-+]?[0-9]{{4}}|(?<![\w.])0[xX][0-9a-fA-F]|(?<!frac )[0-9.]{_APART}[0-9.]"
-)
-_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:\\[,;: ]|~)[0-9]{3})+(?![0-9])")  # as TeX spaces them
-# Commands that math-verify removes anywhere in an answer, and boxes, which it would take for the answer.
-_DROPPED = re.compile(r"""\\fbox|\\boxed|\\mathrm\{th\}|\\!\s*|\\text\s*\{\s*\}|\\?\$|["']|\\displaystyle""")
-_JOINED = re.compile(rf"[0-9.](?:{_DROPPED.pattern})+[0-9.]")
-# math-verify removes everything from the first text to the end as a unit.
-_TEXT = re.compile(r"\\(?:mbox|text(?:normal|bf|it|rm)?|math(?:rm|it|bf))\{")
-_UNIT = re.compile(rf"{_TEXT.pattern}([^{{}}]*)\}}(?:\^[0-9]|\^?\{{\^?[0-9]\}})?[ .$]*")
 _EQUALS = re.compile(r"(?<![\\<>!])=|\\equiv")
 
 
 def math_verify_reward(completions: Sequence[str], answer: Sequence[str | int | float], **_) -> Results:
     r"""Returns 1.0 if a completion's final answer equals the reference of the column `answer`, else 0.0.
 
-    The final answer follows the last "#### " or is in the last "\boxed{}". A completion is incorrect if it has neither,
-    or if math-verify cannot read the answer. Two plain numbers must be exactly equal. An answer is an error if it has
+    `extract_answer` finds the final answer. A completion is incorrect if it has none, or if math-verify cannot read it.
+    Two plain numbers must be exactly equal. Number bases and kinds of brackets are part of an answer. An answer is an error if it has
     more than `MAX_ANSWER_LENGTH` characters or if the verifier dies on it. It is a timeout if the verifier takes longer
     than `TIMEOUT_S`. Neither has a reward. References are numbers, LaTeX, or worked solutions that end in "#### x" or
     "\boxed{x}".
@@ -69,7 +54,7 @@ def math_verify_reward(completions: Sequence[str], answer: Sequence[str | int | 
     results.error = verdicts.error or results.error
     for rows, verdict, outcome in zip(questions.values(), verdicts, verdicts.outcomes):
         if outcome == "none":
-            raise _unreadable(answer[rows[0]], rows[0])
+            raise ValueError(f"Row {rows[0]}: {_unreadable(answer[rows[0]])}")
         for row in rows:
             results[row], results.outcomes[row] = verdict, outcome
     return results
@@ -97,18 +82,36 @@ def _read_reference(answer: str | int | float, row: int) -> tuple[str, bool]:
             too_long = f"Row {row}: the reference answer is too long a number: {e}"
             raise ValueError(f"{too_long}; correct that row's answer.") from None
     text = answer.strip() if isinstance(answer, str) else ""
-    if "####" in text or r"\boxed{" in text:
-        text = extract_answer(text) or ""
+    text = extract_answer(text) or text  # a worked solution
     if not 0 < len(text) <= MAX_ANSWER_LENGTH:
-        raise _unreadable(answer, row)
+        raise ValueError(f"Row {row}: {_unreadable(answer)}")
     return text, parse_number(text) is not None
 
 
-def _unreadable(answer: object, row: int) -> ValueError:
-    return ValueError(
-        f"Row {row}: math-verify cannot read the reference answer {shortened(answer)}, so no completion can be judged "
+def _unreadable(answer: object) -> str:
+    return (
+        f"math-verify cannot read the reference answer {shortened(answer)}, so no completion can be judged "
         "against it; correct that row's answer."
     )
+
+
+def reference_faults(answer: Sequence[str | int | float]) -> list[str | None]:
+    """Returns, for each reference, why no completion can be judged against it, or None if it can be read."""
+    faults: list[str | None] = [None] * len(answer)
+    questions: dict[tuple[str, None], list[int]] = {}
+    for row, gold in enumerate(answer):
+        try:
+            reference, is_number = _read_reference(gold, row)
+        except ValueError as error:
+            faults[row] = str(error).removeprefix(f"Row {row}: ")
+        else:
+            if not is_number:
+                questions.setdefault((reference, None), []).append(row)
+    outcomes = _pool().map(questions).outcomes if questions else []
+    for rows, outcome in zip(questions.values(), outcomes):
+        for row in rows:
+            faults[row] = None if outcome == "ok" else _unreadable(answer[row])
+    return faults
 
 
 def _judge(question: tuple[str, str | None]) -> float | None:
@@ -116,15 +119,25 @@ def _judge(question: tuple[str, str | None]) -> float | None:
     from math_verify import verify  # imported here, so that only workers load sympy
 
     reference, prediction = question
-    gold = _read_gold(reference)
+    gold_latex = normalised(reference)
+    gold = _parse_gold(gold_latex)
     if not gold:
         return None
     if prediction is None:
         return 0.0
-    predicted = _read(prediction)
+    words = same_words(reference, prediction)
+    if words is not None:
+        return float(words)
+    latex = normalised(prediction)
+    if latex == without_bases(latex):  # the question may name the base, so an answer may leave it out
+        gold_latex = without_bases(gold_latex)
+        gold = _parse_gold(gold_latex)
+    predicted = _parse(latex)
     # The order of the arguments matters: gold first. The pool limits the time; math-verify's own time limit can fail.
     correct = verify(gold, predicted, timeout_seconds=None) and not _differ_exactly(gold[0], predicted[0])
-    return float(correct and (prediction == reference or not _contradicts_itself(prediction)))
+    if not correct or differ_in_brackets(gold_latex, latex):
+        return 0.0
+    return float(latex == gold_latex or not _contradicts_itself(latex))
 
 
 def _differ_exactly(a, b) -> bool:
@@ -146,41 +159,37 @@ def _contradicts_itself(answer: str) -> bool:
     from sympy import Set
 
     is_stated = lambda x: getattr(x, "is_number", False) or isinstance(x, Set) and not x.free_symbols
-    members = [_read(member.strip()) for member in _EQUALS.split(answer)]
+    members = [_parse(normalised(member)) for member in _EQUALS.split(answer)]
     stated = [read[0] for read in members if read and is_stated(read[0])]
     return any(not verify(stated[0], other, timeout_seconds=None) for other in stated[1:])
 
 
-def _read(answer: str) -> list:
-    """Returns the answer as sympy expressions, or as text if it is no expression; empty if it cannot be read."""
+def _parse(latex: str) -> list:
+    """Returns a normalised answer as sympy expressions, or as text if it is no expression; empty if it has no meaning."""
     from latex2sympy2_extended import NormalizationConfig
+    from latex2sympy2_extended.latex2sympy2 import convert_to_pct
     from math_verify import LatexExtractionConfig, parse
+    from sympy import Equality, Expr
 
-    while _DROPPED.search(answer):  # repeated, because a removal may create another match
-        if _JOINED.search(answer):
-            return []
-        answer = _DROPPED.sub("", answer)
-    answer = _THOUSANDS.sub(lambda number: re.sub(r"[^0-9]", "", number[0]), answer)
-    holds_all = extract_answer(rf"\boxed{{{answer}}}") == answer  # false if a brace in the answer closes the box
-    mixed = _MIXED_NUMBER.fullmatch(answer)
-    if not holds_all or not mixed and _NOT_LATEX.search(answer):
+    # Reads the whole box or nothing: a brace in the answer must not close the box. By default, math-verify would take
+    # any number or formula in it for the answer, and remove letters as units.
+    if not latex or extract_answer(rf"\boxed{{{latex}}}") != latex:
         return []
-    if _FLOAT.fullmatch(answer) or parse_number(answer) is not None:
-        answer = _EXPONENT.sub(r"\\cdot 10^{\1}", answer)
-    elif mixed:
-        answer = r"{}\frac{{{}}}{{{}}}".format(*mixed.groups())
-    # Reads the whole box or nothing. By default, math-verify would take any number or formula in it for the answer.
-    text = _TEXT.search(answer)
-    unit = text and _UNIT.fullmatch(answer, text.start())
-    units = text is None or unit is not None and is_unit(unit[1])
-    norm = NormalizationConfig(basic_latex=True, units=units, malformed_operators=True, nits=True)
+    if is_phrase(latex):
+        return ["".join(latex.casefold().split())]
+    if latex.endswith(r"\%"):  # some versions of the grammar do not know the sign
+        value, *_ = _parse(latex.removesuffix(r"\%")) or [None]
+        if isinstance(value, Equality) and isinstance(value.rhs, Expr):  # x = 50\%
+            return [value.func(value.lhs, convert_to_pct(value.rhs), evaluate=False), latex]
+        return [convert_to_pct(value) if isinstance(value, Expr) else latex, latex]
+    norm = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True)
     whole = LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0, normalization_config=norm)
-    return parse(rf"\boxed{{{answer}}}", [whole], parsing_timeout=None, extraction_mode="first_match")
+    return parse(rf"\boxed{{{latex}}}", [whole], parsing_timeout=None, extraction_mode="first_match")
 
 
 @functools.lru_cache(maxsize=1024)
-def _read_gold(reference: str) -> list:
-    return _read(reference)
+def _parse_gold(latex: str) -> list:
+    return _parse(latex)
 
 
 def _warm_up() -> None:

@@ -32,14 +32,14 @@ from jaxrl_reason.rl.types import Rollout, TrainState
 from jaxrl_reason.runs import checkpoints, read_metrics
 from jaxrl_reason.runs.files import write_json, writing
 from jaxrl_reason.runs.loop import Loop, run_loop
-from jaxrl_reason.runs.pictures import summary_table
+from jaxrl_reason.runs.pictures import print_summary
 from jaxrl_reason.runs.progress import Clock
 from jaxrl_reason.runs.workdir import tokenizer_of, Workdir
 
 # Folded into the seed for the score vector and, without a policy, the decoder. `rl.programs` uses other numbers.
 _INIT = 101
-# Sources require the column of an answer; a file of pairs need not have one, and nothing here reads it.
-_PAIR_COLUMNS = {"answer": "question", "chosen": "chosen", "rejected": "rejected"}
+# The columns that every row of a file of pairs needs, next to the question.
+_PAIR_COLUMNS = {"chosen": "chosen", "rejected": "rejected"}
 _HELD_OUT = "reward_model/held_out/"
 
 
@@ -115,7 +115,7 @@ def open_pretrained(config: Config, mesh: jax.sharding.Mesh, workdir: pathlib.Pa
     path, kept = config.reward_model.path, workdir / "reward_model" / model_files.SOURCE
     origin = read_json(kept) if kept.is_file() else {}
     try:
-        found = models.open_model(models.pinned(path, origin.get("config", {})) if origin.get("path") == path else path)
+        found = models.reopen(path, origin.get("config", {}) if origin.get("path") == path else {})
     except models.PretrainedError as e:
         raise ConfigError(
             f"config.reward_model.path is {path!r}, which has neither a {model_files.DESCRIPTION} (the reward_model folder "
@@ -188,13 +188,14 @@ def pretrained_scorer(
 ) -> TextScorer:
     """Returns the scorer of a pretrained reward model, with its weights on the mesh in the dtypes of the policy."""
     assert opened.tokenizer is not None  # checked by `open_pretrained`
-    model, m = with_attention(opened.config, c, mesh, c.reward_model.max_length), c.model
+    model, m = with_attention(opened.config, c, mesh), c.model
     model = dataclasses.replace(model, param_dtype=m.param_dtype, compute_dtype=m.compute_dtype, remat="none")
     return TextScorer(
         model,
         models.place_weights(opened, model, mesh, models.RewardModel),
         opened.tokenizer,
         policy_tokenizer=tokenizer,
+        skip_special=c.reward.skip_special_tokens,
         system=c.reward_model.system,
         max_length=c.reward_model.max_length,
         parts=c.update.accumulation * c.update.minibatches,
@@ -225,13 +226,13 @@ def train_reward_model(
     c, r, directory = phase.config, phase.config.reward_model, phase.directory
     work, pairs, held_out = phase.work, phase.pairs, phase.held_out
     assert work is not None and pairs is not None and held_out is not None  # `setup` makes all three, or none
-    key = jax.random.fold_in(jax.random.key(c.seed), _INIT)
     supervised = config_lib.Supervised(steps=r.steps, learning_rate=r.learning_rate)
     optimizer = make_supervised_optimizer(dataclasses.replace(c, supervised=supervised))
     shardings, by_prompt = state_shardings(phase.model, phase.mesh, optimizer), sharding.batch_sharding(phase.mesh)
     place = lambda batch: jax.tree.map(lambda x: hosts.put_rows(x, by_prompt, r.batch_size), batch)
 
-    def fresh(decoder) -> TrainState:
+    def fresh(decoder, seed) -> TrainState:
+        key = jax.random.fold_in(jax.random.key(seed), _INIT)
         params = reward_model.init_params(phase.model, key, decoder)
         return TrainState(jnp.int32(0), params, {}, init_opt_state(optimizer, params), (), jnp.int32(0))
 
@@ -246,7 +247,7 @@ def train_reward_model(
     if hosts.is_first():
         work.begin(phase.tokenizer)
     hosts.barrier("reward model's directory")
-    state = jax.jit(fresh, out_shardings=shardings)(decoder)
+    state = jax.jit(fresh, out_shardings=shardings)(decoder, np.int32(c.seed))
     saver = checkpoints.Checkpoints(directory / "checkpoints", c.checkpoint.keep)
     number, state = saver.restore(state) or (0, state)
     if number:
@@ -281,7 +282,7 @@ def _report(phase: Phase, console: rich.console.Console) -> None:
     facts: dict[str, Any] = {"steps": phase.config.reward_model.steps, "pairs": phase.pairs.size}
     facts["held_out"] = held_out | {"pairs": phase.held_out.size}
     write_description(phase.directory, phase.model, tokenizer_digest(phase.tokenizer), facts)
-    console.print(summary_table(measured[0], measured[-1]))
+    print_summary(console, measured[0], measured[-1])
 
 
 def make_update(config: models.ModelConfig, optimizer: optax.GradientTransformation) -> Callable:

@@ -28,6 +28,7 @@ import time
 from typing import Any
 import weakref
 
+from jaxrl_reason.rewards.output import Output
 from jaxrl_reason.rewards.worker import MAX_REPORT_BYTES
 
 START_LIMIT_S = 120.0  # time for a worker to import its function's module, which may be slow the first time
@@ -52,9 +53,9 @@ class Pool:
     """Calls `function(item)` in worker processes.
 
     The function returns a finite number, a text, a list of numbers and texts, or None. Workers start with the first
-    `map`, at most one per item. A worker has JAX_PLATFORMS=cpu, ignores Ctrl-C and SIGTERM, and prints to nowhere,
-    except for its first `worker.MAX_STDERR` characters to stderr. Workers end with the pool and with the process that
-    made the pool, even if that process is killed. Any thread may call any method; one `map` runs at a time.
+    `map`, at most one per item. A worker has JAX_PLATFORMS=cpu and ignores Ctrl-C and SIGTERM; the processes that an item
+    starts do not ignore them. Workers end with the pool and with the process that made the pool, even if that process is
+    killed. Any thread may call any method; one `map` runs at a time.
 
     Args:
       function: a function at the top level of an importable module, or a `functools.partial` of such a function.
@@ -62,6 +63,8 @@ class Pool:
       memory_mb: memory that a worker may add to its size when it became ready (enforced on Linux).
       max_tasks: items after which a worker is replaced; None: never.
       initializer: called in each worker before its first item, for slow imports; it has no limit of an item.
+      output: takes what workers and their child processes print; None: nothing does, except that the first
+        `worker.MAX_STDERR` characters of a worker to stderr go to the stderr of this process.
 
     Raises TypeError if the function cannot be sent to another process, ValueError if a number is out of range.
     """
@@ -75,6 +78,7 @@ class Pool:
         memory_mb: int = 1024,
         max_tasks: int | None = None,
         initializer: Callable[[], object] | None = None,
+        output: Output | None = None,
     ):
         for name, value in dict(workers=workers, memory_mb=memory_mb, max_tasks=max_tasks).items():
             if value is not None and value < 1:
@@ -83,16 +87,20 @@ class Pool:
             raise ValueError(f"timeout_s is {timeout_s}; give a finite number of seconds per item, above 0.")
         _check_importable(function)
         _check_importable(initializer)
-        self._setup = [_packed(list(sys.path)), _packed((function, initializer, memory_mb))]
-        self._count, self._timeout_s, self._max_tasks = workers, timeout_s, max_tasks
+        has_file = output is not None
+        self._setup = [_packed((list(sys.path), has_file)), _packed((function, initializer, memory_mb))]
+        self.timeout_s, self._limit_s = timeout_s, timeout_s  # the second is that of the current `map`
+        self._count, self._max_tasks, self._output = workers, max_tasks, output
         self._workers: list[_Worker] = []
         self._failure = ""  # why no worker can start; the pool does not try again for every item of a batch
         self._lost_starts = 0  # consecutive workers that died or timed out while starting
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _stop_all, self._workers)  # also at the interpreter's exit
 
-    def map(self, items: Iterable[Any]) -> Results:
+    def map(self, items: Iterable[Any], more_s: float = 0.0) -> Results:
         """Returns the function's values in the order of the items; numbers become floats. No item makes this raise.
+
+        `more_s` is added to the seconds that each of these items may take.
 
         Raises TypeError if an item cannot be sent to another process, ValueError if the pool is closed, RuntimeError if
         workers cannot start, for instance because the initializer raises.
@@ -104,12 +112,18 @@ class Pool:
                 raise ValueError("This pool is closed; make a new one.")
             if self._failure:
                 raise RuntimeError(self._failure)
+            self._limit_s = self.timeout_s + more_s
             try:
                 self._work_off(payloads, results)
             finally:  # after an interrupt, the next batch must not read the reports of unfinished items as its own
                 for worker in [w for w in self._workers if w.item is not None]:
                     self._drop(worker)
         return results
+
+    def restart(self) -> None:
+        """Ends the workers, and with them all state that they hold. The next `map` starts new ones."""
+        with self._lock:
+            _stop_all(self._workers)
 
     def close(self) -> None:
         """Ends the workers. A closed pool cannot be used again; closing it again does nothing."""
@@ -131,13 +145,13 @@ class Pool:
                 if worker.connection.poll():  # an idle worker reports nothing, so it died; no item is at fault
                     self._drop(worker)
                     continue
-                worker.item, worker.deadline = waiting.popleft(), time.monotonic() + self._timeout_s
+                worker.item, worker.deadline = waiting.popleft(), time.monotonic() + self._limit_s
                 worker.send(payloads[worker.item])
             unfinished = len(waiting) + sum(w.item is not None for w in self._workers)
             if not unfinished:
                 return
             while len(self._workers) < min(self._count, unfinished):
-                self._workers.append(_Worker(self._setup, self._timeout_s))
+                self._workers.append(_Worker(self._setup, self._limit_s, self._output))
             self._listen(results)
 
     def _listen(self, results: Results) -> None:
@@ -153,7 +167,7 @@ class Pool:
                 if kind == "died":
                     kind, words = "error", self._drop(worker)
             elif worker.deadline <= now:  # even if it sends parts of a report
-                limit = START_LIMIT_S if worker.item is None else self._timeout_s
+                limit = START_LIMIT_S if worker.item is None else self._limit_s
                 kind, value, words = "timeout", None, f"no result within {limit:g} s"
                 self._drop(worker)
             else:
@@ -183,7 +197,7 @@ class Pool:
 class _Worker:
     """A worker process, the parent's end of the connection to it, and its current item."""
 
-    def __init__(self, setup: Sequence[bytes], send_limit_s: float):
+    def __init__(self, setup: Sequence[bytes], send_limit_s: float, output: Output | None):
         self.connection, theirs = multiprocessing.Pipe()
         # A worker that stops reading must not block the parent for longer than this.
         with socket.socket(fileno=os.dup(self.connection.fileno())) as end:
@@ -195,7 +209,8 @@ class _Worker:
                 [sys.executable, "-P", _PROGRAM, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.PIPE,  # never written; see _end_with_parent
-                stdout=subprocess.DEVNULL,
+                stdout=output.stream() if output else subprocess.DEVNULL,
+                stderr=output.stream() if output else None,
                 env=os.environ | {"JAX_PLATFORMS": "cpu"},
                 start_new_session=True,  # a process group of its own, so that its child processes can be killed with it
             )

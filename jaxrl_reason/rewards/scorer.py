@@ -14,9 +14,11 @@ import numpy as np
 from jaxrl_reason.config import Reward
 from jaxrl_reason.data import ChatTemplate, files, PromptBatch, PromptTemplate, Source, Tokenizer
 from jaxrl_reason.rewards import host, isolated
+from jaxrl_reason.rewards.answers import extract_answer
 from jaxrl_reason.rewards.device import match_answer_tokens
 from jaxrl_reason.rewards.host import RewardError
-from jaxrl_reason.rewards.numeric import extract_answer
+from jaxrl_reason.rewards.loading import distinct_names, load_reward
+from jaxrl_reason.rewards.output import Output
 from jaxrl_reason.rewards.pool import Pool
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.types import Rollout
@@ -26,6 +28,7 @@ LEARNED: dict[str, Callable[[jax.Array], jax.Array]] = {
     "reward_model": lambda x: x,
     "reward_model_probability": jax.nn.sigmoid,
 }
+_ROWS_PER_CHECK = 4096  # rows whose references are read at once, by the worker processes of math_verify together
 ANSWER_MARKER = "####"  # announces the answer that `match_answer` compares, after one space: "#### -3"
 
 Template = PromptTemplate | ChatTemplate
@@ -39,7 +42,8 @@ class RewardScorer:
 
     "match_answer" and the learned functions run on the device, the other built-in functions in this process, and the
     user's own functions in worker processes (`isolated`). The tokenizer and the template convert ids and rows to the
-    text that host rewards read. `sharding` is that of rewards [P, G].
+    text that host rewards read. `sharding` is that of rewards [P, G]. `output` takes what the user's own functions print;
+    without it, nothing does.
 
     `names`, `weights` and `verdict` are as configured, by the names in the metrics, to which `by_function` maps the
     entries of `config.reward.functions`. `on_host` tells whether any reward needs the host. Raises RewardError if a
@@ -47,19 +51,34 @@ class RewardScorer:
     with the tokenizer.
     """
 
-    def __init__(self, settings: Reward, *, tokenizer: Tokenizer, template: Template, sharding: jax.sharding.Sharding):
+    def __init__(
+        self,
+        settings: Reward,
+        *,
+        tokenizer: Tokenizer,
+        template: Template,
+        sharding: jax.sharding.Sharding,
+        output: Output | None = None,
+    ):
         functions = settings.functions
         weights = [float(w) for w in settings.weights] or [1.0] * len(functions)
         self._tokenizer, self._template, self._sharding = tokenizer, template, sharding
-        self._max_failure_share = settings.max_failure_share
+        self._max_failure_share, self._skip_special = settings.max_failure_share, settings.skip_special_tokens
         self._host: list[host.HostReward] = []
         self._device: dict[str, Callable[..., jax.Array]] = {}
         self._learned: dict[str, Callable[[jax.Array], jax.Array]] = {}
         self._reward_model: RewardModelScorer | None = None
         self.by_function: dict[str, str] = {}
-        own = functools.cache(lambda: _pool_of(settings))
+        own = {spec: load_reward(spec) for spec in functions if ":" in spec}
+        names = distinct_names(own, [spec for spec in functions if spec not in own])
+        pool_of = _pools(own, settings, output)
         for spec, weight in zip(functions, weights, strict=True):
-            name = self._open(spec, own)
+            name = names.get(spec, spec)
+            if spec in own:
+                isolate = isolated.Isolated(spec, own[spec], pool_of(spec), self._max_failure_share, name)
+                self._host.append(host.HostReward(name, isolate))
+            else:
+                self._open(spec)
             if name in self.by_function.values():
                 raise RewardError(f"Two rewards are named {name!r}; metrics are logged by name, so rename one of them.")
             if not math.isfinite(weight):
@@ -72,23 +91,17 @@ class RewardScorer:
         self.verdict = self.by_function[settings.verdict or functions[0]]
         self.on_host = bool(self._host)
 
-    def _open(self, spec: str, own: Callable[[], Pool]) -> str:
-        """Loads one entry of `config.reward.functions` and returns its name. `own` makes the pool of own functions."""
-        if spec == "match_answer":
+    def _open(self, name: str) -> None:
+        """Opens a built-in reward."""
+        if name == "match_answer":
             self._answers = _AnswerTokens(self._tokenizer)
             match = match_answer_tokens(self._answers.marker, eos_ids=self._tokenizer.eos_ids)
-            self._device[spec] = jax.jit(match, out_shardings=self._sharding)
-            return spec
-        if spec in LEARNED:
-            self._learned[spec] = jax.jit(LEARNED[spec], out_shardings=self._sharding)
-            return spec
-        function = host.load_reward(spec, other_names=["match_answer", *LEARNED])
-        if spec in host.BUILT_IN:
-            reward = host.HostReward(spec, function)
+            self._device[name] = jax.jit(match, out_shardings=self._sharding)
+        elif name in LEARNED:
+            self._learned[name] = jax.jit(LEARNED[name], out_shardings=self._sharding)
         else:
-            reward = host.HostReward("", isolated.Isolated(spec, function, own(), self._max_failure_share))
-        self._host.append(reward)
-        return reward.name
+            function = load_reward(name, other_names=["match_answer", *LEARNED])
+            self._host.append(host.HostReward(name, function))
 
     def __call__(self, rollout: Rollout, batch: PromptBatch) -> Rewards:
         """Computes the rewards of the completions of a batch. Each process brings its share of the rows.
@@ -135,7 +148,7 @@ class RewardScorer:
     def _call_host(self, rollout: Rollout, batch: PromptBatch) -> host.RewardTable:
         """Calls the host rewards on this process's share of the rows."""
         ids = local_token_ids(rollout, self._sharding)
-        texts = [self._tokenizer.decode_batch(group) for group in ids]
+        texts = [self._tokenizer.completions(group, self._skip_special) for group in ids]
         prompts = [self._template.render_prompt(row) for row in batch.rows]
         # `_check_failures` limits the failures among the rows of all processes.
         return host.compute_rewards(self._host, prompts, texts, ids, _columns(batch.rows), max_failure_share=1.0)
@@ -186,24 +199,54 @@ class RewardScorer:
             for reward in self._host:
                 host.check_signature(reward, arguments)
 
+    def try_out(self, rows: Sequence[Mapping[str, Any]], samples: int) -> None:
+        """Calls each of the user's own functions once, on `samples` made-up completions of the first row.
+
+        If all fail, the function is called for the next row. The workers end after it, and with them the state of the
+        functions. Raises RewardError if a function breaks its contract, or if it fails on every row; the second only if
+        `max_failure_share` is below 1.
+        """
+        for reward in self._host:
+            if not isinstance(reward.function, isolated.Isolated):
+                continue
+            for row in rows:
+                texts = [_made_up(row, sample) for sample in range(samples)]
+                ids = [[*self._tokenizer.encode(text), self._tokenizer.eos_ids[0]] for text in texts]
+                prompt = self._template.render_prompt(row)
+                table = host.compute_rewards([reward], [prompt], [texts], [ids], _columns([row]), max_failure_share=1.0)
+                if table.error_rate[reward.name] + table.timeout_rate[reward.name] < 1:
+                    break
+            else:
+                if self._max_failure_share < 1:
+                    raise RewardError(
+                        f"Reward {reward.name!r} failed on all {samples} made-up completions, of each of {len(rows)} rows; "
+                        f"the last error is {(table.error[reward.name] or 'unknown').rstrip('.')}. Correct the function; if it may "
+                        "fail on such texts, return None for them, or set config.reward.max_failure_share=1."
+                    )
+            reward.function.forget()
+
     def check_references(self, source: Source, first: int | None = None) -> None:
         """Warns of rows whose reference a built-in reward cannot read, by place and reason. They will have no reward.
 
         Checks the first rows, or all. Raises RewardError if such rows are more than `max_failure_share` of the rows.
         """
-        empty = dict(prompts=[""], completions=[""], completion_ids=[[]])
         for reward in self._host:
             if reward.function not in host.COMPARING:
                 continue
             reports: list[str] = []
             count = total = 0
-            for total, row in enumerate(itertools.islice(source, first), start=1):
+            rows = itertools.islice(source, first)
+            while chunk := list(itertools.islice(rows, _ROWS_PER_CHECK)):
                 try:
-                    reward.function(**_columns([row]) | empty)
-                except (ValueError, TypeError) as e:  # the reference is missing or cannot be read
-                    count += 1
-                    if len(reports) < files.REPORTED:
-                        reports.append(f"{source.place(total - 1)}: {e}")
+                    faults = host.reference_faults(reward.function, _columns(chunk))
+                except RuntimeError as error:  # no worker process can start
+                    raise RewardError(f"Reward {reward.name!r} cannot be called. {error}") from None
+                for place, fault in enumerate(faults, start=total):
+                    if fault is not None:
+                        count += 1
+                        if len(reports) < files.REPORTED:
+                            reports.append(f"{source.place(place)}: {fault}")
+                total += len(chunk)
             if not count:
                 continue
             report = files.listed(f"Reward {reward.name!r} cannot judge {count} of {total} rows", reports, count)
@@ -224,15 +267,31 @@ def local_token_ids(rollout: Rollout, sharding: jax.sharding.Sharding) -> list[l
     return [[row[live].tolist() for row, live in zip(*group)] for group in zip(tokens, mask)]
 
 
-def _pool_of(settings: Reward) -> Pool:
-    """Returns the pool that calls the user's own functions."""
-    s, own = settings, [spec for spec in settings.functions if ":" in spec]
-    return isolated.make_pool(own, workers=s.workers, timeout_s=s.timeout_s, memory_mb=s.memory_mb)
+def _pools(own: Mapping[str, host.RewardFunction], s: Reward, output: Output | None) -> Callable[[str], Pool]:
+    """Returns the function from an own function's spec to its pool: one for each `async` function, one for the others."""
+    make = functools.partial(
+        isolated.make_pool, workers=s.workers, timeout_s=s.timeout_s, memory_mb=s.memory_mb, output=output
+    )
+    shared = [spec for spec, function in own.items() if not isolated.is_async(function)]
+    pool = make(shared)
+    return lambda spec: pool if spec in shared else make([spec])
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list]:
     """Returns column -> one value per row, None if a row lacks the column."""
     return {key: [row.get(key) for row in rows] for key in sorted(set().union(*rows))}
+
+
+def _made_up(row: Mapping[str, Any], sample: int) -> str:
+    """Returns one of several texts as a policy could write them, with the answer of a row."""
+    answer = row.get("answer", 1)
+    texts = [
+        str(row.get("solution") or f"The answer is {answer}."),
+        f"So it is\n#### {answer}",
+        f"So it is \\boxed{{{answer}}}.",
+        f"<think>\nIt is {answer}.\n</think>\n<answer>{answer}</answer>",
+    ]
+    return texts[sample % len(texts)]
 
 
 class _AnswerTokens:

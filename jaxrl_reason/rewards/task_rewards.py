@@ -6,8 +6,9 @@ from numbers import Integral
 import re
 from typing import Any
 
+from jaxrl_reason.rewards.answers import extract_answer
 from jaxrl_reason.rewards.functions import with_answer_of
-from jaxrl_reason.rewards.numeric import extract_answer, MAX_NUMBER_LENGTH, parse_number
+from jaxrl_reason.rewards.numeric import MAX_NUMBER_LENGTH, parse_number
 
 _WHOLE = re.compile(r"-?[0-9]{1,9}")
 _BETWEEN = re.compile(r", and |,| and ")

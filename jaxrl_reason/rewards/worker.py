@@ -1,7 +1,8 @@
 """The program of a worker process, which `pool` runs as a script: `python worker.py FILE_DESCRIPTOR`.
 
-The worker receives its import path, then (function, initializer, memory limit), then one item after another. It answers
-with a line of JSON, [kind, value, error text]: "ready" or "failed" after its start, "ok", "none" or "error" per item.
+The worker receives (import path, whether its output has a file), then (function, initializer, memory limit), then one
+item after another. It answers with a line of JSON, [kind, value, error text]: "ready" or "failed" after its start, "ok",
+"none" or "error" per item.
 """
 
 import contextlib
@@ -16,24 +17,31 @@ import pathlib
 import resource
 import signal
 import sys
+import threading
 from typing import Any, TextIO
 
-MAX_STDERR = 10_000  # characters that a worker may print to stderr
+MAX_STDERR = 10_000  # characters that a worker without a file may print to stderr
+MAX_WORDS = 300  # characters of an error that are reported
 MAX_REPORT_BYTES = 2**24  # keeps a worker that a hostile item took over from filling the parent's memory
+_ASKED_TO_END = (signal.SIGINT, signal.SIGTERM)
 _F_SETSIG = 10  # a Linux constant that Python's fcntl does not name
 
 
 def _serve(connection: multiprocessing.connection.Connection) -> None:
     _end_with_parent()
-    sys.stderr = _Limited(sys.stderr, MAX_STDERR)
+    for stream in (sys.stdout, sys.stderr):  # a worker can be killed at any time, so nothing waits in a buffer
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     try:
-        sys.path[:] = connection.recv()
+        sys.path[:], has_file = connection.recv()
+        if not has_file:
+            sys.stderr = _Limited(sys.stderr, MAX_STDERR)
         function, initializer, memory_mb = connection.recv()
         if initializer is not None:
             initializer()
         _limit_memory(memory_mb)
     except BaseException as error:
-        _write(connection, _packed_report("failed", words=_words(error)))
+        _write(connection, _packed_report("failed", words=words_of(error)))
         return
     _write(connection, _packed_report("ready"))
     while True:
@@ -46,7 +54,9 @@ def _serve(connection: multiprocessing.connection.Connection) -> None:
                     raise ValueError(f"the function returned {value}, which is not a finite number")
             report = _packed_report("none" if value is None else "ok", value)
         except BaseException as error:  # not Exception: math-verify's timeouts derive from BaseException
-            report = _packed_report("error", words=_words(error))
+            report = _packed_report("error", words=words_of(error))
+        with contextlib.suppress(BaseException):  # an item can replace or close the stream
+            sys.stdout.flush()
         _write(connection, report)
 
 
@@ -63,11 +73,13 @@ def _packed_report(kind: str, value: Any = None, words: str = "") -> bytes:
     return report + b"\n"  # marks the end: a line of JSON contains no line break
 
 
-def _words(error: BaseException) -> str:
+def words_of(error: BaseException) -> str:
+    """Returns the type, the message and the notes of an error on one line, in ASCII."""
     words = type(error).__name__
     with contextlib.suppress(BaseException):  # the error's own __str__ may raise
         words += f": {error}"
-    return words[:300].encode("ascii", "backslashreplace").decode()
+    words = " ".join([words[:MAX_WORDS], *getattr(error, "__notes__", ())])
+    return words.encode("ascii", "backslashreplace").decode()
 
 
 def _end_with_parent() -> None:
@@ -75,13 +87,38 @@ def _end_with_parent() -> None:
     # An idle worker would notice that its connection closed. A worker in a long computation in C, which no thread or
     # Python handler can interrupt, would go on for hours. The kernel sends SIGIO when the state of stdin changes, and
     # SIGIO ends a process by default. On Linux the whole process group gets SIGKILL, which ends stopped ones too.
-    for asked_to_end in (signal.SIGINT, signal.SIGTERM):  # sent to all processes at once; the run decides when to end
-        signal.signal(asked_to_end, signal.SIG_IGN)
+    for asked_to_end in _ASKED_TO_END:  # sent to all processes at once; the run decides when to end
+        # Not SIG_IGN, which every program that an item starts would inherit: nothing could ask such a program to end.
+        signal.signal(asked_to_end, _ignore)
+    os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_end_when_asked)
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     if sys.platform == "linux":
         fcntl.fcntl(0, _F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(0, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
+
+
+def _ignore(*_: object) -> None:
+    """Handles a signal by doing nothing."""
+
+
+# A signal that reached a forked process before it can end of it would be lost, so such signals wait.
+_before_fork = threading.local()
+
+
+def _hold() -> None:
+    _before_fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ASKED_TO_END)
+
+
+def _release() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _before_fork.mask)
+
+
+def _end_when_asked() -> None:
+    """Gives a process that an item forks the signals of an ordinary Python process."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _release()
 
 
 class _Limited(io.TextIOBase):

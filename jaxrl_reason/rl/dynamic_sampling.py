@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 import functools
 import itertools
+import math
+import statistics
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +35,7 @@ def collect(
     filled = hosts.put(np.int32(0), sharding.replicated(programs.sharding.mesh))
     shares, means, drawn = [], [], [metrics]
     while True:
-        means.append(programs.mean_reward(groups))
+        means.append(programs.sampled_means(groups))
         buffer, filled, share = programs.fill(buffer, filled, groups)
         count, share = jax.device_get((filled, share))
         shares.append(float(share))
@@ -41,14 +43,21 @@ def collect(
             break
         groups, metrics = sample(len(shares))
         drawn.append(metrics)
+    sampled = jax.device_get(means)
     metrics = mean_metrics(drawn) | {
         "dynamic_sampling/batches": len(shares),
         "dynamic_sampling/groups": int(count),
         "dynamic_sampling/kept_ratio": sum(shares) / len(shares),
-        # `reward` is the mean over the groups that are kept, each with correct and incorrect completions. This is the mean over all groups.
-        "dynamic_sampling/reward": float(np.mean(jax.device_get(means))),
+        # `reward` is the mean over the groups that are kept, each with correct and incorrect completions. These are the means over all groups.
+        **{f"dynamic_sampling/{name}": _mean_of_known([float(m[name]) for m in sampled]) for name in sampled[0]},
     }
     return buffer, metrics, len(shares)
+
+
+def _mean_of_known(values: Sequence[float]) -> float:
+    """Returns the mean of the values that are not NaN, as that of a batch without any reward is; NaN if all are."""
+    known = [x for x in values if not math.isnan(x)]
+    return statistics.fmean(known) if known else math.nan
 
 
 def mean_metrics(several: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -148,6 +148,11 @@ def mean_reward(groups: Groups, weights: Mapping[str, float], group_size: int) -
     return mean_where(total, ~jnp.isnan(total))
 
 
+def mean_length(groups: Groups, group_size: int) -> Float[Array, ""]:
+    """Computes the mean number of tokens of the first `group_size` completions of each group."""
+    return groups.rollout.mask[:, :group_size].sum(axis=-1).mean(dtype=jnp.float32)
+
+
 def fill(
     buffer: Groups, filled: Int[Array, ""], new: Groups, verdict: str, group_size: int | None = None
 ) -> tuple[Groups, Int[Array, ""], Float[Array, ""]]:

@@ -151,7 +151,7 @@ def why_it_stopped(error: Exception) -> str:
 
 
 class Preempted(Exception):
-    """The run received SIGTERM and has saved its state after `step`; the message is a sentence."""
+    """The run received SIGTERM or Ctrl-C and has saved its state after `step`; the message is a sentence."""
 
     exit_code = 128 + signal.SIGTERM
 
@@ -161,32 +161,83 @@ class Preempted(Exception):
 
 @contextlib.contextmanager
 def preemption() -> Iterator[Callable[[], bool]]:
-    """Catches SIGTERM inside a `with` block, which gets should_stop: () -> whether to save and end.
+    """Catches SIGTERM and Ctrl-C inside a `with` block, which gets should_stop: () -> whether to save and end.
 
     On several processes all calls of should_stop return True from the same step on, whichever process got the signal. So every process has to call
-    it once per step.
+    it once per step. A block inside another one shares its should_stop, so that a signal in one of several runs ends all of them. A second Ctrl-C
+    raises KeyboardInterrupt.
     """
-    received: list[bool] = []
+    if _asked:
+        yield _asked[-1]
+        return
+    received: list[int] = []
     calls = itertools.count(1)
 
-    def agreed():
-        # jax catches the signal, and the processes agree on a call that none of them has reached.
-        if not received and multihost_utils.reached_preemption_sync_point(next(calls)):
-            received.append(True)
-        return bool(received)
+    def ask(number: int, _: Any) -> None:
+        if number == signal.SIGINT in received:
+            raise KeyboardInterrupt
+        received.append(number)
+        if number == signal.SIGINT:
+            if sys.stdout.isatty():
+                os.write(
+                    1, b"\nEnding after this step. A second Ctrl-C ends at once, without saving.\n"
+                )  # print may be busy
+            if not alone:
+                os.kill(os.getpid(), signal.SIGTERM)
 
-    if jax.process_count() > 1:
-        yield agreed
-        return
+    def agreed():
+        # jax catches SIGTERM, and the processes agree on a call that none of them has reached.
+        nonlocal stopping
+        stopping = stopping or multihost_utils.reached_preemption_sync_point(next(calls))
+        return stopping
+
+    stopping, alone = False, jax.process_count() == 1
+    should_stop = (lambda: bool(received)) if alone else agreed
+    in_main_thread = threading.current_thread() is threading.main_thread()  # only this thread may handle signals
+    caught = (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,)
+    before = {number: signal.signal(number, ask) for number in caught} if in_main_thread else {}
+    _asked.append(should_stop)
     try:
-        before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
-    except ValueError:  # only the main thread may
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(received)
+        yield should_stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        _asked.pop()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_asked: list[Callable[[], bool]] = []  # should_stop of the outermost `preemption`
+
+
+@contextlib.contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Ends the process at the second Ctrl-C inside a `with` block, even while it computes or compiles."""
+    # Python's own handlers wait until the main thread returns from compiled code; a thread reads the signals meanwhile.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        presses = 0
+        while number := os.read(reading, 1):
+            presses += number[0] == signal.SIGINT
+            if presses == 2:
+                if sys.stdout.isatty():
+                    os.write(1, b"\x1b[?25h")  # shows the cursor, which a progress bar hides
+                os._exit(INTERRUPTED)
+        os.close(reading)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writing)
+
+
+INTERRUPTED = 128 + signal.SIGINT  # the exit code after Ctrl-C without saving
 
 
 # -- rows of a batch -------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from jaxrl_reason import models
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data import PromptBatch, SolutionBatch
 from jaxrl_reason.methods import Method
-from jaxrl_reason.models import blockwise, sharding
+from jaxrl_reason.models import sharding
 from jaxrl_reason.rl import experience, hosts, learner, rollout, scoring
 from jaxrl_reason.rl.optimizer import init_opt_state, make_optimizer, make_supervised_optimizer
 from jaxrl_reason.rl.requirements import Requirements, requirements
@@ -22,7 +22,7 @@ from jaxrl_reason.rl.types import Experience, Gradient, Groups, LogProbs, Prepar
 
 # The purposes of random numbers, folded into the seed before anything else.
 INIT, ROLLOUT, UPDATE, EVAL = range(4)
-_KEPT_ON_CPU = 2**31  # bytes of products that an update on a CPU keeps for its backward pass, at most
+SEED = jax.ShapeDtypeStruct((), jnp.int32)  # the last argument of the programs that draw random numbers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class Programs:
 
     def init(self) -> TrainState:
         """Returns step 0 with random weights."""
-        return self.jitted["init"]()
+        return self.jitted["init"](self._seed)
 
     def restart(self, params: models.Params) -> TrainState:
         """Returns step 0 with these weights, which are donated."""
@@ -84,9 +84,9 @@ class Programs:
         """See `experience.make_experience`."""
         return self.jitted["make_experience"](groups, advantage_state, kl, probe_reference)
 
-    def mean_reward(self, groups: Groups) -> jax.Array:
-        """Returns the mean total reward of all groups, informative or not; f32 scalar."""
-        return self.jitted["mean_reward"](groups)
+    def sampled_means(self, groups: Groups) -> dict[str, jax.Array]:
+        """Returns the mean total reward and length over all groups, informative or not; f32 scalars."""
+        return self.jitted["sampled_means"](groups)
 
     def fill(self, buffer: Groups, filled: jax.Array, groups: Groups) -> tuple[Groups, jax.Array, jax.Array]:
         """See `experience.fill`; the buffer is donated."""
@@ -98,7 +98,7 @@ class Programs:
 
     def update(self, state: TrainState, batch: Experience) -> UpdateResult:
         """Updates the weights; the state is donated."""
-        return self.jitted["update"](state, batch, self._constant(self.config.sampling.temperature))
+        return self.jitted["update"](state, batch, self._constant(self.config.sampling.temperature), self._seed)
 
     def gradient(self, params: models.Params, batch: Experience) -> Gradient:
         """Computes the gradient of the whole batch as one minibatch."""
@@ -118,9 +118,15 @@ class Programs:
 
     def _sample(self, name: str, size: int, weights: models.Params, batch: PromptBatch, step, temperature) -> Rollout:
         prompts = self.place((batch.tokens, batch.mask, batch.prompt_ids, batch.features), size)
+        scalars = step, temperature, self._seed
         if self.moves_weights:  # a rollout's inputs have to be on its mesh
-            prompts, step, temperature = self.jitted["move"](prompts, step, temperature)
-        return self.jitted[name](weights, *prompts, step, temperature)
+            prompts, scalars = self.jitted["move"](prompts, scalars)
+        return self.jitted[name](weights, *prompts, *scalars)
+
+    @property
+    def _seed(self) -> jax.Array:
+        """The seed is an argument of the programs: the same compiled programs serve every seed."""
+        return self._constant(self.config.seed, np.int32)
 
     @functools.cached_property
     def _constant(self) -> Callable[..., jax.Array]:
@@ -135,49 +141,25 @@ def make_mesh(config: Config, devices: Any = None) -> jax.sharding.Mesh:
     return sharding.make_mesh(m.data, m.fsdp, m.tensor, m.slice, devices=devices)
 
 
-def with_attention(
-    model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh, length: int = 0
-) -> models.ModelConfig:
+def with_attention(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> models.ModelConfig:
     """Returns the decoder with the attention that config.model.attention means on these devices.
-
-    `length` is the length of texts in tokens, if the decoder reads texts that are longer than prompts.
 
     Raises:
       ConfigError: the devices cannot run it.
     """
     chosen, device = config.model.attention, mesh.devices.flat[0]
-    on_tpu, kernels = device.platform == "tpu", device.device_kind not in ("TPU v2", "TPU v3")
-    prompt = config.max_prompt_length + model.prefix_length
+    unable = device.device_kind in ("TPU v2", "TPU v3")  # their kernels cannot multiply bfloat16
     if chosen == "auto":
-        long = blockwise.pays(config.max_completion_length, prompt) or blockwise.pays(max(prompt, length))
-        chosen = "splash" if on_tpu and kernels else "blockwise" if long and not on_tpu else "plain"
-    if chosen == "splash" and not kernels:  # their kernels cannot multiply bfloat16
+        chosen = "splash" if device.platform == "tpu" and not unable else "plain"
+    if chosen == "splash" and unable:
         raise ConfigError(
             f"config.model.attention is 'splash', whose kernels do not run on {device.device_kind}; set it to 'auto' or 'plain'."
         )
-    if chosen == "blockwise" and on_tpu:
+    if chosen == "blockwise" and device.platform == "tpu":
         raise ConfigError(
             "config.model.attention is 'blockwise', which is for CPUs and GPUs, and the devices are TPUs; set it to 'auto'."
         )
     return dataclasses.replace(model, attention=chosen)
-
-
-def with_remat(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> models.ModelConfig:
-    """Returns the decoder with the rematerialisation that config.model.remat means on these devices.
-
-    "auto" keeps the products of a microbatch on CPUs if they are small: memory is cheap there, and operations are not.
-    """
-    c, u, s = config, config.update, config.supervised
-    if c.model.remat != "auto" or mesh.devices.flat[0].platform != "cpu":
-        return model
-    prompt = c.max_prompt_length + model.prefix_length
-    microbatch = (
-        c.prompts_per_step // (u.minibatches * u.accumulation) * (prompt + c.group_size * c.max_completion_length)
-    )
-    tokens = max(microbatch, s.steps and s.batch_size * (prompt + c.max_completion_length))
-    kept = (2 * model.heads + 2 * model.kv_heads) * model.head_dim + 3 * model.width + 2 * model.mlp_width
-    size = 4 * tokens // sharding.num_shards(mesh) * model.layers * kept
-    return dataclasses.replace(model, remat="dots" if size <= _KEPT_ON_CPU else "layer")
 
 
 def build(
@@ -193,6 +175,7 @@ def build(
     probe_token: int | None = None,
     legal: np.ndarray | None = None,
     expert: Callable | None = None,
+    end_at: np.ndarray | None = None,
 ) -> Programs:
     """Makes the programs of a configuration. Compiles nothing and puts nothing on a device before a program is called.
 
@@ -202,41 +185,42 @@ def build(
       weights, verdict, expert: see `experience.make_experience`.
       probe_token: the token of LaSeR's self-reward, if the method has one.
       legal: bool[T, V], tokens allowed at each position; None: all.
+      end_at: for measurements, see `rollout.generate`; of training rollouts.
 
     Raises:
       ConfigError: the mesh does not divide the prompts of a step or the model.
     """
     schedule, optimizer = make_optimizer(config)
     decoding, shardings, rollout_shardings = _shardings(config, method, model, mesh, optimizer)
-    model = with_remat(with_attention(model, config, mesh), config, mesh)
+    model = with_attention(model, config, mesh)
     needs = requirements(config, method)
     options = update_options(config, method, probe_token)
     by_prompt, by_prompt_decoding = sharding.batch_sharding(mesh), sharding.batch_sharding(decoding)
     whole, whole_decoding = sharding.replicated(mesh), sharding.replicated(decoding)
-    root = jax.random.key(config.seed)
 
     def sampler(purpose: int, group_size: int, **options: Any) -> Any:
         common = dict(eos_ids=eos_ids, pad_id=pad_id, legal=legal, probe_token=probe_token, **options)
-        sample = _sample_fn(config, model, jax.random.fold_in(root, purpose), group_size, common)
+        common |= dict(zip(("cache_pieces", "halvings"), sampling_sizes(config)))
+        sample = _sample_fn(config, model, purpose, group_size, common)
         return jax.jit(sharding.on_mesh(decoding, sample), out_shardings=by_prompt)
 
     jitted = {
         "reshard": jax.jit(functools.partial(_matrices_for_products, model), out_shardings=rollout_shardings),
-        "move": jax.jit(lambda *args: args, out_shardings=(by_prompt_decoding, whole_decoding, whole_decoding)),
+        "move": jax.jit(lambda *args: args, out_shardings=(by_prompt_decoding, whole_decoding)),
         "rollout": sampler(
             ROLLOUT,
             config.group_size + needs.greedy,
             with_prompt_logprobs=needs.prompt_logprobs,
             int8=config.sampling.quantize == "int8",
+            end_at=end_at,
         ),
         "evaluation": sampler(EVAL, config.eval.samples),
         "join": jax.jit(lambda *parts: scoring.join_prompts(_stack(parts)), out_shardings=by_prompt),
         **_experience_programs(config, method, weights, verdict, expert, by_prompt, whole),
-        **_learner_programs(config, method, model, mesh, options, optimizer, legal, root, shardings),
+        **_learner_programs(config, method, model, mesh, options, optimizer, legal, shardings),
     }
-    abstract_state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(jitted["init"]), shardings
-    )
+    state = jax.eval_shape(jitted["init"], SEED)
+    abstract_state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
     return Programs(config, needs, by_prompt, by_prompt_decoding, jitted, abstract_state, schedule)
 
 
@@ -271,15 +255,23 @@ def _shardings(config: Config, method: Method, model: models.ModelConfig, mesh: 
     return decoding, shardings, rollout_shardings
 
 
-def _sample_fn(config: Config, model: models.ModelConfig, root: jax.Array, group_size: int, options: dict) -> Callable:
-    def generate(params, tokens, mask, prompt_ids, features, step, temperature):
+def sampling_sizes(config: Config) -> tuple[int, int]:
+    """Returns the pieces of the completions' cache and the halvings of the decoding loop, as configured or chosen by the length."""
+    s, T = config.sampling, config.max_completion_length
+    halvings = min(3, T // 64) if s.halvings < 0 else s.halvings
+    # XLA on CPU copies a cache of one piece in every step of a smaller loop.
+    return s.cache_pieces or min(max(T // 128, 2 if halvings else 1), 8), halvings
+
+
+def _sample_fn(config: Config, model: models.ModelConfig, purpose: int, group_size: int, options: dict) -> Callable:
+    def generate(params, tokens, mask, prompt_ids, features, step, temperature, seed):
         return rollout.generate(
             model,
             params,
             tokens,
             mask,
             prompt_ids,
-            jax.random.fold_in(root, step),
+            jax.random.fold_in(_key(seed, purpose), step),
             group_size=group_size,
             max_length=config.max_completion_length,
             temperature=temperature,
@@ -301,16 +293,19 @@ def _experience_programs(config, method, weights, verdict, expert, by_prompt, wh
         mask_truncated=config.sampling.mask_truncated_completions,
         expert=expert,
     )
-    mean_reward = functools.partial(experience.mean_reward, weights=weights, group_size=config.group_size)
+    sampled_means = lambda groups: {
+        "reward": experience.mean_reward(groups, weights, config.group_size),
+        "mean_length": experience.mean_length(groups, config.group_size),
+    }
     fill = functools.partial(experience.fill, verdict=verdict, group_size=config.group_size)
     return {
         "make_experience": jax.jit(make_experience, out_shardings=Prepared(by_prompt, whole, whole)),
-        "mean_reward": jax.jit(mean_reward),
+        "sampled_means": jax.jit(sampled_means),
         "fill": jax.jit(fill, donate_argnums=0, out_shardings=(by_prompt, whole, whole)),
     }
 
 
-def _learner_programs(config, method, model, mesh, options, optimizer, legal, root, shardings) -> dict[str, Any]:
+def _learner_programs(config, method, model, mesh, options, optimizer, legal, shardings) -> dict[str, Any]:
     """Returns the programs that initialise, score and update."""
     by_prompt: Any = sharding.batch_sharding(mesh)
     whole: Any = sharding.replicated(mesh)
@@ -322,20 +317,26 @@ def _learner_programs(config, method, model, mesh, options, optimizer, legal, ro
 
     update = learner.make_update(model, options, optimizer, legal)
 
-    def update_step(state, batch, temperature):
-        return update(state, batch, temperature, jax.random.fold_in(jax.random.fold_in(root, UPDATE), state.step))
+    def update_step(state, batch, temperature, seed):
+        return update(state, batch, temperature, jax.random.fold_in(_key(seed, UPDATE), state.step))
 
-    score = functools.partial(
-        scoring.score,
-        model,
-        legal=legal,
-        microbatches=options.accumulation * options.minibatches,
-        chunk=options.logprob_chunk,
-        probe_token=options.probe_token,
-    )
+    parts = options.accumulation * options.minibatches
+
+    def score(params, rollout, temperature):
+        return scoring.score(
+            model,
+            params,
+            rollout,
+            temperature,
+            legal,
+            microbatches=sharding.microbatches(mesh, len(rollout.tokens), parts),  # evaluations have other batches
+            chunk=options.logprob_chunk,
+            probe_token=options.probe_token,
+        )
+
     supervised = learner.make_supervised_update(model, make_supervised_optimizer(config), legal)
     gradient = lambda params, batch, temperature: learner.gradient(model, options, params, batch, temperature, legal)
-    init = lambda: fresh(models.init_params(model, jax.random.fold_in(root, INIT)))
+    init = lambda seed: fresh(models.init_params(model, _key(seed, INIT)))
     on_mesh = functools.partial(sharding.on_mesh, mesh)
     return {
         "init": jax.jit(init, out_shardings=shardings),
@@ -345,6 +346,10 @@ def _learner_programs(config, method, model, mesh, options, optimizer, legal, ro
         "gradient": jax.jit(on_mesh(gradient)),
         "supervised": jax.jit(on_mesh(supervised), donate_argnums=0, out_shardings=(shardings, whole)),
     }
+
+
+def _key(seed: jax.Array, purpose: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), purpose)
 
 
 def _stack(parts: tuple[Any, ...]) -> Any:

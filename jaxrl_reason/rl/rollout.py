@@ -1,6 +1,7 @@
 """Samples groups of completions on the device. Each prompt is prefilled once; G samples decode against its keys and values."""
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -9,30 +10,32 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxrl_reason import models
 from jaxrl_reason.models import sharding
+from jaxrl_reason.rl import compaction
+from jaxrl_reason.rl.compaction import first_rows, keep, most_per_device, put_back, Rows
 from jaxrl_reason.rl.sampling import pick, sample_token, sampling_noise, scale_logits
 from jaxrl_reason.rl.types import Rollout
 
 
-class Probe(NamedTuple):
-    """The log-probabilities of the probe token that have been read so far."""
+class Completions(NamedTuple):
+    """The completions so far."""
 
-    logprobs: jax.Array  # f32[P, G]
-    due: (
-        jax.Array
-    )  # bool[P, G], completions whose end token was sampled in the last step: their probe is read in the next one
+    live: jax.Array  # bool[P, G], True if a completion has not ended
+    tokens: jax.Array  # [P, G, T], or one position longer with a probe
+    logprobs: jax.Array
+    mask: jax.Array
+    probe: jax.Array | None  # f32[P, G], log-probabilities of the probe token that have been read
 
 
 class Carry(NamedTuple):
-    """The state of the decoding loop."""
+    """The state of a decoding loop."""
 
     t: jax.Array  # the position that is sampled next
-    live: jax.Array  # bool[P, G], completions that have not ended
     last: jax.Array  # int32[P, G], the tokens at position t - 1
-    tokens: jax.Array  # the completions so far, [P, G, T], or one position longer with a probe
-    logprobs: jax.Array
-    mask: jax.Array
+    due: (
+        jax.Array | None
+    )  # bool[P, G], completions whose end token was sampled in the last step: the next one reads their probe
     cache: Any  # keys and values of the completions
-    probe: Probe | None
+    completions: Completions
 
 
 def generate(
@@ -54,10 +57,13 @@ def generate(
     probe_token: int | None = None,
     probe_temperature: float = 1.0,
     int8: bool = False,
+    cache_pieces: int = 1,
+    halvings: int = 0,
+    end_at: Int[Array, "P G"] | None = None,
 ) -> Rollout:
     """Samples G completions per prompt. Pure; jit it with the keyword sizes static.
 
-    Decoding is one `lax.while_loop`, which stops when every completion has ended.
+    A `lax.while_loop` decodes until every completion has ended. When few are left, they move into a smaller loop.
 
     Args:
       config, params: the decoder.
@@ -71,37 +77,36 @@ def generate(
       legal: the tokens allowed at each position; None allows all.
       features: numbers of the prompts, for a model with `features`.
       with_prompt_logprobs: also return the prompts' log-probabilities, from the prefill.
-      probe_token: also return this token's log-probability after each end token. The decoder reads the end token like any other token. This
-        costs at most one more iteration of the loop and no further forward pass.
+      probe_token: also return this token's log-probability after each end token, which costs at most one more iteration of the loop.
       probe_temperature: the temperature of that log-probability, whatever temperature samples.
       int8: decode with rounded weights and caches, half or a quarter of the memory traffic. Log-probabilities are those of the rounded model.
+      cache_pieces, halvings: pieces of the completions' cache, and how often the loop is halved. The samples are the same.
+      end_at: for measurements: the positions at which the first end token is forced, and nowhere else; None: completions end by themselves.
 
     Raises:
       ValueError: a probe token without an end token.
     """
     if probe_token is not None and not eos_ids:
-        raise ValueError(
-            "A probe token is read after the end token, and no token ends a completion because eos_ids is empty."
-        )
-    P, G, T = prompt_tokens.shape[0], group_size, max_length
+        raise ValueError("A probe token is read after the end token, and no token ends a completion: eos_ids is empty.")
+    (P, S), G, T = prompt_tokens.shape, group_size, max_length
     model = models.bind(config, params)
     hidden, prompt = model.prefill(prompt_tokens, prompt_mask, features)
     prompt_logprobs = _prompt_logprobs(model, hidden, prompt_tokens, prompt_mask) if with_prompt_logprobs else None
-    last = prompt_mask.shape[1] - 1 - jnp.argmax(prompt_mask[:, ::-1], axis=1)
-    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)  # [P, 1, D]: all samples of a group start equal
+    hidden = last_hidden(hidden, prompt_mask)  # all samples of a group start equal
     blocks, prompt = model.unstack(prompt, int8)
     head = model.head_matrix(int8)
 
-    def next_logits(carry: Carry):
-        hidden, cache = model.step(carry.last, carry.t - 1, blocks, prompt, carry.cache)
+    def next_logits(rows: Rows, carry: Carry):
+        hidden, cache = model.step(carry.last, carry.t - 1, blocks, rows.prompt, carry.cache)
         return models.project(hidden, head, config), cache
 
-    # The legal tokens end with the completion: the probe token is scored among all tokens.
+    # The probe token is scored among all tokens: the legal tokens end with the completion.
     after_end = lambda logits: jax.nn.log_softmax(scale_logits(logits, probe_temperature, None))[..., probe_token]
     steps = T + (probe_token is not None)  # one more, to read what follows an end token at the last position
-    sample = _sampler(sampling_noise(key, prompt_ids, G, steps), temperature, legal)
-    empty = _empty_carry(model.empty_cache(P, G, T, int8), P, G, steps, pad_id, probe_token is not None)
-    end = _decode(empty, models.project(hidden, head, config), next_logits, sample, after_end, eos_ids, pad_id, T)
+    rows = first_rows(prompt, sampling_noise(key, prompt_ids, G, steps), temperature, legal, end_at)
+    empty = _no_tokens(P, G, steps, pad_id, probe_token is not None, model.empty_cache(P, G, T, int8, cache_pieces))
+    sizes = compaction.sizes(P // sharding.num_prompt_shards(), G, S, T, halvings)
+    end = _decode(rows, empty, models.project(hidden, head, config), next_logits, after_end, eos_ids, pad_id, T, sizes)
     return Rollout(
         prompt_tokens,
         prompt_mask.astype(bool),
@@ -111,92 +116,104 @@ def generate(
         truncated=end.live if eos_ids else jnp.zeros_like(end.live),
         features=features,
         prompt_logprobs=prompt_logprobs,
-        probe_logprobs=None if end.probe is None else end.probe.logprobs,
+        probe_logprobs=end.probe,
     )
 
 
-def _empty_carry(cache: Any, P: int, G: int, steps: int, pad_id: int, with_probe: bool) -> Carry:
+def last_hidden(hidden: Float[Array, "P S D"], mask: Bool[Array, "P S"]) -> Float[Array, "P 1 D"]:
+    """Returns the hidden states of the last real tokens."""
+    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+
+
+def _no_tokens(P: int, G: int, steps: int, pad_id: int, with_probe: bool, cache: Any) -> Carry:
     """Returns the state before the first token."""
-    return Carry(
-        t=jnp.int32(0),
-        live=jnp.ones((P, G), bool),
-        last=jnp.zeros((P, G), jnp.int32),
-        tokens=jnp.full((P, G, steps), pad_id, jnp.int32),
-        logprobs=jnp.zeros((P, G, steps)),
-        mask=jnp.zeros((P, G, steps), bool),
-        cache=cache,
-        probe=Probe(jnp.zeros((P, G)), jnp.zeros((P, G), bool)) if with_probe else None,
-    )
+    shape = (P, G, steps)
+    tokens, logprobs, mask = jnp.full(shape, pad_id, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool)
+    probe = jnp.zeros((P, G)) if with_probe else None
+    completions = Completions(jnp.ones((P, G), bool), tokens, logprobs, mask, probe)
+    return Carry(jnp.int32(0), tokens[:, :, 0], None, cache, completions)
 
 
 def _decode(
+    rows: Rows,
     empty: Carry,
     first_logits: Float[Array, "P 1 V"],
-    next_logits: Callable[[Carry], tuple[jax.Array, Any]],
-    sample: Callable,
+    next_logits: Callable[[Rows, Carry], tuple[jax.Array, Any]],
     after_end: Callable[[jax.Array], jax.Array],
     eos_ids: tuple[int, ...],
     pad_id: int,
     T: int,
-) -> Carry:
-    """Runs the decoding loop until every completion has ended or has T tokens.
+    sizes: list[int],
+) -> Completions:
+    """Runs the decoding loops until every completion has ended or has T tokens.
 
     `first_logits` predict the first token. `next_logits` reads the last tokens and returns the prediction of the next ones, and the cache.
-    `after_end` maps logits to the log-probability of the probe token.
+    `after_end` maps logits to the log-probability of the probe token. `sizes` are completions per device: a loop of this size takes over
+    when no device has more that grow.
     """
     eos = jnp.asarray(eos_ids, jnp.int32)
 
-    def advance(carry: Carry, logits) -> Carry:
+    def advance(rows: Rows, carry: Carry, logits) -> Carry:
         """Samples position t of every live completion and writes it."""
-        t, live = carry.t, carry.live
-        new, logp = sample(logits, t)
+        t, old = carry.t, carry.completions
+        new, logp = _sample(rows, logits, t)
+        ends = jnp.any(new[..., None] == eos, axis=-1) if rows.end_at is None else rows.end_at == t
+        new = new if rows.end_at is None else jnp.where(ends, eos_ids[0], new)
         put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, t, axis=2)
-        ends = jnp.any(new[..., None] == eos, axis=-1)
+        done = old._replace(
+            live=old.live & ~ends,
+            tokens=put(old.tokens, jnp.where(old.live, new, pad_id)),
+            logprobs=put(old.logprobs, jnp.where(old.live, logp, 0.0)),
+            mask=put(old.mask, old.live),
+        )
         return carry._replace(
-            t=t + 1,
-            live=live & ~ends,
-            last=new,
-            tokens=put(carry.tokens, jnp.where(live, new, pad_id)),
-            logprobs=put(carry.logprobs, jnp.where(live, logp, 0.0)),
-            mask=put(carry.mask, live),
+            t=t + 1, last=new, due=None if old.probe is None else old.live & ~done.live, completions=done
         )
 
-    def body(carry: Carry) -> Carry:
-        logits, cache = next_logits(carry)
-        new = advance(carry._replace(cache=cache), logits)
-        if carry.probe is None:
+    def body(rows: Rows, carry: Carry) -> Carry:
+        logits, cache = next_logits(rows, carry)
+        new, old = advance(rows, carry._replace(cache=cache), logits), carry.completions
+        if carry.due is None:
             return new
-        live = jnp.where(carry.t < T, new.live, carry.live)  # the step after the budget only reads the probe
-        logprobs = jnp.where(carry.probe.due, after_end(logits), carry.probe.logprobs)
-        return new._replace(live=live, probe=Probe(logprobs, carry.live & ~live))
+        live = jnp.where(carry.t < T, new.completions.live, old.live)  # the step after the budget only reads the probe
+        assert old.probe is not None  # as completions are due
+        probe = jnp.where(carry.due, after_end(logits), old.probe)
+        return new._replace(due=old.live & ~live, completions=new.completions._replace(live=live, probe=probe))
 
-    def unfinished(carry: Carry):
-        sampling = (carry.t < T) & carry.live.any()
-        return sampling if carry.probe is None else sampling | carry.probe.due.any()
+    def busy(carry: Carry) -> Bool[Array, "P G"]:
+        sampling = (carry.t < T) & carry.completions.live
+        return sampling if carry.due is None else sampling | carry.due
 
-    start = advance(empty, first_logits)
-    if start.probe is not None:
-        start = start._replace(probe=start.probe._replace(due=~start.live))
-    return jax.lax.while_loop(unfinished, body, start)
+    def run(rows: Rows, carry: Carry, smaller: int) -> Carry:
+        """Runs until no device has more than `smaller` completions that grow."""
+        steps = T + (carry.due is not None)
+        go_on = lambda carry: (carry.t < steps) & (most_per_device(busy(carry)) > smaller)
+        return jax.lax.while_loop(go_on, functools.partial(body, rows), carry)
+
+    carry = run(rows, advance(rows, empty, first_logits), sizes[0] if sizes else 0)
+    everything = carry.completions
+    for size, smaller in zip(sizes, [*sizes[1:], 0]):
+        rows, state = keep(busy(carry), size, rows, carry[1:])
+        carry = run(rows, Carry(carry.t, *state), smaller)
+        everything = put_back(everything, carry.completions, rows.home)
+    return everything
 
 
-def _sampler(noise: Float[Array, "P G T"], temperature, legal) -> Callable:
-    """Returns sample(logits [P, G or 1, V], t) -> the tokens of position t, int32[P, G], and their log-probabilities."""
-    G = noise.shape[1]
-    legal = None if legal is None else jnp.asarray(legal)
-    temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (G,))
-
-    def sample(logits, t):
-        legal_now = None if legal is None else legal[..., t, :].reshape(-1, 1, legal.shape[-1])
-        logits = sharding.constrain(logits, "prompts", None, "vocab")  # each device computes its part of the vocabulary
-        distribution = scale_logits(logits, temperature, legal_now)  # f32[P, G, V]
-        if G % sharding.num_vocab_shards() == 0 and distribution.shape[1] == G:
-            # Each device of the tensor axis gets whole rows of some samples, instead of all rows of all samples.
-            distribution = sharding.constrain(distribution, "prompts", "samples")
-        drawn = sample_token(distribution, jax.lax.dynamic_index_in_dim(noise, t, 2, keepdims=False), temperature == 0)
-        return tuple(sharding.constrain(x, "prompts") for x in drawn)
-
-    return sample
+def _sample(
+    rows: Rows, logits: Float[Array, "P 1 V"] | Float[Array, "P G V"], t: Int[Array, ""]
+) -> tuple[jax.Array, ...]:
+    """Returns the tokens of position t, int32[P, G], and their log-probabilities."""
+    G = rows.noise.shape[1]
+    legal = None if rows.legal is None else rows.legal[..., t, :].reshape(-1, 1, rows.legal.shape[-1])
+    logits = sharding.constrain(logits, "prompts", None, "vocab")  # each device computes its part of the vocabulary
+    distribution = scale_logits(logits, rows.temperature, legal)  # f32[P, G, V]
+    if G % sharding.num_vocab_shards() == 0 and logits.shape[1] == G:
+        # Each device of the tensor axis gets whole rows of some samples, instead of all rows of all samples.
+        distribution = sharding.constrain(distribution, "prompts", "samples")
+    noise = jax.lax.dynamic_index_in_dim(rows.noise, t, 2, keepdims=False)
+    drawn = sample_token(distribution, noise, rows.temperature == 0)
+    return tuple(sharding.constrain(x, "prompts") for x in drawn)
 
 
 def _prompt_logprobs(model: models.Decoder, hidden, tokens, mask):

@@ -4,8 +4,10 @@
 `checkpoints` keeps the training state, in which `digests` finds a single wrong bit. `files` has JSON and append-only
 files that survive a kill, `metrics_file` metrics.jsonl, samples.jsonl and TensorBoard events, `pictures` the learning
 curve and tables. `loop` is the skeleton of training; `watch` warns, and ends a run that skips updates too often;
-`progress` shows bar, heartbeat and timings. `command` has flags, --help, errors and exit codes of every command.
+`progress` shows bar, heartbeat and timings. `compilation_cache` keeps compiled programs between starts. `command` has
+flags, --help, errors and exit codes of every command.
 """
 
+from jaxrl_reason.runs.checkpoints import numbers_in
 from jaxrl_reason.runs.metrics_file import read_metrics
-from jaxrl_reason.runs.workdir import checkpoint_numbers, load_config, load_weights, numbers_in
+from jaxrl_reason.runs.workdir import checkpoint_numbers, load_config, load_weights

@@ -11,6 +11,8 @@ import gc
 import itertools
 import logging
 import pathlib
+import re
+import shutil
 import sys
 import textwrap
 from typing import Any
@@ -30,6 +32,8 @@ _log = logging.getLogger(__name__)
 _UNREADABLE = (ValueError, KeyError, OSError, TypeError, AttributeError, RecursionError, NotImplementedError)
 _UNWRITABLE = (ValueError, OSError)  # errors of orbax on full disks
 _DIGESTS = "digests"  # the name of the digests, next to the parts of a state
+_REMOVED = "removed"  # the folder of checkpoints that are being removed
+_HALF_WRITTEN = ".orbax-checkpoint-tmp"  # in the names of orbax for what it is writing
 
 
 class CheckpointError(ValueError):
@@ -41,10 +45,14 @@ class Checkpoints:
 
     def __init__(self, directory: pathlib.Path, keep: int):
         self.directory = directory.resolve()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
+        # Checkpoints beyond `keep` are renamed before they are removed: a kill leaves none half removed.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, enable_async_checkpointing=False, todelete_subdir=_REMOVED
+        )
         # Without a handler orbax infers one from the newest checkpoint; if that is damaged, it misreads all.
         handler = ocp.StandardCheckpointHandler()
         with _failing(_UNREADABLE, f"Checkpoints cannot be kept in {self.directory}"):
+            hosts.agree(self._clean_up, OSError)
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
 
     def save(self, number: int, state: TrainState) -> None:
@@ -53,6 +61,20 @@ class Checkpoints:
             return
         with _failing(_UNWRITABLE, f"Checkpoint {self.directory / str(number)} cannot be written"):
             self._manager.save(number, args=ocp.args.StandardSave(_with_digests(state._asdict())))
+            if hosts.is_first():
+                _remove(self.directory / _REMOVED)
+
+    def _clean_up(self) -> None:
+        """Removes what a kill has left: checkpoints half written, and checkpoints half removed."""
+        if not hosts.is_first() or not self.directory.is_dir():
+            return
+        numbers = numbers_in(self.directory)
+        newest = next((n for n in numbers if is_complete(self.directory / str(n))), -1)
+        # A newer one is not half removed but damaged: `restore` puts it aside.
+        torn = [str(n) for n in numbers if n < newest and not is_complete(self.directory / str(n))]
+        for path in list(self.directory.iterdir()):
+            if path.name in (_REMOVED, *torn) or _HALF_WRITTEN in path.name:
+                _remove(path)
 
     def restore(self, like: TrainState) -> tuple[int, TrainState] | None:
         """Reads the newest readable checkpoint, and returns its number and state; None without checkpoints.
@@ -86,6 +108,28 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def numbers_in(directory: pathlib.Path) -> list[int]:
+    """Returns the file names in a directory that are numbers, largest first; none if the directory does not exist."""
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    return sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True)
+
+
+def is_complete(checkpoint: pathlib.Path) -> bool:
+    """Returns whether a checkpoint has what reading it begins with; its arrays may be damaged all the same.
+
+    A link counts as complete: `read_newest` decides whether it may be followed.
+    """
+    return checkpoint.is_symlink() or all(
+        (checkpoint / "default" / name).exists() for name in ("_METADATA", "manifest.ocdbt", "d")
+    )
+
+
+def _remove(path: pathlib.Path) -> None:
+    """Removes a directory, if there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
 
 
 def read_newest(
@@ -244,6 +288,12 @@ _ECHOES = {"absl": "_SignalingThread.run() raised an exception", "asyncio": "exc
 _LEFT_BEHIND = ("Event loop is closed", "Encountered error while reading array index")
 
 
+_DAMAGE = re.compile(
+    r"(NOT_FOUND|DATA_LOSS|FAILED_PRECONDITION|INVALID_ARGUMENT|OUT_OF_RANGE): "
+)  # tensorstore's, reading
+_FILE = re.compile(r'local file "([^"]+)"')
+
+
 def _silence_echoes() -> None:
     """Hides the tracebacks that orbax's threads print around an error: a damaged checkpoint is one sentence."""
     for name in _ECHOES:
@@ -269,4 +319,6 @@ def _except_of_readers(hook: Callable[[Any], object]) -> Callable[[Any], None]:
 def _in_short(error: Exception) -> str:
     """Returns the beginning of a message: messages of tensorstore continue with pages of its settings."""
     text = f"KeyError: {error}" if isinstance(error, KeyError) else str(error)
+    if files := _FILE.findall(text) if _DAMAGE.match(text) else []:
+        return f"{files[-1]} is missing or damaged."
     return textwrap.shorten(text, 300, placeholder=" ...") or type(error).__name__

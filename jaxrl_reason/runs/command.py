@@ -7,16 +7,22 @@
 
 `prepare(arguments)` does everything that can refuse the command: it reads configuration and data. `work(prepared)` does
 the rest. Exit codes: 0 done; 2 refused before it began (flags, configuration, data); 1 failed while running (diverged,
-reward failures, checkpoint, disk); 143 ended by SIGTERM, after saving.
+reward failures, checkpoint, disk); 143 ended by SIGTERM or Ctrl-C, after saving; 130 ended by Ctrl-C, without saving (a
+command that has nothing to save, or a second Ctrl-C).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import dataclasses
+import inspect
 import pathlib
 import shlex
+import shutil
 import sys
+import textwrap
 import types
 from typing import Any, TypeVar
+import warnings
 
 import jax
 
@@ -41,11 +47,18 @@ def number(text: str) -> int:
     return int(text)
 
 
-def path(text: str) -> pathlib.Path:
-    """Returns an absolute path; ~ is the home directory."""
+def local(text: str) -> str:
+    """Returns the text of a path; raises ValueError for an empty text, and for the address of another machine."""
     if not text:
         raise ValueError("a path")
-    return pathlib.Path(text).expanduser().resolve()
+    if elsewhere := config_lib.remote(text):
+        raise ValueError(f"a path on this machine: {elsewhere}")
+    return text
+
+
+def path(text: str) -> pathlib.Path:
+    """Returns an absolute path; ~ is the home directory."""
+    return pathlib.Path(local(text)).expanduser().resolve()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,19 +89,26 @@ class Flag:
         return f"--{self.name}{separator}{value}", self.help + note
 
 
-def configuration_help() -> str:
-    """Returns all fields of the configuration, for `Command.details`."""
-    return f"Fields of the configuration and their defaults:\n\n{config_lib.help_text()}"
-
-
 WORKDIR = Flag("workdir", "DIR", "the work directory of a run", path, required=True)
 CHECKPOINT = Flag("checkpoint", "N", "a number under DIR/checkpoints; the newest by default", number)
 RECIPE = Flag("config", "FILE", "the run's recipe, needed if it registers an estimator of its own", path)
+
+
+def load_recipe(arguments: "Arguments") -> None:
+    """Executes the recipe of the flag RECIPE, if it is given, which registers the estimators of the recipe."""
+    if arguments.config:
+        config_lib.load_module(arguments.config)
+
+
+# Any field; --help of a command with this flag lists the fields with the values of the recipe --config.
+FIELDS = Flag(
+    "config.", "FIELD=VALUE", "sets a field of the configuration, such as --config.optimizer.learning_rate=1e-5"
+)
 # Flags of the commands that train.
 TRAINING = (
-    Flag("config", "FILE", "the recipe: a Python file with get_config()", required=True),
-    Flag("workdir", "DIR", "the work directory; runs/NAME by default, for a recipe NAME.py"),
-    Flag("config.", "FIELD=VALUE", "sets a field of the configuration, such as --config.optimizer.learning_rate=1e-5"),
+    Flag("config", "FILE", "the recipe: a Python file with get_config()", local, required=True),
+    Flag("workdir", "DIR", "the work directory; runs/NAME by default, for a recipe NAME.py", local),
+    FIELDS,
 )
 
 
@@ -100,18 +120,32 @@ class Command:
     doc: str | None  # its purpose, for --help; the first sentence is the summary
     flags: Sequence[Flag]  # all but --help
     example: str  # the flags of an example
-    details: Callable[[], str] | None = None  # returns text that ends --help
     errors: tuple[type[Exception], ...] = ()  # further classes of errors whose message is a sentence for the user
 
-    def help(self) -> str:
-        """Returns the text of --help."""
+    def help(self, argv: Sequence[str] = ()) -> str:
+        """Returns the text of --help in the width of the terminal; fields of the configuration have the values of `argv`.
+
+        Raises ConfigError for a recipe that cannot be read, and for a field that it does not have, and ValueError for a
+        base of its method that does not exist.
+        """
+        width = max(shutil.get_terminal_size().columns, 40)
         program = f"python -m jaxrl_reason.{self.name}"
         needed = "".join(f" {flag.describe()[0]}" for flag in self.flags if flag.required)
-        rows = [flag.describe() for flag in self.flags]
-        width = max(len(left) for left, _ in rows) + 2
-        flags = "\n".join(f"  {left:<{width}}{right}" for left, right in rows)
-        text = f"{(self.doc or '').strip()}\n\nUsage: {program}{needed} [flags]\n\nFlags:\n{flags}\n\nExample:\n  {program} {self.example}"
-        return f"{text}\n\n{self.details()}" if self.details else text
+        flags = config_lib.two_columns([flag.describe() for flag in (*self.flags, _HELP)], width)
+        text = (
+            f"{_wrapped(self.doc or '', width)}\n\nUsage: {program}{needed} [flags]\n\nFlags:\n{flags}\n\nExample:\n"
+            f"  {program} {self.example}"
+        )
+        if FIELDS not in self.flags:
+            return text
+        config, values = Config(), "their defaults (with --config=FILE --help: the values of this recipe)"
+        if any(word.partition("=")[0] == "--config" for word in argv):
+            arguments = parse(self, [word for word in argv if word not in _HELP_WORDS], complete=False)
+            config, values = arguments.configuration(), f"the values of {arguments.config}"
+        title = textwrap.fill(
+            f"Fields of the configuration and {values}:", width, break_on_hyphens=False, break_long_words=False
+        )
+        return f"{text}\n\n{title}\n\n{config_lib.help_text(config, width)}"
 
     def find(self, name: str) -> Flag:
         """Returns the flag of an argument with dashes; raises ConfigError for an unknown flag."""
@@ -121,6 +155,16 @@ class Command:
                 return flag
         known = [flag.describe()[0].partition("=")[0] for flag in self.flags]
         raise ConfigError(f"There is no flag {name!r}.{nearest(name, known)}")
+
+
+_HELP_WORDS = ("--help", "-h")
+_HELP = Flag("help", "", "prints this text")
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Returns paragraphs in lines of at most `width` characters; indented paragraphs stay as they are."""
+    paragraphs = inspect.cleandoc(text).split("\n\n")
+    return "\n\n".join(p if p.startswith(" ") else textwrap.fill(" ".join(p.split()), width) for p in paragraphs)
 
 
 class Arguments(types.SimpleNamespace):
@@ -144,8 +188,9 @@ class Arguments(types.SimpleNamespace):
         return self.workdir or f"runs/{pathlib.Path(self.config).stem}"
 
 
-def parse(command: Command, argv: Sequence[str]) -> Arguments:
-    """Reads the flags; raises ConfigError for an unknown or missing one, and a value missing or of another kind."""
+def parse(command: Command, argv: Sequence[str], *, complete: bool = True) -> Arguments:
+    """Reads the flags; raises ConfigError for an unknown one, a value that is missing or of another kind, and, if
+    `complete`, for a required flag that is missing."""
     words, own = list(argv), [flag for flag in command.flags if not (flag.field or flag.name.endswith("."))]
     arguments = Arguments(**{flag.attribute: flag.default for flag in own}, fields={})
     arguments.command_line = shlex.join(["python", "-m", f"jaxrl_reason.{command.name}", *argv])
@@ -171,7 +216,7 @@ def parse(command: Command, argv: Sequence[str]) -> Arguments:
         except ValueError as e:
             raise ConfigError(f"{name}={text}: expected {e}.") from None
     for flag in own:
-        if flag.required and not getattr(arguments, flag.attribute):
+        if complete and flag.required and not getattr(arguments, flag.attribute):
             raise ConfigError(f"--{flag.name}={flag.value} is missing: {flag.help}.")
     return arguments
 
@@ -185,12 +230,15 @@ def run(
     of its errors is 1.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv or not argv and any(flag.required for flag in command.flags):
-        print(command.help())
+    if any(word in argv for word in _HELP_WORDS) or not argv and any(flag.required for flag in command.flags):
+        try:
+            print(command.help(argv))
+        except ValueError as e:
+            return _report(e, 2)
         return 0
     refusals: tuple[type[Exception], ...] = (ValueError, OSError, *command.errors)
     failures: tuple[type[Exception], ...] = (*_FAILURES, *command.errors)
-    with hosts.leaving_together():
+    with hosts.leaving_together(), hosts.leaving_at_once(), _plain_warnings():
         try:
             try:
                 prepared = prepare(parse(command, argv))
@@ -206,11 +254,24 @@ def run(
             hosts.barrier("preempted")
             print(e, file=sys.stderr)
             return hosts.leave(e.exit_code)
+        except KeyboardInterrupt:
+            return hosts.leave(_report("Ended by Ctrl-C, without saving.", hosts.INTERRUPTED))
         except (jax.errors.JaxRuntimeError, ValueError) as e:
             if jax.process_count() == 1 or not hosts.came_from_devices(e):
                 raise
             return hosts.leave(_report(hosts.why_it_stopped(e), 1))
     return 0
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Prints warnings as sentences, without the file and the source line that raised them."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _report(error: Exception | str, code: int) -> int:

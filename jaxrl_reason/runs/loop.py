@@ -65,25 +65,28 @@ def run_loop(
         metrics_file = stack.enter_context(writer)
         heart = stack.enter_context(Heartbeat(say, c.log.heartbeat))
         if loop.begin == 0 and before:
-            heart.step("The evaluation before training", Clock())
+            heart.step("The evaluation before training", Clock(), extra=True)
             metrics_file.write(0, before())
         past = history(loop.directory, loop.begin)
         skipped, written = SkippedUpdates(c.optimizer.max_skipped, past), observe(past) if observe else None
         bar = stack.enter_context(Progress(loop.console, loop.name, loop.end, loop.begin, enabled=c.log.progress))
+        clock = Clock()
         for step in range(loop.begin, loop.end):
-            clock, done, last = Clock(), step + 1, step + 1 == loop.end
+            done, last = step + 1, step + 1 == loop.end
             name = loop.step_name.format(done)
             heart.step(name[0].upper() + name[1:], clock)
             state, metrics, details = train_step(step, state, clock)
             if after:
                 metrics |= after(done, state, metrics, details, clock)
-            metrics_file.write(done, metrics)
+            metrics_file.write(done, metrics | clock.metrics())
+            clock = Clock()  # of the next line, which also has the seconds of this step's checkpoint
             if written:
                 written(done, metrics, details)
             if skipped.look(metrics):
                 raise skipped.error(name, advice(done, state, details))
             ending = loop.should_stop() and not last
             if ending or (loop.saves_last if last else done % c.checkpoint.every == 0):
+                heart.step(f"The checkpoint of {name}", clock, extra=True)
                 with clock("checkpoint"):
                     save(done, state)
             if ending:

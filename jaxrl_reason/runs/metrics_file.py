@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import contextlib
+import math
 import os
 from pathlib import Path
 import socket
@@ -115,6 +116,16 @@ def _lines(workdir: PathLike, name: str, resume_step: int | None) -> contextlib.
 def read_metrics(path: PathLike) -> list[dict[str, Any]]:
     """Returns the records of a `.jsonl` file of a run in order; see `files.read_json_lines` for its errors."""
     return list(files.read_json_lines(Path(path)))
+
+
+# With dynamic sampling, means over everything that was sampled; the metrics themselves are over the groups that are kept.
+_OVER_ALL = {"reward": "dynamic_sampling/reward", "completions/mean_length": "dynamic_sampling/mean_length"}
+
+
+def mean_over_all(metrics: Mapping[str, Any], name: str) -> float | None:
+    """Returns a metric of a step over all its completions, kept by dynamic sampling or not; None if it is unknown."""
+    value = metrics.get(_OVER_ALL.get(name, name), metrics.get(name))
+    return None if value is None or math.isnan(value) else value
 
 
 class _Events(files.AppendOnly):

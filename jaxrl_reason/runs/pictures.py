@@ -5,14 +5,15 @@ import io
 import math
 import os
 from pathlib import Path
+import textwrap
 from typing import Any
 
-from matplotlib.figure import Figure
 import numpy as np
+import rich.console
 from rich.table import Column, Table
 
 from jaxrl_reason.runs.files import writing
-from jaxrl_reason.runs.metrics_file import read_metrics
+from jaxrl_reason.runs.metrics_file import mean_over_all, read_metrics
 
 # Metrics that are shown with three places.
 _FINE = ("entropy", "r2", "rmse", "spearman", "spread", "density", "f1", "error", "loss", "margin")
@@ -21,10 +22,13 @@ _FINE = ("entropy", "r2", "rmse", "spearman", "spread", "density", "f1", "error"
 def plot_learning_curve(metrics_path: str | os.PathLike, out_png: str | os.PathLike, *, title: str) -> None:
     """Draws reward, its running mean and held-out accuracy (or R2) over steps; below them the mean completion length.
 
-    Reads the metrics `reward`, `eval/accuracy` or `eval/r2`, and `completions/mean_length` of a metrics.jsonl. A curve
-    without data is left out. Raises MetricsError for damaged metrics, and OSError for a file that is missing or cannot
-    be written.
+    The held-out metric has an axis of its own at the right, accuracy in percent. If all rewards are shares as well,
+    both axes have the same scale. Reads the metrics `reward`, `eval/accuracy` or `eval/r2`, and
+    `completions/mean_length` of a metrics.jsonl. A curve without data is left out. Raises MetricsError for damaged
+    metrics, and OSError for a file that is missing or cannot be written.
     """
+    from matplotlib.figure import Figure  # costs a fifth of a second; needed only at the end of a run
+
     records = read_metrics(metrics_path)
     figure = Figure(figsize=(8, 6), layout="constrained")  # not pyplot: no global state, no display
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
@@ -33,17 +37,15 @@ def plot_learning_curve(metrics_path: str | os.PathLike, out_png: str | os.PathL
         top.plot(steps, rewards, linewidth=0.7, alpha=0.4, color="tab:blue", label="reward")
         window = max(1, len(rewards) // 20)
         label = f"reward, mean of the last {window} steps"
-        top.plot(steps, _running_mean(rewards, window), color="tab:blue", label=label)
-    for name, label in (("eval/accuracy", "held-out accuracy"), ("eval/r2", "held-out R2")):
-        steps, values = _series(records, name)
-        if steps:
-            top.plot(steps, values, "o-", color="tab:orange", label=label)
-    if top.lines:
-        top.legend(loc="best")
-    top.set(ylabel="reward, held-out metric", title=title)
+        top.plot(steps, _running_mean(rewards, window), color="tab:blue", label=label, **_dots(steps))
+    _draw_held_out(top, records)
+    lines = [line for axis in figure.axes for line in axis.lines]
+    if lines:
+        top.legend(handles=lines, loc="best")
+    top.set(ylabel="reward", title=title)
     steps, lengths = _series(records, "completions/mean_length")
     if steps:
-        bottom.plot(steps, lengths, color="tab:green")
+        bottom.plot(steps, lengths, color="tab:green", **_dots(steps))
     bottom.set(xlabel="step", ylabel="mean length (tokens)")
     for axis in (top, bottom):
         axis.grid(alpha=0.3)
@@ -53,21 +55,73 @@ def plot_learning_curve(metrics_path: str | os.PathLike, out_png: str | os.PathL
         Path(out_png).write_bytes(drawn.getvalue())
 
 
-def summary_table(before: Mapping[str, float | None], after: Mapping[str, float | None]) -> Table:
-    """Returns the table that ends a run: one row per metric with its value before, its value after and the change.
+def _draw_held_out(rewards: Any, records: Sequence[Mapping[str, Any]]) -> None:
+    """Draws held-out accuracy or R2 on a second axis, next to the axis of the rewards."""
+    for name, label, factor in (("eval/accuracy", "held-out accuracy (%)", 100), ("eval/r2", "held-out R2", 1)):
+        steps, values = _series(records, name)
+        if not steps:
+            continue
+        right = rewards.twinx()
+        right.plot(steps, [factor * value for value in values], "o-", color="tab:orange", label=label)
+        right.set(ylabel=label)
+        _, drawn = _series(records, "reward")
+        if factor == 100 and all(0 <= reward <= 1 for reward in drawn):
+            rewards.set_ylim(-0.05, 1.05)
+            right.set_ylim(-5, 105)
+
+
+def print_summary(
+    console: rich.console.Console, before: Mapping[str, float | None], after: Mapping[str, float | None]
+) -> None:
+    """Prints the table that ends a run: one row per metric with its value before, its value after and the change.
 
     Accuracy and pass@k are shares, shown in percent. NaN and a metric that only one side has are shown as a dash. If
     one of the arguments is empty, the table has only the column of the other. Rows are in the order of `before`;
     metrics of `after` alone follow.
     An argument is for instance {"eval/accuracy": .41, "eval/pass@4": .6, "eval/mean_length": 37.2}.
     """
-    columns = {"before": bool(before), "after": bool(after), "change": bool(before and after)}
-    table = Table("", *(Column(heading, justify="right") for heading, shown in columns.items() if shown))
-    for name in dict.fromkeys([*before, *after]):
-        old, new = (math.nan if (x := side.get(name)) is None else x for side in (before, after))
-        change = cell(name, new - old, signed=True).replace("%", "points")
-        cells = [c for c, shown in zip((cell(name, old), cell(name, new), change), columns.values()) if shown]
-        table.add_row(name.rpartition("/")[2].replace("_", " "), *cells)
+    names = list(dict.fromkeys([*before, *after]))
+    columns: dict[str, list[str]] = {}
+    if before:
+        columns["before"] = [cell(name, before.get(name)) for name in names]
+    if after:
+        columns["after"] = [cell(name, after.get(name)) for name in names]
+    if before and after:
+        columns["change"] = [_change(name, before.get(name), after.get(name)) for name in names]
+    print_table(console, [name.rpartition("/")[2].replace("_", " ") for name in names], columns)
+
+
+def _change(name: str, old: float | None, new: float | None) -> str:
+    change = math.nan if old is None or new is None else new - old
+    return cell(name, change, signed=True).replace("%", "points")
+
+
+def print_table(
+    console: rich.console.Console, labels: Sequence[str], columns: Mapping[str, Sequence[str]], *, title: str = ""
+) -> None:
+    """Prints a table with one row per label and one column of cells per heading.
+
+    Headings wrap, and cells do not. Columns that do not fit in the width of the terminal follow in another table below.
+    """
+    endless = console.options.update(width=10_000)
+    natural_width = lambda chosen: console.measure(_table(labels, columns, chosen, title), options=endless).maximum
+    rest = list(columns)
+    while rest:
+        count = len(rest)
+        while count > 1 and natural_width(rest[:count]) > console.width:
+            count -= 1
+        console.print(_table(labels, columns, rest[:count], title))
+        rest = rest[count:]
+
+
+def _table(labels: Sequence[str], columns: Mapping[str, Sequence[str]], chosen: Sequence[str], title: str) -> Table:
+    """Returns a table with the chosen ones of the columns."""
+    table = Table(Column("", overflow="fold"), title=title or None)
+    for heading in chosen:
+        width = max(12, *map(len, columns[heading]))
+        table.add_column(textwrap.fill(heading, width), justify="right", no_wrap=True, overflow="fold")
+    for row in zip(labels, *(columns[heading] for heading in chosen)):
+        table.add_row(*row)
     return table
 
 
@@ -82,10 +136,21 @@ def cell(name: str, value: float | None, *, signed: bool = False) -> str:
     return f"{value:{sign}.3f}" if short.endswith(_FINE) else f"{value:{sign}.1f}"
 
 
+def reward_text(metrics: Mapping[str, Any]) -> str:
+    """Returns the mean reward of a step as text for the progress bar; a dash if no completion has a reward."""
+    reward = mean_over_all(metrics, "reward")
+    return "reward -" if reward is None else f"reward {reward:.3f}"
+
+
 def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Returns the steps and values of a metric, without the steps that lack it."""
-    points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+    """Returns the steps and values of a metric, see `mean_over_all`, without the steps that lack it."""
+    points = [(record["step"], x) for record in records if (x := mean_over_all(record, name)) is not None]
     return [step for step, _ in points], [value for _, value in points]
+
+
+def _dots(steps: Sequence[int]) -> dict[str, str]:
+    """Returns the marker of a curve: a line of one point cannot be seen."""
+    return {"marker": "o"} if len(steps) == 1 else {}
 
 
 def _running_mean(values: Sequence[float], window: int) -> np.ndarray:

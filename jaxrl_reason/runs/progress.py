@@ -64,6 +64,8 @@ class _Step(NamedTuple):
     begin: float
     limit: float  # seconds
     clock: "Clock"
+    compiling: str  # the end of its message, if it also compiles
+    usual: bool  # whether its duration says how long the next steps take
 
 
 class Heartbeat:
@@ -77,16 +79,24 @@ class Heartbeat:
         self._say, self._patience = say, patience
         self._times: list[float] = []  # seconds of the last steps
         self._step: _Step | None = None
+        self._compiles = True  # until the first step of the training has begun
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def step(self, name: str, clock: "Clock") -> None:
-        """Begins the next step, which ends the step before it."""
-        now = time.monotonic()
-        if self._step is not None:
+    def step(self, name: str, clock: "Clock", *, extra: bool = False) -> None:
+        """Begins the next step, which ends the step before it.
+
+        An `extra` step, such as an evaluation or a checkpoint, is not one of the training. Neither its duration nor that of
+        the first step, which also compiles, says how long the next steps take.
+        """
+        now, compiling = time.monotonic(), ""
+        if self._step is not None and self._step.usual:
             self._times = [*self._times[-19:], now - self._step.begin]
-        usual = statistics.median(self._times) if self._times else 0.0
-        self._step = _Step(name, now, max(self._patience, 5 * usual), clock)
+        if self._compiles:
+            compiling = "; it also compiles" if extra else "; the first step also compiles"
+        limit = max(self._patience, 5 * statistics.median(self._times) if self._times else 0.0)
+        self._step = _Step(name, now, limit, clock, compiling, not extra and not compiling)
+        self._compiles = self._compiles and extra
 
     def _watch(self) -> None:
         watched, due = None, 0.0
@@ -100,8 +110,7 @@ class Heartbeat:
             if took >= due:
                 due = 2 * took
                 part = f"is in its {step.clock.part}" if step.clock.part else "is not done"
-                compiling = "; the first step also compiles" if not self._times else ""
-                self._say(f"{step.name} has been going on for {duration(took)}, and {part}{compiling}.")
+                self._say(f"{step.name} has been going on for {duration(took)}, and {part}{step.compiling}.")
 
     def __enter__(self) -> Self:
         if self._patience:

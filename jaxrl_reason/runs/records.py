@@ -9,6 +9,7 @@ from jax.sharding import Sharding
 import numpy as np
 import rich.console
 
+from jaxrl_reason.config import Config
 from jaxrl_reason.data import Tokenizer
 from jaxrl_reason.rl import experience, hosts
 from jaxrl_reason.rl.programs import Programs
@@ -19,6 +20,7 @@ from jaxrl_reason.runs.watch import Watch
 
 
 def observer(
+    config: Config,
     table: SampleTable,
     programs: Programs,
     tokenizer: Tokenizer,
@@ -30,7 +32,7 @@ def observer(
 
     `weights` belong to the rewards, by name; `past` are the metrics of the steps done before.
     """
-    c, exact = programs.config, programs.needs.exact_sampler
+    c, exact = config, programs.needs.exact_sampler
     limit = c.sampling.mismatch_limit or (0.01 if exact else 1.0)  # in nats per token
     watch = Watch(functools.partial(console.print, soft_wrap=True), limit, past)
 
@@ -38,7 +40,8 @@ def observer(
         watch.look(metrics, lambda: describe_mismatch(step.batch, step.mismatch, tokenizer, programs.sharding))
         if hosts.is_first() and c.log.samples_every and (done % c.log.samples_every == 0 or done == c.steps):
             prompts = -(-c.log.samples // c.group_size)
-            write_samples(table, done, step, prompts, tokenizer, weights, programs.sharding)
+            hidden = c.reward.skip_special_tokens
+            write_samples(table, done, step, prompts, tokenizer, weights, programs.sharding, hidden)
 
     return written
 
@@ -51,6 +54,7 @@ def write_samples(
     tokenizer: Tokenizer,
     weights: Mapping[str, float],
     sharding: Sharding,
+    skip_special: bool = False,
 ) -> None:
     """Writes the completions of this process's first `prompts` prompts, with their rewards and advantages, to `table`."""
     batch = step.batch
@@ -61,11 +65,11 @@ def write_samples(
     if advantages.ndim == 3:  # per token: their mean over the completion
         advantages = (advantages * mask).sum(-1) / np.maximum(mask.sum(-1), 1)
     rewards = {name: r[:, : rollout.tokens.shape[1]] for name, r in rewards.items()}
-    decode = lambda tokens, masks: tokenizer.decode_batch([t[m].tolist() for t, m in zip(tokens, masks)])
+    live = lambda tokens, masks: [t[m].tolist() for t, m in zip(tokens, masks)]
     table.write(
         number,
-        decode(rollout.prompt_tokens, rollout.prompt_mask),
-        [decode(*group) for group in zip(rollout.tokens, rollout.mask)],
+        tokenizer.decode_batch(live(rollout.prompt_tokens, rollout.prompt_mask), skip_special),
+        [tokenizer.completions(live(*group), skip_special) for group in zip(rollout.tokens, rollout.mask)],
         rewards={name: np.asarray(r) for name, r in rewards.items()},
         total=np.asarray(experience.total_reward(rewards, weights)),
         advantages=advantages,
@@ -83,7 +87,7 @@ def describe_mismatch(batch: Experience, mismatch: Mismatch, tokenizer: Tokenize
         return f"{place}, which is on another process."
     rollout = jax.tree.map(lambda x: hosts.rows_to_host(x, sharding)[np.searchsorted(mine, p)], batch.rollout)
     ids = [rollout.tokens[g][rollout.mask[g]].tolist(), [int(rollout.tokens[g, t])]]
-    completion, token = tokenizer.decode_batch(ids)
+    completion, token = tokenizer.decode_batch(ids, skip_special=False)
     sampled = float(rollout.logprobs[g, t])
     # repr escapes control characters of a terminal.
     return (

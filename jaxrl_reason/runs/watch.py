@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from jaxrl_reason.rl import hosts
-from jaxrl_reason.runs.metrics_file import read_metrics
+from jaxrl_reason.runs.metrics_file import mean_over_all, read_metrics
 
 PATIENCE = 20  # steps in a row before a warning
 ENTROPY_FLOOR = 0.01  # nats per token: the policy is then certain of nine of ten tokens
@@ -71,7 +71,7 @@ class Watch:
         difference = metrics["sampling/logp_difference_max"]
         differs = difference is None or not difference <= self._limit  # True for NaN as well
         self._warn("mismatch", differs, lambda: self._mismatch(difference, worst()))
-        self._warn("missing", self._all(lambda m: m.get("completions/missing_reward_ratio") == 1), lambda: NO_REWARD)
+        self._warn("missing", self._all(_unrewarded), lambda: NO_REWARD)
         self._warn("reward", self._all(_tied), lambda: _equal_rewards(metrics))
         collapsed = self._all(lambda m: m["entropy"] is not None and m["entropy"] < ENTROPY_FLOOR and _learns(m))
         self._warn("entropy", collapsed, lambda: _low_entropy(metrics))
@@ -120,10 +120,17 @@ def _learns(metrics: Metrics) -> bool:
     return metrics.get("completions/missing_reward_ratio") != 1 and metrics.get("dynamic_sampling/groups") != 0
 
 
+def _unrewarded(metrics: Metrics) -> bool:
+    """Returns whether no completion of the step had a reward."""
+    if "dynamic_sampling/reward" in metrics:
+        return mean_over_all(metrics, "reward") is None
+    return metrics.get("completions/missing_reward_ratio") == 1
+
+
 def _tied(metrics: Metrics) -> bool:
     """Returns whether no group of the step had rewards that differ."""
     if "dynamic_sampling/kept_ratio" in metrics:
-        return metrics["dynamic_sampling/kept_ratio"] == 0
+        return metrics["dynamic_sampling/kept_ratio"] == 0 and not _unrewarded(metrics)
     return metrics["frac_reward_zero_std"] == 1 and _learns(metrics)
 
 

@@ -9,9 +9,10 @@ import shutil
 from typing import Any, Protocol
 
 from jaxrl_reason import config as config_lib
-from jaxrl_reason import models
+from jaxrl_reason import methods, models
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data import fitted, load_tokenizer, Tokenizer
+from jaxrl_reason.data.parsers import kind_of
 from jaxrl_reason.models.formats.weights import read_json
 from jaxrl_reason.runs import checkpoints
 from jaxrl_reason.runs.files import write_json, writing
@@ -19,7 +20,7 @@ from jaxrl_reason.runs.files import write_json, writing
 _log = logging.getLogger(__name__)
 # Fields that a resumed run may change: its length, its evaluation, its files, its devices, its limits.
 MAY_CHANGE = (
-    *("steps", "mesh", "checkpoint", "eval", "log"),
+    *("steps", "mesh", "checkpoint", "eval", "log", "compilation_cache"),
     *("reward.workers", "reward.timeout_s", "reward.memory_mb", "reward.max_failure_share"),
     *("sampling.mismatch_limit", "optimizer.max_skipped"),
 )
@@ -62,6 +63,10 @@ class Workdir:
             raise ConfigError(
                 f"{self.path} holds another run: {listed}. Restore the old values, or choose another --workdir."
             )
+
+    def is_finished(self, steps: int) -> bool:
+        """Returns whether there is a checkpoint after `steps` steps, those of the supervised phase included."""
+        return max(checkpoint_numbers(self.path), default=-1) >= steps
 
     def tokenizer(self, make: Callable[[], Tokenizer]) -> Tokenizer:
         """Returns the tokenizer that the run began with; a new one, from `make`, if the run has not begun."""
@@ -147,22 +152,22 @@ def load_config(workdir: pathlib.Path, fields: Mapping[str, str]) -> Config:
     for name, text in fields.items():
         config_lib.override(config, name, text)
     if "data.eval" in fields and "data.eval_split" not in fields:
-        config.data.eval_split = "all" if config.data.eval.endswith((".jsonl", ".parquet", ".csv")) else "test"
+        config.data.eval_split = "all" if kind_of(config.data.eval) else "test"
     if config.eval.temperature == 0 and "eval.samples" not in fields:
         config.eval.samples = 1  # greedy completions are all alike
-    config_lib.validate(config)
+    try:
+        config_lib.validate(config)
+    except ConfigError as e:
+        used = [*str(config.method.get("name")).split("+"), config.method.get("base") or "grpo"]
+        if all(name in methods.names() for name in used):
+            raise
+        raise ConfigError(f"{e} If the run's recipe registers it, name the recipe: --config=FILE.") from e
     return config
 
 
 def checkpoint_numbers(workdir: pathlib.Path) -> list[int]:
-    """Returns the numbers of the complete checkpoints of a run, newest first."""
-    return numbers_in(workdir / "checkpoints")
-
-
-def numbers_in(directory: pathlib.Path) -> list[int]:
-    """Returns the file names in a directory that are numbers, largest first; none if the directory does not exist."""
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    return sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True)
+    """Returns the numbers of the checkpoints of a run, newest first."""
+    return checkpoints.numbers_in(workdir / "checkpoints")
 
 
 def load_weights(
@@ -177,15 +182,19 @@ def load_weights(
     numbers = checkpoint_numbers(workdir)
     if not numbers:
         raise ConfigError(f"The run in {workdir} has no checkpoint yet; train it first.")
-    if number is not None and number not in numbers:
-        raise ConfigError(f"The run in {workdir} has no checkpoint {number}; it has {', '.join(map(str, numbers))}.")
     directory = workdir / "checkpoints"
+    complete = [n for n in numbers if checkpoints.is_complete(directory / str(n))]
+    listed = ", ".join(map(str, complete)) or "none"
+    if number is not None and number not in complete:
+        what = "only a part of checkpoint" if number in numbers else "no checkpoint"
+        raise ConfigError(f"The run in {workdir} has {what} {number}; it has {listed}.")
     trained, frozen = models.lora.split(model, like)
     wanted = {"trained": trained} | ({"frozen": frozen} if frozen else {})
     found, parts, faults = checkpoints.read_newest(directory, numbers if number is None else [number], wanted)
     messages = [f"Checkpoint {directory / str(bad)} cannot be read: {fault}" for bad, fault in faults.items()]
     if found is None:
-        raise ConfigError(messages[0])
+        others = [str(n) for n in complete if n not in faults]
+        raise ConfigError(messages[0] + (f" Choose another one: --checkpoint={' or '.join(others)}." if others else ""))
     for message in messages:
         _log.warning("%s", message)
     return found, models.lora.join(parts["trained"], parts.get("frozen", {}))

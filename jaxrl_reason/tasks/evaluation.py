@@ -12,7 +12,8 @@ from jaxrl_reason.config import Config
 from jaxrl_reason.data import PromptBatch
 from jaxrl_reason.models import sharding
 from jaxrl_reason.rewards import RewardError
-from jaxrl_reason.rewards.numeric import extract_answer, parse_number
+from jaxrl_reason.rewards.answers import extract_answer
+from jaxrl_reason.rewards.numeric import parse_number
 from jaxrl_reason.rewards.scorer import each, RewardScorer
 from jaxrl_reason.rl import experience, hosts
 from jaxrl_reason.rl.types import Rollout
@@ -64,6 +65,7 @@ def sample_and_judge(
     scorer: RewardScorer,
     tokenizer: data.Tokenizer | None = None,
     *,
+    skip_special: bool = False,
     answers_of: AnswersOf | None = None,
     verdict: str = "",
     self_reward: Callable[[Rollout], np.ndarray] | None = None,
@@ -76,6 +78,7 @@ def sample_and_judge(
         policies are compared on the same noise.
       batches: from `data.eval_prompts`; rows of weight 0 are left out.
       tokenizer: decodes completions, on the first process only; None: there are no texts and no answers.
+      skip_special: leaves special tokens out of the texts, as the rewards read them.
       answers_of: (completions [P][K], rows) -> final answers, equal and hashed alike if two are the same, or None; by
         default `final_answer` of each completion.
       verdict: the reward whose value > 0.5 means correct; empty: the scorer's verdict.
@@ -104,7 +107,7 @@ def sample_and_judge(
         rows += [row for row, counts in zip(batch.rows, real) if counts]
         if tokenizer is not None:
             ids = [[t[live].tolist() for t, live in zip(*group)] for group in zip(tokens[real], mask[real])]
-            texts += [tokenizer.decode_batch(group) for group in ids]
+            texts += [tokenizer.completions(group, skip_special) for group in ids]
     together = jax.tree.map(lambda *x: np.concatenate(x), *parts)
     find = answers_of or each(final_answer)
     answers = hosts.agree(lambda: find(texts, rows) if texts else None, RewardError)
@@ -210,7 +213,7 @@ def all_metrics(found: Evaluated, temperature: float) -> dict[str, float]:
         raise ValueError("These completions are not decoded, so they have no answers to count.")
     correct, lengths = found.correct, found.lengths
     prompts, samples = correct.shape
-    low, high = metrics.bootstrap_interval(correct.mean(axis=1))
+    low, high = metrics.accuracy_interval(correct.mean(axis=1))
     out = {
         "accuracy": float(correct.mean()),
         "accuracy_low": low,

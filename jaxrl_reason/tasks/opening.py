@@ -5,7 +5,7 @@ import pathlib
 import jax
 
 from jaxrl_reason import runs
-from jaxrl_reason.config import Config, ConfigError
+from jaxrl_reason.config import Config, ConfigError, remote
 from jaxrl_reason.methods import Method
 from jaxrl_reason.models import sharding
 from jaxrl_reason.tasks import text
@@ -19,6 +19,8 @@ def open_task(config: Config, method: Method, mesh: jax.sharding.Mesh, workdir: 
     The devices of `mesh` share the prompts of a batch. The work directory need not exist. Raises ConfigError,
     RewardError, ValueError or OSError if the run cannot begin; the message names the cause and its place.
     """
+    if elsewhere := remote(str(workdir)):
+        raise ConfigError(f"The work directory is {str(workdir)!r}, and must be on this machine: {elsewhere}.")
     sharding.check_batch(mesh, "config.prompts_per_step", config.prompts_per_step)
     if config.supervised.steps:
         sharding.check_batch(mesh, "config.supervised.batch_size", config.supervised.batch_size)

@@ -51,7 +51,7 @@ def load_weights(
     `opened` None: the model is opened again, at the commit that `source`, its config.json, records. If the run adds
     tokens before the model's own, `vocab_size` is the number of ids of the pretrained model.
     """
-    opened = opened or models.open_model(models.pinned(config.model.path, source or {}))
+    opened = opened or models.reopen(config.model.path, source or {})
     base = models.place_weights(opened, base_shape(model, vocab_size), mesh)
     if vocab_size is not None:
         _add_tokens(base, model, mesh, model.vocab_size - vocab_size)

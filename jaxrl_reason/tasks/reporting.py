@@ -2,16 +2,17 @@
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import itertools
 import json
 import math
 import pathlib
 from typing import Any
 
-from matplotlib.figure import Figure
 import numpy as np
 from rich.table import Column, Table
 
 from jaxrl_reason import data
+from jaxrl_reason.config import ConfigError
 from jaxrl_reason.data.tables import TargetScaler
 from jaxrl_reason.methods import Method
 from jaxrl_reason.runs.files import finite, write_json, write_text
@@ -31,6 +32,42 @@ def headlines(method: Method) -> tuple[str, ...]:
     if "answer_confidence" in method.signals:
         shown += ["distinct_right_answers", "entropy"]
     return tuple(shown)
+
+
+def results_directory(chosen: pathlib.Path | None, workdir: pathlib.Path, record: Mapping[str, Any]) -> pathlib.Path:
+    """Makes and returns the directory for the results of an evaluation; it holds no results of another one.
+
+    It is `chosen`, if that is not None. Otherwise it is the first of WORKDIR/evaluation, WORKDIR/evaluation-2, ... that is
+    free, or holds the same evaluation: an equal `record`, up to the command line and the results. Raises ConfigError if
+    `chosen` is a file or holds another evaluation.
+    """
+    if chosen is None:
+        names = itertools.chain(["evaluation"], (f"evaluation-{i}" for i in itertools.count(2)))
+        chosen = next(path for name in names if not _holds_other(path := workdir / name, record))
+    elif chosen.exists() and not chosen.is_dir():
+        raise ConfigError(f"--out={chosen} is a file; name a directory.")
+    elif _holds_other(chosen, record):
+        raise ConfigError(f"--out={chosen} holds another evaluation; name another directory, or remove this one.")
+    chosen.mkdir(parents=True, exist_ok=True)
+    return chosen
+
+
+def _holds_other(directory: pathlib.Path, record: Mapping[str, Any]) -> bool:
+    """Returns whether a directory holds results of another evaluation, or is a file."""
+    file = directory / "evaluation.json"
+    if not file.exists():
+        return directory.exists() and not directory.is_dir()
+    try:
+        return _identity(json.loads(file.read_bytes())) != _identity(json.loads(json.dumps(record)))
+    except (ValueError, TypeError, KeyError, AttributeError):  # of an earlier version, or not ours
+        return True
+
+
+def _identity(record: Mapping[str, Any]) -> list[Any]:
+    """Returns what decides the results of an evaluation, from its record."""
+    without = ("steps", "mesh", "checkpoint", "log")  # sections that change no result
+    config = {name: value for name, value in record["config"].items() if name not in without}
+    return [record["checkpoint"], record["data"], config]
 
 
 def write_results(
@@ -152,6 +189,8 @@ def plot_predictions(samples: np.ndarray, targets: np.ndarray, path: pathlib.Pat
 @contextlib.contextmanager
 def _two_plots(path: pathlib.Path, title: str) -> Iterator[Any]:
     """Yields the axes of two plots side by side, and then writes the picture."""
+    from matplotlib.figure import Figure  # costs a fifth of a second; needed only at the end
+
     figure = Figure(figsize=(10, 4), layout="constrained")  # not pyplot, which needs global state and a display
     figure.suptitle(title)
     axes = figure.subplots(1, 2)

@@ -15,10 +15,13 @@ from jaxrl_reason.models import sharding
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.programs import Programs
 from jaxrl_reason.rl.types import Rollout, TrainState
+from jaxrl_reason.runs import checkpoints
 from jaxrl_reason.runs.files import write_json
 from jaxrl_reason.runs.workdir import Workdir
 
 Weights = Callable[[], models.Params]  # the policy's weights as rollouts read them
+# LaSeR's constant, or rollout -> log-probabilities f32[P, G] of the probe token under the reference policy; None: unknown
+ProbeReference = float | jax.Array | Callable[[Rollout], np.ndarray] | None
 BATCHES = 4  # prompt batches over whose completions the constant is averaged
 
 
@@ -47,19 +50,60 @@ def probe_token(method: Method, tokenizer: data.Tokenizer) -> int | None:
     return tokenizer.pad_id
 
 
-def self_reward_of(method: Method, c_ref: float | jax.Array | None) -> Callable[[Rollout], np.ndarray] | None:
-    """Returns rollout -> self-rewards f32[P, G], NaN if truncated; None without LaSeR's constant or a self-reward."""
+def self_reward_of(method: Method, reference: ProbeReference) -> Callable[[Rollout], np.ndarray] | None:
+    """Returns rollout -> self-rewards f32[P, G], NaN if truncated; None without a reference or a self-reward."""
     settings = method.loss.find("self_reward")
-    if c_ref is None or not settings:
+    if reference is None or not settings:
         return None
-    beta, offset = settings.beta, float(c_ref)
+    log_ref = reference if callable(reference) else lambda _: reference
 
     def self_rewards(rollout: Rollout) -> np.ndarray:
         assert rollout.probe_logprobs is not None  # the method has a probe token
-        probe = hosts.to_host(rollout.probe_logprobs)
-        return np.where(hosts.to_host(rollout.truncated), np.nan, beta * (probe - offset))
+        probe, offset = hosts.to_host(rollout.probe_logprobs), np.asarray(log_ref(rollout), np.float32)
+        return np.where(hosts.to_host(rollout.truncated), np.nan, settings.beta * (probe - offset))
 
     return self_rewards
+
+
+def is_exact(method: Method) -> bool:
+    """Returns whether a method scores the probe token of every completion under the reference policy."""
+    settings = method.loss.find("self_reward")
+    return bool(settings and settings.reference == "exact")
+
+
+def probe_reference(
+    method: Method, programs: Programs, c_ref: ProbeReference, reference: models.Params | None, frozen: models.Params
+) -> ProbeReference:
+    """Returns the log-probabilities that the self-rewards of an evaluation subtract, as those of training do.
+
+    They are `c_ref`, or with LaSeR's reference="exact" those of the probe token under the reference policy, whose trained
+    weights are `reference`.
+    """
+    if not is_exact(method) or reference is None:
+        return c_ref
+    params = models.lora.join(reference, frozen)
+
+    def log_ref(rollout: Rollout) -> np.ndarray:
+        scored = programs.compute_logprobs(params, rollout).probe_logprobs
+        assert scored is not None  # the method has a probe token
+        return hosts.to_host(scored)
+
+    return log_ref
+
+
+def read_reference(
+    method: Method, programs: Programs, workdir: pathlib.Path, params: models.Params, model: models.ModelConfig
+) -> ProbeReference:
+    """Returns the `probe_reference` of a run, whose weights are `params`; None before the run has one.
+
+    Raises ConfigError for a damaged self_reward.json, and CheckpointError for damaged weights in start/.
+    """
+    if is_exact(method):
+        trained, frozen = models.lora.split(model, params)
+        start = workdir / "start"
+        reference = checkpoints.load_params(start, trained) if start.is_dir() else None
+        return probe_reference(method, programs, None, reference, frozen)
+    return read_constant(workdir) if method.loss.find("self_reward") else None
 
 
 def read_constant(workdir: pathlib.Path) -> float | None:
@@ -74,12 +118,12 @@ def read_constant(workdir: pathlib.Path) -> float | None:
 def constant(
     method: Method, programs: Programs, prompts: Any, work: Workdir, state: TrainState, weights: Weights
 ) -> jax.Array | None:
-    """Returns c_ref, f32 scalar, measured at step 0 and kept in self_reward.json; None without a self-reward.
+    """Returns c_ref, f32 scalar, measured at step 0 and kept in self_reward.json.
 
-    Evaluation uses it even if training scores every completion under the reference policy (reference "exact").
+    None without a self-reward, and if training scores every completion under the reference policy (reference="exact").
     `prompts` gives batches of training prompts by number. Raises ConfigError when no completion ended.
     """
-    if not method.loss.find("self_reward"):
+    if not method.loss.find("self_reward") or is_exact(method):
         return None
     file = work.path / "self_reward.json"
     if int(state.step) == 0:

@@ -11,6 +11,7 @@ from jaxrl_reason.methods import Method
 from jaxrl_reason.models.formats.weights import read_json
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs import pictures, read_metrics
+from jaxrl_reason.runs.files import write_json
 from jaxrl_reason.tasks.reporting import BASELINES, headlines
 
 
@@ -19,9 +20,25 @@ def picture_of(workdir: pathlib.Path) -> pathlib.Path:
     return workdir / "learning_curve.png"
 
 
+_SETTINGS = "eval_settings.json"
+_EARLIER = "evaluation.json"  # its name in work directories of earlier versions
+
+
 def evaluation_settings(config: Config) -> dict[str, Any]:
     """Returns the settings of an evaluation. Two evaluations are compared only if these are equal."""
     return dataclasses.asdict(config.eval) | {"every": None}
+
+
+def write_settings(workdir: pathlib.Path, config: Config) -> None:
+    """Writes the settings of the evaluation before training to eval_settings.json."""
+    write_json(workdir / _SETTINGS, evaluation_settings(config))
+    (workdir / _EARLIER).unlink(missing_ok=True)
+
+
+def _measured_alike(workdir: pathlib.Path, config: Config) -> bool:
+    """Returns whether the evaluation before training had the settings of the configuration."""
+    files = [file for name in (_SETTINGS, _EARLIER) if (file := workdir / name).exists()]
+    return bool(files) and read_json(files[0]) == evaluation_settings(config)
 
 
 def report(
@@ -42,8 +59,7 @@ def report(
             metrics = {k: v for k, v in line.items() if k.startswith("eval/") and k != "eval/prompts"}
             evaluations["after" if line["step"] else "before"] = metrics
         baselines |= {k: v for k, v in line.items() if k.startswith(BASELINES)}
-    settings = workdir / "evaluation.json"
-    if "before" in evaluations and not (settings.exists() and read_json(settings) == evaluation_settings(config)):
+    if "before" in evaluations and not _measured_alike(workdir, config):
         console.print(
             "The evaluation before training is not compared, because config.eval has changed since.", soft_wrap=True
         )
@@ -53,7 +69,7 @@ def report(
         before, after = (
             {k: v for k, v in evaluations.get(side, {}).items() if k.startswith(shown)} for side in ("before", "after")
         )
-        console.print(pictures.summary_table(before, after))
+        pictures.print_summary(console, before, after)
     if baselines:
         console.print("Baselines: " + ", ".join(f"{name} {pictures.cell(name, x)}" for name, x in baselines.items()))
     scratch = picture.with_suffix(".tmp")

@@ -37,10 +37,9 @@ def train(
     console: rich.console.Console,
     should_stop: Callable[[], bool],
 ) -> TrainState:
-    """Runs the supervised phase, if the run has one: cross-entropy on worked solutions, with checkpoints and metrics of its own."""
+    """Runs the supervised phase: cross-entropy on worked solutions, with checkpoints and metrics of its own."""
     solutions = task.solutions
-    if not solutions:
-        return state
+    assert solutions is not None  # the run has config.supervised.steps
 
     def step(i: int, state: TrainState, clock: Clock):
         state, metrics = programs.supervised_update(state, solutions.batch(i))

@@ -17,9 +17,9 @@ from jaxrl_reason.rl import programs
 from jaxrl_reason.rl.types import Rollout
 from jaxrl_reason.runs.workdir import Workdir
 from jaxrl_reason.tasks.regression import Digits, NumberScorer, Stream
+from jaxrl_reason.tasks.self_reward import ProbeReference
 
 Generate = Callable[[PromptBatch], Rollout]
-SelfRewardConstant = float | jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,20 +43,20 @@ class Task:
     held_out: list[PromptBatch]  # batches of held-out prompts, all of one size
     scorer: RewardScorer | NumberScorer  # computes the rewards of a rollout
     verdict: str  # the reward that judges held-out samples
-    judge: Callable[[Generate, Any, SelfRewardConstant], Judged]  # samples and judges, see `evaluate`
+    judge: Callable[[Generate, Any, ProbeReference], Judged]  # samples and judges, see `evaluate`
     legal: np.ndarray | None = None  # bool[T, V], tokens allowed at each position; None: all
     expert: Callable | None = None  # targets of the expert term, see `experience.make_experience`
     probe_token: int | None = None  # id of LaSeR's probe token; None without self-rewards
 
     def evaluate(
-        self, generate: Generate, scorer: RewardScorer | NumberScorer, c_ref: SelfRewardConstant = None
+        self, generate: Generate, scorer: RewardScorer | NumberScorer, reference: ProbeReference = None
     ) -> dict[str, float]:
         """Evaluates a run in progress and returns metrics named eval/...
 
         The keys of `generate` are the same in every evaluation; `scorer` is the task's, with a reward model if the run
-        has one; `c_ref` is LaSeR's constant, f32 scalar, or None.
+        has one; `reference` is that of LaSeR's self-rewards.
         """
-        return self.judge(generate, scorer, c_ref).summary()
+        return self.judge(generate, scorer, reference).summary()
 
     def with_reward_model(self, score: RewardModelScorer) -> Self:
         """Returns the task with a reward model in its scorer, see `RewardScorer.with_reward_model`."""
@@ -71,13 +71,30 @@ class TrainingTask(Task):
 
     _: dataclasses.KW_ONLY
     work: Workdir  # checked but not yet written to
-    prompts: data.PromptStream | Stream[PromptBatch]  # `batch(i)` returns the i-th batch for RL
-    solutions: data.SolutionStream | Stream[SolutionBatch] | None  # of the supervised phase; None without it
+    # Reads all training rows when it is called first. Returns the streams of the supervised phase, None without it, and
+    # of RL; `batch(i)` of a stream returns its i-th batch.
+    streams: Callable[
+        [], tuple[data.SolutionStream | Stream[SolutionBatch] | None, data.PromptStream | Stream[PromptBatch]]
+    ]
     # Metrics of other approaches on the same data, measured once per run.
     baselines: Callable[[], dict[str, float]] = dict
     # The model that a new run begins with; None if there is none or the work directory records it already.
     pretrained: models.Opened | None = None
     load_weights: Callable[[], models.Params] | None = None  # the pretrained weights, on the mesh; None: random weights
+
+    prompts = property(lambda self: self.streams()[1])
+    solutions = property(lambda self: self.streams()[0])
+
+    def trimmed_lengths(self, config: Config) -> str:
+        """Returns a sentence if batches are shorter than the configured lengths; they are padded to their longest row."""
+        found = {"Prompts": (self.prompts.batch(0).tokens.shape[1], "max_prompt_length")}
+        if self.solutions:
+            found["Solutions"] = self.solutions.batch(0).completion_tokens.shape[1], "max_completion_length"
+        return " ".join(
+            f"{kind} have at most {length} tokens, and are padded to {length} instead of config.{field} ({limit})."
+            for kind, (length, field) in found.items()
+            if length < (limit := getattr(config, field))
+        )
 
 
 def build_programs(config: Config, method: Method, task: Task, mesh: jax.sharding.Mesh) -> programs.Programs:

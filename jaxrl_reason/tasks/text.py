@@ -13,13 +13,14 @@ from jaxrl_reason.config import Config
 from jaxrl_reason.data.values import altered, held_out_values, read_numbers, read_values
 from jaxrl_reason.methods import Method
 from jaxrl_reason.models import sharding
+from jaxrl_reason.rewards.output import Output
 from jaxrl_reason.rewards.scorer import RewardScorer
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.requirements import requirements
 from jaxrl_reason.runs.workdir import model_source, tokenizer_of, Workdir
 from jaxrl_reason.tasks import evaluation, pretrained, reporting
-from jaxrl_reason.tasks.self_reward import probe_token, self_reward_of
-from jaxrl_reason.tasks.task import Generate, Judged, SelfRewardConstant, Task, TrainingTask
+from jaxrl_reason.tasks.self_reward import probe_token, ProbeReference, self_reward_of
+from jaxrl_reason.tasks.task import Generate, Judged, Task, TrainingTask
 
 
 def open_for_training(
@@ -29,7 +30,6 @@ def open_for_training(
     c = config
     train_rows = _read(c, c.data.train, c.data.train_split, c.data.columns)
     eval_rows = _held_out_rows(c)
-    data.warn_of_repeats(train_rows, eval_rows, data.get_template(c.data.template).render_prompt)
     columns = {name: _column(c, train_rows, name) for name in requirements(c, method).columns}
     work = Workdir(workdir, c, f"{train_rows.fingerprint}/{eval_rows.fingerprint}")
     source, opened = pretrained.find(c, work.path)
@@ -37,19 +37,22 @@ def open_for_training(
     model = config_lib.model_config(c, tokenizer.vocab_size, source)
     if opened is not None:
         models.check_weights(opened, pretrained.base_shape(model))
-    scorer = _scorer(c, tokenizer, mesh)
-    solutions, prompts = _streams(c, mesh, train_rows, tokenizer, columns)
+    scorer = _scorer(c, tokenizer, mesh, work.path)
+    streams = functools.cache(lambda: _streams(c, mesh, train_rows, tokenizer, columns))
     values = held_out_values(eval_rows, "values" in method.signals) if c.eval.every else None
     task = _task(c, method, eval_rows, tokenizer, model, scorer, batch_size=c.prompts_per_step, values=values)
-    for batch in (prompts.batch(0), *(task.held_out if c.eval.every else ())):
-        scorer.check(batch.rows)
-    scorer.check_references(train_rows)
-    if c.eval.every:
-        scorer.check_references(eval_rows, c.eval.prompts)
+    if not work.is_finished(c.supervised.steps + c.steps):  # a finished run has passed these checks, which take seconds
+        turns = data.get_template(c.data.template).turns
+        data.warn_of_repeats(train_rows, eval_rows, lambda row: "\n".join(turn["content"] for turn in turns(row)))
+        for batch in (streams()[1].batch(0), *(task.held_out if c.eval.every else ())):
+            scorer.check(batch.rows)
+        scorer.check_references(train_rows)
+        if c.eval.every:
+            scorer.check_references(eval_rows, c.eval.prompts)
+        if hosts.is_first() and not (work.path / "metrics.jsonl").exists():  # RL has not begun
+            scorer.try_out(_spread(train_rows), c.group_size)
     load = functools.partial(pretrained.load_weights, c, opened, source, model, mesh) if c.model.path else None
-    return TrainingTask(
-        **vars(task), work=work, prompts=prompts, solutions=solutions, pretrained=opened, load_weights=load
-    )
+    return TrainingTask(**vars(task), work=work, streams=streams, pretrained=opened, load_weights=load)
 
 
 def open_for_evaluation(config: Config, method: Method, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> Task:
@@ -58,7 +61,7 @@ def open_for_evaluation(config: Config, method: Method, mesh: jax.sharding.Mesh,
     values = held_out_values(rows, "values" in method.signals)
     tokenizer = tokenizer_of(workdir)
     model = config_lib.model_config(c, tokenizer.vocab_size, model_source(workdir))
-    scorer = _scorer(c, tokenizer, mesh)
+    scorer = _scorer(c, tokenizer, mesh, workdir)
     batch_size = evaluation.batch_size(c, mesh, len(rows))
     task = _task(c, method, rows, tokenizer, model, scorer, batch_size=batch_size, values=values)
     for batch in task.held_out:
@@ -84,10 +87,18 @@ def _task(
         rows, tokenizer, template, c.eval.prompts, batch_size=batch_size, **_prompt_options(c, tokenizer)
     )
 
-    def judge(generate: Generate, scorer: RewardScorer, c_ref: SelfRewardConstant) -> Judged:
-        answers, reward = scorer.answers_of(verdict), self_reward_of(method, c_ref)
+    def judge(generate: Generate, scorer: RewardScorer, reference: ProbeReference) -> Judged:
+        answers, reward = scorer.answers_of(verdict), self_reward_of(method, reference)
         found = evaluation.sample_and_judge(
-            generate, batches, scorer, tokenizer, answers_of=answers, verdict=verdict, self_reward=reward, values=values
+            generate,
+            batches,
+            scorer,
+            tokenizer,
+            skip_special=c.reward.skip_special_tokens,
+            answers_of=answers,
+            verdict=verdict,
+            self_reward=reward,
+            values=values,
         )
         return Judged(
             summary=functools.partial(evaluation.summary_metrics, found, c.eval.temperature),
@@ -101,15 +112,23 @@ def _task(
     return Task(tokenizer, model, source, batches, scorer, verdict, judge, probe_token=probe)
 
 
-def _scorer(c: Config, tokenizer: data.Tokenizer, mesh: jax.sharding.Mesh) -> RewardScorer:
+def _scorer(c: Config, tokenizer: data.Tokenizer, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> RewardScorer:
     template = config_lib.prompt_template(c, tokenizer)
-    return RewardScorer(c.reward, tokenizer=tokenizer, template=template, sharding=sharding.batch_sharding(mesh))
+    output = Output(workdir / ("rewards.log" if hosts.is_first() else f"rewards.{jax.process_index()}.log"))
+    return RewardScorer(
+        c.reward, tokenizer=tokenizer, template=template, sharding=sharding.batch_sharding(mesh), output=output
+    )
 
 
 def _read(c: Config, name: str, split: str, columns: dict[str, str]) -> data.Source:
     return data.load_source(
         name, split, data_dir=c.data.data_dir or None, columns=columns, on_bad_row=c.data.on_bad_row
     )
+
+
+def _spread(rows: data.Source) -> list[dict[str, Any]]:
+    """Returns the first row, one in the middle and the last: rows at one place can share a fault."""
+    return rows.read(sorted({0, len(rows) // 2, len(rows) - 1}))
 
 
 def _held_out_rows(c: Config) -> data.Source:

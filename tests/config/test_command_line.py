@@ -7,7 +7,7 @@ import pytest
 from helpers.configurations import default, LEAVES, one_sentence
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import methods, train
-from jaxrl_reason.config import Config, ConfigError, validate
+from jaxrl_reason.config import Config, ConfigError, two_columns, validate
 from jaxrl_reason.runs.command import parse
 
 
@@ -121,15 +121,36 @@ def test_a_recipe_must_be_a_python_file(tmp_path):
         config_lib.load(path)
 
 
-@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["--config=x.py", "--help"]])
-def test_help_lists_every_field_and_every_method(argv, capsys):
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_help_lists_every_field_and_every_method(argv, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "90")
     assert train.main(argv) == 0
     text = capsys.readouterr().out
+    entries = {  # name -> the lines of its entry, as one
+        words[0].partition("=")[0]: " ".join(words)
+        for entry in re.split(r"\n(?=  ?\S)|\n\n", text)
+        if (words := entry.split())
+    }
     for name, (field, _) in LEAVES.items():
-        line = re.search(rf"^ *--config\.{re.escape(name)}=(.*)$", text, re.M)
-        assert line and repr(default(name)) in line[1] and field.metadata["help"] in line[1], name
-        assert all(choice in line[1] for choice in field.metadata["choices"] or ()), name
+        entry = entries[f"--config.{name}"]
+        assert f"={default(name)!r}" in entry and " ".join(field.metadata["help"].split()) in entry, name
+        assert all(choice in entry for choice in field.metadata["choices"] or ()), name
     for name in methods.names():
-        line = re.search(rf"^ *{name} (.*)$", text, re.M)
-        assert line and all(f"{k}={v}" in line[1] for k, v in methods.keywords(name).items()), name
+        entry = entries[name]
+        assert all(f"{k}={v!r}" in entry for k, v in methods.keywords(name).items()), name
+        assert methods.summary(name) in entry and re.search(r"arXiv \d{4}\.\d{5}", entry), name
     assert "--workdir" in text and "--config=" in text
+
+
+def test_two_columns():
+    rows = [("--a=1", "one two three four five --long-flag-in-one-piece"), ("--a-long-name", "x\ny"), ("b", "")]
+    assert two_columns(rows, 32).splitlines() == [
+        "  --a=1          one two three",
+        "                 four five",
+        "                 --long-flag-in-one-piece",
+        "  --a-long-name  x",
+        "                 y",
+        "  b",
+    ]
+    assert two_columns(rows, 24).splitlines()[4:7] == ["  --a-long-name", "              x", "              y"]
+    assert two_columns([], 80) == ""

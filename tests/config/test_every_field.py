@@ -52,6 +52,8 @@ def rows(tmp_path_factory):
         "def pid(completions, **_):\n"
         "    time.sleep(0.5)\n"
         "    return [float(os.getpid())] * len(completions)\n"
+        "def length(completions, **_):\n"
+        "    return [float(len(text)) for text in completions]\n"
         "def always(completions, **_):\n"
         "    return [1.0] * len(completions)\n"
     )
@@ -116,8 +118,9 @@ EFFECTS = {
     "steps": (2, after_training(see.metric_steps), TRAINED),
     "prompts_per_step": (8, see.rollout_shape, {}),
     "group_size": (8, see.rollout_shape, {}),
-    "max_prompt_length": (20, see.rollout_shape, {}),
+    "max_prompt_length": (200, see.rollout_shape, LONG | dict(data__on_long_prompt="skip")),
     "max_completion_length": (9, see.rollout_shape, {}),
+    "compilation_cache": ("here", see.compilation_cache, {}),
     "method": ({"name": "rloo"}, see.prepared, {}),
     "model.path": (f"{HERE}/nowhere", see.prompts, {}),
     "lora.rank": (2, see.model, {}),
@@ -202,6 +205,7 @@ EFFECTS = {
         see.scored,
         dict(reward__functions=["accuracy", f"{HERE}/reward.py:often_fails"]),
     ),
+    "reward.skip_special_tokens": (True, see.scored, dict(reward__functions=[f"{HERE}/reward.py:length"])),
     "reward.workers": (3, see.workers, dict(reward__functions=[f"{HERE}/reward.py:pid"], reward__workers=1)),
     "reward.timeout_s": (0.3, see.scored, dict(reward__functions=[f"{HERE}/reward.py:heavy"])),
     "reward.memory_mb": (64, see.scored, dict(reward__functions=[f"{HERE}/reward.py:heavy"])),
@@ -210,6 +214,8 @@ EFFECTS = {
     "sampling.quantize": ("int8", see.sampled, {}),
     "sampling.importance_cap": (0.5, see.loss, dict(sampling__quantize="int8")),
     "sampling.mask_truncated_completions": (True, see.prepared, {}),
+    "sampling.halvings": (1, see.rollout_program, {}),
+    "sampling.cache_pieces": (2, see.rollout_program, {}),
     "sampling.parts": (2, see.drawn, {}),
     "sampling.max_batches": (3, see.dynamic_sampling, NEVER_MIXED),
     "optimizer.learning_rate": (0.1, see.optimizer, {}),

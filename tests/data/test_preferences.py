@@ -33,8 +33,10 @@ def questions(pairs, batches):
 
 def test_a_batch_has_prompts_and_their_completions_with_end_tokens():
     batch = stream(numbered(120), batch_size=5).batch(3)
-    assert batch.prompt_tokens.shape == batch.prompt_mask.shape == (5, 8)
-    assert batch.tokens.shape == batch.mask.shape == (5, 2, 12)
+    longest = lambda texts: max(len(TOKENIZER.encode(text)) for text in texts)
+    S, T = longest(f"{i}\n" for i in range(120)), longest(f"{i} = {i + k}" for i in range(120) for k in (0, 1)) + 1
+    assert batch.prompt_tokens.shape == batch.prompt_mask.shape == (5, S) and S < 8
+    assert batch.tokens.shape == batch.mask.shape == (5, 2, T) and T < 12
     assert [x.dtype for x in batch] == [np.int32, bool, np.int32, bool]
     for prompt, prompt_mask, tokens, mask in zip(*batch):
         number = text(prompt, prompt_mask)

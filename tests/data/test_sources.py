@@ -1,6 +1,7 @@
 """Sources: data sets that TFDS really prepares, JSONL and Parquet files with every kind of bad row, addresses of the hub."""
 
 import json
+import logging
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -110,6 +111,56 @@ def test_gsm8k_by_its_own_builder(tmp_path, monkeypatch):
     assert len(data.load_source("gsm8k", "test", data_dir=tmp_path / "prepared")) == 3
 
 
+def prepare(tmp_path, capfd, name="word_problems"):
+    """The rows of a data set that is prepared now, and what was written to stdout and stderr."""
+    source = data.load_source(name, "train", data_dir=tmp_path)
+    return source, capfd.readouterr()
+
+
+def test_the_first_use_is_one_sentence_and_later_uses_are_silent(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(word_problems.WordProblems, "SIZES", {"train": 5, "test": 3})
+    source, written = prepare(tmp_path, capfd)
+    folder = tmp_path / "word_problems" / "standard" / "2.0.0"
+    assert written == ("", f"The data set 'word_problems' is being generated; it will be in {folder}.\n")
+    again, written = prepare(tmp_path, capfd)
+    assert written == ("", "") and list(again) == list(source)
+
+
+def test_a_download_without_network_is_announced_at_once_and_ends_in_a_sentence(tmp_path, monkeypatch, capfd):
+    said = []
+
+    def unreachable(self, urls):
+        said.append(capfd.readouterr().err)
+        print("noise")
+        logging.getLogger("urllib3").warning("Retrying")
+        raise OSError("Max retries exceeded.\nMore.")
+
+    monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", unreachable)
+    folder = tmp_path / "gsm8k" / "1.0.0"
+    with pytest.raises(OSError) as caught:
+        data.load_source("gsm8k", "train", data_dir=tmp_path)
+    assert said == [
+        "The data set 'gsm8k' is being downloaded (without a network this fails after some minutes); it will be in "
+        f"{folder}.\n"
+    ]
+    assert str(caught.value) == (
+        f"The data set 'gsm8k' could not be prepared in {folder}: Max retries exceeded. Check the network, or name a "
+        "folder with the prepared data (config.data.data_dir)."
+    )
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_disk_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch):
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(word_problems.WordProblems, "download_and_prepare", full)
+    with pytest.raises(
+        OSError, match="The data set 'word_problems' could not be prepared in .*: .*No space left on device.$"
+    ):
+        data.load_source("word_problems", "train", data_dir=tmp_path)
+
+
 # ---- JSONL ----------------------------------------------------------------------------------------------------------------
 
 
@@ -139,6 +190,7 @@ BAD_LINES = [
     (b"3", "a JSON number; a row has to be an object"),
     (b"{}", "there is no column 'question', only an empty row"),
     (b'{"question": "a"}', "there is no column 'answer', only 'question'"),
+    (b'{"question": "a", "answer": null}', "column 'answer' is a JSON null; it has to be text or a number"),
     (b'{"question": null, "answer": 1}', "column 'question' is a JSON null; it has to be text or a number"),
     (b'{"question": "a", "answer": true}', "column 'answer' is a JSON boolean"),
     (b'{"question": "a", "answer": [1]}', "column 'answer' is a JSON list"),
@@ -180,7 +232,9 @@ def test_a_column_named_in_columns_is_required(write):
     path = write(b'{"question": "a", "answer": 1, "cot": null}\n')
     with pytest.raises(ValueError, match="line 1: column 'solution' is a JSON null"):
         data.load_source(path, "all", columns={"solution": "cot"})
-    with pytest.raises(ValueError, match="line 1: there is no column 'steps' \\(to be used as 'solution'\\)"):
+    with pytest.raises(
+        ValueError, match=f"^In {path}, there is no column 'steps' \\(to be used as 'solution'\\), only"
+    ):
         data.load_source(path, "all", columns={"solution": "steps"})
 
 
@@ -329,8 +383,8 @@ def test_invalid_parquet_files_raise_a_sentence(tmp_path):
         data.load_source(str(tmp_path / "bad.parquet"), "all")
     with pytest.raises(FileNotFoundError, match="There is no data file"):
         data.load_source(str(tmp_path / "absent.parquet"), "all")
-    with pytest.raises(ValueError, match="there is no column 'question'"):
-        data.load_source(str(parquet(tmp_path / "m.parquet")), "all")
+    with pytest.raises(ValueError, match="there is no column 'question', only 'text', 'points'. Name the columns with"):
+        data.load_source(str(parquet(tmp_path / "m.parquet", [{"text": "a", "points": 1}])), "all")
 
 
 def test_hub_files_have_a_named_revision_and_are_joined_in_order(hub_cache, tmp_path, capsys):
@@ -354,6 +408,6 @@ def test_hub_files_have_a_named_revision_and_are_joined_in_order(hub_cache, tmp_
         data.load_source("hf://datasets/owner/maths/data/dev-*.parquet", "all")
     with pytest.raises(ValueError, match="nobody/nothing could not be had from the Hugging Face hub: Local"):
         data.load_source("hf://datasets/nobody/nothing/x.jsonl", "all")
-    for wrong in ("owner/maths", "owner/maths/data.csv", "../maths/data.jsonl", "owner/maths@../x/data.jsonl"):
+    for wrong in ("owner/maths", "owner/maths/data.txt", "../maths/data.jsonl", "owner/maths@../x/data.jsonl"):
         with pytest.raises(ValueError, match="is not understood: write hf://datasets/OWNER/NAME/PATH"):
             data.load_source(f"hf://datasets/{wrong}", "all")

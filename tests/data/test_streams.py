@@ -34,6 +34,10 @@ def evaluation(rows, count, batch_size=4, max_prompt_length=8, **options):
     )
 
 
+def longest(texts):
+    return max(len(TOKENIZER.encode(text)) for text in texts)
+
+
 def answers(stream, batches):
     return [row["answer"] for i in range(batches) for row in stream.batch(i).rows]
 
@@ -45,7 +49,7 @@ def assert_equal(first, second):
 
 def test_a_batch_holds_the_ids_of_its_rows_right_padded():
     batch = prompt_stream(numbered(120), batch_size=5).batch(3)
-    assert batch.tokens.shape == batch.mask.shape == (5, 8)
+    assert batch.tokens.shape == batch.mask.shape == (5, longest(f"{i}\n" for i in range(120)))
     assert (batch.tokens.dtype, batch.mask.dtype, batch.prompt_ids.dtype, batch.weight.dtype) == (
         np.int32,
         bool,
@@ -56,7 +60,7 @@ def test_a_batch_holds_the_ids_of_its_rows_right_padded():
     assert batch.prompt_ids.tolist() == [15, 16, 17, 18, 19]
     for row, tokens, mask in zip(batch.rows, batch.tokens, batch.mask):
         length = mask.sum()
-        assert mask.tolist() == [True] * length + [False] * (8 - length)
+        assert mask.tolist() == [True] * length + [False] * (4 - length)
         assert TOKENIZER.decode(tokens[mask]) == row["question"] + "\n"
         assert set(tokens[~mask]) <= {TOKENIZER.pad_id}
         assert row["extra"] == [row["answer"]]
@@ -155,7 +159,7 @@ def test_add_bos_begins_every_prompt():
     plain, begun = (prompt_stream(rows, add_bos=add_bos).batch(0) for add_bos in (False, True))
     assert not (plain.tokens == TOKENIZER.bos_id).any()
     assert (begun.tokens[:, 0] == TOKENIZER.bos_id).all()
-    assert np.array_equal(begun.tokens[:, 1:], plain.tokens[:, :-1])
+    assert np.array_equal(begun.tokens[:, 1:], plain.tokens)
     assert (solution_stream(rows, add_bos=True).batch(0).prompt_tokens[:, 0] == TOKENIZER.bos_id).all()
     assert (evaluation(rows, 4, add_bos=True)[0].tokens[:, 0] == TOKENIZER.bos_id).all()
 
@@ -165,7 +169,8 @@ def test_solutions_end_with_the_end_token_inside_the_mask():
     prompts, solutions = prompt_stream(rows, seed=3), solution_stream(rows, seed=3)
     for i in range(12):
         batch = solutions.batch(i)
-        assert batch.completion_tokens.shape == batch.completion_mask.shape == (4, 12)
+        T = longest(f"{i} = {i}" for i in range(30)) + 1  # the end token
+        assert batch.completion_tokens.shape == batch.completion_mask.shape == (4, T) and T < 12
         for prompt, mask, completion, completion_mask in zip(*batch[:4]):
             ids = completion[completion_mask]
             number = TOKENIZER.decode(prompt[mask]).strip()
@@ -200,7 +205,7 @@ def test_evaluation_is_in_order_and_pads_with_weight_zero(count, batches):
     real = min(count, 10)
     assert np.concatenate([batch.weight for batch in result]).tolist() == [1] * real + [0] * (batches * 4 - real)
     for batch in result:
-        assert batch.tokens.shape == (4, 8) and len(batch.rows) == 4
+        assert batch.tokens.shape == (4, longest(f"{i}\n" for i in range(real))) and len(batch.rows) == 4
         assert batch.mask.any(axis=1).all()  # padding rows also hold a prompt to sample from
         assert [row["answer"] for row in batch.rows] == batch.prompt_ids.tolist()
         assert (batch.prompt_ids[batch.weight == 0] == batch.prompt_ids[0]).all()
@@ -215,6 +220,8 @@ def test_evaluation_raises_or_skips_long_prompts():
     with pytest.warns(UserWarning, match="1 of 5 rows"):
         (batch,) = evaluation(rows, 5, on_long="skip")
     assert batch.prompt_ids.tolist() == [0, 1, 2, 4]
+    assert [TOKENIZER.decode(row[live]) for row, live in zip(batch.tokens, batch.mask)] == ["0\n", "1\n", "2\n", "0\n"]
+    assert batch.tokens.shape[1] == longest(["0\n"])  # a row that is left out counts for nothing
     with pytest.raises(ValueError, match="count is 0"):
         evaluation(rows, 0)
 

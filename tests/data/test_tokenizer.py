@@ -212,3 +212,90 @@ def test_added_tokens_beyond_the_model_are_left_out():
         data.fitted(bigger, size - 1)
     with pytest.raises(ValueError, match="eos_ids holds"):
         data.fitted(dataclasses.replace(bigger, eos_ids=(size,)), size)
+
+
+def files_of(tmp_path, post_bos=False, added=None, **config):
+    """Writes a tokenizer.json, which may begin texts with <bos>, and a tokenizer_config.json."""
+    directory = tmp_path / "model"
+    directory.mkdir(exist_ok=True)
+    backend = tokenizers.Tokenizer.from_str(TOKENIZER.backend.to_str())
+    if post_bos:
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", 1)]
+        )
+    backend.save(str(directory / "tokenizer.json"))
+    defaults = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    content = {name: value for name, value in (defaults | config).items() if value is not None}
+    (directory / "tokenizer_config.json").write_text(json.dumps(content))
+    if added is not None:
+        (directory / "added_tokens.json").write_text(json.dumps(added))
+    return directory
+
+
+@pytest.mark.parametrize(
+    "post_bos, config, expected",
+    [
+        (False, {}, False),
+        (True, {}, True),
+        (False, {"add_bos_token": True}, True),
+        (True, {"add_bos_token": True}, True),
+        (False, {"add_bos_token": False}, False),
+        (True, {"add_bos_token": False}, True),  # as in transformers 5
+        (False, {"add_bos_token": True, "bos_token": None}, False),  # there is none to add
+    ],
+)
+def test_add_bos_token_and_tokenizer_json_decide_how_prompts_begin(tmp_path, post_bos, config, expected):
+    found = data.load_tokenizer(files_of(tmp_path, post_bos, **config))
+    assert found.adds_bos is expected
+    found.save(tmp_path / "again")
+    assert data.load_tokenizer(tmp_path / "again").adds_bos is expected
+
+
+def test_add_bos_token_is_true_or_false(tmp_path):
+    with pytest.raises(ValueError, match="The add_bos_token of .* is 'yes'; it must be true or false"):
+        data.load_tokenizer(files_of(tmp_path, add_bos_token="yes"))
+
+
+SIZE = TOKENIZER.vocab_size
+
+
+@pytest.mark.parametrize(
+    "added, config, pad, size",
+    [
+        ({"[PAD]": SIZE}, {}, SIZE, SIZE + 1),
+        ({"<x>": SIZE, "[PAD]": SIZE + 1}, {}, SIZE + 1, SIZE + 2),
+        (None, {"added_tokens_decoder": {str(SIZE): {"content": "[PAD]", "special": True}}}, SIZE, SIZE + 1),
+        ({"[PAD]": SIZE + 7}, {}, 2, SIZE),  # no tokenizer has this id; the end token pads
+        ({"[PAD]": SIZE}, {"pad_token": {"content": "[PAD]"}}, SIZE, SIZE + 1),
+    ],
+)
+def test_a_padding_token_can_stand_in_added_tokens_alone(tmp_path, added, config, pad, size):
+    found = data.load_tokenizer(files_of(tmp_path, added=added, **({"pad_token": "[PAD]"} | config)))
+    assert (found.pad_id, found.vocab_size) == (pad, size)
+    assert found.eos_ids == (2,)
+    smaller = data.fitted(found, SIZE)  # the model's embedding has no row for it
+    assert (smaller.pad_id, smaller.vocab_size) == (2, SIZE)
+    assert smaller.encode("Ana has 1") == TOKENIZER.encode("Ana has 1")
+
+
+def test_an_end_token_of_added_tokens_ends_completions(tmp_path):
+    found = data.load_tokenizer(files_of(tmp_path, added={"<|im_end|>": SIZE}, eos_token="<|im_end|>"))
+    assert found.eos_ids == (SIZE,) and found.encode("Ana<|im_end|>")[-1] == SIZE
+    assert found.decode([SIZE]) == ""
+    with pytest.raises(ValueError, match="names eos_token '<|im_end|>', which is not in the vocabulary"):
+        data.load_tokenizer(files_of(tmp_path, added={"<|im_end|>": SIZE + 5}, eos_token="<|im_end|>"))
+    with pytest.raises(ValueError, match="The added tokens of .* must map texts to whole numbers"):
+        data.load_tokenizer(files_of(tmp_path, added={"<|im_end|>": "first"}))
+
+
+def test_completions_have_all_but_end_and_padding_tokens():
+    """What is sampled is shown: special tokens of reasoning and of turns, unless they end or pad a text."""
+    tokenizer = data.train_tokenizer([], vocab_size=259)
+    tokenizer.backend.add_special_tokens(["<think>", "</think>", "<turn>"])
+    ends = dataclasses.replace(tokenizer, eos_ids=(2, tokenizer.backend.token_to_id("<turn>")))
+    rows = [ends.encode(text) for text in ("<think>a</think>b<eos>", "<bos>c<turn>", "d<pad>e", "<eos>", "ü\n")] + [[]]
+    assert ends.completions(rows) == ["<think>a</think>b", "<bos>c", "de", "", "ü\n", ""]
+    assert ends.completions(rows, skip_special=True) == ["ab", "c", "de", "", "ü\n", ""]
+    assert tokenizer.completions(rows[1:2]) == ["<bos>c<turn>"]  # no end token here
+    words = dataclasses.replace(tokenizer, eos_ids=tuple(tokenizer.encode("\n")))  # an end token of ordinary text
+    assert words.completions([words.encode("18\n")]) == ["18"]

@@ -23,6 +23,7 @@ from jaxrl_reason.rewards import model_training, RewardError
 from jaxrl_reason.rl import learner, programs
 from jaxrl_reason.rl import optimizer as optimizers
 from jaxrl_reason.rl.types import Experience, Groups, Rollout, TrainState
+from jaxrl_reason.runs import compilation_cache as cache_lib
 from jaxrl_reason.runs.progress import Clock
 from jaxrl_reason.runs.watch import NonFiniteError
 
@@ -47,6 +48,15 @@ def prompts(config, tmp_path):
         return batch.tokens, batch.mask, [row["question"] for row in batch.rows]
 
     return outcome(read)
+
+
+def compilation_cache(config, tmp_path):
+    """What a run asks of the cache of compiled programs."""
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_lib, "enable", asked.append)
+        setup(config, tmp_path)
+    return asked
 
 
 def held_out(config, tmp_path):
@@ -105,6 +115,16 @@ def sampled(config, tmp_path):
     run = setup(config, tmp_path)
     state = run.programs.init()
     return run.programs.generate(state.params, run.prompts.batch(0), state.step)
+
+
+def rollout_program(config, tmp_path):
+    """Returns the program of a rollout, as text."""
+    ready = setup(config, tmp_path).programs
+    prompts = [jax.ShapeDtypeStruct((config.prompts_per_step, config.max_prompt_length), d) for d in (jnp.int32, bool)]
+    ids, step, seed = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((config.prompts_per_step,), (), ()))
+    temperatures = jax.ShapeDtypeStruct((config.group_size,), jnp.float32)
+    inputs = (ready.abstract_state.params, *prompts, ids, None, step, temperatures, seed)
+    return ready.jitted["rollout"].lower(*inputs).as_text()
 
 
 def evaluated(config, tmp_path):

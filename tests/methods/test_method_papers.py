@@ -190,6 +190,14 @@ def test_a_keyword_of_the_base_that_genre2_sets_raises():
             methods.create("genre2", base=base, aggregation="sequence_mean")
 
 
+def test_keywords_that_genre2_sets_are_not_offered():
+    assert "aggregation" in methods.keywords("remax") and "aggregation" in methods.keywords("grpo")
+    assert methods.keywords("genre2") == {"expert_coefficient": 0.0, "base": "remax"}
+    assert "aggregation" not in methods.keywords("genre2", base="grpo")
+    assert set(methods.keywords("genre2+rlev", base="remax")) == {"genre2", "rlev", "base"}
+    assert "aggregation" in methods.keywords("hero") and "clip_low" in methods.keywords("genre2", base="grpo")
+
+
 def test_the_keywords_above_are_all_keywords():
     for name in EXTENSIONS:
         base = methods.keywords(name)["base"]

@@ -9,8 +9,9 @@ import pytest
 from helpers.tiny_runs import change, ROWS, write_rows
 from helpers.tiny_runs import tiny as bare
 from jaxrl_reason import config as config_lib
-from jaxrl_reason import train
+from jaxrl_reason import evaluate, models, train
 from jaxrl_reason.config import ConfigError, Reward, RewardModel
+from jaxrl_reason.models import decoder
 from jaxrl_reason.runs import checkpoints
 
 pytestmark = [pytest.mark.runs, pytest.mark.usefixtures("quick_compilation")]
@@ -147,13 +148,52 @@ def base_run(rows, tmp_path_factory):
     return run(tiny(rows, method={"name": "rloo"}), tmp_path_factory.mktemp("base") / "run")
 
 
-def test_an_exact_reference_for_self_rewards_keeps_the_start_and_is_evaluated_by_the_constant(rows, tmp_path):
-    lines, _ = run(tiny(rows, eval__every=2, method=LASER["method"] | {"reference": "exact"}), tmp_path / "run")
-    assert (tmp_path / "run" / "start").is_dir() and (tmp_path / "run" / "self_reward.json").exists()
-    assert "eval/self_reward_f1" in lines[0] and "eval/self_reward_f1" in lines[2]
-    lines = lines[1:]
-    assert lines[0]["self_reward/wrong"] == pytest.approx(0.0, abs=1e-5)  # the policy is its own reference
-    assert "kl" not in lines[0]
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        # Adapters on random weights: long enough to end by chance, and the entropy moves them.
+        pytest.param(
+            dict(lora__rank=2, max_completion_length=120, update__entropy_coefficient=1.0), marks=pytest.mark.slow
+        ),
+    ],
+    ids=str,
+)
+def test_an_exact_reference_for_self_rewards_is_that_of_evaluations_too(changes, rows, tmp_path):
+    """Each completion of `evaluate` is scored again, by the policy and by the policy of the start, without a cache."""
+    method = LASER["method"] | {"reference": "exact", "self_reward_warmup": 0}
+    config = tiny(
+        rows, steps=6, eval__every=6, optimizer__learning_rate=3e-2, method=method, eval__samples=5, **changes
+    )
+    workdir = tmp_path / "run"
+    lines, state = run(config, workdir)
+    assert (workdir / "start").is_dir() and not (workdir / "self_reward.json").exists()
+    assert lines[1]["self_reward/wrong"] == pytest.approx(0.0, abs=1e-5)  # the policy is its own reference
+    assert lines[0]["eval/best_of_5_accuracy"] >= 0 and "kl" not in lines[1]
+    assert evaluate.main([f"--workdir={workdir}", "--samples=5"]) == 0
+    record = json.loads((workdir / "evaluation" / "evaluation.json").read_bytes())
+    for name in ("self_reward_f1", "self_reward_calibration_error", "best_of_5_accuracy"):
+        assert record["metrics"][name] == pytest.approx(lines[-1][f"eval/{name}"], nan_ok=True)
+    ready = train.setup(config, workdir)
+    start = checkpoints.load_params(workdir / "start", ready.programs.abstract_state.trained)
+    rollout = ready.programs.generate_eval(ready.programs.rollout_weights(state.params), ready.task.held_out[0])
+    beta, differences = ready.method.loss.find("self_reward").beta, []
+    for line in open(workdir / "evaluation" / "completions.jsonl", encoding="utf-8"):
+        line = json.loads(line)
+        p, g = line["row"], line["sample"]
+        assert line["length"] == rollout.mask[p, g].sum() and line["truncated"] == rollout.truncated[p, g]
+        if line["truncated"]:
+            assert line["self_reward"] is None
+            continue
+        prompt, completion = rollout.prompt_tokens[p][rollout.prompt_mask[p]], rollout.tokens[p, g][rollout.mask[p, g]]
+        tokens = np.concatenate([prompt, completion])[None]
+        policy, reference = (
+            jax.nn.log_softmax(decoder.apply(ready.model, models.lora.join(trained, state.frozen), tokens)[0, -1])
+            for trained in (state.trained, start)
+        )
+        differences.append(float((policy - reference)[ready.task.probe_token]))
+        assert line["self_reward"] == pytest.approx(beta * differences[-1], abs=1e-4)
+    assert len(differences) > 3 and max(map(abs, differences)) > 0.02  # the policy has moved
 
 
 @pytest.mark.parametrize(

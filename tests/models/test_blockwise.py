@@ -32,7 +32,7 @@ def blocks_of_8(monkeypatch):
     monkeypatch.setattr(blockwise, "_SMALL", 0)
 
 
-def example(heads=4, kv_heads=2, completions=G, prompt=True, padded=False, packed=False, **config):
+def example(heads=4, kv_heads=2, completions=G, prompt=True, padded=False, **config):
     """Returns a decoder, arrays q, keys, values and those of the prompt, and the other arguments of `group_attention`."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -44,10 +44,6 @@ def example(heads=4, kv_heads=2, completions=G, prompt=True, padded=False, packe
         others["own_real"] = rng.random((P, T)) < 0.6
         others["own_real"][:, 0] = True  # later queries see a key
         others["at"] = np.maximum(np.cumsum(others["own_real"], axis=1) - 1, 0)[:, None]
-    if packed:  # completions of 1 to 9 tokens, one after the other
-        starts = rng.random((P, g, T)) < 0.3
-        others["segments"] = np.cumsum(starts, axis=-1)
-        others["at"] = np.arange(T) - np.maximum.accumulate(np.where(starts, np.arange(T), 0), axis=-1)
     if prompt:
         arrays += [draw(P, N, K, S), draw(P, N, S, K)]
         others["prompt_real"] = rng.random((P, S)) < [[0.8], [0.3]]
@@ -56,18 +52,17 @@ def example(heads=4, kv_heads=2, completions=G, prompt=True, padded=False, packe
     return c, arrays, others
 
 
-def plain(c, sliding, arrays, at, own_real=None, segments=None, prompt_real=None, prompt_at=None):
+def plain(c, sliding, arrays, at, own_real=None, prompt_real=None, prompt_at=None):
     """Computes the same by `layers.group_attention`, under masks of all pairs."""
-    window = c.sliding_window if sliding else 10**6
+    window = c.sliding_window if sliding and c.sliding_window else 10**6
     seen = np.tril(np.ones((T, T), bool)) & (at[..., :, None] - at[..., None, :] < window)
     seen = seen if own_real is None else seen & own_real[:, None, None]
-    seen = seen if segments is None else seen & (segments[..., :, None] == segments[..., None, :])
     q, *own = arrays[:3]
     prompt = ()
     if prompt_real is not None:
         near = at[..., :, None] - prompt_at[:, None, None] < window
         prompt = arrays[3:], near & prompt_real[:, None, None]
-    return layers.group_attention(q, own, seen, *prompt, scale=c.query_scale, dtype=c.compute_dtype)
+    return layers.group_attention(q, (own,), seen, *prompt, scale=c.query_scale, dtype=c.compute_dtype)
 
 
 def in_blocks(c, sliding, arrays, **others):
@@ -112,8 +107,7 @@ WINDOW = dict(sliding_window=5)
         pytest.param(dict(completions=1, prompt=False, padded=True), id="prompts with padding anywhere"),
         pytest.param(dict(WINDOW), id="completions in a sliding layer"),
         pytest.param(dict(WINDOW, completions=1, prompt=False, padded=True), id="prompts in a sliding layer"),
-        pytest.param(dict(packed=True), id="several completions per row"),
-        pytest.param(dict(WINDOW, packed=True, kv_heads=1), id="several completions per row, in a sliding layer"),
+        pytest.param(dict(WINDOW, kv_heads=1), id="one key head, in a sliding layer"),
         pytest.param(dict(kv_heads=4, query_scale=0.7), id="a key head per query head"),
     ],
 )
@@ -154,10 +148,10 @@ def test_scores_of_60000_do_not_overflow(blocks_of_8):
 # -- blocks that are skipped -----------------------------------------------------------------------------------------
 
 
-def ranges(at, order, window=None, segment=None, of=None):
+def ranges(at, order, window=None, of=None):
     """Returns the first block and the end of the blocks that blocks of 8 queries see, of their own keys or of those in `of`."""
     cut = lambda x: None if x is None else blockwise._cut(jnp.asarray(x)[None, None], 2, 8)
-    own = blockwise._Places(blockwise._cut(jnp.asarray(order), 0, 8), cut(at), cut(segment), None)
+    own = blockwise._Places(blockwise._cut(jnp.asarray(order), 0, 8), cut(at), None)
     first, end = blockwise._visible_blocks(own, of or own, window)
     return first.tolist(), end.tolist()
 
@@ -167,9 +161,7 @@ def test_blocks_that_no_query_sees_are_skipped():
     assert ranges(t, t) == ([0, 0, 0, 0], [1, 2, 3, 4])
     assert ranges(t, t, window=9) == ([0, 0, 1, 2], [1, 2, 3, 4])
     assert ranges(t, t, window=10) == ([0, 0, 0, 1], [1, 2, 3, 4])
-    assert ranges(t, t, segment=t // 16) == ([0, 0, 2, 2], [1, 2, 3, 4])
-    assert ranges(t, t, segment=t // 12) == ([0, 0, 1, 3], [1, 2, 3, 4])
-    prompt = blockwise._Places(jnp.full((2, 8), -1), blockwise._cut(jnp.arange(16)[None, None], 2, 8), None, None)
+    prompt = blockwise._Places(jnp.full((2, 8), -1), blockwise._cut(jnp.arange(16)[None, None], 2, 8), None)
     assert ranges(t + 16, t, of=prompt) == ([0, 0, 0, 0], [2, 2, 2, 2])
     # The first block of queries sees the positions from 16 - 7, the others none.
     assert ranges(t + 16, t, window=8, of=prompt) == ([1, 2, 2, 2], [2, 0, 0, 0])
@@ -259,52 +251,20 @@ def test_the_trainer_computes_the_logprobs_of_the_sampler(blocks_of_8):
 # -- choices by device -----------------------------------------------------------------------------------------------
 
 
-def mesh_of(platform, kind="", count=1):
+def mesh_of(platform, kind=""):
     device = types.SimpleNamespace(platform=platform, device_kind=kind)
-    shape = {"slice": 1, "data": count, "fsdp": 1, "tensor": 1}
-    return types.SimpleNamespace(devices=np.array([device] * count, object), shape=shape)
+    return types.SimpleNamespace(devices=np.array([device], object))
 
 
-@pytest.mark.parametrize(
-    "platform, prompt, completion, chosen",
-    [
-        ("cpu", 32, 160, "plain"),  # 160 x 192 scores are fewer than 2^15
-        ("cpu", 32, 170, "blockwise"),
-        ("gpu", 32, 170, "blockwise"),
-        ("cpu", 182, 1, "blockwise"),  # a long prompt
-        ("tpu", 32, 4096, "splash"),
-    ],
-)
-def test_auto_chooses_the_attention_by_device_and_length(platform, prompt, completion, chosen):
-    config = tiny("rows.jsonl", max_prompt_length=prompt, max_completion_length=completion)
-    mesh = mesh_of(platform, "TPU v5 lite")
-    assert programs.with_attention(make(), config, mesh).attention == chosen
-
-
-def test_long_texts_of_a_reward_model_are_read_in_blocks():
-    config = tiny("rows.jsonl")
-    assert programs.with_attention(make(), config, mesh_of("cpu")).attention == "plain"
-    assert programs.with_attention(make(), config, mesh_of("cpu"), 2048).attention == "blockwise"
+@pytest.mark.parametrize("platform, chosen", [("cpu", "plain"), ("gpu", "plain"), ("tpu", "splash")])
+def test_auto_does_not_choose_blocks(platform, chosen):
+    config = tiny("rows.jsonl", max_prompt_length=32, max_completion_length=4096)
+    assert programs.with_attention(make(), config, mesh_of(platform, "TPU v5 lite")).attention == chosen
 
 
 def test_blocks_on_a_tpu_raise():
     config = tiny("rows.jsonl", model__attention="blockwise")
     with pytest.raises(ConfigError, match=r"config.model.attention is 'blockwise', .*; set it to 'auto'\.$"):
         programs.with_attention(make(), config, mesh_of("tpu"))
-    assert programs.with_attention(make(), config, mesh_of("gpu")).attention == "blockwise"
-
-
-def test_auto_keeps_products_on_a_cpu_as_long_as_they_are_small(monkeypatch):
-    config = tiny("rows.jsonl", prompts_per_step=8, group_size=2, max_prompt_length=5, max_completion_length=10)
-    config.update.accumulation = 2
-    chosen = lambda mesh: programs.with_remat(make(), config, mesh).remat
-    # 4 prompts x (5 + 2 x 10) tokens x 3 layers x (2 x (4 + 2) heads x 8 + 3 x 16 + 2 x 24) numbers of 4 bytes
-    monkeypatch.setattr(programs, "_KEPT_ON_CPU", 4 * 25 * 3 * 192 * 4)
-    assert (chosen(mesh_of("cpu")), chosen(mesh_of("tpu")), chosen(mesh_of("gpu"))) == ("dots", "layer", "layer")
-    monkeypatch.setattr(programs, "_KEPT_ON_CPU", 4 * 25 * 3 * 192 * 4 - 1)
-    assert chosen(mesh_of("cpu")) == "layer"
-    assert chosen(mesh_of("cpu", count=2)) == "dots"  # each has half of the prompts
-    config.supervised.steps, config.supervised.batch_size = 1, 40  # 40 x (5 + 10) tokens
-    assert chosen(mesh_of("cpu", count=2)) == "layer"
-    config.model.remat = "none"
-    assert programs.with_remat(make(remat="none"), config, mesh_of("cpu")).remat == "none"
+    for platform in ("cpu", "gpu"):
+        assert programs.with_attention(make(), config, mesh_of(platform)).attention == "blockwise"

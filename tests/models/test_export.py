@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import jax
 import numpy as np
@@ -59,6 +60,23 @@ def test_an_unchanged_model_is_written_as_it_was_read(name, tmp_path):
     assert before.keys() == after.keys()
     for tensor, value in before.items():
         np.testing.assert_array_equal(after[tensor], value)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002], ids=oct)
+def test_every_file_has_the_mode_of_a_new_file(mask, tmp_path):
+    model = load("qwen3")
+    adapters = dataclasses.replace(model.config, lora_rank=1)
+    params = models.lora.join(models.lora.init_adapters(adapters, jax.random.key(0)), model.params)
+    before = os.umask(mask)
+    try:
+        models.save_pretrained(tmp_path / "whole", model)
+        models.save_pretrained(tmp_path / "shards", model, max_shard_bytes=9000)
+        models.save_adapters(tmp_path / "adapters", dataclasses.replace(model, config=adapters, params=params), "base")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len([path for path in files if path.suffix == ".safetensors"]) > 4
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~mask}
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -142,3 +142,114 @@ def test_configs_in_the_spelling_of_transformers_4():
     assert gemma.embedding_scale == 1152**0.5 and gemma.query_scale == 1 / 16 and gemma.activation == "gelu"
     assert (gemma.rope_theta, gemma.local_rope_theta) == (1e6, 1e4)
     assert [i for i, slides in enumerate(gemma.sliding_layers) if not slides] == [5, 11, 17, 23]
+
+
+PLAIN = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+}
+GEMMA = PLAIN | {"model_type": "gemma3_text"}
+LINEAR = {"type": "linear", "factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LENGTH = {"original_max_position_embeddings": 128}
+
+
+def full(**rope):
+    return {"rope_parameters": {"full_attention": rope, "sliding_attention": {"rope_type": "default"}}}
+
+
+@pytest.mark.parametrize(
+    "base, changes, theta, scaling",
+    [
+        # Read by transformers 5.24: (rope_theta, rope_type, factor) of its config are these.
+        (PLAIN, dict(rope_scaling=LINEAR), 1e4, 4.0),
+        (PLAIN, dict(rope_scaling=LINEAR, rope_theta=5e5), 5e5, 4.0),
+        (PLAIN, dict(rope_scaling=LINEAR | {"rope_theta": 5e5}), 5e5, 4.0),
+        (PLAIN, dict(rope_scaling={}, rope_theta=5e5), 5e5, None),
+        (PLAIN, dict(rope_scaling=LINEAR, rope_parameters={"rope_type": "default", "rope_theta": 1e4}), 1e4, 4.0),
+        (PLAIN, dict(rope_scaling=LINEAR, rope_parameters=LLAMA3 | LENGTH), 1e4, 4.0),
+        (PLAIN, dict(rope_scaling=None, rope_parameters={"rope_type": "linear", "factor": 2}), 1e4, 2.0),
+        (PLAIN, dict(rope_parameters={"type": "linear", "factor": 2, "rope_theta": 7.0}), 7.0, 2.0),
+        (PLAIN, dict(rope_parameters={"rope_type": "default"}, rope_theta=5e5), 5e5, None),
+        (PLAIN, dict(rope_scaling={"rope_type": "default", "factor": 1.0}), 1e4, None),
+        (
+            PLAIN,
+            dict(partial_rotary_factor=1.0, rope_scaling={"rope_type": "linear", "type": "linear", "factor": 3}),
+            1e4,
+            3.0,
+        ),
+        (GEMMA, dict(rope_scaling={"rope_type": "linear", "factor": 8.0}), 1e6, 8.0),
+        (GEMMA, dict(rope_scaling={"rope_type": "linear", "factor": 8.0}, rope_theta=7.0), 7.0, 8.0),
+        (
+            GEMMA,
+            full(rope_type="default", rope_theta=7.0) | dict(rope_scaling={"rope_type": "linear", "factor": 8.0}),
+            7.0,
+            8.0,
+        ),
+        # transformers 5.24 forgets this base, 7; every file that says so was changed by hand.
+        (PLAIN, dict(rope_scaling=LINEAR, rope_parameters={"rope_type": "default", "rope_theta": 7.0}), 7.0, 4.0),
+    ],
+)
+def test_rotary_positions_in_two_spellings(base, changes, theta, scaling):
+    found = families.read_config(base | changes)
+    assert found.rope_theta == theta
+    assert found.rope_scaling == (None if scaling is None else RopeScaling(kind="linear", factor=scaling))
+
+
+@pytest.mark.parametrize(
+    "base, changes, message",
+    [
+        (PLAIN, dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "of type 'yarn'"),
+        (
+            PLAIN,
+            dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}, rope_parameters={"rope_type": "default"}),
+            "of type 'yarn'",
+        ),
+        (PLAIN, dict(rope_scaling={"type": "dynamic", "factor": 4.0}, rope_theta=1e4), "of type 'dynamic'"),
+        (
+            PLAIN,
+            dict(rope_scaling=LINEAR | {"rope_type": "default"}),
+            "has rope_type 'default' and type 'linear', which",
+        ),
+        (
+            PLAIN,
+            dict(rope_parameters={"rope_type": "linear", "type": "yarn", "factor": 2}),
+            "rope_type 'linear' and type",
+        ),
+        (PLAIN, dict(rope_scaling={"factor": 4.0}), "without a type with {'factor': 4.0}: name the rope_type"),
+        (PLAIN, dict(rope_parameters={"factor": 4.0, "rope_theta": 1e4}), "without a type with {'factor': 4.0}"),
+        (PLAIN, dict(rope_scaling={"rope_type": "default", "factor": 4.0}), "'default', which scales nothing, with"),
+        (PLAIN, dict(rope_scaling={"long_factor": [1.0]}), "without a type with {'long_factor'"),
+        (
+            PLAIN,
+            dict(rope_theta=5e5, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+            "rope_theta 500000.0",
+        ),
+        (PLAIN, dict(rope_theta=5e5, rope_scaling=LINEAR | {"rope_theta": 1e4}), "rope_scaling.rope_theta 10000.0 and"),
+        (PLAIN, dict(partial_rotary_factor=0.5), "only whole heads can be rotated"),
+        (PLAIN, dict(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.25}), "only whole heads"),
+        (PLAIN, dict(rope_scaling=LLAMA3), "of type 'llama3' without 'original_max_position_embeddings'"),
+        (PLAIN, dict(rope_scaling=LLAMA3 | LENGTH, original_max_position_embeddings=64), "128 and original_max"),
+        (GEMMA, full(rope_type="default", type="linear", factor=4.0), "rope_type 'default' and type 'linear'"),
+        (GEMMA, full(rope_type="default", rope_theta=7.0) | dict(rope_theta=8.0), "rope_parameters.rope_theta 7.0 and"),
+        (
+            GEMMA,
+            dict(rope_parameters={"sliding_attention": {"rope_theta": 7.0}}, rope_local_base_freq=8.0),
+            "rope_theta 7.0 and rope_local_base_freq 8.0",
+        ),
+        (GEMMA, dict(layer_types=["full_attention"] * 6, sliding_window_pattern=6), "layer_types .*differ"),
+        (PLAIN, dict(compression_config={"format": "pack"}), "has a compression_config"),
+    ],
+)
+def test_spellings_that_contradict_each_other_raise_a_sentence(base, changes, message):
+    with pytest.raises(PretrainedError, match=message):
+        families.read_config(base | changes)
+
+
+def test_a_length_next_to_the_scaling_counts():
+    found = families.read_config(PLAIN | LENGTH | dict(rope_scaling=LLAMA3))
+    assert found.rope_scaling is not None and found.rope_scaling.original_length == 128

@@ -99,7 +99,7 @@ def test_decoding_token_by_token_equals_extend(family, side):
     (_, want), _ = shared_forward(config)(params, np.zeros((P, G, T, V), np.float32), *batch)
     logits, cache = step_through(config)(params, *batch)
     np.testing.assert_allclose(logits, want, atol=1e-5 * np.abs(want).max())
-    assert cache.keys[0].shape == (P, G, config.kv_heads, config.head_dim, T + 2)
+    assert cache.keys[0][0].shape == (P, G, config.kv_heads, config.head_dim, T + 2)
 
 
 @functools.cache

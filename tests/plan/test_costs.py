@@ -100,6 +100,9 @@ def test_flops_include_options():
     more = lowered("score", CONFIG, microbatches=2, chunk=5, probe_token=3)  # 16 positions are four chunks of 5
     expected = costs.score(CONFIG, P, G, S, T, parts=2, logprob_chunk=5, probe=True).flops
     assert expected == pytest.approx(of_program(more), rel=1e-3)
+    pieces = lowered("rollout", CONFIG, P, G, S, 64, cache_pieces=4)
+    assert costs.rollout(CONFIG, P, G, S, 64, pieces=4).flops == pytest.approx(of_program(pieces), rel=1e-3)
+    assert costs.rollout(CONFIG, P, G, S, 64).flops > 1.01 * of_program(pieces)
     rounded = lowered("rollout", CONFIG, int8=True)
     assert costs.rollout(CONFIG, P, G, S, T, int8=True).flops == pytest.approx(of_program(rounded), rel=1e-3)
     scored = lowered("reward_model", CONFIG, parts=2)

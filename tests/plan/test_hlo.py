@@ -69,9 +69,11 @@ def test_a_loop_without_any_limit_counts_once():
     assert program.flops == 2 * 32 * 64 * 64
 
 
-def test_the_branch_of_a_conditional_with_most_flops_counts():
+def test_branches_of_a_conditional_count_equally_and_an_empty_one_not():
     f = lambda x, w: jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: x @ w @ w)
-    assert hlo.read(compiled(f, (32, 64), (64, 64))).flops == 2 * 2 * 32 * 64 * 64
+    assert hlo.read(compiled(f, (32, 64), (64, 64))).flops == 1.5 * 2 * 32 * 64 * 64
+    f = lambda x, w: jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: x)
+    assert hlo.read(compiled(f, (32, 64), (64, 64))).flops == 2 * 32 * 64 * 64
 
 
 SHARDED = """

@@ -86,6 +86,9 @@ def act(item):
         case "print":
             print("noise\n" * 1000, flush=True)
             return 2.0
+        case "unended":
+            print("x" * 10**6)
+            return 1.0
         case "pid":
             return os.getpid()
         case "jax":

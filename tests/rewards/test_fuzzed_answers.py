@@ -22,6 +22,7 @@ from jaxrl_reason.rewards.task_rewards import judge_reward
 FRAGMENTS = [
     *"0123456789", *"0123456789", *".,-+/%$ \\{}()^!eEx_−–'½²５８\n", "12", "000", "234", ",567", ".50", "1,234", "{,}", r",\!", r"\$", r"\%", "e3", "E-2", "e999",
     r"\frac{", r"\dfrac{3}{4}", "}{", r"\text{ cm}", r"\mathrm{kg}", r"\text{00}", r"\text{ million}", "####", "#### ", r"\boxed{", "}", " and ", "= ", "0x", "1_0",
+    r"\,", r"\ ", "~", r"\displaystyle ", r"\(", r"\)", "**", "^2", r"^{\circ}", "/", r"\mathrm{~km}", r"\text{\%}", r"\fbox{", r"\boxed ", "#### Check\n", "#####",
     "\u200d", "\u202e", "\u0336", "\0", "\ud800", "\u2028", "\ufeff", "nan", "inf", "１", "٣", "Ⅷ",
 ]  # fmt: skip
 JUMBLES = st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join)
@@ -66,23 +67,19 @@ def reference_number(text):
     text = text.strip()
     if len(text) > 200:
         return None
-    if text.endswith("."):
-        text = text[:-1]
+    text = _bare(text)
     for written, meant in (("−", "-"), (r"\$", "$"), (r"\%", "%"), ("{,}", ","), (r",\!", ",")):
         text = meant.join(text.split(written))
     if text and text[0] == "$":
         text = text[1:-1] if text[1:].endswith("$") else text[1:]
     elif len(text) > 1 and text[0] in "+-" and text[1] == "$":
         text = text[0] + text[2:]
-    if text.endswith("}"):
-        head, opening, unit = text[:-1].rpartition("{")
-        for command in (r"\text", r"\mathrm"):
-            if opening and head.endswith(command) and unit.strip() in ("cm", "kg", ""):
-                text = head[: -len(command)]
-                break
+    text, is_percentage = _without_unit(text)
+    text = text + "%" * is_percentage
     text, scale = text.strip(), 1
     if text.endswith("%"):
-        text, scale = text[:-1].strip(), 100
+        text, scale = _trimmed(text[:-1]), 100
+    text = _trimmed(text)
     sign = -1 if text.startswith("-") else 1
     if text[:1] in ("-", "+"):
         text = text[1:]
@@ -105,6 +102,76 @@ def reference_number(text):
         return None
     digits = units * 10 ** len(decimals) + int(decimals or 0)
     return sign * Fraction(digits, 10 ** len(decimals)) * Fraction(10) ** (int(exponent) if e else 0) / scale
+
+
+BLANKS = (r"\,", r"\;", r"\:", r"\!", r"\ ", "~", r"\quad", r"\qquad")
+LEFT_OUT = (r"\displaystyle", r"\textstyle", r"\text{}", r"\text{ }")
+
+
+def _trimmed(text):
+    """Returns a text without blanks at its ends, of TeX or not, and without commands that show nothing before it."""
+    before = None
+    while before != text:
+        before = text
+        for blank in (*BLANKS, *LEFT_OUT):
+            is_whole = not (
+                blank[-1].isalpha() and text[len(blank) :][:1].isascii() and text[len(blank) :][:1].isalpha()
+            )
+            if text.startswith(blank) and is_whole and blank != "~":  # "~5" is about 5
+                text = text[len(blank) :]
+        text = text.lstrip()
+    before = None
+    while before != text:
+        before = text
+        for blank in BLANKS:
+            if text.endswith(blank):
+                text = text[: -len(blank)]
+        if text.endswith("\\") and not text.endswith("\\\\"):
+            text = text[:-1]
+        text = text.rstrip()
+    return text
+
+
+def _bare(text):
+    """Returns a text without what surrounds it."""
+    before = None
+    while before != text:
+        before, text = text, _trimmed(text)
+        if text[-1:] in (".", "。") and text[-2:-1] not in (".", "。"):
+            text = text[:-1].rstrip()
+        for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("`", "`")):
+            inside = text[len(opening) : -len(closing)]
+            if text.startswith(opening) and text.endswith(closing) and len(text) >= len(opening + closing):
+                if not any(mark in inside for mark in {opening[-1] if opening[0] == "$" else opening, closing}):
+                    text = inside
+                    break
+        else:
+            for command in (r"\text{", r"\mathrm{"):
+                inside = text[len(command) : -1]
+                if text.startswith(command) and text.endswith("}") and "{" not in inside and "}" not in inside:
+                    text = inside
+    return text
+
+
+def _without_unit(text):
+    """Returns (a text without the unit after its number, whether the unit is per cent)."""
+    at = min((text.find(command) for command in (r"\text{", r"\mathrm{") if command in text), default=0)
+    value, rest = _trimmed(text[:at]), text[at:].rstrip(" .$")
+    number, per_cent = text, False
+    if value and (value[-1].isalnum() or value[-1] in ")}!"):
+        parts = rest.replace(r"\cdot", "/").replace(r"\times", "/").replace("\\,\\", "/\\").split("/")
+        names = [_trimmed(part) for part in parts]
+        for power in ("^2", "^{2}", "{2}", *(f"^{digit}" for digit in DIGITS)):
+            names = [name.removesuffix(power) if name.endswith("}" + power) else name for name in names]
+        per_cent = names == [r"\text{\%}"] or names == [r"\text{%}"]
+        units = {rf"\{c}{{{unit}}}" for c in ("text", "mathrm") for unit in (" cm", "kg", "~km", "cm", "")}
+        if per_cent or set(names) <= units:
+            number = value
+    for degrees in (r"^{\circ}", r"^\circ", "°"):
+        if not per_cent and number.rstrip().endswith(degrees):
+            number = number.rstrip()[: -len(degrees)].rstrip()
+            break
+    return number, per_cent
 
 
 def _whole(text):
@@ -147,7 +214,9 @@ def check_completion(text):
         for reference in (18, Fraction(1, 2), -3):
             forms = {value, value * 100} if value is not None and "%" in answer else {value}
             assert numeric_verdict(text, reference, fallback=fallback) == (reference in forms)
-    if "#" not in text and r"\boxed{" not in text and value is not None:  # the number is not cut out of a longer one
+    if (
+        not any(mark in text for mark in ("#", r"\boxed", r"\fbox")) and value is not None
+    ):  # the number is not cut out of a longer one
         before, _, after = text.rpartition(answer)
         assert not (before[-1:].isdecimal() and answer[0].isdecimal()) and not after[:1].isnumeric()
         if answer[-1].isdecimal():

@@ -1,8 +1,13 @@
 """Host rewards: rows and columns, missing rewards, failures, broken contracts, and how functions are found."""
 
+import asyncio
+from decimal import Decimal
 import functools
 import logging
 import math
+import pickle
+import sys
+from types import ModuleType
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,6 +15,7 @@ import numpy as np
 import pytest
 
 from jaxrl_reason.rewards import accuracy_reward, compute_rewards, format_reward, HostReward, load_reward, RewardError
+from jaxrl_reason.rewards.loading import distinct_names
 from jaxrl_reason.rewards.pool import Results
 
 PROMPTS = ["one?", "two?"]
@@ -141,12 +147,11 @@ def test_an_interrupt_is_not_counted_as_a_failure(interrupt):
         (lambda completions, **_: [1.0] * 7, "'bad' returned 7 rewards for 6 completions"),
         (lambda completions, **_: 1.0, "'bad' returned a float; it must return a list of 6"),
         (lambda completions, **_: None, "'bad' returned a NoneType"),
-        (
-            lambda completions, **_: [1.0, 1.0, math.nan, 1.0, 1.0, 1.0],
-            "'bad' returned nan for row 2.*or None for a missing",
-        ),
-        (lambda completions, **_: [1.0, 1.0, 1.0, 1.0, 1.0, math.inf], "'bad' returned inf for row 5"),
-        (lambda completions, **_: [1e39] * 6, "'bad' returned 1e.39 for row 0.*float32"),
+        (lambda completions, **_: dict.fromkeys(range(6), 1.0), "'bad' returned a dict; it must return a list of 6"),
+        (lambda completions, **_: {1.0, 2.0, 3.0, 4.0, 5.0, 6.0}, "'bad' returned a set; it must return a list of 6"),
+        (lambda completions, **_: "123456", "'bad' returned a str; it must return a list of 6"),
+        (lambda completions, **_: b"123456", "'bad' returned a bytes; it must return a list of 6"),
+        (lambda completions, **_: [math.nan, "x", 1.0, 1.0, 1.0, 1.0], "'bad' returned 'x' for row 1"),
         (lambda completions, **_: ["1.0"] * 6, "'bad' returned '1.0' for row 0"),
         (lambda completions, **_: [[1.0]] * 6, r"'bad' returned \[1.0\] for row 0"),
         (
@@ -165,10 +170,29 @@ def test_a_broken_contract_row_by_row_names_the_row():
     def bad(completions, completion_ids, **_):
         if len(completions) > 1:
             raise ValueError("one at a time")
-        return [math.nan if completion_ids == [[4, 5]] else 1.0]
+        return ["x" if completion_ids == [[4, 5]] else 1.0]
 
-    with pytest.raises(RewardError, match="nan for row 4"):
+    with pytest.raises(RewardError, match="'x' for row 4"):
         run(HostReward("bad", bad))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e39, 10**400, np.float32("nan"), Decimal("NaN")])
+def test_a_number_that_is_not_finite_is_a_failure_of_its_row(value, caplog):
+    with caplog.at_level(logging.WARNING):
+        table = run(HostReward("bad", lambda completions, **_: [1.0, 0.0, value, None, 1.0, value]))
+    np.testing.assert_array_equal(table.per_reward["bad"], [[1, 0, np.nan], [np.nan, 1, np.nan]])
+    rates = {"error_rate": pytest.approx(2 / 6), "none_rate": pytest.approx(1 / 6), "timeout_rate": 0}
+    assert table.failures() == {f"rewards/bad/{kind}": rate for kind, rate in rates.items()}
+    assert "'bad' failed on 2 of 6 rows" in caplog.text and "for row 2; return a finite float32 number" in caplog.text
+
+
+def test_numbers_that_are_not_finite_count_against_the_share():
+    with pytest.raises(RewardError, match="'bad' failed on 6 of the 6 rows tried.*'bad' returned nan for row 0"):
+        run(HostReward("bad", constant(math.nan)))
+    reported = Results([1.0, math.nan, None, 1.0, 1.0, 1.0], ["ok", "ok", "none", "ok", "ok", "ok"])
+    table = run(HostReward("bad", lambda completions, **_: reported))
+    np.testing.assert_array_equal(table.per_reward["bad"], [[1, np.nan, np.nan], [1, 1, 1]])
+    assert table.error_rate["bad"] == pytest.approx(1 / 6) and table.none_rate["bad"] == pytest.approx(1 / 6)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +256,50 @@ def test_any_callable_and_any_number_works():
     np.testing.assert_array_equal(run(HostReward("bool", constant(True))).per_reward["bool"], np.ones((2, 3)))
 
 
+async def waiting(completion_ids, **_):
+    await asyncio.sleep(0)
+    return [2.0 * len(ids) for ids in completion_ids]
+
+
+class Waiting:
+    async def __call__(self, completion_ids, **_):
+        return await waiting(completion_ids)
+
+
+def test_async_functions_work_in_a_loop_that_stays():
+    locks = []
+
+    async def locked(completion_ids, **_):
+        locks.append(asyncio.get_running_loop())
+        return await waiting(completion_ids)
+
+    rewards = [waiting, Waiting(), functools.partial(waiting), lambda completion_ids, **_: waiting(completion_ids)]
+    rewards = [HostReward(str(i), function) for i, function in enumerate([*rewards, locked])]
+
+    async def notebook():
+        return run(*rewards)
+
+    for table in (run(*rewards), run(*rewards), asyncio.run(notebook())):
+        for values in table.per_reward.values():
+            np.testing.assert_array_equal(values, [[2, 4, 6], [2, 4, 6]])
+    assert locks[0] is locks[1] and not locks[0].is_closed()
+
+
+def test_a_raising_function_is_shown_with_file_and_line(tmp_path):
+    helper = "import json\ndef read(text):\n    return json.loads(text)\n"
+    (tmp_path / "helper_of_mine.py").write_text(helper)
+    mine = "import helper_of_mine\n\ndef score(completions, **_):\n    return [helper_of_mine.read(c) for c in completions]\n"
+    (tmp_path / "mine.py").write_text(mine)
+    table = run(HostReward("mine", load_reward(f"{tmp_path}/mine.py:score")), max_failure_share=1.0)
+    assert table.error["mine"].startswith("JSONDecodeError: Expecting value")
+    assert table.error["mine"].endswith(f"({tmp_path}/helper_of_mine.py, line 3)")  # not the line of json itself
+    (tmp_path / "broken.py").write_text("import math\n\n\nmath.sqrt(-1)\n")
+    with pytest.raises(
+        RewardError, match=rf"running .*broken.py failed with ValueError: .*\({tmp_path}/broken.py, line 4\)"
+    ):
+        load_reward(f"{tmp_path}/broken.py:score")
+
+
 def test_load_built_in_module_and_file(tmp_path, monkeypatch):
     assert load_reward("accuracy") is accuracy_reward
     assert load_reward("format") is format_reward
@@ -242,6 +310,96 @@ def test_load_built_in_module_and_file(tmp_path, monkeypatch):
     assert load_reward(f"{tmp_path}/mine.py:short")(completions=["a", "b"]) == [1, 1]
     monkeypatch.chdir(tmp_path)
     assert load_reward("mine.py:short")(completions=["a"]) == [1]
+
+
+@pytest.fixture
+def two_folders(tmp_path):
+    """Two folders with rewards.py, and with modules and packages of equal names next to it."""
+    for folder in ("first", "second"):
+        (tmp_path / folder / "parts").mkdir(parents=True)
+        (tmp_path / folder / "parts" / "__init__.py").write_text("")
+        (tmp_path / folder / "parts" / "words.py").write_text(f"WORD = '{folder} word'\n")
+        (tmp_path / folder / "shared_helper.py").write_text(f"NAME = '{folder}'\n")
+        (tmp_path / folder / f"late_{folder}.py").write_text(f"NAME = 'late {folder}'\n")
+        (tmp_path / folder / "random.py").write_text("raise ImportError('hides the standard library')\n")
+        (tmp_path / folder / "rewards.py").write_text(f"""import random
+import shared_helper
+from parts.words import WORD
+random.random()
+count = 0
+def score(completions, **_):
+    global count
+    count += 1
+    import late_{folder}
+    return [shared_helper.NAME, WORD, late_{folder}.NAME, count]
+def again(**_):
+    return count
+""")
+    return tmp_path
+
+
+def test_a_file_imports_the_modules_next_to_it(two_folders):
+    before, standard = sys.modules.get("shared_helper"), sys.modules["random"]
+    first = load_reward(f"{two_folders}/first/rewards.py:score")
+    second = load_reward(f"{two_folders}/second/rewards.py:score")
+    assert first(completions=[]) == ["first", "first word", "late first", 1]
+    assert second(completions=[]) == ["second", "second word", "late second", 1]
+    assert sys.modules["random"] is standard and sys.modules.get("shared_helper") is not before
+    assert first.__module__ != second.__module__ and pickle.loads(pickle.dumps(first)) is first
+    assert str(two_folders / "first") in sys.path[len(sys.path) - 2 :]  # after all others: it hides nothing later
+
+
+def test_a_module_that_is_loaded_already_hides_none_next_to_a_file(two_folders, monkeypatch):
+    mine = ModuleType("shared_helper")
+    monkeypatch.setitem(sys.modules, "shared_helper", mine)
+    assert load_reward(f"{two_folders}/first/rewards.py:score")(completions=[])[0] == "first"
+    assert sys.modules["shared_helper"] is mine
+
+
+def test_a_file_is_run_once_until_it_changes(two_folders, monkeypatch):
+    file = two_folders / "first" / "rewards.py"
+    load_reward(f"{file}:score")(completions=[])
+    monkeypatch.chdir(two_folders)
+    assert load_reward("first/rewards.py:again")() == 1  # the same module
+    monkeypatch.setenv("HOME", str(two_folders))
+    assert load_reward("~/first/rewards.py:again")() == 1
+    file.write_text("def again(**_):\n    return 'changed'\n")
+    assert load_reward(f"{file}:again")() == "changed"
+
+
+@pytest.mark.parametrize(
+    "specs, names",
+    [
+        (["a.py:one", "a.py:two"], ["one", "two"]),
+        (["a.py:short"], ["Length"]),
+        (["a.py:short", "a.py:long"], ["short", "long"]),
+        (["a.py:half", "a.py:one"], ["half", "one"]),  # a partial of `one`
+        (["a.py:made", "a.py:made_too"], ["made", "made_too"]),
+        (["a.py:one", "b.py:one"], ["a.one", "b.one"]),
+        (["a.py:short", "b.py:short", "a.py:long"], ["a.short", "b.short", "long"]),
+        (["a.py:accuracy", "a.py:one"], ["accuracy", "one"]),  # the scorer refuses the name of a built-in reward
+        (["a.py:exact"], ["exact"]),
+    ],
+)
+def test_rewards_of_one_name_are_told_apart(specs, names, tmp_path, monkeypatch):
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text("""import functools
+class Length:
+    def __call__(self, completions, **_): return []
+short, long = Length(), Length()
+def one(**_): return []
+def two(**_): return []
+half = functools.partial(one, scale=0.5)
+def make():
+    def inner(**_): return []
+    return inner
+made, made_too = make(), make()
+def accuracy(**_): return []
+exact = accuracy
+""")
+    monkeypatch.chdir(tmp_path)
+    found = distinct_names({spec: load_reward(spec) for spec in specs}, ["accuracy"])
+    assert [found[spec] for spec in specs] == names
 
 
 @pytest.mark.parametrize(
@@ -263,11 +421,17 @@ def test_load_built_in_module_and_file(tmp_path, monkeypatch):
         ("nowhere/mine.py:short", "no file nowhere/mine.py"),
         ("broken.py:short", "running broken.py failed with ZeroDivisionError"),
         (":short", "importing '' failed"),
+        ("leaving.py:short", "running leaving.py failed with SystemExit: 3 .*leaving.py, line 2"),
+        ("syntax.py:short", "running syntax.py failed with SyntaxError: .*syntax.py, line 1"),
+        ("kinds.py:Kind", "'kinds.py:Kind' is a class; make an instance of it in kinds.py, and name the instance"),
     ],
 )
 def test_a_reward_that_cannot_be_loaded_raises(spec, message, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("def short(completions, **_):\n    return [1.0] * len(completions)\n")
     (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "leaving.py").write_text("import sys\nsys.exit(3)\n")
+    (tmp_path / "syntax.py").write_text("def short(:\n")
+    (tmp_path / "kinds.py").write_text("class Kind:\n    def __call__(self, completions, **_): return []\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RewardError, match=message):
         load_reward(spec)

@@ -19,7 +19,7 @@ TAKEN_FOR_5 = [
     # Commands that appear when math-verify removes others.
     r"6 \f\boxedbox{5}", r"6\phantom{\f\boxedbox{5}}", r"5\te$xt{00}", r"5\te'xt{ or 6}", r"5\tex\!t{ or 6}", r"5\math\displaystylerm{00}", r"5\te\te$xt{00}",
     r"6 \equiv 5", r"1\equiv 6\equiv 5", r"\{6\}=x=5", r"x=\{6\}=5", r"\{6\}=\{5\}", r"5\text{ tenths}", r"5\text{ thousands}", r"5\mathrm{pi}", r"5\text{π}",
-    r"5\text{ per cent}", r"5\text{ⁿ}", r"5\text{ 或 6}", r"5\mathrm{c/e}", r"5\mathrm{x}",
+    r"5\text{ⁿ}", r"5\text{ 或 6}", r"5\mathrm{c/e}", r"5\mathrm{x}",
 ]  # fmt: skip
 EQUAL_TO_5 = [
     "5",
@@ -31,6 +31,7 @@ EQUAL_TO_5 = [
     r"5 \mathrm{kg}.",
     r"\sqrt{25}",
     r"\fbox{5}",
+    r"5\text{ per cent}",
     r"\text{5}",
     "x = 10/2 = 5",
     r"\frac{10}{2}",
@@ -65,6 +66,7 @@ def test_math_verify_accepts_no_incorrect_answer():
         (reference, form.format(a), verdict)
         for reference, a, verdict in table
         for form in ("#### {}", r"so \boxed{{{}}}.")
+        if form[0] != "#" or a not in (r"6 \fbox{5}", r"6 \boxed {5}")  # a box after "####" is the last marker
     ]
     marked = [row for row in marked if row[1].startswith("#") or braces_close(row[1])]
     references, completions, _ = zip(*marked)

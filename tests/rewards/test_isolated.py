@@ -12,12 +12,13 @@ import pytest
 
 from jaxrl_reason.rewards import compute_rewards, HostReward, load_reward, RewardError
 from jaxrl_reason.rewards.isolated import Isolated, make_pool
+from jaxrl_reason.rewards.output import Output
 
 pytestmark = pytest.mark.processes
 
 LIMIT_S = 1.0
 MINE = '''
-import os, pathlib, signal, sys, threading, time
+import asyncio, multiprocessing, os, pathlib, signal, subprocess, sys, threading, time
 
 def act(completions, **_):
     """Returns the number in each completion, or does to the process what the completion names."""
@@ -65,7 +66,86 @@ def short(completions, **_):
     return [1.0] * (len(completions) - 1)
 
 def infinite(completions, **_):
-    return [float("inf") if text == "x" else 1.0 for text in completions]
+    return [["inf"] if text == "x" else 1.0 for text in completions]
+
+async def wait(completions, **_):
+    await asyncio.sleep(0.4)
+    return [len(asyncio.all_tasks()) if text == "tasks" else os.getpid() if text == "pid" else float(text) for text in completions]
+
+class Waits:
+    async def __call__(self, completions, **_):
+        return await wait(completions)
+
+waits, waits_too = Waits(), Waits()
+
+async def at_once(completions, **_):
+    """Does what each completion names, while other calls run."""
+    pathlib.Path(f"{completions[0]}.begun").write_text("")
+    for text in completions:
+        if text == "stuck":
+            time.sleep(1000)
+        elif text == "stubborn":
+            while True:
+                try:
+                    await asyncio.sleep(1000)
+                except BaseException:
+                    pass
+        elif text == "hang":
+            await asyncio.sleep(1000)
+    return [ACTS[text]() if text in ACTS else float(text) for text in completions]
+
+async def blocking(completions, **_):
+    time.sleep(0.3)
+    return [float(text) for text in completions]
+
+lock = asyncio.Lock()
+
+async def locked(completions, **_):
+    async with lock:  # belongs to the loop of its first call
+        await asyncio.sleep(0.001)
+    return [float(id(asyncio.get_running_loop()) % 1000)] * len(completions)
+
+async def short_async(completions, **_):
+    return [1.0] * (len(completions) - 1)
+
+async def clearing(completions, completion_ids, **_):
+    values = [float(ids[0]) for ids in completion_ids]
+    completions.clear()
+    return values
+
+async def voted_async(completions, **_):
+    return [1.0] * len(completions)
+
+async def same(completion, row):
+    return completion.lower()
+
+voted_async.answer_of = same
+
+def ended(completions, **_):
+    """The seconds until processes of all kinds have ended that were asked to."""
+    begin = time.monotonic()
+    for context in map(multiprocessing.get_context, ("fork", "spawn")):
+        process = context.Process(target=time.sleep, args=[1000])
+        process.start()
+        process.terminate()
+        process.join()
+        with context.Pool(2) as pool:
+            assert pool.map(abs, [-1, -2]) == [1, 2]
+    for ending in (subprocess.Popen.terminate, lambda process: process.send_signal(signal.SIGINT)):
+        process = subprocess.Popen(["sleep", "1000"])
+        ending(process)
+        process.wait()
+    pid = os.fork()
+    if not pid:
+        try:
+            time.sleep(1000)
+        finally:
+            os._exit(5)
+    time.sleep(0.1)
+    os.kill(pid, signal.SIGINT)
+    assert os.waitpid(pid, 0)[1] == 5 << 8  # by an exception, as Ctrl-C ends an ordinary Python process
+    os.kill(os.getpid(), signal.SIGTERM)  # the worker itself stays
+    return [time.monotonic() - begin] * len(completions)
 
 def counted(completions, **_):
     with open("counted.txt", "a") as file:
@@ -140,10 +220,101 @@ def test_a_lambda_in_a_file_works():
 def test_a_broken_contract_names_function_and_row():
     with pytest.raises(RewardError, match="'short' returned 1 rewards for 2 completions"):
         table_of(reward_of("short"), [["a", "b"]] * 3)
-    with pytest.raises(RewardError, match="'infinite' returned inf for row 5; return a finite float32"):
+    with pytest.raises(RewardError, match=r"'infinite' returned \['inf'\] for row 5; return a finite float32"):
         table_of(reward_of("infinite"), [["a", "b"], ["a", "b"], ["a", "x"]])
     with pytest.raises(RewardError, match="'calls' cannot be called: missing a required argument: 'row'"):
         table_of(reward_of("calls"), [["a", "b"]])
+
+
+def test_a_number_that_is_not_finite_costs_its_row():
+    table = table_of(reward_of("act"), [["1", "nan"], ["inf", "2"]])
+    np.testing.assert_array_equal(table.per_reward["act"], [[1, np.nan], [np.nan, 2]])
+    assert table.error_rate["act"] == 0.5 and "'act' returned inf for row 2" in table.error["act"]
+
+
+def test_a_raising_function_is_shown_with_file_and_line(tmp_path):
+    line = 1 + next(i for i, line in enumerate(MINE.splitlines()) if '"raise"' in line)
+    for name in ("act", "at_once"):
+        table = table_of(reward_of(name), [["1", "raise"]])
+        assert table.error[name] == f"ZeroDivisionError: division by zero ({tmp_path}/mine.py, line {line})"
+
+
+def test_what_a_reward_starts_ends_when_it_is_asked_to():
+    seconds = table_of(reward_of("ended", timeout_s=30), [["x"]]).per_reward["ended"]
+    assert seconds < 10  # most of them for the start of Python in the spawned processes
+
+
+@pytest.mark.parametrize("name", ["wait", "waits"])
+def test_async_calls_of_a_batch_run_at_the_same_time(name):
+    reward = reward_of(name)
+    table_of(reward, [["0"]])  # starts a worker
+    begin = time.monotonic()
+    values = table_of(reward, [["tasks", "pid", str(p)] for p in range(12)]).per_reward[reward.name]
+    assert time.monotonic() - begin < 2  # one by one 4.8 s
+    np.testing.assert_array_equal(values[:, 2], range(12))
+    assert values[0, 0] >= 12 and set(values[:, 1]) != {os.getpid()} and len(set(values[:, 1])) == 1
+
+
+def test_several_async_rewards_run_at_the_same_time():
+    rewards = [HostReward(name, reward_of(name).function) for name in ("wait", "waits", "waits_too")]
+    call = lambda: compute_rewards(
+        [*rewards, HostReward("act", reward_of("act").function)], ["p"], [["1"]], [[[1]]], {}
+    )
+    call()
+    begin = time.monotonic()
+    table = call()
+    assert time.monotonic() - begin < 1.0  # one after the other 1.2 s
+    assert list(table.per_reward) == ["wait", "waits", "waits_too", "act"] and all(
+        x.item() == 1 for x in table.per_reward.values()
+    )
+
+
+@pytest.mark.parametrize("act", ["raise", "exit", "kill", "leave", "stuck", "stubborn", "hang", "nan"])
+def test_only_the_row_at_fault_of_an_async_reward_goes_missing(act):
+    begin = time.monotonic()
+    table = table_of(reward_of("at_once"), [["1", "2", "3"], ["4", act, "none"], ["5", "6", "7"]])
+    np.testing.assert_array_equal(table.per_reward["at_once"], [[1, 2, 3], [4, np.nan, np.nan], [5, 6, 7]])
+    late = act in ("stuck", "stubborn", "hang")
+    rates = {"error_rate": 0 if late else 1 / 9, "none_rate": 1 / 9, "timeout_rate": 1 / 9 if late else 0}
+    assert table.failures() == {f"rewards/at_once/{kind}": pytest.approx(rate) for kind, rate in rates.items()}
+    assert time.monotonic() - begin < 4 * LIMIT_S + 10  # all calls, the call alone, the row
+
+
+def test_async_calls_that_block_each_other_are_made_again():
+    table = table_of(reward_of("blocking"), [[str(p), "0"] for p in range(8)])  # 2.4 s in a row; the limit is 1 s
+    np.testing.assert_array_equal(table.per_reward["blocking"], [[p, 0] for p in range(8)])
+
+
+def test_an_async_reward_keeps_its_loop():
+    reward = reward_of("locked")
+    first, second = (table_of(reward, [["x"]] * 4).per_reward["locked"] for _ in range(2))
+    assert len({*first.flat, *second.flat}) == 1
+
+
+def test_async_contracts_arguments_and_answers():
+    with pytest.raises(RewardError, match="'short_async' returned 1 rewards for 2 completions"):
+        table_of(reward_of("short_async"), [["a", "b"]] * 3)
+    values = table_of(reward_of("clearing"), [["a", "b"], ["c", "d"]]).per_reward["clearing"]
+    np.testing.assert_array_equal(values, [[0, 1], [2, 3]])
+    assert reward_of("voted_async").function.answers_of([["A", "a"]], [{}]) == [["a", "a"]]
+
+
+def test_output_goes_to_a_file(tmp_path):
+    (tmp_path / "mine.py").write_text("""
+import os, subprocess, sys
+def act(completions, **_):
+    print("out", completions[0])
+    print("err", file=sys.stderr)
+    subprocess.run(["echo", "child"])
+    print("without an end \u00fc", end="")
+    return [1.0]
+""")
+    output = Output(tmp_path / "new" / "rewards.log")
+    reward = reward_of("act", workers=1, output=output)
+    table_of(reward, [["a"], ["b"]])
+    expected = "".join(f"out {name}\nerr\nchild\nwithout an end ü" for name in "ab")
+    del reward, output  # ends the workers, and then the file
+    assert (tmp_path / "new" / "rewards.log").read_text() == expected
 
 
 def test_a_broken_function_is_not_tried_on_every_row():

@@ -50,7 +50,7 @@ ANSWERS = {
     r"\boxed{\boxed{1}": "1",
     r"\boxed{}": None,
     "#### ": None,
-    "#### 5\n####": None,
+    "#### 5\n####": "5",
     "The answer is 18": None,
     "": None,
 }

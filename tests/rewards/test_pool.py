@@ -14,6 +14,7 @@ import time
 from pool_functions import act, die, refuse, size
 import pytest
 
+from jaxrl_reason.rewards.output import Output
 from jaxrl_reason.rewards.pool import Pool, Results
 
 pytestmark = pytest.mark.processes
@@ -212,6 +213,43 @@ def test_output_to_stdout_is_dropped(capfd):
     with Pool(act) as pool:  # started here, so that workers inherit the captured streams
         assert pool.map(["print"]) == [2.0]
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_file_of_the_output_stays_small_and_holds_the_newest_lines(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("jaxrl_reason.rewards.output.MAX_BYTES", 200_000)
+    output = Output(tmp_path / "log")
+    with Pool(act, workers=2, output=output) as pool, Pool(act, workers=1, output=output) as other:
+        assert pool.map(["chatter"] * 2 + ["print"]) == [1.0, 1.0, 2.0]
+        assert other.map(["unended"]) == [1.0]
+    del output, pool, other
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["log", "log.1"]
+    assert all(0 < path.stat().st_size <= 200_000 for path in tmp_path.iterdir())
+    assert (tmp_path / "log").read_text().endswith("x" * 10_000 + "\n")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_full_disk_costs_output_only(capfd):
+    output = Output("/dev/full")
+    with Pool(act, workers=1, output=output) as pool:
+        assert pool.map(["print", "chatter", 3.0]) == [2.0, 1.0, 3.0]
+    del output, pool
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_pool_that_restarts_has_new_workers():
+    with Pool(act, workers=1) as pool:
+        (first,) = pool.map(["pid"])
+        pool.restart()
+        assert wait_until_gone(int(first))
+        (second,) = pool.map(["pid"])
+        assert first != second
+
+
+def test_more_time_is_for_one_batch():
+    with Pool(act, workers=1, timeout_s=0.3) as pool:
+        assert pool.map(["sleep 0.8"], more_s=5.0) == [1.0]
+        results = pool.map(["sleep 0.8"])
+        assert results.outcomes == ["timeout"] and results.error == "no result within 0.3 s"
 
 
 @pytest.mark.parametrize("victims", [[0], [1], [0, 1]])

@@ -1,9 +1,12 @@
 """The scorer with a real tokenizer: order, device and host rewards together, `match_answer` against `accuracy`."""
 
 import functools
+import gc
+import importlib.util
 import json
 import math
 import pathlib
+import types
 import warnings
 
 from hypothesis import given, settings
@@ -15,7 +18,10 @@ import pytest
 
 from jaxrl_reason import data
 from jaxrl_reason.config import Reward
+from jaxrl_reason.rewards import math as math_rewards
 from jaxrl_reason.rewards import RewardError
+from jaxrl_reason.rewards import scorer as scorer_lib
+from jaxrl_reason.rewards.output import Output
 from jaxrl_reason.rewards.scorer import RewardScorer
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.experience import total_reward
@@ -29,7 +35,7 @@ TOKENIZERS = pytest.mark.parametrize("tokenizer", [MERGING, BYTES], ids=["mergin
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 MINE = """
-import json, pathlib
+import json, pathlib, time
 
 def echo(completions, id, **_):
     return [float(i) for i in id]
@@ -51,6 +57,53 @@ def match_answer(completions, **_):
 def short(completions, **_):
     return [1.0]
 
+class Scaled:
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, completion_ids, **_):
+        return [self.scale * len(ids) for ids in completion_ids]
+
+once, twice, worded = Scaled(1), Scaled(2), Scaled("2")
+
+calls = 0
+
+def counts(completions, completion_ids, prompts, **_):
+    # The number of calls that this process has had; every call is noted in a file.
+    global calls
+    calls += 1
+    with open("calls.jsonl", "a") as file:
+        print(json.dumps([prompts, completions, list(map(len, completion_ids))]), file=file)
+    print("called")
+    return [float(calls)] * len(completions)
+
+async def also_counts(**arguments):
+    return counts(**arguments)
+
+def fails(**arguments):
+    counts(**arguments)
+    raise KeyError("nothing works")
+
+def fails_on_first(id, completions, **_):
+    if 7 in id:
+        raise KeyError("seven")
+    return [1.0] * len(completions)
+
+def fails_on_some(completions, **_):
+    return [float(len(c.split("boxed{")[1])) for c in completions]
+
+def nan(completions, **_):
+    return [float("nan")] * len(completions)
+
+def texts(completions, **_):
+    return ["1"] * len(completions)
+
+def nones(completions, **_):
+    return [None] * len(completions)
+
+def sleeps(completions, **_):
+    time.sleep(1000)
+
 def spy(**arguments):
     pathlib.Path(f"{arguments['prompts'][0].strip()}.json").write_text(json.dumps(arguments))
     return [1.0] * len(arguments["completions"])
@@ -63,11 +116,12 @@ def mine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def make_scorer(*functions, weights=(), verdict="", max_failure_share=0.5, tokenizer=MERGING):
+def make_scorer(*functions, weights=(), verdict="", max_failure_share=0.5, tokenizer=MERGING, output=None, **more):
     settings = Reward(
-        functions=list(functions), weights=list(weights), verdict=verdict, max_failure_share=max_failure_share
+        functions=list(functions), weights=list(weights), verdict=verdict, max_failure_share=max_failure_share, **more
     )
-    return RewardScorer(settings, tokenizer=tokenizer, template=data.get_template("plain"), sharding=HERE)
+    template = data.get_template("plain")
+    return RewardScorer(settings, tokenizer=tokenizer, template=template, sharding=HERE, output=output)
 
 
 def batch_of(rows):
@@ -160,6 +214,95 @@ def test_host_rewards_read_the_text_of_sampled_tokens_only(filler):
     assert seen["question"] == ["question 0"] * 3 + ["question 1"] * 3
 
 
+THINKING = data.train_tokenizer([], vocab_size=259)
+THINKING.backend.add_special_tokens(["<think>", "</think>"])
+
+
+@pytest.mark.parametrize(
+    "skip_special, seen",
+    [(False, "<bos><think>2 + 3</think>\n#### 5"), (True, "2 + 3\n#### 5")],
+    ids=["shown", "hidden"],
+)
+def test_rewards_see_special_tokens_as_sampled(skip_special, seen):
+    texts = [["<bos><think>2 + 3</think>\n<pad>#### 5", "#### 5"]]
+    scorer = make_scorer("accuracy", "mine.py:spy", tokenizer=THINKING, skip_special_tokens=skip_special)
+    rollout = rollout_of(texts, THINKING)
+    rewards, _ = scorer(rollout, batch_of([{"answer": "5"}]))
+    np.testing.assert_array_equal(rewards["accuracy"], [[1, 1]])
+    call = json.loads(pathlib.Path("question 0.json").read_text())
+    assert call["completions"] == [seen, "#### 5"]
+    end, pad = THINKING.eos_ids[0], THINKING.pad_id
+    assert call["completion_ids"][0][-1] == end and pad in call["completion_ids"][0]  # ids are kept as they are
+
+
+def test_two_objects_of_one_class_are_two_rewards():
+    scorer = make_scorer("mine.py:once", "mine.py:twice", weights=[1, 0.5], verdict="mine.py:twice")
+    assert scorer.names == ("once", "twice") and scorer.verdict == "twice"
+    rollout = rollout_of(TEXTS)
+    rewards, _ = scorer(rollout, batch_of(ROWS))
+    lengths = np.asarray(rollout.mask.sum(axis=-1))
+    np.testing.assert_array_equal(rewards["once"], lengths)
+    np.testing.assert_array_equal(rewards["twice"], 2 * lengths)
+    assert make_scorer("mine.py:once").names == ("Scaled",)
+    scorer = make_scorer("mine.py:once", "mine.py:worded")
+    with pytest.raises(RewardError, match="Reward 'worded' returned '2222"):
+        scorer(rollout, batch_of(ROWS))
+    pathlib.Path("other.py").write_text(MINE)
+    assert make_scorer("mine.py:length", "other.py:length").names == ("mine.length", "other.length")
+
+
+def calls_made():
+    return list(map(json.loads, pathlib.Path("calls.jsonl").read_text().splitlines()))
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("function", ["counts", "also_counts"])
+def test_a_trial_is_one_call_that_leaves_no_state(function, tmp_path):
+    output = Output(tmp_path / "rewards.log")
+    scorer = make_scorer("accuracy", f"mine.py:{function}", output=output, workers=1)
+    rows = [row | {"question": f"question {row['id']}"} for row in ROWS]
+    scorer.try_out(rows, samples=3)
+    ((prompts, completions, lengths),) = calls_made()
+    assert prompts == ["question 7\n"] * 3 and "12" in completions[0] and len(set(completions)) == 3
+    assert lengths == [len(MERGING.encode(text)) + 1 for text in completions]
+    rewards, _ = scorer(rollout_of([["x", "y"]]), batch_of(ROWS[:1]))
+    np.testing.assert_array_equal(rewards[function], [[1, 1]])  # the first call of this process
+    assert len(calls_made()) == 2
+    del scorer, output
+    gc.collect()
+    assert (tmp_path / "rewards.log").read_text() == "called\n" * 2
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        ("short", "'short' returned 1 rewards for 4 completions"),
+        ("texts", "'texts' returned '1' for row 0"),
+        ("nan", "'nan' failed on all 4 made-up completions, of each of 2 rows; .* returned nan for row 0"),
+        (
+            "fails",
+            r"'fails' failed on all 4 .*KeyError: 'nothing works' \(.*mine.py, line [0-9]+\)\. Correct the function",
+        ),
+        ("sleeps", "'sleeps' failed on all 4 .* no result within 0.3 s"),
+    ],
+)
+def test_a_trial_shows_a_broken_contract(function, message):
+    rows = [row | {"question": "q"} for row in ROWS]
+    with pytest.raises(RewardError, match=message):
+        make_scorer(f"mine.py:{function}", timeout_s=0.3).try_out(rows, samples=4)
+    if function == "fails":
+        assert len(calls_made()) == 2 * (1 + 4)  # a failed call is made again row by row
+        make_scorer(f"mine.py:{function}", max_failure_share=1).try_out(rows, samples=4)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("function", ["fails_on_first", "fails_on_some", "nones", "length"])
+def test_a_trial_accepts_functions_that_can_succeed(function):
+    rows = [row | {"question": "q"} for row in ROWS]
+    make_scorer(f"mine.py:{function}", "accuracy").try_out(rows, samples=4)
+
+
 def test_missing_rewards_are_nan_and_counted():
     texts = [["fine", "none", "picky"], ["fine", "fine", "none"]]
     rewards, metrics = make_scorer("mine.py:picky")(rollout_of(texts), batch_of(ROWS))
@@ -207,6 +350,38 @@ def test_unreadable_references_are_listed_and_too_many_raise():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_scorer("accuracy", "last_number", "strict", "judge", max_failure_share=0).check_references(good)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed")
+def test_references_that_math_verify_cannot_read_are_listed(monkeypatch):
+    monkeypatch.setattr(scorer_lib, "_ROWS_PER_CHECK", 3)
+    answers = ["12", r"$\sqrt{2}$.", "", r"\log_2 3", "}", None, r"\boxed{", "5_000"]
+    rows = [{"question": "q", "answer": answer} for answer in answers]
+    place = lambda i: f"line {i + 1}"
+    source = data.Source("rows.jsonl", "", 0, lambda where: [rows[i] for i in where], len(rows), place)
+    with pytest.warns(UserWarning) as said:
+        make_scorer("math_verify", max_failure_share=0.7).check_references(source)
+    lines = str(said[0].message).splitlines()
+    assert "Reward 'math_verify' cannot judge 5 of 8 rows" in lines[0]
+    for line, (number, answer) in zip(
+        lines[1:], [(3, "''"), (5, "'}'"), (6, "None"), (7, r"'\\boxed{'"), (8, "'5_000'")]
+    ):
+        assert line.startswith(f"  line {number}: math-verify cannot read the reference answer {answer}, so no")
+    with pytest.raises(RewardError, match="(?s)cannot judge 5 of 8 rows.*line 3: math-verify cannot read"):
+        make_scorer("math_verify", max_failure_share=0.5).check_references(source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_scorer("math_verify", max_failure_share=0.5).check_references(source, 2)
+
+
+def test_a_verifier_that_cannot_start_is_a_sentence(monkeypatch):
+    def fail(items):
+        raise RuntimeError("A worker process of the pool could not start: ImportError: Unsupported ANTLR version 4.10.")
+
+    monkeypatch.setattr(math_rewards, "_pool", lambda: types.SimpleNamespace(map=fail))
+    source = data.Source("rows.jsonl", "", 0, lambda where: [{"answer": "x+1"} for _ in where], 1)
+    with pytest.raises(RewardError, match="'math_verify' cannot be called. A worker process .* ANTLR version 4.10"):
+        make_scorer("math_verify").check_references(source)
 
 
 def test_a_missing_value_of_a_column_is_none():

@@ -13,7 +13,15 @@ from helpers.advantage_batches import either_way
 from helpers.shapes import check_fields
 from jaxrl_reason import methods
 from jaxrl_reason.advantages import AdvantageTransform, chain
-from jaxrl_reason.rl.experience import empty_like, fill, log_ratio, make_experience, mean_reward, total_reward
+from jaxrl_reason.rl.experience import (
+    empty_like,
+    fill,
+    log_ratio,
+    make_experience,
+    mean_length,
+    mean_reward,
+    total_reward,
+)
 from jaxrl_reason.rl.types import Groups, Rollout
 
 NAN = float("nan")
@@ -256,6 +264,11 @@ def test_the_mean_reward_is_over_all_groups_that_were_drawn():
     # totals 2, 1 and 2, missing; the third completion rides along and does not count
     got = jax.jit(lambda g: mean_reward(g, {"right": 1.0, "shape": 0.5}, 2))(groups)
     assert got == pytest.approx((2 + 1 + 2) / 3)
+
+
+def test_the_mean_length_is_over_all_completions_but_the_greedy_one():
+    groups = make_groups([[1, 2, 9], [3, 4, 9]], 9, right=np.zeros((2, 3)))
+    assert jax.jit(mean_length, static_argnums=1)(groups, 2) == pytest.approx((1 + 2 + 3 + 4) / 4)
 
 
 FILL = jax.jit(fill, static_argnums=3)

@@ -377,21 +377,25 @@ def damage(checkpoint):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_saves_and_the_same_command_goes_on(processes, folder, shared_programs, tmp_path):
-    _, path = recipe(folder, f"stopped{processes}", mesh__fsdp=processes, steps=100_000, checkpoint__every=100_000)
+def test_sigterm_and_ctrl_c_save_and_the_same_command_goes_on(processes, number, folder, shared_programs, tmp_path):
+    _, path = recipe(
+        folder, f"stopped{processes}{number}", mesh__fsdp=processes, steps=100_000, checkpoint__every=100_000
+    )
     started = start(path, tmp_path / "run", shared_programs, processes)
     file = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (file.exists() and file.read_bytes().count(b"\n") > 2):
         assert time.monotonic() < deadline and started[0].poll() is None
         time.sleep(0.05)
-    started[-1].terminate()  # one of them is enough
+    started[-1].send_signal(number)  # one of them is enough
     ended = finish(started, limit=60)
     assert [code for code, _, _ in ended] == [143] * processes, ended
+    assert "Traceback" not in ended[0][2] and ended[0][2].splitlines()[-1].startswith("Asked to end"), ended
     done = read_metrics(file)[-1]["step"]
     assert f"saved after step {done}" in ended[0][2]
-    _, path = recipe(folder, "goes_on", mesh__fsdp=1, steps=done + 1, checkpoint__every=100_000)
+    _, path = recipe(folder, f"goes_on{number}", mesh__fsdp=1, steps=done + 1, checkpoint__every=100_000)
     ((_, out, _),) = run(path, tmp_path / "run", shared_programs)
     assert f"Going on from {tmp_path / 'run' / 'checkpoints' / str(done + 2)}" in out
     assert [line["step"] for line in read_metrics(file)] == list(range(done + 2))

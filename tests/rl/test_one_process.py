@@ -58,6 +58,57 @@ def test_sigterm_is_told_stays_told_and_ends_nothing_meanwhile():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.fixture
+def main_thread():
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("Only the main thread hears signals.")
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_ctrl_c_asks_as_sigterm_does_and_a_second_one_interrupts(main_thread):
+    press = lambda: os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        with hosts.preemption() as asked:
+            assert not asked()
+            press()
+            assert asked() and asked()
+            press()
+    with hosts.preemption() as asked:  # forgotten
+        assert not asked()
+
+
+def test_ctrl_c_after_sigterm_still_saves(main_thread):
+    with hosts.preemption() as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked()
+
+
+def test_a_signal_in_one_of_several_runs_is_told_to_all(main_thread):
+    with hosts.preemption() as asked:
+        with hosts.preemption() as inner:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert inner()
+        with hosts.preemption() as inner:
+            assert inner()
+        assert asked()
+
+
+def test_in_another_thread_nothing_is_caught():
+    found = []
+
+    def work():
+        with hosts.leaving_at_once(), hosts.preemption() as asked:
+            found.append(asked())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [False]
+
+
 def test_what_was_attempted_raises_when_it_is_asked_for():
     assert hosts.attempt(lambda: 3, ValueError)() == 3
     failed = hosts.attempt(lambda: int("x"), ValueError)

@@ -504,7 +504,9 @@ def test_attention_over_a_rounded_cache_is_attention_over_what_it_stands_for():
 
     for pair, exact in ((rounded_own, own), (rounded_prompt, prompt)):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.02), meant(pair), exact)
-    attend = lambda own, prompt: layers.group_attention(q, own, masks[0], prompt, masks[1], scale=0.35, dtype="float32")
+    attend = lambda own, prompt: layers.group_attention(
+        q, (own,), masks[0], prompt, masks[1], scale=0.35, dtype="float32"
+    )
     expected = attend(meant(rounded_own), meant(rounded_prompt))
     np.testing.assert_allclose(attend(rounded_own, rounded_prompt), expected, atol=1e-6)
     assert np.abs(attend(own, prompt) - expected).max() > 1e-4

@@ -245,6 +245,50 @@ def test_a_full_disk_is_a_sentence_and_costs_no_checkpoint(tmp_path):
     gc.collect()
 
 
+def saved_three_times(directory):
+    """Checkpoints 1, 2 and 3, of which two are kept. Returns their state."""
+    state = TrainState(jnp.int32(1), {"weights": jnp.ones(3)}, {}, (), (), jnp.int32(1))
+    saver = checkpoints.Checkpoints(directory, keep=2)
+    for number in (1, 2, 3):
+        saver.save(number, state)
+    saver.close()
+    return state
+
+
+def test_a_kill_during_a_removal_leaves_nothing_to_offer_and_the_next_run_removes_it(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(path):
+        next(path.rglob("_METADATA")).unlink()  # the first of its files
+        raise Killed
+
+    remove = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(Killed):
+        saved_three_times(tmp_path / "checkpoints")
+    assert runs.checkpoint_numbers(tmp_path) == [3, 2] and checkpoint_names(tmp_path) == ["2", "3", "removed"]
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    checkpoints.Checkpoints(tmp_path / "checkpoints", keep=2).close()
+    assert checkpoint_names(tmp_path) == ["2", "3"]
+
+
+@pytest.mark.parametrize("part", ["default", "default/_METADATA", "default/manifest.ocdbt", "default/d"])
+def test_what_earlier_kills_have_left_is_removed_at_the_start_of_a_run(part, tmp_path):
+    directory = tmp_path / "checkpoints"
+    state = saved_three_times(directory)
+    shutil.copytree(directory / "2", directory / "1")  # an earlier version has removed a part of it
+    shutil.rmtree(directory / "1" / part) if (directory / "1" / part).is_dir() else (directory / "1" / part).unlink()
+    shutil.copytree(directory / "2", directory / "4.orbax-checkpoint-tmp")
+    (directory / "damaged-7").mkdir()
+    saver = checkpoints.Checkpoints(directory, keep=2)
+    assert checkpoint_names(tmp_path) == ["2", "3", "damaged-7"]
+    assert saver.restore(state)[0] == 3
+    saver.save(4, state)
+    saver.close()
+    assert checkpoint_names(tmp_path) == ["3", "4", "damaged-7"]
+
+
 @pytest.mark.parametrize("content", [b"null", b"[" * 100_000])
 def test_a_checkpoint_with_invalid_metadata_does_not_hide_the_others(content, tmp_path):
     state = TrainState(jnp.int32(1), {"weights": jnp.ones(3)}, {}, (), (), jnp.int32(1))

@@ -1,6 +1,12 @@
 """The skeleton of the commands: flags, --help, and which error has which exit code."""
 
+import dataclasses
 import pathlib
+import signal
+import subprocess
+import sys
+import time
+import warnings
 
 import jax
 import pytest
@@ -32,7 +38,6 @@ COMMAND = Command(
         Flag("config.", "FIELD=VALUE", "a field"),
     ),
     "--out=pot",
-    details=lambda: "The details.",
     errors=(RewardError,),
 )
 
@@ -87,6 +92,8 @@ def test_flags_have_defaults():
         (["--out=a", "--portions=²"], "expected a number"),
         (["--out=a", "--spice=mint"], "^--spice is 'mint'; it must be one of salt, pepper.$"),
         (["--out=a", "--no-salt=yes"], "^--no-salt takes no value.$"),
+        (["--out=gs://b/run"], "^--out=gs://b/run: expected a path on this machine: mount the bucket .gcsfuse b DIR."),
+        (["--out", "s3:/b/run"], "mount the bucket .mount-s3 b DIR."),
     ],
 )
 def test_an_invalid_flag_is_one_sentence(argv, message):
@@ -104,19 +111,80 @@ def test_the_configuration_of_the_training_flags(tmp_path):
         parse(training, ["--workdir=w"])
     with pytest.raises(ConfigError, match="config has no field 'stepz'"):
         parse(training, [f"--config={recipe}", "--config.stepz=7"]).configuration()
+    for flag in ("config", "workdir"):
+        with pytest.raises(
+            ConfigError, match=f"--{flag}=gs://b/x.py: expected a path on this machine: mount the bucket"
+        ):
+            parse(training, [f"--config={recipe}", f"--{flag}=gs://b/x.py"])
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["--nonsense", "--help"]])
 def test_help_has_the_purpose_the_flags_and_an_example(argv, capsys):
     assert command.run(COMMAND, argv, lambda _: pytest.fail("ran"), print) == 0
     out = capsys.readouterr().out
-    assert out.startswith("Cooks a meal.\n") and out.endswith("The details.\n")
+    assert out.startswith("Cooks a meal.\n") and out.endswith("\nExample:\n  python -m jaxrl_reason.cook --out=pot\n")
     assert "Usage: python -m jaxrl_reason.cook --out=DIR [flags]" in out
     assert "\n  --out=DIR             the pot (required)\n" in out
     assert "\n  --portions=N          number of portions (default: 2)\n" in out
     assert "\n  --spice=salt|pepper   the spice\n" in out and "\n  --config.FIELD=VALUE  a field\n" in out
-    assert "\n  --no-salt             leaves the salt out\n" in out
-    assert "\nExample:\n  python -m jaxrl_reason.cook --out=pot\n" in out
+    assert "\n  --no-salt             leaves the salt out\n" in out and "\n  --help                prints" in out
+
+
+TRAINING = Command("cook", "Cooks.\n\n    as it is   drawn\n\nEnd.", command.TRAINING, "--config=meal.py")
+
+
+@pytest.mark.parametrize("width", [57, 80, 200])
+def test_help_is_as_wide_as_the_terminal(width, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    long = dataclasses.replace(TRAINING, doc="Cooks.\n\n" + "A meal for many. " * 20)
+    assert command.run(long, ["--help"], lambda _: pytest.fail("ran"), print) == 0
+    lines = capsys.readouterr().out.splitlines()
+    unbreakable = [line for line in lines if len(line) > width]
+    # A command to paste, a value and a word are in one piece.
+    whole = ("Usage: ", "  python -m ", "  --config.")
+    assert all(line.startswith(whole) or len(line.split()) == 1 for line in unbreakable), unbreakable
+    # The words of a paragraph and of a help text fill the lines.
+    assert [len(line) > width - 6 for line in lines[2:5]] == [True] * 3 or width == 200
+
+
+def test_help_keeps_drawings():
+    assert "\n\n    as it is   drawn\n\n" in TRAINING.help()
+
+
+@pytest.mark.parametrize("argv", [["--config=FILE", "--help"], ["-h", "--config", "FILE"]])
+def test_help_has_the_values_of_a_recipe_and_of_the_command_line(argv, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    config = tiny("rows.jsonl", steps=5, method={"name": "hero", "alpha": 0.125, "base": "rloo"})
+    recipe = write_recipe(tmp_path / "mine.py", config)
+    argv = [word.replace("FILE", str(recipe)) for word in argv]
+    assert command.run(TRAINING, [*argv, "--config.eval.samples=77"], lambda _: pytest.fail("ran"), print) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"Fields of the configuration and the values of {recipe}:" in out
+    assert "--config.steps=5 RL steps" in out and "--config.eval.samples=77 " in out
+    assert "grade, prompts" not in out and "alpha=0.125, beta=0.05," in out and "base='rloo'" in out
+
+
+@pytest.mark.parametrize("base, said", [("hero", "'hero'"), ("rlo", "'rloo'"), (3, "'3'")])
+def test_help_of_a_recipe_with_an_unknown_base_is_a_sentence(base, said, tmp_path, capsys):
+    recipe = write_recipe(tmp_path / "mine.py", tiny("rows.jsonl", method={"name": "rlev", "base": base}))
+    assert command.run(TRAINING, [f"--config={recipe}", "--help"], lambda _: pytest.fail("ran"), print) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: method.base is ") and said in err
+
+
+def test_help_of_a_recipe_that_is_missing_is_a_sentence(capsys):
+    assert command.run(TRAINING, ["--config=/missing.py", "--help"], lambda _: pytest.fail("ran"), print) == 2
+    assert capsys.readouterr() == ("", "error: There is no configuration file /missing.py.\n")
+
+
+@pytest.mark.parametrize("place", ["prepare", "work"])
+def test_a_warning_is_a_sentence_without_a_source_line(place):
+    shown, texts = warnings.formatwarning, []
+    warn = lambda _: texts.append(warnings.formatwarning("The pot is old.", UserWarning, "cook.py", 3, "line"))
+    prepare, work = (warn, lambda _: None) if place == "prepare" else (lambda _: None, warn)
+    assert command.run(COMMAND, ["--out=a"], prepare, work) == 0
+    assert texts == ["warning: The pot is old.\n"]
+    assert warnings.formatwarning is shown
 
 
 def raising(error):
@@ -155,6 +223,46 @@ def test_other_errors_of_the_work_keep_their_traceback(error):
 def test_an_early_end_has_the_exit_code_of_its_signal(capsys):
     assert command.run(COMMAND, ["--out=a"], lambda arguments: arguments, raising(hosts.Preempted("step 3"))) == 143
     assert capsys.readouterr().err == "Asked to end, and saved after step 3: the same command continues from there.\n"
+
+
+def test_ctrl_c_is_one_line(capsys):
+    for prepare, work in (
+        (raising(KeyboardInterrupt()), print),
+        (lambda arguments: arguments, raising(KeyboardInterrupt())),
+    ):
+        assert command.run(COMMAND, ["--out=a"], prepare, work) == 130
+        assert capsys.readouterr() == ("", "error: Ended by Ctrl-C, without saving.\n")
+
+
+BUSY = """
+import hashlib, sys
+from jaxrl_reason.runs import command
+from jaxrl_reason.rl import hosts
+
+def work(_):
+    with hosts.preemption():
+        print("begun", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # compiled code, in which Python handles no signal
+
+sys.exit(command.run(command.Command("busy", "Is busy.", (), ""), [], lambda arguments: arguments, work))
+"""
+
+
+@pytest.mark.processes
+def test_a_second_ctrl_c_ends_a_process_in_compiled_code():
+    arguments = [sys.executable, "-c", BUSY]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "begun\n"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=10)
+    finally:
+        process.kill()
+    assert (process.returncode, out, err) == (130, "", "")
 
 
 def test_done_is_0_and_the_work_gets_what_was_prepared(capsys):

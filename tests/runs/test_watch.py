@@ -61,6 +61,12 @@ def test_dynamic_sampling_without_groups_gives_one_warning_only():
     )
 
 
+@pytest.mark.parametrize("unknown", [None, math.nan])
+def test_dynamic_sampling_without_any_reward_is_told_as_such(unknown):
+    (sentence,) = said_of([UNMIXED | {"dynamic_sampling/reward": unknown}] * 2 * PATIENCE)
+    assert f"For {PATIENCE} steps no completion has had a reward" in sentence
+
+
 def test_a_collapsed_entropy_gives_a_warning():
     (sentence,) = said_of([CERTAIN] * PATIENCE)
     assert "entropy has been below 0.01 nats per token (now 0.009)" in sentence and "entropy_coefficient" in sentence
@@ -117,6 +123,25 @@ def test_only_a_step_that_takes_long_gives_a_message():
     count = len(said)
     time.sleep(0.5)
     assert len(said) == count
+
+
+def test_the_first_step_compiles_even_after_an_evaluation_and_only_usual_steps_tell_the_usual_time():
+    said = []
+    with Heartbeat(said.append, 0.2) as heart:
+        heart.step("The evaluation before training", Clock(), extra=True)
+        time.sleep(0.5)
+        heart.step("Step 1", Clock())
+        time.sleep(0.5)  # below five times the evaluation
+        for i in range(2, 5):
+            heart.step(f"Step {i}", Clock())
+            time.sleep(0.06)
+            heart.step(f"The checkpoint of step {i}", Clock(), extra=True)
+        heart.step("Step 5", Clock())
+        time.sleep(0.6)  # more than five times a usual step, and less than five times the first one
+    assert re.fullmatch(r"The evaluation before training .*, and is not done; it also compiles\.", said[0])
+    of = lambda name: [text for text in said if text.startswith(name + " has")]
+    assert of("Step 1")[0].endswith(" is not done; the first step also compiles.")
+    assert of("Step 5")[0].endswith(" is not done.") and not of("Step 2")
 
 
 def test_a_patience_of_zero_prints_nothing():

@@ -72,7 +72,8 @@ def test_metrics_by_hand():
 def test_a_mean_of_nothing_is_nan():
     metrics = evaluation.all_metrics(found([[0, 0]], total=np.full((1, 2), np.nan, np.float32)), temperature=0.0)
     assert math.isnan(metrics["mean_length_right"]) and math.isnan(metrics["reward"])
-    assert metrics["mean_length_wrong"] == 1 and metrics["maj@2"] == 0 and metrics["accuracy_high"] == 0
+    assert metrics["mean_length_wrong"] == 1 and metrics["maj@2"] == 0 and metrics["accuracy_low"] == 0
+    assert metrics["accuracy_high"] == pytest.approx(0.79345, abs=1e-5)  # Wilson's: z**2 / (1 + z**2), z = 1.96
     assert "entropy" not in metrics  # greedy completions have no entropy
     assert math.isnan(evaluation.all_metrics(found([[1, 1]]), temperature=1.0)["mean_length_wrong"])
 

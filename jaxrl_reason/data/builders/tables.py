@@ -11,9 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from jaxrl_reason.data.builders.offline import OfflineBuilder
-
-TARGETS = {"diabetes": "progression", "synthetic": "y"}  # data set -> column to predict
-NOISE = "noise_std"  # the column of the standard deviation of the target given the features
+from jaxrl_reason.data.tables.load import NOISE, TARGETS
 
 
 class Diabetes(OfflineBuilder):

@@ -1,12 +1,11 @@
 """Tables by name: our TFDS builders and CSV files. A fault in a file is reported with its line and column."""
 
 from collections.abc import Mapping, Sequence
-import csv
 import dataclasses
+import decimal
 import difflib
 import functools
 import hashlib
-import io
 import json
 import math
 import pathlib
@@ -16,9 +15,10 @@ import warnings
 
 import numpy as np
 
-from jaxrl_reason.data import files, sources
-from jaxrl_reason.data.builders.tables import NOISE, TARGETS
+from jaxrl_reason.data import files, parsers, sources
 
+TARGETS = {"diabetes": "progression", "synthetic": "y"}  # data set of a TFDS builder of ours -> column to predict
+NOISE = "noise_std"  # the column of the standard deviation of the target given the features
 _OPTIONS = {"categorical": ("refuse", "onehot", "drop"), "missing": ("refuse", "mean", "drop")}
 _GAPS = frozenset({"", "?", "na", "n/a", "nan", "null"})  # cells without a value, in lower case
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")  # float() also reads 1_000
@@ -37,6 +37,8 @@ class Table:
     target: str  # the column to predict
     targets: np.ndarray  # float64[N]
     noise_std: np.ndarray | None = None  # float64[N], the standard deviation of the target given the features, if known
+    # (row, column) -> a number as the file has it, if float64 does not keep all of its digits
+    exact: Mapping[tuple[int, str], str] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -47,6 +49,8 @@ class Table:
         digest = hashlib.sha256(json.dumps([self.names, self.label_names, self.target, self.labels.tolist()]).encode())
         for numbers in (self.features, self.targets):
             digest.update(np.ascontiguousarray(numbers, "<f8").tobytes())
+        if self.exact:
+            digest.update(repr(sorted(self.exact.items())).encode())
         return digest.hexdigest()
 
     @property
@@ -132,7 +136,13 @@ def _read_table(path: pathlib.Path, split: str, target: str, categorical: str, m
     labels = np.array([["" if _is_gap(cells[name][i]) else cells[name][i] for name in texts] for i in part], str)
     features, labels = features.reshape(len(part), len(names)), labels.reshape(len(part), len(texts))
     predicted = np.array([targets[i] for i in part], np.float64)
-    return Table(str(path), tuple(names), features, tuple(texts), labels, target, predicted)
+    exact = {(row, name): cells[name][i] for row, i in enumerate(part) for name in names if _is_rounded(cells[name][i])}
+    return Table(str(path), tuple(names), features, tuple(texts), labels, target, predicted, exact=exact)
+
+
+def _is_rounded(cell: str) -> bool:
+    """Returns whether the shortest decimal of a number's float64 is another number; up to 15 digits, it never is."""
+    return len(cell) > 15 and not _is_gap(cell) and decimal.Decimal(repr(float(cell))) != decimal.Decimal(cell)
 
 
 def _kept_rows(
@@ -161,50 +171,17 @@ def _kept_rows(
 
 
 def _read_csv(path: pathlib.Path) -> tuple[list[str], list[list[str]], list[int]]:
-    """Returns the header, the rows of stripped cells, and the first line of each row: quoted cells can hold line breaks."""
+    """Returns the header, the rows of stripped cells, and the first line of each row."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no data file {path}.")
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line} is not UTF-8; save the file in that encoding.") from error
-
-    rows, lines, line = [], [], 1
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
-    try:
-        for row in reader:
-            rows.append([cell.strip() for cell in row])
-            lines.append(line)
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {line} is not readable as CSV: {error}.") from error
-    while rows and rows[-1] in ([], [""]):  # blank lines at the end
-        rows.pop()
-        lines.pop()
-    if len(rows) < 2:
-        raise ValueError(f"{path} has {'a header and no rows' if rows else 'no header: it is empty'}.")
-    header = rows[0]
-    _check_header(path, header, lines[0])
-    for row, line in zip(rows, lines, strict=True):
-        if len(row) != len(header):
-            cells = "1 cell" if len(row) == 1 else f"{len(row) or 'no'} cells"
-            raise ValueError(f"{path}, line {line} has {cells}, but the header names {len(header)} columns.")
-    return header, rows[1:], lines[1:]
-
-
-def _check_header(path: pathlib.Path, header: Sequence[str], line: int) -> None:
-    if not header:
-        raise ValueError(f"{path}, line 1 is blank; the first line has to name every column.")
-    first: dict[str, int] = {}
-    for i, name in enumerate(header):
-        if not name:
-            fault = f"column {i + 1} has no name"
-            raise ValueError(f"{path}, line {line}: {fault}; the first line has to name every column.")
-        if first.setdefault(name, i) < i:
-            fault = f"columns {first[name] + 1} and {i + 1} are both named {name!r:.80}"
-            raise ValueError(f"{path}, line {line}: {fault}; rename one of them.")
+    header, found = parsers.read_cells(path, ",")
+    rows, lines = [], []
+    for line, cells in found:
+        if isinstance(cells, ValueError):
+            raise ValueError(f"{path}, line {line} has {cells}.")
+        rows.append([cell.strip() for cell in cells])
+        lines.append(line)
+    return header, rows, lines
 
 
 def _parse_column(path: pathlib.Path, name: str, cells: Sequence[str], lines: Sequence[int]) -> list[float] | None:

@@ -58,6 +58,11 @@ _SIZES = {
 }
 
 _ROPE_FACTORS = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+# Factors that change rotary frequencies, of any type.
+_SCALES = (
+    *("factor", "low_freq_factor", "high_freq_factor", "attention_factor"),
+    *("beta_fast", "beta_slow", "short_factor", "long_factor", "mscale", "mscale_all_dim"),
+)
 # Fields of ModelConfig that a config.json does not hold, apart from the dtype of its weights.
 UNWRITTEN = ("param_dtype", "compute_dtype", "remat", "attention")
 
@@ -77,13 +82,14 @@ def read_config(source: Mapping[str, Any], where: str = "config.json") -> ModelC
 
 def _read_config(source: Mapping[str, Any], where: str) -> ModelConfig:
     family = _family(source, where)
-    source = {**family.absent, **source}
+    given, source = source, {**family.absent, **source}
     for key, allowed in family.computes.items():
         if key in source and source[key] not in allowed:
             supported = " or ".join(map(repr, allowed))
             raise PretrainedError(f"{where} has {key} {source[key]!r}, and only {supported} is supported.")
-    if source.get("quantization_config"):
-        raise PretrainedError(f"{where} has a quantization_config: use a model with weights in float32 or bfloat16.")
+    for key in ("quantization_config", "compression_config"):
+        if source.get(key):
+            raise PretrainedError(f"{where} has a {key}: use a model with weights in float32 or bfloat16.")
     fields: dict[str, Any] = {ours: _number(source, theirs, where) for ours, theirs in _SIZES.items()}
     fields["kv_heads"] = fields["heads"]
     if source.get("num_key_value_heads") is not None:
@@ -92,8 +98,8 @@ def _read_config(source: Mapping[str, Any], where: str) -> ModelConfig:
     fields["tied_embedding"] = tied = source.get("tie_word_embeddings", False)
     if type(tied) is not bool:
         raise PretrainedError(f"{where} has tie_word_embeddings {tied!r}; it must be true or false.")
-    fields["rope_theta"], fields["rope_scaling"] = _rope(source, where, "full_attention")
-    window, period, local = _sliding(source, family, where)
+    fields["rope_theta"], fields["rope_scaling"] = _rope(given, family, where, "full_attention")
+    window, period, local = _sliding(source, given, family, where)
     if family.model_type == "gemma3_text":
         fields["embedding_scale"] = math.sqrt(fields["width"])
         scalar = _positive(source["query_pre_attn_scalar"], "query_pre_attn_scalar", where)
@@ -152,34 +158,67 @@ def _positive(value: Any, key: str, where: str) -> float:
     return float(value)
 
 
-def _rope(source: Mapping[str, Any], where: str, kind: str) -> tuple[float, RopeScaling | None]:
-    """Returns the base and the scaling of the rotary frequencies of one kind of layers."""
+def _rope(given: Mapping[str, Any], family: Family, where: str, kind: str) -> tuple[float, RopeScaling | None]:
+    """Returns the base and the scaling of the rotary frequencies of one kind of layers.
+
+    transformers 4 writes `rope_scaling` and `rope_theta`, transformers 5 `rope_parameters`, for all layers or per kind.
+    If a file has both, `rope_scaling` decides on the scaling, as in transformers 5; all bases have to agree.
+    """
     local = kind == "sliding_attention"
-    base = source.get("rope_local_base_freq") if local else source.get("rope_theta", 10_000.0)
-    found = source.get("rope_parameters") or {}  # transformers 5: for all layers, or per kind
-    if any(isinstance(value, Mapping) for value in found.values()):
-        found = found.get(kind) or {}
+    new, old = given.get("rope_parameters") or {}, {} if local else given.get("rope_scaling") or {}
+    if any(isinstance(value, Mapping) for value in new.values()):
+        new = new.get(kind) or {}
     elif local:
-        found = {}
-    elif not found:
-        found = source.get("rope_scaling") or {}  # transformers 4
-    scaling = found.get("rope_type", found.get("type", "default"))
-    theta = _positive(found.get("rope_theta", base), "rope_theta", where)
-    if scaling == "default":
-        return theta, None
-    if scaling not in ("linear", "llama3"):
+        new = {}
+    key = "rope_local_base_freq" if local else "rope_theta"
+    bases = {f"rope_scaling.{key}": old.get(key), "rope_parameters.rope_theta": new.get("rope_theta")}
+    bases[key] = given.get(key)
+    if "rope_theta" in new and not old:  # the only spelling of transformers 5: null is a fault
+        _positive(new["rope_theta"], "rope_theta", where)
+    theta = _agreed(bases, where, family.absent.get(key, 10_000.0))
+    found = old or new
+    partial = [x.get("partial_rotary_factor") for x in (given, new, old)]
+    if any(x not in (None, 1) for x in partial):
+        raise PretrainedError(f"{where} has a partial_rotary_factor {partial}: only whole heads can be rotated.")
+    return _positive(theta, "rope_theta", where), _rope_scaling(found, given, where)
+
+
+def _rope_scaling(found: Mapping[str, Any], given: Mapping[str, Any], where: str) -> RopeScaling | None:
+    """Reads one description of a scaling; raises PretrainedError if it contradicts itself or is not supported."""
+    scaling = _agreed({name: found.get(name) for name in ("rope_type", "type")}, where, None)
+    surplus = {name: found[name] for name in _SCALES if found.get(name) is not None}
+    if scaling in (None, "default"):
+        if surplus not in ({}, {"factor": 1}):
+            kind = "without a type" if scaling is None else "of the type 'default', which scales nothing,"
+            raise PretrainedError(f"{where} has rotary positions {kind} with {surplus}: name the rope_type.")
+        return None
+    if scaling not in _ROPE_FACTORS:
         types = "the type must be default, linear or llama3"
         raise PretrainedError(f"{where} has rotary positions of type {scaling!r}; {types}.")
     try:
         values: dict[str, Any] = {name: float(found[name]) for name in _ROPE_FACTORS[scaling]}
         if scaling == "llama3":
-            values["original_length"] = int(found["original_max_position_embeddings"])
+            key = "original_max_position_embeddings"
+            length = _agreed({f"its {key}": found.get(key), key: given.get(key)}, where, None)
+            if length is None:
+                raise KeyError(key)
+            values["original_length"] = int(length)
     except KeyError as e:
         raise PretrainedError(f"{where} has rotary positions of type {scaling!r} without {e}.") from e
-    return theta, RopeScaling(kind=scaling, **values)
+    return RopeScaling(kind=scaling, **values)
 
 
-def _sliding(source: Mapping[str, Any], family: Family, where: str) -> tuple[int, int, float]:
+def _agreed(spellings: Mapping[str, Any], where: str, default: Any) -> Any:
+    """Returns the value of a key with several spellings, or the default; raises PretrainedError if two of them differ."""
+    given = {name: value for name, value in spellings.items() if value is not None}
+    first = next(iter(given.values()), default)
+    if any(value != first for value in given.values()):
+        listed = " and ".join(f"{name} {value!r}" for name, value in given.items())
+        raise PretrainedError(f"{where} has {listed}, which say the same thing and differ: leave the wrong one out.")
+    return first
+
+
+def _sliding(source: Mapping[str, Any], given: Mapping[str, Any], family: Family, where: str) -> tuple[int, int, float]:
     """Returns (sliding_window, sliding_period, local_rope_theta) of ModelConfig."""
     layers, window = source["num_hidden_layers"], source.get("sliding_window")
     if family.sliding == "none" or (family.sliding == "all" and window is None):
@@ -195,16 +234,17 @@ def _sliding(source: Mapping[str, Any], family: Family, where: str) -> tuple[int
                 f"{where} has layer_types {kinds}; it must name full_attention or sliding_attention for each of {layers} layers."
             )
         slides = [kind == "sliding_attention" for kind in kinds]
+        if gemma and given.get("sliding_window_pattern") is not None:
+            _agreed({"layer_types": slides, "sliding_window_pattern": _pattern(given, layers, where)}, where, None)
     elif gemma:
-        period = _number(source, "sliding_window_pattern", where)
-        slides = [(i + 1) % period != 0 for i in range(layers)]
+        slides = _pattern(source, layers, where)
     else:
         first = source.get("max_window_layers", layers)
         slides = [bool(source.get("use_sliding_window")) and i >= first for i in range(layers)]
     if not any(slides) or (not gemma and family.sliding == "layers" and not source.get("use_sliding_window")):
         return 0, 0, 0.0
     window = _number(source, "sliding_window", where)
-    local, scaling = _rope(source, where, "sliding_attention") if gemma else (0.0, None)
+    local, scaling = _rope(given, family, where, "sliding_attention") if gemma else (0.0, None)
     if scaling is not None:
         kind = f"of sliding layers ({scaling.kind})"
         raise PretrainedError(f"{where} scales the rotary positions {kind}, which is not supported.")
@@ -216,6 +256,12 @@ def _sliding(source: Mapping[str, Any], family: Family, where: str) -> tuple[int
             f"{where} has layer_types without a period; it is supported that every n-th layer is global and the others slide."
         )
     return window, period, local
+
+
+def _pattern(source: Mapping[str, Any], layers: int, where: str) -> list[bool]:
+    """Returns which layers of Gemma slide: all but every n-th."""
+    period = _number(source, "sliding_window_pattern", where)
+    return [(i + 1) % period != 0 for i in range(layers)]
 
 
 def _describe(family: Family, c: ModelConfig) -> dict[str, Any]:
@@ -239,7 +285,7 @@ def _describe(family: Family, c: ModelConfig) -> dict[str, Any]:
             out["rope_scaling"]["original_max_position_embeddings"] = s.original_length
     if family.model_type == "gemma3_text":
         out |= {"query_pre_attn_scalar": _whole(c.query_scale**-2), "rope_local_base_freq": c.local_rope_theta}
-        out["sliding_window_pattern"] = c.sliding_period
+        out |= {"sliding_window_pattern": c.sliding_period} if c.sliding_period else {}
     if family.sliding != "none":
         out["sliding_window"] = c.sliding_window or None
     if family.sliding == "layers":

@@ -16,7 +16,6 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Shaped
 import numpy as np
-import safetensors.numpy
 
 from jaxrl_reason.data import hub
 from jaxrl_reason.data.tokenizer import Tokenizer
@@ -25,7 +24,7 @@ from jaxrl_reason.models import reward_model as reward_model_lib
 from jaxrl_reason.models.config import ModelConfig
 from jaxrl_reason.models.formats import families
 from jaxrl_reason.models.formats import weights as weights_lib
-from jaxrl_reason.models.formats.source import Address, open_model, REVISION
+from jaxrl_reason.models.formats.source import ADAPTED, Address, open_model, REVISION
 from jaxrl_reason.models.formats.tensors import Opened, PretrainedError, tensors_of
 
 Tokens = Int[Array | np.ndarray, "B S"]
@@ -66,7 +65,7 @@ def load_pretrained(path_or_hub_id: Address, dtype: str = "float32", mesh: Mesh 
     """Reads a language model. Raises PretrainedError if that is not possible; nothing is placed on a device then.
 
     Args:
-      path_or_hub_id: a directory with config.json, safetensors and tokenizer.json; the id of a model on the Hugging Face hub
+      path_or_hub_id: a directory with config.json, safetensors and tokenizer.json; a PEFT directory with adapters; the id of a model on the Hugging Face hub
         ("Qwen/Qwen3-0.6B", or with a branch, tag or commit "Qwen/Qwen3-0.6B@c1899de"); or a .gguf file.
       dtype: of the weights and of the operands of products, "float32" or "bfloat16".
       mesh: the mesh that the weights are placed on, see `models.sharding`; None: the first device.
@@ -156,8 +155,11 @@ def save_adapters(directory: str | pathlib.Path, policy: Policy, base_model: str
     """Writes the adapters of a policy in the layout of PEFT, and the tokenizer's files; all of them or nothing.
 
     PEFT adds the adapters to `base_model`, a directory or an id of the hub. An id is written with the commit that the policy began with.
-    Raises PretrainedError if the directory is not empty.
+    Raises PretrainedError if the directory is not empty, or the policy began with adapters: PEFT needs a base model.
     """
+    if ADAPTED in policy.source:
+        fault = f"This policy began with adapters on {policy.source[ADAPTED]}, and PEFT needs a base model"
+        raise PretrainedError(f"{fault}: write merged weights instead.")
     revision = policy.source.get(REVISION)
     table = _table(lora.base_of(policy.config), False)["layers"]
     names = policy.config.lora_projections
@@ -182,7 +184,7 @@ def save_adapters(directory: str | pathlib.Path, policy: Policy, base_model: str
                 module = layer.removesuffix(".weight")
                 tensors[f"base_model.model.{module}.{theirs}.weight"] = np.ascontiguousarray(matrix.T)
     with _complete_or_absent(directory) as scratch:
-        safetensors.numpy.save_file(tensors, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
+        weights_lib.save_tensors(scratch / "adapter_model.safetensors", tensors)
         _write_json(scratch / "adapter_config.json", content)
         _write_tokenizer(scratch, policy)
 
@@ -193,7 +195,7 @@ def config_json(policy: Policy) -> dict[str, Any]:
     The dtype of the weights is updated. Names of code are removed.
     """
     classifier = isinstance(policy, RewardModel)
-    found = {name: x for name, x in policy.source.items() if name not in (REVISION, "auto_map")}
+    found = {name: x for name, x in policy.source.items() if name not in (REVISION, ADAPTED, "auto_map")}
     free: dict[str, Any] = {name: getattr(policy.config, name) for name in families.UNWRITTEN}
     try:
         same = bool(found) and dataclasses.replace(families.read_config(found), **free) == policy.config

@@ -1,14 +1,15 @@
 """Opening a model: a directory, an id of the hub or a .gguf file is found, and all but the values of its weights is read."""
 
 from collections.abc import Mapping
+import dataclasses
 import json
 import pathlib
 from typing import Any
 import warnings
 
 from jaxrl_reason.data import hub
-from jaxrl_reason.data.tokenizer import fitted, load_tokenizer
-from jaxrl_reason.models.formats import families, gguf
+from jaxrl_reason.data.tokenizer import fitted, load_tokenizer, Tokenizer
+from jaxrl_reason.models.formats import families, gguf, peft
 from jaxrl_reason.models.formats.tensors import Opened, PretrainedError
 from jaxrl_reason.models.formats.weights import inside, read_json, SafetensorsDirectory
 
@@ -19,24 +20,72 @@ _FILES = (
 )
 # The commit of a model of the hub, kept in our copy of its config.json under the name that `transformers` uses.
 REVISION = "_commit_hash"
+ADAPTED = "_adapted_from"  # in our copy of config.json: the base model of a PEFT directory, at its commit
 Address = str | pathlib.Path  # a directory, a .gguf file, or an id of the hub
 
 
 def open_model(path_or_hub_id: Address) -> Opened:
-    """Finds a model and reads all but the values of its weights; downloads it if it is an id of the hub."""
-    path, revision = _find(path_or_hub_id)
+    """Finds a model and reads all but the values of its weights; downloads it if it is an id of the hub.
+
+    A PEFT directory is opened as its base model, with the adapters added to the weights.
+    """
+    return _open(*_find(path_or_hub_id), base=None)
+
+
+def reopen(path_or_hub_id: str, source: Mapping[str, Any]) -> Opened:
+    """Opens a model again, at the commits that `source`, a kept config.json, names: branches may have moved since."""
+    return _open(*_find(pinned(path_or_hub_id, source)), base=source.get(ADAPTED))
+
+
+def _open(path: pathlib.Path, revision: str, base: str | None) -> Opened:
     if path.suffix == ".gguf":
         return gguf.open_file(path)
+    if peft.is_adapter(path):
+        return _open_adapter(path, revision, base or peft.base_of(path))
     files, source = tokenizer_files(path), _read_config(path)
+    if "data_fingerprint" in source and "model_type" not in source:
+        raise PretrainedError(f"{path} is the work directory of a run; export it first: {_export_of(path)}")
     config = families.read_config(source, str(path / "config.json"))
     if revision:
         source[REVISION] = revision
+    return Opened(config, SafetensorsDirectory(path), _tokenizer(path, config.vocab_size), source, files)
+
+
+def _export_of(path: pathlib.Path) -> str:
+    """Returns the command that exports the model of a run, or its reward model."""
+    judge = path.name == "reward_model" and (path.parent / "config.json").is_file()
+    workdir = f"{path.parent} --reward-model" if judge else str(path)
+    return f"python -m jaxrl_reason.export --workdir={workdir} --out=DIR"
+
+
+def _tokenizer(path: pathlib.Path, size: int) -> Tokenizer | None:
     try:
-        known = (path / "tokenizer.json").exists()
-        tokenizer = fitted(load_tokenizer(path), config.vocab_size) if known else None
+        return fitted(load_tokenizer(path), size) if (path / "tokenizer.json").exists() else None
     except ValueError as e:
         raise PretrainedError(f"{path}: {e}") from e
-    return Opened(config, SafetensorsDirectory(path), tokenizer, source, files)
+
+
+def _open_adapter(path: pathlib.Path, revision: str, address: str) -> Opened:
+    """Opens a PEFT directory; its own tokenizer, if it has one, keeps the end tokens of the base model."""
+    try:
+        directory, commit = _find(address)
+    except PretrainedError as e:
+        raise PretrainedError(f"{path / peft.CONFIG} names the base model {address!r}: {e}") from e
+    if directory.is_dir() and peft.is_adapter(directory):
+        raise PretrainedError(f"{path} has adapters for {directory}, which holds adapters too: merge those first.")
+    base = _open(directory, commit, None)
+    tokenizer, files = _tokenizer(path, base.config.vocab_size), tokenizer_files(path)
+    if tokenizer is None:
+        tokenizer, files = base.tokenizer, dict(base.files)
+    elif base.tokenizer is not None:
+        more = [i for i in base.tokenizer.eos_ids if tokenizer.spelled(i) == base.tokenizer.spelled(i)]
+        tokenizer = dataclasses.replace(tokenizer, eos_ids=tuple(dict.fromkeys([*tokenizer.eos_ids, *more])))
+        name = "generation_config.json"
+        files |= {name: base.files[name]} if name in base.files and name not in files else {}
+    source = {name: value for name, value in base.source.items() if name != REVISION}
+    source |= {ADAPTED: hub.at_revision(address, commit) if commit else address}
+    source |= {REVISION: revision} if revision else {}
+    return Opened(base.config, peft.Adapted(base.weights, path), tokenizer, source, files)
 
 
 def read_source(path_or_hub_id: Address) -> Mapping[str, Any]:
@@ -48,10 +97,11 @@ def read_source(path_or_hub_id: Address) -> Mapping[str, Any]:
         if not hub.is_address(str(path_or_hub_id)):
             raise PretrainedError(f"There is no directory {directory} with a config.json, and it is no id of the hub.")
         try:
-            directory = hub.fetch(str(path_or_hub_id), ["config.json"]).directory
+            directory = hub.fetch(str(path_or_hub_id), ["config.json", peft.CONFIG]).directory
         except hub.HubError as e:
             raise PretrainedError(str(e)) from e
-    return _read_config(directory)
+    alone = peft.is_adapter(directory) and not (directory / "config.json").is_file()
+    return read_source(peft.base_of(directory)) if alone else _read_config(directory)
 
 
 def pinned(path_or_hub_id: str, source: Mapping[str, Any]) -> str:
@@ -82,7 +132,7 @@ def _find(path_or_hub_id: Address) -> tuple[pathlib.Path, str]:
     if not hub.is_address(name):
         example = "an id of the hub such as Qwen/Qwen3-0.6B or Qwen/Qwen3-0.6B@REVISION"
         raise PretrainedError(f"There is no {name}: give a directory, a .gguf file, or {example}.")
-    wanted = ["config.json", "*.safetensors", "model.safetensors.index.json", *_FILES]
+    wanted = ["config.json", peft.CONFIG, "*.safetensors", "model.safetensors.index.json", *_FILES]
     try:
         # Some repositories hold the weights twice; the second copy is in the format of their maker.
         fetched = hub.fetch(name, wanted, ignored=["consolidated*"])

@@ -30,7 +30,7 @@ class SafetensorsDirectory:
         if inside(directory, _INDEX).is_file():
             self._file_of = _read_index(directory)
         elif alone.is_file():
-            with _open(alone) as file:
+            with open_safetensors(alone) as file:
                 self._file_of = dict.fromkeys(file.keys(), alone)
         else:
             pickles = [p.name for p in directory.glob("*.bin")] + [p.name for p in directory.glob("*.pt*")]
@@ -40,7 +40,7 @@ class SafetensorsDirectory:
             self._read_shapes(path)
 
     def _read_shapes(self, path: pathlib.Path) -> None:
-        with _open(path) as file:
+        with open_safetensors(path) as file:
             held, indexed = set(file.keys()), {n for n, p in self._file_of.items() if p == path}
             for name in sorted(held - indexed):
                 raise PretrainedError(f"{path} holds a tensor that the index does not assign to it: {name}.")
@@ -56,11 +56,12 @@ class SafetensorsDirectory:
 
     def read(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
         """Reads a part of a tensor."""
-        with _open(self._file_of[name]) as file:  # opened anew each time: mapped memory is released
+        with open_safetensors(self._file_of[name]) as file:  # opened anew each time: mapped memory is released
             return file.get_slice(name)[part]
 
 
-def _open(path: pathlib.Path):
+def open_safetensors(path: pathlib.Path):
+    """Opens a safetensors file; raises a PretrainedError if it is damaged."""
     try:
         return safetensors.safe_open(path, framework="numpy")
     except (safetensors.SafetensorError, OSError) as e:
@@ -194,7 +195,15 @@ def write(directory: pathlib.Path, params: Tree, table: Tree, max_shard_bytes: i
         for name, leaf, layer, t in entries:
             found = np.asarray(leaf if layer is None else leaf[layer])
             tensors[name] = np.ascontiguousarray(found.T if t.transposed else found.reshape(t.shape))
-        safetensors.numpy.save_file(tensors, directory / file, metadata={"format": "pt"})
+        save_tensors(directory / file, tensors)
+
+
+def save_tensors(file: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a safetensors file with the mode of every other new file; the library lets nobody but the owner read it."""
+    file.touch()
+    mode = file.stat().st_mode & 0o777
+    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
 
 
 def _leaves(table: Tree) -> Iterator[Tensor]:

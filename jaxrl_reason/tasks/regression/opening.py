@@ -21,7 +21,8 @@ from jaxrl_reason.tasks import evaluation, pretrained, reporting
 from jaxrl_reason.tasks.regression.evaluation import NumberScorer, pointwise_regressor, predict, prediction_metrics
 from jaxrl_reason.tasks.regression.tables import eval_batches, open_tables, Rows, Stream, Tables
 from jaxrl_reason.tasks.regression.vocabulary import Digits
-from jaxrl_reason.tasks.task import Generate, Judged, SelfRewardConstant, Task, TrainingTask
+from jaxrl_reason.tasks.self_reward import ProbeReference
+from jaxrl_reason.tasks.task import Generate, Judged, Task, TrainingTask
 
 
 def open_for_training(
@@ -47,12 +48,12 @@ def open_for_training(
     solutions = (
         stream(lambda chosen, _: train.solutions(chosen), c.supervised.batch_size) if c.supervised.steps else None
     )
+    prompts = stream(train.prompts, c.prompts_per_step)
     load = functools.partial(pretrained.load_weights, c, opened, source, model, mesh, digits.text_size)
     return TrainingTask(
         **vars(_task(c, mesh, tables, held_out, model, c.prompts_per_step)) | {"expert": expert},
         work=Workdir(workdir, c, tables.fingerprint),
-        prompts=stream(train.prompts, c.prompts_per_step),
-        solutions=solutions,
+        streams=lambda: (solutions, prompts),
         baselines=functools.partial(_baselines, c, tables.held_out.best_r2, train, held_out),
         pretrained=opened,
         load_weights=load if source else None,
@@ -83,7 +84,7 @@ def _task(
     batches = eval_batches(rows, c.eval.prompts, batch_size)
     scorer = NumberScorer(c.reward.functions, c.reward.weights, digits, sharding.batch_sharding(mesh))
 
-    def judge(generate: Generate, scorer: NumberScorer, c_ref: SelfRewardConstant) -> Judged:
+    def judge(generate: Generate, scorer: NumberScorer, reference: ProbeReference) -> Judged:
         samples, z = predict(generate, batches, digits)
         return Judged(
             summary=lambda: {f"eval/{name}": x for name, x in prediction_metrics(samples, z).items()},

@@ -1,6 +1,6 @@
 """The tables of a regression run: encoded rows, with the scales that the training table sets, and batches of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from typing import Generic, TypeVar
@@ -105,15 +105,18 @@ class Tables:
         return self._encode(self.held_out, self.held_out_values)
 
     def _encode(self, table: Table, values: np.ndarray | None) -> Rows:
-        prompts = self.digits.prompts(row_texts(table) if self.digits.text else None, len(table))
+        features = self.scaler.transform(table)
+        texts = row_texts(table, self.scaler.names, self.scaler.label_names) if self.digits.text else None
+        prompts = self.digits.prompts(texts, len(table))
+        if texts is not None:
+            _check_different(table, texts, prompts)
         longest = max(map(len, prompts))
         if longest > self.max_prompt_length:
             raise ConfigError(
                 f"config.max_prompt_length is {self.max_prompt_length}, and a row of {table.name} has {longest} tokens; raise it."
             )
-        features = self.scaler.transform(table)
         return Rows(
-            padded=streams.Padded(prompts, self.max_prompt_length, self.digits.pad_id),
+            padded=streams.Padded(prompts, self.digits.pad_id),
             features=None if self.digits.text else features,
             numeric=features,
             digits=self.digits.encode(table.targets),
@@ -160,15 +163,43 @@ def _number_tokenizer(config: Config) -> numbers.NumberTokenizer:
     return number
 
 
-def row_texts(table: Table) -> list[str]:
-    """Returns rows as text: "bmi 25.3, sex 1, city Rome"."""
+def row_texts(table: Table, names: Sequence[str] | None = None, label_names: Sequence[str] | None = None) -> list[str]:
+    """Returns rows as text: "bmi 25.3, sex 1, city Rome". The order of columns is the table's, or that of the names.
 
-    def one(features, labels):
-        pairs = [(n, f"{x:.5g}") for n, x in zip(table.names, features) if not np.isnan(x)]
-        pairs += [(n, label) for n, label in zip(table.label_names, labels) if label]
+    A number has all digits that the file has, in their shortest form: 1.50 is 1.5, and 20240115 stays.
+    """
+    number_at = [table.names.index(name) for name in (table.names if names is None else names)]
+    label_at = [table.label_names.index(name) for name in (table.label_names if label_names is None else label_names)]
+
+    def one(row: int) -> str:
+        features, labels = table.features[row].tolist(), table.labels[row].tolist()
+        pairs = [
+            (table.names[i], table.exact.get((row, table.names[i])) or repr(features[i]).removesuffix(".0"))
+            for i in number_at
+            if features[i] == features[i]  # not NaN, a missing value
+        ]
+        pairs += [(table.label_names[i], labels[i]) for i in label_at if labels[i]]
         return ", ".join(f"{name} {value}" for name, value in pairs)
 
-    return [one(*row) for row in zip(table.features, table.labels)]
+    return [one(row) for row in range(len(table))]
+
+
+def _check_different(table: Table, texts: Sequence[str], prompts: Sequence[Sequence[int]]) -> None:
+    """Raises ConfigError if two rows with different features have the same prompt."""
+    first: dict[tuple[int, ...], int] = {}
+    exact = lambda row: [table.exact.get((row, name)) for name in table.names]
+    for row, ids in enumerate(prompts):
+        other = first.setdefault(tuple(ids), row)
+        same = (
+            np.array_equal(table.features[row], table.features[other], equal_nan=True)
+            and np.array_equal(table.labels[row], table.labels[other])
+            and exact(row) == exact(other)
+        )
+        if not same:
+            raise ConfigError(
+                f"Rows {other} and {row} of {table.name} have different features and the same prompt, {texts[row]!r:.200}: "
+                "rename columns or change texts, or use a tokenizer that tells them apart."
+            )
 
 
 def take_values(table: Table, column: str) -> tuple[Table, np.ndarray | None]:
@@ -191,5 +222,6 @@ def take_values(table: Table, column: str) -> tuple[Table, np.ndarray | None]:
             f"Row {bad[0]} of {table.name} has {values[bad[0]]:g} in the column {column!r}; give a value from 0 to 1."
         )
     names = tuple(name for name in table.names if name != column)
-    rest = dataclasses.replace(table, names=names, features=np.delete(table.features, at, axis=1))
+    exact = {place: text for place, text in table.exact.items() if place[1] != column}
+    rest = dataclasses.replace(table, names=names, features=np.delete(table.features, at, axis=1), exact=exact)
     return rest, values.astype(np.float32)

@@ -54,9 +54,12 @@ class Digits:
         value = self.number.decode(tokens)
         return self.target.unit_to_z(value) if self.number.unit_interval else value
 
-    def decode_batch(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+    def decode_batch(self, sequences: Sequence[Sequence[int]], skip_special: bool = True) -> list[str]:
         """Returns numbers or prompts as text, for people."""
+        del skip_special  # digits have no special tokens
         return [self._text(list(ids)) for ids in sequences]
+
+    completions = decode_batch
 
     def prompts(self, texts: Sequence[str] | None, rows: int) -> list[list[int]]:
         """Returns the prompts of a table's rows as ids. Without texts, rows are features: a prompt is one token."""

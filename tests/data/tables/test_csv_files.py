@@ -91,7 +91,7 @@ FAULTS = [
     ('a,y\n1,2\n"3,4\n', "rows.csv, line 3 is not readable as CSV: unexpected end of data."),
     ('a,y\n"1"1,2\n', "rows.csv, line 2 is not readable as CSV"),
     (b"a,y\n1,2\n\xff,3\n", "rows.csv, line 3 is not UTF-8"),
-    ("a,y\n" + "9" * 200_000 + ",1\n", "rows.csv, line 2 is not readable as CSV: field larger than field limit"),
+    ("a,y\n" + "9" * 200_000 + ",1\n", "rows.csv, line 2, column 'a' is 99999999999999999..., not"),
     ("a,y\n1,2\ninf,3\n", "rows.csv, line 3, column 'a' is inf, not a finite number."),
     ("a,y\n1,-Infinity\n2,3\n", "rows.csv, line 2, column 'y' is -Infinity, not a finite number."),
     ("a,y\n1e999,2\n2,3\n", "rows.csv, line 2, column 'a' is 1e999, not a finite number."),

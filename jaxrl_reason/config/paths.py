@@ -1,0 +1,32 @@
+"""Paths that are addresses of other machines, such as gs://bucket/run: refused before pathlib makes a local folder of them."""
+
+import re
+
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+([^/]*)/?(.*)")  # pathlib turns gs://bucket into gs:/bucket
+# scheme -> how a machine gets the files.
+_MOUNT = "mount the bucket ({}), and name the folder under which it is mounted"
+_REMEDIES = {
+    "gs": _MOUNT.format("gcsfuse {1} DIR") + "; or use a Filestore share",
+    **dict.fromkeys(("s3", "s3a", "s3n"), _MOUNT.format("mount-s3 {1} DIR")),
+    **dict.fromkeys(("abfs", "abfss", "az", "wasb", "wasbs"), _MOUNT.format("blobfuse2 mount DIR")),
+    **dict.fromkeys(("http", "https", "ftp"), "download it, and name the file or folder"),
+    "hf": "name a model by its id OWNER/NAME, and data by hf://datasets/OWNER/NAME/PATH",
+    "file": "leave out {0}://",
+}
+
+
+def remote(text: str, supported: tuple[str, ...] = ()) -> str:
+    """Returns the remedy for a path that is an address of another machine, such as gs://bucket/run; "" for other paths.
+
+    Addresses that begin with one of `supported` are paths as well.
+
+    Example:
+      >>> remote("gs://bucket/run")
+      'mount the bucket (gcsfuse bucket DIR), and name the folder under which it is mounted; or use a Filestore share'
+    """
+    found = _ADDRESS.fullmatch(text)
+    if not found or text.startswith(supported):
+        return ""
+    scheme = found[1].lower()
+    remedy = _REMEDIES.get(scheme, "mount what {0}:// names, and name the folder under which it is mounted")
+    return remedy.format(scheme, found[2])

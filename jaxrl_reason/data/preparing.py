@@ -1,0 +1,71 @@
+"""Opens data sets of TFDS, which prepares them on first use: one sentence instead of its progress bars and logs."""
+
+from collections.abc import Iterator
+import contextlib
+import io
+import logging
+import pathlib
+import sys
+from typing import Any
+
+
+def open_split(name: str, split: str, folder: pathlib.Path | None, kind: str) -> Any:
+    """Returns a split as a random-access data source, or None for an unknown name.
+
+    TFDS prepares the data set if it is not prepared yet. `folder` holds prepared data; None means TFDS's default; `kind`
+    is the noun in messages. Raises ValueError for an unknown split, and OSError if the data cannot be downloaded or
+    written.
+    """
+    import tensorflow_datasets as tfds  # costs a fifth of a second; files do not need it
+
+    open_it = lambda: tfds.builder(name, data_dir=folder, file_format="array_record")  # the default needs TensorFlow
+    try:
+        tfds.core.naming.parse_builder_name_kwargs(name)
+    except ValueError:
+        return None
+    with _quiet(tfds):
+        try:
+            builder = open_it()
+        except tfds.core.DatasetNotFoundError:
+            return None
+        prepared = builder.is_prepared()
+    if not prepared:
+        _prepare(tfds, builder, f"{kind} {name!r}")
+        builder = open_it()  # another process may have prepared the data in the meantime
+    return builder.as_data_source(split=split)
+
+
+def _prepare(tfds: Any, builder: Any, what: str) -> None:
+    generated = type(builder).__module__.startswith(__package__)  # by a builder of ours, without network
+    how = "generated" if generated else "downloaded (without a network this fails after some minutes)"
+    print(f"The {what} is being {how}; it will be in {builder.data_dir}.", file=sys.stderr, flush=True)
+    try:
+        with _quiet(tfds):
+            builder.download_and_prepare()
+    except FileExistsError:
+        return  # another process has prepared the data
+    except (OSError, tfds.core.download.DownloadError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        remedy = (
+            "" if generated else " Check the network, or name a folder with the prepared data (config.data.data_dir)."
+        )
+        raise OSError(
+            f"The {what} could not be prepared in {builder.data_dir}: {reason.rstrip('.')}.{remedy}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet(tfds: Any) -> Iterator[None]:
+    """Silences the progress bars of TFDS, what it prints, and warnings in the logs of TFDS and of its downloads.
+
+    After an error all but the printing stays silent: other threads may still try to download.
+    """
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("absl", "urllib3"))}
+    tfds.display_progress_bar(False)
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+    tfds.display_progress_bar(True)
+    for logger, level in levels.items():
+        logger.setLevel(level)

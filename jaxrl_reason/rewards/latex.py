@@ -1,0 +1,211 @@
+r"""One spelling for LaTeX answers, in text: nothing is computed, and this file does not need math-verify.
+
+`normalised` rewrites a reference and an answer before math-verify reads them. `same_words` and `differ_in_brackets`
+compare what math-verify ignores or misreads.
+"""
+
+import collections
+from collections.abc import Callable
+import itertools
+import re
+import unicodedata
+
+from jaxrl_reason.rewards.answers import plain, split_unit, TEXT_GROUP, TEXT_OPEN, without_blanks
+from jaxrl_reason.rewards.numeric import parse_number
+
+# Forms that LaTeX would misread: "1e-7" as Euler's number minus 7, and "1 1/2" as 1.
+_EXPONENT = re.compile(r"(?<=[0-9.])[eE]([-+]?[0-9]+)")
+_MIXED_NUMBER = re.compile(r"([-+]?[0-9]+) +([0-9]+) ?/ ?([0-9]+)")
+_FLOAT = re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]{1,3}")
+# Forms that are not LaTeX: 5_000 is not the number 5 with an index, 1e9999 no product with e, 0x10 no product with x,
+# "5 0" no product. A box that is not the whole answer would be taken for the answer.
+_APART = r"(?:\s|~|\\[,;: ]|\\q?quad|\\[lc]?dots)+"
+_NOT_LATEX = re.compile(
+    rf"[0-9]_[0-9]{{2}}|[0-9.][eE][-+]?[0-9]{{4}}|(?<![\w.])0[xX][0-9a-fA-F]|[0-9.]{_APART}[0-9.]"
+    r"|\\fbox|\\boxed|####"
+)
+_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:\\[,;: ]|~)[0-9]{3})+(?![0-9])")  # as TeX spaces them
+# Arguments of one digit get braces: \log_2 3 is \log_{2} 3, \frac1 2 is \frac{1}{2}, and \sqrt2 3 is \sqrt{2} 3.
+_SCRIPT = re.compile(rf"(?<=[a-zA-Z)}}\]])\s*([_^])\s*([0-9])(?={_APART}[0-9.])")
+_ARGUMENTS = re.compile(r"\\([dtc]?frac|[dt]?binom)\s*([0-9])\s*([0-9])")
+_ROOT = re.compile(r"\\sqrt\s*([0-9])")
+# What math-verify removes anywhere in an answer. Removed between two digits, it would join them.
+_DROPPED = re.compile(r"""\\mathrm\{th\}|\\!\s*|\\text\s*\{\s*\}|\\?\$|["']|\\(?:display|text)style(?![a-zA-Z])""")
+_JOINED = re.compile(rf"[0-9.](?:{_DROPPED.pattern})+[0-9.]")
+_PRIMES = re.compile(r"(?<=[a-zA-Z)\]}])('+)(?![0-9])")
+_PUNCTUATION = str.maketrans(
+    {
+        "\u2212": "-",
+        "\uff0c": ", ",
+        "\u3001": ", ",
+        "\uff1b": "; ",
+        "\uff08": "(",
+        "\uff09": ")",
+        "\uff1a": ":",
+        "\uff1d": "=",
+    }
+)
+# Units in letters. math-verify would remove single letters too, and 5m is not 5.
+_BARE_UNIT = re.compile(
+    r"(?:(?<=[0-9})])\s*|(?<=\\pi)\s+)(?:(?:square|sq\.?|cubic|cu\.?)\s+)?(?:[ckm]m|kg|m[lgL]|lbs?|ft|oz|[km]ph|km/h|m/s|"
+    r"(?:inch|feet|foot|(?:centi|kilo|milli)?met(?:er|re)|mile|yard|lit(?:er|re)|(?:kilo)?gram|pound|hour|hr|minute|min|"
+    r"second|sec|day|week|month|year|dollar|cent|degree|unit)(?:e?s)?)(?:\^\{?[0-9]\}?)?$"
+)
+_PER_CENT = re.compile(r"(?:(?<=[0-9})])|\s)\s*(?:percent|per cent|pct|%|\\%)$")
+_BASES = "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
+_DIGITS = r"(?=[A-F]*[0-9])[0-9A-F]+(?:\.[0-9A-F]+)?"
+_BASE_NAME = rf"([0-9]{{1,2}}|[a-z]|{'|'.join(_BASES)})"
+_BASE = rf"\s*(?:base\s*)?\(?{_BASE_NAME}\)?\s*"
+_BASED = re.compile(
+    rf"(?:(?<![\w.\\])({_DIGITS})|(?<![a-zA-Z])\(({_DIGITS})\))\s*_\s*(?:([0-9a-z])(?![0-9.a-zA-Z])|\{{{_BASE}\}}"
+    rf"|\{{\s*{TEXT_OPEN}{_BASE}\}}\s*\}}|{TEXT_OPEN}{_BASE}\}})"
+)
+_BASE_WORDS = re.compile(
+    rf"(?:\\ |[\s~])*(?:{TEXT_OPEN}\s*\(?(?:in\s+)?base[\s~]+{_BASE_NAME}\)?\s*\}}"
+    rf"|{TEXT_OPEN}\s*\(?(?:in\s+)?base\s*\}}\s*{_BASE_NAME}\)?|\(?(?:in\s+)?base[\s~]+{_BASE_NAME}\)?)$"
+)
+# A number after words: "3 hours 20 minutes" is no product. Only "and" and "or" are between the members of a list.
+_NUMBER_AFTER_WORDS = re.compile(
+    rf"{TEXT_OPEN}(?!\s*,?\s*(?:and|or)\s*\}})(?![^{{}}]* base \w+\}})[^{{}}]*\}}(?:\s|~|\\[,;: ])*[0-9]"
+)
+_NAMED_BASE = re.compile(r"\\text\{(\S+) base \w+\}")
+_SET_OPERATION = re.compile(r"\\(?:cup|cap|setminus|times|bigcup|bigcap|backslash)(?![a-zA-Z])|[\u222a\u2229\u2216]")
+_BRACE_NAMES = re.compile(r"\\([lr])brace(?![a-zA-Z])\s*")
+_SIZES = re.compile(r"\\[bB]igg?[lr]?(?![a-zA-Z])\s*")
+_INNERMOST = re.compile(r"(?P<called>[a-zA-Z](?=\())?(?P<open>[(\[{])(?P<inside>[^()\[\]{}]*)(?P<close>[)\]}])")
+
+
+def normalised(answer: str) -> str:
+    r"""Returns an answer or a reference in the spelling that is compared, "" if it has no meaning.
+
+    "$ \sqrt{2} $." is \sqrt{2}; \log_2 3 is \log_{2} 3; 5\,\text{cm} is 5; 1010_2 is the text "1010 base 2"; words that
+    are not ASCII are text.
+    """
+    latex = unicodedata.normalize("NFC", plain(plain(answer).rstrip(",; "))).translate(_PUNCTUATION)
+    latex = _SIZES.sub("", _BRACE_NAMES.sub(lambda name: r"\{" if name[1] == "l" else r"\}", latex))
+    latex = _outside_text(latex, lambda part: _PRIMES.sub(_as_primes, _wrap_words(part)))
+    while _DROPPED.search(latex):  # repeated, because a removal may create another match
+        if _JOINED.search(latex):
+            return ""
+        latex = _DROPPED.sub("", latex)
+    latex, percent = split_unit(_PER_CENT.sub(r"\\%", _based_as_text(without_blanks(latex))))
+    latex = _without_bare_unit(latex)
+    latex = _THOUSANDS.sub(lambda number: re.sub(r"[^0-9]", "", number[0]), latex)
+    latex = _ROOT.sub(r"\\sqrt{\1}", _ARGUMENTS.sub(r"\\\1{\2}{\3}", _SCRIPT.sub(r"\1{\2}", latex)))
+    mixed = _MIXED_NUMBER.fullmatch(latex)
+    if mixed:
+        latex = r"{}\frac{{{}}}{{{}}}".format(*mixed.groups())
+    elif _NOT_LATEX.search(latex):
+        return ""
+    elif _FLOAT.fullmatch(latex) or parse_number(latex) is not None:
+        latex = _EXPONENT.sub(r"\\cdot 10^{\1}", latex)
+    return latex + r"\%" * percent
+
+
+def without_bases(latex: str) -> str:
+    """Returns a normalised answer without the bases of its numbers."""
+    return _NAMED_BASE.sub(r"\1", latex)
+
+
+def is_phrase(latex: str) -> bool:
+    r"""Returns whether a normalised answer has a number after words, so that only equal texts are equal answers."""
+    return _NUMBER_AFTER_WORDS.search(latex) is not None
+
+
+def same_words(a: str, b: str) -> bool | None:
+    r"""Returns whether two answers have the same words, up to case and \text{}; None if one is not clearly words.
+
+    A product of variables is no word, so words of up to three ASCII letters are left to math-verify if they differ.
+    """
+    words = [_only_words(answer) for answer in (a, b)]
+    if words[0] is None or words[1] is None:
+        return None
+    if words[0] == words[1]:
+        return True
+    are_certain = all(re.search("[a-z]{4}", text) or any(map(_is_foreign, text)) for text in words if text is not None)
+    return False if are_certain else None
+
+
+def differ_in_brackets(a: str, b: str) -> bool:
+    r"""Returns whether two normalised lists have different kinds of brackets: \{0,1\} is not (0,1).
+
+    Without outer brackets, a list may be of any kind: "0, 1". Unions and the like are left to math-verify.
+    """
+    if _SET_OPERATION.search(a) or _SET_OPERATION.search(b):
+        return False
+    (kinds, is_bare), (other_kinds, other_is_bare) = _brackets(a), _brackets(b)
+    if not (kinds or is_bare) or not (other_kinds or other_is_bare):
+        return False
+    if is_bare == other_is_bare:
+        return kinds != other_kinds
+    more, fewer = (other_kinds, kinds) if is_bare else (kinds, other_kinds)
+    return not fewer <= more or (more - fewer).total() != 1
+
+
+def _brackets(latex: str) -> tuple[collections.Counter[str], bool]:
+    """Returns how many brackets of each kind are around lists, and whether a list has none."""
+    text = re.sub(r"\\(?:left|right|in)(?![a-zA-Z])", " ", TEXT_GROUP.sub("", latex))
+    text = re.sub(r"(?<!\\)[{}]", "", text).replace(r"\{", "{").replace(r"\}", "}")
+    kinds: collections.Counter[str] = collections.Counter()
+    while match := _INNERMOST.search(text):
+        if re.search("[,;]", match["inside"]) and not match["called"]:
+            kinds[match["open"] + match["close"]] += 1
+        text = text[: match.start()] + text[match.end() :]
+    return kinds, bool(re.search("[,;]", text))
+
+
+def _only_words(answer: str) -> str | None:
+    text = re.sub(r"\\ |~", " ", TEXT_GROUP.sub(r"\1", unicodedata.normalize("NFC", plain(answer))))
+    words = text.casefold().split()
+    is_word = all(_is_letter(c) or c in " -'\u2019" for c in text) and any(map(_is_letter, text))
+    return " ".join(words) if is_word and not {"and", "or"} & set(words) else None
+
+
+def _is_letter(c: str) -> bool:
+    return c.isalpha() or unicodedata.category(c).startswith("M")
+
+
+def _is_foreign(c: str) -> bool:
+    """Returns whether a character is a letter of words only: neither ASCII nor Greek, whose letters are variables."""
+    return c.isalpha() and not c.isascii() and not "\u0370" <= c <= "\u03ff"
+
+
+def _outside_text(latex: str, rewrite: Callable[[str], str]) -> str:
+    r"""Returns LaTeX with the parts outside of \text{} and the like rewritten."""
+    parts, end = [], 0
+    for group in TEXT_GROUP.finditer(latex):
+        parts += [rewrite(latex[end : group.start()]), group[0]]
+        end = group.end()
+    return "".join([*parts, rewrite(latex[end:])])
+
+
+def _as_primes(match: re.Match) -> str:
+    return "^{" + r"\prime" * len(match[1]) + "}"
+
+
+def _wrap_words(latex: str) -> str:
+    r"""Returns LaTeX with words of other letters than ASCII and Greek as \text{word}."""
+    runs = ("".join(run) for _, run in itertools.groupby(latex, _is_letter))
+    return "".join(rf"\text{{{run}}}" if any(map(_is_foreign, run)) else run for run in runs)
+
+
+def _without_bare_unit(latex: str) -> str:
+    match = _BARE_UNIT.search(latex)
+    return latex[: match.start()] if match else latex
+
+
+def _based_as_text(latex: str) -> str:
+    def as_text(match: re.Match) -> str:
+        digits, base = match[1] or match[2], next(name for name in match.groups()[2:] if name)
+        base = str(_BASES.index(base) + 2) if base in _BASES else base
+        if base == "10":
+            return digits
+        if not digits.isdecimal() and re.search("[A-F]", digits) and not (base.isdecimal() and 10 < int(base) <= 16):
+            return match[0]
+        whole, point, decimals = digits.partition(".")
+        return rf"\text{{{(whole.lstrip('0') or '0') + (point + decimals).rstrip('0').rstrip('.')} base {base}}}"
+
+    words = _BASE_WORDS.search(latex)
+    if words:
+        latex = f"{latex[: words.start()]}_{{{words[words.lastindex or 0]}}}"
+    return _BASED.sub(as_text, latex)

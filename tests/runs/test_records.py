@@ -1,0 +1,49 @@
+"""Sample tables: completions as they were sampled."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_reason import data
+from jaxrl_reason.rl.types import Rollout
+from jaxrl_reason.runs.metrics_file import SampleTable
+from jaxrl_reason.runs.records import write_samples
+
+TOKENIZER = data.train_tokenizer([], vocab_size=259)
+TOKENIZER.backend.add_special_tokens(["<think>", "</think>"])
+
+
+def padded(texts):
+    """Returns tokens and mask, padded on the right."""
+    rows = [TOKENIZER.encode(text) for text in texts]
+    width = max(map(len, rows))
+    tokens = np.array([row + [TOKENIZER.pad_id] * (width - len(row)) for row in rows])
+    return tokens, np.array([[i < len(row) for i in range(width)] for row in rows])
+
+
+@pytest.mark.parametrize(
+    "skip_special, prompt, completions",
+    [
+        (False, "<bos>2 + 3 =", ["<think>23</think>5", "<bos>6"]),
+        (True, "2 + 3 =", ["235", "6"]),
+    ],
+)
+def test_a_table_shows_special_tokens_but_no_end(skip_special, prompt, completions, tmp_path):
+    prompts, tokens = padded(["<bos>2 + 3 ="]), padded(["<think>23</think>5<eos>", "<bos>6"])
+    tokens = [x[None] for x in tokens]
+    numbers = np.zeros((1, 2), np.float32)
+    rollout = Rollout(*prompts, *tokens, np.zeros(tokens[0].shape, np.float32), np.array([[False, True]]))
+    batch = SimpleNamespace(
+        rollout=jax.tree.map(jnp.asarray, rollout), advantages=jnp.asarray(numbers), mask=jnp.asarray(tokens[1])
+    )
+    step = SimpleNamespace(batch=batch, groups=SimpleNamespace(rewards={"r": jnp.asarray(numbers)}))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with SampleTable(tmp_path) as table:
+        write_samples(table, 1, step, 1, TOKENIZER, {"r": 1.0}, here, skip_special)
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == [prompt] * 2
+    assert [line["completion"] for line in lines] == completions
