@@ -46,7 +46,7 @@ _LUMP = re.compile(
     rf"|(?:(?<![\w.])\.)?[\d\u00bc-\u00be\u2150-\u215f]{_RUN}(?:[eE][-+\u2212]?\d{_RUN})*+(?:{_FRACTION}{_RUN})?)(?:\\?%(?:(?![\d.,/]){_RUN})?)?"
 )
 
-_FORMULA, _WITH_NUMBER, _WORDS = 2, 1, 0  # how surely a marker announces an answer
+_FORMULA, _LETTER, _WITH_NUMBER, _WORDS = 3, 2, 1, 0  # how surely a marker announces an answer
 
 # A box: \boxed{x}, \boxed {x}, \fbox{x}, or TeX's \boxed 5, whose content is a number, a letter or a command.
 _BOX = re.compile(
@@ -56,6 +56,12 @@ _BOX = re.compile(
 _BRACES = re.compile(rf"(?P<box>{_BOX.pattern})|\\\\(?!(?:boxed|fbox)(?![a-zA-Z]))|\\[{{}}]|[{{}}]")
 _MAX_RANKED = 2_000  # characters of a line that tell whether it is an answer
 _BOLD = re.compile(r"(\*{1,3}|__)(?![*_])(.*[^*_])\1", re.DOTALL)
+_LONE_LETTER = re.compile(r"(?:(?i:option|choice)\s+)?\(?[a-zA-Z][.:]?\)?[.:]?")  # a choice, or the label of a step
+_INITIALS = re.compile(r"(?:[a-zA-Z]\. ?){2,}")  # "Q.E.D."
+_ANNOUNCEMENT = re.compile(
+    r"[*_]*(?:(?:so|thus|therefore|hence),?\s+)?(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:(?:[*_]*[:=]|is\s*:?)[*_]*)\s*(?=\S)",
+    re.IGNORECASE,
+)
 # Words of prose: two letters or more outside LaTeX commands, except names of functions and what joins numbers.
 _WORD = re.compile(
     r"(?<![\\\w])(?!(?:and|or|mod|sqrt|frac|pi|sin|cos|tan|log|ln|exp|inf|infinity|oo)(?![^\W\d_]))[^\W\d_]{2,}"
@@ -67,9 +73,13 @@ _GROUP = rf"{TEXT_OPEN}((?:[^{{}}]++|\{{[^{{}}]*\}})*+)\}}"
 TEXT_GROUP = re.compile(_GROUP)
 _WRAPPED = re.compile(
     r"\$\$([^$]*+)\$\$|\$([^$]*+)\$|\\\(((?:(?!\\[()]).)*+)\\\)|\\\[((?:(?!\\[\[\]]).)*+)\\\]|`([^`]*+)`"
-    + rf"|{TEXT_OPEN}([^{{}}]*+)\}}",
+    "|\"([^\"]*+)\"|'([^']*+)'|\u201c([^\u201c\u201d]*+)\u201d",
     re.DOTALL,
 )
+_OPENED = re.compile(rf"{TEXT_OPEN}|\{{")
+_DEEP = re.compile(rf"(?:(?:{TEXT_OPEN}|\{{)\s*){{30}}")  # no answer, and one layer at a time would take too long
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_OLD_FONT = re.compile(r"\{\s*\\(?:rm|bf|it|sf)(?![a-zA-Z])\s*([^{}]*+)\}")
 _IDLE = re.compile(
     rf"^(?:(?!~){_BLANKS}|\\(?:display|text)style(?![a-zA-Z])|\\text\s*\{{\s*\}})+|(?:{_BLANKS}|(?<!\\)\\$)+$"
 )
@@ -78,6 +88,13 @@ _STOPS = (".", "\N{IDEOGRAPHIC FULL STOP}")
 _POWER = r"(?:\^[0-9]|\^?\{\^?-?[0-9]\})?"
 _UNITS = re.compile(rf"{_GROUP}{_POWER}(?:{_BLANKS}*(?:/|\\cdot|\\times|\\,){_BLANKS}*{_GROUP}{_POWER})*[ .$]*")
 _DEGREES = re.compile(r"\s*(?:\^\s*\{\s*\\circ\s*\}|\^\s*\\circ|\\degree|\u00b0)\s*$")
+# Units in letters. Single letters are variables: 5m is not 5.
+_BARE_UNIT = re.compile(
+    rf"(?:(?<=[0-9}})]){_BLANKS}*|(?<=\\pi)\s+)(?:(?:square|sq\.?|cubic|cu\.?)\s+)?(?:[ckm]m|kg|m[lgL]|lbs?|ft|oz|[km]ph|km/h|m/s|"
+    r"(?:inch|feet|foot|(?:centi|kilo|milli)?met(?:er|re)|mile|yard|lit(?:er|re)|(?:kilo)?gram|pound|hour|hr|minute|min|"
+    r"second|sec|day|week|month|year|dollar|cent|degree|unit)(?:e?s)?)(?:\^\{?[0-9]\}?)?$"
+)
+BARE_PER_CENT = re.compile(r"(?:(?<=[0-9})])|\s)\s*(?:percent|per cent|pct|%|\\%)$")
 _PER_CENT = frozenset(("%", r"\%", "percent", "per cent", "pct"))
 
 
@@ -94,11 +111,12 @@ def extract_answer(text: str, *, fallback: str | None = None) -> str | None:
     r"""Returns the final answer of a completion as text, stripped and without marks of bold type.
 
     The answer is in the last marker of either kind: "#### x" to the end of the line, or "\boxed{x}", also written
-    "\boxed {x}", "\boxed x" and "\fbox{x}". Five hashes are no marker. A heading, "#### Check", outranks no marker with
-    a number or a formula. It is the answer, as words, only if there is no such marker. The answer is None if there is no
-    marker, or if the brace of the last box is never closed. With the fallback "last_number", a text without a number or
-    a formula in a marker has as its answer the last part that looks like a number. Raises ValueError for any other
-    fallback but None.
+    "\boxed {x}", "\boxed x" and "\fbox{x}". Five hashes are no marker. "#### Answer: 18" and "#### The answer is 18."
+    are 18. A heading, "#### Check", outranks no marker with a number or a formula. It is the answer, as words, only if
+    there is no such marker. A single letter after "####" outranks no box and no number or formula alone. The answer is
+    None if there is no marker, or if the brace of the last box is never closed. With the fallback "last_number", a text
+    without a number, a letter or a formula in a marker has as its answer the last part that looks like a number. Raises
+    ValueError for any other fallback but None.
     """
     if fallback not in (None, "last_number"):
         raise ValueError(f'fallback is {fallback!r}; it must be None or "last_number".')
@@ -129,7 +147,7 @@ def find_marker(text: str) -> Marker | None:
 
 def count_markers(text: str) -> int:
     """Returns the number of boxes, and of hash marks that a number or a formula follows."""
-    return _last_box(text)[2] + sum(_rank(answer) > _WORDS for _, answer in _hash_lines(text))
+    return _last_box(text)[2] + sum(_rank(answer) in (_FORMULA, _WITH_NUMBER) for _, answer in _hash_lines(text))
 
 
 def _hash_lines(text: str) -> Iterator[tuple[int, str]]:
@@ -139,7 +157,7 @@ def _hash_lines(text: str) -> Iterator[tuple[int, str]]:
         begin = last
         while begin and text[begin - 1] == "#":
             begin -= 1
-        answer = _without_bold(text[last + 4 : end].partition("\n")[0])
+        answer = _without_announcement(_without_bold(text[last + 4 : end].partition("\n")[0]))
         if begin == last and answer:  # more hashes are a heading
             yield begin, answer
         end = begin
@@ -149,6 +167,10 @@ def _rank(answer: str) -> int:
     answer = answer[:_MAX_RANKED]
     if answer.isdecimal():
         return _FORMULA
+    if _LONE_LETTER.fullmatch(answer):
+        return _LETTER
+    if _INITIALS.fullmatch(answer):
+        return _WORDS
     prose = TEXT_GROUP.sub("x", answer) if "\\" in answer else answer
     if not _WORD.search(prose) and any(map(str.isalnum, answer)):
         return _FORMULA
@@ -190,15 +212,26 @@ def _last_box(text: str) -> tuple[int, str | None, int]:
 
 def _without_bold(answer: str) -> str:
     answer = answer.strip()
-    bold = _BOLD.fullmatch(answer) if answer[:1] in ("*", "_") else None
+    bold = _BOLD.fullmatch(answer.rstrip("".join(_STOPS))) if answer[:1] in ("*", "_") else None
     return bold[2].strip() if bold else answer
 
 
-def plain(answer: str) -> str:
-    r"""Returns an answer without what surrounds it: blanks, dollar signs, \( \), \[ \], \displaystyle, \text{}, a final dot.
+def _without_announcement(answer: str) -> str:
+    """Returns an answer without "Answer:" or "The answer is" before it, and then without its final dot."""
+    announcement = _ANNOUNCEMENT.match(answer[:_MAX_RANKED])
+    if not announcement:
+        return answer
+    stated = _without_bold(answer[announcement.end() :])
+    return (stated[:-1] if stated.endswith(_STOPS) and not stated[:-1].endswith(_STOPS) else stated).strip() or answer
 
+
+def plain(answer: str) -> str:
+    r"""Returns an answer without what surrounds it: blanks, signs of TeX, quotes, bold type, braces, a final dot.
+
+    The signs of TeX are dollar signs, \( \), \[ \], \displaystyle and \text{}. A list in braces keeps the braces.
     `plain(r"$\displaystyle\pi$.")` is "\pi". "$18" is money and stays.
     """
+    answer = _OLD_FONT.sub(r"\\mathrm{\1}", answer)
     while True:
         shorter = _IDLE.sub("", answer.strip())
         if shorter.endswith(_STOPS) and not shorter[:-1].endswith(_STOPS):
@@ -206,9 +239,31 @@ def plain(answer: str) -> str:
         wrapped = _WRAPPED.fullmatch(shorter)
         if wrapped:
             shorter = next(part for part in wrapped.groups() if part is not None)
+        shorter = _without_braces(_without_bold(shorter))
         if shorter == answer:
             return answer
         answer = shorter
+
+
+def _without_braces(answer: str) -> str:
+    r"""Returns the content if \text{...}, \mathbf{...} or {...} is all of the answer. A list in braces stays."""
+    opened = _OPENED.match(answer)
+    if not opened or not answer.endswith("}") or _DEEP.match(answer):
+        return answer
+    depth = 1
+    for brace in _BRACE.finditer(answer, opened.end()):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if not depth:
+            content = answer[opened.end() : brace.start()]
+            is_list = opened[0] == "{" and ("," in content or ";" in content)
+            return answer if brace.end() < len(answer) or is_list else content
+    return answer
+
+
+def without_bare_unit(answer: str) -> str:
+    """Returns an answer without a unit in letters that ends it: "5 cm" is "5"."""
+    unit = _BARE_UNIT.search(answer)
+    return answer[: unit.start()] if unit else answer
 
 
 def without_blanks(answer: str) -> str:

@@ -10,7 +10,15 @@ import itertools
 import re
 import unicodedata
 
-from jaxrl_reason.rewards.answers import plain, split_unit, TEXT_GROUP, TEXT_OPEN, without_blanks
+from jaxrl_reason.rewards.answers import (
+    BARE_PER_CENT,
+    plain,
+    split_unit,
+    TEXT_GROUP,
+    TEXT_OPEN,
+    without_bare_unit,
+    without_blanks,
+)
 from jaxrl_reason.rewards.numeric import parse_number
 
 # Forms that LaTeX would misread: "1e-7" as Euler's number minus 7, and "1 1/2" as 1.
@@ -28,7 +36,7 @@ _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:\\[,;: ]|~)[0-9]{3})+(?![0
 # Arguments of one digit get braces: \log_2 3 is \log_{2} 3, \frac1 2 is \frac{1}{2}, and \sqrt2 3 is \sqrt{2} 3.
 _SCRIPT = re.compile(rf"(?<=[a-zA-Z)}}\]])\s*([_^])\s*([0-9])(?={_APART}[0-9.])")
 _ARGUMENTS = re.compile(r"\\([dtc]?frac|[dt]?binom)\s*([0-9])\s*([0-9])")
-_ROOT = re.compile(r"\\sqrt\s*([0-9])")
+_ROOT = re.compile(r"\\sqrt\s*(\[[^\[\]]*\])?\s*([0-9])")
 # What math-verify removes anywhere in an answer. Removed between two digits, it would join them.
 _DROPPED = re.compile(r"""\\mathrm\{th\}|\\!\s*|\\text\s*\{\s*\}|\\?\$|["']|\\(?:display|text)style(?![a-zA-Z])""")
 _JOINED = re.compile(rf"[0-9.](?:{_DROPPED.pattern})+[0-9.]")
@@ -45,13 +53,6 @@ _PUNCTUATION = str.maketrans(
         "\uff1d": "=",
     }
 )
-# Units in letters. math-verify would remove single letters too, and 5m is not 5.
-_BARE_UNIT = re.compile(
-    r"(?:(?<=[0-9})])\s*|(?<=\\pi)\s+)(?:(?:square|sq\.?|cubic|cu\.?)\s+)?(?:[ckm]m|kg|m[lgL]|lbs?|ft|oz|[km]ph|km/h|m/s|"
-    r"(?:inch|feet|foot|(?:centi|kilo|milli)?met(?:er|re)|mile|yard|lit(?:er|re)|(?:kilo)?gram|pound|hour|hr|minute|min|"
-    r"second|sec|day|week|month|year|dollar|cent|degree|unit)(?:e?s)?)(?:\^\{?[0-9]\}?)?$"
-)
-_PER_CENT = re.compile(r"(?:(?<=[0-9})])|\s)\s*(?:percent|per cent|pct|%|\\%)$")
 _BASES = "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
 _DIGITS = r"(?=[A-F]*[0-9])[0-9A-F]+(?:\.[0-9A-F]+)?"
 _BASE_NAME = rf"([0-9]{{1,2}}|[a-z]|{'|'.join(_BASES)})"
@@ -60,6 +61,8 @@ _BASED = re.compile(
     rf"(?:(?<![\w.\\])({_DIGITS})|(?<![a-zA-Z])\(({_DIGITS})\))\s*_\s*(?:([0-9a-z])(?![0-9.a-zA-Z])|\{{{_BASE}\}}"
     rf"|\{{\s*{TEXT_OPEN}{_BASE}\}}\s*\}}|{TEXT_OPEN}{_BASE}\}})"
 )
+_LETTER_DIGITS = r"(?<![\w.\\])(?=[A-F]*[0-9])[0-9A-F]*[A-F][0-9A-F]*(?=_\s*\{\s*1[1-6]\s*\})"
+_CAPITAL_DIGITS, _ANY_DIGITS = re.compile(_LETTER_DIGITS), re.compile(_LETTER_DIGITS, re.IGNORECASE)
 _BASE_WORDS = re.compile(
     rf"(?:\\ |[\s~])*(?:{TEXT_OPEN}\s*\(?(?:in\s+)?base[\s~]+{_BASE_NAME}\)?\s*\}}"
     rf"|{TEXT_OPEN}\s*\(?(?:in\s+)?base\s*\}}\s*{_BASE_NAME}\)?|\(?(?:in\s+)?base[\s~]+{_BASE_NAME}\)?)$"
@@ -88,10 +91,10 @@ def normalised(answer: str) -> str:
         if _JOINED.search(latex):
             return ""
         latex = _DROPPED.sub("", latex)
-    latex, percent = split_unit(_PER_CENT.sub(r"\\%", _based_as_text(without_blanks(latex))))
-    latex = _without_bare_unit(latex)
+    latex, percent = split_unit(BARE_PER_CENT.sub(r"\\%", _based_as_text(without_blanks(latex))))
+    latex = without_bare_unit(latex)
     latex = _THOUSANDS.sub(lambda number: re.sub(r"[^0-9]", "", number[0]), latex)
-    latex = _ROOT.sub(r"\\sqrt{\1}", _ARGUMENTS.sub(r"\\\1{\2}{\3}", _SCRIPT.sub(r"\1{\2}", latex)))
+    latex = _ROOT.sub(r"\\sqrt\1{\2}", _ARGUMENTS.sub(r"\\\1{\2}{\3}", _SCRIPT.sub(r"\1{\2}", latex)))
     mixed = _MIXED_NUMBER.fullmatch(latex)
     if mixed:
         latex = r"{}\frac{{{}}}{{{}}}".format(*mixed.groups())
@@ -105,6 +108,23 @@ def normalised(answer: str) -> str:
 def without_bases(latex: str) -> str:
     """Returns a normalised answer without the bases of its numbers."""
     return _NAMED_BASE.sub(r"\1", latex)
+
+
+def states_base_ten(answer: str) -> bool:
+    """Returns whether an answer says that one of its numbers is in base ten: 12_{10} is not 12_3, but 12 may be."""
+    latex = _base_as_subscript(without_blanks(_DROPPED.sub("", plain(answer))))
+    return any(_digits_and_base(number)[1] == "10" for number in _BASED.finditer(latex))
+
+
+def with_capital_digits(a: str, b: str) -> tuple[str, str]:
+    """Returns two answers with their digits as capitals if one has such digits: 1a_{16} is 1A_{16}.
+
+    If neither has, 2a_{16} may be a product.
+    """
+    if not _CAPITAL_DIGITS.search(a) and not _CAPITAL_DIGITS.search(b):
+        return a, b
+    capitals = [_ANY_DIGITS.sub(lambda digits: digits[0].upper(), answer) for answer in (a, b)]
+    return capitals[0], capitals[1]
 
 
 def is_phrase(latex: str) -> bool:
@@ -189,15 +209,9 @@ def _wrap_words(latex: str) -> str:
     return "".join(rf"\text{{{run}}}" if any(map(_is_foreign, run)) else run for run in runs)
 
 
-def _without_bare_unit(latex: str) -> str:
-    match = _BARE_UNIT.search(latex)
-    return latex[: match.start()] if match else latex
-
-
 def _based_as_text(latex: str) -> str:
     def as_text(match: re.Match) -> str:
-        digits, base = match[1] or match[2], next(name for name in match.groups()[2:] if name)
-        base = str(_BASES.index(base) + 2) if base in _BASES else base
+        digits, base = _digits_and_base(match)
         if base == "10":
             return digits
         if not digits.isdecimal() and re.search("[A-F]", digits) and not (base.isdecimal() and 10 < int(base) <= 16):
@@ -205,7 +219,14 @@ def _based_as_text(latex: str) -> str:
         whole, point, decimals = digits.partition(".")
         return rf"\text{{{(whole.lstrip('0') or '0') + (point + decimals).rstrip('0').rstrip('.')} base {base}}}"
 
+    return _BASED.sub(as_text, _base_as_subscript(latex))
+
+
+def _digits_and_base(match: re.Match) -> tuple[str, str]:
+    digits, base = match[1] or match[2], next(name for name in match.groups()[2:] if name)
+    return digits, str(_BASES.index(base) + 2) if base in _BASES else base
+
+
+def _base_as_subscript(latex: str) -> str:
     words = _BASE_WORDS.search(latex)
-    if words:
-        latex = f"{latex[: words.start()]}_{{{words[words.lastindex or 0]}}}"
-    return _BASED.sub(as_text, latex)
+    return f"{latex[: words.start()]}_{{{words[words.lastindex or 0]}}}" if words else latex

@@ -14,8 +14,16 @@ import os
 import re
 
 from jaxrl_reason.rewards.answers import extract_answer
-from jaxrl_reason.rewards.latex import differ_in_brackets, is_phrase, normalised, same_words, without_bases
-from jaxrl_reason.rewards.numeric import numeric_verdict, parse_number, shortened
+from jaxrl_reason.rewards.latex import (
+    differ_in_brackets,
+    is_phrase,
+    normalised,
+    same_words,
+    states_base_ten,
+    with_capital_digits,
+    without_bases,
+)
+from jaxrl_reason.rewards.numeric import choice, numeric_verdict, parse_number, shortened
 from jaxrl_reason.rewards.pool import Pool, Results
 
 TIMEOUT_S = 2.0  # for one answer: a number takes 1 ms, LaTeX 5 ms
@@ -125,11 +133,19 @@ def _judge(question: tuple[str, str | None]) -> float | None:
         return None
     if prediction is None:
         return 0.0
+    letter, chosen = choice(reference), choice(prediction, with_text=True)
+    if letter and chosen:
+        return float(letter == chosen)
     words = same_words(reference, prediction)
     if words is not None:
         return float(words)
-    latex = normalised(prediction)
-    if latex == without_bases(latex):  # the question may name the base, so an answer may leave it out
+    gold_text, predicted_text = with_capital_digits(reference, prediction)
+    if gold_text != reference:
+        gold_latex = normalised(gold_text)
+        gold = _parse_gold(gold_latex)
+    latex = normalised(predicted_text)
+    # The question may name the base, so an answer may leave it out.
+    if latex == without_bases(latex) and not states_base_ten(prediction):
         gold_latex = without_bases(gold_latex)
         gold = _parse_gold(gold_latex)
     predicted = _parse(latex)

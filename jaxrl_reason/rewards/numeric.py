@@ -7,6 +7,7 @@ much as "hello". Every function takes time linear in the text and keeps no state
 Numbers:
     18  -3  +3  1,234  0.50  .5  3/4  1e3  $18  -$18  \$18  18.  \frac{1}{2}  -\dfrac{1}{2}  50%  50\text{ percent}
     5\text{ cm}  5\,\mathrm{km/h}  90^\circ  $\displaystyle 18$.  \(18\)  \text{18}
+    5 cm  5 km/h  5 dollars  50 percent  {18}  "18"
 Not numbers, and neither are digits that are not ASCII:
     1,2,3  1,23  --5  3/0  1e101  1 1/2  2+3  nan  inf  5 apples  x = 5  5\text{00}  5\text{ million}  5\mathrm{i}
 
@@ -20,7 +21,15 @@ import math
 import numbers
 import re
 
-from jaxrl_reason.rewards.answers import extract_answer, plain, split_unit, TEXT_GROUP, without_blanks
+from jaxrl_reason.rewards.answers import (
+    BARE_PER_CENT,
+    extract_answer,
+    plain,
+    split_unit,
+    TEXT_GROUP,
+    without_bare_unit,
+    without_blanks,
+)
 
 MAX_NUMBER_LENGTH = 200  # characters; a longer text is not a number, so a megabyte of digits never becomes an integer
 MAX_EXPONENT = 100  # 1e100 is a number, 1e101 is not: exact arithmetic on 10**999999999 would not return
@@ -32,8 +41,10 @@ _NUMBER = re.compile(
     rf"|(?P<above>{_INTEGER}) ?/ ?(?P<below>{_INTEGER})"
     rf"|\\[dt]?frac\{{(?P<above_tex>[-+]?{_INTEGER})\}}\{{(?P<below_tex>[-+]?{_INTEGER})\}})"
 )
-# A letter that names a choice: C, (C), C., \textbf{(C)}. Only a reference has to be a capital.
-_CHOICE = re.compile(r"\(?([A-Ja-j])[.:]?\)?")
+# A letter that names a choice: C, (C), C., C), \textbf{(C)}, Option C. The text of the choice may follow: (C) 18.
+_CHOICE = re.compile(r"(?:(?i:option|choice|answer)[\s~:]+)?\(?([A-Ja-j])[.:]?\)?[.:]?")
+_CHOICE_WITH_TEXT = re.compile(r"(\(?[A-Ja-j]\))(?:\\ |\\[,;:]|\\q?quad(?![a-zA-Z])|[\s~])*(?=[^\s(])(.+)")
+_SECOND_CHOICE = re.compile(r"\b(?i:or|and)\b|[,;&]|(?<![a-zA-Z\\])[A-Ja-j](?![a-zA-Z])")
 
 
 def parse_number(text: str) -> Fraction | None:
@@ -57,7 +68,7 @@ def numeric_verdict(completion: str, answer: str | int | float, *, fallback: str
     expected = _read_reference(answer)
     extracted = extract_answer(completion, fallback=fallback)
     if isinstance(expected, str):
-        return extracted is not None and (_choice(extracted) or "").upper() == expected
+        return extracted is not None and choice(extracted, with_text=True) == expected
     reference, reference_percent = expected
     reading = None if extracted is None else _read(extracted)
     if reading is None:
@@ -81,8 +92,10 @@ def _read(text: str) -> tuple[Fraction, bool] | None:
     elif text[:2] in ("-$", "+$"):
         text = text[0] + text[2:]
     text, percent = split_unit(text)
-    if not percent and text.endswith("%"):
-        text, percent = text.removesuffix("%"), True
+    if not percent:
+        shorter = BARE_PER_CENT.sub("", text)
+        shorter = shorter.removesuffix("%") if shorter == text else shorter
+        text, percent = (without_bare_unit(text), False) if shorter == text else (shorter, True)
     match = _NUMBER.fullmatch(without_blanks(text))
     if match is None:
         return None
@@ -99,10 +112,19 @@ def _read(text: str) -> tuple[Fraction, bool] | None:
     return (-value if part["sign"] == "-" else value), percent
 
 
-def _choice(text: str) -> str | None:
-    """Returns the letter of a text that names a choice, in the case that it has there, or None."""
-    match = _CHOICE.fullmatch(TEXT_GROUP.sub(r"\1", plain(text))) if len(text) <= MAX_NUMBER_LENGTH else None
-    return match and match[1]
+def choice(text: str, *, with_text: bool = False) -> str | None:
+    """Returns the capital letter of a text that names a choice, or None.
+
+    With `with_text`, the text of the choice may follow: "(C) 18" is C, and "(C) or (D)" is None.
+    """
+    if len(text) > MAX_NUMBER_LENGTH:
+        return None
+    text = TEXT_GROUP.sub(r"\1", plain(text))
+    labelled = _CHOICE_WITH_TEXT.fullmatch(text) if with_text else None
+    if labelled and not _SECOND_CHOICE.search(labelled[2]):
+        text = labelled[1]
+    match = _CHOICE.fullmatch(text)
+    return match and match[1].upper()
 
 
 def _read_reference(answer: str | int | float) -> tuple[Fraction, bool] | str:
@@ -115,8 +137,7 @@ def _read_reference(answer: str | int | float) -> tuple[Fraction, bool] | str:
     if isinstance(answer, str):
         extracted = extract_answer(answer)
         text = answer if extracted is None else extracted
-        letter = _choice(text)
-        reading = letter if letter is not None and letter.isupper() else _read(text)
+        reading = choice(text) or _read(text)
     if reading is None:
         raise ValueError(
             f"The reference answer {shortened(answer)} is not a number, so no completion can be judged against it; "

@@ -8,7 +8,7 @@ from helpers.hostile_answers import call_reward
 from jaxrl_reason.rewards.answers import extract_answer, plain, split_unit
 from jaxrl_reason.rewards.functions import accuracy_reward, format_reward, last_number_reward
 from jaxrl_reason.rewards.latex import normalised
-from jaxrl_reason.rewards.math import math_verify_reward
+from jaxrl_reason.rewards.math import math_verify_reward, reference_faults
 from jaxrl_reason.rewards.task_rewards import judge_reward, strict_reward
 
 needs_math_verify = pytest.mark.skipif(
@@ -22,10 +22,13 @@ STATES_18 = [
     "####18", "####\t18", "#### 18 ####", "#### 18\n####", "####\n#### 18", r"\boxed {18}", "\\boxed\n{18}", r"\boxed 18", r"$\boxed 18$", r"\boxed18.", r"so $\boxed 18$.", r"\fbox{18}",
     r"\fbox {18}", r"\fbox 18", r"\boxed{\fbox{18}}", r"\boxed{\boxed 18}", r"\boxed{ \boxed{18} }", r"\boxed{**18**}", r"\boxed{18} and I put it in \boxed{}", "#### 18\n\\boxed{ }",
     r"\boxed{17}, no: \boxed{18}", "\\boxed{17}\n#### 18", "#### 17\n\\boxed{18}", r"\\boxed{18}", r"\boxed{18} as asked, in \boxed", "\\boxed{18}\n#### 检查", "\\boxed{18}\n#### **Check:** done",
+    "#### **18**.", r"\boxed{18}" + "\n#### a", "\\boxed{18}\n#### I", "\\boxed{18}\n#### Q.E.D.", "#### 18\n#### A", "#### 18\n#### (a)", "#### 18\n#### Q. E. D.",
+    "#### Answer: 18", "#### **Answer:** 18", "#### **Answer**: 18", "#### The answer is 18.", "#### **The answer is 18.**", "#### Final answer: **18**.", "#### The final answer is: 18",
 ]  # fmt: skip
 DO_NOT_STATE_18 = [
     "##### 18", "### 18", "#### Check\n18", r"\boxed{17}" + "\n#### Check\n18", r"\boxed{18} no: \boxed{17", r"\boxed{6 \fbox{18}}", r"\boxed{17 \boxed{18}}", r"\boxedx{18}", r"\fboxes{18}",
     "#### 18\n#### 17", r"\boxed{18} or \fbox{17}", r"\boxed and 18", "#### Step 18", r"\boxed{18", r"\boxed 18 \boxed 17", "#### **18", "18",
+    "#### Answer: 17", "#### Answer:\n18", "#### The answer is not 18", "#### 17\n#### A", "#### **18** or **19**.",
 ]  # fmt: skip
 
 
@@ -48,13 +51,24 @@ def test_words_are_an_answer_only_if_there_is_nothing_better():
     assert extract_answer("#### Evelyn\n") == "Evelyn"
     assert extract_answer("#### Evelyn\n#### 5 apples\n#### Bob") == "5 apples"
     assert extract_answer("#### 5\n#### 6 apples") == "5"
+    assert extract_answer("#### C\n#### Check") == "C" and extract_answer("#### C\n#### Q.E.D.") == "C"
+    assert extract_answer("#### C\n#### 2 ways to check") == "C" and extract_answer("#### Q.E.D.") == "Q.E.D."
+    assert extract_answer("#### Answer: C") == "C" and extract_answer("#### Answer") == "Answer"
     assert extract_answer("#### sqrt(2)\n#### Check") == "sqrt(2)" and extract_answer("#### x = 2 or x = 3") is not None
     assert extract_answer("It is 18.\n#### Check", fallback="last_number") == "18"
     assert extract_answer("It is 18.\n#### 17 apples", fallback="last_number") == "17 apples"
 
 
 def test_headings_are_no_markers_for_the_format():
-    good = ["so \\boxed{18}\n\n#### Check\n9*2 = 18.", "##### Plan\n#### 18", r"\fbox{18}", r"\boxed 18", "#### **18**"]
+    good = [
+        "so \\boxed{18}\n\n#### Check\n9*2 = 18.",
+        "##### Plan\n#### 18",
+        r"\fbox{18}",
+        r"\boxed 18",
+        "#### **18**",
+        "\\boxed{18}\n#### Q.E.D.",
+        "\\boxed{18}\n#### I",
+    ]
     bad = [
         "#### 18\n\\boxed{18}",
         r"\boxed{18} \fbox{18}",
@@ -71,6 +85,8 @@ PLAIN = {
     r"$ \sqrt{2} $.": r"\sqrt{2}", r"$\displaystyle\pi$.": r"\pi", r"\[ x \]": "x", r"\(x\).": "x", "$$x$$": "x", "$x.$": "x", r"\displaystyle 18": "18", r"\text{18}": "18",
     r"\,x\,": "x", r"x~\ ": "x", "~5": "~5", r"\text{}x": "x", "甲。": "甲", "`x`": "x", r"\!x\!": "x", "$18": "$18", "$5$ and $6$": "$5$ and $6$", r"\(5\) or \(6\)": r"\(5\) or \(6\)",
     "1, 2, ...": "1, 2, ...", r"\displaystyles": r"\displaystyles", "": "", ".": "", "$$": "", r"\text{a}\text{b}": r"\text{a}\text{b}", r"\quad x": "x", r"\textstyle\frac12": r"\frac12",
+    "{18}": "18", "{1,2}": "{1,2}", "{1}{2}": "{1}{2}", '"x"': "x", "'x'": "x", "**x**.": "x", "**$x$**.": "x", r"\mathbf{\frac{1}{2}}": r"\frac{1}{2}", r"\text{\{1\}}": r"\{1\}",
+    r"\mathbf{a}+\mathbf{b}": r"\mathbf{a}+\mathbf{b}", r"\textbf{$x$}": "x", r"{\rm cm}": "cm", r"\mathrm{a": r"\mathrm{a", r"\text{\}": r"\text{\}", "f'(x)": "f'(x)",
 }  # fmt: skip
 
 
@@ -87,16 +103,21 @@ ACCURACY = [
         r"18 \mathrm{~km} / \mathrm{h}", r"18\,\mathrm{kg}\cdot\mathrm{m}", r"18\,\mathrm{km\,h^{-1}}", r"18\,\textrm{cm}", r"18\mbox{ cm}", r"18\operatorname{cm}", r"18^\circ", r"18^{\circ}",
         r"18^{\circ}\text{C}", "18\u00b0", r"18\degree", r"\$18\text{ dollars}", r"18\text{ units}", r"18\text{ square units}", r"$18\,\text{cm}$.", r"\displaystyle 18", r"$\displaystyle 18$", r"\(18\)",
         r"\[18\]", r"$ 18 $", "$$18$$.", r"\text{18}", r"\textbf{18}", r"\mathbf{18}", r"18\!", r"\,18", "18。", "`18`", r"\text{18 }", r"36/2\text{ cm}", r"\frac{36}{2}\,\text{cm}", r"18\text{ 元}",
+        "{18}", r"\displaystyle{18}", '"18"', "'18'", "18 cm", "18 km/h", "18 dollars", r"18\,{\rm cm}", r"\mathrm{18\,cm}", r"\text{18 cm}", "18cm", "**18**.", r"\mathbf{\frac{36}{2}}",
+        "18 cm^2", "18 square feet",
     )),
     *((a, "18", False) for a in (
         r"18\text{ million}", r"18\text{ and a half}", r"18\,\text{00}", r"18\,000", r"18\,\mathrm{e}", r"18\mathrm{e^2}", r"18\mathrm{x}", r"18\text{ cm}\text{ cm}", r"18\text{ dozen}", r"18\text{ if }x",
-        r"18\text{ or }19", r"18^2", r"18^{\circ}2", r"x\,\text{cm}", "17", r"$18$ and $19$", r"\text{18}\text{00}", r"18\text{ is even}", r"18\text{ prime numbers}", "18..", "C",
+        r"18\text{ or }19", r"18^2", r"18^{\circ}2", r"x\,\text{cm}", "17", r"$18$ and $19$", r"\text{18}\text{00}", r"18\text{ is even}", "18m", "18 m", "18 million dollars", "18 apples", "{1}8", "'18", "17 cm", "18 19 cm", r"18\text{ prime numbers}", "18..", "C",
     )),
-    *((a, "50%", True) for a in (r"50\text{ percent}", r"50\,\text{percent}", r"50\text{\%}", r"50\,\%", r"50\text{ per cent}", r"50 \%", r"50\text{ pct}", "0.5", "50")),
+    *((a, "50%", True) for a in (r"50\text{ percent}", r"50\,\text{percent}", r"50\text{\%}", r"50\,\%", r"50\text{ per cent}", r"50 \%", r"50\text{ pct}", "0.5", "50", "50 percent", "50 pct")),
+    ("50 percent", "50", True), ("50 percent", "1/2", True), ("50", "50 percent", True), ("50 percentage points", "50", False), ("18", "18 cm", True), ("18", "**18**.", True),
+    *((a, "1/2", True) for a in (r"\mathbf{\frac{1}{2}}", r"\boldsymbol{\dfrac{1}{2}}", r"\textbf{$\frac{1}{2}$}", r"\mathrm{\frac{1}{2}}")),
     *((r"50\text{ percent}", reference, True) for reference in ("50", "0.5", "1/2", r"50\text{ percent}", "50%")),
     (r"50\text{ percent}", "5000", False), (r"50\text{ percentage points}", "50%", False), (r"0.5\text{ percent}", "50%", False),
-    *((a, "C", True) for a in ("C", "C.", "(C)", "(C).", "C)", "C:", r"\text{C}", r"\textbf{(C)}", r"\mathrm{C}", r"(\text{C})", "$C$", "c", r"\text{C.}")),
-    *((a, "C", False) for a in ("D", "CC", "C 5", "C, D", "5", "", "Choice", "K")),
+    *((a, "C", True) for a in ("C", "C.", "(C)", "(C).", "C)", "C:", r"\text{C}", r"\textbf{(C)}", r"\mathrm{C}", r"(\text{C})", "$C$", "c", r"\text{C.}", "(C) 18", r"\textbf{(C)}\ 18", "C) 18", r"(C) \sqrt{2}", "Option C", "option (C)", "Choice C.", "**C**", "**C**.", r"\textbf{(C) } 18")),
+    *((a, "C", False) for a in ("D", "CC", "C 5", "C, D", "5", "", "Choice", "K", "(C) or (D)", "(C) and 5", "(C), (D)", "(C) D", "(C)(D)", "\u0131", "(D) 18", "Option D", "Option 5")),
+    *((a, reference, v) for reference in ("c", "(c)", "**C**", "**C**.") for a, v in (("C", True), ("c", True), ("(c)", True), ("(C) 18", True), ("D", False))),
     *(("C.", reference, True) for reference in ("(C)", "C.", r"\text{C}", r"so \boxed{C}", "thus\n#### C", r"\boxed{\textbf{(C)}}")),
     ("18", r"$18$.", True), ("18", r"18\,\text{cm}", True), ("18", r"\[18\]", True), ("18", r"It is \fbox{18}.", True), ("18", "\\boxed{18}\n#### Check", True), ("18", r"\boxed 18", True),
 ]  # fmt: skip
@@ -104,11 +125,12 @@ ACCURACY = [
 
 def test_accuracy_reads_units_wrappings_and_choices():
     for form in ("#### {}", r"It is \boxed{{{}}}."):
-        found = [bool(call_reward(accuracy_reward, [form.format(a)], reference)[0]) for a, reference, _ in ACCURACY]
-        assert not [row for row, verdict in zip(ACCURACY, found) if row[2] is not verdict and row[0]]
+        for reward in (accuracy_reward, last_number_reward):
+            found = [bool(call_reward(reward, [form.format(a)], reference)[0]) for a, reference, _ in ACCURACY]
+            assert not [row for row, verdict in zip(ACCURACY, found) if row[2] is not verdict and row[0]], reward
 
 
-@pytest.mark.parametrize("reference", ["c", "K", "CD", "C or D", "x"])
+@pytest.mark.parametrize("reference", ["k", "K", "(C) or (D)", "CD", "C or D", "x"])
 def test_a_letter_that_is_no_choice_is_refused(reference):
     with pytest.raises(ValueError, match="is not a number"):
         accuracy_reward(completions=["#### C"], answer=[reference])
@@ -155,6 +177,16 @@ MATH = [
     (["3.24_{8}", "3.24_8", "3.240_8"], ["3.24_{8}", "3.24_8"], 1), (["3.24_{7}", "3.25_8"], ["3.24_{8}"], 0), (["12_{10}", "12"], ["12", "12_{10}"], 1),
     (["2A_{16}", "2A", r"2A_{\text{sixteen}}"], ["2A_{16}"], 1), (["2A_{12}", "2B_{16}"], ["2A_{16}"], 0), (["a_{16}"], ["a_{16}"], 1), (["2a_{16}"], ["2a_{15}", "2"], 0), (["24_b"], ["24_b"], 1), (["24_c"], ["24_b"], 0),
     ([r"\{10_2, 11_3\}", r"\{11_3, 10_2\}"], [r"\{10_2, 11_3\}"], 1), ([r"\{10_3, 11_2\}"], [r"\{10_2, 11_3\}"], 0), (["1010_2 + 11_2 = 1101_2"], ["1101_2"], 1), (["5_000", "5_00"], ["5"], 0), (["-101_2"], ["-101_2"], 1),
+    ([r"1010_{10}", r"1010_{\text{ten}}", r"1010\text{ base }10", "1010 base 10", r"x = 1010_{10}", "(1010)_{10}"], ["1010_2"], 0), (["1010_{10}", r"1010_{\text{ten}}"], ["1010", 1010, "1010_{10}"], 1),
+    (["12_{10}", r"12_{\text{10}}", r"12_{\text{ten}}", r"12\text{ base }10"], ["12_3"], 0), (["12_{10}"], ["12_{10}"], 1), (["12_3"], ["12_{10}"], 0),
+    (["1a_{16}", "1A_{16}"], ["1A_{16}"], 1), (["1A_{16}", "1a_{16}"], ["1a_{16}"], 1), (["1b_{16}", "1a_{12}"], ["1A_{16}"], 0), ([r"2\cdot a_{16}"], ["2a_{16}"], 1),
+    # Roots, bold and wrappers with braces.
+    ([r"\sqrt[3]2", r"\sqrt[3]{2}", r"\sqrt[3] 2", r"2^{1/3}"], [r"\sqrt[3]{2}", r"\sqrt[3]2"], 1), ([r"\sqrt2", r"\sqrt[4]2"], [r"\sqrt[3]{2}"], 0),
+    ([r"\sqrt{2}", r"**$\sqrt{2}$**.", r"**\sqrt{2}**"], [r"**$\sqrt{2}$**.", "Work.\n#### **$\\sqrt{2}$**."], 1),
+    ([r"\mathbf{\frac{1}{2}}", r"\boldsymbol{\dfrac{1}{2}}", r"\textbf{$\frac{1}{2}$}"], ["1/2", r"\mathbf{\frac{1}{2}}"], 1), ([r"\mathrm{\frac{\sqrt{3}}{2}}", r"\mathbf{\frac{\sqrt3}{2}}"], [r"\frac{\sqrt{3}}{2}"], 1),
+    ([r"\mathbf{\frac{1}{3}}"], ["1/2"], 0), ([r"18\,{\rm cm}", r"\mathrm{18\,cm}", r"\text{18 cm}", "{18}", "'18'"], ["18", r"18\text{ cm}"], 1), ([r"\sqrt{2}\,{\rm cm}", r"\mathrm{\sqrt{2}\,cm}"], [r"\sqrt{2}"], 1),
+    # Choices.
+    (["C)", "C:", "(C) 18", r"\textbf{(C)}\ 18", "Option C", "**C**", "c"], ["C", "(C)", "(c)", "c", "**C**."], 1), (["D)", "(D) 18", "Option D", "(C) or (D)", "(C), (D)"], ["C", "(c)"], 0),
     # Kinds of brackets.
     ([r"\{0,1\}", r"\{1,0\}", r"\left\{0,1\right\}", r"\lbrace 0,1\rbrace", "0,1", r"x \in \{0,1\}"], [r"\{0,1\}", r"$\{0, 1\}$."], 1), (["(0,1)", "[0,1]", "(0,1]", r"x \in (0,1)"], [r"\{0,1\}"], 0),
     (["(0,1)", r"\left(0,1\right)", r"\big(0,1\big)"], ["(0,1)", "$(0,1)$."], 1), ([r"\{0,1\}", "[0,1]", "[0,1)", r"\left\{0,1\right\}", r"x\in\{0,1\}"], ["(0,1)"], 0),
@@ -197,3 +229,11 @@ def test_a_normalised_answer_stays_as_it_is():
         for answer in [*answers, *map(str, references)]:
             latex = normalised(answer)
             assert normalised(latex) in (latex, ""), answer
+
+
+@needs_math_verify
+def test_a_number_apart_from_a_power_is_refused_by_name():
+    fault, readable = reference_faults(["2^3 5", "2^3"])
+    assert fault is not None and "'2^3 5'" in fault and readable is None
+    with pytest.raises(ValueError, match=r"cannot read the reference answer '2\^3 5'"):
+        math_verify_reward(completions=["#### 40"], answer=["2^3 5"])
