@@ -40,6 +40,7 @@ SIZES: dict[str, tuple[int, dict[str, Any]]] = {  # vocabulary size, and sizes o
     "smollm": (49152, dict(width=576, layers=30, heads=9, kv_heads=3, mlp_width=1536)),
 }
 DTYPES, REMAT = ("float32", "bfloat16"), ("none", "dots", "layer")
+ATTENTION = ("auto", "plain", "blockwise")
 UNDISTURBED = 0.06  # share of the machine that other processes may take during a step
 
 
@@ -156,7 +157,7 @@ def prepare(arguments: command.Arguments) -> Bench:
         group_size=a.group,
         max_prompt_length=a.prompt_length,
         max_completion_length=a.new,
-        model=Model(**sizes, compute_dtype=a.compute_dtype, remat=a.remat),
+        model=Model(**sizes, compute_dtype=a.compute_dtype, remat=a.remat, attention=a.attention),
         method={"name": "grpo"},
         optimizer=Optimizer(learning_rate=1e-4),
         sampling=Sampling(halvings=a.halvings, cache_pieces=a.cache_pieces),
@@ -207,7 +208,8 @@ def results(bench: Bench, first: float, timings: list[Timing]) -> dict[str, Any]
         "size": bench.size,
         "compute_dtype": c.model.compute_dtype,
         "n_params": models.param_count(bench.model),
-        "work": work | {"micro": P * G // c.update.accumulation, "remat": c.model.remat},
+        "work": work
+        | {"micro": P * G // c.update.accumulation, "remat": c.model.remat, "attention": c.model.attention},
         "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
         "rollout_tokens_per_s": round(tokens / rollout, 1),
         "update_tokens_per_s": round(tokens / update, 1),
@@ -249,6 +251,7 @@ COMMAND = command.Command(
         Flag("accumulation", "N", "microbatches per update", number, 1),
         Flag("compute-dtype", "DTYPE", "dtype of the operands of products", str, "float32", choices=DTYPES),
         Flag("remat", "POLICY", "the activations to recompute in the backward pass", str, "layer", choices=REMAT),
+        Flag("attention", "KIND", "the attention of prompts and updates", str, "auto", choices=ATTENTION),
         Flag("steps", "N", "undisturbed steps to measure", number, 6),
         Flag("max-steps", "N", "steps at most, --steps by default", number),
         Flag("seed", "N", "seed of weights, prompts and samples", number, 0),

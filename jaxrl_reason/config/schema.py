@@ -60,8 +60,8 @@ class Model:
     )
     attention: str = _field(
         "auto",
-        "attention of prompts and updates: plain, splash (TPU kernels, interpreted elsewhere), auto (splash on TPUs)",
-        choices=("auto", "plain", "splash"),
+        "attention of prompts and updates: plain, blockwise (CPUs and GPUs), splash (TPU kernels, interpreted elsewhere), auto (splash on TPUs, else plain)",
+        choices=("auto", "plain", "blockwise", "splash"),
     )
 
 

@@ -9,7 +9,7 @@ _CHOICES = {
     "compute_dtype": ("float32", "bfloat16"),
     "activation": ("silu", "gelu"),
     "remat": ("none", "dots", "layer"),
-    "attention": ("plain", "splash"),
+    "attention": ("plain", "blockwise", "splash"),
 }
 
 
@@ -68,8 +68,9 @@ class ModelConfig:
     query_scale: float = 0.0  # factor on the attention scores; 0: head_dim ** -0.5
     param_dtype: str = "float32"  # dtype of the stored weights and of the residual stream
     compute_dtype: str = "float32"  # dtype of the operands of matrix products; sums are always float32
-    remat: str = "layer"  # values computed again in the backward pass: "none", "dots" (all but products), "layer"
-    # Attention to whole prompts and completions: "plain" or "splash", see `models.splash`. Decoding is always plain.
+    # Values computed again in the backward pass: "none", "dots" (all but products and blockwise attention), "layer".
+    remat: str = "layer"
+    # Attention to whole prompts and completions: "plain", "blockwise" or "splash", see the modules. Decoding is always plain.
     attention: str = "plain"
     lora_rank: int = 0  # rank of the adapters, trained instead of the weights, see `models.lora`; 0: no adapters
     lora_alpha: float = 16.0  # the product of an adapter's matrices is multiplied by lora_alpha / lora_rank

@@ -12,12 +12,13 @@ from typing import Any
 
 from flax import nnx
 import jax
+from jax import checkpoint_policies as policies
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, Shaped
 
+from jaxrl_reason.models import blockwise, sharding, splash
 from jaxrl_reason.models import layers as L
-from jaxrl_reason.models import sharding, splash
 from jaxrl_reason.models.config import ModelConfig, PROJECTIONS
 from jaxrl_reason.models.decoder_layer import constant_weight, DecoderLayer, normal_weight
 from jaxrl_reason.models.layers import PromptCache, SampleCache
@@ -181,7 +182,8 @@ class Decoder(nnx.Module):
             return layer(nnx.merge(graphdef, weights), x, sliding, xs)
 
         if c.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if c.remat == "dots" else None
+            saved = policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(blockwise.SAVED)
+            policy = policies.save_from_both_policies(*saved) if c.remat == "dots" else None
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         return jax.lax.scan(body, x, (stacked, jnp.array(c.sliding_layers), xs))
 
@@ -203,12 +205,15 @@ class Decoder(nnx.Module):
 
     def _attend(self, at, sliding, real=None, prompt=None):
         """Returns the causal attention of a layer, a function of queries and of own keys and values, both at positions `at` [P, 1, T]."""
-        c = self.config
+        c, T = self.config, at.shape[-1]
+        kv = () if prompt is None else ((prompt.keys, prompt.values), prompt.mask)
         if c.attention == "splash":
-            kv = () if prompt is None else ((prompt.keys, prompt.values), prompt.mask)
             return lambda q, own: splash.group_attention(q, own, real, *kv, config=c, sliding=sliding)
+        if c.attention == "blockwise" and blockwise.pays(T, 0 if prompt is None else prompt.mask.shape[1]):
+            places = dict(at=at, prompt_at=None if prompt is None else prompt.positions)
+            return lambda q, own: blockwise.group_attention(q, own, real, *kv, config=c, sliding=sliding, **places)
         # By index, not by position: padding shares a position with its neighbour.
-        own_mask = jnp.tril(jnp.ones((at.shape[-1],) * 2, bool)) & self._window(at, at, sliding)
+        own_mask = jnp.tril(jnp.ones((T, T), bool)) & self._window(at, at, sliding)
         own_mask = own_mask if real is None else own_mask & real[:, None, None, :]
         attend = self._attend_under(own_mask, at, sliding, prompt)
         return lambda q, own: attend(q, (own,))

@@ -155,6 +155,10 @@ def with_attention(model: models.ModelConfig, config: Config, mesh: jax.sharding
         raise ConfigError(
             f"config.model.attention is 'splash', whose kernels do not run on {device.device_kind}; set it to 'auto' or 'plain'."
         )
+    if chosen == "blockwise" and device.platform == "tpu":
+        raise ConfigError(
+            "config.model.attention is 'blockwise', which is for CPUs and GPUs, and the devices are TPUs; set it to 'auto'."
+        )
     return dataclasses.replace(model, attention=chosen)
 
 
