@@ -143,7 +143,9 @@ def step_shapes(config, method, task, built):
     c_ref = shape() if built.needs.probe else None
     learnt, *_ = jax.eval_shape(built.make_experience, groups, state.advantage_state, None, c_ref)
     if config.update.epochs * config.update.minibatches > 1:
-        learnt = learnt._replace(old_logprobs=jax.eval_shape(built.compute_logprobs, state.params, learnt.rollout).logprobs)
+        learnt = learnt._replace(
+            old_logprobs=jax.eval_shape(built.compute_logprobs, state.params, learnt.rollout).logprobs
+        )
     return state, batch, learnt
 
 

@@ -51,7 +51,7 @@ if "undonated" in sys.argv:
 found = {}
 for part in parts_of(config, jax.devices()):
     found[part.name] = measure_part(part, CHIPS["v5e"], len(jax.devices()))
-    if part.name == "rollout":  # [P, G, heads, head_dim, T]
+    if part.name == "rollout":  # pieces, [P, G, heads, head_dim, T / 2]
         text = part.lower().compile().as_text()
-        found["caches"] = {"whole": "f32[16,4,4,4,192]" in text, "split": "f32[4,4,2,4,192]" in text}
+        found["caches"] = {"whole": "f32[16,4,4,4,96]" in text, "split": "f32[4,4,2,4,96]" in text}
 print(json.dumps(found))
