@@ -217,6 +217,7 @@ def in_a_decoder(remat):
     return gradients(dataclasses.replace(ALTERNATING, attention="blockwise", remat=remat))
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "remat", ["none", pytest.param("dots", marks=pytest.mark.runs), pytest.param("layer", marks=pytest.mark.runs)]
 )
