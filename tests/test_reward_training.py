@@ -116,8 +116,9 @@ def test_a_tiny_decoder_learns_what_is_preferred_and_is_found_again(rows, tmp_pa
         "skipped_update_ratio",
         *(f"reward_model/{name}" for name in ("loss", "accuracy", "margin", "grad_norm")),
     }
-    lines = without_timings(lines)
-    after = without_timings([after])[0]
+    timings = [{name for name in line if name.startswith("perf/")} for line in lines]
+    assert timings[1:-1] == [{"perf/step_seconds"}] * 79 and "perf/step_seconds" in timings[-1]
+    lines, [after] = without_timings(lines), without_timings([after])
     assert all(set(line) == names for line in lines[1:-1]) and set(lines[-1]) == names | set(after)
     losses = [line["reward_model/loss"] for line in lines[1:]]
     assert abs(losses[0] - np.log(2)) < 0.05 and np.mean(losses[-20:]) < 0.3

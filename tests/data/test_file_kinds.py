@@ -239,4 +239,4 @@ def test_preference_pairs_need_no_answer(write, tokenizer):
     source = data.load_source(write("".join(json.dumps(row) + "\n" for row in rows)), "all")
     options = dict(batch_size=2, max_prompt_length=16, max_completion_length=8, seed=0)
     stream = PreferenceStream(source, tokenizer, data.get_template("plain"), **options)
-    assert stream.batch(0).tokens.shape[:2] == (2, 2)
+    assert stream.batch(0).tokens.shape == (2, 2, 3)  # the longest completion: "no" is two tokens, and the end token

@@ -76,8 +76,15 @@ def test_every_epoch_has_every_row_once_in_another_order(rows, batch_size, seed)
     orders = [seen[e * rows : (e + 1) * rows] for e in range(epochs)]
     for order in orders:
         assert sorted(order) == list(range(rows))
-    if rows >= 12:  # grain's shuffle of few rows gives the order of the source for some seeds, but not in each epoch
-        assert len({tuple(order) for order in orders}) > 1
+    if (
+        rows >= 12
+    ):  # equal orders have a negligible probability; grain gives few rows the order of the source for 0.4 % of the seeds
+        assert orders[0] != orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_are_shuffled(seed):
+    assert answers(prompt_stream(numbered(40), 40, seed=seed), 3)[80:] != list(range(40))
 
 
 @given(st.integers(1, 13), st.lists(st.integers(0, 10_000), min_size=1, max_size=6))
