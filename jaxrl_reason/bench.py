@@ -161,7 +161,7 @@ def prepare(arguments: command.Arguments) -> Bench:
         method={"name": "grpo"},
         optimizer=Optimizer(learning_rate=1e-4),
         sampling=Sampling(halvings=a.halvings, cache_pieces=a.cache_pieces),
-        update=Update(accumulation=a.accumulation),
+        update=Update(accumulation=a.accumulation, lengths=a.update_lengths, wave_tokens=a.wave_tokens),
     )
     method = config_lib.validate(config)
     model = config_lib.model_config(config, vocab_size)
@@ -248,6 +248,8 @@ COMMAND = command.Command(
         ),
         Flag("halvings", "N", "see config.sampling.halvings", int, -1),
         Flag("cache-pieces", "N", "see config.sampling.cache_pieces", int, 0),
+        Flag("update-lengths", "N", "see config.update.lengths", int, 0),
+        Flag("wave-tokens", "N", "see config.update.wave_tokens", int, 0),
         Flag("accumulation", "N", "microbatches per update", number, 1),
         Flag("compute-dtype", "DTYPE", "dtype of the operands of products", str, "float32", choices=DTYPES),
         Flag("remat", "POLICY", "the activations to recompute in the backward pass", str, "layer", choices=REMAT),

@@ -214,6 +214,14 @@ class Update:
     epochs: int = _field(1, "passes over each rollout", low=1)
     minibatches: int = _field(1, "optimizer updates per pass; divides prompts_per_step", low=1)
     accumulation: int = _field(1, "microbatches per update: less memory, the same result", low=1)
+    lengths: int = _field(
+        0,
+        "lengths of completions for which the update is compiled, each half of the next; 1: all padded; 0: automatic",
+        low=0,
+    )
+    wave_tokens: int = _field(
+        0, "with several lengths: tokens per device that are computed at the same time; 0: automatic", low=0
+    )
     logprob_chunk: int = _field(0, "completion positions whose logits are held at once; 0: automatic", low=0)
     kl_coefficient: float = _field(0.0, "weight of KL(policy || reference) in the loss (TRL: beta)", low=0)
     kl_kind: str = _field("k3", "estimator of that KL; all estimators have its gradient", choices=losses.KL_KINDS)

@@ -6,6 +6,7 @@ denominators are counts of the whole minibatch.
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -15,9 +16,17 @@ import optax
 
 from jaxrl_reason import losses, models
 from jaxrl_reason.methods import PolicyLoss
-from jaxrl_reason.rl import auxiliary
+from jaxrl_reason.models import sharding
+from jaxrl_reason.rl import auxiliary, waves
 from jaxrl_reason.rl.optimizer import apply_gradients
-from jaxrl_reason.rl.scoring import compute_logprobs, join_prompts, split_prompts
+from jaxrl_reason.rl.scoring import (
+    compute_logprobs,
+    join_prompts,
+    Prompts,
+    read_prompts,
+    split_prompts,
+    without_prompts,
+)
 from jaxrl_reason.rl.types import Experience, Gradient, LogProbs, Mismatch, Rollout, TrainState, UpdateResult
 
 
@@ -32,6 +41,8 @@ class UpdateOptions:
     epochs: int = 1  # passes over a rollout
     minibatches: int = 1  # optimizer updates per pass
     accumulation: int = 1  # microbatches per update; they change the memory, not the numbers
+    lengths: int = 1  # of completions that the update is compiled for; 1: whole groups, padded to T
+    wave_tokens: int = 0  # tokens that are computed at the same time, with several lengths
     logprob_chunk: int = 0  # completion positions whose logits are in memory at the same time; 0 chooses
     probe_token: int | None = None  # the token of LaSeR's self-reward, if an auxiliary loss reads it
     # For rollouts whose distribution differs from the policy's (int8), each token's advantage is multiplied by
@@ -48,6 +59,7 @@ def loss_and_metrics(
     counts: Mapping[str, Any],
     temperature: Float[Array, ""],
     legal: Bool[Array, "T V"] | None = None,
+    prompts: Prompts | None = None,
 ) -> tuple[Float[Array, ""], tuple[dict[str, jax.Array], Array, Array]]:
     """Computes the loss of a part of a minibatch. Losses and metrics of the parts add up.
 
@@ -56,6 +68,7 @@ def loss_and_metrics(
       batch: the part.
       total, counts: counts of the whole minibatch; `counts` of the auxiliary losses, by name.
       temperature, legal: of the distribution that sampled.
+      prompts: see `compute_logprobs`.
 
     Returns:
       The loss, and (metrics, difference, position); the last two as in `Gradient`.
@@ -69,6 +82,7 @@ def loss_and_metrics(
         options.logprob_chunk,
         targets=auxiliary.targets(batch.auxiliary),
         probe_token=options.probe_token if auxiliary.needs_probe(options.loss) else None,
+        prompts=prompts,
     )
     logprobs = scored.logprobs
     old = jax.lax.stop_gradient(logprobs) if batch.old_logprobs is None else batch.old_logprobs
@@ -126,25 +140,86 @@ def gradient(
     mask, dropped = losses.drop_nonfinite(batch.mask, *known)
     batch = batch._replace(mask=mask, auxiliary=auxiliary.restrict(batch.auxiliary, mask))
     counts = {name: auxiliary.AUXILIARY[name].counts(data) for name, data in batch.auxiliary.items()}
-    whole = losses.totals(mask), counts, temperature, legal
     trained, frozen = models.lora.split(config, params)
-    loss = lambda trained, *args: loss_and_metrics(config, options, models.lora.join(trained, frozen), *args)
-    grad = jax.grad(loss, has_aux=True)
-    if options.accumulation == 1:
-        grads, (metrics, difference, position) = grad(trained, batch, *whole)
+    compute = _of_groups if options.lengths == 1 else _in_waves
+    grad = functools.partial(compute, config, options, frozen, (losses.totals(mask), counts, temperature), legal)
+    parts = _prompt_parts(config, options, batch)
+    if parts == 1:
+        grads, (metrics, difference, position) = grad(trained, batch)
     else:
 
         def add(sums, part):
-            grads, (metrics, *worst) = grad(trained, part, *whole)
+            grads, (metrics, *worst) = grad(trained, part)
             return jax.tree.map(jnp.add, sums, (grads, metrics)), worst
 
-        parts = split_prompts(batch, options.accumulation)
-        shapes, (shape_of_metrics, *_) = jax.eval_shape(grad, trained, jax.tree.map(lambda x: x[0], parts), *whole)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (shapes, shape_of_metrics))
-        (grads, metrics), worst = jax.lax.scan(add, zeros, parts)
+        split = split_prompts(batch, parts)
+        shapes, (shape_of_metrics, *_) = jax.eval_shape(grad, trained, jax.tree.map(lambda x: x[0], split))
+        (grads, metrics), worst = jax.lax.scan(add, _zeros((shapes, shape_of_metrics)), split)
         difference, position = join_prompts(worst)
     metrics["nonfinite_completions"] += dropped
     return Gradient(grads, metrics, difference, position)
+
+
+def _prompt_parts(config: models.ModelConfig, options: UpdateOptions, batch: Experience) -> int:
+    (_, G, T), S = batch.mask.shape, batch.rollout.prompt_tokens.shape[1] + config.prefix_length
+    return options.accumulation if options.lengths == 1 else waves.prompt_parts(G, S, T, options.accumulation)
+
+
+def _of_groups(config, options, frozen, whole, legal, trained, batch):
+    """Computes the gradient of a part of a minibatch in one pass over its prompts and completions.
+
+    `whole` are counts of the minibatch and the temperature. Returns the gradient, and what `loss_and_metrics` returns beside the loss.
+    """
+
+    def loss(trained):
+        return loss_and_metrics(config, options, models.lora.join(trained, frozen), batch, *whole, legal)
+
+    return jax.grad(loss, has_aux=True)(trained)
+
+
+def _in_waves(config, options, frozen, whole, legal, trained, batch):
+    """Computes `_of_groups` in one pass over the prompts, and waves of completions that add to the gradients of weights and prompts."""
+    (P, G, T), S = batch.mask.shape, batch.rollout.prompt_tokens.shape[1] + config.prefix_length
+    if options.loss.aggregation == "constant" and options.loss.constant is None:  # the length of a wave is not T
+        options = dataclasses.replace(options, loss=dataclasses.replace(options.loss, constant=T))
+    read = lambda trained: read_prompts(config, models.lora.join(trained, frozen), batch.rollout)
+    states, backward, places = jax.vjp(read, trained, has_aux=True)
+    completions = batch._replace(rollout=without_prompts(batch.rollout))
+    own = P // sharding.num_prompt_shards()  # prompts per device
+
+    def loss(trained, states, places, part, legal):
+        params = models.lora.join(trained, frozen)
+        return loss_and_metrics(config, options, params, part, *whole, legal, (states, places))
+
+    grad = jax.grad(loss, argnums=(0, 1), has_aux=True)
+
+    def of_wave(wave):
+        part = waves.take(wave, completions)
+        mask = part.mask & wave.live(own * G)[..., None]
+        part = part._replace(mask=mask, auxiliary=auxiliary.restrict(part.auxiliary, mask))
+        own_states, own_places = waves.take_prompts(wave, G, (states, places))
+        return grad(trained, own_states, own_places, part, None if legal is None else legal[: wave.length])
+
+    def add(wave, sums):
+        grads, of_states, metrics, worst = sums
+        (more, more_of_states), (more_metrics, *found) = of_wave(wave)
+        grads, metrics = jax.tree.map(jnp.add, (grads, metrics), (more, more_metrics))
+        return grads, waves.add_prompts(wave, G, of_states, more_of_states), metrics, waves.put(wave, worst, found)
+
+    microbatches = options.accumulation // waves.prompt_parts(G, S, T, options.accumulation)
+    sizes = waves.sizes(own, G, S, T, options.lengths, options.wave_tokens, microbatches)
+    used = jnp.where(batch.mask.any(axis=-1), batch.rollout.mask.sum(axis=-1), 0)
+    metrics = jax.eval_shape(lambda: loss(trained, states, places, completions, legal))[1][0]
+    worst = [jnp.zeros((P, G)), jnp.zeros((P, G), jnp.int32)]
+    zeros = (*_zeros((trained, states, metrics)), worst)
+    grads, of_states, metrics, worst = waves.for_each(sizes, waves.queue(used), add, zeros)
+    (of_prompts,) = backward(jax.tree.map(lambda x, like: x.astype(like.dtype), of_states, states))
+    return jax.tree.map(jnp.add, grads, of_prompts), (metrics, *worst)
+
+
+def _zeros(tree: Any) -> Any:
+    """Returns float32 zeros in the shapes of a tree."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree)
 
 
 def make_update(

@@ -332,6 +332,8 @@ def _learner_programs(config, method, model, mesh, options, optimizer, legal, sh
             microbatches=sharding.microbatches(mesh, len(rollout.tokens), parts),  # evaluations have other batches
             chunk=options.logprob_chunk,
             probe_token=options.probe_token,
+            lengths=options.lengths,
+            wave_tokens=options.wave_tokens,
         )
 
     supervised = learner.make_supervised_update(model, make_supervised_optimizer(config), legal)
@@ -365,9 +367,16 @@ def _matrices_for_products(model: models.ModelConfig, params: models.Params) -> 
 
 def update_options(config: Config, method: Method, probe_token: int | None) -> learner.UpdateOptions:
     cap = config.sampling.importance_cap if config.sampling.quantize else 0.0
-    return learner.UpdateOptions(
-        loss=method.loss, probe_token=probe_token, importance_cap=cap, **dataclasses.asdict(config.update)
-    )
+    common = dataclasses.asdict(config.update) | update_sizes(config)
+    return learner.UpdateOptions(loss=method.loss, probe_token=probe_token, importance_cap=cap, **common)
+
+
+def update_sizes(config: Config) -> dict[str, int]:
+    """Returns `lengths` and `wave_tokens` of the update, as configured or chosen by the sizes and the device."""
+    S, T, u = config.max_prompt_length, config.max_completion_length, config.update
+    lengths = min(max(1, (T // 64).bit_length()), 4) if S <= T else 1  # the shortest has 64 tokens
+    tokens = 512 if jax.default_backend() == "cpu" else 4096
+    return {"lengths": u.lengths or lengths, "wave_tokens": u.wave_tokens or tokens}
 
 
 def state_shardings(

@@ -1,12 +1,12 @@
 """Log-probabilities of completions under any weights, by the same forward that sampled them.
 
 Completions run against the shared keys and values of their prompt, with gradients through each prompt once. Log-probabilities are computed in
-chunks of positions, so that [tokens, vocabulary] is never in memory as a whole: at most half of it and 64 MiB, or one position of every completion.
+chunks of positions, so that [tokens, vocabulary] takes at most 64 MiB, or is one position of every completion.
 """
 
 from collections.abc import Mapping
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -15,10 +15,39 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_reason import losses, models
 from jaxrl_reason.models import sharding
+from jaxrl_reason.rl import waves
 from jaxrl_reason.rl.sampling import scale_logits
 from jaxrl_reason.rl.types import LogProbs, Rollout
 
 _CHUNK_ENTRIES = 2**24  # logits per chunk if the chunk is 0: 64 MiB of float32
+
+
+class PromptStates(NamedTuple):
+    """What completions read of their prompts."""
+
+    hidden: Float[Array, "P 1 D"]  # predicts the first token of every completion
+    keys: Float[Array, "P layers N K S"]
+    values: Float[Array, "P layers N S K"]
+
+
+class PromptPlaces(NamedTuple):
+    """Where the tokens of prompts are, see `models.layers.PromptCache`."""
+
+    mask: Bool[Array, "P S"]
+    positions: Int[Array, "P S"]
+    lengths: Int[Array, " P"]
+
+
+Prompts = tuple[PromptStates, PromptPlaces]
+
+
+def read_prompts(config: models.ModelConfig, params: models.Params, rollout: Rollout) -> Prompts:
+    """Computes the states of the prompts of a rollout."""
+    hidden, cache = models.bind(config, params).prefill(rollout.prompt_tokens, rollout.prompt_mask, rollout.features)
+    last = rollout.prompt_mask.shape[1] - 1 - jnp.argmax(rollout.prompt_mask[:, ::-1], axis=1)
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+    keys, values = (jnp.moveaxis(jnp.asarray(kv), 1, 0) for kv in (cache.keys, cache.values))
+    return PromptStates(hidden, keys, values), PromptPlaces(cache.mask, cache.positions, cache.lengths)
 
 
 def compute_logprobs(
@@ -31,6 +60,7 @@ def compute_logprobs(
     *,
     targets: Mapping[str, Int[Array, "P G T"]] | None = None,
     probe_token: int | None = None,
+    prompts: Prompts | None = None,
 ) -> LogProbs:
     """Computes the log-probability of every completion token under the distribution that samples, and the entropy of that distribution.
 
@@ -41,16 +71,17 @@ def compute_logprobs(
       chunk: positions of T whose logits are in memory at the same time; 0 chooses.
       targets: further tokens to score at the same positions, from the same logits, by name.
       probe_token: a token to score after each end token. It takes one more position of the same forward.
+      prompts: from `read_prompts`; None: they are computed here.
     """
     P, G, T = rollout.tokens.shape
     chex.assert_rank(temperature, 0)
     if legal is not None:
         legal = jnp.broadcast_to(legal, (legal.shape[0] if legal.ndim == 3 else 1, T, config.vocab_size))
     model = models.bind(config, params)
-    hidden, prompt = model.prefill(rollout.prompt_tokens, rollout.prompt_mask, rollout.features)
-    last = rollout.prompt_mask.shape[1] - 1 - jnp.argmax(rollout.prompt_mask[:, ::-1], axis=1)
-    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)  # predicts the first token of every completion
-    hidden = jnp.broadcast_to(hidden[:, None], (P, G, 1, config.width))
+    states, places = read_prompts(config, params, rollout) if prompts is None else prompts
+    keys, values = (jnp.moveaxis(kv, 1, 0) for kv in (states.keys, states.values))
+    prompt = models.PromptCache(keys, values, *places)
+    hidden = jnp.broadcast_to(states.hidden[:, None], (P, G, 1, config.width))
     inputs = rollout.tokens if probe_token is not None else rollout.tokens[:, :, :-1]
     if inputs.shape[2]:
         hidden = jnp.concatenate([hidden, model.extend(inputs, prompt)], axis=2)
@@ -74,7 +105,7 @@ def chunk_length(P: int, G: int, T: int, vocabulary: int, chunk: int = 0) -> int
 
     A `chunk` that is not 0 is the result, if T is not smaller.
     """
-    return min(chunk or max(1, min(_CHUNK_ENTRIES // (P * G * vocabulary), -(-T // 2))), T)
+    return min(chunk or max(1, _CHUNK_ENTRIES // (P * G * vocabulary)), T)
 
 
 def _in_chunks(config: models.ModelConfig, chunk: int, distribution, hidden, tokens, targets, legal):
@@ -131,16 +162,46 @@ def score(
     microbatches: int = 1,
     chunk: int = 0,
     probe_token: int | None = None,
+    lengths: int = 1,
+    wave_tokens: int = 0,
 ) -> LogProbs:
     """Computes the log-probabilities of a rollout under `params`, one microbatch after another. The entropy is 0.
 
     Args:
       config, params, rollout, temperature, legal, chunk, probe_token: see `compute_logprobs`.
       microbatches: their number; P is divisible by it.
+      lengths, wave_tokens: see `waves.sizes`; with one length, microbatches are whole groups.
     """
+    P, G, T = rollout.tokens.shape
+    S = rollout.prompt_tokens.shape[1] + config.prefix_length
 
-    def one(part):
-        scored = compute_logprobs(config, params, part, temperature, legal, chunk, probe_token=probe_token)
+    def of_part(part, legal=legal, prompts=None):
+        scored = compute_logprobs(
+            config, params, part, temperature, legal, chunk, probe_token=probe_token, prompts=prompts
+        )
         return scored._replace(entropy=jnp.zeros_like(scored.entropy))
 
-    return join_prompts(jax.lax.map(one, split_prompts(rollout, microbatches)))
+    def in_waves(part):
+        states, places = read_prompts(config, params, part)
+        own = len(part.tokens) // sharding.num_prompt_shards()
+        sizes = waves.sizes(own, G, S, T, lengths, wave_tokens, microbatches // parts)
+
+        def of_wave(wave, found):
+            prompts = waves.take_prompts(wave, G, (states, places))
+            completions = waves.take(wave, without_prompts(part))
+            scored = of_part(completions, None if legal is None else legal[: wave.length], prompts)
+            return waves.put(wave, found, scored)
+
+        zeros, probe = jnp.zeros(part.tokens.shape), jnp.zeros(part.tokens.shape[:2])
+        empty = LogProbs(zeros, zeros, {}, None if probe_token is None else probe)
+        return waves.for_each(sizes, waves.queue(part.mask.sum(axis=-1)), of_wave, empty)
+
+    parts = microbatches if lengths == 1 else waves.prompt_parts(G, S, T, microbatches)
+    one = of_part if lengths == 1 else in_waves
+    return join_prompts(jax.lax.map(one, split_prompts(rollout, parts)))
+
+
+def without_prompts(rollout: Rollout) -> Rollout:
+    """Returns the completions alone: only arrays [P, G, ...] are left."""
+    nothing: dict[str, Any] = dict.fromkeys(("prompt_tokens", "prompt_mask", "features", "prompt_logprobs"))
+    return rollout._replace(**nothing)
