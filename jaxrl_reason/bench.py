@@ -27,6 +27,7 @@ from jaxrl_reason import models
 from jaxrl_reason.config import Config, ConfigError, Model, Optimizer, Sampling, Update
 from jaxrl_reason.data import PromptBatch
 from jaxrl_reason.models import sharding
+from jaxrl_reason.plan.lengths import skewed_lengths
 from jaxrl_reason.rewards.host import compute_rewards, HostReward
 from jaxrl_reason.rl import programs as programs_lib
 from jaxrl_reason.rl.types import Groups, TrainState
@@ -42,19 +43,6 @@ SIZES: dict[str, tuple[int, dict[str, Any]]] = {  # vocabulary size, and sizes o
 DTYPES, REMAT = ("float32", "bfloat16"), ("none", "dots", "layer")
 ATTENTION = ("auto", "plain", "blockwise")
 UNDISTURBED = 0.06  # share of the machine that other processes may take during a step
-
-
-def mixed_lengths(prompts: int, group: int, new: int) -> np.ndarray:
-    """Returns tokens per completion, int[P, G] of mean `new` / 4: the quantiles of an exponential distribution, cut at `new`, in a fixed random order.
-
-    The mean of the uncut distribution is chosen such that the mean of the cut one is `new` / 4.
-    """
-    quantiles = (np.arange(prompts * group) + 0.5) / (prompts * group)
-    cut = lambda mean: np.clip(np.round(-mean * np.log1p(-quantiles)), 1, new).astype(int)
-    low, high = 0.0, 4.0 * new
-    for _ in range(60):
-        low, high = (low, (low + high) / 2) if cut((low + high) / 2).mean() > new / 4 else ((low + high) / 2, high)
-    return np.random.default_rng(0).permutation(cut(low)).reshape(prompts, group)
 
 
 def share_of_even_ids(completions: list[str], **_: Any) -> list[float]:
@@ -166,7 +154,7 @@ def prepare(arguments: command.Arguments) -> Bench:
     method = config_lib.validate(config)
     model = config_lib.model_config(config, vocab_size)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    lengths = mixed_lengths(a.prompts, a.group, a.new) if a.lengths == "mixed" else None
+    lengths = skewed_lengths(a.prompts, a.group, a.new, a.new / 4) if a.lengths == "mixed" else None
     end_at, eos = (None, -1) if lengths is None else (lengths - 1, vocab_size - 1)
     programs = programs_lib.build(
         config, method, model, mesh, eos_ids=(eos,), pad_id=0, weights={"even": 1.0}, verdict="even", end_at=end_at

@@ -78,6 +78,8 @@ RULES = (
     Rule("update.accumulation",
          lambda c, m: (per_update := c.prompts_per_step // c.update.minibatches) % c.update.accumulation and per_update,
          "it must divide the {found} prompts per update (config.prompts_per_step / config.update.minibatches)"),
+    Rule("update.wave_tokens", lambda c, m: c.update.wave_tokens and c.update.lengths == 1,
+         "config.update.lengths is 1, and only updates with several lengths use it: set both, or leave it out"),
     # data
     Rule("data.chat", lambda c, m: not c.data.chat and (c.data.system or c.data.chat_options),
          "config.data.system and config.data.chat_options belong to the model's chat template: set config.data.chat=true"),

@@ -10,8 +10,10 @@ kv_heads, K head_dim, L layers; c: bytes of a number in compute_dtype.
 import dataclasses
 import math
 
+import numpy as np
+
 from jaxrl_reason.models.config import ModelConfig, PROJECTIONS
-from jaxrl_reason.rl import scoring
+from jaxrl_reason.rl import compaction, scoring, waves
 
 ATTENTION = ("plain", "splash")
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -47,17 +49,19 @@ def rollout(
     probe: bool = False,
     int8: bool = False,
     pieces: int = 1,
+    halvings: int = 0,
+    completions: np.ndarray | None = None,
 ) -> Cost:
-    """Returns the cost of `rollout.generate` if no completion ends early: a prefill and T - 1 steps (T with a probe).
+    """Returns the cost of `rollout.generate`: a prefill and, if no completion ends early, T - 1 steps (T with a probe).
 
-    FLOPs of a step: a forward of P * G tokens with the head, and 4 H K L P G (S + C) of attention. Each step multiplies
-    with the C places of the cache's pieces that are begun, masked positions included, for both kinds of attention. The
-    first token's logits are computed once per prompt.
+    FLOPs of a step: a forward of one token per completion of the loop (P * G in the first) with the head, and
+    4 H K L (S + C) per completion of attention. Each step multiplies with the C places of the cache's pieces that are
+    begun, masked positions included, for both kinds of attention. The first token's logits are computed once per prompt.
 
     Bytes of the prefill: a pass over P * S tokens as in `score`, its keys and values written, all layers' matrices read
     once more in param_dtype and written in the dtype of decoding. Bytes of a step: the layers' matrices and the head
-    once per replica; each prompt's keys and values and C places of each sample's cache once; each sample's new
-    key and value written, its float32 logits written and read. Attention scores and other activations of a step stay on
+    once per replica; each prompt's keys and values (in a smaller loop, each completion's copy of them) and C places of
+    each sample's cache once; each sample's new key and value written, its float32 logits written and read. Attention scores and other activations of a step stay on
     the chip. With int8 a number of a matrix or a cache takes 1 byte, and a cache takes 4 more per head and position.
 
     Args:
@@ -65,12 +69,11 @@ def rollout(
       attention: of the prefill: "plain" computes the whole S x S rectangle, "splash" the visible part.
       replicas: number of parts into which the mesh splits the prompts (all axes but "tensor"). Each reads all matrices.
       prompt_logprobs, probe, int8: as in `rollout.generate`.
-      pieces: of the completions' cache (`cache_pieces`).
+      pieces, halvings: of the completions' cache (`cache_pieces`), and of the loop.
+      completions: tokens per completion, int[P, G]; None: all have T.
     """
     _check(model, attention, P=P, G=G, S=S, T=T, replicas=replicas, pieces=pieces)
-    steps, rows, S = T - 1 + probe, P * G, S + model.prefix_length
-    size = -(-T // pieces)
-    places = sum(size * min(index // size + 1, pieces) for index in range(steps)) / max(steps, 1)  # mean of C
+    S += model.prefix_length
     c = _BYTES[model.compute_dtype]
     weight, place = (1, model.head_dim + 4) if int8 else (c, model.head_dim * c)
     matrices, head = _matrices(model), model.width * model.vocab_size
@@ -78,12 +81,31 @@ def rollout(
     first = _forward(model, P, 1, S, 0, attention, replicas) + _encoder(model, P)
     first += Cost(2.0 * head * P * (1 + (S - model.prefix_length) * prompt_logprobs))
     first += Cost(bytes=P * S * cached + matrices * (_BYTES[model.param_dtype] + weight))
-    attended = 4.0 * model.heads * model.head_dim * (rows * (S + places)) * model.layers
-    step = Cost(2.0 * rows * (matrices + _adapters(model) + head) + attended, attended)
-    read = replicas * weight * (matrices + head) + replicas * _FLOAT32 * _adapters(model)
-    read += P * S * cached
-    moved = rows * (cached + 2 * _FLOAT32 * model.vocab_size) + rows * places * cached
-    return first + (step + Cost(bytes=read + moved)) * steps
+    weights = replicas * weight * (matrices + head) + replicas * _FLOAT32 * _adapters(model)
+    for rows, index in _decoding_steps(P, G, S, T, T - 1 + probe, replicas, halvings, completions):
+        places = (size := -(-T // pieces)) * min(index // size + 1, pieces)
+        attended = 4.0 * model.heads * model.head_dim * rows * (S + places) * model.layers
+        prompts = (P if rows == P * G else rows) * S * cached
+        moved = rows * (cached + 2 * _FLOAT32 * model.vocab_size) + rows * places * cached
+        flops = 2.0 * rows * (matrices + _adapters(model) + head) + attended
+        first += Cost(flops, attended, bytes=weights + prompts + moved)
+    return first
+
+
+def _decoding_steps(
+    P: int, G: int, S: int, T: int, steps: int, replicas: int, halvings: int, completions: np.ndarray | None
+) -> list[tuple[int, int]]:
+    """Returns, for each decoding step, the completions of the loop that makes it, on all devices, and its position."""
+    if completions is None:
+        return [(P * G, index) for index in range(steps)]
+    per_device = np.reshape(completions, (replicas, -1))
+    sizes = [P * G // replicas, *compaction.sizes(P // replicas, G, S, T, halvings)]
+    found = []
+    for index in range(steps):
+        live = (per_device > index + T - steps).sum(axis=1).max()
+        if live:
+            found.append((replicas * min(n for n in sizes if n >= live), index))
+    return found
 
 
 def score(
@@ -99,6 +121,9 @@ def score(
     logprob_chunk: int = 0,
     probe: bool = False,
     tensor: int = 1,
+    lengths: int = 1,
+    wave_tokens: int = 0,
+    completions: np.ndarray | None = None,
 ) -> Cost:
     """Returns the cost of `scoring.score`: a forward over P * (S + G * (T - 1)) tokens and P * G * T logits.
 
@@ -117,8 +142,21 @@ def score(
       logprob_chunk: positions whose logits are in memory at once; 0: the program's own choice.
       probe: whether a token after the end is scored too.
       parts, tensor: number of microbatches; of devices over which the vocabulary is split.
+      lengths, wave_tokens: see `waves.sizes`. With several lengths, a wave counts as prompts of one completion whose
+        keys and values are copied.
+      completions: tokens per completion, int[P, G]; None: all have T. They matter with several lengths only.
     """
     _check(model, attention, P=P, G=G, S=S, T=T, replicas=replicas, parts=parts)
+    if lengths > 1:
+        prompt_parts, found = _waves(model, P, G, S, T, replicas, parts, lengths, wave_tokens, completions)
+        S += model.prefix_length
+        cost = (_forward(model, P / prompt_parts, 0, S, 0, attention, replicas) + _encoder(model, P)) * prompt_parts
+        for (length, rows), count in found:
+            n, (chunks, computed) = rows * replicas, _chunks(model, rows, 1, length, logprob_chunk, 1, tensor)
+            one = _completions(model, n, S, length - 1 + probe, attention, replicas) + _copies(model, n * S)
+            one += _logits(model, n * computed, replicas * chunks) + _logits(model, n, replicas) * probe
+            cost += one * count
+        return cost
     p, (chunks, computed) = P / parts, _chunks(model, P // parts, G, T, logprob_chunk, replicas, tensor)
     one = _forward(model, p, G, S + model.prefix_length, T - 1 + probe, attention, replicas) + _encoder(model, p)
     one += _logits(model, p * G * computed, replicas * chunks)
@@ -150,15 +188,19 @@ def update(
     probe: bool = False,
     tensor: int = 1,
     optimizer_slots: int = 2,
+    lengths: int = 1,
+    wave_tokens: int = 0,
+    completions: np.ndarray | None = None,
 ) -> Cost:
     """Returns the cost of `learner.make_update`: per epoch the forward of `score`, its backward, and the optimizer.
 
     For FLOPs and bytes see `_layers_backward` and `_head`. Bytes beyond the microbatches' passes: gradients written in
-    float32 by every replica, and with accumulation read and written once more; per update, once per copy, gradient,
-    weights and optimizer state read, the last two written.
+    float32 by every replica, and with accumulation or waves read and written once more; per update, once per copy,
+    gradient, weights and optimizer state read, the last two written.
 
     Args:
-      model, P, G, S, T, attention, replicas, logprob_chunk, probe, tensor: see `score`. model.remat decides which
+      model, P, G, S, T, attention, replicas, logprob_chunk, probe, tensor, lengths, wave_tokens, completions: see
+        `score`. model.remat decides which
         results are recomputed, model.lora_rank which weights are trained.
       copies: how many of the `replicas` hold all weights and optimizer state of their own (all axes of the mesh but
         "fsdp" and "tensor").
@@ -167,35 +209,91 @@ def update(
     """
     parts = minibatches * accumulation
     _check(model, attention, P=P, G=G, S=S, T=T, replicas=replicas, copies=copies, epochs=epochs, parts=parts)
-    p, (chunks, computed) = P / parts, _chunks(model, P // parts, G, T, logprob_chunk, replicas, tensor)
     prefixed, after, trained = S + model.prefix_length, T - 1 + probe, not model.lora_rank
-    layers = _forward(model, p, G, prefixed, after, attention, replicas)
-    backward = _layers_backward(model, layers, p, G, prefixed, after, attention, replicas)
-    head = _head(model, p * G, chunks, computed, replicas, probe)
-    first = 2.0 * p * model.features * model.encoder_width  # no gradient of the features is taken
-    encoder = _encoder(model, p) * 3 + Cost(-first) if trained else _encoder(model, p)
     # Biases and norms are too few to matter.
     embeddings = (1 if model.tied_embedding else 2) * model.vocab_size * model.width
     weights = _matrices(model) + embeddings if trained else _adapters(model)
     size = _BYTES[model.param_dtype] if trained else _FLOAT32
-    gradients = Cost(bytes=_FLOAT32 * replicas * weights * (1 if accumulation == 1 else 3))
+    gradients = Cost(bytes=_FLOAT32 * replicas * weights)
     step = Cost(bytes=copies * weights * (_FLOAT32 + 2 * size + 2 * _FLOAT32 * optimizer_slots))
-    microbatch = layers + backward + head + encoder + gradients
-    return (microbatch * accumulation + step) * (epochs * minibatches)
+
+    def encoder(p: float) -> Cost:
+        first = 2.0 * p * model.features * model.encoder_width  # no gradient of the features is taken
+        return _encoder(model, p) * 3 + Cost(-first) if trained else _encoder(model, p)
+
+    def both_ways(forward: Cost, tokens: float, score_bytes: float) -> Cost:
+        return forward + _layers_backward(model, forward, tokens, score_bytes, attention, replicas)
+
+    scores = lambda p, G, T: _score_bytes(model, p, G, prefixed, T, attention)
+    if lengths == 1:
+        p, (chunks, computed) = P / parts, _chunks(model, P // parts, G, T, logprob_chunk, replicas, tensor)
+        forward = _forward(model, p, G, prefixed, after, attention, replicas)
+        microbatch = both_ways(forward, p * (prefixed + G * after), scores(p, G, after)) + encoder(p)
+        microbatch += _head(model, p * G, chunks, computed, replicas, probe) + gradients * (
+            1 if accumulation == 1 else 3
+        )
+        return (microbatch * accumulation + step) * (epochs * minibatches)
+    mini = None if completions is None else np.reshape(completions, (minibatches, -1, G))[0]
+    P //= minibatches
+    prompt_parts, found = _waves(model, P, G, S, T, replicas, accumulation, lengths, wave_tokens, mini)
+    p = P / prompt_parts
+    prompts = both_ways(_forward(model, p, 0, prefixed, 0, attention, replicas), p * prefixed, scores(p, 0, 0))
+    cost = (prompts + encoder(p) + gradients * 3) * prompt_parts
+    for (length, rows), count in found:
+        n, after = rows * replicas, length - 1 + probe
+        chunks, computed = _chunks(model, rows, 1, length, logprob_chunk, 1, tensor)
+        forward = _completions(model, n, prefixed, after, attention, replicas)
+        one = both_ways(forward, n * after, scores(n, 1, after) - scores(n, 0, 0)) + _copies(model, n * prefixed) * 3
+        cost += (one + _head(model, n, chunks, computed, replicas, probe) + gradients * 3) * count
+    return (cost + step) * (epochs * minibatches)
+
+
+def _waves(
+    model: ModelConfig,
+    P: int,
+    G: int,
+    S: int,
+    T: int,
+    replicas: int,
+    microbatches: int,
+    lengths: int,
+    tokens: int,
+    given,
+) -> tuple[int, list[tuple[waves.Size, int]]]:
+    """Returns the parts of the prompts, and the sizes of the waves of all parts together with their numbers."""
+    parts = waves.prompt_parts(G, S + model.prefix_length, T, microbatches)
+    own = P // parts // replicas
+    sizes = waves.sizes(own, G, S + model.prefix_length, T, lengths, tokens, microbatches // parts)
+    each = np.full((P, G), T) if given is None else np.asarray(given)
+    per_part = np.sort(each.reshape(parts, replicas, own * G), axis=-1).max(axis=1)
+    found = np.sum([waves.counts(longest, sizes) for longest in per_part], axis=0)
+    return parts, [(size, int(n)) for size, n in zip(sizes, found)]
+
+
+def _completions(model: ModelConfig, rows: int, S: int, T: int, attention: str, replicas: int) -> Cost:
+    """Returns the cost of the layers over `rows` completions of T tokens, each after a prompt that is computed already."""
+    prompts = _forward(model, rows, 0, S, 0, attention, replicas)
+    once = Cost(bytes=replicas * _weight_bytes(model))
+    return _forward(model, rows, 1, S, T, attention, replicas) + prompts * -1 + once
+
+
+def _copies(model: ModelConfig, tokens: float) -> Cost:
+    """Returns the traffic of a copy of the keys and values of prompts."""
+    return Cost(bytes=4 * model.layers * model.kv_heads * model.head_dim * _BYTES[model.compute_dtype] * tokens)
 
 
 def _layers_backward(
-    model: ModelConfig, forward: Cost, P: float, G: int, S: int, T: int, attention: str, replicas: int
+    model: ModelConfig, forward: Cost, tokens: float, score_bytes: float, attention: str, replicas: int
 ) -> Cost:
-    """Returns the cost of the backward pass through the layers of one microbatch."""
+    """Returns the cost of the backward pass through the layers over some tokens, of which `forward` is the forward's cost."""
     # FLOPs: each product twice, for the gradients of its two operands; once for a frozen matrix. With remat "dots" the
     # attention again. With remat "layer" the layers again too, without the MLP's last product unless a norm after it
     # needs the result. Splash attention recomputes the scores in each of its two gradient kernels: 7 products in
     # addition to the forward's 2. With remat it computes the forward's again. Bytes: every matrix again, and twice the
     # forward's traffic of activations and scores (kept results are read, gradients are written and read). Recomputed
-    # results count once more. `forward` is the cost of the microbatch's forward.
+    # results count once more.
     attended, body = forward.attention_flops, forward.flops - forward.attention_flops
-    tokens, weight_bytes = P * (S + G * T), replicas * _weight_bytes(model)
+    weight_bytes = replicas * _weight_bytes(model)
     frozen = 0 if not model.lora_rank else 2.0 * tokens * _matrices(model)  # products with one gradient only
     after = (2.0 if attention == "plain" else 3.5) * attended
     again = attended if model.remat != "none" else 0.0
@@ -207,7 +305,7 @@ def _layers_backward(
         backward += Cost(layers, 0.0, layers)
     moved = forward.bytes - weight_bytes
     inputs = 2 * tokens * model.layers * model.width * _BYTES[model.param_dtype]
-    rerun = {"none": 0.0, "dots": _score_bytes(model, P, G, S, T, attention), "layer": moved + weight_bytes + inputs}
+    rerun = {"none": 0.0, "dots": score_bytes, "layer": moved + weight_bytes + inputs}
     return backward + Cost(bytes=2 * moved + weight_bytes + rerun[model.remat])
 
 

@@ -65,16 +65,16 @@ class Program:
     unknown_loops: dict[str, int | None]
 
 
-def read(text: str, *, loop_trips: Mapping[str, int] | int | None = None) -> Program:
+def read(text: str, *, loop_trips: Mapping[str, int] | int | None = None, unlimited: int = 1) -> Program:
     """Returns the work of an executable from its text, for CPU or TPU. Branches of a conditional count
     equally if all have FLOPs, as those that read more and more pieces of a cache; else the branch with most FLOPs counts.
 
     `loop_trips` are the trips of the loops of unknown length, one number for all or one per name. Loops without a number
-    run as often as their condition allows, and once if it gives no limit. Raises ValueError if the text is not a compiled
+    run as often as their condition allows, and `unlimited` times if it gives no limit. Raises ValueError if the text is not a compiled
     program's, or if `loop_trips` names a loop that does not exist or whose length is known.
     """
     computations, entry = hlo_text.parse(text)
-    walk = _Walk(computations, loop_trips)
+    walk = _Walk(computations, loop_trips, unlimited)
     total = walk.computation(entry, ())
     if isinstance(loop_trips, Mapping):
         strange = [name for name in loop_trips if name.removeprefix("%") not in walk.unknown]
@@ -120,8 +120,10 @@ class _Tally:
 
 
 class _Walk:
-    def __init__(self, computations: Mapping[str, Computation], loop_trips: Mapping[str, int] | int | None):
-        self.computations, self.loop_trips = computations, loop_trips
+    def __init__(
+        self, computations: Mapping[str, Computation], loop_trips: Mapping[str, int] | int | None, unlimited: int
+    ):
+        self.computations, self.loop_trips, self.unlimited = computations, loop_trips, unlimited
         self.unknown: dict[str, int | None] = {}
         self._trips_of = Trips(computations).of
         self._fused: dict[str, _Tally] = {}
@@ -188,7 +190,7 @@ class _Walk:
         given = self.loop_trips
         if isinstance(given, Mapping):
             given = {name.removeprefix("%"): trips for name, trips in given.items()}.get(i.name)
-        return given if given is not None else 1 if most is None else most
+        return given if given is not None else self.unlimited if most is None else most
 
     def _shapes(self, within: str, i: Instruction) -> list[str]:
         """Returns the operands' shapes; "" for an operand that is not in the computation."""

@@ -26,42 +26,53 @@ GIB = 2**30
 ASSUMPTIONS = (
     "Each program takes as long as the slowest of its FLOPs, its least memory traffic and its collectives at the chip's "
     "peak rates; the three overlap entirely. This is a lower bound.",
-    "Every prompt and every completion has the maximum length.",
+    "Every prompt has the maximum length.",
     "Collectives use all links of a chip in one direction. Networks between slices are not counted.",
     "Not compiled, so they may not fit: the supervised phase, evaluations (prompts_per_step x eval.samples completions at "
     "once) and the training of a reward model.",
     "Rewards on the host, reading data and checkpoints take no time; no group is drawn again.",
 )
+FULL = "Every completion has the maximum length."
+LENGTHS = (
+    "Completions have {:g} tokens in the mean: quantiles of an exponential distribution, cut at the maximum. Collectives are those of "
+    "completions of the maximum length."
+)
 
 
 def make_plan(
-    config: Config, topology: str, devices: Sequence[jax.Device], say: Callable[[str], None] = lambda text: None
+    config: Config,
+    topology: str,
+    devices: Sequence[jax.Device],
+    say: Callable[[str], None] = lambda text: None,
+    mean_length: float | None = None,
 ) -> dict[str, Any]:
     """Compiles the programs of a step one after another.
 
     `devices` are the `chips.devices_of` the slice, such as "v5e:4x4", and config.mesh is for these devices. `say`
-    receives a line before each program is compiled. Returns a JSON-able dict: the run's sizes, "parts" (see
+    receives a line before each program is compiled. `mean_length` is the mean number of tokens per completion, whose
+    lengths are skewed; None: all have the most. Returns a JSON-able dict: the run's sizes, "parts" (see
     `measure_part`), "fits", and "step" with the least time and its assumptions. Raises ConfigError if the configuration
     cannot run on the devices.
     """
     parts = []
-    for part in parts_of(config, devices):
+    for part in parts_of(config, devices, mean_length):
         say(f"compiling {part.name} ...")
         parts.append(measure_part(part, chip_of(topology), len(devices)))
     seconds = sum(part["seconds"] * part["times"] for part in parts)
-    tokens = config.prompts_per_step * config.group_size * config.max_completion_length
+    tokens = config.prompts_per_step * config.group_size * (mean_length or config.max_completion_length)
     sizes = ("prompts_per_step", "group_size", "max_prompt_length", "max_completion_length")
     return {
         "topology": topology,
         "devices": len(devices),
         "mesh": dict(programs_lib.make_mesh(config, devices).shape) | {"rollout_tensor": config.mesh.rollout_tensor},
         **{name: getattr(config, name) for name in sizes},
+        "mean_length": mean_length,
         "fits": all(part["fits"] for part in parts),
         "parts": parts,
         "step": {
             "seconds_at_least": seconds,
             "completion_tokens_per_second_at_most": tokens / seconds,
-            "assumptions": list(ASSUMPTIONS),
+            "assumptions": [*ASSUMPTIONS, LENGTHS.format(mean_length) if mean_length else FULL],
         },
     }
 
@@ -93,7 +104,7 @@ def measure_part(part: Part, chip: Chip, devices: int) -> dict[str, Any]:
     }
     seconds = {"compute": part.cost.flops / devices / chip.flops, "memory": part.cost.bytes / devices / chip.bandwidth}
     if compiled is not None:
-        program = hlo.read(compiled.as_text() or "")
+        program = hlo.read(compiled.as_text() or "", unlimited=0)  # loops over short completions do not run
         seconds["links"] = sum(x.bytes for x in program.collectives.values()) / chip.links
         found |= _compare(part, program, devices)
         aliased = _memory(compiled).alias_size_in_bytes

@@ -30,9 +30,12 @@ class Part:
     times: float = 1.0  # runs per step
 
 
-def parts_of(config: Config, devices: Sequence[jax.Device]) -> list[Part]:
-    """Returns the programs of a training step in the order in which they run; for errors see `open_step`."""
-    step = open_step(config, devices)
+def parts_of(config: Config, devices: Sequence[jax.Device], mean_length: float | None = None) -> list[Part]:
+    """Returns the programs of a training step in the order in which they run; for errors see `open_step`.
+
+    The costs are those of completions of `mean_length` tokens, see `skewed_lengths`; None: all have the most.
+    """
+    step = dataclasses.replace(open_step(config, devices), mean_length=mean_length)
     parts = [_reshard(step), _rollout(step), _reward_model(step), _score(step), _update(step)]
     return [part for part in parts if part is not None]
 
@@ -65,11 +68,12 @@ def _rollout(step: Step) -> Part:
     prompts = of((P, S), jnp.int32), of((P, S), bool), of((P,), jnp.int32)
     features = of((P, model.features), jnp.float32) if model.features else None
     index, temperatures = of((), jnp.int32, sharding=whole), of((G,), jnp.float32, sharding=whole)
-    pieces, _ = programs_lib.sampling_sizes(config)
+    pieces, halvings = programs_lib.sampling_sizes(config)
     rollout = functools.partial(costs.rollout, model, P, G, S, attention=model.attention)
+    lengths: dict[str, Any] = dict(pieces=pieces, halvings=halvings, completions=step.completions(P, G))
     prompt_logprobs, int8 = step.programs.needs.prompt_logprobs, bool(config.sampling.quantize)
     replicas = sharding.num_shards(step.decoding)
-    cost = rollout(T, replicas=replicas, prompt_logprobs=prompt_logprobs, probe=step.probe, int8=int8, pieces=pieces)
+    cost = rollout(T, replicas=replicas, prompt_logprobs=prompt_logprobs, probe=step.probe, int8=int8, **lengths)
     prompts_kv, samples_kv = _cache_bytes(step)
     return Part(
         "rollout",
@@ -80,7 +84,6 @@ def _rollout(step: Step) -> Part:
         _kernel_flops(step, rollout(1)),  # kernels only in the prefill
         (m.weights if m.copy else 0.0) + m.optimizer + m.reference + m.reward_model,
         {"weights": bytes_per_device(step.decoding_params), "prompts' KV": prompts_kv, "samples' KV": samples_kv},
-        # The first loop runs as often as its condition allows; the smaller ones after it count once.
         times=config.sampling.parts,
     )
 
@@ -145,6 +148,8 @@ def _scoring_options(step: Step) -> dict[str, Any]:
         logprob_chunk=step.config.update.logprob_chunk,
         probe=step.probe,
         tensor=step.mesh.shape["tensor"],
+        completions=step.completions(*step.sizes[:2]),
+        **programs_lib.update_sizes(step.config, step.mesh),
     )
 
 

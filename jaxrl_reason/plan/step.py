@@ -8,12 +8,14 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import models
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.methods import Method
 from jaxrl_reason.models import ModelConfig, reward_model, sharding
+from jaxrl_reason.plan.lengths import skewed_lengths
 from jaxrl_reason.rewards import model_files
 from jaxrl_reason.rewards.scorer import LEARNED
 from jaxrl_reason.rl import auxiliary
@@ -37,6 +39,7 @@ class Step:
     experience: Experience
     reward_config: ModelConfig | None  # None and {} if the run has no reward model
     reward_params: Any
+    mean_length: float | None = None  # tokens per completion; None: the most
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -49,6 +52,11 @@ class Step:
         """P, G, S, T of one rollout: a share of the prompts, and a greedy completion if the method needs it."""
         P, _, S, T = self.sizes
         return P // self.config.sampling.parts, self.rollout.tokens.shape[1], S, T
+
+    def completions(self, P: int, G: int) -> np.ndarray | None:
+        """Returns tokens per completion, int[P, G]; None: all have the most."""
+        mean, T = self.mean_length, self.config.max_completion_length
+        return None if mean is None else skewed_lengths(P, G, T, mean)
 
     @property
     def probe(self) -> bool:

@@ -194,7 +194,7 @@ def build(
     decoding, shardings, rollout_shardings = _shardings(config, method, model, mesh, optimizer)
     model = with_attention(model, config, mesh)
     needs = requirements(config, method)
-    options = update_options(config, method, probe_token)
+    options = update_options(config, method, probe_token, mesh)
     by_prompt, by_prompt_decoding = sharding.batch_sharding(mesh), sharding.batch_sharding(decoding)
     whole, whole_decoding = sharding.replicated(mesh), sharding.replicated(decoding)
 
@@ -365,17 +365,19 @@ def _matrices_for_products(model: models.ModelConfig, params: models.Params) -> 
     return params | {name: params[name].astype(model.compute_dtype) for name in params.keys() & {"head"}}
 
 
-def update_options(config: Config, method: Method, probe_token: int | None) -> learner.UpdateOptions:
+def update_options(
+    config: Config, method: Method, probe_token: int | None, mesh: jax.sharding.Mesh
+) -> learner.UpdateOptions:
     cap = config.sampling.importance_cap if config.sampling.quantize else 0.0
-    common = dataclasses.asdict(config.update) | update_sizes(config)
+    common = dataclasses.asdict(config.update) | update_sizes(config, mesh)
     return learner.UpdateOptions(loss=method.loss, probe_token=probe_token, importance_cap=cap, **common)
 
 
-def update_sizes(config: Config) -> dict[str, int]:
-    """Returns `lengths` and `wave_tokens` of the update, as configured or chosen by the sizes and the device."""
+def update_sizes(config: Config, mesh: jax.sharding.Mesh) -> dict[str, int]:
+    """Returns `lengths` and `wave_tokens` of the update, as configured or chosen by the sizes and the devices."""
     S, T, u = config.max_prompt_length, config.max_completion_length, config.update
     lengths = min(max(1, (T // 64).bit_length()), 4) if S <= T else 1  # the shortest has 64 tokens
-    tokens = 512 if jax.default_backend() == "cpu" else 4096
+    tokens = 512 if mesh.devices.flat[0].platform == "cpu" else 4096
     return {"lengths": u.lengths or lengths, "wave_tokens": u.wave_tokens or tokens}
 
 

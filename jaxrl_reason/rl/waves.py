@@ -78,17 +78,29 @@ def queue(lengths: Int[Array, "P G"]) -> Queue:
     return Queue(order, by_rank.reshape(sharding.num_prompt_shards(), -1).max(axis=0))
 
 
+def counts(longest: Any, sizes: Sequence[Size]) -> list[Any]:
+    """Returns the number of waves of each size, for the `longest` of a queue or a numpy array like it."""
+    total, start, found = longest.size, (longest == 0).sum(), []
+    for length, rows in sizes:
+        last = length == sizes[-1].length
+        found.append(-(-(total - start) // rows) if last else ((longest <= length).sum() - start) // rows)
+        start += found[-1] * rows
+    return found
+
+
 def for_each(sizes: Sequence[Size], queue: Queue, body: Callable[[Wave, Any], Any], carry: Any) -> Any:
     """Runs `carry = body(wave, carry)` for all waves and returns the last carry."""
-    count = queue.longest.size
     start = (queue.longest == 0).sum()
-    for length, rows in sizes:
-        if length == sizes[-1].length:
-            waves = -(-(count - start) // rows)
-        else:
-            waves = ((queue.longest <= length).sum() - start) // rows
-        one = lambda i, carry, s=start, n=rows, t=length: body(Wave(_places(queue.order, s + i * n, n), t), carry)
-        carry = jax.lax.fori_loop(0, waves, one, carry)
+    for (length, rows), waves in zip(sizes, counts(queue.longest, sizes)):
+
+        def one(state, start=start, rows=rows, length=length):
+            i, carry = state
+            return i + 1, body(Wave(_places(queue.order, start + i * rows, rows), length), carry)
+
+        # With full lengths only the last loop runs. Its bound is in the program, where a plan finds it.
+        most = -(-queue.longest.size // rows) if length == sizes[-1].length else None
+        more = lambda state, n=waves, most=most: (state[0] < n) if most is None else (state[0] < n) & (state[0] < most)
+        _, carry = jax.lax.while_loop(more, one, (jnp.int32(0), carry))
         start += waves * rows
     return carry
 

@@ -231,6 +231,8 @@ EFFECTS = {
     "update.epochs": (2, see.update_program, {}),
     "update.minibatches": (2, see.update_program, {}),
     "update.accumulation": (2, see.update_program, {}),
+    "update.lengths": (2, see.update_program, {}),
+    "update.wave_tokens": (1, see.update_program, dict(update__lengths=2)),
     "update.logprob_chunk": (2, see.update_program, {}),
     "update.kl_coefficient": (0.5, see.loss, {}),
     "update.kl_kind": ("k1", see.loss, dict(update__kl_coefficient=0.5)),

@@ -84,6 +84,7 @@ BROKEN = [
     (dict(method={"name": "genre2"}), "method.name is 'genre2'", "config.regression.tokenizer"),
     (dict(update__minibatches=3), "update.minibatches is 3", "config.prompts_per_step (16)"),
     (dict(update__minibatches=8, update__accumulation=4), "update.accumulation is 4", "2 prompts per update"),
+    (dict(update__wave_tokens=9, update__lengths=1), "update.wave_tokens is 9", "config.update.lengths is 1"),
     (dict(data__system="Be short."), "data.chat is False", "config.data.system"),
     (dict(data__columns={"question": 3}), "data.columns is {'question': 3}", "column names"),
     (dict(data__eval_columns={3: "question"}), "data.eval_columns is {3: 'question'}", "column names"),

@@ -203,8 +203,12 @@ def made_up_experience(config):
     return jax.tree.map(jnp.asarray, Experience(rollout, mask, advantages, logprobs, logprobs - 0.5))
 
 
+def _options(config):
+    return programs.update_options(config, validate(config), None, programs.make_mesh(config, jax.devices()[:1]))
+
+
 def loss(config, tmp_path):
-    shape, options = config_lib.model_config(config, 9), programs.update_options(config, validate(config), None)
+    shape, options = config_lib.model_config(config, 9), _options(config)
     batch = made_up_experience(config)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), models.abstract_params(shape))
@@ -215,7 +219,7 @@ def loss(config, tmp_path):
 def update_program(config, tmp_path):
     """Returns the update step as text, which shows its loops and the sizes of its arrays."""
     shape, method = config_lib.model_config(config, 9), validate(config)
-    options, (_, optimizer) = programs.update_options(config, method, None), optimizers.make_optimizer(config)
+    options, (_, optimizer) = _options(config), optimizers.make_optimizer(config)
     params = models.abstract_params(shape)
     state = TrainState(
         jnp.int32(0),

@@ -17,6 +17,7 @@ from jaxrl_reason import models
 from jaxrl_reason.methods import PolicyLoss
 from jaxrl_reason.models import ModelConfig, reward_model, sharding
 from jaxrl_reason.plan import costs, hlo
+from jaxrl_reason.plan.lengths import skewed_lengths
 from jaxrl_reason.rl import learner, rollout, scoring
 from jaxrl_reason.rl import optimizer as optimizers
 from jaxrl_reason.rl.learner import UpdateOptions
@@ -25,6 +26,7 @@ from jaxrl_reason.rl.types import Experience, Rollout, TrainState
 P, G, S, T = 4, 3, 24, 16
 CONFIG = ModelConfig(vocab_size=640, width=128, layers=2, heads=4, kv_heads=2, mlp_width=320)
 ADAPTED = dataclasses.replace(CONFIG, lora_rank=8)
+MATRICES = 128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 320  # numbers in the matrices of a layer
 
 
 def lowered(program, config, P=P, G=G, S=S, T=T, mesh=None, *, options=None, **keywords):
@@ -143,7 +145,7 @@ def test_flops_of_an_update_in_parts_equal_those_of_its_program(settings):
 
 
 def test_recomputed_flops_equal_the_difference_between_remat_modes():
-    kept, recomputed = (costs.update(with_(remat=remat), P, G, S, T) for remat in ("none", "layer"))
+    kept, recomputed = (costs.update(with_(remat=remat), P, G, S, T, logprob_chunk=T // 2) for remat in ("none", "layer"))
     assert recomputed.flops - kept.flops == recomputed.recomputed_flops - kept.recomputed_flops > 0
     assert kept.recomputed_flops == 2 * P * G * T * 128 * 640  # the logits of two chunks
 
@@ -209,6 +211,60 @@ def test_an_update_moves_gradients_and_the_optimizers_state():
     adapted = with_(SMALL, lora_rank=1)
     adapters = 3 * (4 + 4) - 2 + (4 + 2) + 3 * (4 + 6)
     assert moved(adapted, optimizer_slots=3) - moved(adapted) == 2 * 4 * adapters
+
+
+@pytest.mark.runs
+@pytest.mark.parametrize("remat, probe", [("layer", None), pytest.param("none", 3, marks=pytest.mark.slow)])
+def test_flops_of_waves_equal_those_of_their_programs(remat, probe):
+    """With full lengths: the last of two loops runs, 4 waves of 3 completions."""
+    config, sizes = with_(remat=remat), dict(lengths=2, wave_tokens=3 * T)
+    scored = lowered("score", config, probe_token=probe, **sizes)
+    expected = costs.score(config, P, G, S, T, probe=probe is not None, **sizes).flops
+    assert expected == pytest.approx(of_program(scored, unlimited=0), rel=1e-3)
+    program = lowered("update", config, options=options(accumulation=2, **sizes))
+    expected = costs.update(config, P, G, S, T, accumulation=2, **sizes).flops
+    assert expected == pytest.approx(of_program(program, unlimited=0), rel=1e-3)
+
+
+def test_waves_of_short_completions_cost_less():
+    """Worked by hand: 11 completions of 8 tokens and one of 16 are three waves of 3 of the half length, and a last one of 3."""
+    short = np.full((P, G), T // 2)
+    short[2, 1] = T
+    sizes = dict(lengths=2, wave_tokens=3 * T)
+    full, half = (costs.score(CONFIG, P, G, S, T, completions=c, **sizes) for c in (None, short))
+    tokens = lambda cost: (cost.flops - cost.attention_flops - 2 * 128 * 640 * logits[cost]) / (2 * 2 * MATRICES)
+    # Three completions of 16 tokens after 24 are 120 tokens, which are 120 // 32 = 3 completions of 8 tokens.
+    logits = {full: P * G * T, half: 3 * 3 * T // 2 + 3 * T}
+    assert tokens(full) == P * S + P * G * (T - 1)
+    assert tokens(half) == P * S + 3 * 3 * (T // 2 - 1) + 3 * (T - 1)
+
+
+def test_decoding_of_short_completions_costs_less():
+    """Worked by hand: 12 completions, of which 4 have 16 tokens and the others 2: a loop of 12 for one step, and one of 6 for 14."""
+    ends = np.array([16, 2, 2] * 4).reshape(P, G)
+    sizes = dict(halvings=1)
+    full, mixed = (costs.rollout(CONFIG, P, G, S, T, completions=c, **sizes) for c in (None, ends))
+    first = costs.rollout(CONFIG, P, G, S, 1)
+    rows = lambda cost: (cost.flops - cost.attention_flops) - (first.flops - first.attention_flops)
+    step = rows(costs.rollout(CONFIG, P, G, S, 2))
+    assert rows(full) == pytest.approx(15 * step)
+    assert rows(mixed) == pytest.approx(step + 14 * step / 2)
+    assert costs.rollout(CONFIG, P, G, S, T, completions=np.full((P, G), T), **sizes) == full
+
+
+@pytest.mark.parametrize("mean", [1, 16, 64, 200, 256])
+def test_skewed_lengths(mean):
+    lengths = skewed_lengths(8, 8, 256, mean)
+    assert lengths.shape == (8, 8) and lengths.min() >= 1 and lengths.max() <= 256
+    assert lengths.mean() == pytest.approx(mean, abs=1)
+    np.testing.assert_array_equal(lengths, skewed_lengths(8, 8, 256, mean))
+    if mean == 64:
+        assert lengths.max() == 256 and np.median(lengths) < 50  # skewed
+
+
+def test_a_mean_length_that_no_completion_can_have_is_refused():
+    with pytest.raises(ValueError, match="The mean length is 300; it must be between 1 and the 256 tokens"):
+        skewed_lengths(8, 8, 256, 300)
 
 
 def test_invalid_sizes_raise_and_are_named():

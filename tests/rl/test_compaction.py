@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from helpers import reference_decoder as reference
-from jaxrl_reason import bench
+import jaxrl_reason
 from jaxrl_reason.models import Decoder, ModelConfig, sharding
 from jaxrl_reason.rl import compaction
 from jaxrl_reason.rl.rollout import generate
@@ -111,7 +111,7 @@ def test_samples_do_not_depend_on_the_sizes(sizes):
 def test_samples_do_not_depend_on_the_devices(tmp_path):
     """On 8 devices, in a process of its own: prompts split over 8, or over 4 with heads split over 2."""
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    folders = [str(pathlib.Path(__file__).parents[1]), str(pathlib.Path(bench.__file__).parents[1])]
+    folders = [str(pathlib.Path(__file__).parents[1]), str(pathlib.Path(jaxrl_reason.__file__).parents[1])]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(folders)}
     done = subprocess.run([sys.executable, __file__, str(tmp_path)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -184,14 +184,6 @@ def test_completions_move_and_return():
     np.testing.assert_array_equal(again.home, [[5]])
     np.testing.assert_array_equal(compaction.put_back(state, smaller + 1, again.home), [[0, 10, 20], [30, 40, 51]])
     assert compaction.most_per_device(busy) == 3
-
-
-def test_mixed_lengths_of_the_bench():
-    lengths = bench.mixed_lengths(8, 8, 256)
-    assert lengths.shape == (8, 8) and lengths.min() == 1 and lengths.max() == 256
-    assert abs(lengths.mean() - 64) < 1
-    np.testing.assert_array_equal(lengths, bench.mixed_lengths(8, 8, 256))
-    assert np.median(lengths) < 50  # skewed
 
 
 if __name__ == "__main__":
