@@ -12,6 +12,7 @@ import unicodedata
 
 from jaxrl_reason.rewards.answers import (
     BARE_PER_CENT,
+    CURRENCIES,
     plain,
     split_unit,
     TEXT_GROUP,
@@ -32,7 +33,32 @@ _NOT_LATEX = re.compile(
     rf"[0-9]_[0-9]{{2}}|[0-9.][eE][-+]?[0-9]{{4}}|(?<![\w.])0[xX][0-9a-fA-F]|[0-9.]{_APART}[0-9.]"
     r"|\\fbox|\\boxed|####"
 )
-_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:\\[,;: ]|~)[0-9]{3})+(?![0-9])")  # as TeX spaces them
+_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:\\[,;: ]|~|\{,\}|,\\!)[0-9]{3})+(?![0-9])")  # as TeX spaces them
+_MONEY = re.compile(rf"^([-+]?)[{CURRENCIES}] ?(?=[0-9.\\])")
+_LOGARITHMS = (
+    (re.compile(r"\\(?:lg(?![a-zA-Z])|operatorname\*?\{lg\})"), r"\log_{10} "),
+    (re.compile(r"\\(?:lb(?![a-zA-Z])|operatorname\*?\{lb\})"), r"\log_{2} "),
+    (re.compile(r"\\log\s*_\s*(?:e(?![a-zA-Z])|\{\s*e\s*\}|\{\s*\\(?:mathrm|text)\{e\}\s*\})"), r"\ln "),
+)
+# Accents and letters of TeX's text: \"{u}, \'e, \c{c}, \ss.
+_ACCENTS = dict(zip("`'^\"~=.cHvurk", "\u0300\u0301\u0302\u0308\u0303\u0304\u0307\u0327\u030b\u030c\u0306\u030a\u0328"))
+_ACCENT = re.compile(
+    r"(?<!\\)\\(?:([`'^\"~=.])\s*|([cHvurk])(?=\s*\{|\s+[a-zA-Z]))(?:\{\s*(?:\\([ij])|([a-zA-Z]))\s*\}|\s*\\([ij])(?![a-zA-Z])\s*|\s*([a-zA-Z]))"
+)
+_LETTERS = {"ss": "\u00df", "o": "\u00f8", "O": "\u00d8", "l": "\u0142", "L": "\u0141", "ae": "\u00e6", "AE": "\u00c6"}
+_LETTERS |= {"oe": "\u0153", "OE": "\u0152", "aa": "\u00e5", "AA": "\u00c5"}
+_LETTER = re.compile(rf"\{{\\({'|'.join(_LETTERS)})\s*\}}|(?<!\\)\\({'|'.join(_LETTERS)})(?![a-zA-Z])(?:\s*\{{\}}|\s*)")
+# Formulas in Unicode: \u221a2, x\u00b2, x\u2081.
+_RADICAL = re.compile(r"\u221a\s*(?:([0-9]+|[a-zA-Z])|\(([^()]*)\)|\{([^{}]*)\})")
+_FRACTION_SIGN = re.compile("([0-9]*)([\u00bc-\u00be\u2150-\u215e])")
+_RAISED = str.maketrans(
+    "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b\u207f", "0123456789+-n"
+)
+_LOWERED = str.maketrans("\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089", "0123456789")
+_SCRIPTS = (
+    (re.compile(rf"[{''.join(map(chr, _RAISED))}]+"), "^", _RAISED),
+    (re.compile("[\u2080-\u2089]+"), "_", _LOWERED),
+)
 # Arguments of one digit get braces: \log_2 3 is \log_{2} 3, \frac1 2 is \frac{1}{2}, and \sqrt2 3 is \sqrt{2} 3.
 _SCRIPT = re.compile(rf"(?<=[a-zA-Z)}}\]])\s*([_^])\s*([0-9])(?={_APART}[0-9.])")
 _ARGUMENTS = re.compile(r"\\([dtc]?frac|[dt]?binom)\s*([0-9])\s*([0-9])")
@@ -51,17 +77,24 @@ _PUNCTUATION = str.maketrans(
         "\uff09": ")",
         "\uff1a": ":",
         "\uff1d": "=",
+        "\u00d7": "\\times ",
+        "\u00b7": "\\cdot ",
+        "\u22c5": "\\cdot ",
+        "\u221e": "\\infty ",
+        "\u222a": "\\cup ",
+        "\u2229": "\\cap ",
+        "\u00b1": "\\pm ",
     }
 )
 _BASES = "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
-_DIGITS = r"(?=[A-F]*[0-9])[0-9A-F]+(?:\.[0-9A-F]+)?"
+_DIGITS = r"(?=[A-F]*[0-9]|[A-F]{2})[0-9A-F]+(?:\.[0-9A-F]+)?"
 _BASE_NAME = rf"([0-9]{{1,2}}|[a-z]|{'|'.join(_BASES)})"
 _BASE = rf"\s*(?:base\s*)?\(?{_BASE_NAME}\)?\s*"
 _BASED = re.compile(
     rf"(?:(?<![\w.\\])({_DIGITS})|(?<![a-zA-Z])\(({_DIGITS})\))\s*_\s*(?:([0-9a-z])(?![0-9.a-zA-Z])|\{{{_BASE}\}}"
     rf"|\{{\s*{TEXT_OPEN}{_BASE}\}}\s*\}}|{TEXT_OPEN}{_BASE}\}})"
 )
-_LETTER_DIGITS = r"(?<![\w.\\])(?=[A-F]*[0-9])[0-9A-F]*[A-F][0-9A-F]*(?=_\s*\{\s*1[1-6]\s*\})"
+_LETTER_DIGITS = r"(?<![\w.\\])(?=[A-F]*[0-9]|[A-F]{2})[0-9A-F]*[A-F][0-9A-F]*(?=_\s*\{\s*1[1-6]\s*\})"
 _CAPITAL_DIGITS, _ANY_DIGITS = re.compile(_LETTER_DIGITS), re.compile(_LETTER_DIGITS, re.IGNORECASE)
 _BASE_WORDS = re.compile(
     rf"(?:\\ |[\s~])*(?:{TEXT_OPEN}\s*\(?(?:in\s+)?base[\s~]+{_BASE_NAME}\)?\s*\}}"
@@ -72,6 +105,18 @@ _NUMBER_AFTER_WORDS = re.compile(
     rf"{TEXT_OPEN}(?!\s*,?\s*(?:and|or)\s*\}})(?![^{{}}]* base \w+\}})[^{{}}]*\}}(?:\s|~|\\[,;: ])*[0-9]"
 )
 _NAMED_BASE = re.compile(r"\\text\{(\S+) base \w+\}")
+_FORMULA = re.compile(r"\$[^$]*\$")
+_VERB = re.compile(r"\b(?i:is|are|so|thus|hence|therefore|then|equals?|gives?|have|has|get|answer|value|that)\b")
+# Operators without an operand, and commands without an argument.
+_OPERATOR = r"[-+*/=<>^_&|:]|\\(?:times|cdot|div|pm|mp|leq?|geq?|neq?|in|to|cup|cap|wedge|vee)(?![a-zA-Z])"
+_CUT = re.compile(
+    rf"(?:{_OPERATOR}|\\(?:sqrt(?:\[[^\[\]]*\])?|[dtc]?frac|[dt]?binom|log|ln|sin|cos|tan|int|sum|prod|lim)(?:\s*[_^]\s*(?:\w|\{{[^{{}}]*\}}))*)\s*$"
+    r"|^\s*(?:[*/=<>^_&:]|\\(?:times|cdot|div|leq?|geq?|neq?|in|to|cup|cap|wedge|vee)(?![a-zA-Z]))|[_^]\s*\{\s*\}|[dtc]?frac\s*\{[^{}]*\}\s*(?!\s*[\w\\{])"
+    r"|(?:sqrt|[dtc]?frac(?:\s*\{[^{}]*\})?)\s*\{\s*\}|,\s*,|\?|^\|[^|]*$"
+)
+# Commands, environments, words, and single letters, which are symbols.
+_NAMES = re.compile(r"\\math(?:bb|cal|frak|scr)\s*\{[^{}]*\}|\\[a-zA-Z]+|[a-zA-Z]{4,}|\b(?i:yes|no)\b|[a-zA-Z]")
+_SYMBOLS = re.compile(r"(?i:(?!(?:no|yes)$)[a-z]{1,3})(?<![A-Z][a-z]{2})")
 _SET_OPERATION = re.compile(r"\\(?:cup|cap|setminus|times|bigcup|bigcap|backslash)(?![a-zA-Z])|[\u222a\u2229\u2216]")
 _BRACE_NAMES = re.compile(r"\\([lr])brace(?![a-zA-Z])\s*")
 _SIZES = re.compile(r"\\[bB]igg?[lr]?(?![a-zA-Z])\s*")
@@ -84,16 +129,18 @@ def normalised(answer: str) -> str:
     "$ \sqrt{2} $." is \sqrt{2}; \log_2 3 is \log_{2} 3; 5\,\text{cm} is 5; 1010_2 is the text "1010 base 2"; words that
     are not ASCII are text.
     """
-    latex = unicodedata.normalize("NFC", plain(plain(answer).rstrip(",; "))).translate(_PUNCTUATION)
+    latex = plain(plain(_with_accents(answer)).rstrip(",; ")).translate(_PUNCTUATION)
+    for logarithm, spelled in _LOGARITHMS:
+        latex = logarithm.sub(lambda _: spelled, latex)
     latex = _SIZES.sub("", _BRACE_NAMES.sub(lambda name: r"\{" if name[1] == "l" else r"\}", latex))
-    latex = _outside_text(latex, lambda part: _PRIMES.sub(_as_primes, _wrap_words(part)))
+    latex = _outside_text(latex, lambda part: _PRIMES.sub(_as_primes, _wrap_words(_in_ascii(part))))
     while _DROPPED.search(latex):  # repeated, because a removal may create another match
         if _JOINED.search(latex):
             return ""
         latex = _DROPPED.sub("", latex)
-    latex, percent = split_unit(BARE_PER_CENT.sub(r"\\%", _based_as_text(without_blanks(latex))))
-    latex = without_bare_unit(latex)
-    latex = _THOUSANDS.sub(lambda number: re.sub(r"[^0-9]", "", number[0]), latex)
+    latex = _THOUSANDS.sub(lambda number: re.sub(r"[^0-9]", "", number[0]), without_blanks(latex))
+    latex, percent = split_unit(BARE_PER_CENT.sub(r"\\%", _based_as_text(latex)))
+    latex = _MONEY.sub(r"\1", without_bare_unit(latex))
     latex = _ROOT.sub(r"\\sqrt\1{\2}", _ARGUMENTS.sub(r"\\\1{\2}{\3}", _SCRIPT.sub(r"\1{\2}", latex)))
     mixed = _MIXED_NUMBER.fullmatch(latex)
     if mixed:
@@ -103,6 +150,41 @@ def normalised(answer: str) -> str:
     elif _FLOAT.fullmatch(latex) or parse_number(latex) is not None:
         latex = _EXPONENT.sub(r"\\cdot 10^{\1}", latex)
     return latex + r"\%" * percent
+
+
+def with_distinct_case(a: str, b: str) -> tuple[str, str]:
+    r"""Returns two normalised answers with new names for capitals whose small letter occurs too.
+
+    math-verify takes A_1 for a_1. Letters of words, of commands and in \mathbb{R} keep their names.
+    """
+    letters = {letter for answer in (a, b) for letter in _letters(answer)}
+    both = sorted(letter for letter in letters if letter.isupper() and letter.lower() in letters)
+    unused = [letter for letter in "qwzvukpmjotysrlcbnxa" if not {letter, letter.upper()} & letters]
+    names = dict(zip(both, unused))
+    rename = lambda part: _NAMES.sub(lambda name: names.get(name[0], name[0]), part)
+    return _outside_text(a, rename), _outside_text(b, rename)
+
+
+def _letters(latex: str) -> list[str]:
+    return [name for name in _NAMES.findall(TEXT_GROUP.sub(" ", latex)) if len(name) == 1]
+
+
+def is_sentence(answer: str) -> bool:
+    """Returns whether an answer is a sentence with a formula in it, such as "So $x = 2$.", which nothing equals."""
+    text = plain(answer)
+    return "$" in text and _VERB.search(_FORMULA.sub(" ", TEXT_GROUP.sub(" ", text))) is not None
+
+
+def is_broken(latex: str) -> bool:
+    r"""Returns whether a normalised answer that math-verify takes for text is cut off, such as x^, \sqrt or (1,2.
+
+    Other such texts, p\wedge q, are compared as they are.
+    """
+    words = TEXT_GROUP.sub("x", latex)
+    symbols = re.sub(r"\\(?:left|right)(?![a-zA-Z])\s*\.?", "", words)
+    opened = [len(re.findall(bracket, symbols)) for bracket in (r"\\begin\{", r"(?<!\\)\{|\\\{|[(\[]")]
+    closed = [len(re.findall(bracket, symbols)) for bracket in (r"\\end\{", r"(?<!\\)\}|\\\}|[)\]]")]
+    return opened != closed or not re.search(r"[^\W_]", words) or _CUT.search(words) is not None
 
 
 def without_bases(latex: str) -> str:
@@ -175,10 +257,32 @@ def _brackets(latex: str) -> tuple[collections.Counter[str], bool]:
 
 
 def _only_words(answer: str) -> str | None:
-    text = re.sub(r"\\ |~", " ", TEXT_GROUP.sub(r"\1", unicodedata.normalize("NFC", plain(answer))))
-    words = text.casefold().split()
+    text = re.sub(r"\\ |~", " ", TEXT_GROUP.sub(r"\1", plain(_with_accents(answer))))
+    runs = re.findall(r"[^\W\d_]+", text)
+    are_symbols = all(map(_SYMBOLS.fullmatch, runs)) and (text == text[:1] or not TEXT_GROUP.search(answer))
+    words = (text if are_symbols else text.casefold()).split()
     is_word = all(_is_letter(c) or c in " -'\u2019" for c in text) and any(map(_is_letter, text))
     return " ".join(words) if is_word and not {"and", "or"} & set(words) else None
+
+
+def _with_accents(answer: str) -> str:
+    """Returns an answer with the accents and letters of TeX's text as Unicode has them, composed."""
+    accent = lambda m: "".join(filter(None, m.groups()[2:])) + _ACCENTS[m[1] or m[2]]
+    text = _LETTER.sub(lambda letter: _LETTERS[letter[1] or letter[2]], answer)
+    return unicodedata.normalize("NFC", _ACCENT.sub(accent, text))
+
+
+def _in_ascii(latex: str) -> str:
+    r"""Returns LaTeX with the roots, powers, indices and fractions of Unicode as TeX writes them: \sqrt{2}, x^{2}."""
+    latex = _RADICAL.sub(lambda root: rf"\sqrt{{{next(part for part in root.groups() if part is not None)}}}", latex)
+    for scripts, mark, digits in _SCRIPTS:
+        latex = scripts.sub(lambda script: f"{mark}{{{script[0].translate(digits)}}}", latex)
+    return _FRACTION_SIGN.sub(_as_fraction, latex)
+
+
+def _as_fraction(match: re.Match) -> str:
+    above, below = unicodedata.normalize("NFKC", match[2]).split("\u2044")
+    return f"{match[1]} {above}/{below}" if match[1] else rf"\frac{{{above}}}{{{below}}}"
 
 
 def _is_letter(c: str) -> bool:
@@ -212,7 +316,7 @@ def _wrap_words(latex: str) -> str:
 def _based_as_text(latex: str) -> str:
     def as_text(match: re.Match) -> str:
         digits, base = _digits_and_base(match)
-        if base == "10":
+        if base == "10" and not re.search("[A-F]", digits):
             return digits
         if not digits.isdecimal() and re.search("[A-F]", digits) and not (base.isdecimal() and 10 < int(base) <= 16):
             return match[0]
