@@ -123,6 +123,8 @@ def two_columns(rows: Iterable[tuple[str, str]], width: int) -> str:
     """Returns (name, text) in two columns, in lines of at most `width` characters; each line of a text begins a new line."""
     rows = list(rows)
     left = min(max((len(name) for name, _ in rows), default=0), 46, width // 2 - 2)
+    room = width - 4 - max((len(word) for _, text in rows for word in text.split()), default=0)
+    left = room if 16 <= room < left else left  # the longest word fits into its line
     options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}  # flags stay in one piece
     lines = []
     for name, text in rows:
@@ -147,5 +149,10 @@ def _sections(section: Any, prefix: str) -> list[list[tuple[str, str]]]:
             inner += _sections(value, name)
         else:
             choices = [repr(choice) if choice == "" else choice for choice in f.metadata["choices"] or ()]
-            own.append((f"--{name}={value!r}", f.metadata["help"] + (f" ({' | '.join(choices)})" if choices else "")))
+            shown = (
+                ",".join(value)
+                if isinstance(value, list) and value and all(isinstance(x, str) for x in value)
+                else repr(value)
+            )
+            own.append((f"--{name}={shown}", f.metadata["help"] + (f" ({' | '.join(choices)})" if choices else "")))
     return [own, *inner]

@@ -15,6 +15,7 @@ import itertools
 import logging
 import math
 from pathlib import Path
+import re
 import sys
 import threading
 import traceback
@@ -154,8 +155,7 @@ def _rewards_of_rows(reward: HostReward, rows: dict[str, list], max_failure_shar
     if first_error is None:
         failures = _check_failures(reward, results, count, max_failure_share)
         if failures:
-            missing = f"{failures} of {count} rows, which get no reward"
-            _log.warning("Reward %r failed on %s; the last error is %s", name, missing, results.error)
+            _warn(name, f"failed on {failures} of {count} rows, which get no reward; the last error is", results.error)
         return results
     first, results = results.error, Results([], [])
     for row in range(count):
@@ -165,9 +165,16 @@ def _rewards_of_rows(reward: HostReward, rows: dict[str, list], max_failure_shar
         results.error = one.error or results.error
         # Checked after every row, so that a broken function is not called for all rows.
         failures = _check_failures(reward, results, count, max_failure_share, cause)
-    missing = f"{failures} of {count} rows, which get no reward"
-    _log.warning("Reward %r raised %s; called row by row, it failed on %s.", name, first, missing)
+    _warn(name, f"failed on {failures} of {count} rows, which get no reward; it raised", first)
     return results
+
+
+def _warn(name: str, fault: str, error: str) -> None:
+    """Warns of a failure; commands show its kind once: the reward, the class of the error, and its place."""
+    place = re.search(r"\([^()]*, line \d+\)", error)
+    kind = (name, re.sub(r"\d+", "", error.partition(":")[0]), place and place[0])
+    note = f"Later failures of this kind are only counted, in rewards/{name}/error_rate and timeout_rate."
+    _log.warning("Reward %r %s %s. %s", name, fault, error.rstrip("."), note, extra={"kind": kind})
 
 
 def _try_call(reward: HostReward, rows: Mapping[str, Sequence], first_row: int) -> tuple[Results, BaseException | None]:

@@ -105,6 +105,25 @@ def test_only_the_rows_that_raise_go_missing(exception, caplog):
     assert "three is too many" in caplog.text and "1 of 6" in caplog.text
 
 
+def test_failures_of_one_class_at_one_place_are_one_kind(caplog):
+    def picky(completions, completion_ids, **_):
+        if [1, 2, 3] in completion_ids:
+            raise ValueError(f"text {len(caplog.records)} is bad")
+        if [4] in completion_ids:
+            raise KeyError("no 4")
+        return [1.0] * len(completions)
+
+    reward = HostReward("picky", picky)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            run(reward)
+        run(reward, completion_ids=[[[2]] * 3, [[4], [5], [6]]])
+        run(HostReward("other", picky))
+    first, second, third, fourth = (record.kind for record in caplog.records)
+    assert first == second and len({first, third, fourth}) == 3
+    assert "text 1 is bad" in caplog.messages[1] and "counted, in rewards/picky/error_rate" in caplog.messages[1]
+
+
 def test_a_function_that_fails_too_often_raises():
     def broken(completions, **_):
         raise OSError("no route to host")
