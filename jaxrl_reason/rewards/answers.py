@@ -71,17 +71,20 @@ _BLANKS = r"(?:\\[,;:! ]|\\q?quad(?![a-zA-Z])|[\s~])"
 TEXT_OPEN = r"\\(?:mbox|operatorname|text(?:normal|bf|it|rm|sf)?|math(?:rm|it|bf|sf)|boldsymbol)\s*\{"
 _GROUP = rf"{TEXT_OPEN}((?:[^{{}}]++|\{{[^{{}}]*\}})*+)\}}"
 TEXT_GROUP = re.compile(_GROUP)
+_DISPLAYS = r"(?:equation|align|gather|displaymath|math)\*?"
 _WRAPPED = re.compile(
     r"\$\$((?:[^$\\]|\\.)*+)\$\$|\$((?:[^$\\]|\\.)*+)\$|\\\(((?:(?!\\[()]).)*+)\\\)|\\\[((?:(?!\\[\[\]]).)*+)\\\]|`([^`]*+)`"
-    "|\"([^\"]*+)\"|'([^']*+)'|\u201c([^\u201c\u201d]*+)\u201d",
+    "|\"([^\"]*+)\"|'([^']*+)'|\u201c([^\u201c\u201d]*+)\u201d"
+    rf"|\\begin\{{{_DISPLAYS}\}}((?:(?!\\(?:begin|end)\{{).)*+)\\end\{{{_DISPLAYS}\}}",
     re.DOTALL,
 )
-_OPENED = re.compile(rf"{TEXT_OPEN}|\{{")
+_OPENED = re.compile(rf"{TEXT_OPEN}|\\(?:ensuremath|underline|bm|emph)\s*\{{|\\textcolor\s*\{{[^{{}}]*\}}\s*\{{|\{{")
 _DEEP = re.compile(rf"(?:(?:{TEXT_OPEN}|\{{)\s*){{30}}")  # no answer, and one layer at a time would take too long
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _OLD_FONT = re.compile(r"\{\s*\\(?:rm|bf|it|sf)(?![a-zA-Z])\s*([^{}]*+)\}")
 _IDLE = re.compile(
-    rf"^(?:(?!~){_BLANKS}|\\(?:display|text)style(?![a-zA-Z])|\\text\s*\{{\s*\}})+|(?:{_BLANKS}|(?<!\\)\\$)+$"
+    rf"^(?:(?!~){_BLANKS}|\\(?:(?:display|text|script)style|bf|it|rm|sf|small|large|Large|huge)(?![a-zA-Z])|\\color\s*\{{[^{{}}]*\}}"
+    rf"|\\text\s*\{{\s*\}})+|(?:{_BLANKS}|(?<!\\)\\$)+$"
 )
 _STOPS = (".", "\N{IDEOGRAPHIC FULL STOP}")
 
@@ -101,6 +104,7 @@ _BARE_UNIT = re.compile(
     rf"USD|EUR|GBP|{_UNIT_WORD}){_UNIT_POWER}(?:(?:\s*/\s*|\s+per\s+)(?:[ckm]m|kg|m[lgL]|[hs]|{_UNIT_WORD}){_UNIT_POWER})?|[{CURRENCIES}]"
     r"|\u00b0 ?[CF]|[\u2103\u2109])$"
 )
+_NUMBER_WITH_WORD = re.compile(r"[0-9]\s*(?!and|or)[a-zA-Z]{2,}\s")
 BARE_PER_CENT = re.compile(r"(?:(?<=[0-9})])|\s)\s*(?:percent|per cent|pct|%|\\%)$")
 _PER_CENT = frozenset(("%", r"\%", "percent", "per cent", "pct"))
 
@@ -164,7 +168,10 @@ def _hash_lines(text: str) -> Iterator[tuple[int, str]]:
         begin = last
         while begin and text[begin - 1] == "#":
             begin -= 1
-        answer = without_announcement(_without_bold(text[last + 4 : end].partition("\n")[0]))
+        line = text[last + 4 : end].partition("\n")[0].rstrip()
+        for mark in ("**", "__"):  # "**#### 18**"
+            line = line.removesuffix(mark) if text.endswith(mark, 0, begin) and mark not in line[:-2] else line
+        answer = without_announcement(_without_bold(line))
         if begin == last and answer:  # more hashes are a heading
             yield begin, answer
         end = begin
@@ -268,9 +275,9 @@ def _without_braces(answer: str) -> str:
 
 
 def without_bare_unit(answer: str) -> str:
-    """Returns an answer without a unit in letters that ends it: "5 cm" is "5"."""
+    """Returns an answer without a unit in letters that ends it: "5 cm" is "5". "3 hours 20 minutes" has two and stays."""
     unit = _BARE_UNIT.search(answer)
-    return answer[: unit.start()] if unit else answer
+    return answer[: unit.start()] if unit and not _NUMBER_WITH_WORD.search(answer, 0, unit.start()) else answer
 
 
 def without_blanks(answer: str) -> str:

@@ -21,6 +21,7 @@ from jaxrl_reason.rewards.answers import (
     without_blanks,
 )
 from jaxrl_reason.rewards.numeric import parse_number
+from jaxrl_reason.rewards.spellings import in_tex, with_accents
 
 # Forms that LaTeX would misread: "1e-7" as Euler's number minus 7, and "1 1/2" as 1.
 _EXPONENT = re.compile(r"(?<=[0-9.])[eE]([-+]?[0-9]+)")
@@ -40,27 +41,9 @@ _LOGARITHMS = (
     (re.compile(r"\\(?:lb(?![a-zA-Z])|operatorname\*?\{lb\})"), r"\log_{2} "),
     (re.compile(r"\\log\s*_\s*(?:e(?![a-zA-Z])|\{\s*e\s*\}|\{\s*\\(?:mathrm|text)\{e\}\s*\})"), r"\ln "),
 )
-# Accents and letters of TeX's text: \"{u}, \'e, \c{c}, \ss.
-_ACCENTS = dict(zip("`'^\"~=.cHvurk", "\u0300\u0301\u0302\u0308\u0303\u0304\u0307\u0327\u030b\u030c\u0306\u030a\u0328"))
-_ACCENT = re.compile(
-    r"(?<!\\)\\(?:([`'^\"~=.])\s*|([cHvurk])(?=\s*\{|\s+[a-zA-Z]))(?:\{\s*(?:\\([ij])|([a-zA-Z]))\s*\}|\s*\\([ij])(?![a-zA-Z])\s*|\s*([a-zA-Z]))"
-)
-_LETTERS = {"ss": "\u00df", "o": "\u00f8", "O": "\u00d8", "l": "\u0142", "L": "\u0141", "ae": "\u00e6", "AE": "\u00c6"}
-_LETTERS |= {"oe": "\u0153", "OE": "\u0152", "aa": "\u00e5", "AA": "\u00c5"}
-_LETTER = re.compile(rf"\{{\\({'|'.join(_LETTERS)})\s*\}}|(?<!\\)\\({'|'.join(_LETTERS)})(?![a-zA-Z])(?:\s*\{{\}}|\s*)")
-# Formulas in Unicode: \u221a2, x\u00b2, x\u2081.
-_RADICAL = re.compile(r"\u221a\s*(?:([0-9]+|[a-zA-Z])|\(([^()]*)\)|\{([^{}]*)\})")
-_FRACTION_SIGN = re.compile("([0-9]*)([\u00bc-\u00be\u2150-\u215e])")
-_RAISED = str.maketrans(
-    "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b\u207f", "0123456789+-n"
-)
-_LOWERED = str.maketrans("\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089", "0123456789")
-_SCRIPTS = (
-    (re.compile(rf"[{''.join(map(chr, _RAISED))}]+"), "^", _RAISED),
-    (re.compile("[\u2080-\u2089]+"), "_", _LOWERED),
-)
 # Arguments of one digit get braces: \log_2 3 is \log_{2} 3, \frac1 2 is \frac{1}{2}, and \sqrt2 3 is \sqrt{2} 3.
 _SCRIPT = re.compile(rf"(?<=[a-zA-Z)}}\]])\s*([_^])\s*([0-9])(?={_APART}[0-9.])")
+_SCRIPT_BEFORE_NOTHING = re.compile(r"([_^])\s*([0-9])(?=\\!)")
 _ARGUMENTS = re.compile(r"\\([dtc]?frac|[dt]?binom)\s*([0-9])\s*([0-9])")
 _ROOT = re.compile(r"\\sqrt\s*(\[[^\[\]]*\])?\s*([0-9])")
 # What math-verify removes anywhere in an answer. Removed between two digits, it would join them.
@@ -103,6 +86,7 @@ _BASE_WORDS = re.compile(
 # A number after words: "3 hours 20 minutes" is no product. Only "and" and "or" are between the members of a list.
 _NUMBER_AFTER_WORDS = re.compile(
     rf"{TEXT_OPEN}(?!\s*,?\s*(?:and|or)\s*\}})(?![^{{}}]* base \w+\}})[^{{}}]*\}}(?:\s|~|\\[,;: ])*[0-9]"
+    r"|(?<![\\a-zA-Z])(?!(?:and|or|mod|sqrt|frac|sin|cos|tan|log|exp|gcd|lcm|min|max)\b)[a-zA-Z]{3,}\s+[0-9]"
 )
 _NAMED_BASE = re.compile(r"\\text\{(\S+) base \w+\}")
 _FORMULA = re.compile(r"\$[^$]*\$")
@@ -115,8 +99,11 @@ _CUT = re.compile(
     r"|(?:sqrt|[dtc]?frac(?:\s*\{[^{}]*\})?)\s*\{\s*\}|,\s*,|\?|^\|[^|]*$"
 )
 # Commands, environments, words, and single letters, which are symbols.
-_NAMES = re.compile(r"\\math(?:bb|cal|frak|scr)\s*\{[^{}]*\}|\\[a-zA-Z]+|[a-zA-Z]{4,}|\b(?i:yes|no)\b|[a-zA-Z]")
-_SYMBOLS = re.compile(r"(?i:(?!(?:no|yes)$)[a-z]{1,3})(?<![A-Z][a-z]{2})")
+_NAMES = re.compile(
+    r"\\math(?:bb|cal|frak|scr)\s*\{[^{}]*\}|\\[a-zA-Z]+|[a-zA-Z]{4,}|\b(?i:yes|no)\b|[a-zA-Z\u0391-\u03a9\u03b1-\u03c9]"
+)
+_GREEK = re.compile(r"\\(?i:gamma|delta|theta|lambda|xi|pi|sigma|upsilon|phi|psi|omega)")
+_SYMBOLS = re.compile(r"(?i:(?!(?:no|yes)$)(?:[a-z]{1,3}|[\u0391-\u03c9]))(?<![A-Z][a-z]{2})")
 _SET_OPERATION = re.compile(r"\\(?:cup|cap|setminus|times|bigcup|bigcap|backslash)(?![a-zA-Z])|[\u222a\u2229\u2216]")
 _BRACE_NAMES = re.compile(r"\\([lr])brace(?![a-zA-Z])\s*")
 _SIZES = re.compile(r"\\[bB]igg?[lr]?(?![a-zA-Z])\s*")
@@ -129,11 +116,12 @@ def normalised(answer: str) -> str:
     "$ \sqrt{2} $." is \sqrt{2}; \log_2 3 is \log_{2} 3; 5\,\text{cm} is 5; 1010_2 is the text "1010 base 2"; words that
     are not ASCII are text.
     """
-    latex = plain(plain(_with_accents(answer)).rstrip(",; ")).translate(_PUNCTUATION)
+    latex = plain(plain(with_accents(answer)).rstrip(",; ")).translate(_PUNCTUATION)
     for logarithm, spelled in _LOGARITHMS:
         latex = logarithm.sub(lambda _: spelled, latex)
     latex = _SIZES.sub("", _BRACE_NAMES.sub(lambda name: r"\{" if name[1] == "l" else r"\}", latex))
-    latex = _outside_text(latex, lambda part: _PRIMES.sub(_as_primes, _wrap_words(_in_ascii(part))))
+    latex = _outside_text(latex, lambda part: _PRIMES.sub(_as_primes, _wrap_words(in_tex(part))))
+    latex = _SCRIPT_BEFORE_NOTHING.sub(r"\1{\2}", latex)
     while _DROPPED.search(latex):  # repeated, because a removal may create another match
         if _JOINED.search(latex):
             return ""
@@ -158,7 +146,7 @@ def with_distinct_case(a: str, b: str) -> tuple[str, str]:
     math-verify takes A_1 for a_1. Letters of words, of commands and in \mathbb{R} keep their names.
     """
     letters = {letter for answer in (a, b) for letter in _letters(answer)}
-    both = sorted(letter for letter in letters if letter.isupper() and letter.lower() in letters)
+    both = sorted(letter for letter in letters if letter != letter.lower() and letter.lower() in letters)
     unused = [letter for letter in "qwzvukpmjotysrlcbnxa" if not {letter, letter.upper()} & letters]
     names = dict(zip(both, unused))
     rename = lambda part: _NAMES.sub(lambda name: names.get(name[0], name[0]), part)
@@ -166,7 +154,7 @@ def with_distinct_case(a: str, b: str) -> tuple[str, str]:
 
 
 def _letters(latex: str) -> list[str]:
-    return [name for name in _NAMES.findall(TEXT_GROUP.sub(" ", latex)) if len(name) == 1]
+    return [name for name in _NAMES.findall(TEXT_GROUP.sub(" ", latex)) if len(name) == 1 or _GREEK.fullmatch(name)]
 
 
 def is_sentence(answer: str) -> bool:
@@ -257,32 +245,12 @@ def _brackets(latex: str) -> tuple[collections.Counter[str], bool]:
 
 
 def _only_words(answer: str) -> str | None:
-    text = re.sub(r"\\ |~", " ", TEXT_GROUP.sub(r"\1", plain(_with_accents(answer))))
+    text = re.sub(r"\\ |~", " ", TEXT_GROUP.sub(r"\1", plain(with_accents(answer))))
     runs = re.findall(r"[^\W\d_]+", text)
     are_symbols = all(map(_SYMBOLS.fullmatch, runs)) and (text == text[:1] or not TEXT_GROUP.search(answer))
     words = (text if are_symbols else text.casefold()).split()
     is_word = all(_is_letter(c) or c in " -'\u2019" for c in text) and any(map(_is_letter, text))
     return " ".join(words) if is_word and not {"and", "or"} & set(words) else None
-
-
-def _with_accents(answer: str) -> str:
-    """Returns an answer with the accents and letters of TeX's text as Unicode has them, composed."""
-    accent = lambda m: "".join(filter(None, m.groups()[2:])) + _ACCENTS[m[1] or m[2]]
-    text = _LETTER.sub(lambda letter: _LETTERS[letter[1] or letter[2]], answer)
-    return unicodedata.normalize("NFC", _ACCENT.sub(accent, text))
-
-
-def _in_ascii(latex: str) -> str:
-    r"""Returns LaTeX with the roots, powers, indices and fractions of Unicode as TeX writes them: \sqrt{2}, x^{2}."""
-    latex = _RADICAL.sub(lambda root: rf"\sqrt{{{next(part for part in root.groups() if part is not None)}}}", latex)
-    for scripts, mark, digits in _SCRIPTS:
-        latex = scripts.sub(lambda script: f"{mark}{{{script[0].translate(digits)}}}", latex)
-    return _FRACTION_SIGN.sub(_as_fraction, latex)
-
-
-def _as_fraction(match: re.Match) -> str:
-    above, below = unicodedata.normalize("NFKC", match[2]).split("\u2044")
-    return f"{match[1]} {above}/{below}" if match[1] else rf"\frac{{{above}}}{{{below}}}"
 
 
 def _is_letter(c: str) -> bool:

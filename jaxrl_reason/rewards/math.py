@@ -13,7 +13,7 @@ import numbers
 import os
 import re
 
-from jaxrl_reason.rewards.answers import extract_answer, without_announcement
+from jaxrl_reason.rewards.answers import extract_answer, TEXT_GROUP, without_announcement
 from jaxrl_reason.rewards.latex import (
     differ_in_brackets,
     is_broken,
@@ -204,7 +204,7 @@ def _parse(latex: str) -> list:
     if not latex or extract_answer(rf"\boxed{{{latex}}}") != latex:
         return []
     if is_phrase(latex):
-        return ["".join(latex.casefold().split())]
+        return ["".join(TEXT_GROUP.sub(r"\1", latex).casefold().split())]
     if latex.endswith(r"\%"):  # some versions of the grammar do not know the sign
         value, *_ = _parse(latex.removesuffix(r"\%")) or [None]
         if isinstance(value, Equality) and isinstance(value.rhs, Expr):  # x = 50\%

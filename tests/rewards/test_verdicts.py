@@ -24,11 +24,12 @@ STATES_18 = [
     r"\boxed{17}, no: \boxed{18}", "\\boxed{17}\n#### 18", "#### 17\n\\boxed{18}", r"\\boxed{18}", r"\boxed{18} as asked, in \boxed", "\\boxed{18}\n#### 检查", "\\boxed{18}\n#### **Check:** done",
     "#### **18**.", r"\boxed{18}" + "\n#### a", "\\boxed{18}\n#### I", "\\boxed{18}\n#### Q.E.D.", "#### 18\n#### A", "#### 18\n#### (a)", "#### 18\n#### Q. E. D.",
     "#### Answer: 18", "#### **Answer:** 18", "#### **Answer**: 18", "#### The answer is 18.", "#### **The answer is 18.**", "#### Final answer: **18**.", "#### The final answer is: 18",
+    "**#### 18**", "__#### 18__", "so **#### 18**",
 ]  # fmt: skip
 DO_NOT_STATE_18 = [
     "##### 18", "### 18", "#### Check\n18", r"\boxed{17}" + "\n#### Check\n18", r"\boxed{18} no: \boxed{17", r"\boxed{6 \fbox{18}}", r"\boxed{17 \boxed{18}}", r"\boxedx{18}", r"\fboxes{18}",
     "#### 18\n#### 17", r"\boxed{18} or \fbox{17}", r"\boxed and 18", "#### Step 18", r"\boxed{18", r"\boxed 18 \boxed 17", "#### **18", "18",
-    "#### Answer: 17", "#### Answer:\n18", "#### The answer is not 18", "#### 17\n#### A", "#### **18** or **19**.",
+    "#### Answer: 17", "#### Answer:\n18", "#### The answer is not 18", "#### 17\n#### A", "#### **18** or **19**.", "**#### 17**",
 ]  # fmt: skip
 
 
@@ -105,7 +106,7 @@ ACCURACY = [
         r"\[18\]", r"$ 18 $", "$$18$$.", r"\text{18}", r"\textbf{18}", r"\mathbf{18}", r"18\!", r"\,18", "18。", "`18`", r"\text{18 }", r"36/2\text{ cm}", r"\frac{36}{2}\,\text{cm}", r"18\text{ 元}",
         "{18}", r"\displaystyle{18}", '"18"', "'18'", "18 cm", "18 km/h", "18 dollars", r"18\,{\rm cm}", r"\mathrm{18\,cm}", r"\text{18 cm}", "18cm", "**18**.", r"\mathbf{\frac{36}{2}}",
         "18 cm^2", "18 square feet", "18€", "18 €", "€18", "€ 18", "£18", "18 euros", "18 USD", "18 °C", "18°F", "18 degrees Celsius", "18 cm²", "18 miles per hour", "18 dollars/day",
-        "18 kWh", r"18\text{ €}", r"$\$18$", r"$\$18$.", r"\(\$18\)", r"$\$18.00$",
+        "18 kWh", r"18\text{ €}", r"\underline{18}", r"\bm{18}", r"\color{red}{18}", r"\textcolor{red}{18}", r"\bf 18", r"\begin{equation}18\end{equation}", r"$\$18$", r"$\$18$.", r"\(\$18\)", r"$\$18.00$",
     )),
     *((a, "18", False) for a in (
         r"18\text{ million}", r"18\text{ and a half}", r"18\,\text{00}", r"18\,000", r"18\,\mathrm{e}", r"18\mathrm{e^2}", r"18\mathrm{x}", r"18\text{ cm}\text{ cm}", r"18\text{ dozen}", r"18\text{ if }x",
@@ -226,6 +227,10 @@ MATH = [
     (["√2", r"\sqrt{2}", "√(2)"], [r"\sqrt{2}", "√2"], 1), (["√12"], [r"2\sqrt{3}"], 1), (["2√3"], [r"2\sqrt{3}"], 1), (["√23"], [r"\sqrt{2}3"], 0), (["x²", "x^2"], ["x^2", "x²"], 1), (["x³", "2x"], ["x^2"], 0),
     (["x₁", "x_1"], ["x_1"], 1), (["x₂"], ["x_1"], 0), (["1010₂"], ["1010_2"], 1), (["1010₃"], ["1010_2"], 0), (["½"], [r"\frac{1}{2}", "1/2"], 1), (["1½"], ["3/2"], 1), (["1½", "¼"], ["1/2"], 0), (["3×4", "3·4"], ["12"], 1), (["(-∞, 2]"], [r"(-\infty, 2]"], 1),
     (["a_1", "a_{1}"], ["a_1"], 1), (["A_1"], ["a_1", "a_1+A_1", "a_1-a_1"], 0), (["X", "2X-X"], ["x"], 0), (["X"], ["X"], 1), (["x^2"], ["X^2"], 0), (["X^2", "X^2+0x"], ["X^2"], 1), (["AB", "BA"], ["AB"], 1), (["ab", "Ab"], ["AB"], 0), (["a-A", "0"], ["A-a"], 0),
+    ([r"\Delta"], [r"\delta"], 0), (["Δ"], ["δ"], 0), ([r"\Delta x", "Δx"], [r"\Delta x"], 1), ([r"\Pi", "Π"], [r"\pi"], 0), ([r"\Omega"], [r"\omega", r"\omega+\Omega"], 0),
+    ([r"\ensuremath{\sqrt{2}}", r"\underline{\sqrt{2}}", r"\bm{\sqrt2}", r"\color{red}{\sqrt{2}}", r"{\color{red} \sqrt{2}}", r"\textcolor{blue}{\sqrt{2}}", r"\scriptstyle\sqrt{2}", r"\bf \sqrt{2}"],
+     [r"\sqrt{2}", r"\begin{equation}\sqrt{2}\end{equation}", r"\begin{align*} \sqrt{2}. \end{align*}"], 1), ([r"\log_2\!3"], [r"\log_{2}3"], 1),
+    (["3 hours 20 minutes", r"3\text{ hours }20\text{ minutes}", "3 Hours 20 minutes"], ["3 hours 20 minutes", r"3\text{ hours }20\text{ minutes}"], 1), (["3 hours 20 seconds", "20 hours 3 minutes", "3 hours 20", "60"], ["3 hours 20 minutes"], 0),
     (["E"], ["e"], 0), (["e"], ["e"], 1), (["i"], ["i", "I"], 1), (["I"], ["i"], 0), (["NO", "No", "no"], ["no", "No"], 1), (["Bob", "bob"], ["Bob", "bob"], 1), ([r"x\in\mathbb{R}", r"\mathbb{R}"], [r"x\in\mathbb{R}"], 1), (["monday, tuesday"], ["Monday, Tuesday"], 1),
     (["a", "A"], ["a", "A", "(a)"], 1), ([r"\{r, R\}"], [r"\{R, r\}"], 1), (["n!"], ["N!"], 0), (["Yes, No"], ["yes, no"], 1),
     (["18€", "€18", "£ 18", "18 degrees Celsius", r"$\$18$"], ["18", "18 €", r"$\$18$"], 1), (["18 eggs", "18 m", "18x", "18 or 19", "18 1/2"], ["18"], 0), ([r"\sqrt{2} €", r"€\sqrt{2}"], [r"\sqrt{2}"], 1),
