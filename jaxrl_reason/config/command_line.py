@@ -130,7 +130,7 @@ def two_columns(rows: Iterable[tuple[str, str]], width: int) -> str:
     for name, text in rows:
         wrapped = [line for part in text.split("\n") for line in textwrap.wrap(part, width - left - 4, **options)]
         if len(name) > left:
-            lines.append(f"  {name}")
+            lines += textwrap.wrap(name, width, initial_indent="  ", subsequent_indent="    ", **options)
         elif wrapped:
             lines.append(f"  {name:<{left}}  {wrapped.pop(0)}")
         else:
@@ -149,10 +149,5 @@ def _sections(section: Any, prefix: str) -> list[list[tuple[str, str]]]:
             inner += _sections(value, name)
         else:
             choices = [repr(choice) if choice == "" else choice for choice in f.metadata["choices"] or ()]
-            shown = (
-                ",".join(value)
-                if isinstance(value, list) and value and all(isinstance(x, str) for x in value)
-                else repr(value)
-            )
-            own.append((f"--{name}={shown}", f.metadata["help"] + (f" ({' | '.join(choices)})" if choices else "")))
+            own.append((f"--{name}={value!r}", f.metadata["help"] + (f" ({' | '.join(choices)})" if choices else "")))
     return [own, *inner]

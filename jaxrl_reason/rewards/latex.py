@@ -86,7 +86,7 @@ _BASE_WORDS = re.compile(
 # A number after words: "3 hours 20 minutes" is no product. Only "and" and "or" are between the members of a list.
 _NUMBER_AFTER_WORDS = re.compile(
     rf"{TEXT_OPEN}(?!\s*,?\s*(?:and|or)\s*\}})(?![^{{}}]* base \w+\}})[^{{}}]*\}}(?:\s|~|\\[,;: ])*[0-9]"
-    r"|(?<![\\a-zA-Z])(?!(?:and|or|mod|sqrt|frac|sin|cos|tan|log|exp|gcd|lcm|min|max)\b)[a-zA-Z]{3,}\s+[0-9]"
+    r"|(?<![\\a-zA-Z])(?!(?:and|or|base|mod|sqrt|frac|sin|cos|tan|log|exp|gcd|lcm|min|max)\b)[a-zA-Z]{3,}\s+[0-9]"
 )
 _NAMED_BASE = re.compile(r"\\text\{(\S+) base \w+\}")
 _FORMULA = re.compile(r"\$[^$]*\$")
@@ -149,12 +149,21 @@ def with_distinct_case(a: str, b: str) -> tuple[str, str]:
     both = sorted(letter for letter in letters if letter != letter.lower() and letter.lower() in letters)
     unused = [letter for letter in "qwzvukpmjotysrlcbnxa" if not {letter, letter.upper()} & letters]
     names = dict(zip(both, unused))
-    rename = lambda part: _NAMES.sub(lambda name: names.get(name[0], name[0]), part)
+    rename = lambda part: _NAMES.sub(lambda name: names.get(_as_command(name[0]), name[0]), part)
     return _outside_text(a, rename), _outside_text(b, rename)
 
 
 def _letters(latex: str) -> list[str]:
-    return [name for name in _NAMES.findall(TEXT_GROUP.sub(" ", latex)) if len(name) == 1 or _GREEK.fullmatch(name)]
+    names = map(_as_command, _NAMES.findall(TEXT_GROUP.sub(" ", latex)))
+    return [name for name in names if len(name) == 1 or _GREEK.fullmatch(name)]
+
+
+def _as_command(name: str) -> str:
+    r"""Returns the command for a Greek letter of Unicode, \Delta; other names do not change."""
+    if len(name) > 1 or name.isascii():
+        return name
+    letter = unicodedata.name(name, name).split()[-1].lower().replace("lamda", "lambda")
+    return "\\" + (letter.capitalize() if name.isupper() else letter)
 
 
 def is_sentence(answer: str) -> bool:
