@@ -92,10 +92,10 @@ _NAMED_BASE = re.compile(r"\\text\{(\S+) base \w+\}")
 _FORMULA = re.compile(r"\$[^$]*\$")
 _VERB = re.compile(r"\b(?i:is|are|so|thus|hence|therefore|then|equals?|gives?|have|has|get|answer|value|that)\b")
 # Operators without an operand, and commands without an argument.
-_OPERATOR = r"[-+*/=<>^_&|:]|\\(?:times|cdot|div|pm|mp|leq?|geq?|neq?|in|to|cup|cap|wedge|vee)(?![a-zA-Z])"
+_OPERATOR = r"[-+*/=<>^_&:]|(?<!\\)\||\\(?:times|cdot|div|pm|mp|leq?|geq?|neq?|in|to|cup|cap|wedge|vee)(?![a-zA-Z])"
 _CUT = re.compile(
     rf"(?:{_OPERATOR}|\\(?:sqrt(?:\[[^\[\]]*\])?|[dtc]?frac|[dt]?binom|log|ln|sin|cos|tan|int|sum|prod|lim)(?:\s*[_^]\s*(?:\w|\{{[^{{}}]*\}}))*)\s*$"
-    r"|^\s*(?:[*/=<>^_&:]|\\(?:times|cdot|div|leq?|geq?|neq?|in|to|cup|cap|wedge|vee)(?![a-zA-Z]))|[_^]\s*\{\s*\}|[dtc]?frac\s*\{[^{}]*\}\s*(?!\s*[\w\\{])"
+    r"|^\s*(?:[*/=&:]|\\(?:times|cdot|div|in|to|cup|cap|wedge|vee)(?![a-zA-Z]))|[_^]\s*\{\s*\}|[dtc]?frac\s*\{[^{}]*\}\s*(?!\s*[\w\\{])"
     r"|(?:sqrt|[dtc]?frac(?:\s*\{[^{}]*\})?)\s*\{\s*\}|,\s*,|\?|^\|[^|]*$"
 )
 # Commands, environments, words, and single letters, which are symbols.

@@ -212,7 +212,8 @@ def _parse(latex: str) -> list:
         return [convert_to_pct(value) if isinstance(value, Expr) else latex, latex]
     norm = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True)
     whole = LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0, normalization_config=norm)
-    return parse(rf"\boxed{{{latex}}}", [whole], parsing_timeout=None, extraction_mode="first_match")
+    found = parse(rf"\boxed{{{latex}}}", [whole], parsing_timeout=None, extraction_mode="first_match")
+    return ["".join(found[0].split())] if found and isinstance(found[0], str) else found
 
 
 @functools.lru_cache(maxsize=1024)

@@ -235,7 +235,7 @@ MATH = [
     (["a", "A"], ["a", "A", "(a)"], 1), ([r"\{r, R\}"], [r"\{R, r\}"], 1), (["n!"], ["N!"], 0), (["Yes, No"], ["yes, no"], 1),
     (["18€", "€18", "£ 18", "18 degrees Celsius", r"$\$18$"], ["18", "18 €", r"$\$18$"], 1), (["18 eggs", "18 m", "18x", "18 or 19", "18 1/2"], ["18"], 0), ([r"\sqrt{2} €", r"€\sqrt{2}"], [r"\sqrt{2}"], 1),
     ([r"\sqrt{2}", r"$\sqrt{2}$"], [r"The answer is $\sqrt{2}$.", r"Answer: $\sqrt{2}$", r"So the final answer is \sqrt{2}."], 1), ([r"\sqrt{3}"], [r"The answer is $\sqrt{2}$."], 0),
-    ([r"p\wedge q"], [r"p\wedge q"], 1), ([r"\langle 1,2\rangle"], [r"\langle 1,2\rangle"], 1), ([r"n \equiv 1 \pmod 3"], [r"n \equiv 1 \pmod 3"], 1), ([r"\langle\alpha,\beta\rangle"], [r"\langle\alpha,\beta\rangle"], 1),
+    ([r"p\wedge q", r"p \wedge q"], [r"p\wedge q"], 1), ([r"q\wedge p", r"p\vee q"], [r"p\wedge q"], 0), ([">5", "> 5"], [">5"], 1), ([">6", "5"], [">5"], 0), ([r"\langle 1,2\rangle"], [r"\langle 1,2\rangle"], 1), ([r"n \equiv 1 \pmod 3"], [r"n \equiv 1 \pmod 3"], 1), ([r"\langle\alpha,\beta\rangle"], [r"\langle\alpha,\beta\rangle"], 1),
     ([r"90^\circ", "90", r"90^{\circ}", "90\u00b0", r"90\text{ degrees}"], [r"90^\circ", "90"], 1), (["\u2212\\sqrt{2}"], [r"-\sqrt{2}"], 1), ([r"6 \fbox{5}", r"6 \boxed {5}", r"6 \boxed5"], ["5"], 0),
 ]  # fmt: skip
 
@@ -269,7 +269,7 @@ def test_a_number_apart_from_a_power_is_refused_by_name():
 # References that no completion can equal: cut off, without content, or sentences around a formula.
 UNREADABLE = [
     "x^", "x_", "x+", "x^2 +", "=5", "x=", "2/", "/ 2", "*", "-", "?", "...", "#", "&", "^", "%", r"\%", r"\sqrt", r"\sqrt[3]", r"\sqrt{}", r"\frac", r"\frac{1}", r"\frac{1}{}", "x^{}", r"\log", r"\log_2",
-    r"\sin", r"\int", r"\sum", "(", ")", "(1,2", r"\left(1,2", r"\begin{pmatrix}1\\2", "1,,2", r"\times 2", r"\le 2", "x<", "|x", "||", r"\frac{1}{0}", "√", r"So $x = 2$.", r"$x=\sqrt{2}$ is the answer",
+    r"\sin", r"\int", r"\sum", "(", ")", "(1,2", r"\left(1,2", r"\begin{pmatrix}1\\2", "1,,2", r"\times 2", "x<", "|x", "||", r"\frac{1}{0}", "√", r"So $x = 2$.", r"$x=\sqrt{2}$ is the answer",
     r"\text{}", "$", "1/0 + x", r"\boxed{}",
 ]  # fmt: skip
 
@@ -279,6 +279,9 @@ def test_references_that_nothing_equals_are_named():
     faults = reference_faults(UNREADABLE)
     assert not [reference for reference, fault in zip(UNREADABLE, faults) if fault is None]
     assert "math-verify cannot read the reference answer 'x^'" in faults[0]
+    assert (
+        reference_faults([">5", r"\geq 5", "^5C_2", r"\|v\|", r"\{x \mid x>0\}", r"x \equiv 1 \pmod 3"]) == [None] * 6
+    )  # compared as text
     good = ["[1,2)", "|x|", r"\{\}", r"\pi", "None of the above", r"\emptyset", "5-", r"\infty"]
     assert [fault is None for fault in reference_faults(good)] == [True] * 6 + [False, True]
 
