@@ -284,31 +284,42 @@ def _plain_warnings() -> Iterator[None]:
 
     Records with an attribute `kind` are printed once per kind.
     """
-    before, log = warnings.formatwarning, logging.getLogger(__name__.partition(".")[0])
+    before, log, handler = warnings.formatwarning, logging.getLogger(_OURS), _Sentences()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    handler, propagates, log.propagate = logging.StreamHandler(), log.propagate, False
-    handler.setFormatter(logging.Formatter("warning: %(message)s"))
-    handler.addFilter(_FirstOfKind())
     log.addHandler(handler)
     try:
         yield
     finally:
-        warnings.formatwarning, log.propagate = before, propagates
+        warnings.formatwarning = before
         log.removeHandler(handler)
+        for other in logging.getLogger().handlers:
+            other.removeFilter(_is_of_others)
 
 
-class _FirstOfKind(logging.Filter):
-    """Lets pass the first record of each kind, and every record without a kind."""
+_OURS = __name__.partition(".")[0]
+
+
+def _is_of_others(record: logging.LogRecord) -> bool:
+    return record.name.partition(".")[0] != _OURS
+
+
+class _Sentences(logging.StreamHandler):
+    """Prints records as warnings: the first one of each kind, and all without a kind."""
 
     def __init__(self) -> None:
         super().__init__()
         self._seen: set[object] = set()
+        self.setFormatter(logging.Formatter("warning: %(message)s"))
 
-    def filter(self, record: logging.LogRecord) -> bool:
+    def emit(self, record: logging.LogRecord) -> None:
+        # Libraries give the root logger a handler at any time, which would print the record again as WARNING:module.
+        for other in logging.getLogger().handlers:
+            if getattr(other, "stream", None) is sys.stderr or type(other).__module__.startswith("absl"):
+                other.addFilter(_is_of_others)
         kind = getattr(record, "kind", None)
-        is_first = kind is None or kind not in self._seen
+        if kind is None or kind not in self._seen:
+            super().emit(record)
         self._seen.add(kind)
-        return is_first
 
 
 def _report(error: Exception | str, code: int) -> int:

@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 import pickle
+import re
 import sys
 from types import ModuleType
 
@@ -122,6 +123,17 @@ def test_failures_of_one_class_at_one_place_are_one_kind(caplog):
     first, second, third, fourth = (record.kind for record in caplog.records)
     assert first == second and len({first, third, fourth}) == 3
     assert "text 1 is bad" in caplog.messages[1] and "counted, in rewards/picky/error_rate" in caplog.messages[1]
+
+
+def test_a_function_that_works_on_single_rows_alone_is_named(caplog):
+    def single(completions, **_):
+        (text,) = completions
+        return [float(len(text))]
+
+    with caplog.at_level(logging.WARNING):
+        table = run(HostReward("single", single))
+    np.testing.assert_array_equal(table.per_reward["single"], [[6, 6, 1], [6, 3, 6]])
+    assert re.search("'single' raised ValueError: too many values .*; called row by row, it works", caplog.text)
 
 
 def test_a_function_that_fails_too_often_raises():

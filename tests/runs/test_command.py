@@ -301,7 +301,25 @@ def test_our_log_looks_like_warnings_and_each_kind_is_shown_once(capsys):
         assert command.run(COMMAND, ["--out=a"], lambda arguments: arguments, work) == 0
         shown = ["Failure of step 0.", "Other failure of step 0.", "Again.", "Again."]
         assert capsys.readouterr() == ("", "".join(f"warning: {line}\n" for line in shown))
-    assert logging.getLogger("jaxrl_reason").propagate and not logging.getLogger("jaxrl_reason").handlers
+    assert not logging.getLogger("jaxrl_reason").handlers
+
+
+def test_a_handler_of_the_root_logger_prints_our_log_no_second_time(capsys):
+    root, handlers = logging.getLogger(), []
+
+    def work(_):
+        handlers.append(logging.StreamHandler())  # as logging.basicConfig installs it
+        handlers[0].setFormatter(logging.Formatter(logging.BASIC_FORMAT))
+        root.addHandler(handlers[0])
+        logging.getLogger("jaxrl_reason.rewards.host").warning("Ours.")
+        logging.getLogger("other").warning("Theirs.")
+
+    try:
+        assert command.run(COMMAND, ["--out=a"], lambda arguments: arguments, work) == 0
+        assert capsys.readouterr() == ("", "warning: Ours.\nWARNING:other:Theirs.\n")
+        assert not handlers[0].filters
+    finally:
+        root.removeHandler(handlers[0])
 
 
 @pytest.mark.processes
