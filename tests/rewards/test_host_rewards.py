@@ -110,15 +110,15 @@ def test_failures_of_one_class_at_one_place_are_one_kind(caplog):
     def picky(completions, completion_ids, **_):
         if [1, 2, 3] in completion_ids:
             raise ValueError(f"text {len(caplog.records)} is bad")
-        if [4] in completion_ids:
-            raise KeyError("no 4")
+        if [9] in completion_ids:
+            raise KeyError("no 9")
         return [1.0] * len(completions)
 
     reward = HostReward("picky", picky)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             run(reward)
-        run(reward, completion_ids=[[[2]] * 3, [[4], [5], [6]]])
+        run(reward, completion_ids=[[[2]] * 3, [[9], [5], [6]]])
         run(HostReward("other", picky))
     first, second, third, fourth = (record.kind for record in caplog.records)
     assert first == second and len({first, third, fourth}) == 3
