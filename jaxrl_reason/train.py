@@ -1,6 +1,7 @@
 """Trains a policy by reinforcement learning on groups of completions.
 
-    data -> (supervised start) -> [ rollout -> rewards -> advantages -> update ] x steps -> table, picture
+    data -> (supervised start) -> [ rollout -> rewards
+        -> advantages -> update ] x steps -> table, picture
 
 The parts in brackets are compiled, and arrays stay on the device between them. Only host rewards cross: token ids out, rewards in. The same command
 continues from the newest checkpoint.

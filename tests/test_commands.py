@@ -53,6 +53,14 @@ def test_help(name, capsys):
     assert f"\nExample:\n  python -m jaxrl_reason.{name} --" in rest
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_help_fits_into_the_terminal(width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    for name, (main, _) in COMMANDS.items():
+        assert main(["--help"]) == 0
+        assert not [line for line in capsys.readouterr().out.splitlines() if len(line) > width], name
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_an_unknown_or_a_missing_flag_is_one_sentence(name, capsys):
     main, flags = COMMANDS[name]

@@ -458,6 +458,15 @@ def test_a_reward_that_fails_is_one_sentence(trained, rewards, tmp_path, capsys)
     assert "'broken'" in error and "nothing works" in error and not list(tmp_path.iterdir())
 
 
+def test_references_that_no_completion_can_equal_are_refused_by_line(trained, tmp_path, capsys):
+    rows = write_rows(tmp_path / "rows.jsonl", [DIGITS[0], *({**row, "answer": "many"} for row in DIGITS[1:4])])
+    assert evaluate.main([f"--workdir={trained[1]}", f"--data={rows}", f"--out={tmp_path / 'out'}"]) == 2
+    error = capsys.readouterr().err
+    assert "error: Reward 'accuracy' cannot judge 3 of 4 rows" in error
+    assert f"{rows}, line 2: The reference answer 'many'" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_output_directory_that_is_a_file(trained, tmp_path, capsys):
     (tmp_path / "file").write_text("kept")
     assert "is a file" in refusal(capsys, f"--workdir={trained[1]}", f"--out={tmp_path / 'file'}")

@@ -123,12 +123,14 @@ def two_columns(rows: Iterable[tuple[str, str]], width: int) -> str:
     """Returns (name, text) in two columns, in lines of at most `width` characters; each line of a text begins a new line."""
     rows = list(rows)
     left = min(max((len(name) for name, _ in rows), default=0), 46, width // 2 - 2)
+    room = width - 4 - max((len(word) for _, text in rows for word in text.split()), default=0)
+    left = room if 16 <= room < left else left  # the longest word fits into its line
     options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}  # flags stay in one piece
     lines = []
     for name, text in rows:
         wrapped = [line for part in text.split("\n") for line in textwrap.wrap(part, width - left - 4, **options)]
         if len(name) > left:
-            lines.append(f"  {name}")
+            lines += textwrap.wrap(name, width, initial_indent="  ", subsequent_indent="    ", **options)
         elif wrapped:
             lines.append(f"  {name:<{left}}  {wrapped.pop(0)}")
         else:

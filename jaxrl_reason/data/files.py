@@ -11,7 +11,7 @@ import warnings
 
 from jaxrl_reason.data import parsers
 from jaxrl_reason.data.parsers import kind, Row
-from jaxrl_reason.data.prompts import turns_of
+from jaxrl_reason.data.prompts import parse_turns, turns_of
 
 T = TypeVar("T")
 
@@ -40,8 +40,8 @@ class FileRows:
 def read(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) -> FileRows:
     """Reads and checks a whole file of a kind that `parsers.kind_of` knows: UTF-8, blank lines at the end only.
 
-    `columns` maps our names to the file's. Dots select a field of a structured column: {"question": "prompt.0.content",
-    "answer": "reward_model.ground_truth"}. Of a Parquet file, only columns in `columns` and our names enter memory.
+    `columns` maps our names to the file's. Dots select a field of a structured column: {"answer":
+    "reward_model.ground_truth"}. Of a Parquet file, only columns in `columns` and our names enter memory.
 
     `question` must be non-empty text, a finite number, or a conversation (see `prompts.turns_of`). Our other columns, if
     named in `columns`, and `answer`, if any row has it, must be non-empty text or a finite number. Columns that only
@@ -53,7 +53,8 @@ def read(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) -> Fil
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no data file {path}.")
-    parsed = parsers.parse(path, lambda names: _needed(names, columns))
+    optional = {*_OURS, *_QUESTIONS} - {*columns, *columns.values()}
+    parsed = parsers.parse(path, lambda names: _needed(names, columns), optional)
     reader = _FileReader(path, parsed.unit)
     for number, row in parsed.rows:
         try:
@@ -149,21 +150,46 @@ NAMING = (
 def rename_columns(row: Row, columns: Mapping[str, str], names: Iterable[str] | None = None) -> Row:
     """Returns the row under our names: `columns` maps them to the row's, and other columns keep their names.
 
-    A name that the row lacks can be a path into a structured column: "prompt.0.content". Without a column `question`,
-    `prompt` or `messages` is the question. Raises MissingColumnError, which lists `names` (None: the row's), if the
-    question or a column in `columns` is missing.
+    A name that the row lacks can be a path into a structured column: "reward_model.ground_truth". Without a column
+    `question`, `prompt` or `messages` is the question. A question that is a conversation as JSON text becomes a list.
+
+    Raises MissingColumnError, which lists `names` (None: the row's), if the question or a column in `columns` is missing,
+    and ValueError if the question is a conversation's turn that is not the user's, or text that looks like a conversation.
+    Warns if the question is one turn of several.
     """
     wanted = _wanted(row, columns)
     wanted |= {"answer": "answer"} if "answer" in row and "answer" not in wanted else {}
     row = dict(row)
     for ours, theirs in wanted.items():
         if theirs not in row and "." in theirs:
+            if ours == "question":
+                _check_turn(row, theirs)
             for value in _inside(row, theirs):
                 row[theirs] = value
         if theirs not in row:
             raise _missing(ours, theirs, row if names is None else names)
     rest = {name: value for name, value in row.items() if name not in wanted.values()}
-    return rest | {ours: row[theirs] for ours, theirs in wanted.items()}
+    return rest | {
+        ours: parse_turns(row[theirs]) if ours == "question" else row[theirs] for ours, theirs in wanted.items()
+    }
+
+
+def _check_turn(row: Row, path: str) -> None:
+    """Checks a question that is one turn of a conversation, such as "prompt.0.content"."""
+    before, _, place = path.rpartition(".")[0].rpartition(".")
+    turns = next(_inside(row, before), None) if before else None
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) and "role" in turn for turn in turns):
+        return
+    whole = f"'question': {before!r} takes the whole conversation"
+    turn = turns[int(place)] if place.isascii() and place.isdigit() and int(place) < len(turns) else None
+    if turn is not None and turn["role"] != "user":
+        raise ValueError(f"the question {path!r} is the {turn['role']}'s turn; {whole}")
+    if len(turns) > 1:
+        left_out = f"the question {path!r} leaves out the other turns of its conversation"
+        warnings.warn(
+            f'In some rows {left_out}; --config.data.columns="{{{whole.partition(" takes")[0]}}}" takes all.',
+            stacklevel=6,
+        )
 
 
 def _wanted(names: Iterable[str], columns: Mapping[str, str]) -> dict[str, str]:
@@ -204,7 +230,7 @@ def slice_rows(rows: list[T], split: str, path: pathlib.Path | str) -> list[T]:
 
 
 def _inside(row: Row, path: str) -> Iterator[Any]:
-    """Yields the value at a path such as "prompt.0.content", if the path exists."""
+    """Yields the value at a path such as "reward_model.ground_truth", if the path exists."""
     at: Any = row
     for part in path.split("."):
         if isinstance(at, dict) and part in at:

@@ -8,6 +8,7 @@ import io
 import json
 import pathlib
 from typing import Any, BinaryIO, NamedTuple
+import warnings
 import zlib
 
 Row = dict[str, Any]
@@ -32,18 +33,19 @@ def kind_of(name: str | pathlib.Path) -> str:
     return next((kind for kind in _TEXT if plain.endswith(kind)), ".parquet" if name.endswith(".parquet") else "")
 
 
-def parse(path: pathlib.Path, needed: Callable[[Sequence[str]], Sequence[str]]) -> Parsed:
+def parse(path: pathlib.Path, needed: Callable[[Sequence[str]], Sequence[str]], optional: Iterable[str] = ()) -> Parsed:
     """Opens a file whose `kind_of` is known.
 
-    `needed` chooses the columns of a Parquet file that enter memory. Raises ValueError if the file as a whole cannot be
+    `needed` chooses the columns of a Parquet file that enter memory. Columns of a CSV file in `optional` count as absent
+    if all their cells are empty. Raises ValueError if the file as a whole cannot be
     read: it is no such file, it is UTF-16 or UTF-32, a .json file is no list, or a header does not name every column.
     """
     kind = kind_of(path)
     if kind == ".parquet":
         return _parquet(path, needed)
     if kind in (".csv", ".tsv"):
-        header, rows = read_cells(path, "," if kind == ".csv" else "\t")
-        return Parsed("line", header, _named(header, rows))
+        header, cells = read_cells(path, "," if kind == ".csv" else "\t")
+        return _without_empty(Parsed("line", header, _named(header, cells)), set(optional) & set(header))
     if kind == ".json":
         return _json_file(path)
     return Parsed("line", None, _json_lines(path, _binary_lines(path)))
@@ -52,8 +54,11 @@ def parse(path: pathlib.Path, needed: Callable[[Sequence[str]], Sequence[str]]) 
 def read_cells(path: pathlib.Path, delimiter: str) -> tuple[list[str], Iterator[tuple[int, list[str] | ValueError]]]:
     """Returns the header of a CSV file, and its rows of cells with their first lines: quoted cells can hold line breaks.
 
-    Raises ValueError if the header does not name every column once, no row follows, or the file is damaged: after an open
-    quote, nothing can tell where the next row begins.
+    A first column without a name is left out with a warning: pandas writes its index so. Further columns without a name
+    are left out if they have no cell with content.
+
+    Raises ValueError if the header does not name every other column once, no row follows, or the file is damaged: after an
+    open quote, nothing can tell where the next row begins.
     """
     content = b"".join(_binary_lines(path))
     try:
@@ -69,11 +74,29 @@ def read_cells(path: pathlib.Path, delimiter: str) -> tuple[list[str], Iterator[
     if header is None:
         raise ValueError(f"{path} has no header: it is empty.")
     names = [name.strip() for name in header]
-    _check_header(path, names, first_line)
-    second = next(rows, None)
-    if second is None:
+    _check_names(path, names, first_line)
+    found = list(_of_width(len(names), rows))
+    if not found:
         raise ValueError(f"{path} has a header and no rows.")
-    return names, _of_width(len(names), (row for part in ([second], rows) for row in part))
+    named = _named_columns(path, names, found, first_line)
+    if len(named) < len(names):
+        found = [(line, [row[i] for i in named] if isinstance(row, list) else row) for line, row in found]
+    return [names[i] for i in named], iter(found)
+
+
+def _named_columns(
+    path: pathlib.Path, names: Sequence[str], rows: Sequence[tuple[int, list[str] | ValueError]], line: int
+) -> list[int]:
+    """Returns the positions of the columns with a name. Raises ValueError if another column but the first has content."""
+    has_content = lambda i: any(isinstance(row, list) and row[i].strip() for _, row in rows)
+    unnamed = [i for i, name in enumerate(names) if not name and has_content(i)]
+    if unnamed and unnamed[-1]:
+        fault = f"column {unnamed[-1] + 1} has no name"
+        raise ValueError(f"{path}, line {line}: {fault}; the first line has to name every column.")
+    if unnamed:
+        why = "as an index that pandas writes; it is left out"
+        warnings.warn(f"{path}: the first column has no name, {why}.", stacklevel=5)
+    return [i for i, name in enumerate(names) if name]
 
 
 def _cells(path: pathlib.Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -106,15 +129,21 @@ def _named(header: Sequence[str], rows: Iterable[tuple[int, list[str] | ValueErr
         yield line, cells if isinstance(cells, ValueError) else dict(zip(header, cells, strict=True))
 
 
-def _check_header(path: pathlib.Path, header: Sequence[str], line: int) -> None:
+def _without_empty(parsed: Parsed, optional: set[str]) -> Parsed:
+    """Returns the rows without the optional columns that no row fills."""
+    rows = list(parsed.rows)
+    filled = {name for _, row in rows if isinstance(row, dict) for name in optional if row[name].strip()}
+    kept = [name for name in parsed.columns or () if name not in optional - filled]
+    pick = lambda row: {name: row[name] for name in kept} if isinstance(row, dict) else row
+    return Parsed(parsed.unit, kept, ((number, pick(row)) for number, row in rows))
+
+
+def _check_names(path: pathlib.Path, header: Sequence[str], line: int) -> None:
     if not any(header):
         raise ValueError(f"{path}, line 1 is blank; the first line has to name every column.")
     first: dict[str, int] = {}
     for i, name in enumerate(header):
-        if not name:
-            fault = f"column {i + 1} has no name"
-            raise ValueError(f"{path}, line {line}: {fault}; the first line has to name every column.")
-        if first.setdefault(name, i) < i:
+        if name and first.setdefault(name, i) < i:
             fault = f"columns {first[name] + 1} and {i + 1} are both named {name!r:.80}"
             raise ValueError(f"{path}, line {line}: {fault}; rename one of them.")
 

@@ -7,6 +7,12 @@ import logging
 import pathlib
 import sys
 from typing import Any
+import urllib.error
+import urllib.parse
+import urllib.request
+
+_ADDRESSES = {"gsm8k": "https://raw.githubusercontent.com"}  # of data sets whose addresses TFDS does not list
+_PATIENCE_S = 10.0  # to wait for an answer
 
 
 def open_split(name: str, split: str, folder: pathlib.Path | None, kind: str) -> Any:
@@ -37,9 +43,18 @@ def open_split(name: str, split: str, folder: pathlib.Path | None, kind: str) ->
 
 def _prepare(tfds: Any, builder: Any, what: str) -> None:
     generated = type(builder).__module__.startswith(__package__)  # by a builder of ours, without network
-    how = "generated" if generated else "downloaded (without a network this fails after some minutes)"
+    url = None if generated else _an_address(builder)
+    how = (
+        "generated"
+        if generated
+        else "downloaded"
+        if url
+        else "downloaded (without a network this fails after some minutes)"
+    )
     print(f"The {what} is being {how}; it will be in {builder.data_dir}.", file=sys.stderr, flush=True)
     try:
+        if url:
+            _check_reachable(url)
         with _quiet(tfds):
             builder.download_and_prepare()
     except FileExistsError:
@@ -52,6 +67,24 @@ def _prepare(tfds: Any, builder: Any, what: str) -> None:
         raise OSError(
             f"The {what} could not be prepared in {builder.data_dir}: {reason.rstrip('.')}.{remedy}"
         ) from error
+
+
+def _an_address(builder: Any) -> str | None:
+    """Returns an address from which TFDS downloads a data set, or None if TFDS does not state any."""
+    return _ADDRESSES.get(builder.name) or next(iter(builder.url_infos or ()), None)
+
+
+def _check_reachable(url: str) -> None:
+    """Raises OSError within seconds if no server answers at the address. TFDS would try for minutes."""
+    server = urllib.parse.urlsplit(url)
+    if server.scheme not in ("http", "https"):
+        return
+    request = urllib.request.Request(f"{server.scheme}://{server.netloc}", method="HEAD")
+    try:
+        with contextlib.suppress(urllib.error.HTTPError):  # an answer
+            urllib.request.urlopen(request, timeout=_PATIENCE_S).close()
+    except OSError as error:
+        raise OSError(f"{server.hostname} cannot be reached ({getattr(error, 'reason', error)})") from error
 
 
 @contextlib.contextmanager

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 import dataclasses
 import difflib
+import json
 import re
 from typing import Any, Protocol
 
 _FIELD = re.compile(r"\{(\w+)\}")
+_CONVERSATION = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content)["']\s*:""")
 
 
 Turn = dict[str, Any]  # of a conversation: "role", "content", and what else the chat template reads
@@ -30,6 +32,22 @@ def turns_of(question: Any) -> list[Turn]:
         last = f"its last turn is the {turns[-1]['role']}'s"
         raise ValueError(f"{last}; it has to be the user's, because the policy writes the next one")
     return turns
+
+
+def parse_turns(question: Any) -> Any:
+    """Returns the list of turns of a question that is a conversation as JSON text; any other question as it is.
+
+    Raises ValueError for turns in Python's spelling, which pandas writes into CSV files.
+    """
+    if not isinstance(question, str) or not _CONVERSATION.match(question):
+        return question
+    try:
+        turns = json.loads(question)
+    except (ValueError, RecursionError):
+        raise ValueError(
+            "the question is text that begins like a list of turns, and is not JSON; write it with json.dumps"
+        ) from None
+    return turns if all(isinstance(turn, dict) and "role" in turn for turn in turns) else question
 
 
 def _turn(i: int, turn: Any) -> Turn:

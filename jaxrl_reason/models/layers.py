@@ -201,9 +201,8 @@ class PromptCache(NamedTuple):
 class SampleCache(NamedTuple):
     """Keys and values of the samples' own tokens, per layer in pieces of c positions; an Int8 has one scale per position."""
 
-    keys: tuple[
-        tuple[Array | Int8, ...], ...
-    ]  # rotated, [P, G, N, K, c] per piece: the layout of the product with a query
+    # Rotated, [P, G, N, K, c] per piece: the layout of the product with a query.
+    keys: tuple[tuple[Array | Int8, ...], ...]
     values: tuple[tuple[Array | Int8, ...], ...]  # [P, G, N, c, K] per piece
 
 

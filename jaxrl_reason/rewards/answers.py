@@ -71,29 +71,40 @@ _BLANKS = r"(?:\\[,;:! ]|\\q?quad(?![a-zA-Z])|[\s~])"
 TEXT_OPEN = r"\\(?:mbox|operatorname|text(?:normal|bf|it|rm|sf)?|math(?:rm|it|bf|sf)|boldsymbol)\s*\{"
 _GROUP = rf"{TEXT_OPEN}((?:[^{{}}]++|\{{[^{{}}]*\}})*+)\}}"
 TEXT_GROUP = re.compile(_GROUP)
+_DISPLAYS = r"(?:equation|align|gather|displaymath|math)\*?"
 _WRAPPED = re.compile(
-    r"\$\$([^$]*+)\$\$|\$([^$]*+)\$|\\\(((?:(?!\\[()]).)*+)\\\)|\\\[((?:(?!\\[\[\]]).)*+)\\\]|`([^`]*+)`"
-    "|\"([^\"]*+)\"|'([^']*+)'|\u201c([^\u201c\u201d]*+)\u201d",
+    r"\$\$((?:[^$\\]|\\.)*+)\$\$|\$((?:[^$\\]|\\.)*+)\$|\\\(((?:(?!\\[()]).)*+)\\\)|\\\[((?:(?!\\[\[\]]).)*+)\\\]|`([^`]*+)`"
+    "|\"([^\"]*+)\"|'([^']*+)'|\u201c([^\u201c\u201d]*+)\u201d"
+    rf"|\\begin\{{{_DISPLAYS}\}}((?:(?!\\(?:begin|end)\{{).)*+)\\end\{{{_DISPLAYS}\}}",
     re.DOTALL,
 )
-_OPENED = re.compile(rf"{TEXT_OPEN}|\{{")
+_OPENED = re.compile(rf"{TEXT_OPEN}|\\(?:ensuremath|underline|bm|emph)\s*\{{|\\textcolor\s*\{{[^{{}}]*\}}\s*\{{|\{{")
 _DEEP = re.compile(rf"(?:(?:{TEXT_OPEN}|\{{)\s*){{30}}")  # no answer, and one layer at a time would take too long
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _OLD_FONT = re.compile(r"\{\s*\\(?:rm|bf|it|sf)(?![a-zA-Z])\s*([^{}]*+)\}")
 _IDLE = re.compile(
-    rf"^(?:(?!~){_BLANKS}|\\(?:display|text)style(?![a-zA-Z])|\\text\s*\{{\s*\}})+|(?:{_BLANKS}|(?<!\\)\\$)+$"
+    rf"^(?:(?!~){_BLANKS}|\\(?:(?:display|text|script)style|bf|it|rm|sf|small|large|Large|huge)(?![a-zA-Z])|\\color\s*\{{[^{{}}]*\}}"
+    rf"|\\text\s*\{{\s*\}})+|(?:{_BLANKS}|(?<!\\)\\$)+$"
 )
 _STOPS = (".", "\N{IDEOGRAPHIC FULL STOP}")
 
+CURRENCIES = "\u20ac\u00a3\u00a5\u20b9"  # before or after a number; "$" only before it
 _POWER = r"(?:\^[0-9]|\^?\{\^?-?[0-9]\})?"
 _UNITS = re.compile(rf"{_GROUP}{_POWER}(?:{_BLANKS}*(?:/|\\cdot|\\times|\\,){_BLANKS}*{_GROUP}{_POWER})*[ .$]*")
 _DEGREES = re.compile(r"\s*(?:\^\s*\{\s*\\circ\s*\}|\^\s*\\circ|\\degree|\u00b0)\s*$")
-# Units in letters. Single letters are variables: 5m is not 5.
-_BARE_UNIT = re.compile(
-    rf"(?:(?<=[0-9}})]){_BLANKS}*|(?<=\\pi)\s+)(?:(?:square|sq\.?|cubic|cu\.?)\s+)?(?:[ckm]m|kg|m[lgL]|lbs?|ft|oz|[km]ph|km/h|m/s|"
-    r"(?:inch|feet|foot|(?:centi|kilo|milli)?met(?:er|re)|mile|yard|lit(?:er|re)|(?:kilo)?gram|pound|hour|hr|minute|min|"
-    r"second|sec|day|week|month|year|dollar|cent|degree|unit)(?:e?s)?)(?:\^\{?[0-9]\}?)?$"
+# Units in letters: measures and currencies. Single letters are variables: 5m is not 5. Other words are no units: a list
+# of all words that change a value ("5 dozen") has no end.
+_UNIT_WORD = (
+    r"(?:inch|feet|foot|(?:centi|kilo|milli)?met(?:er|re)|mile|yard|(?:milli)?lit(?:er|re)|gallon|(?:kilo|milli)?gram|pound|ton(?:ne)?|hour|"
+    r"hr|minute|min|second|sec|day|week|month|year|dollar|cent|euro|rupee|degree|unit)(?:e?s)?|yen|yuan|degrees? (?:Celsius|Fahrenheit)"
 )
+_UNIT_POWER = r"(?:\^\{?[0-9]\}?|[\u00b2\u00b3])?"
+_BARE_UNIT = re.compile(
+    rf"(?:(?<=[0-9}})]){_BLANKS}*|(?<=\\pi)\s+)(?:(?:square|sq\.?|cubic|cu\.?)\s+)?(?:(?:[ckm]m|kg|m[lgL]|lbs?|ft|oz|[km]ph|km/h|m/s|[kMG]?Hz|kWh?|"
+    rf"USD|EUR|GBP|{_UNIT_WORD}){_UNIT_POWER}(?:(?:\s*/\s*|\s+per\s+)(?:[ckm]m|kg|m[lgL]|[hs]|{_UNIT_WORD}){_UNIT_POWER})?|[{CURRENCIES}]"
+    r"|\u00b0 ?[CF]|[\u2103\u2109])$"
+)
+_NUMBER_WITH_WORD = re.compile(r"[0-9]\s*(?!and|or)[a-zA-Z]{2,}\s")
 BARE_PER_CENT = re.compile(r"(?:(?<=[0-9})])|\s)\s*(?:percent|per cent|pct|%|\\%)$")
 _PER_CENT = frozenset(("%", r"\%", "percent", "per cent", "pct"))
 
@@ -157,7 +168,10 @@ def _hash_lines(text: str) -> Iterator[tuple[int, str]]:
         begin = last
         while begin and text[begin - 1] == "#":
             begin -= 1
-        answer = _without_announcement(_without_bold(text[last + 4 : end].partition("\n")[0]))
+        line = text[last + 4 : end].partition("\n")[0].rstrip()
+        for mark in ("**", "__"):  # "**#### 18**"
+            line = line.removesuffix(mark) if text.endswith(mark, 0, begin) and mark not in line[:-2] else line
+        answer = without_announcement(_without_bold(line))
         if begin == last and answer:  # more hashes are a heading
             yield begin, answer
         end = begin
@@ -216,7 +230,7 @@ def _without_bold(answer: str) -> str:
     return bold[2].strip() if bold else answer
 
 
-def _without_announcement(answer: str) -> str:
+def without_announcement(answer: str) -> str:
     """Returns an answer without "Answer:" or "The answer is" before it, and then without its final dot."""
     announcement = _ANNOUNCEMENT.match(answer[:_MAX_RANKED])
     if not announcement:
@@ -261,9 +275,9 @@ def _without_braces(answer: str) -> str:
 
 
 def without_bare_unit(answer: str) -> str:
-    """Returns an answer without a unit in letters that ends it: "5 cm" is "5"."""
+    """Returns an answer without a unit in letters that ends it: "5 cm" is "5". "3 hours 20 minutes" has two and stays."""
     unit = _BARE_UNIT.search(answer)
-    return answer[: unit.start()] if unit else answer
+    return answer[: unit.start()] if unit and not _NUMBER_WITH_WORD.search(answer, 0, unit.start()) else answer
 
 
 def without_blanks(answer: str) -> str:
@@ -299,7 +313,9 @@ def is_unit(words: str) -> bool:
     words = words.replace("\N{MICRO SIGN}", "\N{GREEK SMALL LETTER MU}")
     if unicodedata.normalize("NFKC", words) != words or not _NOT_UNIT_CHARACTERS.isdisjoint(words):
         return False
-    if not all(unicodedata.category(c) in ("Ll", "Lu", "Lo") and not c.isnumeric() or c in " ./-'°" for c in words):
+    if not all(
+        unicodedata.category(c) in ("Ll", "Lu", "Lo") and not c.isnumeric() or c in f" ./-'°{CURRENCIES}" for c in words
+    ):
         return False
     names = [word if len(word) == 1 else word.lower() for word in re.split(r"[ ./-]+", words)]
     per_cent = any(pair in (("per", "cent"), ("per", "mille")) for pair in itertools.pairwise(names))

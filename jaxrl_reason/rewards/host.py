@@ -15,6 +15,7 @@ import itertools
 import logging
 import math
 from pathlib import Path
+import re
 import sys
 import threading
 import traceback
@@ -106,6 +107,7 @@ def compute_rewards(
     completion_ids: Sequence[Sequence[Sequence[int]]],
     columns: Mapping[str, Sequence],
     max_failure_share: float = 0.5,
+    warns: bool = True,
 ) -> RewardTable:
     """Calls every reward on P prompts x G completions; those of `isolated` that are `async` while the others run.
 
@@ -114,7 +116,7 @@ def compute_rewards(
     returns `pool.Results` has counted its errors and timeouts itself. If more than `max_failure_share` of a function's
     rows fail, the fault is in the function rather than in the rows, and this raises. Rewards have distinct names. There
     are P prompts, P lists of G completions and of their ids, end token included, and per column P values, which are
-    repeated for the completions.
+    repeated for the completions. With `warns`, failures that are allowed are logged.
 
     Raises RewardError if a function fails too often, lacks an argument, returns the wrong length or a value that is
     neither a finite number nor None, or if the inputs do not fit each other. The message names the function.
@@ -143,19 +145,18 @@ def compute_rewards(
         table.error[reward.name] = results.error or ""
         for kind in ("error", "none", "timeout"):
             getattr(table, f"{kind}_rate")[reward.name] = results.outcomes.count(kind) / len(results)
+        if warns:
+            warn_of_failures(table, reward.name)
     return table
 
 
 def _rewards_of_rows(reward: HostReward, rows: dict[str, list], max_failure_share: float) -> Results:
     """Returns one float per row, NaN if missing, and the outcomes."""
-    count, name = len(rows["completions"]), reward.name
+    count = len(rows["completions"])
     check_signature(reward, rows)
     results, first_error = _try_call(reward, rows, first_row=0)
     if first_error is None:
-        failures = _check_failures(reward, results, count, max_failure_share)
-        if failures:
-            missing = f"{failures} of {count} rows, which get no reward"
-            _log.warning("Reward %r failed on %s; the last error is %s", name, missing, results.error)
+        _check_failures(reward, results, count, max_failure_share)
         return results
     first, results = results.error, Results([], [])
     for row in range(count):
@@ -165,9 +166,22 @@ def _rewards_of_rows(reward: HostReward, rows: dict[str, list], max_failure_shar
         results.error = one.error or results.error
         # Checked after every row, so that a broken function is not called for all rows.
         failures = _check_failures(reward, results, count, max_failure_share, cause)
-    missing = f"{failures} of {count} rows, which get no reward"
-    _log.warning("Reward %r raised %s; called row by row, it failed on %s.", name, first, missing)
+    if not failures:
+        fault = f"Reward {reward.name!r} raised {first}; called row by row, it works, in one call per completion."
+        _log.warning("%s", fault, extra={"kind": (reward.name, "rows")})
     return results
+
+
+def warn_of_failures(table: RewardTable, name: str) -> None:
+    """Logs the failures of a reward, if any; commands show each kind once: the reward, the class of the error, its place."""
+    error, count = table.error[name] or "unknown", table.per_reward[name].size
+    failures = round((table.error_rate[name] + table.timeout_rate[name]) * count)
+    if failures:
+        place = re.search(r"\([^()]*, line \d+\)", error)
+        kind = (name, re.sub(r"\d+", "", error.partition(":")[0]), place and place[0])
+        fault = f"Reward {name!r} failed on {failures} of {count} rows, which get no reward; the last error is {error.rstrip('.')}."
+        note = f"Later failures of this kind are only counted, in rewards/{name}/error_rate and timeout_rate."
+        _log.warning("%s %s", fault, note, extra={"kind": kind})
 
 
 def _try_call(reward: HostReward, rows: Mapping[str, Sequence], first_row: int) -> tuple[Results, BaseException | None]:

@@ -12,6 +12,7 @@ import unicodedata
 
 from jaxrl_reason.rewards.answers import (
     BARE_PER_CENT,
+    CURRENCIES,
     plain,
     split_unit,
     TEXT_GROUP,
@@ -20,6 +21,7 @@ from jaxrl_reason.rewards.answers import (
     without_blanks,
 )
 from jaxrl_reason.rewards.numeric import parse_number
+from jaxrl_reason.rewards.spellings import in_tex, with_accents
 
 # Forms that LaTeX would misread: "1e-7" as Euler's number minus 7, and "1 1/2" as 1.
 _EXPONENT = re.compile(r"(?<=[0-9.])[eE]([-+]?[0-9]+)")
@@ -32,9 +34,16 @@ _NOT_LATEX = re.compile(
     rf"[0-9]_[0-9]{{2}}|[0-9.][eE][-+]?[0-9]{{4}}|(?<![\w.])0[xX][0-9a-fA-F]|[0-9.]{_APART}[0-9.]"
     r"|\\fbox|\\boxed|####"
 )
-_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:\\[,;: ]|~)[0-9]{3})+(?![0-9])")  # as TeX spaces them
+_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:\\[,;: ]|~|\{,\}|,\\!)[0-9]{3})+(?![0-9])")  # as TeX spaces them
+_MONEY = re.compile(rf"^([-+]?)[{CURRENCIES}] ?(?=[0-9.\\])")
+_LOGARITHMS = (
+    (re.compile(r"\\(?:lg(?![a-zA-Z])|operatorname\*?\{lg\})"), r"\log_{10} "),
+    (re.compile(r"\\(?:lb(?![a-zA-Z])|operatorname\*?\{lb\})"), r"\log_{2} "),
+    (re.compile(r"\\log\s*_\s*(?:e(?![a-zA-Z])|\{\s*e\s*\}|\{\s*\\(?:mathrm|text)\{e\}\s*\})"), r"\ln "),
+)
 # Arguments of one digit get braces: \log_2 3 is \log_{2} 3, \frac1 2 is \frac{1}{2}, and \sqrt2 3 is \sqrt{2} 3.
 _SCRIPT = re.compile(rf"(?<=[a-zA-Z)}}\]])\s*([_^])\s*([0-9])(?={_APART}[0-9.])")
+_SCRIPT_BEFORE_NOTHING = re.compile(r"([_^])\s*([0-9])(?=\\!)")
 _ARGUMENTS = re.compile(r"\\([dtc]?frac|[dt]?binom)\s*([0-9])\s*([0-9])")
 _ROOT = re.compile(r"\\sqrt\s*(\[[^\[\]]*\])?\s*([0-9])")
 # What math-verify removes anywhere in an answer. Removed between two digits, it would join them.
@@ -51,17 +60,24 @@ _PUNCTUATION = str.maketrans(
         "\uff09": ")",
         "\uff1a": ":",
         "\uff1d": "=",
+        "\u00d7": "\\times ",
+        "\u00b7": "\\cdot ",
+        "\u22c5": "\\cdot ",
+        "\u221e": "\\infty ",
+        "\u222a": "\\cup ",
+        "\u2229": "\\cap ",
+        "\u00b1": "\\pm ",
     }
 )
 _BASES = "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
-_DIGITS = r"(?=[A-F]*[0-9])[0-9A-F]+(?:\.[0-9A-F]+)?"
+_DIGITS = r"(?=[A-F]*[0-9]|[A-F]{2})[0-9A-F]+(?:\.[0-9A-F]+)?"
 _BASE_NAME = rf"([0-9]{{1,2}}|[a-z]|{'|'.join(_BASES)})"
 _BASE = rf"\s*(?:base\s*)?\(?{_BASE_NAME}\)?\s*"
 _BASED = re.compile(
     rf"(?:(?<![\w.\\])({_DIGITS})|(?<![a-zA-Z])\(({_DIGITS})\))\s*_\s*(?:([0-9a-z])(?![0-9.a-zA-Z])|\{{{_BASE}\}}"
     rf"|\{{\s*{TEXT_OPEN}{_BASE}\}}\s*\}}|{TEXT_OPEN}{_BASE}\}})"
 )
-_LETTER_DIGITS = r"(?<![\w.\\])(?=[A-F]*[0-9])[0-9A-F]*[A-F][0-9A-F]*(?=_\s*\{\s*1[1-6]\s*\})"
+_LETTER_DIGITS = r"(?<![\w.\\])(?=[A-F]*[0-9]|[A-F]{2})[0-9A-F]*[A-F][0-9A-F]*(?=_\s*\{\s*1[1-6]\s*\})"
 _CAPITAL_DIGITS, _ANY_DIGITS = re.compile(_LETTER_DIGITS), re.compile(_LETTER_DIGITS, re.IGNORECASE)
 _BASE_WORDS = re.compile(
     rf"(?:\\ |[\s~])*(?:{TEXT_OPEN}\s*\(?(?:in\s+)?base[\s~]+{_BASE_NAME}\)?\s*\}}"
@@ -70,8 +86,24 @@ _BASE_WORDS = re.compile(
 # A number after words: "3 hours 20 minutes" is no product. Only "and" and "or" are between the members of a list.
 _NUMBER_AFTER_WORDS = re.compile(
     rf"{TEXT_OPEN}(?!\s*,?\s*(?:and|or)\s*\}})(?![^{{}}]* base \w+\}})[^{{}}]*\}}(?:\s|~|\\[,;: ])*[0-9]"
+    r"|(?<![\\a-zA-Z])(?!(?:and|or|base|mod|sqrt|frac|sin|cos|tan|log|exp|gcd|lcm|min|max)\b)[a-zA-Z]{3,}\s+[0-9]"
 )
 _NAMED_BASE = re.compile(r"\\text\{(\S+) base \w+\}")
+_FORMULA = re.compile(r"\$[^$]*\$")
+_VERB = re.compile(r"\b(?i:is|are|so|thus|hence|therefore|then|equals?|gives?|have|has|get|answer|value|that)\b")
+# Operators without an operand, and commands without an argument.
+_OPERATOR = r"[-+*/=<>^_&:]|(?<!\\)\||\\(?:times|cdot|div|pm|mp|leq?|geq?|neq?|in|to|cup|cap|wedge|vee)(?![a-zA-Z])"
+_CUT = re.compile(
+    rf"(?:{_OPERATOR}|\\(?:sqrt(?:\[[^\[\]]*\])?|[dtc]?frac|[dt]?binom|log|ln|sin|cos|tan|int|sum|prod|lim)(?:\s*[_^]\s*(?:\w|\{{[^{{}}]*\}}))*)\s*$"
+    r"|^\s*(?:[*/=&:]|\\(?:times|cdot|div|in|to|cup|cap|wedge|vee)(?![a-zA-Z]))|[_^]\s*\{\s*\}|[dtc]?frac\s*\{[^{}]*\}\s*(?!\s*[\w\\{])"
+    r"|(?:sqrt|[dtc]?frac(?:\s*\{[^{}]*\})?)\s*\{\s*\}|,\s*,|\?|^\|[^|]*$"
+)
+# Commands, environments, words, and single letters, which are symbols.
+_NAMES = re.compile(
+    r"\\math(?:bb|cal|frak|scr)\s*\{[^{}]*\}|\\[a-zA-Z]+|[a-zA-Z]{4,}|\b(?i:yes|no)\b|[a-zA-Z\u0391-\u03a9\u03b1-\u03c9]"
+)
+_GREEK = re.compile(r"\\(?i:gamma|delta|theta|lambda|xi|pi|sigma|upsilon|phi|psi|omega)")
+_SYMBOLS = re.compile(r"(?i:(?!(?:no|yes)$)(?:[a-z]{1,3}|[\u0391-\u03c9]))(?<![A-Z][a-z]{2})")
 _SET_OPERATION = re.compile(r"\\(?:cup|cap|setminus|times|bigcup|bigcap|backslash)(?![a-zA-Z])|[\u222a\u2229\u2216]")
 _BRACE_NAMES = re.compile(r"\\([lr])brace(?![a-zA-Z])\s*")
 _SIZES = re.compile(r"\\[bB]igg?[lr]?(?![a-zA-Z])\s*")
@@ -84,16 +116,19 @@ def normalised(answer: str) -> str:
     "$ \sqrt{2} $." is \sqrt{2}; \log_2 3 is \log_{2} 3; 5\,\text{cm} is 5; 1010_2 is the text "1010 base 2"; words that
     are not ASCII are text.
     """
-    latex = unicodedata.normalize("NFC", plain(plain(answer).rstrip(",; "))).translate(_PUNCTUATION)
+    latex = plain(plain(with_accents(answer)).rstrip(",; ")).translate(_PUNCTUATION)
+    for logarithm, spelled in _LOGARITHMS:
+        latex = logarithm.sub(lambda _: spelled, latex)
     latex = _SIZES.sub("", _BRACE_NAMES.sub(lambda name: r"\{" if name[1] == "l" else r"\}", latex))
-    latex = _outside_text(latex, lambda part: _PRIMES.sub(_as_primes, _wrap_words(part)))
+    latex = _outside_text(latex, lambda part: _PRIMES.sub(_as_primes, _wrap_words(in_tex(part))))
+    latex = _SCRIPT_BEFORE_NOTHING.sub(r"\1{\2}", latex)
     while _DROPPED.search(latex):  # repeated, because a removal may create another match
         if _JOINED.search(latex):
             return ""
         latex = _DROPPED.sub("", latex)
-    latex, percent = split_unit(BARE_PER_CENT.sub(r"\\%", _based_as_text(without_blanks(latex))))
-    latex = without_bare_unit(latex)
-    latex = _THOUSANDS.sub(lambda number: re.sub(r"[^0-9]", "", number[0]), latex)
+    latex = _THOUSANDS.sub(lambda number: re.sub(r"[^0-9]", "", number[0]), without_blanks(latex))
+    latex, percent = split_unit(BARE_PER_CENT.sub(r"\\%", _based_as_text(latex)))
+    latex = _MONEY.sub(r"\1", without_bare_unit(latex))
     latex = _ROOT.sub(r"\\sqrt\1{\2}", _ARGUMENTS.sub(r"\\\1{\2}{\3}", _SCRIPT.sub(r"\1{\2}", latex)))
     mixed = _MIXED_NUMBER.fullmatch(latex)
     if mixed:
@@ -103,6 +138,50 @@ def normalised(answer: str) -> str:
     elif _FLOAT.fullmatch(latex) or parse_number(latex) is not None:
         latex = _EXPONENT.sub(r"\\cdot 10^{\1}", latex)
     return latex + r"\%" * percent
+
+
+def with_distinct_case(a: str, b: str) -> tuple[str, str]:
+    r"""Returns two normalised answers with new names for capitals whose small letter occurs too.
+
+    math-verify takes A_1 for a_1. Letters of words, of commands and in \mathbb{R} keep their names.
+    """
+    letters = {letter for answer in (a, b) for letter in _letters(answer)}
+    both = sorted(letter for letter in letters if letter != letter.lower() and letter.lower() in letters)
+    unused = [letter for letter in "qwzvukpmjotysrlcbnxa" if not {letter, letter.upper()} & letters]
+    names = dict(zip(both, unused))
+    rename = lambda part: _NAMES.sub(lambda name: names.get(_as_command(name[0]), name[0]), part)
+    return _outside_text(a, rename), _outside_text(b, rename)
+
+
+def _letters(latex: str) -> list[str]:
+    names = map(_as_command, _NAMES.findall(TEXT_GROUP.sub(" ", latex)))
+    return [name for name in names if len(name) == 1 or _GREEK.fullmatch(name)]
+
+
+def _as_command(name: str) -> str:
+    r"""Returns the command for a Greek letter of Unicode, \Delta; other names do not change."""
+    if len(name) > 1 or name.isascii():
+        return name
+    letter = unicodedata.name(name, name).split()[-1].lower().replace("lamda", "lambda")
+    return "\\" + (letter.capitalize() if name.isupper() else letter)
+
+
+def is_sentence(answer: str) -> bool:
+    """Returns whether an answer is a sentence with a formula in it, such as "So $x = 2$.", which nothing equals."""
+    text = plain(answer)
+    return "$" in text and _VERB.search(_FORMULA.sub(" ", TEXT_GROUP.sub(" ", text))) is not None
+
+
+def is_broken(latex: str) -> bool:
+    r"""Returns whether a normalised answer that math-verify takes for text is cut off, such as x^, \sqrt or (1,2.
+
+    Other such texts, p\wedge q, are compared as they are.
+    """
+    words = TEXT_GROUP.sub("x", latex)
+    symbols = re.sub(r"\\(?:left|right)(?![a-zA-Z])\s*\.?", "", words)
+    opened = [len(re.findall(bracket, symbols)) for bracket in (r"\\begin\{", r"(?<!\\)\{|\\\{|[(\[]")]
+    closed = [len(re.findall(bracket, symbols)) for bracket in (r"\\end\{", r"(?<!\\)\}|\\\}|[)\]]")]
+    return opened != closed or not re.search(r"[^\W_]", words) or _CUT.search(words) is not None
 
 
 def without_bases(latex: str) -> str:
@@ -175,8 +254,10 @@ def _brackets(latex: str) -> tuple[collections.Counter[str], bool]:
 
 
 def _only_words(answer: str) -> str | None:
-    text = re.sub(r"\\ |~", " ", TEXT_GROUP.sub(r"\1", unicodedata.normalize("NFC", plain(answer))))
-    words = text.casefold().split()
+    text = re.sub(r"\\ |~", " ", TEXT_GROUP.sub(r"\1", plain(with_accents(answer))))
+    runs = re.findall(r"[^\W\d_]+", text)
+    are_symbols = all(map(_SYMBOLS.fullmatch, runs)) and (text == text[:1] or not TEXT_GROUP.search(answer))
+    words = (text if are_symbols else text.casefold()).split()
     is_word = all(_is_letter(c) or c in " -'\u2019" for c in text) and any(map(_is_letter, text))
     return " ".join(words) if is_word and not {"and", "or"} & set(words) else None
 
@@ -212,7 +293,7 @@ def _wrap_words(latex: str) -> str:
 def _based_as_text(latex: str) -> str:
     def as_text(match: re.Match) -> str:
         digits, base = _digits_and_base(match)
-        if base == "10":
+        if base == "10" and not re.search("[A-F]", digits):
             return digits
         if not digits.isdecimal() and re.search("[A-F]", digits) and not (base.isdecimal() and 10 < int(base) <= 16):
             return match[0]

@@ -13,14 +13,17 @@ import numbers
 import os
 import re
 
-from jaxrl_reason.rewards.answers import extract_answer
+from jaxrl_reason.rewards.answers import extract_answer, TEXT_GROUP, without_announcement
 from jaxrl_reason.rewards.latex import (
     differ_in_brackets,
+    is_broken,
     is_phrase,
+    is_sentence,
     normalised,
     same_words,
     states_base_ten,
     with_capital_digits,
+    with_distinct_case,
     without_bases,
 )
 from jaxrl_reason.rewards.numeric import choice, numeric_verdict, parse_number, shortened
@@ -90,7 +93,7 @@ def _read_reference(answer: str | int | float, row: int) -> tuple[str, bool]:
             too_long = f"Row {row}: the reference answer is too long a number: {e}"
             raise ValueError(f"{too_long}; correct that row's answer.") from None
     text = answer.strip() if isinstance(answer, str) else ""
-    text = extract_answer(text) or text  # a worked solution
+    text = extract_answer(text) or without_announcement(text)  # a worked solution, or "The answer is 18."
     if not 0 < len(text) <= MAX_ANSWER_LENGTH:
         raise ValueError(f"Row {row}: {_unreadable(answer)}")
     return text, parse_number(text) is not None
@@ -128,32 +131,41 @@ def _judge(question: tuple[str, str | None]) -> float | None:
 
     reference, prediction = question
     gold_latex = normalised(reference)
-    gold = _parse_gold(gold_latex)
-    if not gold:
+    if is_sentence(reference) or not _can_be_matched(gold_latex):
         return None
     if prediction is None:
         return 0.0
-    letter, chosen = choice(reference), choice(prediction, with_text=True)
+    letter, chosen = choice(reference, certain=True), choice(prediction, with_text=True)
     if letter and chosen:
         return float(letter == chosen)
     words = same_words(reference, prediction)
     if words is not None:
         return float(words)
     gold_text, predicted_text = with_capital_digits(reference, prediction)
-    if gold_text != reference:
-        gold_latex = normalised(gold_text)
-        gold = _parse_gold(gold_latex)
+    gold_latex = normalised(gold_text)
     latex = normalised(predicted_text)
     # The question may name the base, so an answer may leave it out.
     if latex == without_bases(latex) and not states_base_ten(prediction):
         gold_latex = without_bases(gold_latex)
-        gold = _parse_gold(gold_latex)
-    predicted = _parse(latex)
+    gold_latex, latex = with_distinct_case(gold_latex, latex)
+    gold, predicted = _parse_gold(gold_latex), _parse(latex)
+    if not gold or not predicted:
+        return 0.0
     # The order of the arguments matters: gold first. The pool limits the time; math-verify's own time limit can fail.
     correct = verify(gold, predicted, timeout_seconds=None) and not _differ_exactly(gold[0], predicted[0])
     if not correct or differ_in_brackets(gold_latex, latex):
         return 0.0
     return float(latex == gold_latex or not _contradicts_itself(latex))
+
+
+def _can_be_matched(latex: str) -> bool:
+    """Returns whether an answer can equal a normalised reference: math-verify reads it, or it is text that is not cut off."""
+    from sympy import nan, zoo
+
+    gold = _parse_gold(latex)
+    if not gold or isinstance(gold[0], str):
+        return bool(gold) and (is_phrase(latex) or not is_broken(latex))
+    return not gold[0].has(nan, zoo)
 
 
 def _differ_exactly(a, b) -> bool:
@@ -192,7 +204,7 @@ def _parse(latex: str) -> list:
     if not latex or extract_answer(rf"\boxed{{{latex}}}") != latex:
         return []
     if is_phrase(latex):
-        return ["".join(latex.casefold().split())]
+        return ["".join(TEXT_GROUP.sub(r"\1", latex).casefold().split())]
     if latex.endswith(r"\%"):  # some versions of the grammar do not know the sign
         value, *_ = _parse(latex.removesuffix(r"\%")) or [None]
         if isinstance(value, Equality) and isinstance(value.rhs, Expr):  # x = 50\%
@@ -200,7 +212,8 @@ def _parse(latex: str) -> list:
         return [convert_to_pct(value) if isinstance(value, Expr) else latex, latex]
     norm = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True)
     whole = LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0, normalization_config=norm)
-    return parse(rf"\boxed{{{latex}}}", [whole], parsing_timeout=None, extraction_mode="first_match")
+    found = parse(rf"\boxed{{{latex}}}", [whole], parsing_timeout=None, extraction_mode="first_match")
+    return ["".join(found[0].split())] if found and isinstance(found[0], str) else found
 
 
 @functools.lru_cache(maxsize=1024)

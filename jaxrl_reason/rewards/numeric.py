@@ -7,9 +7,12 @@ much as "hello". Every function takes time linear in the text and keeps no state
 Numbers:
     18  -3  +3  1,234  0.50  .5  3/4  1e3  $18  -$18  \$18  18.  \frac{1}{2}  -\dfrac{1}{2}  50%  50\text{ percent}
     5\text{ cm}  5\,\mathrm{km/h}  90^\circ  $\displaystyle 18$.  \(18\)  \text{18}
-    5 cm  5 km/h  5 dollars  50 percent  {18}  "18"
+    5 cm  5 km/h  5 dollars  18€  €18  50 percent  {18}  "18"  $\$18$
 Not numbers, and neither are digits that are not ASCII:
-    1,2,3  1,23  --5  3/0  1e101  1 1/2  2+3  nan  inf  5 apples  x = 5  5\text{00}  5\text{ million}  5\mathrm{i}
+    1,2,3  1,23  --5  3/0  1e101  1 1/2  2+3  nan  inf  5 apples  5 m  x = 5  5\text{00}  5\text{ million}  5\mathrm{i}
+
+A unit is not compared: the question states it. In plain letters, units are the measures and currencies that
+`answers.without_bare_unit` knows. Single letters can be variables, and other words can change the value.
 
 `parse_number` divides by 100 if a percent sign follows. `numeric_verdict` accepts "50%" for the references "50%", "0.5"
 and "50", because the reference to "what percentage ...?" is usually written without the sign. It accepts "50" and "0.5"
@@ -23,10 +26,12 @@ import re
 
 from jaxrl_reason.rewards.answers import (
     BARE_PER_CENT,
+    CURRENCIES,
     extract_answer,
     plain,
     split_unit,
     TEXT_GROUP,
+    without_announcement,
     without_bare_unit,
     without_blanks,
 )
@@ -41,6 +46,7 @@ _NUMBER = re.compile(
     rf"|(?P<above>{_INTEGER}) ?/ ?(?P<below>{_INTEGER})"
     rf"|\\[dt]?frac\{{(?P<above_tex>[-+]?{_INTEGER})\}}\{{(?P<below_tex>[-+]?{_INTEGER})\}})"
 )
+_MONEY = re.compile(rf"^([-+]?)(?:\$|[{CURRENCIES}] ?)(?=[-+.0-9\\])")
 # A letter that names a choice: C, (C), C., C), \textbf{(C)}, Option C. The text of the choice may follow: (C) 18.
 _CHOICE = re.compile(r"(?:(?i:option|choice|answer)[\s~:]+)?\(?([A-Ja-j])[.:]?\)?[.:]?")
 _CHOICE_WITH_TEXT = re.compile(r"(\(?[A-Ja-j]\))(?:\\ |\\[,;:]|\\q?quad(?![a-zA-Z])|[\s~])*(?=[^\s(])(.+)")
@@ -89,8 +95,8 @@ def _read(text: str) -> tuple[Fraction, bool] | None:
     text = text.replace("{,}", ",").replace(r",\!", ",")  # thousands separators as TeX spaces them
     if text.startswith("$"):  # "$18" is money
         text = text[1:].removesuffix("$")
-    elif text[:2] in ("-$", "+$"):
-        text = text[0] + text[2:]
+    else:
+        text = _MONEY.sub(r"\1", text)
     text, percent = split_unit(text)
     if not percent:
         shorter = BARE_PER_CENT.sub("", text)
@@ -112,10 +118,11 @@ def _read(text: str) -> tuple[Fraction, bool] | None:
     return (-value if part["sign"] == "-" else value), percent
 
 
-def choice(text: str, *, with_text: bool = False) -> str | None:
+def choice(text: str, *, with_text: bool = False, certain: bool = False) -> str | None:
     """Returns the capital letter of a text that names a choice, or None.
 
-    With `with_text`, the text of the choice may follow: "(C) 18" is C, and "(C) or (D)" is None.
+    With `with_text`, the text of the choice may follow: "(C) 18" is C, and "(C) or (D)" is None. If `certain`, small
+    letters from e on need parentheses or a label, because e and i are numbers: "(e)" and "Option e" are E.
     """
     if len(text) > MAX_NUMBER_LENGTH:
         return None
@@ -124,7 +131,9 @@ def choice(text: str, *, with_text: bool = False) -> str | None:
     if labelled and not _SECOND_CHOICE.search(labelled[2]):
         text = labelled[1]
     match = _CHOICE.fullmatch(text)
-    return match and match[1].upper()
+    if match is None or certain and text in "efghij":
+        return None
+    return match[1].upper()
 
 
 def _read_reference(answer: str | int | float) -> tuple[Fraction, bool] | str:
@@ -136,8 +145,8 @@ def _read_reference(answer: str | int | float) -> tuple[Fraction, bool] | str:
     reading: tuple[Fraction, bool] | str | None = None
     if isinstance(answer, str):
         extracted = extract_answer(answer)
-        text = answer if extracted is None else extracted
-        reading = choice(text) or _read(text)
+        text = without_announcement(answer) if extracted is None else extracted
+        reading = choice(text, certain=True) or _read(text)
     if reading is None:
         raise ValueError(
             f"The reference answer {shortened(answer)} is not a number, so no completion can be judged against it; "

@@ -142,6 +142,7 @@ class RewardScorer:
             failures = hosts.mean(table.failures())
             for name in table.error:
                 self._check_failures(name, failures, table)
+                host.warn_of_failures(table, name)
             metrics = metrics | failures
         return {name: rewards[name] for name in self.names}, metrics
 
@@ -151,7 +152,8 @@ class RewardScorer:
         texts = [self._tokenizer.completions(group, self._skip_special) for group in ids]
         prompts = [self._template.render_prompt(row) for row in batch.rows]
         # `_check_failures` limits the failures among the rows of all processes.
-        return host.compute_rewards(self._host, prompts, texts, ids, _columns(batch.rows), max_failure_share=1.0)
+        columns = _columns(batch.rows)
+        return host.compute_rewards(self._host, prompts, texts, ids, columns, max_failure_share=1.0, warns=False)
 
     def _check_failures(self, name: str, failures: Mapping[str, float], table: host.RewardTable) -> None:
         """Raises RewardError, quoting one process's error, if `failures`, the shares of all processes, are too large."""
@@ -213,7 +215,9 @@ class RewardScorer:
                 texts = [_made_up(row, sample) for sample in range(samples)]
                 ids = [[*self._tokenizer.encode(text), self._tokenizer.eos_ids[0]] for text in texts]
                 prompt = self._template.render_prompt(row)
-                table = host.compute_rewards([reward], [prompt], [texts], [ids], _columns([row]), max_failure_share=1.0)
+                table = host.compute_rewards(
+                    [reward], [prompt], [texts], [ids], _columns([row]), max_failure_share=1.0, warns=False
+                )
                 if table.error_rate[reward.name] + table.timeout_rate[reward.name] < 1:
                     break
             else:

@@ -6,7 +6,7 @@ from numbers import Integral
 import re
 from typing import Any
 
-from jaxrl_reason.rewards.answers import extract_answer
+from jaxrl_reason.rewards.answers import extract_answer, without_announcement
 from jaxrl_reason.rewards.functions import with_answer_of
 from jaxrl_reason.rewards.numeric import MAX_NUMBER_LENGTH, parse_number
 
@@ -60,25 +60,26 @@ def many_answers_reward(
 
 
 def strict_reward(completions: Sequence[str], answer: Sequence[str], **_) -> list[float]:
-    """Returns 1.0 if the final answer and the stripped reference of the column `answer` are equal texts, else 0.0.
+    """Returns 1.0 if the final answer and the reference of the column `answer`, stripped, are equal texts, else 0.0.
 
     Like many verifiers, it compares characters: "0.75", "6/8" and "75%" are all incorrect if the reference is "3/4".
+    The reference may be a worked solution with its answer in a marker.
     Raises ValueError if a reference is missing.
     """
     if any(reference is None for reference in answer):
         raise ValueError("A row has no reference in its column 'answer', and \"None\" is no answer; correct that row.")
-    return [float(extract_answer(text) == str(gold).strip()) for text, gold in zip(completions, answer, strict=True)]
+    return [float(extract_answer(text) == _stated(gold)) for text, gold in zip(completions, answer, strict=True)]
 
 
 def judge_reward(completions: Sequence[str], answer: Sequence[str], **_) -> list[float]:
     """Returns 1.0 if the final answer has exactly the value of the reference in the column `answer`, else 0.0.
 
     Reads every form that `parse_number` reads, and mixed numbers ("1 1/2"). A percent sign divides by 100: 75% is 3/4
-    and is not 75. Raises ValueError if a reference is not a number.
+    and is not 75. The reference may be a worked solution. Raises ValueError if its final answer is not a number.
     """
     verdicts = []
     for completion, reference in zip(completions, answer, strict=True):
-        correct = _exact_value(str(reference))
+        correct = _exact_value(_stated(reference))
         if correct is None:
             raise ValueError(f"The reference answer {reference!r:.80} is not a number; correct that row's answer.")
         extracted = extract_answer(completion)
@@ -95,6 +96,12 @@ def _named_numbers(completion: str) -> list[int]:
     if len(parts) > 2 or not all(map(_WHOLE.fullmatch, parts)):
         return []
     return sorted(map(int, parts))
+
+
+def _stated(reference: Any) -> str:
+    """Returns the final answer of a reference: a worked solution with a marker, "The answer is 18.", or the answer alone."""
+    text = str(reference).strip()
+    return extract_answer(text) or without_announcement(text)
 
 
 def _exact_value(text: str) -> Fraction | None:

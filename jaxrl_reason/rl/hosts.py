@@ -179,9 +179,8 @@ def preemption() -> Iterator[Callable[[], bool]]:
         received.append(number)
         if number == signal.SIGINT:
             if sys.stdout.isatty():
-                os.write(
-                    1, b"\nEnding after this step. A second Ctrl-C ends at once, without saving.\n"
-                )  # print may be busy
+                # `print` may be busy.
+                os.write(1, b"\nEnding after this step. A second Ctrl-C ends at once, without saving.\n")
             if not alone:
                 os.kill(os.getpid(), signal.SIGTERM)
 

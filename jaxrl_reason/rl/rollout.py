@@ -31,9 +31,8 @@ class Carry(NamedTuple):
 
     t: jax.Array  # the position that is sampled next
     last: jax.Array  # int32[P, G], the tokens at position t - 1
-    due: (
-        jax.Array | None
-    )  # bool[P, G], completions whose end token was sampled in the last step: the next one reads their probe
+    # bool[P, G], completions whose end token was sampled in the last step: the next one reads their probe
+    due: jax.Array | None
     cache: Any  # keys and values of the completions
     completions: Completions
 

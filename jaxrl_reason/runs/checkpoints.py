@@ -288,9 +288,8 @@ _ECHOES = {"absl": "_SignalingThread.run() raised an exception", "asyncio": "exc
 _LEFT_BEHIND = ("Event loop is closed", "Encountered error while reading array index")
 
 
-_DAMAGE = re.compile(
-    r"(NOT_FOUND|DATA_LOSS|FAILED_PRECONDITION|INVALID_ARGUMENT|OUT_OF_RANGE): "
-)  # tensorstore's, reading
+# Of tensorstore, reading.
+_DAMAGE = re.compile(r"(NOT_FOUND|DATA_LOSS|FAILED_PRECONDITION|INVALID_ARGUMENT|OUT_OF_RANGE): ")
 _FILE = re.compile(r'local file "([^"]+)"')
 
 

@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import inspect
+import logging
 import pathlib
 import shlex
 import shutil
+import signal
 import sys
 import textwrap
+import threading
 import types
 from typing import Any, TypeVar
 import warnings
@@ -132,10 +135,9 @@ class Command:
         program = f"python -m jaxrl_reason.{self.name}"
         needed = "".join(f" {flag.describe()[0]}" for flag in self.flags if flag.required)
         flags = config_lib.two_columns([flag.describe() for flag in (*self.flags, _HELP)], width)
-        text = (
-            f"{_wrapped(self.doc or '', width)}\n\nUsage: {program}{needed} [flags]\n\nFlags:\n{flags}\n\nExample:\n"
-            f"  {program} {self.example}"
-        )
+        usage = _in_lines(f"Usage: {program}{needed} [flags]", width, "")
+        example = _in_lines(f"{program} {self.example}", width, "  ").replace("\n", " \\\n")
+        text = f"{_wrapped(self.doc or '', width)}\n\n{usage}\n\nFlags:\n{flags}\n\nExample:\n{example}"
         if FIELDS not in self.flags:
             return text
         config, values = Config(), "their defaults (with --config=FILE --help: the values of this recipe)"
@@ -165,6 +167,12 @@ def _wrapped(text: str, width: int) -> str:
     """Returns paragraphs in lines of at most `width` characters; indented paragraphs stay as they are."""
     paragraphs = inspect.cleandoc(text).split("\n\n")
     return "\n\n".join(p if p.startswith(" ") else textwrap.fill(" ".join(p.split()), width) for p in paragraphs)
+
+
+def _in_lines(text: str, width: int, indent: str) -> str:
+    """Returns a command line in lines of at most `width` characters, with two left for a backslash; words stay whole."""
+    options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(text, width - 2, initial_indent=indent, subsequent_indent=f"{indent}    ", **options)
 
 
 class Arguments(types.SimpleNamespace):
@@ -227,9 +235,16 @@ def run(
     """Runs a command, also on several processes, and returns its exit code. Without `argv` it reads sys.argv.
 
     `prepare` checks everything; the exit code of its errors is 2. `work` takes the result of `prepare`; the exit code
-    of its errors is 1.
+    of its errors is 1. Without `argv`, this process ends next, so that a later Ctrl-C ends it at once.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(command, sys.argv[1:] if argv is None else argv, prepare, work)
+    finally:
+        if argv is None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # else what runs at exit would show a traceback
+
+
+def _run(command: Command, argv: Sequence[str], prepare: Callable[[Arguments], T], work: Callable[[T], object]) -> int:
     if any(word in argv for word in _HELP_WORDS) or not argv and any(flag.required for flag in command.flags):
         try:
             print(command.help(argv))
@@ -265,13 +280,46 @@ def run(
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Prints warnings as sentences, without the file and the source line that raised them."""
-    before = warnings.formatwarning
+    """Prints warnings and our log as sentences, without the file and the source line that raised them.
+
+    Records with an attribute `kind` are printed once per kind.
+    """
+    before, log, handler = warnings.formatwarning, logging.getLogger(_OURS), _Sentences()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    log.addHandler(handler)
     try:
         yield
     finally:
         warnings.formatwarning = before
+        log.removeHandler(handler)
+        for other in logging.getLogger().handlers:
+            other.removeFilter(_is_of_others)
+
+
+_OURS = __name__.partition(".")[0]
+
+
+def _is_of_others(record: logging.LogRecord) -> bool:
+    return record.name.partition(".")[0] != _OURS
+
+
+class _Sentences(logging.StreamHandler):
+    """Prints records as warnings: the first one of each kind, and all without a kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[object] = set()
+        self.setFormatter(logging.Formatter("warning: %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # Libraries give the root logger a handler at any time, which would print the record again as WARNING:module.
+        for other in logging.getLogger().handlers:
+            if getattr(other, "stream", None) is sys.stderr or type(other).__module__.startswith("absl"):
+                other.addFilter(_is_of_others)
+        kind = getattr(record, "kind", None)
+        if kind is None or kind not in self._seen:
+            super().emit(record)
+        self._seen.add(kind)
 
 
 def _report(error: Exception | str, code: int) -> int:

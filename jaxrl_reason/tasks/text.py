@@ -69,6 +69,7 @@ def open_for_evaluation(config: Config, method: Method, mesh: jax.sharding.Mesh,
     task = _task(c, method, rows, tokenizer, model, scorer, batch_size=batch_size, values=values)
     for batch in task.held_out:
         scorer.check(batch.rows)
+    scorer.check_references(rows, c.eval.prompts)
     return task
 
 

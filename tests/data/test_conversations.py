@@ -1,5 +1,6 @@
 """Questions that are conversations: system, earlier and last turns go through the chat template, or a sentence says why not."""
 
+import csv
 import dataclasses
 import json
 
@@ -9,7 +10,7 @@ import pytest
 
 from jaxrl_reason import data
 from jaxrl_reason.data import chat_template, get_template
-from jaxrl_reason.data.prompts import turns_of
+from jaxrl_reason.data.prompts import parse_turns, turns_of
 
 CHATML = (
     "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
@@ -39,11 +40,19 @@ def chat(backend, text, inner="{question}", **options):
 
 
 @pytest.mark.parametrize("column", ["prompt", "messages", "question"])
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv", "text in parquet"])
 def test_a_conversation_goes_through_the_chat_template(write, tmp_path, backend, column, kind):
     rows = [{column: TURNS, "answer": "4"}, {column: TURNS[1:2], "answer": "2"}]
     path = str(tmp_path / "rows.parquet")
-    if kind == "parquet":
+    if kind == "csv":
+        path = str(tmp_path / "rows.csv")
+        with open(path, "w", newline="") as file:
+            cells = [[json.dumps(row[column], indent=1), row["answer"]] for row in rows]
+            csv.writer(file).writerows([[column, "answer"], *cells])
+    elif kind == "text in parquet":
+        texts = [row | {column: json.dumps(row[column])} for row in rows]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(texts), path)
+    elif kind == "parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
         path = write("".join(json.dumps(row) + "\n" for row in rows))
@@ -114,6 +123,42 @@ def test_other_lists_are_bad_rows(write, question, message):
     path = write(json.dumps({"question": question, "answer": 1}) + "\n" + json.dumps({"question": "a", "answer": 1}))
     with pytest.raises(ValueError, match=f"line 1: column 'question' is a JSON .*, and .*{message}"):
         data.load_source(path, "all")
+
+
+@pytest.mark.parametrize(
+    "question", ["[1, 2]", '[{"a": 1}]', "[{role}]", '{"role": "user"}', '[{"content": 1}]', "[] [", " "]
+)
+def test_other_texts_stay_texts(question):
+    assert parse_turns(question) == question
+
+
+@pytest.mark.parametrize("question", [str(TURNS), json.dumps(TURNS)[:-1], '[{"content": "a", "role": "user"'])
+def test_a_conversation_that_is_no_json_is_a_bad_row(write, question):
+    path = write(json.dumps({"prompt": question, "answer": 1}) + "\n" + json.dumps({"prompt": "a", "answer": 1}))
+    with pytest.raises(
+        ValueError, match="line 1: the question is text that begins like a list of turns, and is not JSON"
+    ):
+        data.load_source(path, "all")
+
+
+def test_a_turn_by_its_place(write, recwarn):
+    path = write(json.dumps({"prompt": TURNS, "answer": 1}) + "\n" + json.dumps({"prompt": TURNS[1:2], "answer": 1}))
+    for place, role in ((0, "system"), (2, "assistant")):
+        with pytest.raises(
+            ValueError,
+            match=f"line 1: the question 'prompt.{place}.content' is the {role}'s turn; 'question': 'prompt' takes",
+        ):
+            data.load_source(path, "all", columns={"question": f"prompt.{place}.content"})
+    assert not recwarn
+    one = write(json.dumps({"data": {"turns": TURNS[1:2]}, "answer": 1}), "one.jsonl")
+    assert data.load_source(one, "all", columns={"question": "data.turns.0.content"})[0]["question"] == "1 + 1?"
+    assert not recwarn
+    several = write(json.dumps({"prompt": TURNS, "answer": 1}), "several.jsonl")
+    with pytest.warns(
+        UserWarning,
+        match="question 'prompt.3.content' leaves out the other turns .*columns=\"{'question': 'prompt'}\" takes all",
+    ):
+        assert data.load_source(several, "all", columns={"question": "prompt.3.content"})[0]["question"] == "2 + 2?"
 
 
 def test_repeats_of_conversations_are_found(write):

@@ -132,6 +132,54 @@ def test_rows_after_an_open_quote_are_not_lost_unnoticed(write):
         data.load_source(path, "all", on_bad_row="skip")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        ",question,answer\n0,a,1\n1,b,2\n",
+        ",question,answer,\n0,a,1,\n,b,2,\n",
+        ",question,answer\r\n0,a,1\r\n1,b,2\r\n",
+    ],
+)
+def test_an_index_of_pandas_is_left_out_and_said_once(write, content):
+    path = write(content, "rows.csv")
+    with pytest.warns(UserWarning) as warned:
+        assert list(data.load_source(path, "all")) == [
+            {"question": "a", "answer": "1"},
+            {"question": "b", "answer": "2"},
+        ]
+    assert [str(w.message) for w in warned] == [
+        f"{path}: the first column has no name, as an index that pandas writes; it is left out."
+    ]
+
+
+def test_bad_rows_beside_an_index_keep_their_lines(write):
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="line 3: 2 cells, but the header names 3 columns"):
+        data.load_source(write(",question,answer\n0,a,1\n1,b\n", "rows.csv"), "all")
+
+
+def test_columns_without_content_count_as_absent(write, recwarn):
+    rows = [{"question": "a", "answer": "1"}, {"question": "b", "answer": "2"}]
+    for content in (
+        "question,answer,\na,1,\nb,2,\n",
+        "question,answer,solution,value\na,1,,\nb,2,, \n",
+        "question,prompt,answer\n,a,1\n,b,2\n",
+    ):
+        assert list(data.load_source(write(content, "rows.csv"), "all")) == rows
+    assert list(data.load_source(write("question,answer\na,\nb,\n", "rows.csv"), "all")) == [
+        {"question": "a"},
+        {"question": "b"},
+    ]
+    assert data.load_source(write("question,notes\na,\n", "rows.csv"), "all")[0] == {
+        "question": "a",
+        "notes": "",
+    }  # of a reward
+    assert not recwarn
+    with pytest.raises(ValueError, match="line 2: column 'answer' is empty"):
+        data.load_source(write("question,answer\na,\nb,\n", "rows.csv"), "all", columns={"answer": "answer"})
+    with pytest.raises(ValueError, match="there is no column 'question', only 'answer'"):
+        data.load_source(write("question,answer\n,1\n,2\n", "rows.csv"), "all")
+
+
 def test_long_cells(write):
     text = "x" * 300_000
     assert data.load_source(write(f"question,answer\n{text},1\n", "rows.csv"), "all")[0]["question"] == text

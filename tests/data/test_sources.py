@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from jaxrl_reason import data
-from jaxrl_reason.data import files
+from jaxrl_reason.data import files, preparing
 from jaxrl_reason.data.builders import word_problems
 
 GOOD = b'{"question": "1 + 1?", "answer": 2}\n'
@@ -102,6 +103,7 @@ def test_gsm8k_by_its_own_builder(tmp_path, monkeypatch):
         return {name: tmp_path / f"{name}.jsonl" for name in urls}
 
     monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", local_files)
+    monkeypatch.setattr(preparing, "_check_reachable", lambda url: None)
     source = data.load_source("gsm8k", "train", data_dir=tmp_path / "prepared")
     assert sorted(row["answer"] for row in source) == ["-3", "130000", "24"]
     solutions = {row["question"]: row["answer"] for row in rows}
@@ -128,6 +130,7 @@ def test_the_first_use_is_one_sentence_and_later_uses_are_silent(tmp_path, monke
 
 def test_a_download_without_network_is_announced_at_once_and_ends_in_a_sentence(tmp_path, monkeypatch, capfd):
     said = []
+    monkeypatch.setattr(preparing, "_check_reachable", lambda url: said.append(url))
 
     def unreachable(self, urls):
         said.append(capfd.readouterr().err)
@@ -140,14 +143,28 @@ def test_a_download_without_network_is_announced_at_once_and_ends_in_a_sentence(
     with pytest.raises(OSError) as caught:
         data.load_source("gsm8k", "train", data_dir=tmp_path)
     assert said == [
-        "The data set 'gsm8k' is being downloaded (without a network this fails after some minutes); it will be in "
-        f"{folder}.\n"
+        "https://raw.githubusercontent.com",
+        f"The data set 'gsm8k' is being downloaded; it will be in {folder}.\n",
     ]
     assert str(caught.value) == (
         f"The data set 'gsm8k' could not be prepared in {folder}: Max retries exceeded. Check the network, or name a "
         "folder with the prepared data (config.data.data_dir)."
     )
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_server_that_does_not_answer_is_a_sentence_in_seconds(tmp_path, monkeypatch):
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", lambda *_: pytest.fail("tried"))
+    begin = time.monotonic()
+    with pytest.raises(OSError) as caught:
+        data.load_source("gsm8k", "train", data_dir=tmp_path)
+    assert time.monotonic() - begin < 20
+    assert str(caught.value) == (
+        f"The data set 'gsm8k' could not be prepared in {tmp_path / 'gsm8k' / '1.0.0'}: raw.githubusercontent.com cannot be reached "
+        "([Errno 111] Connection refused). Check the network, or name a folder with the prepared data (config.data.data_dir)."
+    )
 
 
 def test_a_disk_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch):

@@ -125,7 +125,7 @@ ANSWERS = {
     "sentence": Answer("Wait.18", None, Fraction(18)),
     "point_first": Answer("Total:.5", None, Fraction(1, 2)),
     "text_foreign_unit": Answer(r"5\text{ 元}", Fraction(5), Fraction(5)),
-    "tex_money": Answer(r"$\$18$", None, Fraction(18)),
+    "tex_money": Answer(r"$\$18$", Fraction(18), Fraction(18)),
     "thousands": Answer(r"1{,}234", Fraction(1234), Fraction(234)),
 }  # fmt: skip
 

@@ -95,6 +95,13 @@ def by_hand(directory, scale):
         ({"alpha_pattern": {"layers.1.self_attn.q_proj": 8.0}}, 5 / 2),
         ({"alpha_pattern": {"model.layers.0.self_attn.q_proj": 1}}, 1 / 2),
         ({"alpha_pattern": {"proj": 8.0}}, 5 / 2),  # names are whole
+        # Regular expressions, which match the end of a path from a dot on. The first that matches counts.
+        ({"alpha_pattern": {r"layers\.[0-9]+\.self_attn\..*": 8.0}}, 8 / 2),
+        ({"alpha_pattern": {"[qk]_proj": 8.0, "q_proj": 3.0}}, 8 / 2),
+        ({"alpha_pattern": {"k_proj|q_proj": 8.0}}, 8 / 2),
+        ({"alpha_pattern": {r"^model\.layers\.0\..*": 8.0}}, 8 / 2),
+        ({"alpha_pattern": {r"^layers\.0\..*": 8.0, "_proj": 8.0, "q_pro": 8.0, "self_attn": 8.0}}, 5 / 2),
+        ({"alpha_pattern": {r"layers\.1\..*q_proj": 8.0}, "rank_pattern": {r"layers\..*": 2}, "r": 64}, 5 / 2),
         ({"rank_pattern": {"q_proj": 2}, "r": 64}, 5 / 2),
         ({"init_lora_weights": "gaussian", "modules_to_save": None, "layers_to_transform": None}, 5 / 2),
     ],
@@ -158,6 +165,8 @@ def test_the_tokenizer_of_the_adapters_keeps_the_end_tokens_of_the_base(tmp_path
         ({"init_lora_weights": "pissa"}, "has init_lora_weights 'pissa'"),
         ({"fan_in_fan_out": True}, "has fan_in_fan_out True"),
         ({"alpha_pattern": {"(a+)+": 1}}, "has alpha_pattern .*; only names can be read"),
+        ({"alpha_pattern": {"a(": 1}}, "has alpha_pattern .*; only names can be read"),
+        ({"alpha_pattern": {".*.*.*.*.*x": 1}}, "has alpha_pattern .*; only names can be read"),
         ({"lora_alpha": "x"}, "has alpha 'x'; it must be a finite number above 0"),
         ({"r": 4}, "the adapter of .* has rank 2, and its configuration 4"),
         ({"base_model_name_or_path": ""}, "has base_model_name_or_path ''; it must name the base model"),
@@ -207,6 +216,24 @@ def test_a_run_stays_with_the_commits_of_adapters_and_base(adapters, hub_cache, 
     again = models.reopen("owner/adapters", opened.source)
     assert again.config == opened.config and again.source == opened.source
     assert models.read_source(str(adapters)) != {} or capsys.readouterr()
+
+
+def test_the_path_of_the_base_can_begin_at_the_adapters(adapters, exported, tmp_path, monkeypatch):
+    shutil.copytree(GOLDEN / "qwen3", tmp_path / "models" / "base")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for base in ("../models/base", "../models/../models/base"):
+        change_json(adapters / "adapter_config.json", base_model_name_or_path=base)
+        np.testing.assert_allclose(logits(adapters), exported[1], rtol=0, atol=2e-5)
+        assert models.read_source(adapters) == models.read_source(GOLDEN / "qwen3")
+    shutil.copytree(
+        GOLDEN / "qwen3", tmp_path / "elsewhere" / "owner" / "base"
+    )  # next to the command, and before the hub
+    change_json(adapters / "adapter_config.json", base_model_name_or_path="owner/base")
+    np.testing.assert_allclose(logits(adapters), exported[1], rtol=0, atol=2e-5)
+    change_json(adapters / "adapter_config.json", base_model_name_or_path="../models/none")
+    with pytest.raises(PretrainedError, match="names the base model '../models/none'"):
+        models.load_pretrained(adapters)
 
 
 def test_a_work_directory_is_no_model(tmp_path):

@@ -45,7 +45,7 @@ case "$*" in
   *"queued-resources describe"*)
     n=$(cat "$ROOT_DIR/described" 2>/dev/null || echo 0); echo $((n + 1)) > "$ROOT_DIR/described"
     states=(WAITING_FOR_RESOURCES PROVISIONING ACTIVE); echo "${states[n]}";;
-  *"filestore instances describe"*) echo 10.0.0.2;;
+  *"filestore instances describe"*) [ ! -f "$ROOT_DIR/no_share" ] && echo 10.0.0.2;;
 esac
 """
 LOCAL = {
@@ -185,6 +185,20 @@ def test_a_run_is_stopped_and_its_state_is_shown(cloud):
     assert [code for _, code, _ in results[:-2]] == [0] * (len(results) - 2), results
     state = results[-2][0]
     assert "host0 has ended" in state and "saved" in state and "host1 trains" in state
+
+
+@pytest.mark.processes
+def test_a_share_without_an_address_and_a_token_that_is_not_set_end_the_steps(cloud):
+    setup = [text for number, text in steps() if number < 5]
+    with pytest.raises(AssertionError, match="HF_TOKEN: set it to your token of the hub"):
+        cloud([*setup, block(5), "unset HF_TOKEN", block(5, 1)])
+    assert (cloud.root / "host0" / "mounted").exists() and not (cloud.root / "mnt/shared/hf").exists()
+    for host in HOSTS:
+        (cloud.root / host / "mounted").unlink()
+    (cloud.root / "no_share").touch()
+    with pytest.raises(AssertionError, match="address: gcloud has named no address of the share"):
+        cloud([block(2), block(5)])
+    assert not (cloud.root / "host0" / "mounted").exists()
 
 
 @pytest.mark.processes

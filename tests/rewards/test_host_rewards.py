@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 import pickle
+import re
 import sys
 from types import ModuleType
 
@@ -103,6 +104,36 @@ def test_only_the_rows_that_raise_go_missing(exception, caplog):
     rates = {"error_rate": pytest.approx(1 / 6), "none_rate": 0, "timeout_rate": 0}
     assert table.failures() == {f"rewards/picky/{kind}": rate for kind, rate in rates.items()}
     assert "three is too many" in caplog.text and "1 of 6" in caplog.text
+
+
+def test_failures_of_one_class_at_one_place_are_one_kind(caplog):
+    def picky(completions, completion_ids, **_):
+        if [1, 2, 3] in completion_ids:
+            raise ValueError(f"text {len(caplog.records)} is bad")
+        if [9] in completion_ids:
+            raise KeyError("no 9")
+        return [1.0] * len(completions)
+
+    reward = HostReward("picky", picky)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            run(reward)
+        run(reward, completion_ids=[[[2]] * 3, [[9], [5], [6]]])
+        run(HostReward("other", picky))
+    first, second, third, fourth = (record.kind for record in caplog.records)
+    assert first == second and len({first, third, fourth}) == 3
+    assert "text 1 is bad" in caplog.messages[1] and "counted, in rewards/picky/error_rate" in caplog.messages[1]
+
+
+def test_a_function_that_works_on_single_rows_alone_is_named(caplog):
+    def single(completions, **_):
+        (text,) = completions
+        return [float(len(text))]
+
+    with caplog.at_level(logging.WARNING):
+        table = run(HostReward("single", single))
+    np.testing.assert_array_equal(table.per_reward["single"], [[6, 6, 1], [6, 3, 6]])
+    assert re.search("'single' raised ValueError: too many values .*; called row by row, it works", caplog.text)
 
 
 def test_a_function_that_fails_too_often_raises():

@@ -24,11 +24,12 @@ STATES_18 = [
     r"\boxed{17}, no: \boxed{18}", "\\boxed{17}\n#### 18", "#### 17\n\\boxed{18}", r"\\boxed{18}", r"\boxed{18} as asked, in \boxed", "\\boxed{18}\n#### 检查", "\\boxed{18}\n#### **Check:** done",
     "#### **18**.", r"\boxed{18}" + "\n#### a", "\\boxed{18}\n#### I", "\\boxed{18}\n#### Q.E.D.", "#### 18\n#### A", "#### 18\n#### (a)", "#### 18\n#### Q. E. D.",
     "#### Answer: 18", "#### **Answer:** 18", "#### **Answer**: 18", "#### The answer is 18.", "#### **The answer is 18.**", "#### Final answer: **18**.", "#### The final answer is: 18",
+    "**#### 18**", "__#### 18__", "so **#### 18**",
 ]  # fmt: skip
 DO_NOT_STATE_18 = [
     "##### 18", "### 18", "#### Check\n18", r"\boxed{17}" + "\n#### Check\n18", r"\boxed{18} no: \boxed{17", r"\boxed{6 \fbox{18}}", r"\boxed{17 \boxed{18}}", r"\boxedx{18}", r"\fboxes{18}",
     "#### 18\n#### 17", r"\boxed{18} or \fbox{17}", r"\boxed and 18", "#### Step 18", r"\boxed{18", r"\boxed 18 \boxed 17", "#### **18", "18",
-    "#### Answer: 17", "#### Answer:\n18", "#### The answer is not 18", "#### 17\n#### A", "#### **18** or **19**.",
+    "#### Answer: 17", "#### Answer:\n18", "#### The answer is not 18", "#### 17\n#### A", "#### **18** or **19**.", "**#### 17**",
 ]  # fmt: skip
 
 
@@ -104,12 +105,15 @@ ACCURACY = [
         r"18^{\circ}\text{C}", "18\u00b0", r"18\degree", r"\$18\text{ dollars}", r"18\text{ units}", r"18\text{ square units}", r"$18\,\text{cm}$.", r"\displaystyle 18", r"$\displaystyle 18$", r"\(18\)",
         r"\[18\]", r"$ 18 $", "$$18$$.", r"\text{18}", r"\textbf{18}", r"\mathbf{18}", r"18\!", r"\,18", "18。", "`18`", r"\text{18 }", r"36/2\text{ cm}", r"\frac{36}{2}\,\text{cm}", r"18\text{ 元}",
         "{18}", r"\displaystyle{18}", '"18"', "'18'", "18 cm", "18 km/h", "18 dollars", r"18\,{\rm cm}", r"\mathrm{18\,cm}", r"\text{18 cm}", "18cm", "**18**.", r"\mathbf{\frac{36}{2}}",
-        "18 cm^2", "18 square feet",
+        "18 cm^2", "18 square feet", "18€", "18 €", "€18", "€ 18", "£18", "18 euros", "18 USD", "18 °C", "18°F", "18 degrees Celsius", "18 cm²", "18 miles per hour", "18 dollars/day",
+        "18 kWh", r"18\text{ €}", r"\underline{18}", r"\bm{18}", r"\color{red}{18}", r"\textcolor{red}{18}", r"\bf 18", r"\begin{equation}18\end{equation}", r"$\$18$", r"$\$18$.", r"\(\$18\)", r"$\$18.00$",
     )),
     *((a, "18", False) for a in (
         r"18\text{ million}", r"18\text{ and a half}", r"18\,\text{00}", r"18\,000", r"18\,\mathrm{e}", r"18\mathrm{e^2}", r"18\mathrm{x}", r"18\text{ cm}\text{ cm}", r"18\text{ dozen}", r"18\text{ if }x",
-        r"18\text{ or }19", r"18^2", r"18^{\circ}2", r"x\,\text{cm}", "17", r"$18$ and $19$", r"\text{18}\text{00}", r"18\text{ is even}", "18m", "18 m", "18 million dollars", "18 apples", "{1}8", "'18", "17 cm", "18 19 cm", r"18\text{ prime numbers}", "18..", "C",
+        r"18\text{ or }19", r"18^2", r"18^{\circ}2", r"x\,\text{cm}", "17", r"$18$ and $19$", r"\text{18}\text{00}", r"18\text{ is even}", "18m", "18 m", "18 million dollars", "18 apples", "{1}8", "'18", "17 cm", "18 19 cm", r"18\text{ prime numbers}", "18..", "C", "18 eggs", "18x", "18 x", "18 1/2", "18 or 19",
+        "18 m²", "18 h", "18 € or 19 €", "18 per day", "18 cm per million", "€1 8", "€€18", r"$\$18\$19$", r"\$-\$18", "18 degrees Kelvin or 19", "18 dozen",
     )),
+    ("-€18", "-18", True), ("-€18", "18", False), ("18", "18 €", True), ("18 cm", "18 €", True), ("18", r"$\$18$", True), ("18", "The answer is 18.", True), ("17", "The answer is $18$.", False),
     *((a, "50%", True) for a in (r"50\text{ percent}", r"50\,\text{percent}", r"50\text{\%}", r"50\,\%", r"50\text{ per cent}", r"50 \%", r"50\text{ pct}", "0.5", "50", "50 percent", "50 pct")),
     ("50 percent", "50", True), ("50 percent", "1/2", True), ("50", "50 percent", True), ("50 percentage points", "50", False), ("18", "18 cm", True), ("18", "**18**.", True),
     *((a, "1/2", True) for a in (r"\mathbf{\frac{1}{2}}", r"\boldsymbol{\dfrac{1}{2}}", r"\textbf{$\frac{1}{2}$}", r"\mathrm{\frac{1}{2}}")),
@@ -117,6 +121,7 @@ ACCURACY = [
     (r"50\text{ percent}", "5000", False), (r"50\text{ percentage points}", "50%", False), (r"0.5\text{ percent}", "50%", False),
     *((a, "C", True) for a in ("C", "C.", "(C)", "(C).", "C)", "C:", r"\text{C}", r"\textbf{(C)}", r"\mathrm{C}", r"(\text{C})", "$C$", "c", r"\text{C.}", "(C) 18", r"\textbf{(C)}\ 18", "C) 18", r"(C) \sqrt{2}", "Option C", "option (C)", "Choice C.", "**C**", "**C**.", r"\textbf{(C) } 18")),
     *((a, "C", False) for a in ("D", "CC", "C 5", "C, D", "5", "", "Choice", "K", "(C) or (D)", "(C) and 5", "(C), (D)", "(C) D", "(C)(D)", "\u0131", "(D) 18", "Option D", "Option 5")),
+    ("e", "E", True), ("E", "(e)", True), ("E", "Option e", True), ("I", "i)", True), ("J", "J", True), ("I", "e:", False),
     *((a, reference, v) for reference in ("c", "(c)", "**C**", "**C**.") for a, v in (("C", True), ("c", True), ("(c)", True), ("(C) 18", True), ("D", False))),
     *(("C.", reference, True) for reference in ("(C)", "C.", r"\text{C}", r"so \boxed{C}", "thus\n#### C", r"\boxed{\textbf{(C)}}")),
     ("18", r"$18$.", True), ("18", r"18\,\text{cm}", True), ("18", r"\[18\]", True), ("18", r"It is \fbox{18}.", True), ("18", "\\boxed{18}\n#### Check", True), ("18", r"\boxed 18", True),
@@ -130,7 +135,9 @@ def test_accuracy_reads_units_wrappings_and_choices():
             assert not [row for row, verdict in zip(ACCURACY, found) if row[2] is not verdict and row[0]], reward
 
 
-@pytest.mark.parametrize("reference", ["k", "K", "(C) or (D)", "CD", "C or D", "x"])
+@pytest.mark.parametrize(
+    "reference", ["k", "K", "(C) or (D)", "CD", "C or D", "x", "e", "i", "j.", "$e$", "18 eggs", "18 m"]
+)
 def test_a_letter_that_is_no_choice_is_refused(reference):
     with pytest.raises(ValueError, match="is not a number"):
         accuracy_reward(completions=["#### C"], answer=[reference])
@@ -209,6 +216,26 @@ MATH = [
     (["f(x)=2x"], ["f'(x)=2x"], 0), (["f'(x)=2x", r"f^{\prime}(x)=2x"], ["f'(x)=2x"], 1), (["y'=x"], ["y''=x", "y=x"], 0),
     ([r"50\text{ percent}", "50 percent", r"50\%", "50%", r"50\,\%", "50 pct", r"x=50\%"], ["50", r"50\%", "0.5", "50 percent"], 1), ([r"20\text{ hours and }3\text{ minutes}", r"3\text{ hours and }50\text{ minutes}"], [r"3\text{ hours and }20\text{ minutes}"], 0),
     ([r"x=50\%", r"\sqrt{2500}\%"], [r"x=50\%", r"50\%"], 1), ([r"x=51\%", "51 percent", r"\sqrt{2}\%"], [r"x=50\%", r"50\%", r"\sqrt{3}\%"], 0), ([r"\sqrt{2}\%", r"\sqrt{2}\text{ percent}"], [r"\sqrt{2}\%"], 1),
+    # Logarithms, accents of TeX, formulas in Unicode, case.
+    ([r"\lg 2", r"\lg{2}", r"\lg(2)", r"\log_{10} 2", r"\log_{10}2", r"\log 2", r"\operatorname{lg} 2", r"\frac{\ln 2}{\ln 10}"], [r"\lg 2", r"\log_{10} 2", r"\log 2"], 1),
+    ([r"\ln 2", r"\log_e 2", r"\log_{e}2", r"\log_{\mathrm{e}} 2"], [r"\ln 2", r"\log_e 2"], 1), ([r"\lg 2", r"\log_2 2", r"\ln 3", r"\log_e 3"], [r"\ln 2"], 0), ([r"\lb 8", r"\lg 1000"], ["3"], 1),
+    (["1{,}010_2", r"1\,010_2", "1010_2", r"1{,}010_{\text{two}}"], ["1010_2", "1{,}010_2"], 1), (["1{,}010_3", "1{,}011_2"], ["1010_2"], 0), (["1{,}010", r"1\,010"], ["1010", 1010], 1), (["1{,}01"], ["101"], 0),
+    ([r"FF_{\text{sixteen}}", "FF_{16}", r"ff_{16}", r"FF_\text{sixteen}"], ["FF_{16}"], 1), (["FE_{16}", "FF_{15}"], ["FF_{16}"], 0), (["AB_1"], ["AB_1", "B_1A"], 1), (["AB_{10}"], ["AB"], 0),
+    ([r'Z\"{u}rich', r'Z\"urich', r'\text{Z\"{u}rich}', "Zürich"], ["Zürich", r'Z\"{u}rich'], 1), (["Zurich", r"Z\'urich"], [r'Z\"{u}rich'], 0),
+    ([r"caf\'e", r"caf\'{e}", r"\text{caf\'e}", "café"], ["café"], 1), ([r"h\^{o}tel"], ["hôtel"], 1), ([r"Stra\ss e", r"Stra{\ss}e", r"Stra\ss{}e"], ["Straße"], 1), ([r"K\o benhavn", r"K{\o}benhavn"], ["København"], 1),
+    ([r"\c{c}a", r"\c ca"], ["ça"], 1), ([r"Ma\~nana"], ["Mañana"], 1), ([r"Erd\H{o}s"], ["Erdős"], 1), ([r'na\"{\i}ve', r'na\"\i ve'], ["naïve"], 1), ([r'\AA ngstr\"om'], ["Ångström"], 1), ([r"\L{}\'od\'z", r"\L\'od\'{z}"], ["Łódź"], 1),
+    (["√2", r"\sqrt{2}", "√(2)"], [r"\sqrt{2}", "√2"], 1), (["√12"], [r"2\sqrt{3}"], 1), (["2√3"], [r"2\sqrt{3}"], 1), (["√23"], [r"\sqrt{2}3"], 0), (["x²", "x^2"], ["x^2", "x²"], 1), (["x³", "2x"], ["x^2"], 0),
+    (["x₁", "x_1"], ["x_1"], 1), (["x₂"], ["x_1"], 0), (["1010₂"], ["1010_2"], 1), (["1010₃"], ["1010_2"], 0), (["½"], [r"\frac{1}{2}", "1/2"], 1), (["1½"], ["3/2"], 1), (["1½", "¼"], ["1/2"], 0), (["3×4", "3·4"], ["12"], 1), (["(-∞, 2]"], [r"(-\infty, 2]"], 1),
+    (["a_1", "a_{1}"], ["a_1"], 1), (["A_1"], ["a_1", "a_1+A_1", "a_1-a_1"], 0), (["X", "2X-X"], ["x"], 0), (["X"], ["X"], 1), (["x^2"], ["X^2"], 0), (["X^2", "X^2+0x"], ["X^2"], 1), (["AB", "BA"], ["AB"], 1), (["ab", "Ab"], ["AB"], 0), (["a-A", "0"], ["A-a"], 0),
+    ([r"\Delta"], [r"\delta"], 0), (["Δ"], ["δ"], 0), ([r"\Delta x", "Δx"], [r"\Delta x"], 1), ([r"\Pi", "Π"], [r"\pi"], 0), ([r"\Omega"], [r"\omega", r"\omega+\Omega"], 0),
+    ([r"\ensuremath{\sqrt{2}}", r"\underline{\sqrt{2}}", r"\bm{\sqrt2}", r"\color{red}{\sqrt{2}}", r"{\color{red} \sqrt{2}}", r"\textcolor{blue}{\sqrt{2}}", r"\scriptstyle\sqrt{2}", r"\bf \sqrt{2}"],
+     [r"\sqrt{2}", r"\begin{equation}\sqrt{2}\end{equation}", r"\begin{align*} \sqrt{2}. \end{align*}"], 1), ([r"\log_2\!3"], [r"\log_{2}3"], 1),
+    (["3 hours 20 minutes", r"3\text{ hours }20\text{ minutes}", "3 Hours 20 minutes"], ["3 hours 20 minutes", r"3\text{ hours }20\text{ minutes}"], 1), (["3 hours 20 seconds", "20 hours 3 minutes", "3 hours 20", "60"], ["3 hours 20 minutes"], 0),
+    (["E"], ["e"], 0), (["e"], ["e"], 1), (["i"], ["i", "I"], 1), (["I"], ["i"], 0), (["NO", "No", "no"], ["no", "No"], 1), (["Bob", "bob"], ["Bob", "bob"], 1), ([r"x\in\mathbb{R}", r"\mathbb{R}"], [r"x\in\mathbb{R}"], 1), (["monday, tuesday"], ["Monday, Tuesday"], 1),
+    (["a", "A"], ["a", "A", "(a)"], 1), ([r"\{r, R\}"], [r"\{R, r\}"], 1), (["n!"], ["N!"], 0), (["Yes, No"], ["yes, no"], 1),
+    (["18€", "€18", "£ 18", "18 degrees Celsius", r"$\$18$"], ["18", "18 €", r"$\$18$"], 1), (["18 eggs", "18 m", "18x", "18 or 19", "18 1/2"], ["18"], 0), ([r"\sqrt{2} €", r"€\sqrt{2}"], [r"\sqrt{2}"], 1),
+    ([r"\sqrt{2}", r"$\sqrt{2}$"], [r"The answer is $\sqrt{2}$.", r"Answer: $\sqrt{2}$", r"So the final answer is \sqrt{2}."], 1), ([r"\sqrt{3}"], [r"The answer is $\sqrt{2}$."], 0),
+    ([r"p\wedge q", r"p \wedge q"], [r"p\wedge q"], 1), ([r"q\wedge p", r"p\vee q"], [r"p\wedge q"], 0), ([">5", "> 5"], [">5"], 1), ([">6", "5"], [">5"], 0), ([r"\langle 1,2\rangle"], [r"\langle 1,2\rangle"], 1), ([r"n \equiv 1 \pmod 3"], [r"n \equiv 1 \pmod 3"], 1), ([r"\langle\alpha,\beta\rangle"], [r"\langle\alpha,\beta\rangle"], 1),
     ([r"90^\circ", "90", r"90^{\circ}", "90\u00b0", r"90\text{ degrees}"], [r"90^\circ", "90"], 1), (["\u2212\\sqrt{2}"], [r"-\sqrt{2}"], 1), ([r"6 \fbox{5}", r"6 \boxed {5}", r"6 \boxed5"], ["5"], 0),
 ]  # fmt: skip
 
@@ -237,3 +264,31 @@ def test_a_number_apart_from_a_power_is_refused_by_name():
     assert fault is not None and "'2^3 5'" in fault and readable is None
     with pytest.raises(ValueError, match=r"cannot read the reference answer '2\^3 5'"):
         math_verify_reward(completions=["#### 40"], answer=["2^3 5"])
+
+
+# References that no completion can equal: cut off, without content, or sentences around a formula.
+UNREADABLE = [
+    "x^", "x_", "x+", "x^2 +", "=5", "x=", "2/", "/ 2", "*", "-", "?", "...", "#", "&", "^", "%", r"\%", r"\sqrt", r"\sqrt[3]", r"\sqrt{}", r"\frac", r"\frac{1}", r"\frac{1}{}", "x^{}", r"\log", r"\log_2",
+    r"\sin", r"\int", r"\sum", "(", ")", "(1,2", r"\left(1,2", r"\begin{pmatrix}1\\2", "1,,2", r"\times 2", "x<", "|x", "||", r"\frac{1}{0}", "√", r"So $x = 2$.", r"$x=\sqrt{2}$ is the answer",
+    r"\text{}", "$", "1/0 + x", r"\boxed{}",
+]  # fmt: skip
+
+
+@needs_math_verify
+def test_references_that_nothing_equals_are_named():
+    faults = reference_faults(UNREADABLE)
+    assert not [reference for reference, fault in zip(UNREADABLE, faults) if fault is None]
+    assert "math-verify cannot read the reference answer 'x^'" in faults[0]
+    assert (
+        reference_faults([">5", r"\geq 5", "^5C_2", r"\|v\|", r"\{x \mid x>0\}", r"x \equiv 1 \pmod 3"]) == [None] * 6
+    )  # compared as text
+    good = ["[1,2)", "|x|", r"\{\}", r"\pi", "None of the above", r"\emptyset", "5-", r"\infty"]
+    assert [fault is None for fault in reference_faults(good)] == [True] * 6 + [False, True]
+
+
+def test_judge_and_strict_take_the_answer_out_of_a_worked_solution():
+    for reference in ("9 * 2 = 18\n#### 18", r"So it is $\boxed{18}$.", "The answer is 18.", "18"):
+        for reward in (judge_reward, strict_reward):
+            assert call_reward(reward, ["#### 18", r"\boxed{17}", "18"], reference) == [1.0, 0.0, 0.0], reward
+    with pytest.raises(ValueError, match="is not a number; correct that row's answer"):
+        judge_reward(completions=["#### 18"], answer=["work\n#### eighteen"])

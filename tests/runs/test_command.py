@@ -1,6 +1,7 @@
 """The skeleton of the commands: flags, --help, and which error has which exit code."""
 
 import dataclasses
+import logging
 import pathlib
 import signal
 import subprocess
@@ -246,6 +247,79 @@ def work(_):
 
 sys.exit(command.run(command.Command("busy", "Is busy.", (), ""), [], lambda arguments: arguments, work))
 """
+
+
+AT_EXIT = """
+import atexit, sys, time
+from jaxrl_reason.runs import command
+from jaxrl_reason.rl import hosts
+
+def work(_):
+    raise hosts.Preempted("step 3") if {saves} else KeyboardInterrupt
+
+def leave():
+    print("leaving", flush=True)
+    time.sleep(60)
+
+atexit.register(leave)
+sys.exit(command.run(command.Command("busy", "Is busy.", (), ""), None, lambda arguments: arguments, work))
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_second_ctrl_c_ends_a_process_that_is_leaving(saves):
+    arguments = [sys.executable, "-c", AT_EXIT.format(saves=saves)]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "leaving\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=10)
+    finally:
+        process.kill()
+    said = "Asked to end, and saved after step 3: the same command continues from there.\n"
+    assert (process.returncode, out) == (-signal.SIGINT, "")  # a shell shows 130
+    assert err == (said if saves else "error: Ended by Ctrl-C, without saving.\n")
+
+
+def test_ctrl_c_of_a_caller_in_python_stays(capsys):
+    before = signal.getsignal(signal.SIGINT)
+    assert command.run(COMMAND, ["--out=a"], lambda arguments: arguments, lambda _: None) == 0
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_our_log_looks_like_warnings_and_each_kind_is_shown_once(capsys):
+    def work(_):
+        log = logging.getLogger("jaxrl_reason.rewards.host")
+        for step in range(3):
+            log.warning("Failure of step %d.", step, extra={"kind": "a"})
+            log.warning("Other failure of step %d.", step, extra={"kind": "b"})
+        log.warning("Again.")
+        log.warning("Again.")
+
+    for _ in range(2):  # two runs in one process are two commands
+        assert command.run(COMMAND, ["--out=a"], lambda arguments: arguments, work) == 0
+        shown = ["Failure of step 0.", "Other failure of step 0.", "Again.", "Again."]
+        assert capsys.readouterr() == ("", "".join(f"warning: {line}\n" for line in shown))
+    assert not logging.getLogger("jaxrl_reason").handlers
+
+
+def test_a_handler_of_the_root_logger_prints_our_log_no_second_time(capsys):
+    root, handlers = logging.getLogger(), []
+
+    def work(_):
+        handlers.append(logging.StreamHandler())  # as logging.basicConfig installs it
+        handlers[0].setFormatter(logging.Formatter(logging.BASIC_FORMAT))
+        root.addHandler(handlers[0])
+        logging.getLogger("jaxrl_reason.rewards.host").warning("Ours.")
+        logging.getLogger("other").warning("Theirs.")
+
+    try:
+        assert command.run(COMMAND, ["--out=a"], lambda arguments: arguments, work) == 0
+        assert capsys.readouterr() == ("", "warning: Ours.\nWARNING:other:Theirs.\n")
+        assert not handlers[0].filters
+    finally:
+        root.removeHandler(handlers[0])
 
 
 @pytest.mark.processes

@@ -111,6 +111,7 @@ def _read_table(path: pathlib.Path, split: str, target: str, categorical: str, m
         fault = f"has no column {target!r} to predict" if target else "needs `target`, the column to predict"
         raise ValueError(f"{path} {fault}. {hint}")
     cells = {name: [row[i] for row in rows] for i, name in enumerate(header)}
+    header = _without_empty(path, header, cells, target)
     columns = {name: _parse_column(path, name, cells[name], lines) for name in header}
     numbers = {name: column for name, column in columns.items() if column is not None}
     texts = [name for name in header if name not in numbers]
@@ -138,6 +139,16 @@ def _read_table(path: pathlib.Path, split: str, target: str, categorical: str, m
     predicted = np.array([targets[i] for i in part], np.float64)
     exact = {(row, name): cells[name][i] for row, i in enumerate(part) for name in names if _is_rounded(cells[name][i])}
     return Table(str(path), tuple(names), features, tuple(texts), labels, target, predicted, exact=exact)
+
+
+def _without_empty(path: pathlib.Path, header: list[str], cells: Mapping[str, Sequence[str]], target: str) -> list[str]:
+    """Returns the columns with a value in some row, and warns of the others; if none is a feature, they stay as faults."""
+    empty = [name for name in header if name != target and all(map(_is_gap, cells[name]))]
+    rest = [name for name in header if name not in empty]
+    if not empty or rest == [target]:
+        return header
+    warnings.warn(f"{path} has no value in any row of {_counted('column', empty)}, left out.", stacklevel=5)
+    return rest
 
 
 def _is_rounded(cell: str) -> bool:

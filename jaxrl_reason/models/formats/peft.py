@@ -32,14 +32,20 @@ def is_adapter(directory: pathlib.Path) -> bool:
 
 
 def base_of(directory: pathlib.Path) -> str:
-    """Returns the base model of adapters: a path, or an id of the hub with its revision, if the adapters name one."""
+    """Returns the base model of adapters: a path, or an id of the hub with its revision, if the adapters name one.
+
+    A relative path begins at the working directory, as for PEFT, or else at the directory of the adapters.
+    """
     found = read_json(directory / CONFIG)
     base, revision = found.get("base_model_name_or_path"), found.get("revision")
     if not isinstance(base, str) or not base:
         raise PretrainedError(
             f"{directory / CONFIG} has base_model_name_or_path {base!r}; it must name the base model."
         )
-    local = pathlib.Path(base).expanduser().exists() or not hub.is_address(base)
+    path = pathlib.Path(base).expanduser()
+    if not path.exists() and (directory / path).exists():
+        return str((directory / path).resolve())
+    local = path.exists() or not hub.is_address(base)
     return base if local or not isinstance(revision, str) else hub.at_revision(base, revision)
 
 
@@ -98,12 +104,26 @@ class Adapted:
 
 
 def _alpha(path: pathlib.Path, name: str, config: Mapping[str, Any]) -> float:
-    """Returns the `alpha` of a module: by the first pattern that names it or the end of its path, else lora_alpha."""
+    """Returns the `alpha` of a module: by the first pattern that matches the end of its path, as in PEFT, else lora_alpha."""
     patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict) or not all(re.fullmatch(r"[\w.]+", key) for key in patterns):
-        raise PretrainedError(f"{path.with_name(CONFIG)} has alpha_pattern {patterns}; only names can be read.")
-    named = (alpha for key, alpha in patterns.items() if f".{name}".endswith(f".{key}"))
+    if not isinstance(patterns, dict) or not all(map(_is_quick, patterns)):
+        rule = "only names can be read, and regular expressions without repeated groups"
+        raise PretrainedError(f"{path.with_name(CONFIG)} has alpha_pattern {patterns}; {rule}.")
+    named = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
     alpha = next(named, config.get("lora_alpha", 8))
     if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
         raise PretrainedError(f"{path.with_name(CONFIG)} has alpha {alpha!r}; it must be a finite number above 0.")
     return alpha
+
+
+def _is_quick(pattern: str) -> bool:
+    """Returns whether a text is a regular expression that cannot take long: no repeated group, few repetitions."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return (
+        len(pattern) <= 500
+        and not re.search(r"\)[*+{]|\\[1-9]|\(\?P=", pattern)
+        and len(re.findall("[*+{]", pattern)) <= 4
+    )

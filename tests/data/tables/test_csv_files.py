@@ -77,6 +77,18 @@ def test_gaps_in_dropped_columns_do_not_matter(write):
     np.testing.assert_array_equal(table.targets, [10, 20])
 
 
+def test_an_index_of_pandas_and_columns_without_a_value_are_no_features(write):
+    path = write(",a,note,b,y\n0,1,,5,10\n1,2,NA,6,20\n")
+    with pytest.warns(UserWarning) as warned:
+        table = csv_table(path)
+    assert table.names == ("a", "b")
+    np.testing.assert_array_equal(table.features, [[1, 5], [2, 6]])
+    assert sorted(str(w.message) for w in warned) == [
+        f"{path} has no value in any row of column 'note', left out.",
+        f"{path}: the first column has no name, as an index that pandas writes; it is left out.",
+    ]
+
+
 FAULTS = [
     ("", "rows.csv has no header: it is empty."),
     ("\n\n", "rows.csv has no header: it is empty."),
