@@ -10,11 +10,12 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from jaxrl_reason.models import decoder as decoder_lib
 from jaxrl_reason.models.config import ModelConfig
 from jaxrl_reason.models.decoder import Params
+from jaxrl_reason.models.layers import PromptCache
 from jaxrl_reason.models.sharding import AnyMesh
 
 _INIT_STD = 0.02  # of a new score vector, as in Hugging Face: all scores begin near each other
@@ -41,17 +42,17 @@ class Completions(Protocol):
 def abstract_params(config: ModelConfig) -> Params:
     """Returns the shapes and dtypes of the weights as ShapeDtypeStruct, in the structure of the parameters."""
     score = jax.ShapeDtypeStruct((config.width,), jnp.float32)
-    return {"decoder": decoder_lib.abstract_params(_headless(config)), "score": score}
+    return {"decoder": decoder_lib.abstract_params(headless(config)), "score": score}
 
 
 def logical_axes(config: ModelConfig) -> Params:
     """Returns a tuple of names per weight, see `models.logical_axes`."""
-    return {"decoder": decoder_lib.logical_axes(_headless(config)), "score": ("embed",)}
+    return {"decoder": decoder_lib.logical_axes(headless(config)), "score": ("embed",)}
 
 
 def param_shardings(config: ModelConfig, mesh: AnyMesh) -> Params:
     """Returns a NamedSharding per weight; raises a ValueError if `models.param_shardings` does."""
-    of_decoder = decoder_lib.param_shardings(_headless(config), mesh)
+    of_decoder = decoder_lib.param_shardings(headless(config), mesh)
     return {"decoder": of_decoder, "score": of_decoder["final_norm"]}  # a weight with the same axis, "embed"
 
 
@@ -59,7 +60,7 @@ def init_params(config: ModelConfig, key: Key[Array, ""], decoder: Params | None
     """Draws a score vector, next to a copy of the decoder of a policy without its output head; None: next to random weights."""
     decoder_key, score_key = jax.random.split(key)
     if decoder is None:
-        decoder = decoder_lib.init_params(_headless(config), decoder_key)
+        decoder = decoder_lib.init_params(headless(config), decoder_key)
     else:
         decoder = jax.tree.map(jnp.copy, {name: weight for name, weight in decoder.items() if name != "head"})
     return {"decoder": decoder, "score": _INIT_STD * jax.random.normal(score_key, (config.width,))}
@@ -70,7 +71,7 @@ def scores(
 ) -> Float[Array, " B"]:
     """Computes the scores of whole texts in float32, NaN for a text without a token. For the mask see `models.apply`."""
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask
-    hidden, _ = decoder_lib.bind(_headless(config), params["decoder"]).prefill(tokens, mask)
+    hidden, _ = decoder_lib.bind(headless(config), params["decoder"]).prefill(tokens, mask)
     return _at_last(hidden, mask, params["score"])
 
 
@@ -82,17 +83,24 @@ def group_scores(config: ModelConfig, params: Params, rollout: Completions, *, p
     P, G, _ = rollout.tokens.shape
     if P % parts:
         raise ValueError(f"{P} prompts cannot be scored in {parts} equal parts; choose a number that divides {P}.")
-    model = decoder_lib.bind(_headless(config), params["decoder"])
 
     def one(part):
         prompt_tokens, prompt_mask, tokens, mask = part
-        _, prompt = model.prefill(prompt_tokens, prompt_mask)
-        return _at_last(model.extend(tokens, prompt), mask, params["score"])
+        _, prompt = decoder_lib.bind(headless(config), params["decoder"]).prefill(prompt_tokens, prompt_mask)
+        return completion_scores(config, params, tokens, mask, prompt)
 
     # By stride: then each device keeps its own prompts if the axis is sharded.
     cut = lambda x: x.reshape(P // parts, parts, *x.shape[1:]).swapaxes(0, 1)
     ys = jax.lax.map(one, tuple(map(cut, (rollout.prompt_tokens, rollout.prompt_mask, rollout.tokens, rollout.mask))))
     return ys.swapaxes(0, 1).reshape(P, G)
+
+
+def completion_scores(
+    config: ModelConfig, params: Params, tokens: Int[Array, "P G T"], mask: Bool[Array, "P G T"], prompt: PromptCache
+) -> Float[Array, "P G"]:
+    """Computes `group_scores` of completions after prompts that the decoder has read."""
+    model = decoder_lib.bind(headless(config), params["decoder"])
+    return _at_last(model.extend(tokens, prompt), mask, params["score"])
 
 
 def pair_loss(
@@ -111,7 +119,8 @@ def pair_loss(
     return -jax.nn.log_sigmoid(margin).mean(), metrics
 
 
-def _headless(config: ModelConfig) -> ModelConfig:
+def headless(config: ModelConfig) -> ModelConfig:
+    """Returns the configuration of a reward model's decoder, which has no output head."""
     return dataclasses.replace(config, tied_embedding=True)  # an untied decoder would have an output head
 
 

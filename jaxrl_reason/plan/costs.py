@@ -164,11 +164,32 @@ def score(
 
 
 def reward_model(
-    model: ModelConfig, P: int, G: int, S: int, T: int, *, attention: str = "plain", replicas: int = 1, parts: int = 1
+    model: ModelConfig,
+    P: int,
+    G: int,
+    S: int,
+    T: int,
+    *,
+    attention: str = "plain",
+    replicas: int = 1,
+    parts: int = 1,
+    lengths: int = 1,
+    wave_tokens: int = 0,
+    completions: np.ndarray | None = None,
 ) -> Cost:
-    """Returns the cost of `reward_model.group_scores`: `score` without a head, P (S + G T) tokens; T = 0: P texts."""
-    _check(model, attention, P=P, G=G, S=S, T=max(T, 1), replicas=replicas, parts=parts)
-    return _forward(model, P / parts, G, S, T, attention, replicas) * parts
+    """Returns the cost of `reward_model.group_scores` or, in waves, of a scoring program of `rewards`.
+
+    It is that of `score` without a head over P (S + G T) tokens; S = 0: texts without prompts.
+    """
+    _check(model, attention, P=P, G=G, S=max(S, 1), T=T, replicas=replicas, parts=parts)
+    if lengths == 1:
+        return _forward(model, P / parts, G, S, T, attention, replicas) * parts
+    prompt_parts, found = _waves(model, P, G, S, T, replicas, parts, lengths, wave_tokens, completions)
+    cost = _forward(model, P / prompt_parts, 0, S, 0, attention, replicas) * (prompt_parts if S else 0)
+    for (length, rows), count in found:
+        n = rows * replicas
+        cost += (_completions(model, n, S, length, attention, replicas) + _copies(model, n * S)) * count
+    return cost
 
 
 def update(

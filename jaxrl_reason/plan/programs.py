@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_reason.config import Config
 from jaxrl_reason.models import sharding
@@ -109,18 +110,23 @@ def _reward_model(step: Step) -> Part | None:
         return None
     P, G, S, T = step.rollout_sizes
     pieces, replicas = sharding.microbatches(step.mesh, P, step.pieces), sharding.num_shards(step.mesh)
-    cost_of = functools.partial(costs.reward_model, model, attention=model.attention, replicas=replicas, parts=pieces)
+    waves = programs_lib.update_sizes(config, step.mesh)
+    options: dict[str, Any] = dict(attention=model.attention, replicas=replicas, parts=pieces, **waves)
+    completions = step.completions(P, G)
     path, by_prompt = config.reward_model.path, step.programs.sharding
     if path and not model_files.is_ours(path):
-        # The texts are in the reward model's own tokens and share no prompt: each text counts as a prompt.
+        # The texts are in the reward model's own tokens and share no prompt.
         L = config.reward_model.max_length
         of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=by_prompt)
-        score = learned.scoring_program(model, by_prompt)
-        lower, cost = _lowering(score, step.reward_params, of((P, G, L)), of((P, G)), pieces), cost_of(P * G, 1, L, 0)
+        score = learned.scoring_program(model, by_prompt, **waves)
+        texts = None if completions is None else np.clip(completions + max(L - T, 0), 1, L)
+        cost = costs.reward_model(model, P, G, 0, L, completions=texts, **options)
+        lower = _lowering(score, step.reward_params, of((P, G, L)), of((P, G)), pieces)
     else:
-        score = model_training.group_scoring_program(model, step.mesh, pieces)
+        score = model_training.group_scoring_program(model, step.mesh, pieces, **waves)
         share = lambda x: jax.ShapeDtypeStruct((P, *x.shape[1:]), x.dtype, sharding=x.sharding)
-        lower, cost = _lowering(score, step.reward_params, jax.tree.map(share, step.rollout)), cost_of(P, G, S, T)
+        lower = _lowering(score, step.reward_params, jax.tree.map(share, step.rollout))
+        cost = costs.reward_model(model, P, G, S, T, completions=completions, **options)
     resident = m.weights + m.copy + m.optimizer + m.reference
     contents = {"weights": m.reward_model}
     return Part("reward model", lower, cost, _kernel_flops(step, cost), resident, contents, times=config.sampling.parts)

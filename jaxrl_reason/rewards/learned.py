@@ -1,7 +1,6 @@
 """Scores completions on the device by a pretrained reward model, in its own tokenizer and chat template."""
 
 from collections.abc import Callable, Mapping
-import functools
 from typing import Any, cast
 
 import jax
@@ -10,10 +9,10 @@ import numpy as np
 
 from jaxrl_reason.data import chat_template, ChatTemplate, get_template, PromptBatch, Tokenizer
 from jaxrl_reason.models import ModelConfig, Params, reward_model
-from jaxrl_reason.models.sharding import microbatches, on_mesh
+from jaxrl_reason.models.sharding import microbatches, num_prompt_shards, on_mesh
 from jaxrl_reason.rewards.host import RewardError
 from jaxrl_reason.rewards.scorer import local_token_ids
-from jaxrl_reason.rl import hosts
+from jaxrl_reason.rl import hosts, waves
 from jaxrl_reason.rl.types import Rollout
 
 _QUESTION = get_template("{question}")
@@ -31,6 +30,7 @@ class TextScorer:
       system: the system prompt of the reward model's chat.
       max_length: maximum number of tokens of a text. A longer text is never cut; it has no score and no reward.
       parts: the number of microbatches, as far as they divide the groups of a batch.
+      lengths, wave_tokens: see `waves.sizes`.
     """
 
     def __init__(
@@ -45,12 +45,14 @@ class TextScorer:
         max_length: int,
         parts: int,
         sharding: jax.sharding.NamedSharding,
+        lengths: int = 1,
+        wave_tokens: int = 0,
     ):
         self._params, self._tokenizer, self._policy_tokenizer = params, tokenizer, policy_tokenizer
         self._skip_special = skip_special
         self._chat = chat_of(tokenizer, system)
         self._max_length, self._parts, self._sharding = max_length, parts, sharding
-        self._score = scoring_program(config, sharding)
+        self._score = scoring_program(config, sharding, lengths, wave_tokens)
 
     def __call__(self, rollout: Rollout, batch: PromptBatch) -> tuple[jax.Array, dict[str, float]]:
         """Returns scores f32[P, G], NaN for texts that are too long, and the share of such texts."""
@@ -108,24 +110,26 @@ def chat_of(tokenizer: Tokenizer, system: str) -> ChatTemplate | None:
     return chat
 
 
-def scoring_program(config: ModelConfig, sharding: jax.sharding.NamedSharding) -> Callable[..., jax.Array]:
-    """Returns the jitted (params, texts int[P,G,L], lengths int[P,G], static parts) -> f32[P,G], NaN for no tokens."""
-    score = on_mesh(_mesh(sharding), functools.partial(_in_parts, config))
-    return jax.jit(score, static_argnums=3, out_shardings=sharding)
+def scoring_program(
+    config: ModelConfig, sharding: jax.sharding.NamedSharding, lengths: int = 1, wave_tokens: int = 0
+) -> Callable[..., jax.Array]:
+    """Returns the jitted (params, texts int[P,G,L], lengths int[P,G], static parts) -> f32[P,G], NaN for no tokens.
 
+    For `lengths` and `wave_tokens` see `waves.sizes`, for which a text is a completion without a prompt.
+    """
 
-def _in_parts(config: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, parts: int) -> jax.Array:
-    """Computes scores f32[P, G] of texts int[P, G, L] in `parts` microbatches; NaN if the length is 0."""
-    P, G, L = tokens.shape
-    # Strided, so that each device of a sharded axis keeps its own rows.
-    cut = lambda x: x.reshape(P // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+    def score(params: Params, texts: jax.Array, used: jax.Array, parts: int) -> jax.Array:
+        P, G, L = texts.shape
+        sizes = waves.sizes(P // num_prompt_shards(), G, 0, L, lengths, wave_tokens or P * G * L, parts)
 
-    def one(part):
-        tokens, lengths = part
-        mask = jnp.arange(L) < lengths[..., None]
-        return reward_model.scores(config, params, tokens.reshape(-1, L), mask.reshape(-1, L)).reshape(-1, G)
+        def of_wave(wave, found):
+            tokens, own = waves.take(wave, (texts, used))
+            scores = reward_model.scores(config, params, tokens[:, 0], jnp.arange(wave.length) < own)
+            return waves.put(wave, found, scores[:, None])
 
-    return jax.lax.map(one, (cut(tokens), cut(lengths))).swapaxes(0, 1).reshape(P, G)
+        return waves.for_each(sizes, waves.queue(used), of_wave, jnp.full((P, G), jnp.nan))
+
+    return jax.jit(on_mesh(_mesh(sharding), score), static_argnums=3, out_shardings=sharding)
 
 
 def _mesh(sharding: jax.sharding.NamedSharding) -> jax.sharding.Mesh:

@@ -25,9 +25,9 @@ from jaxrl_reason.rewards import model_files
 from jaxrl_reason.rewards.learned import chat_of, TextScorer
 from jaxrl_reason.rewards.model_files import is_ours, load_reward_model, tokenizer_digest, write_description
 from jaxrl_reason.rewards.scorer import RewardModelScorer
-from jaxrl_reason.rl import hosts
+from jaxrl_reason.rl import hosts, scoring
 from jaxrl_reason.rl.optimizer import apply_gradients, init_opt_state, make_supervised_optimizer
-from jaxrl_reason.rl.programs import optimizer_shardings, with_attention
+from jaxrl_reason.rl.programs import optimizer_shardings, update_sizes, with_attention
 from jaxrl_reason.rl.types import Rollout, TrainState
 from jaxrl_reason.runs import checkpoints, read_metrics
 from jaxrl_reason.runs.files import write_json, writing
@@ -171,15 +171,25 @@ def _trained_scorer(
 ) -> RewardModelScorer:
     # As many microbatches as for the policy's log-probabilities.
     microbatches = sharding.microbatches(mesh, batch_size, c.update.accumulation * c.update.minibatches)
-    score = group_scoring_program(with_attention(model, c, mesh), mesh, microbatches)
+    score = group_scoring_program(with_attention(model, c, mesh), mesh, microbatches, **update_sizes(c, mesh))
     return lambda rollout, batch: (score(params, rollout), {})
 
 
 def group_scoring_program(
-    model: models.ModelConfig, mesh: jax.sharding.Mesh, microbatches: int
+    model: models.ModelConfig, mesh: jax.sharding.Mesh, microbatches: int, lengths: int = 1, wave_tokens: int = 0
 ) -> Callable[[models.Params, Rollout], jax.Array]:
-    """Returns the jitted (params, rollout) -> scores f32[P, G]."""
-    score = functools.partial(reward_model.group_scores, model, parts=microbatches)
+    """Returns the jitted (params, rollout) -> scores f32[P, G], NaN for no tokens; `lengths`, `wave_tokens` as in `scoring.score`."""
+
+    def score(params: models.Params, rollout: Rollout) -> jax.Array:
+        if lengths == 1:
+            return reward_model.group_scores(model, params, rollout, parts=microbatches)
+        decoder, none = reward_model.headless(model), jnp.full(rollout.tokens.shape[:2], jnp.nan)
+
+        def one(part, prompts):
+            return reward_model.completion_scores(model, params, part.tokens, part.mask, scoring.prompt_cache(prompts))
+
+        return scoring.map_waves(decoder, params["decoder"], rollout, one, none, microbatches, lengths, wave_tokens)
+
     return jax.jit(sharding.on_mesh(mesh, score), out_shardings=sharding.batch_sharding(mesh))
 
 
@@ -200,6 +210,7 @@ def pretrained_scorer(
         max_length=c.reward_model.max_length,
         parts=c.update.accumulation * c.update.minibatches,
         sharding=sharding.batch_sharding(mesh),
+        **update_sizes(c, mesh),
     )
 
 

@@ -4,7 +4,7 @@ Completions run against the shared keys and values of their prompt, with gradien
 chunks of positions, so that [tokens, vocabulary] takes at most 64 MiB, or is one position of every completion.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import functools
 from typing import Any, NamedTuple
 
@@ -50,6 +50,13 @@ def read_prompts(config: models.ModelConfig, params: models.Params, rollout: Rol
     return PromptStates(hidden, keys, values), PromptPlaces(cache.mask, cache.positions, cache.lengths)
 
 
+def prompt_cache(prompts: Prompts) -> models.PromptCache:
+    """Returns the cache that `Decoder.extend` reads."""
+    states, places = prompts
+    keys, values = (jnp.moveaxis(kv, 1, 0) for kv in (states.keys, states.values))
+    return models.PromptCache(keys, values, *places)
+
+
 def compute_logprobs(
     config: models.ModelConfig,
     params: models.Params,
@@ -78,10 +85,9 @@ def compute_logprobs(
     if legal is not None:
         legal = jnp.broadcast_to(legal, (legal.shape[0] if legal.ndim == 3 else 1, T, config.vocab_size))
     model = models.bind(config, params)
-    states, places = read_prompts(config, params, rollout) if prompts is None else prompts
-    keys, values = (jnp.moveaxis(kv, 1, 0) for kv in (states.keys, states.values))
-    prompt = models.PromptCache(keys, values, *places)
-    hidden = jnp.broadcast_to(states.hidden[:, None], (P, G, 1, config.width))
+    prompts = read_prompts(config, params, rollout) if prompts is None else prompts
+    prompt = prompt_cache(prompts)
+    hidden = jnp.broadcast_to(prompts[0].hidden[:, None], (P, G, 1, config.width))
     inputs = rollout.tokens if probe_token is not None else rollout.tokens[:, :, :-1]
     if inputs.shape[2]:
         hidden = jnp.concatenate([hidden, model.extend(inputs, prompt)], axis=2)
@@ -172,33 +178,55 @@ def score(
       microbatches: their number; P is divisible by it.
       lengths, wave_tokens: see `waves.sizes`; with one length, microbatches are whole groups.
     """
-    P, G, T = rollout.tokens.shape
-    S = rollout.prompt_tokens.shape[1] + config.prefix_length
 
-    def of_part(part, legal=legal, prompts=None):
+    def one(part: Rollout, prompts: Prompts | None = None) -> LogProbs:
+        allowed = None if legal is None else legal[: part.tokens.shape[2]]
         scored = compute_logprobs(
-            config, params, part, temperature, legal, chunk, probe_token=probe_token, prompts=prompts
+            config, params, part, temperature, allowed, chunk, probe_token=probe_token, prompts=prompts
         )
         return scored._replace(entropy=jnp.zeros_like(scored.entropy))
 
-    def in_waves(part):
-        states, places = read_prompts(config, params, part)
+    if lengths == 1:
+        return join_prompts(jax.lax.map(one, split_prompts(rollout, microbatches)))
+    zeros = jnp.zeros(rollout.tokens.shape)
+    empty = LogProbs(zeros, zeros, {}, None if probe_token is None else zeros[..., 0])
+    return map_waves(config, params, rollout, one, empty, microbatches, lengths, wave_tokens)
+
+
+def map_waves(
+    config: models.ModelConfig,
+    params: models.Params,
+    rollout: Rollout,
+    function: Callable[[Rollout, Prompts], Any],
+    empty: Any,
+    microbatches: int,
+    lengths: int,
+    wave_tokens: int,
+) -> Any:
+    """Computes a function of completions and their prompts, wave by wave.
+
+    Args:
+      config, params, rollout: the decoder that reads the prompts, and the whole batch.
+      function: (completions [R, 1, length], their prompts) -> a tree of arrays [R, 1, length] or [R, 1].
+      empty: a tree of arrays [P, G, T] or [P, G], the results without completions.
+      microbatches, lengths, wave_tokens: see `score`.
+    """
+    (_, G, T), S = rollout.tokens.shape, rollout.prompt_tokens.shape[1] + config.prefix_length
+    parts = waves.prompt_parts(G, S, T, microbatches)
+
+    def of_part(args):
+        part, found = args
+        prompts = read_prompts(config, params, part)
         own = len(part.tokens) // sharding.num_prompt_shards()
         sizes = waves.sizes(own, G, S, T, lengths, wave_tokens, microbatches // parts)
 
         def of_wave(wave, found):
-            prompts = waves.take_prompts(wave, G, (states, places))
             completions = waves.take(wave, without_prompts(part))
-            scored = of_part(completions, None if legal is None else legal[: wave.length], prompts)
-            return waves.put(wave, found, scored)
+            return waves.put(wave, found, function(completions, waves.take_prompts(wave, G, prompts)))
 
-        zeros, probe = jnp.zeros(part.tokens.shape), jnp.zeros(part.tokens.shape[:2])
-        empty = LogProbs(zeros, zeros, {}, None if probe_token is None else probe)
-        return waves.for_each(sizes, waves.queue(part.mask.sum(axis=-1)), of_wave, empty)
+        return waves.for_each(sizes, waves.queue(part.mask.sum(axis=-1)), of_wave, found)
 
-    parts = microbatches if lengths == 1 else waves.prompt_parts(G, S, T, microbatches)
-    one = of_part if lengths == 1 else in_waves
-    return join_prompts(jax.lax.map(one, split_prompts(rollout, parts)))
+    return join_prompts(jax.lax.map(of_part, split_prompts((rollout, empty), parts)))
 
 
 def without_prompts(rollout: Rollout) -> Rollout:

@@ -18,6 +18,7 @@ from jaxrl_reason.methods import PolicyLoss
 from jaxrl_reason.models import ModelConfig, reward_model, sharding
 from jaxrl_reason.plan import costs, hlo
 from jaxrl_reason.plan.lengths import skewed_lengths
+from jaxrl_reason.rewards.learned import scoring_program
 from jaxrl_reason.rl import learner, rollout, scoring
 from jaxrl_reason.rl import optimizer as optimizers
 from jaxrl_reason.rl.learner import UpdateOptions
@@ -145,7 +146,9 @@ def test_flops_of_an_update_in_parts_equal_those_of_its_program(settings):
 
 
 def test_recomputed_flops_equal_the_difference_between_remat_modes():
-    kept, recomputed = (costs.update(with_(remat=remat), P, G, S, T, logprob_chunk=T // 2) for remat in ("none", "layer"))
+    kept, recomputed = (
+        costs.update(with_(remat=remat), P, G, S, T, logprob_chunk=T // 2) for remat in ("none", "layer")
+    )
     assert recomputed.flops - kept.flops == recomputed.recomputed_flops - kept.recomputed_flops > 0
     assert kept.recomputed_flops == 2 * P * G * T * 128 * 640  # the logits of two chunks
 
@@ -220,6 +223,11 @@ def test_flops_of_waves_equal_those_of_their_programs(remat, probe):
     config, sizes = with_(remat=remat), dict(lengths=2, wave_tokens=3 * T)
     scored = lowered("score", config, probe_token=probe, **sizes)
     expected = costs.score(config, P, G, S, T, probe=probe is not None, **sizes).flops
+    assert expected == pytest.approx(of_program(scored, unlimited=0), rel=1e-3)
+    texts = jax.ShapeDtypeStruct((P, G, T), jnp.int32), jax.ShapeDtypeStruct((P, G), jnp.int32)
+    one = sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:1]))
+    scored = scoring_program(config, one, **sizes).lower(reward_model.abstract_params(config), *texts, 1)
+    expected = costs.reward_model(config, P, G, 0, T, **sizes).flops
     assert expected == pytest.approx(of_program(scored, unlimited=0), rel=1e-3)
     program = lowered("update", config, options=options(accumulation=2, **sizes))
     expected = costs.update(config, P, G, S, T, accumulation=2, **sizes).flops

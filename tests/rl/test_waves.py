@@ -16,7 +16,9 @@ import pytest
 from helpers import reference_decoder as reference
 import jaxrl_reason
 from jaxrl_reason.methods import ExpertDigits, PolicyLoss, SelfReward
-from jaxrl_reason.models import ModelConfig, sharding
+from jaxrl_reason.models import ModelConfig, reward_model, sharding
+from jaxrl_reason.rewards.learned import scoring_program
+from jaxrl_reason.rewards.model_training import group_scoring_program
 from jaxrl_reason.rl import learner, scoring, waves
 from jaxrl_reason.rl.types import Experience, Rollout
 from jaxrl_reason.rl.waves import Size
@@ -145,6 +147,19 @@ def test_scores_are_those_of_whole_groups():
     ended = (LENGTHS > 0) & (LENGTHS < T)
     np.testing.assert_allclose(found.probe_logprobs[ended], whole.probe_logprobs[ended], atol=2e-6, rtol=2e-6)
     assert not found.entropy.any()
+
+
+def test_scores_of_reward_models_are_those_of_whole_groups():
+    params = reward_model.init_params(CONFIG, jax.random.key(1), PARAMS)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    whole = reward_model.group_scores(CONFIG, params, BATCH.rollout)
+    found = group_scoring_program(CONFIG, mesh, 2, **IN_WAVES)(params, BATCH.rollout)
+    assert np.isnan(whole).sum() == (LENGTHS == 0).sum()
+    np.testing.assert_allclose(found, whole, atol=2e-6, rtol=2e-6)
+    texts = reward_model.scores(CONFIG, params, TOKENS.reshape(-1, T), MASK.reshape(-1, T)).reshape(P, G)
+    for options in (IN_WAVES, {}):
+        found = scoring_program(CONFIG, sharding.batch_sharding(mesh), **options)(params, TOKENS, LENGTHS, 2)
+        np.testing.assert_allclose(found, texts, atol=2e-6, rtol=2e-6)
 
 
 MESHES = ((8, 1, 1), (2, 2, 2))
