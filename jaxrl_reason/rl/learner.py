@@ -17,16 +17,9 @@ import optax
 from jaxrl_reason import losses, models
 from jaxrl_reason.methods import PolicyLoss
 from jaxrl_reason.models import sharding
-from jaxrl_reason.rl import auxiliary, waves
+from jaxrl_reason.rl import auxiliary, gradients, waves
 from jaxrl_reason.rl.optimizer import apply_gradients
-from jaxrl_reason.rl.scoring import (
-    compute_logprobs,
-    join_prompts,
-    Prompts,
-    read_prompts,
-    split_prompts,
-    without_prompts,
-)
+from jaxrl_reason.rl.scoring import compute_logprobs, Prompts, read_prompts
 from jaxrl_reason.rl.types import Experience, Gradient, LogProbs, Mismatch, Rollout, TrainState, UpdateResult
 
 
@@ -131,7 +124,7 @@ def gradient(
     temperature: Float[Array, ""],
     legal: Bool[Array, "T V"] | None = None,
 ) -> Gradient:
-    """Computes the gradient of one minibatch, microbatch by microbatch.
+    """Computes the gradient of one minibatch, in microbatches of whole groups or in waves.
 
     Completions with a log-probability in `batch` that is not finite are left out before anything is counted: they are in no numerator and in no
     denominator. `temperature` and `legal` are of the distribution that sampled.
@@ -140,86 +133,28 @@ def gradient(
     mask, dropped = losses.drop_nonfinite(batch.mask, *known)
     batch = batch._replace(mask=mask, auxiliary=auxiliary.restrict(batch.auxiliary, mask))
     counts = {name: auxiliary.AUXILIARY[name].counts(data) for name, data in batch.auxiliary.items()}
+    whole = losses.totals(mask), counts, temperature
     trained, frozen = models.lora.split(config, params)
-    compute = _of_groups if options.lengths == 1 else _in_waves
-    grad = functools.partial(compute, config, options, frozen, (losses.totals(mask), counts, temperature), legal)
-    parts = _prompt_parts(config, options, batch)
-    if parts == 1:
-        grads, (metrics, difference, position) = grad(trained, batch)
+    (_, G, T), S = mask.shape, batch.rollout.prompt_tokens.shape[1] + config.prefix_length
+    if options.loss.aggregation == "constant" and options.loss.constant is None:  # completions of a wave are shorter
+        options = dataclasses.replace(options, loss=dataclasses.replace(options.loss, constant=T))
+
+    def loss(trained, part, legal, prompts=None):
+        return loss_and_metrics(config, options, models.lora.join(trained, frozen), part, *whole, legal, prompts)
+
+    def read(trained, rollout):
+        return read_prompts(config, models.lora.join(trained, frozen), rollout)
+
+    if options.lengths == 1:
+        parts, grad = options.accumulation, jax.grad(lambda trained, part: loss(trained, part, legal), has_aux=True)
     else:
-
-        def add(sums, part):
-            grads, (metrics, *worst) = grad(trained, part)
-            return jax.tree.map(jnp.add, sums, (grads, metrics)), worst
-
-        split = split_prompts(batch, parts)
-        shapes, (shape_of_metrics, *_) = jax.eval_shape(grad, trained, jax.tree.map(lambda x: x[0], split))
-        (grads, metrics), worst = jax.lax.scan(add, _zeros((shapes, shape_of_metrics)), split)
-        difference, position = join_prompts(worst)
+        parts = waves.prompt_parts(G, S, T, options.accumulation)
+        own = len(mask) // parts // sharding.num_prompt_shards()
+        sizes = waves.sizes(own, G, S, T, options.lengths, options.wave_tokens, options.accumulation // parts)
+        grad = functools.partial(gradients.in_waves, loss, read, sizes, legal)
+    grads, (metrics, difference, position) = gradients.in_parts(grad, parts, trained, batch)
     metrics["nonfinite_completions"] += dropped
     return Gradient(grads, metrics, difference, position)
-
-
-def _prompt_parts(config: models.ModelConfig, options: UpdateOptions, batch: Experience) -> int:
-    (_, G, T), S = batch.mask.shape, batch.rollout.prompt_tokens.shape[1] + config.prefix_length
-    return options.accumulation if options.lengths == 1 else waves.prompt_parts(G, S, T, options.accumulation)
-
-
-def _of_groups(config, options, frozen, whole, legal, trained, batch):
-    """Computes the gradient of a part of a minibatch in one pass over its prompts and completions.
-
-    `whole` are counts of the minibatch and the temperature. Returns the gradient, and what `loss_and_metrics` returns beside the loss.
-    """
-
-    def loss(trained):
-        return loss_and_metrics(config, options, models.lora.join(trained, frozen), batch, *whole, legal)
-
-    return jax.grad(loss, has_aux=True)(trained)
-
-
-def _in_waves(config, options, frozen, whole, legal, trained, batch):
-    """Computes `_of_groups` in one pass over the prompts, and waves of completions that add to the gradients of weights and prompts."""
-    (P, G, T), S = batch.mask.shape, batch.rollout.prompt_tokens.shape[1] + config.prefix_length
-    if options.loss.aggregation == "constant" and options.loss.constant is None:  # the length of a wave is not T
-        options = dataclasses.replace(options, loss=dataclasses.replace(options.loss, constant=T))
-    read = lambda trained: read_prompts(config, models.lora.join(trained, frozen), batch.rollout)
-    states, backward, places = jax.vjp(read, trained, has_aux=True)
-    completions = batch._replace(rollout=without_prompts(batch.rollout))
-    own = P // sharding.num_prompt_shards()  # prompts per device
-
-    def loss(trained, states, places, part, legal):
-        params = models.lora.join(trained, frozen)
-        return loss_and_metrics(config, options, params, part, *whole, legal, (states, places))
-
-    grad = jax.grad(loss, argnums=(0, 1), has_aux=True)
-
-    def of_wave(wave):
-        part = waves.take(wave, completions)
-        mask = part.mask & wave.live(own * G)[..., None]
-        part = part._replace(mask=mask, auxiliary=auxiliary.restrict(part.auxiliary, mask))
-        own_states, own_places = waves.take_prompts(wave, G, (states, places))
-        return grad(trained, own_states, own_places, part, None if legal is None else legal[: wave.length])
-
-    def add(wave, sums):
-        grads, of_states, metrics, worst = sums
-        (more, more_of_states), (more_metrics, *found) = of_wave(wave)
-        grads, metrics = jax.tree.map(jnp.add, (grads, metrics), (more, more_metrics))
-        return grads, waves.add_prompts(wave, G, of_states, more_of_states), metrics, waves.put(wave, worst, found)
-
-    microbatches = options.accumulation // waves.prompt_parts(G, S, T, options.accumulation)
-    sizes = waves.sizes(own, G, S, T, options.lengths, options.wave_tokens, microbatches)
-    used = jnp.where(batch.mask.any(axis=-1), batch.rollout.mask.sum(axis=-1), 0)
-    metrics = jax.eval_shape(lambda: loss(trained, states, places, completions, legal))[1][0]
-    worst = [jnp.zeros((P, G)), jnp.zeros((P, G), jnp.int32)]
-    zeros = (*_zeros((trained, states, metrics)), worst)
-    grads, of_states, metrics, worst = waves.for_each(sizes, waves.queue(used), add, zeros)
-    (of_prompts,) = backward(jax.tree.map(lambda x, like: x.astype(like.dtype), of_states, states))
-    return jax.tree.map(jnp.add, grads, of_prompts), (metrics, *worst)
-
-
-def _zeros(tree: Any) -> Any:
-    """Returns float32 zeros in the shapes of a tree."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree)
 
 
 def make_update(
