@@ -133,6 +133,13 @@ def _sample_and_score(
     if len(chunks) > 1:
         rollout, rewards = programs.join(*((r, rewards) for r, (rewards, _) in zip(rollouts, scored)))
     clock.count("rollout", int(jax.device_get(_count(rollout.mask))))
+    if run.method.nonnegative_rewards:
+        least = float(jax.device_get(_least_total(rewards, tuple(run.scorer.weights.items()))))
+        if least < 0:
+            raise RewardError(
+                f"A reward of step {int(jax.device_get(step)) + 1} is {least:.3g}, and config.method.name {run.config.method['name']!r} "
+                "refuses negative rewards; let the reward functions return values from 0 to 1, or choose another method."
+            )
     columns = programs.place(
         {name: batch.columns[name] for name in programs.needs.columns}, run.config.prompts_per_step
     )
@@ -140,6 +147,10 @@ def _sample_and_score(
 
 
 _count = jax.jit(jnp.sum)
+_least_total = jax.jit(
+    lambda rewards, weights: jnp.nanmin(experience.total_reward(rewards, dict(weights)), initial=jnp.inf),
+    static_argnums=1,
+)
 _drop_greedy = jax.jit(experience.drop_greedy, static_argnums=1)  # jit: else slicing moves its bounds to the device
 
 
