@@ -8,7 +8,7 @@ An entry is a JSON object:
 A file of results holds one entry per line. Such a file is committed, and a comparison goes on from it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import hashlib
 from importlib import metadata
 import json
@@ -28,16 +28,33 @@ from jaxrl_reason.runs.statistics import Estimate, estimate, paired_difference
 
 Entry = dict[str, Any]
 # Fields that change no result, or are given next to the digest.
-_NOT_DIGESTED = ("seed", "mesh", "checkpoint", "log", "compilation_cache")
+_NOT_DIGESTED = ("seed", "mesh", "checkpoint", "log", "compilation_cache", "data.data_dir")
 
 
 def digest(config: Config, without: Sequence[str] = ()) -> str:
-    """Returns a digest of the fields of a configuration that decide its results, up to the seed and the fields `without`."""
-    fields = config_lib.to_dict(config)
-    for name in (*_NOT_DIGESTED, *without):
-        del fields[name]
-    del fields["data"]["data_dir"]
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+    """Returns a digest of the fields of a configuration that decide its results, up to the seed and the fields `without`.
+
+    Only fields without their default value count, so results stay valid when a version adds a field. Of `versions`, an
+    entry has the version whose defaults it used.
+    """
+    fields, defaults = (dict(leaves(config_lib.to_dict(c))) for c in (config, Config()))
+    ignored = tuple(f"{name}." for name in (*_NOT_DIGESTED, *without))
+    chosen = {
+        name: value
+        for name, value in fields.items()
+        if value != defaults.get(name) and not f"{name}.".startswith(ignored)
+    }
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (name, value) of the values that are no dicts; names of nested ones are joined by dots."""
+    for key, value in fields.items():
+        name = f"{prefix}.{key}" if prefix else key
+        if isinstance(value, dict) and value:
+            yield from leaves(value, name)
+        else:
+            yield name, value
 
 
 def versions() -> dict[str, str]:

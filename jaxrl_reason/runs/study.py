@@ -191,13 +191,13 @@ def differing_fields(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
     for row in rows:
         fields = config_lib.to_dict(row.config)
         keywords = dict(fields.pop("method"))
-        given |= {name for name, _ in _leaves(keywords, "method")}
+        given |= {name for name, _ in results.leaves(keywords, "method")}
         name, base = keywords["name"], keywords.get("base", "")
         defaults = methods.keywords(name, base)
         for key, value in keywords.items():  # of a stack: a dict per method
             known = defaults.get(key)
             defaults[key] = known | value if isinstance(known, dict) and isinstance(value, dict) else value
-        own[row.name] = dict(_leaves(fields | {"method": defaults}))
+        own[row.name] = dict(results.leaves(fields | {"method": defaults}))
     names = dict.fromkeys(name for fields in own.values() for name in fields)
     chosen = []
     for name in names:
@@ -205,12 +205,3 @@ def differing_fields(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
         if len(set(values)) > 1 or (name in given and len(values) < len(own)):
             chosen.append(name)
     return {row: {name: fields[name] for name in chosen if name in fields} for row, fields in own.items()}
-
-
-def _leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in fields.items():
-        name = f"{prefix}.{key}" if prefix else key
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, name)
-        else:
-            yield name, value
