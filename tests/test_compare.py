@@ -5,12 +5,15 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 import rich.console
 
+from helpers.documents import ROOT
 from helpers.tiny_runs import tiny, write_recipe, write_rows
 from jaxrl_reason import compare, train
 from jaxrl_reason.config import Config, ConfigError
@@ -217,6 +220,53 @@ def test_a_baseline_that_cannot_begin_is_named_when_the_method_has_ended(tmp_pat
     with pytest.raises(ConfigError, match="The baseline 'other' cannot begin: .*nope"):
         compare.train_all(comparison)
     assert trained == [0]  # the method's run was handed over
+
+
+HOLD = "import pathlib, sys; from jaxrl_reason.runs import locks; lock = locks.take(pathlib.Path(sys.argv[1])); print(); input()"
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("ended", ["killed", "finished", "signal"])
+def test_a_process_waits_for_the_runs_of_others(ended, tmp_path, monkeypatch, capsys, untrained):
+    """It takes up the run of a killed process, and leaves one that is finished in the meantime."""
+    config = tiny(write_rows(tmp_path / "rows.jsonl"), eval__every=1)
+    comparison = compare.prepare(config, {"other": OTHER}, tmp_path / "runs")
+    other = tmp_path / "runs" / "seed-0" / "other"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, f"{other}.lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    )
+    holder.stdout.readline()
+    waited = []
+
+    def sleep(seconds):
+        waited.append(seconds)
+        if len(waited) < 3:
+            return
+        if ended == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        if ended == "finished":
+            other.mkdir()
+            digest = comparison.study.rows[1].digest
+            entry = {"config": digest, "versions": {}, "seconds": 0, "start_seconds": 0}
+            evaluations = [{"step": 0, "eval/accuracy": 0.75}]
+            (other / "result.json").write_text(json.dumps(entry | {"evaluations": evaluations}))
+        holder.kill()
+        holder.wait()
+
+    monkeypatch.setattr(compare.time, "sleep", sleep)
+    with holder:
+        if ended == "signal":
+            with pytest.raises(hosts.Preempted, match="saved after the last run of this process"):
+                compare.train_all(comparison)
+            holder.kill()
+        else:
+            rows = compare.train_all(comparison)
+            assert rows["other"]["eval/accuracy"] == {"killed": 0.5, "finished": 0.75}[ended]
+    assert waited == [1.0] * 3
+    out = capsys.readouterr().out.splitlines()
+    assert out[2] == "Other processes work on the runs that are left (1); waiting for them."
+    assert [line[:12] for line in out[3:]] == ["Run 2 of 2, ", "trains"] * (ended == "killed")
 
 
 @pytest.mark.parametrize(
