@@ -110,6 +110,16 @@ def test_rows_of_a_stack_show_the_keywords_of_its_methods():
     }
 
 
+def test_rows_wait_for_the_start_that_another_process_makes(tmp_path, monkeypatch):
+    write_rows(tmp_path / "rows.jsonl")
+    runs = study.plan(tiny(tmp_path / "rows.jsonl", supervised__steps=1), {}, tmp_path, seeds=[0, 1])
+    take, elsewhere = study.locks.take, {tmp_path / "seed-0" / "start.lock"}
+    monkeypatch.setattr(study.locks, "take", lambda path: None if path in elsewhere else take(path))
+    assert runs.take()[0] == runs.units[2]  # the start of seed 1
+    elsewhere.add(tmp_path / "seed-1" / "start.lock")
+    assert runs.take() is None
+
+
 def test_a_run_is_taken_when_its_start_is_made(tmp_path):
     write_rows(tmp_path / "rows.jsonl")
     config = tiny(tmp_path / "rows.jsonl", supervised__steps=1)
