@@ -69,7 +69,7 @@ def compare(
       baselines: maps names of rows to the configuration fields that differ.
       seeds: by default the one of `config`.
       only: the rows to train; by default all. Rows that were trained before are compared too.
-      results_file: a file of results, which counts as trained, and to which the results of finished runs are written.
+      results_file: a file of results; its runs count as trained, and the results of all finished runs are written to it.
 
     Returns:
       row -> metrics, as in comparison.json: see `results.summarize`. The row "start" is the policy that all runs begin
@@ -191,9 +191,14 @@ def _work(comparison: Comparison, unit: Unit, run: train.Run) -> None:
         "evaluations": results.evaluations(metrics, ("eval/", *tasks.BASELINES)),
     }
     write_json(directory / "result.json", entry)
+    _keep(comparison, [entry])
+
+
+def _keep(comparison: Comparison, entries: Sequence[results.Entry]) -> None:
+    """Writes entries to the file of results, if there is one."""
     if comparison.results_file:
         with locks.held(comparison.study.workdir / "results.lock"):
-            results.merge(comparison.results_file, [entry])
+            results.merge(comparison.results_file, entries)
 
 
 def report(comparison: Comparison) -> Rows:
@@ -202,6 +207,7 @@ def report(comparison: Comparison) -> Rows:
     for row in runs.rows:
         if of_row := {seed: entry for seed in runs.seeds if (entry := runs.entry(row, seed))}:
             entries[row.name] = of_row
+    _keep(comparison, [entry for of_row in entries.values() for entry in of_row.values()])
     rows = results.summarize(entries, runs.rows[0].name, tasks.BASELINES)
     for name, values in study.differing_fields(runs.rows).items():
         if name in rows:

@@ -90,8 +90,14 @@ def test_one_row_after_the_other_is_the_comparison_of_both(tmp_path, capsys):
     assert list(compare_again("runs", only=["Leave-one-out"])) == ["start", "Leave-one-out"]
     assert not (tmp_path / "runs" / "seed-0" / "method").exists()
     assert list(compare_again("runs", only=["grpo"], results_file=results_file)) == ["start", "grpo", "Leave-one-out"]
-    # The file of results has the run of this command; another work directory goes on from it, and adds the other one.
-    assert [entry["row"] for entry in results.read(results_file)] == ["grpo"]
+    # The file of results has all finished runs. With a part of them, another work directory goes on, and adds the others.
+    all_entries = results.read(results_file)
+    assert [(entry["row"], entry["seed"], entry["recipe"]) for entry in all_entries] == [
+        ("grpo", 0, True),
+        ("Leave-one-out", 0, False),
+    ]
+    results_file.unlink()
+    results.merge(results_file, all_entries[:1])
     rows = compare_again("elsewhere", results_file=results_file)
     assert sorted(path.name for path in (tmp_path / "elsewhere" / "seed-0").iterdir() if path.is_dir()) == [
         "leave_one_out",
@@ -105,11 +111,8 @@ def test_one_row_after_the_other_is_the_comparison_of_both(tmp_path, capsys):
         for run in row.get("runs", {}).values():
             del run["seconds"], run["start_seconds"]
     assert rows == first
-    entries = results.read(results_file)
-    assert [(entry["row"], entry["seed"], entry["recipe"]) for entry in entries] == [
-        ("grpo", 0, True),
-        ("Leave-one-out", 0, False),
-    ]
+    found = results.read(results_file)
+    assert found[0] == all_entries[0] and found[1]["evaluations"] == all_entries[1]["evaluations"]
     # Nothing is left: no run, and no start.
     capsys.readouterr()
     compare_again("nowhere", results_file=results_file)

@@ -85,7 +85,7 @@ def read(path: pathlib.Path) -> list[Entry]:
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), start=1):
         try:
             entry = json.loads(line)
-            entry["row"], entry["seed"], entry["config"], entry["evaluations"][-1]
+            entry["row"], entry["recipe"], entry["seed"], entry["config"], entry["evaluations"][-1]
         except (ValueError, TypeError, LookupError) as e:
             raise ConfigError(f"Line {number} of {path} is no result of compare; repair or remove the line.") from e
         entries.append(entry)
@@ -93,10 +93,13 @@ def read(path: pathlib.Path) -> list[Entry]:
 
 
 def merge(path: pathlib.Path, new: Sequence[Entry]) -> None:
-    """Writes entries to a file of results, in the order of rows and then of seeds; they replace those of the same row and seed."""
+    """Writes entries to a file of results, where they replace those of the same row and seed.
+
+    The recipe comes first, then the other rows in the order in which they came; those of a row are in the order of seeds.
+    """
     entries = {(entry["row"], entry["seed"]): entry for entry in (*read(path), *new)}
     rows = list(dict.fromkeys(row for row, _ in entries))
-    ordered = sorted(entries.values(), key=lambda entry: (rows.index(entry["row"]), entry["seed"]))
+    ordered = sorted(entries.values(), key=lambda e: (not e["recipe"], rows.index(e["row"]), e["seed"]))
     text = "".join(json.dumps(entry) + "\n" for entry in ordered)
     if not path.exists() or path.read_text() != text:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -36,17 +36,19 @@ ENTRIES = [
 
 def test_entries_are_merged_in_the_order_of_rows_and_seeds(tmp_path):
     file = tmp_path / "new" / "a.jsonl"
-    results.merge(file, [ENTRIES[1], ENTRIES[2]])
+    results.merge(file, [ENTRIES[2], ENTRIES[1]])
     other = entry("plain", 0, accuracy(0), accuracy(1), config="d")
     results.merge(file, [ENTRIES[3], ENTRIES[0], other])
-    assert results.read(file) == [ENTRIES[0], ENTRIES[1], other, ENTRIES[3]]
+    assert results.read(file) == [ENTRIES[0], ENTRIES[1], other, ENTRIES[3]]  # the recipe first
     stamp = file.stat().st_mtime_ns
     results.merge(file, [])
     assert file.stat().st_mtime_ns == stamp  # nothing is written if nothing changes
     assert results.read(tmp_path / "missing.jsonl") == []
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"row": "a", "seed": 0, "config": "c", "evaluations": []}', "3"])
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "{}", '{"row": "a", "recipe": true, "seed": 0, "config": "c", "evaluations": []}', "3"]
+)
 def test_a_damaged_file_of_results_is_one_sentence(line, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(ENTRIES[0]) + f"\n{line}\n")
     with pytest.raises(ConfigError, match="^Line 2 of .*a.jsonl is no result of compare; repair or remove the line.$"):
