@@ -117,9 +117,12 @@ def test_one_row_after_the_other_is_the_comparison_of_both(tmp_path, capsys):
     capsys.readouterr()
     compare_again("nowhere", results_file=results_file)
     assert capsys.readouterr().out == "3 of 3 runs are finished.\n"
-    # A row of another configuration is another run.
-    other = dict(config=study.variant(config, {"optimizer.b1": 0.8}), baselines=LOO, workdir=tmp_path / "other")
-    assert len(compare.prepare(**other, results_file=results_file).study.unfinished()) == 3
+    # Results of another configuration are never mixed in, or replaced.
+    other = study.variant(config, {"optimizer.b1": 0.8})
+    message = "The file of --results has seed 0 of 'grpo' with another configuration; name another file, or remove such"
+    with pytest.raises(ConfigError, match=message):
+        compare.prepare(other, LOO, tmp_path / "other", results_file=results_file)
+    assert results.read(results_file) == found
 
 
 def test_a_variant_changes_a_copy_and_knows_its_fields(tmp_path):

@@ -132,14 +132,21 @@ def plan(
 ) -> Study:
     """Returns the runs of a recipe and its baselines with each seed, those of the first seed first; `only` names rows.
 
-    Raises ConfigError for a baseline that changes an unknown field or the seed, for two rows of one name, and for a name
-    in `only` that is no row.
+    Raises ConfigError for a baseline that changes an unknown field or the seed, for two rows of one name, for a name in
+    `only` that is no row, and for results of another configuration in `done`.
     """
     rows = _rows(config, baselines)
     names = [row.name for row in rows]
     for name in only:
         if name not in names:
             raise ConfigError(f"--only={name} is no row.{methods.nearest(name, names)}")
+    digests, done = {row.name: row.digest for row in rows}, list(done)
+    for entry in done:
+        if digests.get(entry["row"], entry["config"]) != entry["config"]:
+            raise ConfigError(
+                f"The file of --results has seed {entry['seed']} of {entry['row']!r} with another configuration; name another "
+                "file, or remove such lines."
+            )
     of_seeds = [unit for seed in seeds for unit in _units(config, rows, workdir / f"seed-{seed}", seed)]
     units = [unit for unit in of_seeds if unit.row is None or not only or unit.row.name in only]
     entries = {(entry["row"], entry["seed"], entry["config"]): entry for entry in done}
