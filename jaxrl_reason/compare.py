@@ -1,17 +1,24 @@
-"""Trains a method and its baselines from the same start, and compares their held-out metrics.
+"""Trains a method and its baselines from the same start, with several seeds, and compares their held-out metrics.
 
 The recipe's `get_baselines()` names the baselines: {"verifier only": {"method": {"name": "grpo"}}, ...}, each a dict of
-the configuration fields that differ. All runs have the same seed, data and budget, and begin with the same weights: the
-recipe's supervised start (and its reward model) is trained once, in DIR/method. A table is printed and written to
-DIR/comparison.json. The same command again resumes.
+the configuration fields that differ. A seed sets the order of the data, the weights and the samples. All rows of a seed
+begin with the same weights: the recipe's supervised start (and its reward model) is trained once per seed.
+
+The table has the mean of each row with its 95 % interval, and the difference to the recipe, paired by seed. It is
+printed and written to DIR/comparison.json; DIR/comparison.png has the curves. The same command again resumes. Several
+processes may give the same command: each takes the next run that no other one works on.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
+import json
 import pathlib
-import re
 import sys
+import time
+from typing import Any, IO, NamedTuple
 
+import jax
 import rich.console
 
 from jaxrl_reason import config as config_lib
@@ -20,134 +27,270 @@ from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.methods import Method
 from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.rl import hosts
-from jaxrl_reason.runs import command, pictures, read_metrics
+from jaxrl_reason.runs import command, locks, pictures, results, study
 from jaxrl_reason.runs.files import write_json
+from jaxrl_reason.runs.study import START, Study, Unit
 
-Rows = dict[str, dict[str, float]]  # row name -> metrics
-METHOD = "method"  # the directory and the row of the recipe itself
+Rows = dict[str, dict[str, Any]]  # row -> metrics, see `results.summarize`
+_POLL = 1.0  # seconds between two looks at the runs of other processes
+
+
+class Taken(NamedTuple):
+    """A run that this process works on: set up, and locked until `lock` is closed."""
+
+    unit: Unit
+    lock: IO[bytes]
+    run: train.Run
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """Runs to compare."""
 
-    workdir: pathlib.Path  # holds the work directory of each run
-    configs: Mapping[str, Config]  # row name -> configuration; the method comes first
-    method: Method
-    pending: list[
-        train.Run
-    ]  # the method's run, set up; `train_all` takes it, so that it ends before the baselines begin
+    study: Study
+    method: Method  # of the recipe
+    results_file: pathlib.Path | None
+    pending: list[Taken]  # the first run, set up; `train_all` takes it, so that it ends before others begin
 
 
-def variant(config: Config, changes: Mapping[str, object]) -> Config:
-    """Returns a copy with other values for some fields; raises ConfigError for an unknown field.
+def compare(
+    config: Config,
+    baselines: Mapping[str, Mapping[str, object]],
+    workdir: str | pathlib.Path,
+    *,
+    seeds: Sequence[int] = (),
+    only: Sequence[str] = (),
+    results_file: pathlib.Path | None = None,
+) -> Rows:
+    """Trains a method and its baselines with each seed, each run in a work directory WORKDIR/seed-SEED/ROW.
 
-    `changes` maps fields to values, such as {"method": {...}, "reward.weights": [...]}.
+    Args:
+      config: that of the method.
+      baselines: maps names of rows to the configuration fields that differ.
+      seeds: by default the one of `config`.
+      only: the rows to train; by default all. Rows that were trained before are compared too.
+      results_file: a file of results; its runs count as trained, and the results of all finished runs are written to it.
+
+    Returns:
+      row -> metrics, as in comparison.json: see `results.summarize`. The row "start" is the policy that all runs begin
+      with. "differs" maps configuration fields to the values of a row, if rows have different ones.
     """
-    copy = config_lib.from_dict(config_lib.to_dict(config))
-    for name, value in changes.items():
-        *sections, leaf = name.split(".")
-        at = copy
-        for part in (*sections, leaf):
-            if not dataclasses.is_dataclass(at) or not hasattr(at, part):
-                raise ConfigError(f"A baseline changes config.{name}, and there is no such field.")
-            at, parent = getattr(at, part), at
-        setattr(parent, leaf, value)
-    return copy
+    return train_all(prepare(config, baselines, workdir, seeds=seeds, only=only, results_file=results_file))
 
 
-def compare(config: Config, baselines: Mapping[str, Mapping[str, object]], workdir: str | pathlib.Path) -> Rows:
-    """Trains a method and its baselines, one after another, each in a work directory under `workdir`.
+def prepare(
+    config: Config,
+    baselines: Mapping[str, Mapping[str, object]],
+    workdir: str | pathlib.Path,
+    *,
+    seeds: Sequence[int] = (),
+    only: Sequence[str] = (),
+    results_file: pathlib.Path | None = None,
+) -> Comparison:
+    """Makes the configurations and sets the first run up. Arguments: see `compare`.
 
-    `config` is that of the method; `baselines` maps names to configuration fields that differ. Returns row name ->
-    metrics; the row "start" is the policy that all runs begin with.
-    """
-    return train_all(prepare(config, baselines, workdir))
-
-
-def prepare(config: Config, baselines: Mapping[str, Mapping[str, object]], workdir: str | pathlib.Path) -> Comparison:
-    """Makes the configurations and sets the method's run up. Arguments: see `compare`.
-
-    Raises ConfigError without evaluations to compare, and for a baseline that changes an unknown field.
+    Raises ConfigError without evaluations to compare, for a row that cannot begin or changes an unknown field, for
+    two rows of one name, and for a name in `only` that is no row.
     """
     if elsewhere := config_lib.remote(str(workdir)):
         raise ConfigError(f"The work directory is {str(workdir)!r}, and must be on this machine: {elsewhere}.")
-    workdir = pathlib.Path(workdir).expanduser().resolve()  # the configurations of the baselines hold it
+    workdir = pathlib.Path(workdir).expanduser().resolve()  # the configurations of the rows hold it
     if not config.eval.every:
         raise ConfigError("config.eval.every is 0, and a comparison needs held-out metrics; set it above 0.")
-    config = variant(config, {"checkpoint.keep_start": True})
-    shared: dict[str, object] = {"supervised.steps": 0, "supervised.start_from": str(workdir / METHOD)}
-    if any(name.startswith("reward_model") for name in config.reward.functions) and not config.reward_model.path:
-        shared["reward_model"] = config_lib.RewardModel(path=str(workdir / METHOD / "reward_model"))
-    configs = {METHOD: config}
-    for name, changes in baselines.items():
-        changed = variant(config, shared | dict(changes))
-        if not any(n.startswith("reward_model") for n in changed.reward.functions):
-            changed.reward_model = config_lib.RewardModel()
-        configs[name] = changed
-    run = train.setup(config, workdir / METHOD)
-    return Comparison(workdir, configs, run.method, [run])
+    done = results.read(results_file) if results_file else []
+    seeds = tuple(seeds) or (config.seed,)
+    planned = study.plan(config, baselines, workdir, seeds=seeds, only=only, done=done)
+    comparison = Comparison(planned, config_lib.validate(config), results_file, [])
+    for unit in planned.units:
+        with _naming(unit):
+            config_lib.validate(unit.config)
+    if taken := planned.take():
+        comparison.pending.append(_set_up(*taken))
+    return comparison
+
+
+@contextlib.contextmanager
+def _naming(unit: Unit) -> Iterator[None]:
+    """Turns errors of a baseline's configuration, data or rewards into a ConfigError that names the baseline."""
+    try:
+        yield
+    except (RewardError, ValueError, OSError) as e:
+        if unit.row and not unit.row.is_recipe:
+            raise ConfigError(f"The baseline {unit.row.name!r} cannot begin: {e}") from e
+        raise
+
+
+def _set_up(unit: Unit, lock: IO[bytes]) -> Taken:
+    """Sets a run up. Raises what `train.setup` raises; for a baseline, a ConfigError that names it."""
+    try:
+        with _naming(unit):
+            return Taken(unit, lock, train.setup(unit.config, unit.directory))
+    except BaseException:
+        lock.close()
+        raise
 
 
 def train_all(comparison: Comparison) -> Rows:
-    """Trains all runs and writes comparison.json. Returns its content, see `compare`."""
+    """Trains all runs, and writes comparison.json and comparison.png. Returns the content of the first, see `compare`."""
     with hosts.preemption() as should_stop:  # around all runs: a signal in one of them ends the comparison
-        return _train_all(comparison, should_stop)
+        _train_all(comparison, should_stop)
+    return report(comparison)
 
 
-def _train_all(comparison: Comparison, should_stop: Callable[[], bool]) -> Rows:
-    workdir, rows = comparison.workdir, {}
-    console, count = rich.console.Console(highlight=False, markup=False), len(comparison.configs)
-    for number, (name, config) in enumerate(comparison.configs.items(), 1):
-        directory = workdir / re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-        left = count - number
+def _train_all(comparison: Comparison, should_stop: Callable[[], bool]) -> None:
+    runs, count = comparison.study, len(comparison.study.units)
+    console, waits = rich.console.Console(highlight=False, markup=False), False
+    say = lambda text: console.print(text, soft_wrap=True)
+    if done := count - len(runs.unfinished()):
+        say(f"{done} of {count} runs are finished.")
+    while unfinished := runs.unfinished():
+        taken = comparison.pending.pop() if comparison.pending else None
+        if taken is None and (free := runs.take()):
+            taken = _set_up(*free)
+        if taken is None:
+            if not waits:
+                say(f"Other processes work on the runs that are left ({len(unfinished)}); waiting for them.")
+            waits = True
+            if should_stop():
+                raise hosts.Preempted("the last run of this process")
+            time.sleep(_POLL)
+            continue
+        unit, waits, left = taken.unit, False, len(unfinished) - 1
         follow = "none follows" if not left else "1 follows" if left == 1 else f"{left} follow"
-        who = f"the method, {config.method['name']}" if name == METHOD else f"the baseline {name!r}"
-        console.print(f"Run {number} of {count}, {who}, in {directory}; {follow}.", soft_wrap=True)
-        if name != METHOD:
-            comparison.pending.append(_set_up(name, config, directory))
-        train.train(comparison.pending.pop())
+        number = runs.units.index(unit) + 1
+        say(f"Run {number} of {count}, seed {unit.seed}, {unit.title}, in {unit.directory}; {follow}.")
+        with taken.lock:
+            run = taken.run
+            del taken  # else two runs are in memory
+            _work(comparison, unit, run)
+            del run
+        jax.clear_caches()  # no other run uses its programs; a process with thousands of programs becomes slow
         if should_stop() and left:
-            raise hosts.Preempted(f"the last step of the run in {directory}")
-        lines = read_metrics(directory / "metrics.jsonl")
-        prefixes = ("eval/", *tasks.BASELINES)
-        evaluations = [e for line in lines if (e := {k: v for k, v in line.items() if k.startswith(prefixes)})]
-        if name == METHOD:
-            rows["start"] = evaluations[0]
-            rows |= _other_approaches(evaluations[0])
-            name = config.method["name"]
-        rows[name] = evaluations[-1]
-    write_json(workdir / "comparison.json", rows)
+            raise hosts.Preempted(f"the last step of the run in {unit.directory}")
+
+
+def _work(comparison: Comparison, unit: Unit, run: train.Run) -> None:
+    """Trains one run, or makes a start, and writes its result.json, with which it is finished."""
+    directory = unit.directory
+    if unit.row is None:
+        train.make_start(run)
+        phases = (directory / phase / "metrics.jsonl" for phase in ("supervised", "reward_model"))
+        write_json(directory / "result.json", {"config": unit.digest, "seconds": results.seconds(*phases)})
+        return
+    train.train(run)
+    metrics = directory / "metrics.jsonl"
+    entry = {
+        "row": unit.row.name,
+        "recipe": unit.row.is_recipe,
+        "seed": unit.seed,
+        "changes": json.loads(json.dumps(dict(unit.row.changes), default=dataclasses.asdict)),
+        "config": unit.digest,
+        "versions": results.versions(),
+        "seconds": results.seconds(metrics),
+        "start_seconds": (study.read_result(directory.parent / START) or {}).get("seconds", 0.0),
+        "evaluations": results.evaluations(metrics, ("eval/", *tasks.BASELINES)),
+    }
+    write_json(directory / "result.json", entry)
+    _keep(comparison, [entry])
+
+
+def _keep(comparison: Comparison, entries: Sequence[results.Entry]) -> None:
+    """Writes entries to the file of results, if there is one."""
+    if comparison.results_file:
+        with locks.held(comparison.study.workdir / "results.lock"):
+            results.merge(comparison.results_file, entries)
+
+
+def report(comparison: Comparison) -> Rows:
+    """Writes comparison.json and comparison.png for all finished runs of the seeds. Returns the content of the first."""
+    runs, entries = comparison.study, dict[str, dict[int, results.Entry]]()
+    for row in runs.rows:
+        if of_row := {seed: entry for seed in runs.seeds if (entry := runs.entry(row, seed))}:
+            entries[row.name] = of_row
+    _keep(comparison, [entry for of_row in entries.values() for entry in of_row.values()])
+    rows = results.summarize(entries, runs.rows[0].name, tasks.BASELINES)
+    for name, values in study.differing_fields(runs.rows).items():
+        if name in rows:
+            rows[name]["differs"] = values
+    shown = tasks.headlines(comparison.method)
+    curves = {name: found for name in _metrics(rows, shown) if (found := results.curves(entries, name))}
+    with locks.held(runs.workdir / "comparison.lock"):
+        write_json(runs.workdir / "comparison.json", rows)
+        pictures.plot_comparison(curves, runs.workdir / "comparison.png", title=runs.workdir.name)
     return rows
 
 
-def _set_up(name: str, config: Config, directory: pathlib.Path) -> train.Run:
-    """Sets a baseline up. Raises ConfigError, which names the baseline, for everything that `train.setup` refuses."""
-    try:
-        return train.setup(config, directory)
-    except (ValueError, OSError) as e:
-        raise ConfigError(f"The baseline {name!r} cannot begin: {e}") from e
+def _metrics(rows: Rows, shown: tuple[str, ...]) -> list[str]:
+    """Returns the metrics of the rows whose names, without "eval/", begin with `shown`."""
+    return list(dict.fromkeys(n for row in rows.values() for n in row if n.removeprefix("eval/").startswith(shown)))
 
 
-def _other_approaches(metrics: Mapping[str, float]) -> Rows:
-    """Returns rows of other measured approaches: the metric "pointwise/r2" is eval/r2 of the row "pointwise"."""
-    rows: Rows = {}
-    for name, value in metrics.items():
-        if name.startswith(tasks.BASELINES):
-            kind, _, metric = name.partition("/")
-            rows.setdefault(kind.replace("_", " "), {})[f"eval/{metric}"] = value
-    return rows
+def print_rows(console: rich.console.Console, rows: Rows, shown: tuple[str, ...]) -> None:
+    """Prints one column per row of a comparison: the fields that differ, and the metrics whose names begin with `shown`.
+
+    A name is that without "eval/". A second table has the differences to the recipe. A sentence names the seeds.
+    """
+    names = _metrics(rows, shown)
+    fields = list(dict.fromkeys(name for row in rows.values() for name in row.get("differs", {})))
+    seeds = {title: len(row["runs"]) for title, row in rows.items() if "runs" in row}
+    most = max(seeds.values(), default=1)
+    columns, differences = {}, {}
+    for title, row in rows.items():
+        count = seeds.get(title, most)
+        heading = title if count == most else f"{title} ({count} of {most} seeds)"
+        half = row.get("half_width", {})
+        values = [_field_cell(row["differs"].get(name)) if "differs" in row else "" for name in fields]
+        columns[heading] = values + [pictures.cell_with_interval(n, row.get(n), half.get(n)) for n in names]
+        if found := row.get("difference"):
+            differences[heading] = [pictures.cell_of_difference(n, found.get(n)) for n in names]
+    labels = [name.removeprefix("eval/").replace("_", " ") for name in names]
+    pictures.print_table(console, fields + labels, columns)
+    say = lambda text: console.print(text, soft_wrap=True)
+    if not seeds:
+        return
+    used = sorted({int(seed) for row in rows.values() for seed in row.get("runs", ())})
+    if len(used) < 2:
+        say(f"Seed {used[0]} only, so there is no interval: a difference can be noise. Give --seeds=8.")
+        return
+    say(f"Means over the seeds {', '.join(map(str, used))} ± half-widths of their 95 % intervals (Student's t).")
+    if differences:
+        recipe = next(title for title, row in rows.items() if "runs" in row and not row["difference"])
+        title = f"Difference to {recipe}, paired by seed, with its 95 % interval"
+        pictures.print_table(console, labels, differences, title=title)
 
 
-def print_rows(console: rich.console.Console, rows: Mapping[str, Mapping[str, float]], shown: tuple[str, ...]) -> None:
-    """Prints one row per metric whose name, without "eval/", begins with `shown`, and one column per run."""
-    names = dict.fromkeys(n for row in rows.values() for n in row if n.removeprefix("eval/").startswith(shown))
-    columns = {title: [pictures.cell(name, row.get(name)) for name in names] for title, row in rows.items()}
-    pictures.print_table(console, [name.removeprefix("eval/").replace("_", " ") for name in names], columns)
+def _field_cell(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_field_cell, value)) or "-"
+    return "-" if value in (None, "") else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def read_seeds(text: str) -> tuple[int, ...]:
+    """Returns the seeds of --seeds: "3" are 0, 1, 2; "0,3,5" are these, and "3," is 3."""
+    wrong = ValueError("a number of seeds from 1 to 1000, or seeds such as 0,3,5")
+    words = text.removesuffix(",").split(",")
+    if not all(word.isascii() and word.isdigit() for word in words) or len(set(words)) < len(words):
+        raise wrong
+    if "," in text:
+        return tuple(map(int, words))
+    if not 1 <= int(text) <= 1000:
+        raise wrong
+    return tuple(range(int(text)))
 
 
 COMMAND = command.Command(
-    "compare", __doc__, command.TRAINING, "--config=configs/hero.py --workdir=/tmp/hero", errors=(RewardError,)
+    "compare",
+    __doc__,
+    (
+        *command.TRAINING,
+        command.Flag("seeds", "N|A,B,...", "the seeds 0 to N-1, or A, B, ...; by default config.seed", read_seeds),
+        command.Flag("only", "ROW", "trains this row only; may be given several times", default=(), repeated=True),
+        command.Flag(
+            "results", "FILE", "results to go on from, and to add to: one line of JSON per row and seed", command.path
+        ),
+    ),
+    "--config=configs/hero.py --workdir=/tmp/hero --seeds=8",
+    errors=(RewardError,),
 )
 
 
@@ -158,12 +301,22 @@ def main(argv: list[str] | None = None) -> int:
         module = config_lib.load_module(arguments.config)
         if not hasattr(module, "get_baselines"):
             raise ConfigError(f"{arguments.config} has no get_baselines(); it names the baselines of the method.")
-        return prepare(arguments.configuration(), module.get_baselines(), arguments.training_workdir())
+        if arguments.seeds and "seed" in arguments.fields:
+            raise ConfigError("--seeds and --config.seed both set the seed; leave one of them out.")
+        return prepare(
+            arguments.configuration(),
+            module.get_baselines(),
+            arguments.training_workdir(),
+            seeds=arguments.seeds or (),
+            only=arguments.only,
+            results_file=arguments.results,
+        )
 
     def work(comparison: Comparison) -> None:
         rows, console = train_all(comparison), rich.console.Console(highlight=False, markup=False)
         print_rows(console, rows, tasks.headlines(comparison.method))
-        console.print(f"Written: {comparison.workdir / 'comparison.json'}", soft_wrap=True)
+        for name in ("comparison.json", "comparison.png"):
+            console.print(f"Written: {comparison.study.workdir / name}", soft_wrap=True)
 
     return command.run(COMMAND, argv, begin, work)
 

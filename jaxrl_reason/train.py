@@ -133,6 +133,13 @@ def _sample_and_score(
     if len(chunks) > 1:
         rollout, rewards = programs.join(*((r, rewards) for r, (rewards, _) in zip(rollouts, scored)))
     clock.count("rollout", int(jax.device_get(_count(rollout.mask))))
+    if run.method.nonnegative_rewards:
+        least = float(jax.device_get(_least_total(rewards, tuple(run.scorer.weights.items()))))
+        if least < 0:
+            raise RewardError(
+                f"A reward of step {int(jax.device_get(step)) + 1} is {least:.3g}, and config.method.name {run.config.method['name']!r} "
+                "refuses negative rewards; let the reward functions return values from 0 to 1, or choose another method."
+            )
     columns = programs.place(
         {name: batch.columns[name] for name in programs.needs.columns}, run.config.prompts_per_step
     )
@@ -140,6 +147,10 @@ def _sample_and_score(
 
 
 _count = jax.jit(jnp.sum)
+_least_total = jax.jit(
+    lambda rewards, weights: jnp.nanmin(experience.total_reward(rewards, dict(weights)), initial=jnp.inf),
+    static_argnums=1,
+)
 _drop_greedy = jax.jit(experience.drop_greedy, static_argnums=1)  # jit: else slicing moves its bounds to the device
 
 
@@ -228,10 +239,33 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> dict[str, dict[str, flo
             say(f"This run is finished: all {c.steps} steps are done. Raise config.steps, or choose another --workdir.")
             return {} if summary.picture_of(work.path).exists() else summary.report(work.path, c, run.method, console)
         say(f"Going on from {saver.directory / str(number)}.")
-    if trimmed := run.task.trimmed_lengths(c):
-        say(trimmed)
     if hosts.is_first():
         summary.picture_of(work.path).unlink(missing_ok=True)  # the picture of a shorter run
+    run, state = _before_rl(run, number, state, saver, console, should_stop)
+    reference = checkpoints.load_params(work.path / "start", state.trained) if needs.reference else None
+    weights = lambda: rollout_weights(run, state.params, Clock())
+    c_ref = self_reward.constant(run.method, run.programs, run.prompts, work, state, weights)
+    reinforce(run, state, reference, c_ref, saver, console, should_stop)
+    saver.close()
+    return summary.report(work.path, c, run.method, console)
+
+
+def _before_rl(
+    run: Run,
+    number: int | None,
+    state: TrainState | None,
+    saver: checkpoints.Checkpoints,
+    console: rich.console.Console,
+    should_stop: Callable[[], bool],
+) -> tuple[Run, TrainState]:
+    """Runs the phases before RL, as far as they are not done at checkpoint `number` with its `state`, or None for both.
+
+    They are the supervised start, its weights in start/ if they are kept, and the learned reward model. Returns the run
+    with its reward model, and the state.
+    """
+    c, work = run.config, run.work
+    if trimmed := run.task.trimmed_lengths(c):
+        console.print(trimmed, soft_wrap=True)
     state = supervised.first_state(run.task, run.programs) if state is None else state
     if number is None or number < c.supervised.steps:
         if c.supervised.steps:
@@ -240,18 +274,27 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> dict[str, dict[str, flo
             del state  # frees the optimizer's state before another one is made
             state = run.programs.restart(params)
         saver.save(c.supervised.steps, state)
-    if int(state.step) == 0 and (needs.reference or c.checkpoint.keep_start):
+    if int(state.step) == 0 and (run.programs.needs.reference or c.checkpoint.keep_start):
         checkpoints.save_params(work.path / "start", state.trained)
-    reference = checkpoints.load_params(work.path / "start", state.trained) if needs.reference else None
-    weights = lambda: rollout_weights(run, state.params, Clock())
-    c_ref = self_reward.constant(run.method, run.programs, run.prompts, work, state, weights)
     if run.reward_phase:
         merged = lambda: models.lora.merge(run.model, state.params)[1]  # a variable would keep the copy during RL
         score = model_training.scorer(run.reward_phase, merged(), console, should_stop)
         run = dataclasses.replace(run, task=run.task.with_reward_model(score))
-    reinforce(run, state, reference, c_ref, saver, console, should_stop)
-    saver.close()
-    return summary.report(work.path, c, run.method, console)
+    return run, state
+
+
+def make_start(run: Run) -> None:
+    """Runs the phases before RL only, from the newest checkpoint, and keeps their results for other runs.
+
+    The policy's weights are in start/ of the work directory, because the run has config.checkpoint.keep_start; a learned
+    reward model is in reward_model/. Raises what `train` raises.
+    """
+    with hosts.preemption() as should_stop:
+        console = rich.console.Console(highlight=False, markup=False, quiet=not hosts.is_first())
+        saver = checkpoints.Checkpoints(run.work.path / "checkpoints", run.config.checkpoint.keep)
+        number, state = saver.restore(run.programs.abstract_state) or (None, None)
+        _before_rl(run, number, state, saver, console, should_stop)
+        saver.close()
 
 
 def reinforce(

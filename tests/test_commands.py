@@ -32,7 +32,7 @@ def overflowing(completion_ids, **_):
 COMMANDS = {  # command -> flags that it accepts; the first of them is required
     "train": (train.main, ["--config=configs/quickstart.py", "--workdir=w"]),
     "reward_training": (reward_training.main, ["--config=configs/hero.py", "--workdir=w"]),
-    "compare": (compare.main, ["--config=configs/hero.py", "--workdir=w"]),
+    "compare": (compare.main, ["--config=configs/hero.py", "--workdir=w", "--seeds=2", "--only=hero", "--results=r"]),
     "evaluate": (evaluate.main, ["--workdir=w", "--samples=2"]),
     "export": (export.main, ["--workdir=w", "--out=o"]),
     "replay": (replay.main, ["--workdir=w", "--step=1"]),
@@ -113,9 +113,11 @@ def test_export(switches, workdir, tmp_path):
 
 def test_compare(tmp_path):
     config = tiny(write_rows(tmp_path / "rows.jsonl"), steps=1, eval__every=1)
-    recipe = write_recipe(tmp_path / "recipe.py", config, {"other seed": {"seed": 1}})
-    assert compare.main([f"--config={recipe}", f"--workdir={tmp_path / 'runs'}"]) == 0
-    assert list(json.loads((tmp_path / "runs" / "comparison.json").read_text())) == ["start", "grpo", "other seed"]
+    recipe = write_recipe(tmp_path / "recipe.py", config, {"other": {"optimizer.b1": 0.8}})
+    flags = ["--seeds=1", "--only=grpo", "--only=other", f"--results={tmp_path / 'results.jsonl'}"]
+    assert compare.main([f"--config={recipe}", f"--workdir={tmp_path / 'runs'}", *flags]) == 0
+    assert list(json.loads((tmp_path / "runs" / "comparison.json").read_text())) == ["start", "grpo", "other"]
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
 
 
 def test_replay(tmp_path, capsys):

@@ -3,56 +3,135 @@
 import io
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 import rich.console
 
-from helpers.tiny_runs import tiny, write_rows
+from helpers.documents import ROOT
+from helpers.tiny_runs import tiny, write_recipe, write_rows
 from jaxrl_reason import compare, train
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.rl import hosts
-from jaxrl_reason.runs import checkpoints
+from jaxrl_reason.runs import checkpoints, results, study
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
+ROWS = ("method", "leave_one_out")
+OTHER = {"optimizer.b1": 0.8}  # a change
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Runs that end at once, with an accuracy of one half."""
+    monkeypatch.setattr(results, "evaluations", lambda *_: [{"step": 0, "eval/accuracy": 0.5}])
+    monkeypatch.setattr(results, "seconds", lambda *_: 0.0)
+
+    def trains(run):
+        run.work.path.mkdir(exist_ok=True)
+        print("trains")
+
+    monkeypatch.setattr(train, "train", trains)
+
+
+LOO = {"Leave-one-out": {"method": {"name": "rloo"}}}
 
 
 @pytest.mark.runs
 def test_all_runs_begin_with_the_same_weights_and_give_a_row_each(tmp_path, capsys):
     config = tiny(write_rows(tmp_path / "rows.jsonl"), steps=1, supervised__steps=3, eval__every=1)
-    rows = compare.compare(config, {"Leave-one-out": {"method": {"name": "rloo"}, "seed": 0}}, tmp_path / "runs")
+    rows = compare.compare(config, LOO, tmp_path / "runs")
+    directory = tmp_path / "runs" / "seed-0"
     assert list(rows) == ["start", "grpo", "Leave-one-out"]
-    assert (
-        rows["start"]["eval/mean_length"]
-        == json.loads((tmp_path / "runs" / "leave_one_out" / "metrics.jsonl").read_text().splitlines()[0])[
-            "eval/mean_length"
-        ]
-    )
+    first = {name: json.loads((directory / name / "metrics.jsonl").read_text().splitlines()[0]) for name in ROWS}
+    assert first["method"] == first["leave_one_out"]
+    assert rows["start"]["eval/mean_length"] == first["method"]["eval/mean_length"]
     assert json.loads((tmp_path / "runs" / "comparison.json").read_text()) == rows
 
-    ready = train.setup(compare.variant(config, {"checkpoint.keep_start": True}), tmp_path / "runs" / "method")
+    ready = train.setup(study.variant(config, {"checkpoint.keep_start": True}), directory / "start")
     like = ready.programs.init().params
-    start = checkpoints.load_params(tmp_path / "runs" / "method" / "start", like)
+    start = checkpoints.load_params(directory / "start" / "start", like)
     different = [not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(like))]
     assert any(different)  # the supervised start, not the random weights
-    assert json.loads((tmp_path / "runs" / "leave_one_out" / "config.json").read_text())["config"]["method"] == {
-        "name": "rloo"
-    }
+    assert json.loads((directory / "leave_one_out" / "config.json").read_text())["config"]["method"] == {"name": "rloo"}
     # The same command again trains nothing and finds the same figures.
-    assert (
-        compare.compare(config, {"Leave-one-out": {"method": {"name": "rloo"}, "seed": 0}}, tmp_path / "runs") == rows
-    )
+    capsys.readouterr()
+    assert compare.compare(config, LOO, tmp_path / "runs") == rows
+    assert capsys.readouterr().out == "3 of 3 runs are finished.\n"
+
+
+@pytest.mark.runs
+def test_a_row_is_the_run_that_train_makes_with_the_same_seed(tmp_path):
+    config = tiny(write_rows(tmp_path / "rows.jsonl"), seed=5, supervised__steps=2, eval__every=1)
+    rows = compare.compare(config, {}, tmp_path / "runs", seeds=[1, 5])
+    train.train(train.setup(config, tmp_path / "alone"))
+    lines = [
+        {name: value for name, value in json.loads(line).items() if not name.startswith("perf/")}
+        for file in ("alone", "runs/seed-5/method")
+        for line in (tmp_path / file / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert len(lines) == 6 and lines[:3] == lines[3:]
+    length = {seed: rows["grpo"]["seeds"]["eval/mean_length"][seed] for seed in ("1", "5")}
+    assert length["5"] == lines[-1]["eval/mean_length"]
+    assert rows["grpo"]["eval/mean_length"] == pytest.approx((length["1"] + length["5"]) / 2)
+    others = {seed: values for seed, values in rows["start"]["seeds"]["eval/entropy"].items()}
+    assert others["1"] != others["5"]  # other weights
+
+
+@pytest.mark.runs
+def test_one_row_after_the_other_is_the_comparison_of_both(tmp_path, capsys):
+    config = tiny(write_rows(tmp_path / "rows.jsonl"), steps=1, supervised__steps=1, eval__every=1)
+    results_file = tmp_path / "results" / "tiny.jsonl"
+    compare_again = lambda workdir, **options: compare.compare(config, LOO, tmp_path / workdir, **options)
+    assert list(compare_again("runs", only=["Leave-one-out"])) == ["start", "Leave-one-out"]
+    assert not (tmp_path / "runs" / "seed-0" / "method").exists()
+    assert list(compare_again("runs", only=["grpo"], results_file=results_file)) == ["start", "grpo", "Leave-one-out"]
+    # The file of results has all finished runs. With a part of them, another work directory goes on, and adds the others.
+    all_entries = results.read(results_file)
+    assert [(entry["row"], entry["seed"], entry["recipe"]) for entry in all_entries] == [
+        ("grpo", 0, True),
+        ("Leave-one-out", 0, False),
+    ]
+    results_file.unlink()
+    results.merge(results_file, all_entries[:1])
+    rows = compare_again("elsewhere", results_file=results_file)
+    assert sorted(path.name for path in (tmp_path / "elsewhere" / "seed-0").iterdir() if path.is_dir()) == [
+        "leave_one_out",
+        "start",
+    ]
+    first = compare_again("runs")
+    for row in rows.values():
+        for run in row.get("runs", {}).values():
+            del run["seconds"], run["start_seconds"]
+    for row in first.values():
+        for run in row.get("runs", {}).values():
+            del run["seconds"], run["start_seconds"]
+    assert rows == first
+    found = results.read(results_file)
+    assert found[0] == all_entries[0] and found[1]["evaluations"] == all_entries[1]["evaluations"]
+    # Nothing is left: no run, and no start.
+    capsys.readouterr()
+    compare_again("nowhere", results_file=results_file)
+    assert capsys.readouterr().out == "3 of 3 runs are finished.\n"
+    # Results of another configuration are never mixed in, or replaced.
+    other = study.variant(config, {"optimizer.b1": 0.8})
+    message = "The file of --results has seed 0 of 'grpo' with another configuration; name another file, or remove such"
+    with pytest.raises(ConfigError, match=message):
+        compare.prepare(other, LOO, tmp_path / "other", results_file=results_file)
+    assert results.read(results_file) == found
 
 
 def test_a_variant_changes_a_copy_and_knows_its_fields(tmp_path):
     config = tiny("rows.jsonl")
-    changed = compare.variant(config, {"method": {"name": "rloo"}, "reward.weights": [2.0]})
+    changed = study.variant(config, {"method": {"name": "rloo"}, "reward.weights": [2.0]})
     assert changed.method == {"name": "rloo"} and changed.reward.weights == [2.0]
     assert config.method == {"name": "grpo"} and config.reward.weights == []
     with pytest.raises(ConfigError, match="config.reward.wieghts, and there is no such field"):
-        compare.variant(config, {"reward.wieghts": [1.0]})
+        study.variant(config, {"reward.wieghts": [1.0]})
 
 
 def test_a_comparison_without_held_out_metrics_is_refused_before_training(tmp_path):
@@ -82,7 +161,7 @@ def test_a_comparison_that_is_asked_to_end_says_that_it_goes_on(tmp_path, capsys
     def stopped(*_):
         raise hosts.Preempted("step 3")
 
-    monkeypatch.setattr(compare, "prepare", lambda *_: None)
+    monkeypatch.setattr(compare, "prepare", lambda *_, **__: None)
     monkeypatch.setattr(compare, "train_all", stopped)
     assert compare.main([f"--config={recipe}", f"--workdir={tmp_path / 'run'}"]) == 143
     assert capsys.readouterr().err == "Asked to end, and saved after step 3: the same command continues from there.\n"
@@ -90,26 +169,24 @@ def test_a_comparison_that_is_asked_to_end_says_that_it_goes_on(tmp_path, capsys
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("ending", [0, 1])
-def test_a_signal_in_the_last_step_of_a_run_ends_the_comparison(ending, number, tmp_path, monkeypatch):
+def test_a_signal_in_the_last_step_of_a_run_ends_the_comparison(ending, number, tmp_path, monkeypatch, untrained):
     """After the last run there is nothing left to end."""
     config = tiny(write_rows(tmp_path / "rows.jsonl"), eval__every=1)
-    comparison = compare.prepare(config, {"other": {"seed": 0}}, tmp_path / "runs")
+    comparison = compare.prepare(config, {"other": OTHER}, tmp_path / "runs")
     trained = []
 
     def last_step(run):
-        (run.work.path / "start").mkdir(exist_ok=True)
         with hosts.preemption():
             if len(trained) == ending:
                 os.kill(os.getpid(), number)
         trained.append(run.work.path.name)
 
     monkeypatch.setattr(train, "train", last_step)
-    monkeypatch.setattr(compare, "read_metrics", lambda _: [{"eval/accuracy": 0.5}])
     if ending == 1:
         assert list(compare.train_all(comparison)) == ["start", "grpo", "other"]
     else:
         with pytest.raises(
-            hosts.Preempted, match="saved after the last step of the run in .*/method: the same command"
+            hosts.Preempted, match="saved after the last step of the run in .*/seed-0/method: the same command"
         ):
             compare.train_all(comparison)
     assert trained == ["method", "other"][: ending + 1]
@@ -124,36 +201,171 @@ def test_the_table_has_a_dash_for_a_missing_metric():
     assert words == [["start", "pointwise"], ["accuracy", "50.0", "%", "-"], ["r2", "-", "0.250"]]
 
 
-def test_every_run_is_announced_with_the_number_of_runs_that_follow(tmp_path, monkeypatch, capsys):
+def test_every_run_is_announced_with_the_number_of_runs_that_follow(tmp_path, capsys, untrained):
     config = tiny(write_rows(tmp_path / "rows.jsonl"), eval__every=1)
-    baselines = {"Other, seed": {"seed": 1}, "loo": {"method": {"name": "rloo"}}}
-    comparison = compare.prepare(config, baselines, tmp_path / "runs")
-    monkeypatch.setattr(compare, "_set_up", lambda *_: None)
-    monkeypatch.setattr(train, "train", lambda run: print("trains"))
-    monkeypatch.setattr(compare, "read_metrics", lambda _: [{"eval/accuracy": 0.5}])
-    compare.train_all(comparison)
+    baselines = {"Other, b1": OTHER, "loo": {"method": {"name": "rloo"}}}
+    compare.compare(config, baselines, tmp_path / "runs", seeds=[4, 2], only=["grpo", "Other, b1"])
     runs = tmp_path / "runs"
     assert capsys.readouterr().out.splitlines() == [
-        f"Run 1 of 3, the method, grpo, in {runs}/method; 2 follow.",
+        f"Run 1 of 4, seed 4, the method, grpo, in {runs}/seed-4/method; 3 follow.",
         "trains",
-        f"Run 2 of 3, the baseline 'Other, seed', in {runs}/other_seed; 1 follows.",
+        f"Run 2 of 4, seed 4, the baseline 'Other, b1', in {runs}/seed-4/other_b1; 2 follow.",
         "trains",
-        f"Run 3 of 3, the baseline 'loo', in {runs}/loo; none follows.",
+        f"Run 3 of 4, seed 2, the method, grpo, in {runs}/seed-2/method; 1 follows.",
+        "trains",
+        f"Run 4 of 4, seed 2, the baseline 'Other, b1', in {runs}/seed-2/other_b1; none follows.",
         "trains",
     ]
 
 
-def test_a_baseline_that_cannot_begin_is_named_when_the_method_has_ended(tmp_path, monkeypatch):
+def test_a_baseline_that_cannot_begin_is_named_when_the_method_has_ended(tmp_path, monkeypatch, untrained):
     config = tiny(write_rows(tmp_path / "rows.jsonl"), eval__every=1)
     comparison = compare.prepare(config, {"other": {"data.template": "nope"}}, tmp_path / "runs")
     trained = []
-
-    def end(run):
-        (run.work.path / "start").mkdir()
-        trained.append(len(comparison.pending))
-
-    monkeypatch.setattr(train, "train", end)
-    monkeypatch.setattr(compare, "read_metrics", lambda _: [{"eval/accuracy": 0.5}])
+    monkeypatch.setattr(train, "train", lambda run: trained.append(len(comparison.pending)))
     with pytest.raises(ConfigError, match="The baseline 'other' cannot begin: .*nope"):
         compare.train_all(comparison)
     assert trained == [0]  # the method's run was handed over
+
+
+HOLD = "import pathlib, sys; from jaxrl_reason.runs import locks; lock = locks.take(pathlib.Path(sys.argv[1])); print(); input()"
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("ended", ["killed", "finished", "signal"])
+def test_a_process_waits_for_the_runs_of_others(ended, tmp_path, monkeypatch, capsys, untrained):
+    """It takes up the run of a killed process, and leaves one that is finished in the meantime."""
+    config = tiny(write_rows(tmp_path / "rows.jsonl"), eval__every=1)
+    comparison = compare.prepare(config, {"other": OTHER}, tmp_path / "runs")
+    other = tmp_path / "runs" / "seed-0" / "other"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, f"{other}.lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    )
+    holder.stdout.readline()
+    waited = []
+
+    def sleep(seconds):
+        waited.append(seconds)
+        if len(waited) < 3:
+            return
+        if ended == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        if ended == "finished":
+            other.mkdir()
+            digest = comparison.study.rows[1].digest
+            entry = {"config": digest, "versions": {}, "seconds": 0, "start_seconds": 0}
+            evaluations = [{"step": 0, "eval/accuracy": 0.75}]
+            (other / "result.json").write_text(json.dumps(entry | {"evaluations": evaluations}))
+        holder.kill()
+        holder.wait()
+
+    monkeypatch.setattr(compare.time, "sleep", sleep)
+    with holder:
+        if ended == "signal":
+            with pytest.raises(hosts.Preempted, match="saved after the last run of this process"):
+                compare.train_all(comparison)
+            holder.kill()
+        else:
+            rows = compare.train_all(comparison)
+            assert rows["other"]["eval/accuracy"] == {"killed": 0.5, "finished": 0.75}[ended]
+    assert waited == [1.0] * 3
+    out = capsys.readouterr().out.splitlines()
+    assert out[2] == "Other processes work on the runs that are left (1); waiting for them."
+    assert [line[:12] for line in out[3:]] == ["Run 2 of 2, ", "trains"] * (ended == "killed")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"baselines": {"a": {"steps": 0}}},
+            "The baseline 'a' cannot begin: config.steps is 0; it must be at least 1.",
+        ),
+        ({"only": ["b"]}, "--only=b is no row. There are: grpo, other."),
+        (
+            {"baselines": {"A b": OTHER, "a-b": OTHER}},
+            "The baseline 'a-b' has the name or the directory of another row",
+        ),
+        ({"baselines": {"Start": OTHER}}, "The baseline 'Start' has the name or the directory of another row"),
+        ({"baselines": {"grpo": OTHER}}, "The baseline 'grpo' has the name or the directory of another row"),
+        ({"baselines": {"other": {"seed": 3}}}, "The baseline 'other' changes config.seed, which all rows share"),
+        ({"seeds": [2**31]}, "config.seed is 2147483648; it must be at most 2147483647."),
+    ],
+)
+def test_rows_that_cannot_be_compared_are_refused_before_training(options, message, tmp_path):
+    config = tiny(write_rows(tmp_path / "rows.jsonl"), eval__every=1)
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        compare.prepare(config, **({"baselines": {"other": OTHER}, "workdir": tmp_path / "runs"} | options))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "text, seeds", [("1", (0,)), ("3", (0, 1, 2)), ("0,3,5", (0, 3, 5)), ("3,", (3,)), ("7,0", (7, 0))]
+)
+def test_the_seeds_of_a_flag(text, seeds):
+    assert compare.read_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["0", "1001", "-1", "a", "", ",", "1,,2", "1,1", "1.5", "²"])
+def test_seeds_that_are_none(text):
+    with pytest.raises(ValueError, match="^a number of seeds from 1 to 1000, or seeds such as 0,3,5$"):
+        compare.read_seeds(text)
+
+
+def test_two_ways_to_set_the_seed_are_refused(tmp_path, capsys):
+    recipe = write_recipe(tmp_path / "recipe.py", tiny(write_rows(tmp_path / "rows.jsonl"), eval__every=1), {})
+    assert compare.main([f"--config={recipe}", f"--workdir={tmp_path / 'w'}", "--seeds=2", "--config.seed=1"]) == 2
+    assert capsys.readouterr().err == "error: --seeds and --config.seed both set the seed; leave one of them out.\n"
+
+
+def words(console):
+    lines = [line for line in console.file.getvalue().splitlines() if line]
+    return [line.replace("│", " ").replace("┃", " ").split() if line[0] in "│┃" else line for line in lines]
+
+
+def test_the_tables_of_several_seeds_have_intervals_and_the_fields_that_differ():
+    """t(0.975, 2) = 4.30265: 50, 60, 70 % are 60 ± 24.8; the differences 10, 20, 30 are 20 ± 24.8."""
+    entry = lambda x: {"step": 1, "eval/accuracy": x}
+    row = lambda values: {
+        seed: {
+            "config": "c",
+            "versions": {},
+            "seconds": 1.0,
+            "start_seconds": 0.0,
+            "evaluations": [entry(0.5), entry(x)],
+        }
+        for seed, x in values.items()
+    }
+    rows = results.summarize(
+        {"m": row({0: 0.5, 1: 0.6, 4: 0.7}), "b": row({0: 0.4, 1: 0.4, 4: 0.4}), "c": row({0: 0.2, 1: 0.2})}, "m", ()
+    )
+    rows["m"]["differs"] = {"method.alpha": 0.3, "optimizer.learning_rate": 1e-4}
+    rows["b"]["differs"] = {"optimizer.learning_rate": 2e-4}
+    console = rich.console.Console(file=io.StringIO(), width=120)
+    compare.print_rows(console, rows, ("accuracy",))
+    shown = [line for line in words(console) if isinstance(line, list) or line[0] not in "┏┡├└"]
+    assert [line.strip() if isinstance(line, str) else line for line in shown] == [
+        ["c", "(2", "of", "3"],
+        ["start", "m", "b", "seeds)"],
+        ["method.alpha", "0.3", "-"],
+        ["optimizer.learning_rate", "0.0001", "0.0002"],
+        ["accuracy", "50.0", "%", "60.0", "±", "24.8", "%", "40.0", "%", "20.0", "%"],
+        "Means over the seeds 0, 1, 4 ± half-widths of their 95 % intervals (Student's t).",
+        "Difference to m, paired by seed, with its 95 % interval",
+        ["start", "b", "c", "(2", "of", "3", "seeds)"],
+        ["accuracy"] + "-10.0 [-34.8, +14.8] points -20.0 [-44.8, +4.8] points -35.0 [-98.5, +28.5] points".split(),
+    ]
+
+
+def test_one_seed_has_no_interval_and_the_table_says_so(tmp_path, capsys, untrained):
+    recipe = write_recipe(
+        tmp_path / "recipe.py", tiny(write_rows(tmp_path / "rows.jsonl"), eval__every=1), {"other": OTHER}
+    )
+    assert compare.main([f"--config={recipe}", f"--workdir={tmp_path / 'runs'}", "--seeds=3,"]) == 0
+    out = capsys.readouterr().out
+    assert "Seed 3 only, so there is no interval: a difference can be noise. Give --seeds=8." in out
+    assert "±" not in out and "Difference to the recipe" not in out
+    rows = json.loads((tmp_path / "runs" / "comparison.json").read_text())
+    assert rows["other"]["difference"]["eval/accuracy"] == {"mean": 0.0, "low": None, "high": None}
+    assert (tmp_path / "runs" / "comparison.png").read_bytes()[:4] == b"\x89PNG"

@@ -12,6 +12,7 @@ through any transformation.
 from jaxrl_reason.advantages.combinators import after, chain
 from jaxrl_reason.advantages.estimators import (
     center_by_group,
+    divide_by_group_mean,
     leave_one_out,
     soft_overlong_penalty,
     standardize_by_group,

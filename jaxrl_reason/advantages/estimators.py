@@ -49,6 +49,33 @@ def center_by_group() -> AdvantageTransform:
     return stateless(update)
 
 
+def divide_by_group_mean(eps: float = 1e-6) -> AdvantageTransform:
+    """Computes (r - mean_G r) / (mean_G r + eps) for rewards in [0, 1]: MaxRL, arXiv 2602.02710.
+
+    A correct completion of a prompt that is rarely solved weighs most: 1 of 4 correct gives 3 and -1. A tied group gives
+    exactly 0. A group with a negative reward gives NaN, because its mean is no share of correct completions. eps >= 0
+    keeps the division finite; a negative one raises ValueError.
+
+    Example:
+      >>> inputs = AdvantageInputs(jnp.array([[1.0, 0.0, 0.0, 0.0]]), jnp.ones((1, 4, 3)))
+      >>> print(divide_by_group_mean().update(inputs.rewards, (), inputs)[0].round(2))
+      [[ 3. -1. -1. -1.]]
+    """
+    if eps < 0:
+        raise ValueError(f"eps is {eps}; it keeps a division finite and must be at least 0.")
+
+    def update(advantages: PerCompletion, inputs: AdvantageInputs) -> PerCompletion:
+        require_group("divide_by_group_mean", advantages)
+        present = has_reward(inputs)
+        deviation, std = group_deviation(advantages, present)
+        count = jnp.maximum(present.sum(axis=1, keepdims=True), 1)
+        mean = jnp.where(present, advantages, 0.0).sum(axis=1, keepdims=True) / count
+        negative = (present & (advantages < 0)).any(axis=1, keepdims=True)
+        return jnp.where(negative, jnp.nan, jnp.where(std > 0, deviation / (mean + eps), 0.0))
+
+    return stateless(update)
+
+
 def leave_one_out() -> AdvantageTransform:
     """Subtracts the mean of the *other* completions, n / (n - 1) (r - mean_G r): RLOO, arXiv 2402.14740, eq. 8.
 

@@ -174,11 +174,14 @@ def mix_self_reward(tau: float = 0.1, min_std: float = 0.1) -> AdvantageTransfor
     return stateless(update)
 
 
-def reweight_by_confidence(alpha: float = 0.3, skip_all_correct: bool = False) -> AdvantageTransform:
+def reweight_by_confidence(
+    alpha: float = 0.3, skip_all_correct: bool = False, *, center: bool = False, correct_only: bool = False
+) -> AdvantageTransform:
     """Computes ProGRPO's advantage A + alpha (c(q) - c(o|q)), arXiv 2602.05281.
 
     A group without a correct answer keeps A. With skip_all_correct, a group without an incorrect answer keeps A too.
-    The added term is not centered again. Raises ValueError for a negative alpha, and `update` without
+    With correct_only, incorrect completions keep A. With center, the mean of the added term over the completions of the
+    group that have it is subtracted, so c(q) cancels. Raises ValueError for a negative alpha, and `update` without
     inputs.prompt_confidence or inputs.answer_confidence.
 
     Example:
@@ -201,6 +204,9 @@ def reweight_by_confidence(alpha: float = 0.3, skip_all_correct: bool = False) -
         if skip_all_correct:
             applies &= (~correct & has_reward(inputs)).any(axis=1, keepdims=True)
         gap = (of_prompt[:, None] - of_answer).astype(jnp.float32)
-        return advantages + over_tokens(jnp.where(applies, alpha * gap, 0.0), advantages)
+        chosen = correct if correct_only else has_reward(inputs)
+        if center:
+            gap = group_deviation(gap, chosen)[0]
+        return advantages + over_tokens(jnp.where(applies & chosen, alpha * gap, 0.0), advantages)
 
     return stateless(update)

@@ -51,6 +51,12 @@ def _learned(c: Config) -> str:
     return next((name for name in c.reward.functions if name.startswith("reward_model")), "")
 
 
+def _weighted_scores(c: Config) -> str:
+    """Returns "reward_model" if its scores, which can be negative, have a weight, or ""."""
+    weights = c.reward.weights or [1.0] * len(c.reward.functions)
+    return next((n for n, w in zip(c.reward.functions, weights) if n == "reward_model" and w), "")
+
+
 def _misweighted(c: Config) -> str:
     """Returns the reward functions that have a weight, but are not the verdict; and the verdict, if it has none."""
     functions = c.reward.functions
@@ -137,6 +143,14 @@ RULES = (
          "it needs {found}, and a regression run has none: choose another method, or leave config.regression out"),
     Rule("reward.functions", lambda c, m: c.regression.tokenizer and _learned(c),
          "{found!r} reads text, and a regression run has none: leave it out"),
+    # methods that refuse negative rewards
+    Rule("method.name", lambda c, m: m.nonnegative_rewards and c.regression.tokenizer,
+         "it refuses negative rewards, and those of a regression run are negative: choose another method"),
+    Rule("reward.weights", lambda c, m: m.nonnegative_rewards and any(w < 0 for w in c.reward.weights),
+         "config.method.name {c.method[name]!r} refuses negative rewards: each must be at least 0"),
+    Rule("reward.functions", lambda c, m: m.nonnegative_rewards and "model_scores" not in m.signals and _weighted_scores(c),
+         "config.method.name {c.method[name]!r} refuses negative rewards, and {found!r} can be negative: "
+         "use 'reward_model_probability', or give it the weight 0"),
     # signals
     Rule("method.name", lambda c, m: "model_scores" in m.signals and "reward_model" not in c.reward.functions,
          "it needs a reward model: add 'reward_model' to config.reward.functions, with weight 0"),

@@ -5,6 +5,7 @@ import dataclasses
 from jaxrl_reason.advantages import (
     center_by_group,
     chain,
+    divide_by_group_mean,
     leave_one_out,
     soft_overlong_penalty,
     standardize_by_group,
@@ -96,3 +97,15 @@ def remax(*, aggregation: str = "token_mean") -> Method:
     """Builds ReMax, arXiv 2310.10505: the reward of the greedy completion is the baseline; no ratio, no std."""
     loss = PolicyLoss(ratio="none", aggregation=aggregation)
     return Method(chain(subtract_greedy()), loss, signals=frozenset({"greedy_rewards"}))
+
+
+@register
+def maxrl(
+    *, eps: float = 1e-6, clip_low: float = 0.2, clip_high: float = 0.2, aggregation: str = "token_mean"
+) -> Method:
+    """Builds MaxRL, arXiv 2602.02710: the advantage is divided by the group's mean reward, so rare successes weigh most.
+
+    Rewards must be in [0, 1]; negative ones are refused.
+    """
+    loss = PolicyLoss(clip_low=clip_low, clip_high=clip_high, aggregation=aggregation)
+    return Method(chain(divide_by_group_mean(eps)), loss, divides_by_group_std=True, nonnegative_rewards=True)

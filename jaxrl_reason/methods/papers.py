@@ -12,8 +12,8 @@ def _place_of_weight(method: str, option: str, place: str, estimator: Method, de
         raise ValueError(f"{method}: {option} is {place!r}; it must be 'reward' or 'advantage'.")
     if place == "reward" and estimator.divides_by_group_std:
         raise ValueError(
-            f"{method}: a weight on a prompt's rewards cancels when {estimator.name} divides them by the standard deviation of "
-            f"their group; set {option} to 'advantage', or use a base that does not divide (dr_grpo, rloo, reinforce_pp)."
+            f"{method}: a weight on a prompt's rewards cancels when {estimator.name} divides them by the standard deviation or the "
+            f"mean of their group; set {option} to 'advantage', or use a base that does not divide (dr_grpo, rloo, reinforce_pp)."
         )
     if place == "reward" and "greedy_rewards" in estimator.signals:
         raise ValueError(
@@ -29,6 +29,8 @@ def genre2(estimator: Method, *, expert_coefficient: float = 0.0) -> Extension:
 
     The loss is the mean over samples of the sum over digits. `config.regression` sets the reward and number tokenizer.
     """
+    if estimator.nonnegative_rewards:
+        raise ValueError(f"genre2: its rewards are negative, and {estimator.name} refuses those; choose another base.")
     return Extension(
         loss={"aggregation": "sequence_sum", "constant": None},
         auxiliary=(ExpertDigits(coefficient=expert_coefficient),) if expert_coefficient else (),
@@ -53,6 +55,11 @@ def hero(
 
     The weight multiplies the advantage. weight_on="reward" is for estimators that do not divide by the std of a group.
     """
+    if estimator.nonnegative_rewards and alpha:
+        raise ValueError(
+            f"hero: incorrect answers have rewards down to -alpha ({-alpha:g}), and {estimator.name} refuses negative ones; set "
+            "alpha to 0, or choose another base."
+        )
     place = _place_of_weight("hero", "weight_on", weight_on, estimator, "advantage")
     weight = advantages.weight_by_score_spread(w_min, w_max, k, momentum)
     return Extension(
@@ -113,13 +120,21 @@ def rlev(estimator: Method, *, alpha: float = 10.0, clip: float = 1.0, scale_on:
 
 
 @register_extension(base="grpo")
-def progrpo(estimator: Method, *, alpha: float = 0.3, skip_all_correct: bool = False) -> Extension:
+def progrpo(
+    estimator: Method,
+    *,
+    alpha: float = 0.3,
+    skip_all_correct: bool = False,
+    center: bool = False,
+    correct_only: bool = False,
+) -> Extension:
     """Builds ProGRPO, arXiv 2602.05281: advantages move towards answers in which the policy has little confidence.
 
-    The paper's loss is clip_low=0.2, clip_high=0.28, aggregation="token_mean" on grpo.
+    The paper's loss is clip_low=0.2, clip_high=0.28, aggregation="token_mean" on grpo. center and correct_only are not
+    in the paper's formula: see `advantages.reweight_by_confidence`.
     """
     return Extension(
-        add=advantages.reweight_by_confidence(alpha, skip_all_correct),
+        add=advantages.reweight_by_confidence(alpha, skip_all_correct, center=center, correct_only=correct_only),
         signals=frozenset({"prompt_confidence", "answer_confidence", "verdicts"}),
         judges=True,
     )

@@ -92,8 +92,9 @@ class Method:
       signals: the fields of AdvantageInputs that the chain needs beyond rewards and completion_mask.
       dynamic_sampling: whether the run keeps a group only if some but not all of its completions are correct, and
         refills the batch with further prompts (DAPO, arXiv 2503.14476, section 3.2).
-      divides_by_group_std: whether the chain divides by the standard deviation of a group. A factor on the rewards of a
-        prompt then cancels, so a weight of prompts has to multiply the advantage.
+      divides_by_group_std: whether the chain divides by the standard deviation of a group, or by its mean. A factor on
+        the rewards of a prompt then cancels, so a weight of prompts has to multiply the advantage.
+      nonnegative_rewards: whether negative rewards are refused.
       name: the name that created it.
     """
 
@@ -102,6 +103,7 @@ class Method:
     signals: frozenset[str] = frozenset()
     dynamic_sampling: bool = False
     divides_by_group_std: bool = False
+    nonnegative_rewards: bool = False
     name: str = ""
 
     def __post_init__(self):

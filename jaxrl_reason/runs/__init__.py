@@ -6,6 +6,9 @@ files that survive a kill, `metrics_file` metrics.jsonl, samples.jsonl and Tenso
 curve and tables. `loop` is the skeleton of training; `watch` warns, and ends a run that skips updates too often;
 `progress` shows bar, heartbeat and timings. `compilation_cache` keeps compiled programs between starts. `command` has
 flags, --help, errors and exit codes of every command.
+
+Of a comparison, `study` has the runs with their configurations and directories, `locks` tells processes apart, `results`
+reads and writes the entries of a study, and `statistics` has the intervals.
 """
 
 from jaxrl_reason.runs.checkpoints import numbers_in

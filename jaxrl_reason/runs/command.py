@@ -77,6 +77,7 @@ class Flag:
     choices: Sequence[str] = ()  # the allowed texts; () allows all
     field: str = ""  # the field of the configuration that the flag sets, or ""
     alias: str = ""  # another name
+    repeated: bool = False  # the flag may be given several times, and its value is the tuple of all values
 
     @property
     def attribute(self) -> str:
@@ -87,7 +88,7 @@ class Flag:
         """Returns the flag and its meaning for --help."""
         value = "|".join(self.choices) or self.value
         separator = "" if self.name.endswith(".") or not value else "="
-        shown = self.default is not None and self.value
+        shown = self.default not in (None, ()) and self.value
         note = " (required)" if self.required else f" (default: {self.default})" if shown else ""
         return f"--{self.name}{separator}{value}", self.help + note
 
@@ -220,9 +221,10 @@ def parse(command: Command, argv: Sequence[str], *, complete: bool = True) -> Ar
             arguments.fields[flag.field or name.removeprefix("--config.")] = text
             continue
         try:
-            setattr(arguments, flag.attribute, flag.read(text))
+            value = flag.read(text)
         except ValueError as e:
             raise ConfigError(f"{name}={text}: expected {e}.") from None
+        setattr(arguments, flag.attribute, (*getattr(arguments, flag.attribute), value) if flag.repeated else value)
     for flag in own:
         if complete and flag.required and not getattr(arguments, flag.attribute):
             raise ConfigError(f"--{flag.name}={flag.value} is missing: {flag.help}.")

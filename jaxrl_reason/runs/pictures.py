@@ -14,6 +14,7 @@ from rich.table import Column, Table
 
 from jaxrl_reason.runs.files import writing
 from jaxrl_reason.runs.metrics_file import mean_over_all, read_metrics
+from jaxrl_reason.runs.statistics import Estimate
 
 # Metrics that are shown with three places.
 _FINE = ("entropy", "r2", "rmse", "spearman", "spread", "density", "f1", "error", "loss", "margin")
@@ -49,10 +50,7 @@ def plot_learning_curve(metrics_path: str | os.PathLike, out_png: str | os.PathL
     bottom.set(xlabel="step", ylabel="mean length (tokens)")
     for axis in (top, bottom):
         axis.grid(alpha=0.3)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=120, format="png")
-    with writing(out_png):
-        Path(out_png).write_bytes(drawn.getvalue())
+    _save(figure, out_png)
 
 
 def _draw_held_out(rewards: Any, records: Sequence[Mapping[str, Any]]) -> None:
@@ -68,6 +66,48 @@ def _draw_held_out(rewards: Any, records: Sequence[Mapping[str, Any]]) -> None:
         if factor == 100 and all(0 <= reward <= 1 for reward in drawn):
             rewards.set_ylim(-0.05, 1.05)
             right.set_ylim(-5, 105)
+
+
+def plot_comparison(
+    curves: Mapping[str, Mapping[str, Mapping[int, Estimate]]], out_png: str | os.PathLike, *, title: str
+) -> None:
+    """Draws one plot per metric, and in each a curve per row: the mean over seeds with its 95 % interval as a band.
+
+    `curves` are metric -> row -> step -> mean. A mean without an interval has no band. Raises OSError for a file that
+    cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(len(curves), 3)
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(4.5 * columns, 3.2 * rows + 0.6), layout="constrained")
+    figure.suptitle(title)
+    plots = figure.subplots(rows, columns, squeeze=False).flat
+    colors: dict[str, str] = {}  # a row has one color in all plots
+    for (metric, of_rows), axis in zip(curves.items(), plots):
+        percent = cell(metric, 0.0).endswith("%")
+        for row, points in of_rows.items():
+            color = colors.setdefault(row, f"C{len(colors)}")
+            steps, factor = list(points), 100 if percent else 1
+            means = np.array([points[step].mean for step in steps]) * factor
+            halves = np.array([points[step].half_width or 0.0 for step in steps]) * factor
+            axis.plot(steps, means, "o-", markersize=3, color=color, label=row)
+            axis.fill_between(steps, means - halves, means + halves, color=color, alpha=0.2, linewidth=0)
+        name = metric.removeprefix("eval/").replace("_", " ")
+        axis.set(xlabel="step", ylabel=f"{name} (%)" if percent else name)
+        axis.grid(alpha=0.3)
+    for axis in plots:  # places without a metric
+        axis.set_axis_off()
+    if curves:
+        figure.axes[0].legend(loc="best", fontsize="small")
+    _save(figure, out_png)
+
+
+def _save(figure: Any, out_png: str | os.PathLike) -> None:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120, format="png")
+    with writing(out_png):
+        Path(out_png).write_bytes(drawn.getvalue())
 
 
 def print_summary(
@@ -134,6 +174,25 @@ def cell(name: str, value: float | None, *, signed: bool = False) -> str:
     if short.endswith(("accuracy", "vote")) or short.startswith(("pass@", "maj@", "avg@")):
         return f"{100 * value:{sign}.1f} %"
     return f"{value:{sign}.3f}" if short.endswith(_FINE) else f"{value:{sign}.1f}"
+
+
+def cell_with_interval(name: str, mean: float | None, half_width: float | None) -> str:
+    """Formats a mean and the half-width of its interval: "76.3 ± 1.2 %"; without an interval as `cell`."""
+    if mean is None or half_width is None:
+        return cell(name, mean)
+    number, *unit = cell(name, mean).split(" ")
+    return " ".join([number, "±", cell(name, half_width).split(" ")[0], *unit])
+
+
+def cell_of_difference(name: str, difference: Mapping[str, float | None] | None) -> str:
+    """Formats a difference {"mean", "low", "high"}: "+15.4 [+12.0, +18.8] points"; low and high may be None."""
+    if difference is None:
+        return "-"
+    number, *unit = cell(name, difference["mean"], signed=True).replace("%", "points").split(" ")
+    if difference["low"] is None:
+        return " ".join([number, *unit])
+    low, high = (cell(name, difference[end], signed=True).split(" ")[0] for end in ("low", "high"))
+    return " ".join([f"{number} [{low}, {high}]", *unit])
 
 
 def reward_text(metrics: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ GROUPWISE = {
     "center": advantages.center_by_group(),
     "leave_one_out": advantages.leave_one_out(),
 }
+BY_MEAN = advantages.divide_by_group_mean()
 WHITEN, WHITEN_KL = advantages.whiten_by_token(), advantages.whiten_by_token(0.5)
 OVERLONG, GREEDY = advantages.soft_overlong_penalty(5, 3), advantages.subtract_greedy()
 
@@ -59,6 +60,15 @@ def compute(transform, inputs, compiled=True):
         ([GROUPWISE["center"]], [[1, 0, 0, 0]], None, [[0.75, -0.25, -0.25, -0.25]]),
         ([GROUPWISE["leave_one_out"]], [[1, 0, 0, 0]], None, [[1, -1 / 3, -1 / 3, -1 / 3]]),
         ([GROUPWISE["leave_one_out"]], [[10, 0, 0, 0]], None, [[10, -10 / 3, -10 / 3, -10 / 3]]),
+        (  # 1 and 3, -1, up to eps
+            [BY_MEAN],
+            [[1, 0, 0, 1], [1, 0, 0, 0]],
+            None,
+            [[0.999998, -0.999998, -0.999998, 0.999998], [2.999988, -0.999996, -0.999996, -0.999996]],
+        ),
+        ([BY_MEAN], [[1, 1, 1], [0, 0, 0]], None, [[0, 0, 0], [0, 0, 0]]),
+        ([BY_MEAN], [[0.5, 0.25, NAN]], None, [[1 / 3, -1 / 3, 0]]),  # the mean of the rewards that are there is .375
+        ([advantages.divide_by_group_mean(0.25)], [[1, 0, 0, 0]], None, [[1.5, -0.5, -0.5, -0.5]]),
         ([WHITEN], [[1, 0, 0, 1]], [[2, 4, 4, 2]], [[1.354006, -0.677003, -0.677003, 1.354006]]),
         (
             [advantages.center_by_group(), advantages.whiten_by_token()],
@@ -67,13 +77,31 @@ def compute(transform, inputs, compiled=True):
             [[1.625471, -1.161051], [0.232210, 0.232210]],
         ),
     ],
-    ids=["grpo", "grpo eps", "dr_grpo", "rloo", "rloo scale", "reinforce_pp", "reinforce_pp_baseline"],
+    ids=[
+        "grpo",
+        "grpo eps",
+        "dr_grpo",
+        "rloo",
+        "rloo scale",
+        "maxrl",
+        "maxrl tied",
+        "maxrl missing",
+        "maxrl eps",
+        "reinforce_pp",
+        "reinforce_pp_baseline",
+    ],
 )
 def test_hand_numbers(transforms, rewards, lengths, expected, compiled):
     transform = transforms[0] if len(transforms) == 1 else advantages.chain(*transforms)
     got = compute(transform, make_inputs(rewards, lengths), compiled)
     np.testing.assert_allclose(got, expected, atol=2e-6)
     assert got.dtype == np.float32
+
+
+@either_way
+def test_a_negative_reward_spoils_the_group_that_is_divided_by_its_mean(compiled):
+    got = compute(BY_MEAN, make_inputs([[1, 0, -0.5], [1, 0, 0], [-1, -1, -1]]), compiled)
+    assert np.isnan(got).tolist() == [[True] * 3, [False] * 3, [True] * 3]
 
 
 @either_way
@@ -163,6 +191,18 @@ def test_missing_rewards_enter_no_group_statistic(batch):
     for name, transform in GROUPWISE.items():
         got = compute(transform, inputs)
         np.testing.assert_allclose(got, reference_group(name, rewards), rtol=2e-5, atol=2e-6, err_msg=name)
+
+
+@settings(max_examples=25, deadline=None)
+@given(batches())
+def test_division_by_the_mean_follows_its_definition(batch):
+    rewards = np.abs(batch[0])
+    expected = np.zeros(rewards.shape)
+    for p, group in enumerate(rewards.astype(np.float64)):
+        r = group[~np.isnan(group)]
+        if r.size and r.mean() > 0:
+            expected[p] = np.nan_to_num((group - r.mean()) / (r.mean() + 1e-6))
+    np.testing.assert_allclose(compute(BY_MEAN, make_inputs(rewards)), expected, rtol=2e-5, atol=2e-6)
 
 
 @settings(max_examples=25, deadline=None)

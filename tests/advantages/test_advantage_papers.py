@@ -25,6 +25,10 @@ from helpers.advantage_batches import (
 )
 from jaxrl_reason import advantages
 
+CENTERED = advantages.reweight_by_confidence(0.5, center=True)
+CORRECT_ONLY = advantages.reweight_by_confidence(0.5, correct_only=True)
+CENTERED_CORRECT = advantages.reweight_by_confidence(0.5, center=True, correct_only=True)
+
 # -- HERO by hand ----------------------------------------------------------------------------------
 
 
@@ -161,6 +165,23 @@ def test_reweighting_by_hand():
     np.testing.assert_allclose(compute(SKIP, inputs, start)[0], [[1, 0], [0, 0], [0, 0]], atol=1e-6)
 
 
+def test_centered_and_correct_only_reweighting_by_hand():
+    """alpha .5. Correct: .8 and .2 of the first group, mean .5, and .6 of the second; the third has none."""
+    confidence = [[0.8, 0.2, 0.1], [0.6, 0.1, 0.2], [0.5, 0.1, 0.9]]
+    inputs = inputs_of([[1, 1, 0], [1, 0, 0], [0, 0, 0]], prompt_confidence=[0.5, 0, 0.9], answer_confidence=confidence)
+    start = np.array([[1, 1, -2], [2, -1, -1], [0, 0, 0]], np.float32)
+    only = [[1 - 0.15, 1 + 0.15, -2], [2 - 0.3, -1, -1], [0, 0, 0]]
+    np.testing.assert_allclose(compute(CORRECT_ONLY, inputs, start)[0], only, atol=1e-6)
+    both = [[1 - 0.15, 1 + 0.15, -2], [2, -1, -1], [0, 0, 0]]
+    np.testing.assert_allclose(compute(CENTERED_CORRECT, inputs, start)[0], both, atol=1e-6)
+    # all completions: means of confidence 11 / 30 and .3
+    third = 0.5 / 30
+    centered = [[1 - 13 * third, 1 + 5 * third, -2 + 8 * third], [2 - 0.15, -1 + 0.1, -1 + 0.05], [0, 0, 0]]
+    got = compute(CENTERED, inputs, start)[0]
+    np.testing.assert_allclose(got, centered, atol=1e-6)
+    np.testing.assert_allclose(got.sum(axis=1), start.sum(axis=1), atol=1e-6)
+
+
 # -- against numpy ---------------------------------------------------------------------------------
 
 
@@ -205,6 +226,19 @@ CHANGES = {
             start, x.prompt_confidence, x.answer_confidence, x.verdicts & there, there
         ),
     ),
+    **{
+        name: (
+            transform,
+            lambda start, x, there, options=options: reference.reweighted(
+                start, x.prompt_confidence, x.answer_confidence, x.verdicts & there, there, 0.5, **options
+            ),
+        )
+        for name, transform, options in (
+            ("center", CENTERED, {"center": True}),
+            ("correct only", CORRECT_ONLY, {"correct_only": True}),
+            ("center correct", CENTERED_CORRECT, {"center": True, "correct_only": True}),
+        )
+    },
     "skip": (
         SKIP,
         lambda start, x, there: reference.reweighted(

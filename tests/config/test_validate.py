@@ -117,6 +117,17 @@ BROKEN = [
         "reward.functions is",
         "'reward_model' reads text",
     ),
+    (NUMBERS | dict(method={"name": "maxrl"}), "method.name is 'maxrl'", "those of a regression run are negative"),
+    (
+        dict(method={"name": "maxrl"}, reward__weights=[-1.0]),
+        "reward.weights is [-1.0]",
+        "'maxrl' refuses negative rewards: each must be at least 0",
+    ),
+    (
+        dict(method={"name": "maxrl"}, reward__functions=["accuracy", "reward_model"]),
+        "reward.functions is ['accuracy', 'reward_model']",
+        "'reward_model' can be negative: use 'reward_model_probability'",
+    ),
     (dict(method={"name": "hero"}), "method.name is 'hero'", "add 'reward_model'"),
     (
         JUDGED | dict(reward__weights=[1.0, 0.5]),

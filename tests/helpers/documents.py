@@ -78,8 +78,13 @@ TINY_RUN = {
 RUN_FLAGS = [f"--config.{name}={value}" for name, value in TINY_RUN.items()]
 SMALL = {  # shell pattern of command:arguments -> flags after those of the document
     "train:*": RUN_FLAGS,
-    "compare:*hero*": [*RUN_FLAGS, "--config.reward_model.steps=2", "--config.reward_model.batch_size=4"],
-    "compare:*": RUN_FLAGS,
+    "compare:*hero*": [
+        *RUN_FLAGS,
+        "--seeds=1",
+        "--config.reward_model.steps=2",
+        "--config.reward_model.batch_size=4",
+    ],
+    "compare:*": [*RUN_FLAGS, "--seeds=1"],
     "evaluate:*": ["--samples=2"],
     "bench:*": [
         "--size=tiny",

@@ -3,6 +3,7 @@
 import numpy as np
 
 ESTIMATORS = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "remax")
+# MaxRL, "maxrl", is not among them: it refuses the rewards of HERO and GenRe2.
 DIVIDES = ("grpo", "dapo", "gspo", "cispo")  # by the group's standard deviation
 
 
@@ -45,14 +46,26 @@ def mixed(advantages, self_rewards, truncated, present, tau=0.1, min_std=0.1):
     return out
 
 
-def reweighted(advantages, prompt_confidence, answer_confidence, correct, present, alpha=0.3, skip_all_correct=False):
+def reweighted(
+    advantages,
+    prompt_confidence,
+    answer_confidence,
+    correct,
+    present,
+    alpha=0.3,
+    skip_all_correct=False,
+    center=False,
+    correct_only=False,
+):
     """Returns ProGRPO's advantages."""
     out = np.array(advantages, np.float64)
     for p, there in enumerate(present):
         if not correct[p][there].any() or (skip_all_correct and correct[p][there].all()):
             continue
-        for g in np.flatnonzero(there):
-            out[p, g] += alpha * (float(prompt_confidence[p]) - float(answer_confidence[p, g]))
+        acts = np.flatnonzero(there & correct[p] if correct_only else there)
+        gaps = [float(prompt_confidence[p]) - float(answer_confidence[p, g]) for g in acts]
+        for g, gap in zip(acts, gaps):
+            out[p, g] += alpha * (gap - np.mean(gaps) if center else gap)
     return out
 
 
@@ -74,6 +87,8 @@ def estimate(base, rewards, x, eps=1e-6, kl_coef=0.0):
         elif len(r) > 1 and np.ptp(r) > 0:
             if base == "rloo":
                 out[p, there] = [r[i] - np.delete(r, i).mean() for i in range(len(r))]
+            elif base == "maxrl":
+                out[p, there] = (r - r.mean()) / (r.mean() + eps)
             else:
                 out[p, there] = (r - r.mean()) / (r.std(ddof=1) + eps if base in DIVIDES else 1.0)
     if base.startswith("reinforce_pp"):
@@ -105,7 +120,7 @@ def compose(base, parts, x, *, mean=None, mixes=True, places=None, base_options=
         present &= np.isfinite(x.model_scores)
     correct = (x.rewards > 0.5 if x.verdicts is None else x.verdicts) & present
     own = {name: dict(options.get(name, {})) for name in parts}
-    usual = {"hero": "advantage", "rlev": "advantage" if base in (*DIVIDES, "remax") else "reward"}
+    usual = {"hero": "advantage", "rlev": "advantage" if base in (*DIVIDES, "remax", "maxrl") else "reward"}
     places = usual | (places or {})
     rewards = np.where(present, x.rewards, np.nan).astype(np.float64)
     weights = {}

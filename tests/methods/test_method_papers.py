@@ -158,7 +158,7 @@ OTHER = {
         base="rloo",
     ),
     "rlev": dict(alpha=1.0, clip=0.1, scale_on="advantage", base="rloo"),
-    "progrpo": dict(alpha=0.9, skip_all_correct=True, base="rloo"),
+    "progrpo": dict(alpha=0.9, skip_all_correct=True, center=True, correct_only=True, base="rloo"),
 }
 OWN = {name: set(inner) for name, inner in OTHER.items()}
 

@@ -12,6 +12,7 @@ from jaxrl_reason import config as config_lib
 from jaxrl_reason import evaluate, models, train
 from jaxrl_reason.config import ConfigError, Reward, RewardModel
 from jaxrl_reason.models import decoder
+from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.runs import checkpoints
 
 pytestmark = [pytest.mark.runs, pytest.mark.usefixtures("quick_compilation")]
@@ -33,6 +34,29 @@ ALL = dict(
         "laser": {"reasoning_warmup": 1, "self_reward_warmup": 1},
     },
 )
+
+
+NEGATIVE = """
+def spread(completion_ids, **_):
+    return [(i % 2 - 0.25) for i, _ in enumerate(completion_ids)]
+
+def positive(completion_ids, **_):
+    return [i % 2 for i, _ in enumerate(completion_ids)]
+"""
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_maxrl_trains_and_refuses_negative_rewards(parts, tmp_path):
+    (tmp_path / "own.py").write_text(NEGATIVE)
+    rows = write_rows(tmp_path / "rows.jsonl")
+    reward = lambda name: {"reward__functions": [f"{tmp_path / 'own.py'}:{name}"], "sampling__parts": parts}
+    config = bare(rows, method={"name": "maxrl"}, **reward("positive"))
+    train.train(train.setup(config, tmp_path / "good"))
+    lines = [json.loads(line) for line in (tmp_path / "good" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["reward"] for line in lines] == [0.5, 0.5] and all(line["grad_norm"] > 0 for line in lines)
+    message = "A reward of step 1 is -0.25, and config.method.name 'maxrl' refuses negative rewards; let the reward"
+    with pytest.raises(RewardError, match=message):
+        train.train(train.setup(change(config, **reward("spread")), tmp_path / "bad"))
 
 
 def tiny(rows, **changes):

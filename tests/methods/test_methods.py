@@ -14,9 +14,9 @@ from jaxrl_reason import losses, methods
 from jaxrl_reason.advantages import AdvantageInputs, AdvantageTransform, center_by_group, chain
 
 ORDER = (
-    "grpo dr_grpo dapo gspo cispo rloo reinforce_pp reinforce_pp_baseline remax genre2 hero laser rlev progrpo"
+    "grpo dr_grpo dapo gspo cispo rloo reinforce_pp reinforce_pp_baseline remax maxrl genre2 hero laser rlev progrpo"
 ).split()
-ESTIMATORS = ORDER[:9]
+ESTIMATORS = ORDER[:10]
 
 
 def a_batch():
@@ -83,7 +83,7 @@ def test_the_error_names_the_mistake_and_the_nearest_valid_names(name, options, 
         methods.create(name, **options)
 
 
-@pytest.mark.parametrize("name", ["grpo", "dapo", "gspo", "cispo"])
+@pytest.mark.parametrize("name", ["grpo", "dapo", "gspo", "cispo", "maxrl"])
 def test_a_negative_eps_raises(name):
     with pytest.raises(ValueError, match="eps"):
         methods.create(name, eps=-1e-6)
@@ -94,7 +94,7 @@ def test_keywords_of_an_unknown_method_raise():
         methods.keywords("grpoo")
 
 
-@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp_baseline"])
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp_baseline", "maxrl"])
 def test_group_estimators_raise_for_a_group_of_one(name):
     method = methods.create(name)
     inputs = AdvantageInputs(jnp.ones((2, 1)), jnp.ones((2, 1, 3)))
@@ -133,6 +133,7 @@ HAND = {  # rewards 1, 0 (greedy .25) on 1 and 3 tokens of 4; ratios e^.3, then 
     "reinforce_pp": (-1.2 * 1.5 + 0.5 * (0.8 + 2 * math.exp(0.3))) / 4,
     "reinforce_pp_baseline": (-1.2 * 1.5 + 0.5 * (0.8 + 2 * math.exp(0.3))) / 4,
     "remax": (0.75 - 0.25 * 3) / 4,
+    "maxrl": (-1.2 + 0.8 + 2 * math.exp(0.3)) / 4,  # mean .5: advantages 1 and -1
 }
 
 
@@ -218,7 +219,7 @@ def test_an_estimator_is_added_in_under_fifteen_lines(registry):
         moving = AdvantageTransform(lambda: jnp.zeros(()), update)
         return methods.Method(chain(moving), methods.PolicyLoss(clip_low=clip, clip_high=clip))
 
-    assert methods.names() == (*ESTIMATORS, "running_baseline", *ORDER[9:])
+    assert methods.names() == (*ESTIMATORS, "running_baseline", *ORDER[10:])
     assert methods.keywords("running_baseline") == {"momentum": 0.5, "clip": 0.3}
     method = methods.create("running_baseline", momentum=0.75)
     inputs = AdvantageInputs(jnp.array([[1.0, 0.0]]), jnp.ones((1, 2, 3)))

@@ -114,6 +114,25 @@ def test_a_sound_stack_is_the_composition_of_its_parts(parts, base):
     assert dataclasses.replace(loss, auxiliary=()) == plain.loss
 
 
+@pytest.mark.parametrize("parts", [p for p in SOUND if not {"hero", "genre2"} & set(p)], ids=named)
+def test_a_stack_on_maxrl_is_the_composition_of_its_parts(parts):
+    method = methods.stack(*parts, base="maxrl", **{name: AT_ONCE[name] for name in parts if name in AT_ONCE})
+    for x, got in zip(BATCHES, run(method, BATCHES)):
+        np.testing.assert_allclose(got, reference.compose("maxrl", parts, x)[0], rtol=3e-5, atol=3e-6)
+    assert method.nonnegative_rewards
+
+
+def test_maxrl_refuses_the_negative_rewards_of_hero_and_genre2_and_weights_that_cancel():
+    with pytest.raises(ValueError, match=r"hero: incorrect answers have rewards down to -alpha \(-0.05\), and maxrl"):
+        methods.create("hero", base="maxrl")
+    with pytest.raises(ValueError, match="genre2: its rewards are negative, and maxrl refuses those"):
+        methods.stack("genre2", "rlev", base="maxrl")
+    with pytest.raises(ValueError, match="rlev: a weight on a prompt's rewards cancels when maxrl divides them by"):
+        methods.create("rlev", base="maxrl", scale_on="reward")
+    method = methods.create("hero", base="maxrl", alpha=0.0)
+    assert all(np.isfinite(got).all() for got in run(method, BATCHES))
+
+
 @pytest.mark.parametrize("parts", [parts for parts in SOUND if len(parts) > 1], ids=named)
 @pytest.mark.parametrize("base", ["reinforce_pp", "reinforce_pp_baseline"])
 def test_stacks_on_advantages_per_token(parts, base):

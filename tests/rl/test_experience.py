@@ -104,6 +104,7 @@ def test_weights_belong_to_rewards_in_the_order_given_not_in_that_of_their_names
         ("gspo", {}, [0.866024, -0.866024]),
         ("cispo", {}, [0.866024, -0.866024]),
         ("rloo", {}, [2 / 3, -2 / 3]),
+        ("maxrl", {}, [0.999998, -0.999998]),
         ("reinforce_pp", {}, [1.354006, -0.677003]),
         ("reinforce_pp_baseline", {}, [1.354006, -0.677003]),
     ],

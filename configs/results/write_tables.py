@@ -1,0 +1,18 @@
+"""Writes the tables of configs/README.md anew, from the files of results next to this script.
+
+python configs/results/write_tables.py
+"""
+
+import pathlib
+
+from jaxrl_reason.runs import results
+from jaxrl_reason.tasks import BASELINES
+
+HERE = pathlib.Path(__file__).parent
+README = HERE.parent / "README.md"
+
+if __name__ == "__main__":
+    old = README.read_text()
+    new = results.with_tables(old, HERE, BASELINES)
+    if new != old:
+        README.write_text(new)

@@ -1,0 +1,233 @@
+"""The results of a comparison: one entry per row and seed, their summary over seeds, and tables of documents.
+
+An entry is a JSON object:
+
+    {"row": "GRPO", "recipe": false, "seed": 3, "changes": {...}, "config": digest, "versions": {...}, "seconds": 81.2,
+     "start_seconds": 60.1, "evaluations": [{"step": 0, "eval/accuracy": ...}, ...]}
+
+A file of results holds one entry per line. Such a file is committed, and a comparison goes on from it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from importlib import metadata
+import json
+import pathlib
+import platform
+import re
+from typing import Any
+
+import jax
+
+import jaxrl_reason
+from jaxrl_reason import config as config_lib
+from jaxrl_reason.config import Config, ConfigError
+from jaxrl_reason.runs import pictures, read_metrics
+from jaxrl_reason.runs.files import write_text
+from jaxrl_reason.runs.statistics import Estimate, estimate, paired_difference
+
+Entry = dict[str, Any]
+# Fields that change no result, or are given next to the digest.
+_NOT_DIGESTED = ("seed", "mesh", "checkpoint", "log", "compilation_cache", "data.data_dir")
+
+
+def digest(config: Config, without: Sequence[str] = ()) -> str:
+    """Returns a digest of the fields of a configuration that decide its results, up to the seed and the fields `without`.
+
+    Only fields without their default value count, so results stay valid when a version adds a field. Of `versions`, an
+    entry has the version whose defaults it used.
+    """
+    fields, defaults = (dict(leaves(config_lib.to_dict(c))) for c in (config, Config()))
+    ignored = tuple(f"{name}." for name in (*_NOT_DIGESTED, *without))
+    chosen = {
+        name: value
+        for name, value in fields.items()
+        if value != defaults.get(name) and not f"{name}.".startswith(ignored)
+    }
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (name, value) of the values that are no dicts; names of nested ones are joined by dots."""
+    for key, value in fields.items():
+        name = f"{prefix}.{key}" if prefix else key
+        if isinstance(value, dict) and value:
+            yield from leaves(value, name)
+        else:
+            yield name, value
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that can change the last bits of a result, and the kind of the devices."""
+    found = {name: metadata.version(name) for name in ("jax", "jaxlib", "optax", "numpy")}
+    ours = {"jaxrl_reason": jaxrl_reason.__version__, "python": platform.python_version()}
+    return ours | found | {"device": jax.devices()[0].device_kind}
+
+
+def evaluations(metrics_path: pathlib.Path, prefixes: tuple[str, ...]) -> list[dict[str, float]]:
+    """Returns step and metrics of each evaluation of a run; names of metrics begin with one of the prefixes."""
+    chosen = [
+        {name: x for name, x in line.items() if name == "step" or name.startswith(prefixes)}
+        for line in read_metrics(metrics_path)
+    ]
+    return [line for line in chosen if len(line) > 1]
+
+
+def seconds(*metrics_paths: pathlib.Path) -> float:
+    """Returns the seconds of all steps in these files of metrics; a missing file has none."""
+    lines = [line for path in metrics_paths if path.exists() for line in read_metrics(path)]
+    return round(sum(line.get("perf/step_seconds", 0.0) for line in lines), 1)
+
+
+def read(path: pathlib.Path) -> list[Entry]:
+    """Returns the entries of a file of results; none if there is no file. Raises ConfigError for a damaged file."""
+    entries = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), start=1):
+        try:
+            entry = json.loads(line)
+            entry["row"], entry["recipe"], entry["seed"], entry["config"], entry["evaluations"][-1]
+        except (ValueError, TypeError, LookupError) as e:
+            raise ConfigError(f"Line {number} of {path} is no result of compare; repair or remove the line.") from e
+        entries.append(entry)
+    return entries
+
+
+def merge(path: pathlib.Path, new: Sequence[Entry]) -> None:
+    """Writes entries to a file of results, where they replace those of the same row and seed.
+
+    The recipe comes first, then the other rows in the order in which they came; those of a row are in the order of seeds.
+    """
+    entries = {(entry["row"], entry["seed"]): entry for entry in (*read(path), *new)}
+    rows = list(dict.fromkeys(row for row, _ in entries))
+    ordered = sorted(entries.values(), key=lambda e: (not e["recipe"], rows.index(e["row"]), e["seed"]))
+    text = "".join(json.dumps(entry) + "\n" for entry in ordered)
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+
+
+def summarize(rows: Mapping[str, Mapping[int, Entry]], recipe: str, prefixes: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the row "start", a row per other approach, and the given rows, each with its metrics.
+
+    Args:
+      rows: row -> seed -> entry. `recipe` names the row with which the others are compared.
+      prefixes: those of the metrics of other approaches: "pointwise/r2" at step 0 is eval/r2 of the row "pointwise".
+
+    Returns:
+      row -> {metric: mean over seeds, None if it is unknown for all of them}, and in each row
+      "half_width" {metric: of the 95 % interval of the mean, or None}, "seeds" {metric: {seed: value}},
+      "difference" {metric: {"mean", "low", "high"}}, paired by seed, from the row `recipe`, and for trained rows
+      "runs" {seed: {"config", "versions", "seconds", "start_seconds"}}.
+    """
+    first = rows.get(recipe) or next(iter(rows.values()), {})
+    before = {seed: entry["evaluations"][0] for seed, entry in first.items()}
+    values: dict[str, dict[int, dict[str, float]]] = {"start": {s: _of_eval(line) for s, line in before.items()}}
+    for seed, line in before.items():
+        for name, value in line.items():
+            if name.startswith(prefixes):
+                kind, _, metric = name.partition("/")
+                values.setdefault(kind.replace("_", " "), {}).setdefault(seed, {})[f"eval/{metric}"] = value
+    for row, entries in rows.items():
+        values[row] = {seed: _of_eval(entry["evaluations"][-1]) for seed, entry in entries.items()}
+    summary = {row: _summary(of_row, values.get(recipe, {}) if row != recipe else {}) for row, of_row in values.items()}
+    for row, entries in rows.items():
+        kept = ("config", "versions", "seconds", "start_seconds")
+        summary[row]["runs"] = {str(seed): {k: entry[k] for k in kept} for seed, entry in entries.items()}
+    return summary
+
+
+def _of_eval(line: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in line.items() if name.startswith("eval/")}
+
+
+def _summary(row: Mapping[int, Mapping[str, float]], recipe: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
+    """Returns means, intervals and differences of a row: seed -> metric -> value."""
+    names = dict.fromkeys(name for metrics in row.values() for name in metrics)
+    means: dict[str, Any] = {}
+    half_widths: dict[str, float | None] = {}
+    differences: dict[str, dict[str, float | None]] = {}
+    seeds: dict[str, dict[str, float]] = {}
+    for name in names:
+        known = _known(row, name)
+        means[name], half_widths[name] = estimate(list(known.values()))[:2] if known else (None, None)
+        seeds[name] = {str(seed): value for seed, value in known.items()}
+        if difference := paired_difference(known, _known(recipe, name)):
+            differences[name] = bounds(difference)
+    return means | {"half_width": half_widths, "seeds": seeds, "difference": differences}
+
+
+def _known(row: Mapping[int, Mapping[str, float | None]], name: str) -> dict[int, float]:
+    return {seed: value for seed, metrics in row.items() if (value := metrics.get(name)) is not None}
+
+
+def bounds(found: Estimate) -> dict[str, float | None]:
+    """Returns mean, low and high end of an estimate for JSON; the ends are None without an interval."""
+    if found.half_width is None:
+        return {"mean": found.mean, "low": None, "high": None}
+    return {"mean": found.mean, "low": found.mean - found.half_width, "high": found.mean + found.half_width}
+
+
+def curves(rows: Mapping[str, Mapping[int, Entry]], metric: str) -> dict[str, dict[int, Estimate]]:
+    """Returns row -> step -> the mean over seeds of a metric of the evaluations, of rows that have the metric."""
+    found: dict[str, dict[int, Estimate]] = {}
+    for row, entries in rows.items():
+        values: dict[int, list[float]] = {}
+        for entry in entries.values():
+            for line in entry["evaluations"]:
+                if line.get(metric) is not None:
+                    values.setdefault(int(line["step"]), []).append(line[metric])
+        if values:
+            found[row] = {step: estimate(values[step]) for step in sorted(values)}
+    return found
+
+
+def markdown(entries: Sequence[Entry], metrics: Sequence[str], prefixes: tuple[str, ...]) -> str:
+    """Returns a table of the entries of one comparison: a line per row, a column per metric, and the seeds below.
+
+    Raises ValueError if a row has entries of several configurations, and if rows have different seeds.
+    """
+    rows: dict[str, dict[int, Entry]] = {}
+    for entry in entries:
+        rows.setdefault(entry["row"], {})[entry["seed"]] = entry
+    for row, by_seed in rows.items():
+        if len({entry["config"] for entry in by_seed.values()}) > 1:
+            raise ValueError(f"The row {row!r} has results of several configurations; run its old ones again.")
+    if len({tuple(sorted(by_seed)) for by_seed in rows.values()}) != 1:
+        raise ValueError(f"The rows {list(rows)} have not the same seeds; run the missing ones.")
+    recipe = next(entry["row"] for entry in entries if entry["recipe"])
+    found = summarize(rows, recipe, prefixes)
+    heads = [name.replace("_", " ") for name in metrics]
+    lines = [f"| | {' | '.join(heads)} |", f"|{'---|' * (len(heads) + 1)}"]
+    for row, values in found.items():
+        names = [f"eval/{name}" for name in metrics]
+        cells = [pictures.cell_with_interval(n, values.get(n), values["half_width"].get(n)) for n in names]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+        if values["difference"]:
+            cells = [pictures.cell_of_difference(n, values["difference"].get(n)) for n in names]
+            lines.append(f"| {row}, difference to {recipe} | {' | '.join(cells)} |")
+    seeds = sorted(rows[recipe])
+    took = estimate([entry["seconds"] for entry in entries]).mean / 60
+    note = "Means ± half-widths of 95 % intervals (Student's t over seeds); differences [95 % interval] are paired by seed."
+    one = "One seed, so there is no interval."
+    listed = f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}."
+    return "\n".join([*lines, "", f"{listed} {note if len(seeds) > 1 else one} {took:.1f} minutes per run of RL."])
+
+
+_TABLE = re.compile(r"(<!-- results: (\S+): ([^>]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+
+
+def with_tables(text: str, directory: pathlib.Path, prefixes: tuple[str, ...]) -> str:
+    """Returns a document with its tables written anew, from the files of results in a directory.
+
+    A table is between `<!-- results: NAME: METRIC, METRIC -->`, for NAME.jsonl, and `<!-- end of results -->`. Raises
+    ConfigError for a file that is missing or damaged, and ValueError for results that make no table.
+    """
+
+    def table(match: re.Match) -> str:
+        path = directory / f"{match[2]}.jsonl"
+        if not (entries := read(path)):
+            raise ConfigError(f"The document names the results {match[2]!r}, and {path} has none.")
+        metrics = [name.strip() for name in match[3].split(",")]
+        return f"{match[1]}{markdown(entries, metrics, prefixes)}\n{match[4]}"
+
+    return _TABLE.sub(table, text)

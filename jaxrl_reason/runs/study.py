@@ -1,0 +1,214 @@
+"""The runs of a comparison: their configurations, directories and results, and which of them a process does next.
+
+    WORKDIR/seed-0/start/           the supervised start and the reward model that the rows of the seed share
+    WORKDIR/seed-0/method/          the recipe
+    WORKDIR/seed-0/verifier_only/   the baseline "verifier only"
+
+Each is a work directory, and is finished when it has a result.json. The process that works on it holds the lock of
+WORKDIR/seed-0/method.lock.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+import dataclasses
+import json
+import pathlib
+import re
+from typing import Any, IO, NamedTuple
+
+from jaxrl_reason import config as config_lib
+from jaxrl_reason import methods
+from jaxrl_reason.config import Config, ConfigError
+from jaxrl_reason.runs import locks, results
+
+START, METHOD = "start", "method"  # the directories of the start that rows share, and of the recipe
+
+
+class Row(NamedTuple):
+    """The recipe or a baseline."""
+
+    name: str  # in tables; the name of its method for the recipe
+    directory: str  # its name in the directory of a seed
+    changes: Mapping[str, object]  # of a baseline
+    config: Config  # with these changes, for any seed
+    digest: str  # of `config`
+
+    @property
+    def is_recipe(self) -> bool:
+        return self.directory == METHOD
+
+
+class Unit(NamedTuple):
+    """One run of a comparison, or the start that the rows of a seed share."""
+
+    row: Row | None  # None for the start
+    seed: int
+    directory: pathlib.Path
+    config: Config
+    digest: str
+
+    @property
+    def title(self) -> str:
+        """What the run is, for messages."""
+        if self.row is None:
+            return "the start"
+        return f"the method, {self.row.name}" if self.row.is_recipe else f"the baseline {self.row.name!r}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """The runs of a comparison."""
+
+    workdir: pathlib.Path
+    rows: Sequence[Row]  # the recipe comes first
+    seeds: Sequence[int]
+    units: Sequence[Unit]  # to run, in order
+    entries: Mapping[tuple[str, int, str], results.Entry]  # of runs done elsewhere, by row, seed and digest
+
+    def entry(self, row: Row, seed: int) -> results.Entry | None:
+        """Returns the results of a finished run; None if it is not finished."""
+        found = read_result(self.workdir / f"seed-{seed}" / row.directory)
+        return found if found and found["config"] == row.digest else self.entries.get((row.name, seed, row.digest))
+
+    def is_finished(self, unit: Unit) -> bool:
+        """Returns whether a run is done; a start is done, too, if no run needs it any more."""
+        if unit.row:
+            return self.entry(unit.row, unit.seed) is not None
+        return _is_made(unit) or all(self.is_finished(u) for u in self.units if u.row and u.seed == unit.seed)
+
+    def unfinished(self) -> list[Unit]:
+        """Returns the runs that are not done."""
+        return [unit for unit in self.units if not self.is_finished(unit)]
+
+    def take(self) -> tuple[Unit, IO[bytes]] | None:
+        """Takes the first unfinished run whose start is made and that no other process works on; None if there is none.
+
+        Returns the run, and its lock, to be closed at its end.
+        """
+        for unit in self.unfinished():
+            if unit.row and not all(_is_made(u) for u in self.units if u.row is None and u.seed == unit.seed):
+                continue
+            if lock := locks.take(unit.directory.with_name(f"{unit.directory.name}.lock")):
+                if not self.is_finished(unit):
+                    return unit, lock
+                lock.close()  # another process has finished it in the meantime
+        return None
+
+
+def read_result(directory: pathlib.Path) -> dict[str, Any] | None:
+    """Returns the content of a result.json; None if there is none."""
+    file = directory / "result.json"
+    return json.loads(file.read_bytes()) if file.exists() else None
+
+
+def _is_made(start: Unit) -> bool:
+    return (read_result(start.directory) or {}).get("config") == start.digest
+
+
+def variant(config: Config, changes: Mapping[str, object]) -> Config:
+    """Returns a copy with other values for some fields; raises ConfigError for an unknown field.
+
+    `changes` maps fields to values, such as {"method": {...}, "reward.weights": [...]}.
+    """
+    copy = config_lib.from_dict(config_lib.to_dict(config))
+    for name, value in changes.items():
+        *sections, leaf = name.split(".")
+        at = copy
+        for part in (*sections, leaf):
+            if not dataclasses.is_dataclass(at) or not hasattr(at, part):
+                raise ConfigError(f"A baseline changes config.{name}, and there is no such field.")
+            at, parent = getattr(at, part), at
+        setattr(parent, leaf, value)
+    return copy
+
+
+def plan(
+    config: Config,
+    baselines: Mapping[str, Mapping[str, object]],
+    workdir: pathlib.Path,
+    *,
+    seeds: Sequence[int],
+    only: Sequence[str] = (),
+    done: Iterable[results.Entry] = (),
+) -> Study:
+    """Returns the runs of a recipe and its baselines with each seed, those of the first seed first; `only` names rows.
+
+    Raises ConfigError for a baseline that changes an unknown field or the seed, for two rows of one name, for a name in
+    `only` that is no row, and for results of another configuration in `done`.
+    """
+    rows = _rows(config, baselines)
+    names = [row.name for row in rows]
+    for name in only:
+        if name not in names:
+            raise ConfigError(f"--only={name} is no row.{methods.nearest(name, names)}")
+    digests, done = {row.name: row.digest for row in rows}, list(done)
+    for entry in done:
+        if digests.get(entry["row"], entry["config"]) != entry["config"]:
+            raise ConfigError(
+                f"The file of --results has seed {entry['seed']} of {entry['row']!r} with another configuration; name another "
+                "file, or remove such lines."
+            )
+    of_seeds = [unit for seed in seeds for unit in _units(config, rows, workdir / f"seed-{seed}", seed)]
+    units = [unit for unit in of_seeds if unit.row is None or not only or unit.row.name in only]
+    entries = {(entry["row"], entry["seed"], entry["config"]): entry for entry in done}
+    return Study(workdir, rows, seeds, units, entries)
+
+
+def _rows(config: Config, baselines: Mapping[str, Mapping[str, object]]) -> list[Row]:
+    recipe = str(config.method.get("name"))
+    rows, taken = [Row(recipe, METHOD, {}, config, results.digest(config))], {START, METHOD}
+    for name, changes in baselines.items():
+        directory = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+        if directory in taken or name == recipe:
+            raise ConfigError(f"The baseline {name!r} has the name or the directory of another row; rename it.")
+        if "seed" in changes:
+            raise ConfigError(f"The baseline {name!r} changes config.seed, which all rows share; use --seeds instead.")
+        taken.add(directory)
+        changed = variant(config, changes)
+        rows.append(Row(name, directory, changes, changed, results.digest(changed)))
+    return rows
+
+
+def _units(config: Config, rows: Iterable[Row], directory: pathlib.Path, seed: int) -> Iterator[Unit]:
+    """Yields the start of a seed, if there is something to train before RL, and the rows."""
+    start, shared = directory / START, dict[str, object]()
+    learns = _learned(config) and not config.reward_model.path
+    if config.supervised.steps or learns:
+        own = variant(config, {"seed": seed, "checkpoint.keep_start": True})
+        yield Unit(None, seed, start, own, results.digest(config, ("steps", "eval")))
+        shared = {"supervised.steps": 0, "supervised.start_from": str(start)}
+    for row in rows:
+        changed = variant(config, {"seed": seed} | shared | dict(row.changes))
+        if not _learned(changed):
+            changed.reward_model = config_lib.RewardModel()
+        elif learns and not any(name.startswith("reward_model") for name in row.changes):
+            changed.reward_model = config_lib.RewardModel(path=str(start / "reward_model"))
+        yield Unit(row, seed, directory / row.directory, changed, row.digest)
+
+
+def _learned(config: Config) -> bool:
+    return any(name.startswith("reward_model") for name in config.reward.functions)
+
+
+def differing_fields(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
+    """Returns row -> {field: value} of the fields of the configuration that differ between the rows.
+
+    Keywords of a method have their defaults. One that a row's method does not have is shown if a row sets it.
+    """
+    own, given = {}, set()
+    for row in rows:
+        fields = config_lib.to_dict(row.config)
+        keywords = dict(fields.pop("method"))
+        given |= {name for name, _ in results.leaves(keywords, "method")}
+        name, base = keywords["name"], keywords.get("base", "")
+        defaults = methods.keywords(name, base)
+        for key, value in keywords.items():  # of a stack: a dict per method
+            known = defaults.get(key)
+            defaults[key] = known | value if isinstance(known, dict) and isinstance(value, dict) else value
+        own[row.name] = dict(results.leaves(fields | {"method": defaults}))
+    names = dict.fromkeys(name for fields in own.values() for name in fields)
+    chosen = []
+    for name in names:
+        values = [json.dumps(fields[name], default=str) for fields in own.values() if name in fields]
+        if len(set(values)) > 1 or (name in given and len(values) < len(own)):
+            chosen.append(name)
+    return {row: {name: fields[name] for name in chosen if name in fields} for row, fields in own.items()}

@@ -1,0 +1,146 @@
+"""Files of results, their summary over seeds, and the tables of documents."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from helpers.documents import ROOT
+from jaxrl_reason import config as config_lib
+from jaxrl_reason import tasks
+from jaxrl_reason.config import ConfigError
+from jaxrl_reason.runs import results, study
+
+RESULTS = ROOT / "configs" / "results"
+
+
+def entry(row, seed, before, after, *, config="c", recipe=False):
+    evaluations = [{"step": step, **metrics} for step, metrics in ((0, before), (8, after))]
+    given = {"versions": {"jax": "1"}, "seconds": 60.0 + 60 * seed, "start_seconds": 9.0, "changes": {}}
+    return {"row": row, "recipe": recipe, "seed": seed, "config": config, **given, "evaluations": evaluations}
+
+
+def accuracy(x):
+    return {"eval/accuracy": x}
+
+
+ENTRIES = [
+    entry("hero", 0, accuracy(0.25) | {"pointwise/r2": 0.5}, accuracy(0.5), recipe=True),
+    entry("hero", 1, accuracy(0.35) | {"pointwise/r2": 0.7}, accuracy(0.75) | {"eval/r2": None}, recipe=True),
+    entry("plain", 0, accuracy(0.25), accuracy(0.25)),
+    entry("plain", 1, accuracy(0.35), accuracy(0.45)),
+]
+
+
+def test_entries_are_merged_in_the_order_of_rows_and_seeds(tmp_path):
+    file = tmp_path / "new" / "a.jsonl"
+    results.merge(file, [ENTRIES[2], ENTRIES[1]])
+    other = entry("plain", 0, accuracy(0), accuracy(1), config="d")
+    results.merge(file, [ENTRIES[3], ENTRIES[0], other])
+    assert results.read(file) == [ENTRIES[0], ENTRIES[1], other, ENTRIES[3]]  # the recipe first
+    stamp = file.stat().st_mtime_ns
+    results.merge(file, [])
+    assert file.stat().st_mtime_ns == stamp  # nothing is written if nothing changes
+    assert results.read(tmp_path / "missing.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "{}", '{"row": "a", "recipe": true, "seed": 0, "config": "c", "evaluations": []}', "3"]
+)
+def test_a_damaged_file_of_results_is_one_sentence(line, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(ENTRIES[0]) + f"\n{line}\n")
+    with pytest.raises(ConfigError, match="^Line 2 of .*a.jsonl is no result of compare; repair or remove the line.$"):
+        results.read(tmp_path / "a.jsonl")
+
+
+def test_the_summary_by_hand():
+    """t(0.975, 1) = 12.7062, and of two values the standard error is half their distance."""
+    rows = {"hero": dict(enumerate(ENTRIES[:2])), "plain": dict(enumerate(ENTRIES[2:]))}
+    found = results.summarize(rows, "hero", tasks.BASELINES)
+    assert list(found) == ["start", "pointwise", "hero", "plain"]
+    means = {row: values.get("eval/accuracy") for row, values in found.items()}
+    assert means == {"start": pytest.approx(0.3), "pointwise": None, "hero": 0.625, "plain": pytest.approx(0.35)}
+    assert found["pointwise"]["eval/r2"] == pytest.approx(0.6)
+    assert found["hero"]["eval/r2"] is None and found["hero"]["half_width"]["eval/r2"] is None
+    assert found["hero"]["half_width"]["eval/accuracy"] == pytest.approx(12.7062 * 0.125, rel=1e-5)
+    assert found["hero"]["seeds"]["eval/accuracy"] == {"0": 0.5, "1": 0.75} and found["hero"]["difference"] == {}
+    difference = found["plain"]["difference"]["eval/accuracy"]  # -.25 and -.3
+    expected = {"mean": -0.275, "low": -0.275 - 12.7062 * 0.025, "high": -0.275 + 12.7062 * 0.025}
+    assert difference == pytest.approx(expected, rel=1e-5)
+    run = {"config": "c", "versions": {"jax": "1"}, "seconds": 120.0, "start_seconds": 9.0}
+    assert found["plain"]["runs"]["1"] == run
+
+
+def test_curves_are_means_of_the_seeds_that_have_the_metric():
+    rows = {"hero": dict(enumerate(ENTRIES[:2])), "plain": {0: ENTRIES[2]}}
+    found = results.curves(rows, "eval/accuracy")
+    assert {row: {step: (e.mean, e.seeds) for step, e in points.items()} for row, points in found.items()} == {
+        "hero": {0: (pytest.approx(0.3), 2), 8: (0.625, 2)},
+        "plain": {0: (0.25, 1), 8: (0.25, 1)},
+    }
+    assert results.curves(rows, "eval/r2") == {}
+
+
+def test_a_table_by_hand():
+    assert results.markdown(ENTRIES, ["accuracy", "r2"], tasks.BASELINES) == (
+        "| | accuracy | r2 |\n"
+        "|---|---|---|\n"
+        "| start | 30.0 ± 63.5 % | - |\n"
+        "| start, difference to hero | -32.5 [-127.8, +62.8] points | - |\n"
+        "| pointwise | - | 0.600 ± 1.271 |\n"
+        "| hero | 62.5 ± 158.8 % | - |\n"
+        "| plain | 35.0 ± 127.1 % | - |\n"
+        "| plain, difference to hero | -27.5 [-59.3, +4.3] points | - |\n"
+        "\n"
+        "Seeds 0, 1. Means ± half-widths of 95 % intervals (Student's t over seeds); differences [95 % interval] are "
+        "paired by seed. 1.5 minutes per run of RL."
+    )
+    alone = results.markdown([ENTRIES[0]], ["accuracy"], tasks.BASELINES)
+    assert "| hero | 50.0 % |" in alone and alone.endswith(
+        "Seed 0. One seed, so there is no interval. 1.0 minutes per run of RL."
+    )
+
+
+def test_results_that_make_no_table_are_one_sentence():
+    with pytest.raises(
+        ValueError, match="^The row 'hero' has results of several configurations; run its old ones again"
+    ):
+        results.markdown([ENTRIES[0], ENTRIES[1] | {"config": "d"}], ["accuracy"], ())
+    with pytest.raises(
+        ValueError, match=r"^The rows \['hero', 'plain'\] have not the same seeds; run the missing ones"
+    ):
+        results.markdown(ENTRIES[:3], ["accuracy"], ())
+
+
+def test_tables_of_a_document_are_written_anew(tmp_path):
+    results.merge(tmp_path / "a.jsonl", ENTRIES)
+    text = "before\n<!-- results: a: accuracy -->\n{}<!-- end of results -->\nafter <!-- results -->\n"
+    table = results.markdown(ENTRIES, ["accuracy"], tasks.BASELINES)
+    for old in ("", "an old table\n"):
+        assert results.with_tables(text.format(old), tmp_path, tasks.BASELINES) == text.format(f"{table}\n")
+    with pytest.raises(ConfigError, match="The document names the results 'b', and .*b.jsonl has none."):
+        results.with_tables(text.replace(": a:", ": b:").format(""), tmp_path, ())
+
+
+def test_the_tables_of_the_recipes_are_those_of_the_results():
+    readme = (ROOT / "configs" / "README.md").read_text()
+    assert results.with_tables(readme, RESULTS, tasks.BASELINES) == readme, "run configs/results/write_tables.py"
+    for file in RESULTS.glob("*.jsonl"):
+        assert f"<!-- results: {file.stem}:" in readme, f"{file} is in no table"
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.jsonl")), ids=lambda file: file.stem)
+def test_results_are_of_the_present_recipes(file):
+    recipe = config_lib.load_module(ROOT / "configs" / f"{file.stem}.py")
+    rows = study.plan(recipe.get_config(), recipe.get_baselines(), pathlib.Path("/w"), seeds=[0]).rows
+    digests = {row.name: row.digest for row in rows}
+    for found in results.read(file):
+        assert found["config"] == digests.get(found["row"]), f"seed {found['seed']} of {found['row']!r} is outdated"
+
+
+def test_the_script_writes_the_tables():
+    before = (ROOT / "configs" / "README.md").read_text()
+    subprocess.run([sys.executable, RESULTS / "write_tables.py"], check=True, env={"PYTHONPATH": str(ROOT)})
+    assert (ROOT / "configs" / "README.md").read_text() == before

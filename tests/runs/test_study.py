@@ -1,0 +1,148 @@
+"""The runs of a comparison: their configurations, and the fields that a table shows."""
+
+import pathlib
+
+from helpers.tiny_runs import tiny, write_rows
+from jaxrl_reason.config import RewardModel
+from jaxrl_reason.runs import results, study
+
+LEARNED = {"reward__functions": ["strict", "reward_model"], "reward__weights": [1.0, 0.0]}
+
+
+def planned(baselines, seeds=(0,), **changes):
+    config = tiny("rows.jsonl", **changes)
+    return study.plan(config, baselines, pathlib.Path("/w"), seeds=seeds).units
+
+
+def test_rows_of_a_seed_begin_with_its_start():
+    units = planned({"LOO!": {"method": {"name": "rloo"}}}, (0, 7), supervised__steps=3)
+    assert [(unit.seed, unit.directory.name, unit.title) for unit in units] == [
+        (0, "start", "the start"),
+        (0, "method", "the method, grpo"),
+        (0, "loo", "the baseline 'LOO!'"),
+        (7, "start", "the start"),
+        (7, "method", "the method, grpo"),
+        (7, "loo", "the baseline 'LOO!'"),
+    ]
+    assert all(unit.config.seed == unit.seed for unit in units)
+    start, method, loo = units[3:]
+    assert start.config.supervised.steps == 3 and start.config.checkpoint.keep_start
+    for unit in (method, loo):
+        assert unit.config.supervised.steps == 0 and unit.config.supervised.start_from == "/w/seed-7/start"
+    assert loo.config.method == {"name": "rloo"} and method.config.method == {"name": "grpo"}
+
+
+def test_without_training_before_rl_there_is_no_start():
+    (method,) = planned({})
+    assert method.directory.name == "method" and not method.config.supervised.start_from
+    pretrained = planned({}, **LEARNED, reward_model__path="rm")
+    assert [unit.config.reward_model.path for unit in pretrained] == ["rm"]
+
+
+def test_the_reward_model_of_the_start_serves_the_rows_that_use_it():
+    baselines = {
+        "verifier": {"reward.functions": ["strict"], "reward.weights": []},
+        "naive": {"method": {"name": "dapo"}},
+        "better": {"reward_model.steps": 500},
+    }
+    start, *rows = planned(baselines, **LEARNED, reward_model__steps=9)
+    assert start.config.reward_model == RewardModel(steps=9)
+    shared, none, own = RewardModel(path="/w/seed-0/start/reward_model"), RewardModel(), RewardModel(steps=500)
+    assert [row.config.reward_model for row in rows] == [shared, none, shared, own]
+
+
+def test_a_baseline_may_have_a_start_of_its_own():
+    _, _, own = planned({"own": {"supervised.start_from": "", "supervised.steps": 8}}, supervised__steps=3)
+    assert own.config.supervised.steps == 8 and not own.config.supervised.start_from
+
+
+def test_the_digest_is_that_of_the_fields_which_decide_the_results():
+    config = tiny("rows.jsonl")
+    same = {"seed": 3, "log.progress": True, "mesh.fsdp": 1, "checkpoint.every": 7, "data.data_dir": "/elsewhere"}
+    assert len({results.digest(study.variant(config, {name: value})) for name, value in same.items()}) == 1
+    others = {"steps": 3, "eval.samples": 3, "method": {"name": "grpo", "eps": 0.1}, "supervised.steps": 1}
+    digests = {results.digest(study.variant(config, {name: value})) for name, value in others.items()}
+    assert len(digests | {results.digest(config)}) == 5
+
+
+def test_a_start_serves_other_lengths_of_rl():
+    one, two = (planned({}, supervised__steps=1, steps=steps)[0].digest for steps in (1, 2))
+    other = planned({}, supervised__steps=1, optimizer__b1=0.8)[0].digest
+    assert one == two != other
+
+
+def test_fields_that_differ_have_their_defaults():
+    """clip_high of grpo is 0.2 by default; alpha is a keyword of one row only, which sets it; beta_v is set nowhere."""
+    baselines = {
+        "plain": {"method": {"name": "grpo"}},
+        "dapo": {"method": {"name": "dapo"}, "optimizer.learning_rate": 1e-3},
+        "self": {"method": {"name": "laser", "tau": 0.2}},
+    }
+    config = tiny("rows.jsonl", method={"name": "progrpo", "alpha": 0.1, "clip_high": 0.28})
+    rows = study.plan(config, baselines, pathlib.Path("/w"), seeds=[0]).rows
+    found = study.differing_fields(rows)
+    assert found == {
+        "progrpo": {
+            "optimizer.learning_rate": 1e-4,
+            "method.alpha": 0.1,
+            "method.clip_high": 0.28,
+            "method.name": "progrpo",
+        },
+        "plain": {"optimizer.learning_rate": 1e-4, "method.clip_high": 0.2, "method.name": "grpo"},
+        "dapo": {"optimizer.learning_rate": 1e-3, "method.clip_high": 0.28, "method.name": "dapo"},
+        "self": {
+            "optimizer.learning_rate": 1e-4,
+            "method.alpha": 0.1,
+            "method.tau": 0.2,
+            "method.clip_high": 0.2,
+            "method.name": "laser",
+        },
+    }
+
+
+def test_rows_of_a_stack_show_the_keywords_of_its_methods():
+    config = tiny("rows.jsonl", method={"name": "rlev+progrpo", "progrpo": {"alpha": 0.2}})
+    baselines = {"more": {"method": {"name": "rlev+progrpo", "progrpo": {"alpha": 0.4}}}}
+    rows = study.plan(config, baselines, pathlib.Path("/w"), seeds=[0]).rows
+    assert study.differing_fields(rows) == {
+        "rlev+progrpo": {"method.progrpo.alpha": 0.2},
+        "more": {"method.progrpo.alpha": 0.4},
+    }
+
+
+def test_rows_wait_for_the_start_that_another_process_makes(tmp_path, monkeypatch):
+    write_rows(tmp_path / "rows.jsonl")
+    runs = study.plan(tiny(tmp_path / "rows.jsonl", supervised__steps=1), {}, tmp_path, seeds=[0, 1])
+    take, elsewhere = study.locks.take, {tmp_path / "seed-0" / "start.lock"}
+    monkeypatch.setattr(study.locks, "take", lambda path: None if path in elsewhere else take(path))
+    assert runs.take()[0] == runs.units[2]  # the start of seed 1
+    elsewhere.add(tmp_path / "seed-1" / "start.lock")
+    assert runs.take() is None
+
+
+def test_a_run_is_taken_when_its_start_is_made(tmp_path):
+    write_rows(tmp_path / "rows.jsonl")
+    config = tiny(tmp_path / "rows.jsonl", supervised__steps=1)
+    runs = study.plan(config, {"other": {"optimizer.b1": 0.8}}, tmp_path, seeds=[0, 1])
+
+    def finish(unit, digest=None):
+        unit.directory.mkdir(parents=True, exist_ok=True)
+        (unit.directory / "result.json").write_text('{"config": "%s"}' % (digest or unit.digest))
+
+    start_0, method_0, other_0, start_1, method_1, other_1 = runs.units
+    assert runs.take()[0] == start_0
+    finish(start_0)
+    finish(method_0)
+    assert runs.take()[0] == other_0
+    finish(other_0)
+    assert runs.take()[0] == start_1
+    finish(start_1, "another")
+    assert runs.take()[0] == start_1
+    finish(start_1)
+    finish(method_1, "another")
+    assert runs.take()[0] == method_1
+    finish(method_1)
+    finish(other_1)
+    assert runs.take() is None and runs.unfinished() == []
+    (start_1.directory / "result.json").unlink()
+    assert runs.unfinished() == []  # no row needs it
