@@ -36,6 +36,7 @@ from jaxrl_reason.methods import nearest
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs.checkpoints import CheckpointError
 from jaxrl_reason.runs.files import MetricsError
+from jaxrl_reason.runs.memory import keep_freed_blocks
 from jaxrl_reason.runs.watch import NonFiniteError
 
 T = TypeVar("T")
@@ -77,6 +78,7 @@ class Flag:
     choices: Sequence[str] = ()  # the allowed texts; () allows all
     field: str = ""  # the field of the configuration that the flag sets, or ""
     alias: str = ""  # another name
+    repeated: bool = False  # whether the flag can be given more than once; its value is then a tuple
 
     @property
     def attribute(self) -> str:
@@ -87,7 +89,7 @@ class Flag:
         """Returns the flag and its meaning for --help."""
         value = "|".join(self.choices) or self.value
         separator = "" if self.name.endswith(".") or not value else "="
-        shown = self.default is not None and self.value
+        shown = self.default not in (None, ()) and self.value
         note = " (required)" if self.required else f" (default: {self.default})" if shown else ""
         return f"--{self.name}{separator}{value}", self.help + note
 
@@ -220,9 +222,11 @@ def parse(command: Command, argv: Sequence[str], *, complete: bool = True) -> Ar
             arguments.fields[flag.field or name.removeprefix("--config.")] = text
             continue
         try:
-            setattr(arguments, flag.attribute, flag.read(text))
+            value = flag.read(text)
         except ValueError as e:
             raise ConfigError(f"{name}={text}: expected {e}.") from None
+        before = getattr(arguments, flag.attribute) if flag.repeated else ()
+        setattr(arguments, flag.attribute, (*before, value) if flag.repeated else value)
     for flag in own:
         if complete and flag.required and not getattr(arguments, flag.attribute):
             raise ConfigError(f"--{flag.name}={flag.value} is missing: {flag.help}.")
@@ -251,6 +255,7 @@ def _run(command: Command, argv: Sequence[str], prepare: Callable[[Arguments], T
         except ValueError as e:
             return _report(e, 2)
         return 0
+    keep_freed_blocks()
     refusals: tuple[type[Exception], ...] = (ValueError, OSError, *command.errors)
     failures: tuple[type[Exception], ...] = (*_FAILURES, *command.errors)
     with hosts.leaving_together(), hosts.leaving_at_once(), _plain_warnings():
