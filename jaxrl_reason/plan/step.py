@@ -60,6 +60,11 @@ class Step:
         return None if mean is None else skewed_lengths(P, G, T, mean)
 
     @property
+    def attention(self) -> str:
+        """The attention of the cost formulas, of the policy and of the reward model. They count blockwise attention as plain, which is more."""
+        return "splash" if self.model.attention == "splash" else "plain"
+
+    @property
     def probe(self) -> bool:
         """Whether a self-reward token is scored after the end of each completion."""
         return self.programs.needs.probe

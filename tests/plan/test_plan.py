@@ -226,6 +226,8 @@ def test_a_step_is_planned_for_a_slice(tmp_path):
     printed, found = command(tmp_path, SMALL | hero, "--topology=v5e:2x4")
     assert "It fits." in printed and found["fits"] and found["devices"] == 8
     assert found["mesh"] == {"slice": 1, "data": 1, "fsdp": 4, "tensor": 2, "rollout_tensor": 0}
+    assert (found["attention"], found["remat"]) == ("splash", "layer")
+    assert "Attention: splash. The backward pass computes again (remat): layer." in printed
     parts = {part["name"]: part for part in found["parts"]}
     assert list(parts) == ["reshard", "rollout", "reward model", "update"]
     for name in ("rollout", "reward model", "update"):
