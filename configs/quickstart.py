@@ -2,26 +2,27 @@
 
     python -m jaxrl_reason.train --config=configs/quickstart.py --workdir=/tmp/quickstart
 
-Takes about 3 minutes: 900 supervised steps, then 40 steps of RL. In the training data, half of the solutions are worked and
-half are bare answers. Expect the accuracy on held-out problems to rise from about 55 % to 95 %, and the mean length from 17
-to 31 tokens: the policy learns that working an answer out pays.
+Takes about two minutes: 800 supervised steps, then 20 steps of RL. In the training data, half of the solutions are
+worked and half are bare answers. Expect the accuracy on held-out problems to rise from about 55 % to 90 %, and the mean length
+from 17 to 31 tokens: the policy learns that working an answer out pays.
 """
 
-from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Model, Optimizer, Supervised
+from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Model, Optimizer, Supervised, Update
 
 
 def get_config() -> Config:
     return Config(
-        steps=40,
+        steps=20,
         prompts_per_step=32,
         group_size=8,
         max_prompt_length=40,
-        max_completion_length=40,
-        model=Model(width=128, layers=3, heads=4, kv_heads=2, mlp_width=384, qk_norm=True),
+        max_completion_length=36,
+        model=Model(width=128, layers=2, heads=4, kv_heads=2, mlp_width=384, qk_norm=True),
         data=Data(train="word_problems/chains"),
-        supervised=Supervised(steps=900, batch_size=32, learning_rate=3e-3),
+        supervised=Supervised(steps=800, batch_size=32, learning_rate=3e-3),
         method={"name": "grpo"},
-        optimizer=Optimizer(learning_rate=2e-4, warmup_steps=5),
-        checkpoint=Checkpoint(every=20, keep=2),
+        optimizer=Optimizer(learning_rate=3e-4, warmup_steps=5),
+        update=Update(accumulation=4),
+        checkpoint=Checkpoint(every=100, keep=2),
         eval=Eval(every=10, prompts=256, samples=4),
     )

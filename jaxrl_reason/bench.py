@@ -6,6 +6,10 @@ makes one AdamW update over all of them, with random weights. Completions have e
 tokens per second of rollout, update and step, compile seconds, peak memory, and the share of the machine's float32 peak
 (measured by a 2048^3 product in the same process). Steps during which other processes took more than 6 % of the machine
 are left out if enough others remain.
+
+With --compare, the command measures the other flags, then the same with the flags of each --compare, each setting in a
+process of its own, and all of them again in the same order: --rounds times. It prints every JSON line, then a table of
+medians over the rounds, with their ratios to the first setting.
 """
 
 from collections.abc import Callable
@@ -13,7 +17,9 @@ import dataclasses
 import json
 import os
 import resource
+import shlex
 import statistics
+import subprocess
 import sys
 import time
 from typing import Any, NamedTuple
@@ -21,6 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rich.console
 
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import models
@@ -30,8 +37,10 @@ from jaxrl_reason.models import sharding
 from jaxrl_reason.plan.lengths import skewed_lengths
 from jaxrl_reason.rewards.host import compute_rewards, HostReward
 from jaxrl_reason.rl import programs as programs_lib
+from jaxrl_reason.rl.ahead import compile_ahead
+from jaxrl_reason.rl.devices import for_devices
 from jaxrl_reason.rl.types import Groups, TrainState
-from jaxrl_reason.runs import command
+from jaxrl_reason.runs import command, pictures
 from jaxrl_reason.runs.command import Flag, number
 
 SIZES: dict[str, tuple[int, dict[str, Any]]] = {  # vocabulary size, and sizes of the model
@@ -40,8 +49,9 @@ SIZES: dict[str, tuple[int, dict[str, Any]]] = {  # vocabulary size, and sizes o
     "small": (8192, dict(width=512, layers=8, heads=8, kv_heads=4, mlp_width=1536)),
     "smollm": (49152, dict(width=576, layers=30, heads=9, kv_heads=3, mlp_width=1536)),
 }
-DTYPES, REMAT = ("float32", "bfloat16"), ("none", "dots", "layer")
+DTYPES, REMAT = ("float32", "bfloat16"), ("auto", "none", "dots", "layer")
 ATTENTION = ("auto", "plain", "blockwise")
+COMPARED = ("rollout_seconds", "train_seconds", "step_seconds", "compile_seconds", "peak_rss_mb")
 UNDISTURBED = 0.06  # share of the machine that other processes may take during a step
 
 
@@ -109,15 +119,18 @@ class Bench:
     max_steps: int
     tokens: int  # of all completions of a step
 
+    def prompts(self, i: int) -> PromptBatch:
+        """Returns the random prompts of step `i`."""
+        P, S = shape = self.config.prompts_per_step, self.config.max_prompt_length
+        random = np.random.default_rng([self.config.seed, i])
+        tokens = random.integers(3, self.model.vocab_size - 1, shape).astype(np.int32)
+        ids = np.arange(P, dtype=np.int32) + i * P
+        return PromptBatch(tokens, np.ones((P, S), bool), ids, np.ones(P, np.float32), [])
+
     def step(self, state: TrainState, i: int) -> tuple[TrainState, np.ndarray]:
         """Makes one step on random prompts; returns the new state, and the seconds of rollout, reward and update."""
-        c, programs = self.config, self.programs
-        P, times = c.prompts_per_step, [time.perf_counter()]
-        shape = (P, c.max_prompt_length)
-        tokens = np.random.default_rng([c.seed, i]).integers(3, self.model.vocab_size - 1, shape).astype(np.int32)
-        ids = np.arange(P, dtype=np.int32) + i * P
-        batch = PromptBatch(tokens, np.ones(shape, bool), ids, np.ones(P, np.float32), [])
-        rollout = jax.block_until_ready(programs.generate(state.params, batch, state.step))
+        P, programs, times = self.config.prompts_per_step, self.programs, [time.perf_counter()]
+        rollout = jax.block_until_ready(programs.generate(state.params, self.prompts(i), state.step))
         times.append(time.perf_counter())
         completions = jax.device_get(rollout.tokens).tolist()
         texts = [[" ".join(map(str, row)) for row in group] for group in completions]
@@ -152,8 +165,8 @@ def prepare(arguments: command.Arguments) -> Bench:
         update=Update(accumulation=a.accumulation, lengths=a.update_lengths, wave_tokens=a.wave_tokens),
     )
     method = config_lib.validate(config)
-    model = config_lib.model_config(config, vocab_size)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    model = for_devices(config_lib.model_config(config, vocab_size), config, mesh)
     lengths = skewed_lengths(a.prompts, a.group, a.new, a.new / 4) if a.lengths == "mixed" else None
     end_at, eos = (None, -1) if lengths is None else (lengths - 1, vocab_size - 1)
     programs = programs_lib.build(
@@ -164,8 +177,11 @@ def prepare(arguments: command.Arguments) -> Bench:
 
 
 def measure(bench: Bench) -> tuple[float, list[Timing]]:
-    """Returns the seconds of the first step, which compiles, and the timings of all later steps."""
-    state, first = bench.step(bench.programs.init(), 0)
+    """Returns the seconds until the end of the first step, which compiles, and the timings of all later steps."""
+    begin = time.perf_counter()
+    compile_ahead(bench.programs, prompts=bench.prompts(0), rewards=("even",))
+    state, _ = bench.step(bench.programs.init(), 0)
+    first = time.perf_counter() - begin
     timings: list[Timing] = []
     clocks: Callable[[], np.ndarray] = lambda: np.array([time.perf_counter(), time.process_time(), _busy_seconds()])
     while len(timings) < bench.max_steps and len(_undisturbed(timings)) < bench.config.steps:
@@ -173,7 +189,7 @@ def measure(bench: Bench) -> tuple[float, list[Timing]]:
         state, seconds = bench.step(state, len(timings) + 1)
         wall, own, busy = clocks() - before
         timings.append(Timing(seconds, max(0.0, busy - own) / (wall * (os.cpu_count() or 1))))
-    return float(first.sum()), timings
+    return first, timings
 
 
 def _undisturbed(timings: list[Timing]) -> list[Timing]:
@@ -197,7 +213,7 @@ def results(bench: Bench, first: float, timings: list[Timing]) -> dict[str, Any]
         "compute_dtype": c.model.compute_dtype,
         "n_params": models.param_count(bench.model),
         "work": work
-        | {"micro": P * G // c.update.accumulation, "remat": c.model.remat, "attention": c.model.attention},
+        | {"micro": P * G // c.update.accumulation, "remat": bench.model.remat, "attention": bench.model.attention},
         "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
         "rollout_tokens_per_s": round(tokens / rollout, 1),
         "update_tokens_per_s": round(tokens / update, 1),
@@ -218,33 +234,91 @@ def results(bench: Bench, first: float, timings: list[Timing]) -> dict[str, Any]
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Settings to measure in turn: name -> the flags of a process."""
+
+    settings: dict[str, list[str]]
+    rounds: int
+
+
+def prepare_comparison(arguments: command.Arguments) -> Bench | Comparison:
+    """Returns what the flags ask for: one measurement, or a comparison, of which every setting is checked."""
+    a = arguments
+    if not a.compare:
+        return prepare(a)
+    if not a.rounds:
+        raise ConfigError("--rounds is 0; give the number of rounds, at least 1.")
+    own = [
+        f"--{flag.name}={getattr(a, flag.attribute)}" for flag in _MEASURED if getattr(a, flag.attribute) is not None
+    ]
+    settings = {"as given": own} | {text: [*own, *shlex.split(text)] for text in a.compare}
+    for text, flags in settings.items():
+        try:
+            prepare(command.parse(dataclasses.replace(COMMAND, flags=_MEASURED), flags))
+        except ConfigError as e:
+            raise ConfigError(f"--compare={text!r}: {e}") from e
+    return Comparison(settings, a.rounds)
+
+
+def compare(comparison: Comparison) -> None:
+    """Measures the settings in turn, prints each result as a JSON line, and then the table. Raises OSError if a process fails."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in comparison.settings}
+    for _ in range(comparison.rounds):
+        for name, flags in comparison.settings.items():
+            child = subprocess.run(
+                [sys.executable, "-m", "jaxrl_reason.bench", *flags], stdout=subprocess.PIPE, text=True
+            )
+            if child.returncode:
+                raise OSError(f"The process that measured {name!r} has ended with exit code {child.returncode}.")
+            print(child.stdout, end="", flush=True)
+            found[name].append(json.loads(child.stdout))
+    console = rich.console.Console(highlight=False, markup=False)
+    pictures.print_table(console, list(COMPARED), ratios(found))
+
+
+def ratios(found: dict[str, list[dict[str, Any]]]) -> dict[str, list[str]]:
+    """Returns the column of each setting: medians over the rounds, with their ratios to the first setting."""
+    medians = {
+        name: [statistics.median(line[key] for line in lines) for key in COMPARED] for name, lines in found.items()
+    }
+    first = next(iter(medians.values()))
+    cell = lambda x, y: f"{x:.4g} ({x / y:.2f})" if y else f"{x:.4g}"
+    return {name: [cell(x, y) for x, y in zip(values, first)] for name, values in medians.items()}
+
+
+_MEASURED = (
+    Flag("size", "SIZE", "the size of the model", default="tiny", choices=tuple(SIZES)),
+    Flag("prompts", "P", "prompts per step", number, 8),
+    Flag("group", "G", "completions per prompt", number, 8),
+    Flag("prompt-length", "S", "tokens per prompt", number, 32, alias="prompt-len"),
+    Flag("new", "T", "tokens per completion", number, 64),
+    Flag(
+        "lengths",
+        "KIND",
+        "full: T tokens each; mixed: a skewed distribution of mean T/4",
+        default="full",
+        choices=("full", "mixed"),
+    ),
+    Flag("halvings", "N", "see config.sampling.halvings", int, -1),
+    Flag("cache-pieces", "N", "see config.sampling.cache_pieces", int, 0),
+    Flag("update-lengths", "N", "see config.update.lengths", int, 0),
+    Flag("wave-tokens", "N", "see config.update.wave_tokens", int, 0),
+    Flag("accumulation", "N", "microbatches per update", number, 1),
+    Flag("compute-dtype", "DTYPE", "dtype of the operands of products", str, "float32", choices=DTYPES),
+    Flag("remat", "POLICY", "the values that the backward pass computes again", str, "auto", choices=REMAT),
+    Flag("attention", "KIND", "the attention of prompts and updates", str, "auto", choices=ATTENTION),
+    Flag("steps", "N", "undisturbed steps to measure", number, 6),
+    Flag("max-steps", "N", "steps at most, --steps by default", number),
+    Flag("seed", "N", "seed of weights, prompts and samples", number, 0),
+)
 COMMAND = command.Command(
     "bench",
     __doc__,
     (
-        Flag("size", "SIZE", "the size of the model", default="tiny", choices=tuple(SIZES)),
-        Flag("prompts", "P", "prompts per step", number, 8),
-        Flag("group", "G", "completions per prompt", number, 8),
-        Flag("prompt-length", "S", "tokens per prompt", number, 32, alias="prompt-len"),
-        Flag("new", "T", "tokens per completion", number, 64),
-        Flag(
-            "lengths",
-            "KIND",
-            "full: T tokens each; mixed: a skewed distribution of mean T/4",
-            default="full",
-            choices=("full", "mixed"),
-        ),
-        Flag("halvings", "N", "see config.sampling.halvings", int, -1),
-        Flag("cache-pieces", "N", "see config.sampling.cache_pieces", int, 0),
-        Flag("update-lengths", "N", "see config.update.lengths", int, 0),
-        Flag("wave-tokens", "N", "see config.update.wave_tokens", int, 0),
-        Flag("accumulation", "N", "microbatches per update", number, 1),
-        Flag("compute-dtype", "DTYPE", "dtype of the operands of products", str, "float32", choices=DTYPES),
-        Flag("remat", "POLICY", "the activations to recompute in the backward pass", str, "layer", choices=REMAT),
-        Flag("attention", "KIND", "the attention of prompts and updates", str, "auto", choices=ATTENTION),
-        Flag("steps", "N", "undisturbed steps to measure", number, 6),
-        Flag("max-steps", "N", "steps at most, --steps by default", number),
-        Flag("seed", "N", "seed of weights, prompts and samples", number, 0),
+        *_MEASURED,
+        Flag("compare", "FLAGS", "flags of a further setting; may be repeated", default=(), repeated=True),
+        Flag("rounds", "N", "with --compare: how often each setting is measured", number, 2),
     ),
     "--size=small --accumulation=4",
 )
@@ -252,8 +326,9 @@ COMMAND = command.Command(
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    work = lambda bench: print(json.dumps(results(bench, *measure(bench))), flush=True)
-    return command.run(COMMAND, argv, prepare, work)
+    measured = lambda bench: print(json.dumps(results(bench, *measure(bench))), flush=True)
+    work = lambda asked: compare(asked) if isinstance(asked, Comparison) else measured(asked)
+    return command.run(COMMAND, argv, prepare_comparison, work)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from jaxrl_reason.rewards import model_training, RewardError
 from jaxrl_reason.rewards.scorer import LEARNED
 from jaxrl_reason.rl import dynamic_sampling, experience, hosts
 from jaxrl_reason.rl import programs as programs_lib
+from jaxrl_reason.rl.ahead import compile_ahead
 from jaxrl_reason.rl.types import Groups, LogProbs, Rollout, Step, TrainState
 from jaxrl_reason.runs import checkpoints, command, compilation_cache, pictures
 from jaxrl_reason.runs.loop import Loop, run_loop
@@ -267,7 +268,15 @@ def _before_rl(
     if trimmed := run.task.trimmed_lengths(c):
         console.print(trimmed, soft_wrap=True)
     state = supervised.first_state(run.task, run.programs) if state is None else state
-    if number is None or number < c.supervised.steps:
+    supervises = c.supervised.steps > (number or 0)
+    compile_ahead(
+        run.programs,
+        prompts=run.prompts.batch(0),
+        solutions=run.solutions.batch(0) if supervises else None,
+        held_out=run.held_out[0] if c.eval.every else None,
+        rewards=run.scorer.weights,
+    )
+    if number is None or supervises:
         if c.supervised.steps:
             state = supervised.train(run.task, run.programs, state, saver, console, should_stop)
             params = state.params

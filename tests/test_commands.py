@@ -154,6 +154,37 @@ def test_bench(capsys):
     assert result["work"]["prompt_len"] == 4 and math.isfinite(result["step_seconds"]) and result["timed_steps"] == 1
 
 
+@pytest.mark.runs
+def test_bench_compares_settings_in_turn(capsys):
+    sizes = ["--prompts=1", "--group=2", "--prompt-len=4", "--new=2", "--steps=1"]
+    assert bench.main(["--size=tiny", *sizes, "--compare=--remat=layer --group=3", "--rounds=1"]) == 0
+    *lines, table = capsys.readouterr().out.split("\n", 2)
+    work = [json.loads(line)["work"] for line in lines]
+    assert [(x["group"], x["remat"]) for x in work] == [(2, "dots"), (3, "layer")]
+    assert "as given" in table and "--remat=layer" in table and "step_seconds" in table
+
+
+def test_the_ratios_of_a_comparison_are_of_medians():
+    line = lambda x: dict.fromkeys(bench.COMPARED, x)
+    found = {"as given": [line(4.0), line(2.0), line(9.0)], "other": [line(3.0), line(1.0), line(2.0)]}
+    assert bench.ratios(found) == {"as given": ["4 (1.00)"] * 5, "other": ["2 (0.50)"] * 5}
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--compare=--halvings=0", "--compare=--nothing=1"], "--compare='--nothing=1': There is no flag '--nothing'."),
+        (["--compare=--compare=--halvings=0"], "--compare='--compare=--halvings=0': There is no flag '--compare'."),
+        (["--compare=--accumulation=3"], "--compare='--accumulation=3': config"),
+        (["--compare=--halvings=0", "--rounds=0"], "--rounds is 0; give the number of rounds, at least 1."),
+    ],
+)
+def test_bench_refuses_settings_before_it_measures(flags, said, capsys):
+    assert bench.main(flags) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {said}") and captured.err.count("\n") == 1 and not captured.out
+
+
 @pytest.mark.parametrize("flags", [["--steps=3", "--max-steps=2"], ["--max-steps=5"], ["--max-steps=0"]])
 def test_bench_refuses_fewer_steps_at_most_than_steps(flags, capsys):
     assert bench.main(flags) == 2

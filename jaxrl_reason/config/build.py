@@ -8,7 +8,7 @@ from typing import Any
 from jaxrl_reason import data, methods, models
 from jaxrl_reason.config.schema import Config, ConfigError, field_names, with_article
 
-OVERRIDES = ("param_dtype", "compute_dtype", "remat")  # fields of config.model that also apply to a pretrained model
+OVERRIDES = ("param_dtype", "compute_dtype")  # fields of config.model that also apply to a pretrained model
 
 
 def make_method(config: Config) -> methods.Method:
@@ -61,7 +61,7 @@ def begins_with_bos(config: Config, tokenizer: data.Tokenizer) -> bool:
 
 
 def model_config(config: Config, vocab_size: int, source: Mapping[str, Any] | None = None) -> models.ModelConfig:
-    """Returns the configuration of the decoder; `programs.with_attention` sets its attention later, by the devices.
+    """Returns the configuration of the decoder; `rl.devices` sets its attention and remat later, by the devices.
 
     `vocab_size` is the number of tokens of the tokenizer. `source` is config.json of the pretrained model, or None for
     a new model. Raises ConfigError for fields that do not make a decoder.
@@ -82,7 +82,7 @@ def model_config(config: Config, vocab_size: int, source: Mapping[str, Any] | No
 
 def _new_model(config: Config, vocab_size: int, adapters: Mapping[str, Any]) -> models.ModelConfig:
     sizes = dataclasses.asdict(config.model)
-    del sizes["path"], sizes["attention"]
+    del sizes["path"], sizes["attention"], sizes["remat"]
     scaling = sizes.pop("rope_scaling")
     try:
         rope_scaling = models.RopeScaling(**scaling) if scaling else None

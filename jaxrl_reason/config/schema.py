@@ -54,13 +54,13 @@ class Model:
     param_dtype: str = _field("float32", "dtype of the weights", choices=DTYPES)
     compute_dtype: str = _field("float32", "dtype of the operands of matrix products; sums are float32", choices=DTYPES)
     remat: str = _field(
-        "layer",
-        "values that the backward pass recomputes: none, all but matrix products, or whole layers",
-        choices=("none", "dots", "layer"),
+        "auto",
+        "values that the backward pass recomputes: none, all but matrix products (dots), whole layers, auto (on CPUs dots if memory allows, else layer)",
+        choices=("auto", "none", "dots", "layer"),
     )
     attention: str = _field(
         "auto",
-        "attention of prompts and updates: plain, blockwise (CPUs and GPUs), splash (TPU kernels, interpreted elsewhere), auto (splash on TPUs, else plain)",
+        "attention of prompts and updates: plain, blockwise (CPUs and GPUs), splash (TPU kernels, interpreted elsewhere), auto (splash on TPUs, else blockwise, with plain for short ones)",
         choices=("auto", "plain", "blockwise", "splash"),
     )
 

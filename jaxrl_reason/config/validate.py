@@ -165,7 +165,7 @@ RULES = (
          "config.reward_model is set, and none of them is learned: add 'reward_model', or leave config.reward_model out"),
     # model, lora
     Rule("model.{found}",
-         lambda c, m: c.model.path and _changed(c.model, sorted({*field_names(c.model)} - {"path", "attention", *OVERRIDES})),
+         lambda c, m: c.model.path and _changed(c.model, sorted({*field_names(c.model)} - {"path", "attention", "remat", *OVERRIDES})),
          "the model of config.model.path has its own: leave one of the two out"),
     Rule("lora.rank", lambda c, m: not c.lora.rank and c.lora != schema.Lora(),
          "set it, or leave out the other fields of config.lora"),

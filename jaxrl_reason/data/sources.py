@@ -24,6 +24,7 @@ _BUILDER_MODULES |= dict.fromkeys(("diabetes", "synthetic"), "jaxrl_reason.data.
 _HUB = "hf://datasets/"
 _FILES = f"a file ends in {parsers.SUFFIXES}"
 _CHUNK = 1024  # rows that an iteration reads at once
+_KEPT = 50_000  # a data set of TFDS with at most this many rows stays in memory, as files do: parsing it again is slow
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -193,9 +194,20 @@ def _tfds_source(name: str, split: str, data_dir: str | pathlib.Path | None, col
     info = data.dataset_info
     adapt = _adapt_gsm8k if info.name == "gsm8k" else lambda row: row
 
-    def read(indices: Sequence[int]) -> list[Row]:
-        rows = data.__getitems__([int(i) for i in indices])
+    def parse(indices: Sequence[int]) -> list[Row]:
+        rows = data.__getitems__(indices)
         return [files.rename_columns(adapt({key: _plain(row[key]) for key in row}), columns) for row in rows]
+
+    parsed: dict[int, Row] = {}
+
+    def read(indices: Sequence[int]) -> list[Row]:
+        places = [int(i) for i in indices]
+        if len(data) > _KEPT:
+            return parse(places)
+        new = [i for i in places if i not in parsed]
+        if new:
+            parsed.update(zip(new, parse(new)))
+        return [dict(parsed[i]) for i in places]
 
     try:
         ends = read([0, len(data) - 1])

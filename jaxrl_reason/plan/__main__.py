@@ -72,6 +72,7 @@ def print_plan(plan: Mapping[str, Any], console: rich.console.Console, path: pat
     """Prints the table of a plan, the least time of a step, the largest sizes that fit, and the path of the JSON file."""
     print_parts(plan, console)
     step = plan["step"]
+    console.print(f"Attention: {plan['attention']}. The backward pass computes again (remat): {plan['remat']}.")
     too_large = "It does NOT fit: lower the batch, raise update.accumulation, split more, or take larger chips."
     console.print(
         f"{'It fits.' if plan['fits'] else too_large} A step takes at least {step['seconds_at_least']:.3g} s, at most "

@@ -20,7 +20,9 @@ from jaxrl_reason.models import sharding
 from jaxrl_reason.plan import hlo
 from jaxrl_reason.plan.chips import Chip, chip_of, first_line
 from jaxrl_reason.plan.programs import Part, parts_of
+from jaxrl_reason.plan.step import sizes_of
 from jaxrl_reason.rl import programs as programs_lib
+from jaxrl_reason.rl.devices import for_devices
 
 GIB = 2**30
 ASSUMPTIONS = (
@@ -50,8 +52,9 @@ def make_plan(
 
     `devices` are the `chips.devices_of` the slice, such as "v5e:4x4", and config.mesh is for these devices. `say`
     receives a line before each program is compiled. `mean_length` is the mean number of tokens per completion, whose
-    lengths are skewed; None: all have the most. Returns a JSON-able dict: the run's sizes, "parts" (see
-    `measure_part`), "fits", and "step" with the least time and its assumptions. Raises ConfigError if the configuration
+    lengths are skewed; None: all have the most. Returns a JSON-able dict: the run's sizes, the "attention" and "remat"
+    of the policy as `rl.devices` has chosen them, "parts" (see `measure_part`), "fits", and "step" with the least time
+    and its assumptions. Raises ConfigError if the configuration
     cannot run on the devices.
     """
     parts = []
@@ -61,12 +64,16 @@ def make_plan(
     seconds = sum(part["seconds"] * part["times"] for part in parts)
     tokens = config.prompts_per_step * config.group_size * (mean_length or config.max_completion_length)
     sizes = ("prompts_per_step", "group_size", "max_prompt_length", "max_completion_length")
+    mesh = programs_lib.make_mesh(config, devices)
+    model = for_devices(sizes_of(config)[0], config, mesh)
     return {
         "topology": topology,
         "devices": len(devices),
-        "mesh": dict(programs_lib.make_mesh(config, devices).shape) | {"rollout_tensor": config.mesh.rollout_tensor},
+        "mesh": dict(mesh.shape) | {"rollout_tensor": config.mesh.rollout_tensor},
         **{name: getattr(config, name) for name in sizes},
         "mean_length": mean_length,
+        "attention": model.attention,
+        "remat": model.remat,
         "fits": all(part["fits"] for part in parts),
         "parts": parts,
         "step": {

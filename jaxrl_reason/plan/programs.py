@@ -70,7 +70,7 @@ def _rollout(step: Step) -> Part:
     features = of((P, model.features), jnp.float32) if model.features else None
     index, temperatures = of((), jnp.int32, sharding=whole), of((G,), jnp.float32, sharding=whole)
     pieces, halvings = programs_lib.sampling_sizes(config)
-    rollout = functools.partial(costs.rollout, model, P, G, S, attention=model.attention)
+    rollout = functools.partial(costs.rollout, model, P, G, S, attention=step.attention)
     lengths: dict[str, Any] = dict(pieces=pieces, halvings=halvings, completions=step.completions(P, G))
     prompt_logprobs, int8 = step.programs.needs.prompt_logprobs, bool(config.sampling.quantize)
     replicas = sharding.num_shards(step.decoding)
@@ -111,7 +111,7 @@ def _reward_model(step: Step) -> Part | None:
     P, G, S, T = step.rollout_sizes
     pieces, replicas = sharding.microbatches(step.mesh, P, step.pieces), sharding.num_shards(step.mesh)
     waves = programs_lib.update_sizes(config, step.mesh)
-    options: dict[str, Any] = dict(attention=model.attention, replicas=replicas, parts=pieces, **waves)
+    options: dict[str, Any] = dict(attention=step.attention, replicas=replicas, parts=pieces, **waves)
     completions = step.completions(P, G)
     path, by_prompt = config.reward_model.path, step.programs.sharding
     if path and not model_files.is_ours(path):
@@ -149,7 +149,7 @@ def _score(step: Step) -> Part | None:
 def _scoring_options(step: Step) -> dict[str, Any]:
     """Returns the arguments that `costs.score` and `costs.update` share."""
     return dict(
-        attention=step.model.attention,
+        attention=step.attention,
         replicas=sharding.num_shards(step.mesh),
         logprob_chunk=step.config.update.logprob_chunk,
         probe=step.probe,

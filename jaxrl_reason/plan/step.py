@@ -21,6 +21,7 @@ from jaxrl_reason.rewards.scorer import LEARNED
 from jaxrl_reason.rl import auxiliary
 from jaxrl_reason.rl import experience as experience_lib
 from jaxrl_reason.rl import programs as programs_lib
+from jaxrl_reason.rl.devices import for_devices
 from jaxrl_reason.rl.types import Experience, Groups, Rollout
 
 
@@ -57,6 +58,11 @@ class Step:
         """Returns tokens per completion, int[P, G]; None: all have the most."""
         mean, T = self.mean_length, self.config.max_completion_length
         return None if mean is None else skewed_lengths(P, G, T, mean)
+
+    @property
+    def attention(self) -> str:
+        """The attention of the cost formulas, of the policy and of the reward model. They count blockwise attention as plain, which is more."""
+        return "splash" if self.model.attention == "splash" else "plain"
 
     @property
     def probe(self) -> bool:
@@ -101,7 +107,7 @@ def open_step(config: Config, devices: Sequence[jax.Device]) -> Step:
         )
     policy, reward_config = sizes_of(config)
     mesh, programs = _build_programs(config, method, policy, devices)
-    model = programs_lib.with_attention(policy, config, mesh)
+    model = for_devices(policy, config, mesh)
     decoding = sharding.rollout_mesh(mesh, config.mesh.rollout_tensor or mesh.shape["tensor"])
     reward_params: Any = {}
     if reward_config:
@@ -109,7 +115,7 @@ def open_step(config: Config, devices: Sequence[jax.Device]) -> Step:
             shardings = reward_model.param_shardings(reward_config, mesh)
         except ValueError as e:
             raise ConfigError(f"The reward model cannot be split over the mesh: config.{e}") from e
-        reward_config = programs_lib.with_attention(reward_config, config, mesh)
+        reward_config = for_devices(reward_config, config, mesh)
         reward_params = _place(reward_model.abstract_params(reward_config), shardings)
     params = programs.abstract_state.params
     if programs.moves_weights:

@@ -26,8 +26,9 @@ from jaxrl_reason.rewards.learned import chat_of, TextScorer
 from jaxrl_reason.rewards.model_files import is_ours, load_reward_model, tokenizer_digest, write_description
 from jaxrl_reason.rewards.scorer import RewardModelScorer
 from jaxrl_reason.rl import hosts, scoring
+from jaxrl_reason.rl.devices import for_devices, remat
 from jaxrl_reason.rl.optimizer import apply_gradients, init_opt_state, make_supervised_optimizer
-from jaxrl_reason.rl.programs import optimizer_shardings, update_sizes, with_attention
+from jaxrl_reason.rl.programs import optimizer_shardings, update_sizes
 from jaxrl_reason.rl.types import Rollout, TrainState
 from jaxrl_reason.runs import checkpoints, read_metrics
 from jaxrl_reason.runs.files import write_json, writing
@@ -171,7 +172,7 @@ def _trained_scorer(
 ) -> RewardModelScorer:
     # As many microbatches as for the policy's log-probabilities.
     microbatches = sharding.microbatches(mesh, batch_size, c.update.accumulation * c.update.minibatches)
-    score = group_scoring_program(with_attention(model, c, mesh), mesh, microbatches, **update_sizes(c, mesh))
+    score = group_scoring_program(for_devices(model, c, mesh), mesh, microbatches, **update_sizes(c, mesh))
     return lambda rollout, batch: (score(params, rollout), {})
 
 
@@ -198,7 +199,7 @@ def pretrained_scorer(
 ) -> TextScorer:
     """Returns the scorer of a pretrained reward model, with its weights on the mesh in the dtypes of the policy."""
     assert opened.tokenizer is not None  # checked by `open_pretrained`
-    model, m = with_attention(opened.config, c, mesh), c.model
+    model, m = for_devices(opened.config, c, mesh), c.model
     model = dataclasses.replace(model, param_dtype=m.param_dtype, compute_dtype=m.compute_dtype, remat="none")
     return TextScorer(
         model,
@@ -247,7 +248,8 @@ def train_reward_model(
         params = reward_model.init_params(phase.model, key, decoder)
         return TrainState(jnp.int32(0), params, {}, init_opt_state(optimizer, params), (), jnp.int32(0))
 
-    update = jax.jit(make_update(phase.model, optimizer), donate_argnums=0, out_shardings=(shardings, None))
+    model = dataclasses.replace(phase.model, remat=remat(phase.model, c, phase.mesh))
+    update = jax.jit(make_update(model, optimizer), donate_argnums=0, out_shardings=(shardings, None))
     score = jax.jit(functools.partial(reward_model.group_scores, phase.model))
     evaluation = lambda params: evaluate(lambda batch: score(params, place(batch)), held_out)
 

@@ -1,6 +1,7 @@
 """The compiled functions of a run, and the shardings of their arrays: shared by `train`, `evaluate`, `bench` and `plan`."""
 
 from collections.abc import Callable, Mapping
+import concurrent.futures
 import dataclasses
 import functools
 from typing import Any
@@ -16,6 +17,7 @@ from jaxrl_reason.data import PromptBatch, SolutionBatch
 from jaxrl_reason.methods import Method
 from jaxrl_reason.models import sharding
 from jaxrl_reason.rl import experience, hosts, learner, rollout, scoring
+from jaxrl_reason.rl.devices import for_devices
 from jaxrl_reason.rl.optimizer import init_opt_state, make_optimizer, make_supervised_optimizer
 from jaxrl_reason.rl.requirements import Requirements, requirements
 from jaxrl_reason.rl.types import Experience, Gradient, Groups, LogProbs, Prepared, Rollout, TrainState, UpdateResult
@@ -36,6 +38,13 @@ class Programs:
     jitted: Mapping[str, Any]  # the functions before their constants are bound, by name, to compile ahead of time
     abstract_state: TrainState  # shapes, dtypes and shardings; nothing is allocated
     schedule: Callable  # the learning rate as a function of the optimizer update
+    ahead: dict[str, concurrent.futures.Future] = dataclasses.field(default_factory=dict)  # see `rl.ahead`
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """Calls a program; if `rl.ahead` compiles it, waits for the end first. If that failed, the call raises the error."""
+        if name in self.ahead:
+            concurrent.futures.wait([self.ahead.pop(name)])
+        return self.jitted[name](*arguments)
 
     def init(self) -> TrainState:
         """Returns step 0 with random weights."""
@@ -98,7 +107,7 @@ class Programs:
 
     def update(self, state: TrainState, batch: Experience) -> UpdateResult:
         """Updates the weights; the state is donated."""
-        return self.jitted["update"](state, batch, self._constant(self.config.sampling.temperature), self._seed)
+        return self._call("update", state, batch, self._constant(self.config.sampling.temperature), self._seed)
 
     def gradient(self, params: models.Params, batch: Experience) -> Gradient:
         """Computes the gradient of the whole batch as one minibatch."""
@@ -106,7 +115,7 @@ class Programs:
 
     def supervised_update(self, state: TrainState, batch: SolutionBatch) -> tuple[TrainState, dict[str, jax.Array]]:
         """Imitates a batch of solutions; the state is donated."""
-        return self.jitted["supervised"](state, *self.place(tuple(batch), self.config.supervised.batch_size))
+        return self._call("supervised", state, *self.place(tuple(batch), self.config.supervised.batch_size))
 
     def learning_rate(self, step: int) -> float:
         """Returns the learning rate of a training step."""
@@ -121,7 +130,7 @@ class Programs:
         scalars = step, temperature, self._seed
         if self.moves_weights:  # a rollout's inputs have to be on its mesh
             prompts, scalars = self.jitted["move"](prompts, scalars)
-        return self.jitted[name](weights, *prompts, *scalars)
+        return self._call(name, weights, *prompts, *scalars)
 
     @property
     def _seed(self) -> jax.Array:
@@ -139,27 +148,6 @@ def make_mesh(config: Config, devices: Any = None) -> jax.sharding.Mesh:
     """Returns the mesh of a configuration over these devices; None: all."""
     m = config.mesh
     return sharding.make_mesh(m.data, m.fsdp, m.tensor, m.slice, devices=devices)
-
-
-def with_attention(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> models.ModelConfig:
-    """Returns the decoder with the attention that config.model.attention means on these devices.
-
-    Raises:
-      ConfigError: the devices cannot run it.
-    """
-    chosen, device = config.model.attention, mesh.devices.flat[0]
-    unable = device.device_kind in ("TPU v2", "TPU v3")  # their kernels cannot multiply bfloat16
-    if chosen == "auto":
-        chosen = "splash" if device.platform == "tpu" and not unable else "plain"
-    if chosen == "splash" and unable:
-        raise ConfigError(
-            f"config.model.attention is 'splash', whose kernels do not run on {device.device_kind}; set it to 'auto' or 'plain'."
-        )
-    if chosen == "blockwise" and device.platform == "tpu":
-        raise ConfigError(
-            "config.model.attention is 'blockwise', which is for CPUs and GPUs, and the devices are TPUs; set it to 'auto'."
-        )
-    return dataclasses.replace(model, attention=chosen)
 
 
 def build(
@@ -192,7 +180,7 @@ def build(
     """
     schedule, optimizer = make_optimizer(config)
     decoding, shardings, rollout_shardings = _shardings(config, method, model, mesh, optimizer)
-    model = with_attention(model, config, mesh)
+    model = for_devices(model, config, mesh)
     needs = requirements(config, method)
     options = update_options(config, method, probe_token, mesh)
     by_prompt, by_prompt_decoding = sharding.batch_sharding(mesh), sharding.batch_sharding(decoding)

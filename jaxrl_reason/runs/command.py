@@ -36,6 +36,7 @@ from jaxrl_reason.methods import nearest
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs.checkpoints import CheckpointError
 from jaxrl_reason.runs.files import MetricsError
+from jaxrl_reason.runs.memory import keep_freed_blocks
 from jaxrl_reason.runs.watch import NonFiniteError
 
 T = TypeVar("T")
@@ -253,6 +254,7 @@ def _run(command: Command, argv: Sequence[str], prepare: Callable[[Arguments], T
         except ValueError as e:
             return _report(e, 2)
         return 0
+    keep_freed_blocks()
     refusals: tuple[type[Exception], ...] = (ValueError, OSError, *command.errors)
     failures: tuple[type[Exception], ...] = (*_FAILURES, *command.errors)
     with hosts.leaving_together(), hosts.leaving_at_once(), _plain_warnings():

@@ -12,7 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from jaxrl_reason import data
-from jaxrl_reason.data import files, preparing
+from jaxrl_reason.data import files, preparing, sources
 from jaxrl_reason.data.builders import word_problems
 
 GOOD = b'{"question": "1 + 1?", "answer": 2}\n'
@@ -63,6 +63,19 @@ def test_columns_rename_and_keep(data_dir):
     row = source[0]
     assert set(row) == {"question", "gold", "answer", "solution"}
     assert row["gold"] == row["answer"]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_rows_of_a_small_data_set_are_parsed_once(problems, data_dir, monkeypatch, kept):
+    parsed, rename = [], sources.files.rename_columns
+    monkeypatch.setattr(sources.files, "rename_columns", lambda row, columns: parsed.append(1) or rename(row, columns))
+    monkeypatch.setattr(sources, "_KEPT", 300 if kept else 3)
+    source = data.load_source("word_problems", "test[:4]", data_dir=data_dir)
+    rows = list(source)
+    rows[1]["question"] = "changed by its reader"
+    assert source.read([3, 1, 1]) == [source[3], source[1], source[1]]
+    assert source[1]["question"] != "changed by its reader"
+    assert (len(parsed) == 4) == kept
 
 
 @pytest.mark.parametrize(

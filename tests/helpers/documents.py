@@ -94,6 +94,7 @@ SMALL = {  # shell pattern of command:arguments -> flags after those of the docu
         "--new=2",
         "--steps=1",
         "--accumulation=1",
+        "--rounds=1",
     ],
 }
 

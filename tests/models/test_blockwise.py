@@ -16,7 +16,7 @@ from helpers.tiny_runs import tiny
 from jaxrl_reason import models
 from jaxrl_reason.config import ConfigError
 from jaxrl_reason.models import blockwise, layers
-from jaxrl_reason.rl import programs
+from jaxrl_reason.rl import devices
 from jaxrl_reason.rl.rollout import generate
 from jaxrl_reason.rl.scoring import compute_logprobs
 from jaxrl_reason.rl.types import Rollout
@@ -254,18 +254,12 @@ def test_the_trainer_computes_the_logprobs_of_the_sampler(blocks_of_8):
 
 def mesh_of(platform, kind=""):
     device = types.SimpleNamespace(platform=platform, device_kind=kind)
-    return types.SimpleNamespace(devices=np.array([device], object))
-
-
-@pytest.mark.parametrize("platform, chosen", [("cpu", "plain"), ("gpu", "plain"), ("tpu", "splash")])
-def test_auto_does_not_choose_blocks(platform, chosen):
-    config = tiny("rows.jsonl", max_prompt_length=32, max_completion_length=4096)
-    assert programs.with_attention(make(), config, mesh_of(platform, "TPU v5 lite")).attention == chosen
+    return types.SimpleNamespace(devices=np.array([device], object), shape=dict.fromkeys(("slice", "data", "fsdp"), 1))
 
 
 def test_blocks_on_a_tpu_raise():
     config = tiny("rows.jsonl", model__attention="blockwise")
     with pytest.raises(ConfigError, match=r"config.model.attention is 'blockwise', .*; set it to 'auto'\.$"):
-        programs.with_attention(make(), config, mesh_of("tpu"))
+        devices.for_devices(make(), config, mesh_of("tpu"))
     for platform in ("cpu", "gpu"):
-        assert programs.with_attention(make(), config, mesh_of(platform)).attention == "blockwise"
+        assert devices.for_devices(make(), config, mesh_of(platform)).attention == "blockwise"

@@ -7,12 +7,10 @@ import os
 import pathlib
 import subprocess
 import sys
-import types
 
 from hypothesis import given
 from hypothesis import strategies as st
 import jax
-import numpy as np
 import pytest
 
 from helpers.tiny_runs import tiny
@@ -23,7 +21,6 @@ from jaxrl_reason.plan.__main__ import main
 from jaxrl_reason.plan.measure import GIB, largest_that_fits, requested_bytes
 from jaxrl_reason.plan.programs import parts_of
 from jaxrl_reason.plan.step import sizes_of
-from jaxrl_reason.rl import programs
 
 WITH_LIBTPU = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'"
@@ -172,21 +169,6 @@ def test_sizes_of_a_reward_model_trained_here_come_from_its_description(tmp_path
         sizes_of(config)
 
 
-@pytest.mark.parametrize("kind, chosen", [("TPU v2", "plain"), ("TPU v3", "plain"), ("TPU v5 lite", "splash")])
-def test_old_chips_run_attention_without_kernels(kind, chosen):
-    config = tiny("rows.jsonl")
-    device = types.SimpleNamespace(platform="tpu", device_kind=kind)
-    mesh = types.SimpleNamespace(devices=np.array([device], object))
-    small = models.ModelConfig(vocab_size=300, width=8, layers=1, heads=1, kv_heads=1, mlp_width=8, head_dim=8)
-    assert programs.with_attention(small, config, mesh).attention == chosen
-    config.model.attention = "splash"
-    if chosen == "splash":
-        assert programs.with_attention(small, config, mesh).attention == "splash"
-    else:
-        with pytest.raises(ConfigError, match=f"config.model.attention is 'splash', .* do not run on {kind}"):
-            programs.with_attention(small, config, mesh)
-
-
 def test_an_invalid_out_path_exits_before_anything_is_compiled(tmp_path, capsys):
     flags = [f"--config={recipe(tmp_path)}", "--topology=v5e:2x2"]
     for out in (tmp_path / "nowhere" / "plan.json", tmp_path):
@@ -244,6 +226,8 @@ def test_a_step_is_planned_for_a_slice(tmp_path):
     printed, found = command(tmp_path, SMALL | hero, "--topology=v5e:2x4")
     assert "It fits." in printed and found["fits"] and found["devices"] == 8
     assert found["mesh"] == {"slice": 1, "data": 1, "fsdp": 4, "tensor": 2, "rollout_tensor": 0}
+    assert (found["attention"], found["remat"]) == ("splash", "layer")
+    assert "Attention: splash. The backward pass computes again (remat): layer." in printed
     parts = {part["name"]: part for part in found["parts"]}
     assert list(parts) == ["reshard", "rollout", "reward model", "update"]
     for name in ("rollout", "reward model", "update"):

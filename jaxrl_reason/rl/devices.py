@@ -1,0 +1,83 @@
+"""What suits the devices of a run: its attention, and the values that the backward pass recomputes."""
+
+import dataclasses
+import pathlib
+import platform
+import warnings
+
+import jax
+
+from jaxrl_reason import models
+from jaxrl_reason.config import Config, ConfigError
+from jaxrl_reason.models import sharding
+
+_CPUINFO = pathlib.Path("/proc/cpuinfo")  # of Linux
+# Bytes per device that the backward pass of a microbatch may keep on a CPU instead of computing them again.
+MAX_KEPT = 2**29
+
+
+def for_devices(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> models.ModelConfig:
+    """Returns the decoder with what config.model.attention and config.model.remat mean on these devices.
+
+    "auto" is: on TPUs "splash" (v2 and v3: "plain") and "layer"; on CPUs and GPUs "blockwise", which leaves short
+    sequences to plain attention. CPUs keep the results of products, "dots", if they fit into `MAX_KEPT`; their updates
+    are then faster. Otherwise, and on GPUs, remat is "layer".
+
+    Raises:
+      ConfigError: the devices cannot run the attention.
+    """
+    if model.compute_dtype == "bfloat16" and mesh.devices.flat[0].platform == "cpu" and not multiplies_bfloat16():
+        warnings.warn(
+            "config.model.compute_dtype is 'bfloat16', which this processor computes more slowly than float32: it has neither "
+            "avx512_bf16 nor amx_bf16.",
+            stacklevel=2,
+        )
+    return dataclasses.replace(model, attention=_attention(config, mesh), remat=remat(model, config, mesh))
+
+
+def multiplies_bfloat16() -> bool:
+    """Returns whether the processor has instructions for products of bfloat16; True if its instructions are not known."""
+    if platform.machine() not in ("x86_64", "AMD64") or not _CPUINFO.exists():
+        return True
+    flags = _CPUINFO.read_text().split()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _attention(config: Config, mesh: jax.sharding.Mesh) -> str:
+    chosen, device = config.model.attention, mesh.devices.flat[0]
+    unable = device.device_kind in ("TPU v2", "TPU v3")  # their kernels cannot multiply bfloat16
+    if chosen == "auto" and device.platform == "tpu":
+        return "plain" if unable else "splash"
+    if chosen == "auto":
+        return "blockwise"
+    if chosen == "splash" and unable:
+        raise ConfigError(
+            f"config.model.attention is 'splash', whose kernels do not run on {device.device_kind}; set it to 'auto' or 'plain'."
+        )
+    if chosen == "blockwise" and device.platform == "tpu":
+        raise ConfigError(
+            "config.model.attention is 'blockwise', which is for CPUs and GPUs, and the devices are TPUs; set it to 'auto'."
+        )
+    return chosen
+
+
+def remat(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> str:
+    """Returns the values that the backward pass recomputes: config.model.remat, or the choice of "auto"."""
+    if config.model.remat != "auto":
+        return config.model.remat
+    if mesh.devices.flat[0].platform != "cpu":
+        return "layer"
+    return "dots" if kept_bytes(model, config, sharding.num_shards(mesh)) <= MAX_KEPT else "layer"
+
+
+def kept_bytes(model: models.ModelConfig, config: Config, shards: int) -> float:
+    """Returns the bytes per device that the backward pass of the largest microbatch keeps with remat "dots".
+
+    They are the input, the products and the result of the attention of every layer, for every token.
+    """
+    c, S, T = config, config.max_prompt_length, config.max_completion_length
+    update = c.prompts_per_step / (c.update.minibatches * c.update.accumulation) * (S + c.group_size * T)
+    tokens = max(update, c.supervised.steps and c.supervised.batch_size * (S + T)) / shards
+    heads = (2 * model.heads + 2 * model.kv_heads) * model.head_dim
+    itemsize = 4  # products are sums in float32
+    return tokens * model.layers * (3 * model.width + heads + 2 * model.mlp_width) * itemsize

@@ -1,0 +1,103 @@
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helpers import reference_decoder as reference
+from helpers.tiny_runs import tiny
+from jaxrl_reason import models
+from jaxrl_reason.config import ConfigError
+from jaxrl_reason.rl import devices
+
+SMALL = models.ModelConfig(vocab_size=300, width=8, layers=3, heads=2, kv_heads=1, mlp_width=16, head_dim=4)
+SIZES = dict(max_prompt_length=10, max_completion_length=20, prompts_per_step=8, group_size=4)
+
+
+def mesh_of(platform, kind="", **axes):
+    device = types.SimpleNamespace(platform=platform, device_kind=kind)
+    shape = dict.fromkeys(("slice", "data", "fsdp", "tensor"), 1) | axes
+    return types.SimpleNamespace(devices=np.array([device], object), shape=shape)
+
+
+@pytest.mark.parametrize(
+    "platform, kind, chosen",
+    [
+        ("cpu", "cpu", ("blockwise", "dots")),
+        ("gpu", "NVIDIA H100", ("blockwise", "layer")),
+        ("tpu", "TPU v5 lite", ("splash", "layer")),
+        ("tpu", "TPU v2", ("plain", "layer")),
+        ("tpu", "TPU v3", ("plain", "layer")),
+    ],
+)
+def test_auto_is_what_suits_the_devices(platform, kind, chosen):
+    model = devices.for_devices(SMALL, tiny("rows.jsonl"), mesh_of(platform, kind))
+    assert (model.attention, model.remat) == chosen
+    own = tiny("rows.jsonl", model__attention="plain", model__remat="none")
+    model = devices.for_devices(SMALL, own, mesh_of(platform, kind))
+    assert (model.attention, model.remat) == ("plain", "none")
+
+
+@pytest.mark.parametrize("flags, slow", [("fpu avx512f", True), ("avx512_bf16", False), ("avx2 amx_bf16 x", False)])
+def test_bfloat16_warns_if_the_processor_cannot_multiply_it(flags, slow, tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(devices, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(devices.platform, "machine", lambda: "x86_64")
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    model = dataclasses.replace(SMALL, compute_dtype="bfloat16")
+    for platform, said in (("cpu", slow), ("tpu", False)):
+        devices.for_devices(model, tiny("rows.jsonl"), mesh_of(platform))
+        assert bool(recwarn.list) == said
+        recwarn.clear()
+    devices.for_devices(SMALL, tiny("rows.jsonl"), mesh_of("cpu"))
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("kind", ["TPU v2", "TPU v3"])
+def test_old_chips_cannot_run_the_kernels(kind):
+    config = tiny("rows.jsonl", model__attention="splash")
+    assert devices.for_devices(SMALL, config, mesh_of("tpu", "TPU v5 lite")).attention == "splash"
+    with pytest.raises(ConfigError, match=f"config.model.attention is 'splash', .* do not run on {kind}"):
+        devices.for_devices(SMALL, config, mesh_of("tpu", kind))
+
+
+def test_blockwise_attention_is_refused_on_tpus():
+    with pytest.raises(ConfigError, match="config.model.attention is 'blockwise', which is for CPUs and GPUs"):
+        devices.for_devices(SMALL, tiny("rows.jsonl", model__attention="blockwise"), mesh_of("tpu", "TPU v4"))
+
+
+def test_a_cpu_keeps_products_if_they_fit(monkeypatch):
+    config = tiny("rows.jsonl", **SIZES)
+    # Per token and layer: 3 x 8 of the residual stream, (2 x 2 + 2 x 1) x 4 of heads, 2 x 16 of the MLP: 80 numbers.
+    kept = 8 * (10 + 4 * 20) * 3 * 80 * 4
+    assert devices.kept_bytes(SMALL, config, 1) == kept
+    assert devices.kept_bytes(SMALL, tiny("rows.jsonl", **SIZES, update__accumulation=4), 2) == kept / 8
+    supervised = tiny("rows.jsonl", **SIZES, supervised__steps=1, supervised__batch_size=48)
+    assert devices.kept_bytes(SMALL, supervised, 1) == 2 * kept  # 48 x 30 tokens instead of 720
+    for limit, chosen in ((kept, "dots"), (kept - 1, "layer")):
+        monkeypatch.setattr(devices, "MAX_KEPT", limit)
+        assert devices.remat(SMALL, config, mesh_of("cpu")) == chosen
+    assert devices.remat(SMALL, config, mesh_of("cpu", fsdp=2)) == "dots"
+
+
+@pytest.mark.runs
+def test_the_choice_for_cpus_changes_neither_values_nor_gradients():
+    P, G, S, T = 2, 2, 8, 192  # long enough for attention in blocks
+    config = tiny("rows.jsonl", max_prompt_length=S, max_completion_length=T)
+    chosen = devices.for_devices(SMALL, config, mesh_of("cpu"))
+    params, rng = reference.random_params(SMALL, scale=0.3), np.random.default_rng(0)
+    prompts, completions = (jnp.asarray(rng.integers(0, 300, shape)) for shape in ((P, S), (P, G, T)))
+    weights = jnp.asarray(rng.normal(size=(P, G, T, SMALL.width)), jnp.float32)
+
+    def total(model, params):
+        decoder = models.bind(model, params)
+        _, cache = decoder.prefill(prompts, jnp.ones((P, S), bool))
+        return (decoder.extend(completions, cache) * weights).sum()
+
+    results = [jax.jit(jax.value_and_grad(lambda p, m=model: total(m, p)))(params) for model in (SMALL, chosen)]
+    assert chosen == dataclasses.replace(SMALL, attention="blockwise", remat="dots") != SMALL
+    (value, gradient), (other, again) = results
+    assert float(other) == pytest.approx(float(value), rel=1e-5)
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5 * scale, rtol=0), gradient, again)
