@@ -15,6 +15,7 @@ from jaxrl_reason.plan import costs
 from jaxrl_reason.plan.step import bytes_per_device, open_step, Step
 from jaxrl_reason.rewards import learned, model_files, model_training
 from jaxrl_reason.rl import programs as programs_lib
+from jaxrl_reason.rl.devices import update_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _reward_model(step: Step) -> Part | None:
         return None
     P, G, S, T = step.rollout_sizes
     pieces, replicas = sharding.microbatches(step.mesh, P, step.pieces), sharding.num_shards(step.mesh)
-    waves = programs_lib.update_sizes(config, step.mesh)
+    waves = update_sizes(config, step.mesh)
     options: dict[str, Any] = dict(attention=step.attention, replicas=replicas, parts=pieces, **waves)
     completions = step.completions(P, G)
     path, by_prompt = config.reward_model.path, step.programs.sharding
@@ -155,7 +156,7 @@ def _scoring_options(step: Step) -> dict[str, Any]:
         probe=step.probe,
         tensor=step.mesh.shape["tensor"],
         completions=step.completions(*step.sizes[:2]),
-        **programs_lib.update_sizes(step.config, step.mesh),
+        **update_sizes(step.config, step.mesh),
     )
 
 

@@ -26,9 +26,9 @@ from jaxrl_reason.rewards.learned import chat_of, TextScorer
 from jaxrl_reason.rewards.model_files import is_ours, load_reward_model, tokenizer_digest, write_description
 from jaxrl_reason.rewards.scorer import RewardModelScorer
 from jaxrl_reason.rl import hosts, scoring
-from jaxrl_reason.rl.devices import for_devices, remat
+from jaxrl_reason.rl.devices import for_devices, remat, update_sizes
 from jaxrl_reason.rl.optimizer import apply_gradients, init_opt_state, make_supervised_optimizer
-from jaxrl_reason.rl.programs import optimizer_shardings, update_sizes
+from jaxrl_reason.rl.programs import optimizer_shardings
 from jaxrl_reason.rl.types import Rollout, TrainState
 from jaxrl_reason.runs import checkpoints, read_metrics
 from jaxrl_reason.runs.files import write_json, writing

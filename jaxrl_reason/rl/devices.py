@@ -67,17 +67,29 @@ def remat(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) ->
         return config.model.remat
     if mesh.devices.flat[0].platform != "cpu":
         return "layer"
-    return "dots" if kept_bytes(model, config, sharding.num_shards(mesh)) <= MAX_KEPT else "layer"
+    return "dots" if kept_bytes(model, config, mesh) <= MAX_KEPT else "layer"
 
 
-def kept_bytes(model: models.ModelConfig, config: Config, shards: int) -> float:
-    """Returns the bytes per device that the backward pass of the largest microbatch keeps with remat "dots".
+def update_sizes(config: Config, mesh: jax.sharding.Mesh) -> dict[str, int]:
+    """Returns `lengths` and `wave_tokens` of the update, as configured or chosen by the sizes and the devices."""
+    S, T, u = config.max_prompt_length, config.max_completion_length, config.update
+    lengths = min(max(1, (T // 64).bit_length()), 4) if S <= T else 1  # the shortest has 64 tokens
+    tokens = 512 if mesh.devices.flat[0].platform == "cpu" else 4096
+    return {"lengths": u.lengths or lengths, "wave_tokens": u.wave_tokens or tokens}
 
-    They are the input, the products and the result of the attention of every layer, for every token.
+
+def kept_bytes(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> float:
+    """Returns the bytes per device that the backward pass keeps at once with remat "dots".
+
+    They are the input, the products and the result of the attention of every layer, for every token of the largest
+    microbatch or, in waves, of the prompts and of a wave.
     """
     c, S, T = config, config.max_prompt_length, config.max_completion_length
-    update = c.prompts_per_step / (c.update.minibatches * c.update.accumulation) * (S + c.group_size * T)
-    tokens = max(update, c.supervised.steps and c.supervised.batch_size * (S + T)) / shards
+    P, shards, waves = c.prompts_per_step / c.update.minibatches, sharding.num_shards(mesh), update_sizes(config, mesh)
+    update = P / c.update.accumulation * (S + c.group_size * T) / shards
+    if waves["lengths"] > 1:
+        update = min(update, P * S / shards + max(waves["wave_tokens"], T))
+    tokens = max(update, c.supervised.steps and c.supervised.batch_size * (S + T) / shards)
     heads = (2 * model.heads + 2 * model.kv_heads) * model.head_dim
     itemsize = 4  # products are sums in float32
     return tokens * model.layers * (3 * model.width + heads + 2 * model.mlp_width) * itemsize

@@ -17,7 +17,7 @@ from jaxrl_reason.data import PromptBatch, SolutionBatch
 from jaxrl_reason.methods import Method
 from jaxrl_reason.models import sharding
 from jaxrl_reason.rl import experience, hosts, learner, rollout, scoring
-from jaxrl_reason.rl.devices import for_devices
+from jaxrl_reason.rl.devices import for_devices, update_sizes
 from jaxrl_reason.rl.optimizer import init_opt_state, make_optimizer, make_supervised_optimizer
 from jaxrl_reason.rl.requirements import Requirements, requirements
 from jaxrl_reason.rl.types import Experience, Gradient, Groups, LogProbs, Prepared, Rollout, TrainState, UpdateResult
@@ -359,14 +359,6 @@ def update_options(
     cap = config.sampling.importance_cap if config.sampling.quantize else 0.0
     common = dataclasses.asdict(config.update) | update_sizes(config, mesh)
     return learner.UpdateOptions(loss=method.loss, probe_token=probe_token, importance_cap=cap, **common)
-
-
-def update_sizes(config: Config, mesh: jax.sharding.Mesh) -> dict[str, int]:
-    """Returns `lengths` and `wave_tokens` of the update, as configured or chosen by the sizes and the devices."""
-    S, T, u = config.max_prompt_length, config.max_completion_length, config.update
-    lengths = min(max(1, (T // 64).bit_length()), 4) if S <= T else 1  # the shortest has 64 tokens
-    tokens = 512 if mesh.devices.flat[0].platform == "cpu" else 4096
-    return {"lengths": u.lengths or lengths, "wave_tokens": u.wave_tokens or tokens}
 
 
 def state_shardings(

@@ -20,7 +20,7 @@ from jaxrl_reason import config as config_lib
 from jaxrl_reason import losses, models, train
 from jaxrl_reason.config import ConfigError, validate
 from jaxrl_reason.rewards import model_training, RewardError
-from jaxrl_reason.rl import learner, programs
+from jaxrl_reason.rl import devices, learner, programs
 from jaxrl_reason.rl import optimizer as optimizers
 from jaxrl_reason.rl.types import Experience, Groups, Rollout, TrainState
 from jaxrl_reason.runs import compilation_cache as cache_lib
@@ -80,7 +80,8 @@ def model(config, tmp_path):
 
 def backward_pass(config, tmp_path):
     """Returns the program of a gradient, as text."""
-    shape = config_lib.model_config(config, vocab_size=9)
+    mesh = programs.make_mesh(config, jax.devices()[:1])
+    shape = devices.for_devices(config_lib.model_config(config, vocab_size=9), config, mesh)
     params = models.abstract_params(shape)
     loss = lambda params: models.apply(shape, params, np.arange(8)[None]).sum()
     return str(jax.make_jaxpr(jax.grad(loss))(params))

@@ -71,10 +71,13 @@ def test_a_cpu_keeps_products_if_they_fit(monkeypatch):
     config = tiny("rows.jsonl", **SIZES)
     # Per token and layer: 3 x 8 of the residual stream, (2 x 2 + 2 x 1) x 4 of heads, 2 x 16 of the MLP: 80 numbers.
     kept = 8 * (10 + 4 * 20) * 3 * 80 * 4
-    assert devices.kept_bytes(SMALL, config, 1) == kept
-    assert devices.kept_bytes(SMALL, tiny("rows.jsonl", **SIZES, update__accumulation=4), 2) == kept / 8
+    assert devices.kept_bytes(SMALL, config, mesh_of("cpu")) == kept
+    parts = tiny("rows.jsonl", **SIZES, update__accumulation=4)
+    assert devices.kept_bytes(SMALL, parts, mesh_of("cpu", fsdp=2)) == kept / 8
     supervised = tiny("rows.jsonl", **SIZES, supervised__steps=1, supervised__batch_size=48)
-    assert devices.kept_bytes(SMALL, supervised, 1) == 2 * kept  # 48 x 30 tokens instead of 720
+    assert devices.kept_bytes(SMALL, supervised, mesh_of("cpu")) == 2 * kept  # 48 x 30 tokens instead of 720
+    in_waves = tiny("rows.jsonl", **SIZES, update__lengths=2, update__wave_tokens=40)
+    assert devices.kept_bytes(SMALL, in_waves, mesh_of("cpu")) == kept / 6  # 80 tokens of prompts and 40 of completions
     for limit, chosen in ((kept, "dots"), (kept - 1, "layer")):
         monkeypatch.setattr(devices, "MAX_KEPT", limit)
         assert devices.remat(SMALL, config, mesh_of("cpu")) == chosen
