@@ -119,8 +119,8 @@ ACCURACY = [
     *((a, "1/2", True) for a in (r"\mathbf{\frac{1}{2}}", r"\boldsymbol{\dfrac{1}{2}}", r"\textbf{$\frac{1}{2}$}", r"\mathrm{\frac{1}{2}}")),
     *((r"50\text{ percent}", reference, True) for reference in ("50", "0.5", "1/2", r"50\text{ percent}", "50%")),
     (r"50\text{ percent}", "5000", False), (r"50\text{ percentage points}", "50%", False), (r"0.5\text{ percent}", "50%", False),
-    *((a, "C", True) for a in ("C", "C.", "(C)", "(C).", "C)", "C:", r"\text{C}", r"\textbf{(C)}", r"\mathrm{C}", r"(\text{C})", "$C$", "c", r"\text{C.}", "(C) 18", r"\textbf{(C)}\ 18", "C) 18", r"(C) \sqrt{2}", "Option C", "option (C)", "Choice C.", "**C**", "**C**.", r"\textbf{(C) } 18")),
-    *((a, "C", False) for a in ("D", "CC", "C 5", "C, D", "5", "", "Choice", "K", "(C) or (D)", "(C) and 5", "(C), (D)", "(C) D", "(C)(D)", "\u0131", "(D) 18", "Option D", "Option 5")),
+    *((a, "C", True) for a in ("C", "C.", "(C)", "(C).", "C)", "C:", r"\text{C}", r"\textbf{(C)}", r"\mathrm{C}", r"(\text{C})", "$C$", "c", r"\text{C.}", "(C) 18", r"\textbf{(C)}\ 18", "C) 18", r"(C) \sqrt{2}", "Option C", "option (C)", "Choice C.", "**C**", "**C**.", r"\textbf{(C) } 18", "C. 18", "C: 18 cm", r"\text{C. 18 cm}", r"C.\ \sqrt{2}")),
+    *((a, "C", False) for a in ("D", "CC", "C 5", "C, D", "5", "", "Choice", "K", "(C) or (D)", "(C) and 5", "(C), (D)", "(C) D", "(C)(D)", "\u0131", "C.18", "C. or D.", "C. D", "D. 18", "(D) 18", "Option D", "Option 5")),
     ("e", "E", True), ("E", "(e)", True), ("E", "Option e", True), ("I", "i)", True), ("J", "J", True), ("I", "e:", False),
     *((a, reference, v) for reference in ("c", "(c)", "**C**", "**C**.") for a, v in (("C", True), ("c", True), ("(c)", True), ("(C) 18", True), ("D", False))),
     *(("C.", reference, True) for reference in ("(C)", "C.", r"\text{C}", r"so \boxed{C}", "thus\n#### C", r"\boxed{\textbf{(C)}}")),
@@ -193,7 +193,7 @@ MATH = [
     ([r"\mathbf{\frac{1}{2}}", r"\boldsymbol{\dfrac{1}{2}}", r"\textbf{$\frac{1}{2}$}"], ["1/2", r"\mathbf{\frac{1}{2}}"], 1), ([r"\mathrm{\frac{\sqrt{3}}{2}}", r"\mathbf{\frac{\sqrt3}{2}}"], [r"\frac{\sqrt{3}}{2}"], 1),
     ([r"\mathbf{\frac{1}{3}}"], ["1/2"], 0), ([r"18\,{\rm cm}", r"\mathrm{18\,cm}", r"\text{18 cm}", "{18}", "'18'"], ["18", r"18\text{ cm}"], 1), ([r"\sqrt{2}\,{\rm cm}", r"\mathrm{\sqrt{2}\,cm}"], [r"\sqrt{2}"], 1),
     # Choices.
-    (["C)", "C:", "(C) 18", r"\textbf{(C)}\ 18", "Option C", "**C**", "c"], ["C", "(C)", "(c)", "c", "**C**."], 1), (["D)", "(D) 18", "Option D", "(C) or (D)", "(C), (D)"], ["C", "(c)"], 0),
+    (["C)", "C:", "(C) 18", "C. 18", r"\textbf{(C)}\ 18", "Option C", "**C**", "c"], ["C", "(C)", "(c)", "c", "**C**."], 1), (["D)", "(D) 18", "Option D", "(C) or (D)", "(C), (D)"], ["C", "(c)"], 0),
     # Kinds of brackets.
     ([r"\{0,1\}", r"\{1,0\}", r"\left\{0,1\right\}", r"\lbrace 0,1\rbrace", "0,1", r"x \in \{0,1\}"], [r"\{0,1\}", r"$\{0, 1\}$."], 1), (["(0,1)", "[0,1]", "(0,1]", r"x \in (0,1)"], [r"\{0,1\}"], 0),
     (["(0,1)", r"\left(0,1\right)", r"\big(0,1\big)"], ["(0,1)", "$(0,1)$."], 1), ([r"\{0,1\}", "[0,1]", "[0,1)", r"\left\{0,1\right\}", r"x\in\{0,1\}"], ["(0,1)"], 0),
