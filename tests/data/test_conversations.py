@@ -143,13 +143,20 @@ def test_other_texts_stay_texts(question):
     assert parse_turns(question) == question
 
 
-@pytest.mark.parametrize("question", [str(TURNS), json.dumps(TURNS)[:-1], '[{"content": "a", "role": "user"'])
+@pytest.mark.parametrize(
+    "question", [str(TURNS), json.dumps(TURNS)[:-1], '[{"content": "a", "role": "user"', '[{"role": ' + "[" * 100_000]
+)
 def test_a_conversation_that_is_no_json_is_a_bad_row(write, question):
     path = write(json.dumps({"prompt": question, "answer": 1}) + "\n" + json.dumps({"prompt": "a", "answer": 1}))
     with pytest.raises(
         ValueError, match="line 1: the question is text that begins like a list of turns, and is not JSON"
     ):
         data.load_source(path, "all")
+
+
+def test_other_columns_are_not_parsed(write):
+    row = {"question": "a", "answer": "1", "history": json.dumps(TURNS)}
+    assert data.load_source(write(json.dumps(row)), "all", columns={"history": "history"})[0] == row
 
 
 def test_one_turn_as_json_text_and_any_order_of_keys(write):

@@ -220,16 +220,19 @@ def test_a_run_stays_with_the_commits_of_adapters_and_base(adapters, hub_cache, 
 
 def test_the_path_of_the_base_can_begin_at_the_adapters(adapters, exported, tmp_path, monkeypatch):
     shutil.copytree(GOLDEN / "qwen3", tmp_path / "models" / "base")
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
+    here = tmp_path / "elsewhere" / "deep"  # from which ../models leads to nothing
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
     for base in ("../models/base", "../models/../models/base"):
         change_json(adapters / "adapter_config.json", base_model_name_or_path=base)
         np.testing.assert_allclose(logits(adapters), exported[1], rtol=0, atol=2e-5)
         assert models.read_source(adapters) == models.read_source(GOLDEN / "qwen3")
-    shutil.copytree(
-        GOLDEN / "qwen3", tmp_path / "elsewhere" / "owner" / "base"
-    )  # next to the command, and before the hub
+    shutil.copytree(GOLDEN / "qwen3", here / "owner" / "base")  # next to the command, and before the hub
     change_json(adapters / "adapter_config.json", base_model_name_or_path="owner/base")
+    np.testing.assert_allclose(logits(adapters), exported[1], rtol=0, atol=2e-5)
+    shutil.copytree(GOLDEN / "qwen3", here / "both")
+    (adapters / "both").mkdir()  # the working directory comes first
+    change_json(adapters / "adapter_config.json", base_model_name_or_path="both")
     np.testing.assert_allclose(logits(adapters), exported[1], rtol=0, atol=2e-5)
     change_json(adapters / "adapter_config.json", base_model_name_or_path="../models/none")
     with pytest.raises(PretrainedError, match="names the base model '../models/none'"):
