@@ -143,7 +143,9 @@ def test_a_function_that_works_on_single_rows_alone_is_named(caplog):
 
     with caplog.at_level(logging.WARNING):
         table = run(HostReward("single", single))
+        run(HostReward("single", single))
     np.testing.assert_array_equal(table.per_reward["single"], [[6, 6, 1], [6, 3, 6]])
+    assert [record.kind for record in caplog.records] == [("single", "rows")] * 2  # shown once
     assert re.search("'single' raised ValueError: too many values .*; called row by row, it works", caplog.text)
 
 
