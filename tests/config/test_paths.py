@@ -72,8 +72,9 @@ def test_every_field_with_a_path_refuses_an_address(field):
 def test_a_work_directory_elsewhere_is_refused_and_leaves_no_folder(begin, kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = tiny(write_rows(tmp_path / "rows.jsonl"), eval__every=1)
-    with pytest.raises(ConfigError, match="^config.compilation_cache is 'gs:/.*gcsfuse bucket DIR"):
-        begin(change(config, compilation_cache="gs://bucket/cache"), kind(tmp_path / "run"))
     with pytest.raises(ConfigError, match="^The work directory is 'gs:/.*gcsfuse bucket DIR"):
         begin(config, kind("gs://bucket/run"))
+    change(config, compilation_cache="gs://bucket/cache")
+    with pytest.raises(ConfigError, match="^config.compilation_cache is 'gs:/.*gcsfuse bucket DIR"):
+        begin(config, kind(tmp_path / "run"))
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
