@@ -47,6 +47,7 @@ _NUMBER = re.compile(
     rf"|\\[dt]?frac\{{(?P<above_tex>[-+]?{_INTEGER})\}}\{{(?P<below_tex>[-+]?{_INTEGER})\}})"
 )
 _THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!|\\[,;: ]|~)(?=[0-9]{3}(?![0-9]))")  # separators as TeX spaces them
+_FORMULA_WITH_UNIT = re.compile(r"^\$([^$]*[0-9][^$]*)\$(?=[\s~\\])")  # $18$ cm
 _MONEY = re.compile(rf"^([-+]?)(?:\$|[{CURRENCIES}] ?)(?=[-+.0-9\\])")
 # A letter that names a choice: C, (C), C., C), \textbf{(C)}, Option C. The text of the choice may follow: (C) 18, C. 18.
 _CHOICE = re.compile(r"(?:(?i:option|choice|answer)[\s~:]+)?\(?([A-Ja-j])[.:]?\)?[.:]?")
@@ -95,7 +96,7 @@ def _read(text: str) -> tuple[Fraction, bool] | None:
     if len(text) > MAX_NUMBER_LENGTH:
         return None
     text = plain(text).replace("\N{MINUS SIGN}", "-").replace(r"\$", "$").replace(r"\%", "%")
-    text = _THOUSANDS.sub(",", text)
+    text = _FORMULA_WITH_UNIT.sub(r"\1", _THOUSANDS.sub(",", text))
     if text.startswith("$"):  # "$18" is money
         text = text[1:].removesuffix("$")
     else:
