@@ -209,7 +209,7 @@ def test_adapters_on_adapters_raise_a_sentence(adapters, exported):
 def test_a_run_stays_with_the_commits_of_adapters_and_base(adapters, hub_cache, tmp_path, capsys):
     files = {path.name: path.read_bytes() for path in (GOLDEN / "qwen3").iterdir() if path.suffix != ".npz"}
     old = hub_cache("model", "owner/base", files)
-    change_json(adapters / "adapter_config.json", base_model_name_or_path="owner/base")
+    change_json(adapters / "adapter_config.json", base_model_name_or_path="owner/base", revision="main")
     commit = hub_cache("model", "owner/adapters", {path.name: path.read_bytes() for path in adapters.iterdir()})
     opened = models.open_model("owner/adapters")
     assert opened.source[source_lib.ADAPTED] == f"owner/base@{old}"
