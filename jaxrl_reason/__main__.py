@@ -30,9 +30,12 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["--version"]:
         return 0
     print("\nCommands:\n")
+    width = max(shutil.get_terminal_size().columns, 40)
+    indent = " " * (42 if width >= 72 else 6)
     for name in COMMANDS:
-        line = f"  python -m jaxrl_reason.{name:<17}{purpose(name)}"
-        print(textwrap.fill(line, max(shutil.get_terminal_size().columns, 72), subsequent_indent=" " * 42))
+        program = f"  python -m jaxrl_reason.{name}"
+        text = textwrap.fill(purpose(name), width, initial_indent=indent, subsequent_indent=indent)
+        print(program + text[len(program) :] if width >= 72 else f"{program}\n{text}")
     print("\nEach has --help. A first run:\n")
     print("  python -m jaxrl_reason.train --config=configs/quickstart.py --workdir=/tmp/quickstart")
     return 0

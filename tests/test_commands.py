@@ -203,6 +203,10 @@ def test_the_package_lists_its_commands(capsys, monkeypatch):
         assert re.search(rf"^  python -m jaxrl_reason\.{name} +{re.escape(summary[:30])}", out, re.MULTILINE)
         assert summary in " ".join(out.split())
     assert listing.main(["--help"]) == 0 and capsys.readouterr().out == out
+    monkeypatch.setenv("COLUMNS", "50")
+    assert listing.main([]) == 0
+    narrow = capsys.readouterr().out
+    assert narrow.split() == out.split() and max(map(len, narrow.splitlines()[:-1])) <= 50  # the example is in one line
 
 
 @pytest.mark.parametrize(

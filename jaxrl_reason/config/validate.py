@@ -233,7 +233,7 @@ def _violated_bound(value: Any, low: Any, above: Any, high: Any, below: Any, cho
 
 PATHS = (
     *("model.path", "reward_model.path", "supervised.start_from", "data.tokenizer"),
-    *("data.data_dir", "data.train", "data.eval", "reward_model.data"),
+    *("data.data_dir", "data.train", "data.eval", "reward_model.data", "reward.functions", "compilation_cache"),
 )
 
 
@@ -241,8 +241,10 @@ def _check_paths(config: Config) -> None:
     """Raises ConfigError if a path is an address of another machine; data may lie on the Hugging Face hub."""
     for name in PATHS:
         supported = ("hf://datasets/",) if name in ("data.train", "data.eval", "reward_model.data") else ()
-        if elsewhere := remote(value := _value(config, name), supported):
-            raise ConfigError(f"config.{name} is {value!r}; only paths on this machine are supported: {elsewhere}.")
+        value = _value(config, name)
+        for path in value if isinstance(value, list) else [value]:
+            if elsewhere := remote(str(path), supported):
+                raise ConfigError(f"config.{name} is {path!r}; only paths on this machine are supported: {elsewhere}.")
 
 
 def _check_signals(config: Config, method: Method) -> None:

@@ -175,21 +175,33 @@ def rename_columns(row: Row, columns: Mapping[str, str], names: Iterable[str] | 
 
 
 def _check_turn(row: Row, path: str) -> None:
-    """Checks a question that is one turn of a conversation, such as "prompt.0.content"."""
-    before, _, place = path.rpartition(".")[0].rpartition(".")
-    turns = next(_inside(row, before), None) if before else None
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) and "role" in turn for turn in turns):
+    """Checks a question that is one turn of a conversation: "prompt.0.content", or "prompt.content.0" of TFDS."""
+    before, *last = path.rsplit(".", 2)
+    at = next(_inside(row, before), None) if len(last) == 2 else None
+    key = next((key for key in ("role", "from") if _roles(at, key)), "")
+    if not key:
         return
-    whole = f"'question': {before!r} takes the whole conversation"
-    turn = turns[int(place)] if place.isascii() and place.isdigit() and int(place) < len(turns) else None
-    if turn is not None and turn["role"] != "user":
-        raise ValueError(f"the question {path!r} is the {turn['role']}'s turn; {whole}")
-    if len(turns) > 1:
+    roles, place = _roles(at, key), last[0] if isinstance(at, list) else last[1]
+    naming = f"'question': {before!r}"
+    whole = f"{naming} takes the whole conversation"
+    takes_all = f'--config.data.columns="{{{naming}}}" takes all'
+    if key != "role":
+        whole = takes_all = "turns of role and content can be taken whole"
+    role = roles[int(place)] if place.isascii() and place.isdigit() and int(place) < len(roles) else None
+    if role not in (None, "user", "human"):
+        raise ValueError(f"the question {path!r} is the {role}'s turn; {whole}")
+    if len(roles) > 1:
         left_out = f"the question {path!r} leaves out the other turns of its conversation"
-        warnings.warn(
-            f'In some rows {left_out}; --config.data.columns="{{{whole.partition(" takes")[0]}}}" takes all.',
-            stacklevel=6,
-        )
+        warnings.warn(f"In some rows {left_out}; {takes_all}.", stacklevel=6)
+
+
+def _roles(turns: Any, key: str) -> list[str]:
+    """Returns who has the turns of a conversation, a list of turns or a dict of lists; [] for anything else."""
+    if isinstance(turns, list):
+        roles: Any = [turn.get(key) if isinstance(turn, dict) else None for turn in turns]
+    else:
+        roles = turns.get(key) if isinstance(turns, dict) else None
+    return roles if isinstance(roles, list) and all(isinstance(role, str) for role in roles) else []
 
 
 def _wanted(names: Iterable[str], columns: Mapping[str, str]) -> dict[str, str]:

@@ -11,6 +11,8 @@ from typing import Any, BinaryIO, NamedTuple
 import warnings
 import zlib
 
+import numpy as np
+
 Row = dict[str, Any]
 Numbered = Iterator[tuple[int, Row | ValueError]]  # the number of a row in its file, and the row or its fault
 
@@ -281,7 +283,10 @@ def _parquet(path: pathlib.Path, needed: Callable[[Sequence[str]], Sequence[str]
                     for i in range(len(batch)):
                         try:
                             (row,) = batch.slice(i, 1).to_pylist()
-                            yield number, row
+                            yield (
+                                number,
+                                {field.name: _as_printed(row[field.name], field.type) for field in batch.schema},
+                            )
                         except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date beyond Python's
                             yield number, ValueError(str(error))
                         number += 1
@@ -289,6 +294,20 @@ def _parquet(path: pathlib.Path, needed: Callable[[Sequence[str]], Sequence[str]
             raise fault(error) from error
 
     return Parsed("row", names, rows())
+
+
+_SMALL = {"float": np.float32, "halffloat": np.float16}  # Arrow's names
+
+
+def _as_printed(value: Any, arrow: Any) -> Any:
+    """Returns a value of an Arrow type with numbers of 16 and 32 bits as they print: 0.1 instead of 0.10000000149011612."""
+    if isinstance(value, float) and str(arrow) in _SMALL:
+        return float(str(_SMALL[str(arrow)](value)))
+    if isinstance(value, dict):
+        return {name: _as_printed(x, arrow.field(name).type) for name, x in value.items()}
+    if isinstance(value, list) and arrow.num_fields == 1:
+        return [_as_printed(x, arrow.field(0).type) for x in value]
+    return value
 
 
 def kind(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import contextlib
+import http.client
 import io
 import logging
 import pathlib
@@ -83,7 +84,7 @@ def _check_reachable(url: str) -> None:
     try:
         with contextlib.suppress(urllib.error.HTTPError):  # an answer
             urllib.request.urlopen(request, timeout=_PATIENCE_S).close()
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise OSError(f"{server.hostname} cannot be reached ({getattr(error, 'reason', error)})") from error
 
 

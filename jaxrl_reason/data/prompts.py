@@ -8,6 +8,7 @@ import re
 from typing import Any, Protocol
 
 _FIELD = re.compile(r"\{(\w+)\}")
+_OBJECTS = re.compile(r"\s*(?:\[\s*)?\{")
 _CONVERSATION = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content)["']\s*:""")
 
 
@@ -35,19 +36,23 @@ def turns_of(question: Any) -> list[Turn]:
 
 
 def parse_turns(question: Any) -> Any:
-    """Returns the list of turns of a question that is a conversation as JSON text; any other question as it is.
+    """Returns the turns of a question that is a conversation, or one turn, as JSON text; any other question as it is.
 
     Raises ValueError for turns in Python's spelling, which pandas writes into CSV files.
     """
-    if not isinstance(question, str) or not _CONVERSATION.match(question):
+    if not isinstance(question, str) or not _OBJECTS.match(question):
         return question
     try:
-        turns = json.loads(question)
+        found = json.loads(question)
     except (ValueError, RecursionError):
+        if not _CONVERSATION.match(question):
+            return question
         raise ValueError(
             "the question is text that begins like a list of turns, and is not JSON; write it with json.dumps"
         ) from None
-    return turns if all(isinstance(turn, dict) and "role" in turn for turn in turns) else question
+    if isinstance(found, dict):
+        return found if {"role", "content"} <= found.keys() else question
+    return found if all(isinstance(turn, dict) and "role" in turn for turn in found) else question
 
 
 def _turn(i: int, turn: Any) -> Turn:

@@ -225,18 +225,23 @@ def _adapt_gsm8k(row: Row) -> Row:
 
 
 def _plain(value: Any) -> Any:
-    """Returns text for bytes, Python numbers and lists for NumPy's, also inside; images and other values do not change."""
+    """Returns text for bytes, Python numbers and lists for NumPy's, also inside; images and other values do not change.
+
+    Numbers of 16 and 32 bits are the decimals that they print as: 0.1 instead of 0.10000000149011612.
+    """
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError:
             return value
     if isinstance(value, np.ndarray):
-        return _plain(value.tolist()) if value.ndim < 3 else value
+        return _plain([*value] if value.ndim else value[()]) if value.ndim < 3 else value
     if isinstance(value, dict):
         return {name: _plain(x) for name, x in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(x) for x in value]
+    if isinstance(value, np.floating) and value.itemsize < 8:
+        return float(str(value))
     return value.item() if isinstance(value, np.generic) else value
 
 

@@ -67,7 +67,7 @@ _WORD = re.compile(
     r"(?<![\\\w])(?!(?:and|or|mod|sqrt|frac|pi|sin|cos|tan|log|ln|exp|inf|infinity|oo)(?![^\W\d_]))[^\W\d_]{2,}"
 )
 
-_BLANKS = r"(?:\\[,;:! ]|\\q?quad(?![a-zA-Z])|[\s~])"
+_BLANKS = r"(?:\\[,;:! ]|\\(?:q?quad|enspace|(?:thin|med|thick)space)(?![a-zA-Z])|\\[hm]space\*?\s*\{[^{}]*\}|[\s~])"
 TEXT_OPEN = r"\\(?:mbox|operatorname|text(?:normal|bf|it|rm|sf)?|math(?:rm|it|bf|sf)|boldsymbol)\s*\{"
 _GROUP = rf"{TEXT_OPEN}((?:[^{{}}]++|\{{[^{{}}]*\}})*+)\}}"
 TEXT_GROUP = re.compile(_GROUP)
@@ -78,12 +78,15 @@ _WRAPPED = re.compile(
     rf"|\\begin\{{{_DISPLAYS}\}}((?:(?!\\(?:begin|end)\{{).)*+)\\end\{{{_DISPLAYS}\}}",
     re.DOTALL,
 )
-_OPENED = re.compile(rf"{TEXT_OPEN}|\\(?:ensuremath|underline|bm|emph)\s*\{{|\\textcolor\s*\{{[^{{}}]*\}}\s*\{{|\{{")
+_OPENED = re.compile(
+    rf"{TEXT_OPEN}|\\(?:ensuremath|underline|bm|pmb|bold|emph)\s*\{{|\\textcolor\s*\{{[^{{}}]*\}}\s*\{{|\{{"
+)
 _DEEP = re.compile(rf"(?:(?:{TEXT_OPEN}|\{{)\s*){{30}}")  # no answer, and one layer at a time would take too long
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _OLD_FONT = re.compile(r"\{\s*\\(?:rm|bf|it|sf)(?![a-zA-Z])\s*([^{}]*+)\}")
 _IDLE = re.compile(
-    rf"^(?:(?!~){_BLANKS}|\\(?:(?:display|text|script)style|bf|it|rm|sf|small|large|Large|huge)(?![a-zA-Z])|\\color\s*\{{[^{{}}]*\}}"
+    rf"^(?:(?!~){_BLANKS}|\\(?:(?:display|text|script)style|bf|it|rm|sf)(?![a-zA-Z])|\\color\s*\{{[^{{}}]*\}}"
+    r"|\\(?:tiny|(?:script|footnote|normal)size|small|large|Large|LARGE|huge|Huge)(?![a-zA-Z])"
     rf"|\\text\s*\{{\s*\}})+|(?:{_BLANKS}|(?<!\\)\\$)+$"
 )
 _STOPS = (".", "\N{IDEOGRAPHIC FULL STOP}")

@@ -5,7 +5,7 @@ fractions are compared for equality. Nothing is computed from the text: "2+3" is
 much as "hello". Every function takes time linear in the text and keeps no state, so any thread can call it.
 
 Numbers:
-    18  -3  +3  1,234  0.50  .5  3/4  1e3  $18  -$18  \$18  18.  \frac{1}{2}  -\dfrac{1}{2}  50%  50\text{ percent}
+    18  -3  +3  1,234  1\,234  0.50  .5  3/4  1e3  $18  -$18  \$18  18.  \frac{1}{2}  -\dfrac{1}{2}  50%  50\text{ percent}
     5\text{ cm}  5\,\mathrm{km/h}  90^\circ  $\displaystyle 18$.  \(18\)  \text{18}
     5 cm  5 km/h  5 dollars  18€  €18  50 percent  {18}  "18"  $\$18$
 Not numbers, and neither are digits that are not ASCII:
@@ -46,10 +46,14 @@ _NUMBER = re.compile(
     rf"|(?P<above>{_INTEGER}) ?/ ?(?P<below>{_INTEGER})"
     rf"|\\[dt]?frac\{{(?P<above_tex>[-+]?{_INTEGER})\}}\{{(?P<below_tex>[-+]?{_INTEGER})\}})"
 )
+_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!|\\[,;: ]|~)(?=[0-9]{3}(?![0-9]))")  # separators as TeX spaces them
+_FORMULA_WITH_UNIT = re.compile(r"^\$([^$]*[0-9][^$]*)\$(?=[\s~\\])")  # $18$ cm
 _MONEY = re.compile(rf"^([-+]?)(?:\$|[{CURRENCIES}] ?)(?=[-+.0-9\\])")
-# A letter that names a choice: C, (C), C., C), \textbf{(C)}, Option C. The text of the choice may follow: (C) 18.
+# A letter that names a choice: C, (C), C., C), \textbf{(C)}, Option C. The text of the choice may follow: (C) 18, C. 18.
 _CHOICE = re.compile(r"(?:(?i:option|choice|answer)[\s~:]+)?\(?([A-Ja-j])[.:]?\)?[.:]?")
-_CHOICE_WITH_TEXT = re.compile(r"(\(?[A-Ja-j]\))(?:\\ |\\[,;:]|\\q?quad(?![a-zA-Z])|[\s~])*(?=[^\s(])(.+)")
+_CHOICE_WITH_TEXT = re.compile(
+    r"(\(?[A-Ja-j]\)|[A-Ja-j][.:](?=[\s~\\]))(?:\\ |\\[,;:]|\\q?quad(?![a-zA-Z])|[\s~])*(?=[^\s(])(.+)"
+)
 _SECOND_CHOICE = re.compile(r"\b(?i:or|and)\b|[,;&]|(?<![a-zA-Z\\])[A-Ja-j](?![a-zA-Z])")
 
 
@@ -92,7 +96,7 @@ def _read(text: str) -> tuple[Fraction, bool] | None:
     if len(text) > MAX_NUMBER_LENGTH:
         return None
     text = plain(text).replace("\N{MINUS SIGN}", "-").replace(r"\$", "$").replace(r"\%", "%")
-    text = text.replace("{,}", ",").replace(r",\!", ",")  # thousands separators as TeX spaces them
+    text = _FORMULA_WITH_UNIT.sub(r"\1", _THOUSANDS.sub(",", text))
     if text.startswith("$"):  # "$18" is money
         text = text[1:].removesuffix("$")
     else:

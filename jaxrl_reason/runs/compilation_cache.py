@@ -13,6 +13,8 @@ import zlib
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from jaxrl_reason.config import remote
+
 try:
     from compression import zstd
 except ImportError:
@@ -43,7 +45,7 @@ def enable(name: str) -> None:
         return
     path, place = None, pathlib.Path(name)
     try:
-        if name:
+        if name and not remote(name):  # `config.validate` refuses an address
             place = default_directory() if name == "auto" else place.expanduser().resolve()
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
             clean(place)

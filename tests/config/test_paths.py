@@ -59,7 +59,8 @@ def test_what_is_supported_is_a_path():
 
 @pytest.mark.parametrize("field", PATHS)
 def test_every_field_with_a_path_refuses_an_address(field):
-    config = change(tiny("rows.jsonl"), **{field.replace(".", "__"): "gs://bucket/x"})
+    value = ["accuracy", "gs://bucket/x"] if field == "reward.functions" else "gs://bucket/x"
+    config = change(tiny("rows.jsonl"), **{field.replace(".", "__"): value})
     with pytest.raises(
         ConfigError, match=rf"^config\.{field} is 'gs://bucket/x'; only paths on this machine .*gcsfuse"
     ):
@@ -73,4 +74,7 @@ def test_a_work_directory_elsewhere_is_refused_and_leaves_no_folder(begin, kind,
     config = tiny(write_rows(tmp_path / "rows.jsonl"), eval__every=1)
     with pytest.raises(ConfigError, match="^The work directory is 'gs:/.*gcsfuse bucket DIR"):
         begin(config, kind("gs://bucket/run"))
+    change(config, compilation_cache="gs://bucket/cache")
+    with pytest.raises(ConfigError, match="^config.compilation_cache is 'gs:/.*gcsfuse bucket DIR"):
+        begin(config, kind(tmp_path / "run"))
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]

@@ -126,19 +126,70 @@ def test_other_lists_are_bad_rows(write, question, message):
 
 
 @pytest.mark.parametrize(
-    "question", ["[1, 2]", '[{"a": 1}]', "[{role}]", '{"role": "user"}', '[{"content": 1}]', "[] [", " "]
+    "question",
+    [
+        "[1, 2]",
+        '[{"a": 1}]',
+        "[{role}]",
+        '{"role": "user"}',
+        '{"content": "a"}',
+        '[{"content": 1}]',
+        "{x}",
+        "[] [",
+        " ",
+    ],
 )
 def test_other_texts_stay_texts(question):
     assert parse_turns(question) == question
 
 
-@pytest.mark.parametrize("question", [str(TURNS), json.dumps(TURNS)[:-1], '[{"content": "a", "role": "user"'])
+@pytest.mark.parametrize(
+    "question", [str(TURNS), json.dumps(TURNS)[:-1], '[{"content": "a", "role": "user"', '[{"role": ' + "[" * 100_000]
+)
 def test_a_conversation_that_is_no_json_is_a_bad_row(write, question):
     path = write(json.dumps({"prompt": question, "answer": 1}) + "\n" + json.dumps({"prompt": "a", "answer": 1}))
     with pytest.raises(
         ValueError, match="line 1: the question is text that begins like a list of turns, and is not JSON"
     ):
         data.load_source(path, "all")
+
+
+def test_other_columns_are_not_parsed(write):
+    row = {"question": "a", "answer": "1", "history": json.dumps(TURNS)}
+    assert data.load_source(write(json.dumps(row)), "all", columns={"history": "history"})[0] == row
+
+
+def test_one_turn_as_json_text_and_any_order_of_keys(write):
+    """One turn is a bad row as text too, and the first key of a turn can be any."""
+    path = write(json.dumps({"prompt": json.dumps(TURNS[1]), "answer": 1}))
+    with pytest.raises(ValueError, match="line 1: column 'question' is a JSON object, and it has to be text, a number"):
+        data.load_source(path, "all")
+    turns = [{"id": 3, **turn} for turn in TURNS[:2]]
+    assert (
+        data.load_source(write(json.dumps({"prompt": json.dumps(turns), "answer": 1})), "all")[0]["question"] == turns
+    )
+
+
+@pytest.mark.parametrize(
+    "turns, path, message",
+    [
+        ({"role": ["system", "user"], "content": ["s", "u"]}, "content.{}", "'question': 'data.turns' takes the whole"),
+        (
+            [{"from": "system", "value": "s"}, {"from": "human", "value": "u"}],
+            "{}.value",
+            "turns of role and content can",
+        ),
+        ({"from": ["gpt", "human"], "value": ["s", "u"]}, "value.{}", "turns of role and content can"),
+    ],
+)
+def test_a_turn_by_its_place_in_other_spellings(write, turns, path, message):
+    """Lists of fields, as TFDS and datasets store turns, and the names from and value."""
+    file, column = write(json.dumps({"data": {"turns": turns}, "answer": 1})), f"data.turns.{path}"
+    role = (turns["from"] if "from" in turns else turns["role"])[0] if isinstance(turns, dict) else "system"
+    with pytest.raises(ValueError, match=f"'{column.format(0)}' is the {role}'s turn; {message}"):
+        data.load_source(file, "all", columns={"question": column.format(0)})
+    with pytest.warns(UserWarning, match=f"'{column.format(1)}' leaves out the other turns of its conversation; "):
+        assert data.load_source(file, "all", columns={"question": column.format(1)})[0]["question"] == "u"
 
 
 def test_a_turn_by_its_place(write, recwarn):

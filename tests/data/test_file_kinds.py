@@ -152,6 +152,14 @@ def test_an_index_of_pandas_is_left_out_and_said_once(write, content):
     ]
 
 
+@pytest.mark.parametrize(
+    "header, column", [(",,question,answer", 2), (",question,,answer", 3), ("question,,answer,", 4)]
+)
+def test_only_the_first_column_without_a_name_can_be_an_index(write, header, column):
+    with pytest.raises(ValueError, match=f"line 1: column {column} has no name; the first line has to name every"):
+        data.load_source(write(f"{header}\n0,1,2,3\n", "rows.csv"), "all")
+
+
 def test_bad_rows_beside_an_index_keep_their_lines(write):
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="line 3: 2 cells, but the header names 3 columns"):
         data.load_source(write(",question,answer\n0,a,1\n1,b\n", "rows.csv"), "all")
@@ -161,7 +169,8 @@ def test_columns_without_content_count_as_absent(write, recwarn):
     rows = [{"question": "a", "answer": "1"}, {"question": "b", "answer": "2"}]
     for content in (
         "question,answer,\na,1,\nb,2,\n",
-        "question,answer,solution,value\na,1,,\nb,2,, \n",
+        'question,answer,\na,1," "\nb,2,\n',
+        'question,answer,solution,value\na,1,,\nb,2,," "\n',
         "question,prompt,answer\n,a,1\n,b,2\n",
     ):
         assert list(data.load_source(write(content, "rows.csv"), "all")) == rows
@@ -260,6 +269,28 @@ def test_structured_columns_of_parquet_files_reach_rewards(tmp_path):
         data.load_source(str(path), "all", columns={"answer": "tests"})
     with pytest.raises(ValueError, match="column 'solution' is a JSON list"):
         data.load_source(str(path), "all", columns={"solution": "tests"})
+
+
+def test_numbers_of_32_bits_are_the_decimals_that_they_print_as(tmp_path):
+    """A right answer, 0.1, must equal the reference, which float64 would hold as 0.10000000149011612."""
+    small = pyarrow.array([0.1, None, float("inf")], pyarrow.float32())
+    nested = pyarrow.array([{"a": [0.1, None], "b": 0.1}] * 3, pyarrow.struct({"a": pyarrow.list_(pyarrow.float32()), "b": pyarrow.float64()}))  # fmt: skip
+    halves = pyarrow.array(np.array([0.1, 0.2, 0.3], np.float16))
+    columns = dict(question=["a", "b", "c"], answer=halves, small=small, nested=nested, wide=[0.1, 1 / 3, 2.0])
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
+    named = {name: name for name in ("small", "nested", "wide")}
+    found = list(data.load_source(str(tmp_path / "rows.parquet"), "all", columns=named))
+    assert [row["answer"] for row in found] == [0.1, 0.2, 0.3]
+    assert [row["small"] for row in found] == [0.1, None, float("inf")]
+    assert found[0]["nested"] == {"a": [0.1, None], "b": 0.1}
+    assert [row["wide"] for row in found] == [0.1, 1 / 3, 2.0]
+    stored = {
+        "one": np.float32(0.1),
+        "row": np.array([[0.1], [0.2]], np.float32),
+        "half": np.float16(0.1),
+        "wide": 1 / 3,
+    }
+    assert sources._plain(stored) == {"one": 0.1, "row": [[0.1], [0.2]], "half": 0.1, "wide": 1 / 3}
 
 
 def test_text_of_tfds_is_text_everywhere():

@@ -1,8 +1,12 @@
 """Sources: data sets that TFDS really prepares, JSONL and Parquet files with every kind of bad row, addresses of the hub."""
 
+import contextlib
+import http.client
+import io
 import json
 import logging
 import time
+import urllib.error
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -164,6 +168,32 @@ def test_a_download_without_network_is_announced_at_once_and_ends_in_a_sentence(
         "folder with the prepared data (config.data.data_dir)."
     )
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        (None, ""),
+        (urllib.error.HTTPError("https://host:8", 404, "Not found", None, None), ""),  # also an answer
+        (urllib.error.URLError(OSError("no route")), r"host cannot be reached \(no route\)"),
+        (TimeoutError("timed out"), r"host cannot be reached \(timed out\)"),
+        (http.client.BadStatusLine("x"), r"host cannot be reached \(x\)"),
+    ],
+)
+def test_a_server_is_asked_once_before_a_download(monkeypatch, answer, message):
+    asked = []
+
+    def urlopen(request, timeout):
+        asked.append((request.get_method(), request.full_url, timeout))
+        if answer:
+            raise answer
+        return io.BytesIO()
+
+    monkeypatch.setattr(preparing.urllib.request, "urlopen", urlopen)
+    with pytest.raises(OSError, match=f"^{message}$") if message else contextlib.nullcontext():
+        preparing._check_reachable("https://host:8/rows/train.jsonl?a=b")
+    preparing._check_reachable("ftp://host/rows.tar")  # urlopen would ask such servers for a whole listing
+    assert asked == [("HEAD", "https://host:8", 10.0)]
 
 
 def test_a_server_that_does_not_answer_is_a_sentence_in_seconds(tmp_path, monkeypatch):

@@ -28,8 +28,12 @@ def test_both_spellings_of_a_config_give_the_same_decoder(name):
     "name, changes, message",
     [
         ("qwen3", dict(rope_parameters={"rope_type": "default", "rope_theta": None}), "rope_theta None"),
-        ("qwen3", dict(rope_parameters="linear"), "config.json describes an invalid model"),
-        ("qwen3", dict(rope_parameters={"rope_type": "linear", "factor": 0}), "an invalid model: .*factor is 0"),
+        ("qwen3", dict(rope_parameters="linear"), "has rope_parameters 'linear'; it must hold the settings of all"),
+        (
+            "qwen3",
+            dict(rope_parameters={"rope_type": "linear", "factor": 0}),
+            "has factor 0; it must be a finite number above 0",
+        ),
         ("qwen3", dict(tie_word_embeddings="false"), "tie_word_embeddings 'false'; it must be true or false"),
         ("qwen3", dict(rms_norm_eps=0), "rms_norm_eps 0; it must be a finite number above 0"),
         ("qwen3", dict(layer_types=5), "an invalid model|layer_types"),
@@ -190,6 +194,9 @@ def full(**rope):
             7.0,
             8.0,
         ),
+        # Per kind of layers in either spelling; the settings of full_attention are those of global layers.
+        (PLAIN, dict(rope_scaling={"full_attention": LINEAR | {"rope_theta": 7.0}}), 7.0, 4.0),
+        (GEMMA, dict(rope_scaling={"full_attention": LINEAR, "sliding_attention": None}), 1e6, 4.0),
         # transformers 5.24 forgets this base, 7; every file that says so was changed by hand.
         (PLAIN, dict(rope_scaling=LINEAR, rope_parameters={"rope_type": "default", "rope_theta": 7.0}), 7.0, 4.0),
     ],
@@ -243,6 +250,12 @@ def test_rotary_positions_in_two_spellings(base, changes, theta, scaling):
         ),
         (GEMMA, dict(layer_types=["full_attention"] * 6, sliding_window_pattern=6), "layer_types .*differ"),
         (PLAIN, dict(compression_config={"format": "pack"}), "has a compression_config"),
+        (PLAIN, dict(rope_scaling=LINEAR | {"factor": True}), "has factor True; it must be a finite number above 0"),
+        (PLAIN, dict(rope_scaling=LINEAR | {"factor": "4.0"}), "has factor '4.0'; it must be a finite number above 0"),
+        (PLAIN, dict(rope_scaling=[4.0]), r"has rope_scaling \[4.0\]; it must hold the settings of all layers"),
+        (PLAIN, dict(rope_scaling={"chunked_attention": LINEAR}), "has rope_scaling {'chunked_attention'"),
+        (GEMMA, dict(rope_parameters={"full_attention": LINEAR, "rope_theta": 7.0}), "or those of full_attention and"),
+        (GEMMA, dict(rope_scaling={"sliding_attention": LINEAR}), r"rotary positions of sliding layers \(linear\)"),
     ],
 )
 def test_spellings_that_contradict_each_other_raise_a_sentence(base, changes, message):

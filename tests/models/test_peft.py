@@ -99,6 +99,7 @@ def by_hand(directory, scale):
         ({"alpha_pattern": {r"layers\.[0-9]+\.self_attn\..*": 8.0}}, 8 / 2),
         ({"alpha_pattern": {"[qk]_proj": 8.0, "q_proj": 3.0}}, 8 / 2),
         ({"alpha_pattern": {"k_proj|q_proj": 8.0}}, 8 / 2),
+        ({"alpha_pattern": {".*layers.*self.*q_proj[0-9]*": 8.0}}, 8 / 2),
         ({"alpha_pattern": {r"^model\.layers\.0\..*": 8.0}}, 8 / 2),
         ({"alpha_pattern": {r"^layers\.0\..*": 8.0, "_proj": 8.0, "q_pro": 8.0, "self_attn": 8.0}}, 5 / 2),
         ({"alpha_pattern": {r"layers\.1\..*q_proj": 8.0}, "rank_pattern": {r"layers\..*": 2}, "r": 64}, 5 / 2),
@@ -165,6 +166,9 @@ def test_the_tokenizer_of_the_adapters_keeps_the_end_tokens_of_the_base(tmp_path
         ({"init_lora_weights": "pissa"}, "has init_lora_weights 'pissa'"),
         ({"fan_in_fan_out": True}, "has fan_in_fan_out True"),
         ({"alpha_pattern": {"(a+)+": 1}}, "has alpha_pattern .*; only names can be read"),
+        ({"alpha_pattern": {r"(a)\1": 1}}, "has alpha_pattern .*; only names can be read"),
+        ({"alpha_pattern": {"(?P<x>a)(?P=x)": 1}}, "has alpha_pattern .*; only names can be read"),
+        ({"alpha_pattern": {"a" * 501: 1}}, "has alpha_pattern .*; only names can be read"),
         ({"alpha_pattern": {"a(": 1}}, "has alpha_pattern .*; only names can be read"),
         ({"alpha_pattern": {".*.*.*.*.*x": 1}}, "has alpha_pattern .*; only names can be read"),
         ({"lora_alpha": "x"}, "has alpha 'x'; it must be a finite number above 0"),
@@ -205,7 +209,7 @@ def test_adapters_on_adapters_raise_a_sentence(adapters, exported):
 def test_a_run_stays_with_the_commits_of_adapters_and_base(adapters, hub_cache, tmp_path, capsys):
     files = {path.name: path.read_bytes() for path in (GOLDEN / "qwen3").iterdir() if path.suffix != ".npz"}
     old = hub_cache("model", "owner/base", files)
-    change_json(adapters / "adapter_config.json", base_model_name_or_path="owner/base")
+    change_json(adapters / "adapter_config.json", base_model_name_or_path="owner/base", revision="main")
     commit = hub_cache("model", "owner/adapters", {path.name: path.read_bytes() for path in adapters.iterdir()})
     opened = models.open_model("owner/adapters")
     assert opened.source[source_lib.ADAPTED] == f"owner/base@{old}"
@@ -220,16 +224,19 @@ def test_a_run_stays_with_the_commits_of_adapters_and_base(adapters, hub_cache, 
 
 def test_the_path_of_the_base_can_begin_at_the_adapters(adapters, exported, tmp_path, monkeypatch):
     shutil.copytree(GOLDEN / "qwen3", tmp_path / "models" / "base")
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
+    here = tmp_path / "elsewhere" / "deep"  # from which ../models leads to nothing
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
     for base in ("../models/base", "../models/../models/base"):
         change_json(adapters / "adapter_config.json", base_model_name_or_path=base)
         np.testing.assert_allclose(logits(adapters), exported[1], rtol=0, atol=2e-5)
         assert models.read_source(adapters) == models.read_source(GOLDEN / "qwen3")
-    shutil.copytree(
-        GOLDEN / "qwen3", tmp_path / "elsewhere" / "owner" / "base"
-    )  # next to the command, and before the hub
+    shutil.copytree(GOLDEN / "qwen3", here / "owner" / "base")  # next to the command, and before the hub
     change_json(adapters / "adapter_config.json", base_model_name_or_path="owner/base")
+    np.testing.assert_allclose(logits(adapters), exported[1], rtol=0, atol=2e-5)
+    shutil.copytree(GOLDEN / "qwen3", here / "both")
+    (adapters / "both").mkdir()  # the working directory comes first
+    change_json(adapters / "adapter_config.json", base_model_name_or_path="both")
     np.testing.assert_allclose(logits(adapters), exported[1], rtol=0, atol=2e-5)
     change_json(adapters / "adapter_config.json", base_model_name_or_path="../models/none")
     with pytest.raises(PretrainedError, match="names the base model '../models/none'"):

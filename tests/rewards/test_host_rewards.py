@@ -108,21 +108,32 @@ def test_only_the_rows_that_raise_go_missing(exception, caplog):
 
 def test_failures_of_one_class_at_one_place_are_one_kind(caplog):
     def picky(completions, completion_ids, **_):
-        if [1, 2, 3] in completion_ids:
-            raise ValueError(f"text {len(caplog.records)} is bad")
-        if [9] in completion_ids:
-            raise KeyError("no 9")
+        for ids in completion_ids:
+            if ids in ([7], [9]):
+                raise (ValueError if ids == [7] else KeyError)(f"text {len(caplog.records)} is bad")
+        if [8] in completion_ids:
+            raise ValueError("at another place")
         return [1.0] * len(completions)
 
-    reward = HostReward("picky", picky)
+    with caplog.at_level(logging.WARNING):
+        for name, bad in (("picky", 7), ("picky", 7), ("picky", 9), ("picky", 8), ("other", 7)):
+            run(HostReward(name, picky), completion_ids=[[[2]] * 3, [[bad], [5], [6]]])
+    kinds = [record.kind for record in caplog.records]
+    assert len(kinds) == 5 and kinds[0] == kinds[1] and len(set(kinds[1:])) == 4
+    assert "text 1 is bad" in caplog.messages[1] and "counted, in rewards/picky/error_rate" in caplog.messages[1]
+
+
+def test_failures_that_differ_in_numbers_alone_are_one_kind(caplog):
+    def slow(completions, **_):
+        seconds.append(len(seconds) + 1)
+        return Results([None, *[1.0] * 5], ["timeout", *["ok"] * 5], f"no result within {seconds[-1]} s")
+
+    seconds: list[int] = []
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            run(reward)
-        run(reward, completion_ids=[[[2]] * 3, [[9], [5], [6]]])
-        run(HostReward("other", picky))
-    first, second, third, fourth = (record.kind for record in caplog.records)
-    assert first == second and len({first, third, fourth}) == 3
-    assert "text 1 is bad" in caplog.messages[1] and "counted, in rewards/picky/error_rate" in caplog.messages[1]
+            run(HostReward("slow", slow))
+    first, second = caplog.records
+    assert first.kind == second.kind and "within 2 s" in caplog.messages[1]
 
 
 def test_a_function_that_works_on_single_rows_alone_is_named(caplog):
@@ -132,7 +143,9 @@ def test_a_function_that_works_on_single_rows_alone_is_named(caplog):
 
     with caplog.at_level(logging.WARNING):
         table = run(HostReward("single", single))
+        run(HostReward("single", single))
     np.testing.assert_array_equal(table.per_reward["single"], [[6, 6, 1], [6, 3, 6]])
+    assert [record.kind for record in caplog.records] == [("single", "rows")] * 2  # shown once
     assert re.search("'single' raised ValueError: too many values .*; called row by row, it works", caplog.text)
 
 

@@ -119,8 +119,8 @@ ACCURACY = [
     *((a, "1/2", True) for a in (r"\mathbf{\frac{1}{2}}", r"\boldsymbol{\dfrac{1}{2}}", r"\textbf{$\frac{1}{2}$}", r"\mathrm{\frac{1}{2}}")),
     *((r"50\text{ percent}", reference, True) for reference in ("50", "0.5", "1/2", r"50\text{ percent}", "50%")),
     (r"50\text{ percent}", "5000", False), (r"50\text{ percentage points}", "50%", False), (r"0.5\text{ percent}", "50%", False),
-    *((a, "C", True) for a in ("C", "C.", "(C)", "(C).", "C)", "C:", r"\text{C}", r"\textbf{(C)}", r"\mathrm{C}", r"(\text{C})", "$C$", "c", r"\text{C.}", "(C) 18", r"\textbf{(C)}\ 18", "C) 18", r"(C) \sqrt{2}", "Option C", "option (C)", "Choice C.", "**C**", "**C**.", r"\textbf{(C) } 18")),
-    *((a, "C", False) for a in ("D", "CC", "C 5", "C, D", "5", "", "Choice", "K", "(C) or (D)", "(C) and 5", "(C), (D)", "(C) D", "(C)(D)", "\u0131", "(D) 18", "Option D", "Option 5")),
+    *((a, "C", True) for a in ("C", "C.", "(C)", "(C).", "C)", "C:", r"\text{C}", r"\textbf{(C)}", r"\mathrm{C}", r"(\text{C})", "$C$", "c", r"\text{C.}", "(C) 18", r"\textbf{(C)}\ 18", "C) 18", r"(C) \sqrt{2}", "Option C", "option (C)", "Choice C.", "**C**", "**C**.", r"\textbf{(C) } 18", "C. 18", "C: 18 cm", r"\text{C. 18 cm}", r"C.\ \sqrt{2}")),
+    *((a, "C", False) for a in ("D", "CC", "C 5", "C, D", "5", "", "Choice", "K", "(C) or (D)", "(C) and 5", "(C), (D)", "(C) D", "(C)(D)", "\u0131", "C.18", "C. or D.", "C. D", "D. 18", "(D) 18", "Option D", "Option 5")),
     ("e", "E", True), ("E", "(e)", True), ("E", "Option e", True), ("I", "i)", True), ("J", "J", True), ("I", "e:", False),
     *((a, reference, v) for reference in ("c", "(c)", "**C**", "**C**.") for a, v in (("C", True), ("c", True), ("(c)", True), ("(C) 18", True), ("D", False))),
     *(("C.", reference, True) for reference in ("(C)", "C.", r"\text{C}", r"so \boxed{C}", "thus\n#### C", r"\boxed{\textbf{(C)}}")),
@@ -193,7 +193,7 @@ MATH = [
     ([r"\mathbf{\frac{1}{2}}", r"\boldsymbol{\dfrac{1}{2}}", r"\textbf{$\frac{1}{2}$}"], ["1/2", r"\mathbf{\frac{1}{2}}"], 1), ([r"\mathrm{\frac{\sqrt{3}}{2}}", r"\mathbf{\frac{\sqrt3}{2}}"], [r"\frac{\sqrt{3}}{2}"], 1),
     ([r"\mathbf{\frac{1}{3}}"], ["1/2"], 0), ([r"18\,{\rm cm}", r"\mathrm{18\,cm}", r"\text{18 cm}", "{18}", "'18'"], ["18", r"18\text{ cm}"], 1), ([r"\sqrt{2}\,{\rm cm}", r"\mathrm{\sqrt{2}\,cm}"], [r"\sqrt{2}"], 1),
     # Choices.
-    (["C)", "C:", "(C) 18", r"\textbf{(C)}\ 18", "Option C", "**C**", "c"], ["C", "(C)", "(c)", "c", "**C**."], 1), (["D)", "(D) 18", "Option D", "(C) or (D)", "(C), (D)"], ["C", "(c)"], 0),
+    (["C)", "C:", "(C) 18", "C. 18", r"\textbf{(C)}\ 18", "Option C", "**C**", "c"], ["C", "(C)", "(c)", "c", "**C**."], 1), (["D)", "(D) 18", "Option D", "(C) or (D)", "(C), (D)"], ["C", "(c)"], 0),
     # Kinds of brackets.
     ([r"\{0,1\}", r"\{1,0\}", r"\left\{0,1\right\}", r"\lbrace 0,1\rbrace", "0,1", r"x \in \{0,1\}"], [r"\{0,1\}", r"$\{0, 1\}$."], 1), (["(0,1)", "[0,1]", "(0,1]", r"x \in (0,1)"], [r"\{0,1\}"], 0),
     (["(0,1)", r"\left(0,1\right)", r"\big(0,1\big)"], ["(0,1)", "$(0,1)$."], 1), ([r"\{0,1\}", "[0,1]", "[0,1)", r"\left\{0,1\right\}", r"x\in\{0,1\}"], ["(0,1)"], 0),
@@ -228,7 +228,7 @@ MATH = [
     (["x₁", "x_1"], ["x_1"], 1), (["x₂"], ["x_1"], 0), (["1010₂"], ["1010_2"], 1), (["1010₃"], ["1010_2"], 0), (["½"], [r"\frac{1}{2}", "1/2"], 1), (["1½"], ["3/2"], 1), (["1½", "¼"], ["1/2"], 0), (["3×4", "3·4"], ["12"], 1), (["(-∞, 2]"], [r"(-\infty, 2]"], 1),
     (["a_1", "a_{1}"], ["a_1"], 1), (["A_1"], ["a_1", "a_1+A_1", "a_1-a_1"], 0), (["X", "2X-X"], ["x"], 0), (["X"], ["X"], 1), (["x^2"], ["X^2"], 0), (["X^2", "X^2+0x"], ["X^2"], 1), (["AB", "BA"], ["AB"], 1), (["ab", "Ab"], ["AB"], 0), (["a-A", "0"], ["A-a"], 0),
     ([r"\Delta"], [r"\delta"], 0), (["Δ"], ["δ"], 0), ([r"\Delta x", "Δx"], [r"\Delta x"], 1), ([r"\Pi", "Π"], [r"\pi"], 0), ([r"\Omega"], [r"\omega", r"\omega+\Omega"], 0),
-    ([r"\ensuremath{\sqrt{2}}", r"\underline{\sqrt{2}}", r"\bm{\sqrt2}", r"\color{red}{\sqrt{2}}", r"{\color{red} \sqrt{2}}", r"\textcolor{blue}{\sqrt{2}}", r"\scriptstyle\sqrt{2}", r"\bf \sqrt{2}"],
+    ([r"\ensuremath{\sqrt{2}}", r"\underline{\sqrt{2}}", r"\bm{\sqrt2}", r"\color{red}{\sqrt{2}}", r"{\color{red} \sqrt{2}}", r"\textcolor{blue}{\sqrt{2}}", r"\scriptstyle\sqrt{2}", r"\bf \sqrt{2}", r"\hspace{1em}\sqrt2", r"\sqrt{2}\hspace*{2 pt}\enspace", r"\mspace{3mu}\thinspace \sqrt2", r"\scriptsize\sqrt{2}", r"\pmb{\sqrt{2}}", r"\bold{\sqrt2}"],
      [r"\sqrt{2}", r"\begin{equation}\sqrt{2}\end{equation}", r"\begin{align*} \sqrt{2}. \end{align*}"], 1), ([r"\log_2\!3"], [r"\log_{2}3"], 1),
     (["3 hours 20 minutes", r"3\text{ hours }20\text{ minutes}", "3 Hours 20 minutes"], ["3 hours 20 minutes", r"3\text{ hours }20\text{ minutes}"], 1), (["3 hours 20 seconds", "20 hours 3 minutes", "3 hours 20", "60"], ["3 hours 20 minutes"], 0),
     (["E"], ["e"], 0), (["e"], ["e"], 1), (["i"], ["i", "I"], 1), (["I"], ["i"], 0), (["NO", "No", "no"], ["no", "No"], 1), (["Bob", "bob"], ["Bob", "bob"], 1), ([r"x\in\mathbb{R}", r"\mathbb{R}"], [r"x\in\mathbb{R}"], 1), (["monday, tuesday"], ["Monday, Tuesday"], 1),

@@ -56,6 +56,11 @@ def test_runs_of_one_process_may_have_different_directories_or_none(user, tmp_pa
     assert enabled("auto") == str(user)
 
 
+def test_an_address_becomes_no_folder(user, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert enabled("gs://bucket/cache") == "" and not list(tmp_path.iterdir())
+
+
 def test_settings_of_jax_come_first(user, tmp_path, monkeypatch):
     theirs = str(tmp_path / "theirs")
     jax.config.update("jax_compilation_cache_dir", theirs)

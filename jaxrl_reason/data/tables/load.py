@@ -152,8 +152,14 @@ def _without_empty(path: pathlib.Path, header: list[str], cells: Mapping[str, Se
 
 
 def _is_rounded(cell: str) -> bool:
-    """Returns whether the shortest decimal of a number's float64 is another number; up to 15 digits, it never is."""
-    return len(cell) > 15 and not _is_gap(cell) and decimal.Decimal(repr(float(cell))) != decimal.Decimal(cell)
+    """Returns whether the shortest decimal of a number's float64 is another number.
+
+    Up to 15 digits, it never is, unless float64 holds the number with fewer digits, or as 0: 1e-400.
+    """
+    if _is_gap(cell):
+        return False
+    number = float(cell)
+    return (len(cell) > 15 or abs(number) < 1e-307) and decimal.Decimal(repr(number)) != decimal.Decimal(cell)
 
 
 def _kept_rows(

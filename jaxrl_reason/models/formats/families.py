@@ -63,6 +63,7 @@ _SCALES = (
     *("factor", "low_freq_factor", "high_freq_factor", "attention_factor"),
     *("beta_fast", "beta_slow", "short_factor", "long_factor", "mscale", "mscale_all_dim"),
 )
+_KINDS = {"full_attention", "sliding_attention"}  # of layers
 # Fields of ModelConfig that a config.json does not hold, apart from the dtype of its weights.
 UNWRITTEN = ("param_dtype", "compute_dtype", "remat", "attention")
 
@@ -164,13 +165,8 @@ def _rope(given: Mapping[str, Any], family: Family, where: str, kind: str) -> tu
     transformers 4 writes `rope_scaling` and `rope_theta`, transformers 5 `rope_parameters`, for all layers or per kind.
     If a file has both, `rope_scaling` decides on the scaling, as in transformers 5; all bases have to agree.
     """
-    local = kind == "sliding_attention"
-    new, old = given.get("rope_parameters") or {}, {} if local else given.get("rope_scaling") or {}
-    if any(isinstance(value, Mapping) for value in new.values()):
-        new = new.get(kind) or {}
-    elif local:
-        new = {}
-    key = "rope_local_base_freq" if local else "rope_theta"
+    new, old = (_of_kind(given, name, where, kind) for name in ("rope_parameters", "rope_scaling"))
+    key = "rope_local_base_freq" if kind == "sliding_attention" else "rope_theta"
     bases = {f"rope_scaling.{key}": old.get(key), "rope_parameters.rope_theta": new.get("rope_theta")}
     bases[key] = given.get(key)
     if "rope_theta" in new and not old:  # the only spelling of transformers 5: null is a fault
@@ -181,6 +177,18 @@ def _rope(given: Mapping[str, Any], family: Family, where: str, kind: str) -> tu
     if any(x not in (None, 1) for x in partial):
         raise PretrainedError(f"{where} has a partial_rotary_factor {partial}: only whole heads can be rotated.")
     return _positive(theta, "rope_theta", where), _rope_scaling(found, given, where)
+
+
+def _of_kind(given: Mapping[str, Any], name: str, where: str, kind: str) -> Mapping[str, Any]:
+    """Returns the rotary settings of one kind of layers under a key; {} if there are none. Plain ones are of global layers."""
+    found = given.get(name) or {}
+    are_nested = [isinstance(x, Mapping) for x in found.values() if x is not None] if isinstance(found, Mapping) else []
+    if not isinstance(found, Mapping) or any(are_nested) and not (all(are_nested) and found.keys() <= _KINDS):
+        rule = f"it must hold the settings of all layers, or those of {' and '.join(sorted(_KINDS))}"
+        raise PretrainedError(f"{where} has {name} {found!r}; {rule}.")
+    if any(are_nested):
+        return found.get(kind) or {}
+    return {} if kind == "sliding_attention" else found
 
 
 def _rope_scaling(found: Mapping[str, Any], given: Mapping[str, Any], where: str) -> RopeScaling | None:
@@ -196,7 +204,7 @@ def _rope_scaling(found: Mapping[str, Any], given: Mapping[str, Any], where: str
         types = "the type must be default, linear or llama3"
         raise PretrainedError(f"{where} has rotary positions of type {scaling!r}; {types}.")
     try:
-        values: dict[str, Any] = {name: float(found[name]) for name in _ROPE_FACTORS[scaling]}
+        values: dict[str, Any] = {name: _positive(found[name], name, where) for name in _ROPE_FACTORS[scaling]}
         if scaling == "llama3":
             key = "original_max_position_embeddings"
             length = _agreed({f"its {key}": found.get(key), key: given.get(key)}, where, None)
@@ -228,7 +236,7 @@ def _sliding(source: Mapping[str, Any], given: Mapping[str, Any], family: Family
     if family.sliding == "all":
         slides = [True] * layers
     elif kinds is not None:
-        unknown = set(kinds) - {"full_attention", "sliding_attention"}
+        unknown = set(kinds) - _KINDS
         if unknown or len(kinds) != layers:
             raise PretrainedError(
                 f"{where} has layer_types {kinds}; it must name full_attention or sliding_attention for each of {layers} layers."
