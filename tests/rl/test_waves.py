@@ -34,6 +34,7 @@ RNG = np.random.default_rng(0)
 PROMPT_MASK = np.arange(S) >= RNG.integers(0, 4, (P, 1))
 LENGTHS = np.minimum(RNG.geometric(0.25, (P, G)), T)
 LENGTHS[0, 0], LENGTHS[3, 1], LENGTHS[5] = T, T, 0  # the budget ends two of them, and one prompt has no completion
+LENGTHS[6, 2] = 0  # 16 completions count: waves of 4, 3 and five times 2 have an empty place
 MASK = np.arange(T) < LENGTHS[..., None]
 COUNTS = MASK & (RNG.random((P, G)) < 0.8)[..., None]  # others are left out
 LEGAL = RNG.random((T, V)) < 0.7
