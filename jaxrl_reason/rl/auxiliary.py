@@ -32,7 +32,7 @@ class AuxiliaryInputs(NamedTuple):
 class AuxiliaryLoss(NamedTuple):
     """How one auxiliary loss is computed.
 
-    `settings` is the method's entry. `data` is an array with leading axis P or a (nested) dict of such arrays.
+    `settings` is the method's entry. `data` is an array [P, G] or [P, G, T], or a (nested) dict of such arrays.
     """
 
     data: Callable[[Any, AuxiliaryInputs], Any]  # (settings, inputs) -> data, kept in `Experience.auxiliary`
@@ -86,8 +86,19 @@ AUXILIARY: dict[str, AuxiliaryLoss] = {
 
 
 def make_data(loss: PolicyLoss, x: AuxiliaryInputs) -> dict[str, Any]:
-    """Returns the data of every auxiliary loss of a method, by name."""
-    return {settings.name: AUXILIARY[settings.name].data(settings, x) for settings in loss.auxiliary}
+    """Returns the data of every auxiliary loss of a method, by name.
+
+    Raises ValueError for an array that is not [P, G] or [P, G, T]: an update takes single completions out of it.
+    """
+    data = {settings.name: AUXILIARY[settings.name].data(settings, x) for settings in loss.auxiliary}
+    allowed = x.counts.shape, x.rollout.tokens.shape
+    for name, tree in data.items():
+        if wrong := [leaf.shape for leaf in jax.tree.leaves(tree) if leaf.shape not in allowed]:
+            raise ValueError(
+                f"The data of the auxiliary loss {name!r} have the shape {wrong[0]}, which must be [P, G] = {allowed[0]} or "
+                f"[P, G, T] = {allowed[1]}; broadcast values of prompts over their group."
+            )
+    return data
 
 
 def restrict(auxiliary: Mapping[str, Any], mask: Bool[Array, "P G T"]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Experience(NamedTuple):
     # Under the policy before the first update. None with one update per rollout: then they are the current ones, and the ratio is 1.
     old_logprobs: Float[Array, "P G T"] | None = None
     ref_logprobs: Float[Array, "P G T"] | None = None  # under the reference policy
-    auxiliary: dict[str, Any] = {}  # data of each auxiliary loss by its name, with leading axis P, see `rl.auxiliary`
+    auxiliary: dict[str, Any] = {}  # data of each auxiliary loss by its name, see `rl.auxiliary`
 
 
 class LogProbs(NamedTuple):

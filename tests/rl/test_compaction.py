@@ -157,6 +157,27 @@ def test_a_smaller_loop_takes_over_when_few_are_left(monkeypatch):
     assert sorted(steps, key=lambda step: step[1]) == expected
 
 
+@pytest.mark.runs
+def test_a_step_reads_the_pieces_that_are_begun(monkeypatch):
+    """12 tokens in pieces of 4. 11 steps write places 0 to 10, so each of 2 layers reads one, two and three pieces 4, 4 and 3 times."""
+    read, attend_under = [], Decoder._attend_under
+
+    def counted(self, *args):
+        attend = attend_under(self, *args)
+
+        def attend_and_count(q, own):
+            if q.shape[2] == 1:  # not of the prefill
+                jax.debug.callback(lambda: read.append(len(own)))
+            return attend(q, own)
+
+        return attend_and_count
+
+    monkeypatch.setattr(Decoder, "_attend_under", counted)
+    run(cache_pieces=3, end_at=np.full((P, G), T))
+    jax.effects_barrier()
+    assert sorted(read) == [1] * 8 + [2] * 8 + [3] * 6
+
+
 def test_sizes_of_the_smaller_loops():
     assert compaction.sizes(4, 8, 32, 256, 3) == [16, 8, 4]
     assert compaction.sizes(1, 6, 1, 9, 9) == [3, 2, 1]

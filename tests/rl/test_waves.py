@@ -19,7 +19,7 @@ from jaxrl_reason.methods import ExpertDigits, PolicyLoss, SelfReward
 from jaxrl_reason.models import ModelConfig, reward_model, sharding
 from jaxrl_reason.rewards.learned import scoring_program
 from jaxrl_reason.rewards.model_training import group_scoring_program
-from jaxrl_reason.rl import learner, scoring, waves
+from jaxrl_reason.rl import auxiliary, learner, scoring, waves
 from jaxrl_reason.rl.types import Experience, Rollout
 from jaxrl_reason.rl.waves import Size
 
@@ -34,6 +34,7 @@ RNG = np.random.default_rng(0)
 PROMPT_MASK = np.arange(S) >= RNG.integers(0, 4, (P, 1))
 LENGTHS = np.minimum(RNG.geometric(0.25, (P, G)), T)
 LENGTHS[0, 0], LENGTHS[3, 1], LENGTHS[5] = T, T, 0  # the budget ends two of them, and one prompt has no completion
+LENGTHS[6, 2] = 0  # 16 completions count: waves of 4, 3 and five times 2 have an empty place
 MASK = np.arange(T) < LENGTHS[..., None]
 COUNTS = MASK & (RNG.random((P, G)) < 0.8)[..., None]  # others are left out
 LEGAL = RNG.random((T, V)) < 0.7
@@ -187,6 +188,59 @@ def save_gradients_on_devices(folder):
         np.savez(folder / f"{mesh[2]}.npz", *jax.tree.leaves(found))
 
 
+# -- what an update and a scoring ask of the waves ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The sizes and the sums of a program whose waves are not computed: each completion's result is its length instead."""
+    seen = []
+
+    def for_each(sizes, lengths, body, carry):
+        seen.append((sizes, carry))
+        if isinstance(carry, scoring.LogProbs):
+            return carry._replace(probe_logprobs=lengths.astype(jnp.float32))
+        *sums, (_, position) = carry
+        return *sums, (lengths.astype(jnp.float32), position)
+
+    monkeypatch.setattr(waves, "queue", lambda lengths: lengths)
+    monkeypatch.setattr(waves, "for_each", for_each)
+    return seen
+
+
+PARTS = [
+    Size(6, 9),
+    Size(12, 6),
+]  # 4 prompts in each of 2 parts; 6 of 12 completions, 6 * 17 // 11 = 9 of half the length
+
+
+def test_the_update_computes_completions_that_count_with_sums_in_float32(asked):
+    config = dataclasses.replace(CONFIG, param_dtype="bfloat16", compute_dtype="bfloat16")
+    options = learner.UpdateOptions(loss=LOSSES["token_mean"], **REST, lengths=2, wave_tokens=1000, accumulation=4)
+    params = jax.tree.map(lambda x: x.astype("bfloat16"), PARAMS)
+    batch = BATCH._replace(auxiliary={})
+    found = jax.jit(functools.partial(learner.gradient, config, options))(params, batch, jnp.float32(1.0))
+    np.testing.assert_array_equal(found.difference, np.where(COUNTS.any(-1), LENGTHS, 0))
+    assert [sizes for sizes, _ in asked] and all(sizes == PARTS for sizes, _ in asked)
+    assert {x.dtype for _, (*sums, _) in asked for x in jax.tree.leaves(sums)} == {jnp.dtype("float32")}
+
+
+def test_the_score_computes_all_completions_in_waves_as_large_as_the_updates(asked):
+    found = scores(lengths=2, wave_tokens=1000, microbatches=4)
+    np.testing.assert_array_equal(found.probe_logprobs, LENGTHS)
+    assert [sizes for sizes, _ in asked] and all(sizes == PARTS for sizes, _ in asked)
+
+
+def test_data_of_auxiliary_losses_belong_to_completions(monkeypatch):
+    of_prompts = auxiliary.AuxiliaryLoss(
+        data=lambda settings, x: {"first": x.rollout.tokens[:, 0, 0]}, loss=lambda *_: 0.0
+    )
+    monkeypatch.setitem(auxiliary.AUXILIARY, SelfReward.name, of_prompts)
+    inputs = auxiliary.AuxiliaryInputs(BATCH.rollout, LENGTHS > 3, COUNTS.any(-1), {}, None, None)
+    with pytest.raises(ValueError, match=r"'self_reward' have the shape \(8,\), which must be \[P, G\] = \(8, 3\) or"):
+        auxiliary.make_data(PolicyLoss(auxiliary=(JUDGED,)), inputs)
+
+
 # -- the waves, by hand ----------------------------------------------------------------------------------------------
 
 
@@ -243,7 +297,8 @@ def test_completions_are_taken_and_put_back():
     prompts = jnp.array([1.0, 2.0])
     np.testing.assert_array_equal(waves.take_prompts(wave, 2, prompts)[:2], [2, 1])
     twice = waves.Wave(jnp.array([[3], [2], [4]]), 2)
-    np.testing.assert_array_equal(waves.add_prompts(twice, 2, prompts, jnp.array([5.0, 7.0, 9.0])), [1, 14])
+    added = jnp.array([5.0, 2.0**-8, 9.0], jnp.bfloat16)  # 7 + 2^-8 has more digits than bfloat16
+    np.testing.assert_array_equal(waves.add_prompts(twice, 2, prompts, added), [1, 7 + 2.0**-8])
 
 
 if __name__ == "__main__":
