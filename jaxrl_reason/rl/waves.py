@@ -53,7 +53,7 @@ def sizes(P: int, G: int, S: int, T: int, lengths: int, tokens: int, microbatche
         that completions and copies of their prompts have as many tokens.
       microbatches: a wave has at most the completions of one of them.
     """
-    rows = min(-(-tokens // T), max(1, P * G // microbatches))
+    rows = max(1, min(-(-tokens // T), P * G // microbatches))
     found = {-(-T // 2**k): 0 for k in range(lengths)}
     return [Size(n, min(rows * (S + T) // (S + n), P * G)) for n in sorted(found)]
 

@@ -250,6 +250,7 @@ def test_sizes():
     assert waves.sizes(8, 8, 0, 256, 2, 300, 1) == [Size(128, 4), Size(256, 2)]  # rounded up to two completions
     assert waves.sizes(1, 2, 32, 256, 3, 4096, 1) == [Size(64, 2), Size(128, 2), Size(256, 2)]  # no more than there are
     assert waves.sizes(8, 8, 32, 256, 2, 4096, 16) == [Size(128, 7), Size(256, 4)]  # those of a microbatch
+    assert waves.sizes(8, 8, 32, 256, 1, 0, 1) == [Size(256, 1)]
     assert waves.sizes(1, 1, 32, 100, 2, 1, 9) == [Size(50, 1), Size(100, 1)]
 
 
