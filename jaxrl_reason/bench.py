@@ -167,7 +167,7 @@ def prepare(arguments: command.Arguments) -> Bench:
     method = config_lib.validate(config)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     model = for_devices(config_lib.model_config(config, vocab_size), config, mesh)
-    lengths = skewed_lengths(a.prompts, a.group, a.new, a.new / 4) if a.lengths == "mixed" else None
+    lengths = skewed_lengths(a.prompts, a.group, a.new, max(a.new / 4, 1)) if a.lengths == "mixed" else None
     end_at, eos = (None, -1) if lengths is None else (lengths - 1, vocab_size - 1)
     programs = programs_lib.build(
         config, method, model, mesh, eos_ids=(eos,), pad_id=0, weights={"even": 1.0}, verdict="even", end_at=end_at
