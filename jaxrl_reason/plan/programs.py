@@ -120,7 +120,7 @@ def _reward_model(step: Step) -> Part | None:
         L = config.reward_model.max_length
         of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=by_prompt)
         score = learned.scoring_program(model, by_prompt, **waves)
-        texts = None if completions is None else np.clip(completions + max(L - T, 0), 1, L)
+        texts = None if completions is None else np.clip(completions + S, 1, L)
         cost = costs.reward_model(model, P, G, 0, L, completions=texts, **options)
         lower = _lowering(score, step.reward_params, of((P, G, L)), of((P, G)), pieces)
     else:

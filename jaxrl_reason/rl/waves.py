@@ -49,11 +49,11 @@ def sizes(P: int, G: int, S: int, T: int, lengths: int, tokens: int, microbatche
     Args:
       P, G, S, T: prompts per device, completions per prompt, tokens per prompt and per completion.
       lengths: how many, each half of the next.
-      tokens: tokens of the completions in a wave of the full length T, rounded up to whole completions. Shorter waves have more completions, such
-        that completions and copies of their prompts have as many tokens.
+      tokens: tokens of the completions in a wave of the full length T, rounded down to whole completions, at least one. Shorter waves have more
+        completions, such that completions and copies of their prompts have as many tokens.
       microbatches: a wave has at most the completions of one of them.
     """
-    rows = max(1, min(-(-tokens // T), P * G // microbatches))
+    rows = max(1, min(tokens // T, P * G // microbatches))
     found = {-(-T // 2**k): 0 for k in range(lengths)}
     return [Size(n, min(rows * (S + T) // (S + n), P * G)) for n in sorted(found)]
 

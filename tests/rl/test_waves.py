@@ -247,7 +247,7 @@ def test_data_of_auxiliary_losses_belong_to_completions(monkeypatch):
 def test_sizes():
     """8 prompts of 8 completions, 32 and 256 tokens: 576 tokens per wave."""
     assert waves.sizes(8, 8, 32, 256, 3, 512, 1) == [Size(64, 6), Size(128, 3), Size(256, 2)]
-    assert waves.sizes(8, 8, 0, 256, 2, 300, 1) == [Size(128, 4), Size(256, 2)]  # rounded up to two completions
+    assert waves.sizes(8, 8, 0, 256, 2, 767, 1) == [Size(128, 4), Size(256, 2)]  # rounded down to two completions
     assert waves.sizes(1, 2, 32, 256, 3, 4096, 1) == [Size(64, 2), Size(128, 2), Size(256, 2)]  # no more than there are
     assert waves.sizes(8, 8, 32, 256, 2, 4096, 16) == [Size(128, 7), Size(256, 4)]  # those of a microbatch
     assert waves.sizes(8, 8, 32, 256, 1, 0, 1) == [Size(256, 1)]
