@@ -41,7 +41,7 @@ from jaxrl_reason.rl.ahead import compile_ahead
 from jaxrl_reason.rl.devices import for_devices
 from jaxrl_reason.rl.types import Groups, TrainState
 from jaxrl_reason.runs import command, pictures
-from jaxrl_reason.runs.command import Flag, number
+from jaxrl_reason.runs.command import Flag, integer, number
 
 SIZES: dict[str, tuple[int, dict[str, Any]]] = {  # vocabulary size, and sizes of the model
     "tiny": (512, dict(width=128, layers=2, heads=4, kv_heads=2, mlp_width=384)),
@@ -300,10 +300,10 @@ _MEASURED = (
         default="full",
         choices=("full", "mixed"),
     ),
-    Flag("halvings", "N", "see config.sampling.halvings", int, -1),
-    Flag("cache-pieces", "N", "see config.sampling.cache_pieces", int, 0),
-    Flag("update-lengths", "N", "see config.update.lengths", int, 0),
-    Flag("wave-tokens", "N", "see config.update.wave_tokens", int, 0),
+    Flag("halvings", "N", "see config.sampling.halvings", integer, -1),
+    Flag("cache-pieces", "N", "see config.sampling.cache_pieces", integer, 0),
+    Flag("update-lengths", "N", "see config.update.lengths", integer, 0),
+    Flag("wave-tokens", "N", "see config.update.wave_tokens", integer, 0),
     Flag("accumulation", "N", "microbatches per update", number, 1),
     Flag("compute-dtype", "DTYPE", "dtype of the operands of products", str, "float32", choices=DTYPES),
     Flag("remat", "POLICY", "the values that the backward pass computes again", str, "auto", choices=REMAT),

@@ -176,6 +176,8 @@ def test_the_ratios_of_a_comparison_are_of_medians():
         (["--compare=--halvings=0", "--compare=--nothing=1"], "--compare='--nothing=1': There is no flag '--nothing'."),
         (["--compare=--compare=--halvings=0"], "--compare='--compare=--halvings=0': There is no flag '--compare'."),
         (["--compare=--accumulation=3"], "--compare='--accumulation=3': config"),
+        (["--halvings=-x"], "--halvings=-x: expected a number."),
+        (["--update-lengths=2.5"], "--update-lengths=2.5: expected a number."),
         (["--compare=--halvings=0", "--rounds=0"], "--rounds is 0; give the number of rounds, at least 1."),
     ],
 )

@@ -1158,7 +1158,7 @@ def test_the_process_exits_with_the_code_and_without_a_traceback(rows, tmp_path)
 
 @pytest.mark.slow
 def test_the_quickstart_gains_25_points_on_problems_not_seen(data_dir, tmp_path):
-    """The README's first command, about two minutes on two quiet cores."""
+    """The README's first command, about one minute on two quiet cores."""
     recipe = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
     assert train.main([f"--config={recipe}", f"--workdir={tmp_path}", f"--config.data.data_dir={data_dir}"]) == 0
     evaluations = [line["eval/accuracy"] for line in metrics_of(tmp_path) if "eval/accuracy" in line]

@@ -24,7 +24,9 @@ FLAGS = (
     command.TRAINING[0],
     command.Flag("topology", "NAME", _SLICE, required=True),
     command.Flag("slices", "N", "number of slices (config.mesh.slice)", command.number, 1),
-    command.Flag("mean-length", "N", "mean tokens per completion, of skewed lengths; else all have the most", float),
+    command.Flag(
+        "mean-length", "N", "mean tokens per completion, of skewed lengths; else all have the most", command.number
+    ),
     command.Flag("search", "", f"also finds the largest {_SIZES} that fit, each with the others as configured"),
     command.Flag("out", "FILE", "JSON file for the numbers", command.path, "plan.json"),
     command.FIELDS,
@@ -49,17 +51,17 @@ def write_plan(arguments: command.Arguments) -> tuple[dict[str, Any], rich.conso
     jax.config.update("jax_platforms", "cpu")  # nothing runs
     if not path.parent.is_dir() or path.is_dir():  # before the minutes that the compiler takes
         raise ConfigError(f"--out is {str(path)!r}; give a file in a directory that exists.")
-    devices = devices_of(topology, slices)
     config = arguments.configuration()
+    mean, most = arguments.mean_length, config.max_completion_length
+    if mean is not None and not 1 <= mean <= most:
+        raise ConfigError(f"--mean-length is {mean}; it must be between 1 and config.max_completion_length ({most}).")
+    devices = devices_of(topology, slices)
     if slices > 1:
         config.mesh.slice = slices
     console = rich.console.Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 140  # a file has no width
     say = lambda text: console.print(text, style="dim")
-    mean, most = arguments.mean_length, config.max_completion_length
-    if mean is not None and not 1 <= mean <= most:
-        raise ConfigError(f"--mean-length is {mean:g}; it must be between 1 and config.max_completion_length ({most}).")
     plan = make_plan(config, topology, devices, say, mean)
     write_json(path, plan)
     if arguments.search:

@@ -51,6 +51,12 @@ def number(text: str) -> int:
     return int(text)
 
 
+def integer(text: str) -> int:
+    """Returns the value of decimal digits, with a minus sign or without."""
+    sign, digits = (-1, text[1:]) if text.startswith("-") else (1, text)
+    return sign * number(digits)
+
+
 def local(text: str) -> str:
     """Returns the text of a path; raises ValueError for an empty text, and for the address of another machine."""
     if not text:

@@ -80,8 +80,10 @@ def seconds(*metrics_paths: pathlib.Path) -> float:
 
 
 def read(path: pathlib.Path) -> list[Entry]:
-    """Returns the entries of a file of results; none if there is no file. Raises ConfigError for a damaged file."""
+    """Returns the entries of a file of results; none if there is no file. Raises ConfigError for a directory or a damaged file."""
     entries = []
+    if path.is_dir():
+        raise ConfigError(f"The file of results is {str(path)!r}, which is a directory; name a file.")
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), start=1):
         try:
             entry = json.loads(line)

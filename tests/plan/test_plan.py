@@ -17,10 +17,13 @@ from helpers.tiny_runs import tiny
 from jaxrl_reason import models
 from jaxrl_reason.config import ConfigError, to_dict
 from jaxrl_reason.models import reward_model
+from jaxrl_reason.plan import costs
 from jaxrl_reason.plan.__main__ import main
+from jaxrl_reason.plan.lengths import skewed_lengths
 from jaxrl_reason.plan.measure import GIB, largest_that_fits, requested_bytes
 from jaxrl_reason.plan.programs import parts_of
-from jaxrl_reason.plan.step import sizes_of
+from jaxrl_reason.plan.step import open_step, sizes_of
+from jaxrl_reason.rl.devices import update_sizes
 
 WITH_LIBTPU = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'"
@@ -118,6 +121,9 @@ def recipe(tmp_path, **changes):
         (["--topology=v9:4x4"], "Generations are v2, v3, v4, v5e, v5p, v6e, tpu7x"),
         ([], "--topology=NAME is missing"),
         (["--topology=v5e:2x2", "--slices=none"], "--slices=none: expected a number"),
+        (["--topology=v5e:2x2", "--mean-length=abc"], "--mean-length=abc: expected a number"),
+        (["--topology=v5e:2x2", "--mean-length=0"], "--mean-length is 0; it must be between 1 and"),
+        (["--topology=v5e:2x2", "--mean-length=99999"], "--mean-length is 99999; it must be between 1 and"),
         (["--topology", "v9:4x4"], "--topology is 'v9:4x4'"),
         (["--topology"], "--topology needs a value"),
     ],
@@ -126,6 +132,22 @@ def test_invalid_flags_exit_with_2_and_a_sentence(flags, said, tmp_path, capsys)
     assert main([f"--config={recipe(tmp_path)}", f"--out={tmp_path / 'plan.json'}", *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and not (tmp_path / "plan.json").exists()
+
+
+def test_the_costs_of_a_mean_length_are_those_of_skewed_completions():
+    sizes = dict(prompts_per_step=4, group_size=4, max_prompt_length=64, max_completion_length=256)
+    config = tiny("rows.jsonl", **sizes, update__kl_coefficient=0.1)
+    devices = jax.devices()[:1]
+    full, short = ({part.name: part for part in parts_of(config, devices, mean)} for mean in (None, 64))
+    assert full.keys() == short.keys() >= {"rollout", "score", "update"}
+    step, completions = open_step(config, devices), skewed_lengths(4, 4, 256, 64)
+    waves = update_sizes(config, step.mesh)
+    assert waves["lengths"] == 3
+    of_update = dict(completions=completions, copies=1, **waves)
+    assert short["update"].cost == costs.update(step.model, 4, 4, 64, 256, **of_update)
+    assert short["score"].cost == costs.score(step.model, 4, 4, 64, 256, completions=completions, **waves)
+    for name in ("rollout", "score", "update"):
+        assert short[name].cost.flops < 0.6 * full[name].cost.flops
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,11 @@ def test_entries_are_merged_in_the_order_of_rows_and_seeds(tmp_path):
     assert results.read(tmp_path / "missing.jsonl") == []
 
 
+def test_a_directory_of_results_is_one_sentence(tmp_path):
+    with pytest.raises(ConfigError, match="^The file of results is .*, which is a directory; name a file.$"):
+        results.read(tmp_path)
+
+
 @pytest.mark.parametrize(
     "line", ["{", "[]", "{}", '{"row": "a", "recipe": true, "seed": 0, "config": "c", "evaluations": []}', "3"]
 )
