@@ -1,7 +1,7 @@
 """Cuts a batch into waves of completions of similar length, so that an update and a scoring pay for tokens and not for padding.
 
 All completions of a device are sorted by length. A wave takes the next ones, as R prompts of one completion each, cut to one of a few lengths
-that are compiled. Short completions come first. Those that do not fill a wave join one of the next length. Every device computes the same
+that are compiled. Short completions come first. If the last ones do not fill a wave, they join one of the next length. Every device computes the same
 number of waves of each length, with its own completions: the shards do equal work.
 """
 
@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Int
 
 from jaxrl_reason.models import sharding
 
-_PROMPT_BYTES = 3  # what one prompt token's keys, values and their gradients take, in activations of a token
+# Memory of the keys and values of a prompt token with their gradients, as a multiple of the activations of a token.
+_PROMPT_MEMORY = 3
 
 
 class Size(NamedTuple):
@@ -54,21 +55,21 @@ def sizes(P: int, G: int, S: int, T: int, lengths: int, tokens: int, microbatche
       microbatches: a wave has at most the completions of one of them.
     """
     rows = max(1, min(tokens // T, P * G // microbatches))
-    found = {-(-T // 2**k): 0 for k in range(lengths)}
-    return [Size(n, min(rows * (S + T) // (S + n), P * G)) for n in sorted(found)]
+    compiled = sorted({-(-T // 2**k) for k in range(lengths)})
+    return [Size(n, min(rows * (S + T) // (S + n), P * G)) for n in compiled]
 
 
 def prompt_parts(G: int, S: int, T: int, accumulation: int) -> int:
     """Returns into how many parts of equal size an update cuts its prompts, whose keys and values are in memory together.
 
-    It is the smallest divisor of `accumulation` with which the prompts take no more memory than microbatches of whole groups did.
+    It is the smallest divisor of `accumulation` with which the prompts take no more memory than a microbatch of whole groups.
     """
-    enough = lambda parts: parts * (S + G * T) >= _PROMPT_BYTES * accumulation * S
+    enough = lambda parts: parts * (S + G * T) >= _PROMPT_MEMORY * accumulation * S
     return next(n for n in range(1, accumulation + 1) if accumulation % n == 0 and (enough(n) or n == accumulation))
 
 
 def queue(lengths: Int[Array, "P G"]) -> Queue:
-    """Sorts each device's completions by their lengths. Those of length 0 are in no wave, if they are so on every device."""
+    """Sorts each device's completions by their lengths. Completions of length 0 are left out, as many as every device has."""
 
     def own(_, lengths):
         order = jnp.argsort(lengths.reshape(-1), stable=True)
@@ -97,7 +98,7 @@ def for_each(sizes: Sequence[Size], queue: Queue, body: Callable[[Wave, Any], An
             i, carry = state
             return i + 1, body(Wave(_places(queue.order, start + i * rows, rows), length), carry)
 
-        # With full lengths only the last loop runs. Its bound is in the program, where a plan finds it.
+        # With full lengths only the last loop runs. Its bound is a constant of the program, which a plan reads.
         most = -(-queue.longest.size // rows) if length == sizes[-1].length else None
         more = lambda state, n=waves, most=most: (state[0] < n) if most is None else (state[0] < n) & (state[0] < most)
         _, carry = jax.lax.while_loop(more, one, (jnp.int32(0), carry))

@@ -48,7 +48,7 @@ class Unit(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What the run is, for messages."""
+        """The name of the run in messages."""
         if self.row is None:
             return "the start"
         return f"the method, {self.row.name}" if self.row.is_recipe else f"the baseline {self.row.name!r}"
@@ -130,7 +130,7 @@ def plan(
     only: Sequence[str] = (),
     done: Iterable[results.Entry] = (),
 ) -> Study:
-    """Returns the runs of a recipe and its baselines with each seed, those of the first seed first; `only` names rows.
+    """Returns the runs of a recipe and its baselines with each seed, seed after seed; `only` names rows.
 
     Raises ConfigError for a baseline that changes an unknown field or the seed, for two rows of one name, for a name in
     `only` that is no row, and for results of another configuration in `done`.
