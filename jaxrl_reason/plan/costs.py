@@ -13,7 +13,8 @@ import math
 import numpy as np
 
 from jaxrl_reason.models.config import ModelConfig, PROJECTIONS
-from jaxrl_reason.rl import compaction, scoring, waves
+from jaxrl_reason.models.decoding import compaction
+from jaxrl_reason.rl import scoring, waves
 
 ATTENTION = ("plain", "splash")
 _BYTES = {"float32": 4, "bfloat16": 2}

@@ -16,7 +16,8 @@ from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data import PromptBatch, SolutionBatch
 from jaxrl_reason.methods import Method
 from jaxrl_reason.models import sharding
-from jaxrl_reason.rl import experience, hosts, learner, rollout, scoring
+from jaxrl_reason.models.decoding import rollout
+from jaxrl_reason.rl import experience, hosts, learner, scoring
 from jaxrl_reason.rl.devices import for_devices, update_sizes
 from jaxrl_reason.rl.optimizer import init_opt_state, make_optimizer, make_supervised_optimizer
 from jaxrl_reason.rl.requirements import Requirements, requirements

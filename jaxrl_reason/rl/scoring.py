@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_reason import losses, models
 from jaxrl_reason.models import sharding
+from jaxrl_reason.models.decoding.sampling import scale_logits
 from jaxrl_reason.rl import waves
-from jaxrl_reason.rl.sampling import scale_logits
 from jaxrl_reason.rl.types import LogProbs, Rollout
 
 _CHUNK_ENTRIES = 2**24  # logits per chunk if the chunk is 0: 64 MiB of float32

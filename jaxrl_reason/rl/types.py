@@ -6,25 +6,7 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_reason import models
-
-
-class Rollout(NamedTuple):
-    """G completions for each of P prompts, with at most T tokens per completion."""
-
-    prompt_tokens: Int[Array, "P S"]  # padded on the left or the right
-    prompt_mask: Bool[Array, "P S"]  # True on real prompt tokens
-    tokens: Int[Array, "P G T"]  # `pad_id` after the end
-    mask: Bool[Array, "P G T"]  # True on sampled tokens, the end token included
-    # Log-probability of each token under the distribution that sampled it (temperature and legal tokens included; greedy completions:
-    # at temperature 1); 0 if the mask is False.
-    logprobs: Float[Array, "P G T"]
-    # True if the budget ran out before an end token. False throughout if no token ends a completion (numbers of a fixed length).
-    truncated: Bool[Array, "P G"]
-    features: Float[Array, "P F"] | None = None  # numbers that belong to the prompts in addition to their tokens
-    # If asked for: log-probability of each prompt token given its prefix, at temperature 1; 0 on the first real token and if masked.
-    prompt_logprobs: Float[Array, "P S"] | None = None
-    # If asked for: log-probability of the probe token right after the end token, at the probe temperature; 0 if truncated.
-    probe_logprobs: Float[Array, "P G"] | None = None
+from jaxrl_reason.models.decoding.rollout import Rollout
 
 
 class Groups(NamedTuple):

@@ -21,9 +21,9 @@ from helpers import reference_decoder as reference
 from jaxrl_reason import models
 from jaxrl_reason.methods import PolicyLoss
 from jaxrl_reason.models import lora, ModelConfig, sharding
+from jaxrl_reason.models.decoding.rollout import generate
 from jaxrl_reason.rl import learner
 from jaxrl_reason.rl import optimizer as optimizers
-from jaxrl_reason.rl.rollout import generate
 from jaxrl_reason.rl.types import Experience, TrainState
 
 P, G, S, T, V = 8, 3, 4, 5, 24

@@ -16,8 +16,8 @@ from helpers.tiny_runs import tiny
 from jaxrl_reason import models
 from jaxrl_reason.config import ConfigError
 from jaxrl_reason.models import blockwise, layers
+from jaxrl_reason.models.decoding.rollout import generate
 from jaxrl_reason.rl import devices
-from jaxrl_reason.rl.rollout import generate
 from jaxrl_reason.rl.scoring import compute_logprobs
 from jaxrl_reason.rl.types import Rollout
 

@@ -16,7 +16,7 @@ import pytest
 from helpers import reference_decoder as reference
 from jaxrl_reason import models
 from jaxrl_reason.models import ModelConfig, splash
-from jaxrl_reason.rl.rollout import generate
+from jaxrl_reason.models.decoding.rollout import generate
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

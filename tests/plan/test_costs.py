@@ -16,10 +16,11 @@ import pytest
 from jaxrl_reason import models
 from jaxrl_reason.methods import PolicyLoss
 from jaxrl_reason.models import ModelConfig, reward_model, sharding
+from jaxrl_reason.models.decoding import rollout
 from jaxrl_reason.plan import costs, hlo
 from jaxrl_reason.plan.lengths import skewed_lengths
 from jaxrl_reason.rewards.learned import scoring_program
-from jaxrl_reason.rl import learner, rollout, scoring
+from jaxrl_reason.rl import learner, scoring
 from jaxrl_reason.rl import optimizer as optimizers
 from jaxrl_reason.rl.learner import UpdateOptions
 from jaxrl_reason.rl.types import Experience, Rollout, TrainState

@@ -15,10 +15,10 @@ from helpers.shapes import check_fields
 from jaxrl_reason import losses
 from jaxrl_reason.methods import PolicyLoss
 from jaxrl_reason.models import ModelConfig
+from jaxrl_reason.models.decoding.rollout import generate
 from jaxrl_reason.rl import learner, scoring
 from jaxrl_reason.rl import optimizer as optimizers
 from jaxrl_reason.rl.learner import UpdateOptions
-from jaxrl_reason.rl.rollout import generate
 from jaxrl_reason.rl.types import Experience, Rollout, TrainState
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -17,11 +17,11 @@ from jaxrl_reason.data.numbers import expert_targets
 from jaxrl_reason.methods import ExpertDigits, PolicyLoss, SelfReward
 from jaxrl_reason.metrics import self_verification_f1
 from jaxrl_reason.models import ModelConfig
+from jaxrl_reason.models.decoding.rollout import generate
 from jaxrl_reason.rl import learner, scoring
 from jaxrl_reason.rl import optimizer as optimizers
 from jaxrl_reason.rl.experience import make_experience
 from jaxrl_reason.rl.learner import UpdateOptions
-from jaxrl_reason.rl.rollout import generate
 from jaxrl_reason.rl.signals import prompt_confidence
 from jaxrl_reason.rl.types import Experience, Groups, Rollout, TrainState
 

@@ -14,8 +14,8 @@ import pytest
 from helpers import reference_decoder as reference
 import jaxrl_reason
 from jaxrl_reason.models import Decoder, ModelConfig, sharding
-from jaxrl_reason.rl import compaction
-from jaxrl_reason.rl.rollout import generate
+from jaxrl_reason.models.decoding import compaction
+from jaxrl_reason.models.decoding.rollout import generate
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

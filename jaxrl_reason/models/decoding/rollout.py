@@ -8,12 +8,31 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxrl_reason import models
 from jaxrl_reason.models import sharding
-from jaxrl_reason.rl import compaction
-from jaxrl_reason.rl.compaction import first_rows, keep, most_per_device, put_back, Rows
-from jaxrl_reason.rl.sampling import pick, sample_token, sampling_noise, scale_logits
-from jaxrl_reason.rl.types import Rollout
+from jaxrl_reason.models.config import ModelConfig
+from jaxrl_reason.models.decoder import bind, Decoder, Params, project
+from jaxrl_reason.models.decoding import compaction
+from jaxrl_reason.models.decoding.compaction import first_rows, keep, most_per_device, put_back, Rows
+from jaxrl_reason.models.decoding.sampling import pick, sample_token, sampling_noise, scale_logits
+
+
+class Rollout(NamedTuple):
+    """G completions for each of P prompts, with at most T tokens per completion."""
+
+    prompt_tokens: Int[Array, "P S"]  # padded on the left or the right
+    prompt_mask: Bool[Array, "P S"]  # True on real prompt tokens
+    tokens: Int[Array, "P G T"]  # `pad_id` after the end
+    mask: Bool[Array, "P G T"]  # True on sampled tokens, the end token included
+    # Log-probability of each token under the distribution that sampled it (temperature and legal tokens included; greedy completions:
+    # at temperature 1); 0 if the mask is False.
+    logprobs: Float[Array, "P G T"]
+    # True if the budget ran out before an end token. False throughout if no token ends a completion (numbers of a fixed length).
+    truncated: Bool[Array, "P G"]
+    features: Float[Array, "P F"] | None = None  # numbers that belong to the prompts in addition to their tokens
+    # If asked for: log-probability of each prompt token given its prefix, at temperature 1; 0 on the first real token and if masked.
+    prompt_logprobs: Float[Array, "P S"] | None = None
+    # If asked for: log-probability of the probe token right after the end token, at the probe temperature; 0 if truncated.
+    probe_logprobs: Float[Array, "P G"] | None = None
 
 
 class Completions(NamedTuple):
@@ -38,8 +57,8 @@ class Carry(NamedTuple):
 
 
 def generate(
-    config: models.ModelConfig,
-    params: models.Params,
+    config: ModelConfig,
+    params: Params,
     prompt_tokens: Int[Array, "P S"],
     prompt_mask: Bool[Array, "P S"],
     prompt_ids: Int[Array, " P"],
@@ -88,7 +107,7 @@ def generate(
     if probe_token is not None and not eos_ids:
         raise ValueError("A probe token is read after the end token, and no token ends a completion: eos_ids is empty.")
     (P, S), G, T = prompt_tokens.shape, group_size, max_length
-    model = models.bind(config, params)
+    model = bind(config, params)
     hidden, prompt = model.prefill(prompt_tokens, prompt_mask, features)
     prompt_logprobs = _prompt_logprobs(model, hidden, prompt_tokens, prompt_mask) if with_prompt_logprobs else None
     hidden = last_hidden(hidden, prompt_mask)  # all samples of a group start equal
@@ -97,7 +116,7 @@ def generate(
 
     def next_logits(rows: Rows, carry: Carry):
         hidden, cache = model.step(carry.last, carry.t - 1, blocks, rows.prompt, carry.cache)
-        return models.project(hidden, head, config), cache
+        return project(hidden, head, config), cache
 
     # The probe token is scored among all tokens: the legal tokens end with the completion.
     after_end = lambda logits: jax.nn.log_softmax(scale_logits(logits, probe_temperature, None))[..., probe_token]
@@ -105,7 +124,7 @@ def generate(
     rows = first_rows(prompt, sampling_noise(key, prompt_ids, G, steps), temperature, legal, end_at)
     empty = _no_tokens(P, G, steps, pad_id, probe_token is not None, model.empty_cache(P, G, T, int8, cache_pieces))
     sizes = compaction.sizes(P // sharding.num_prompt_shards(), G, S, T, halvings)
-    end = _decode(rows, empty, models.project(hidden, head, config), next_logits, after_end, eos_ids, pad_id, T, sizes)
+    end = _decode(rows, empty, project(hidden, head, config), next_logits, after_end, eos_ids, pad_id, T, sizes)
     return Rollout(
         prompt_tokens,
         prompt_mask.astype(bool),
@@ -215,7 +234,7 @@ def _sample(
     return tuple(sharding.constrain(x, "prompts") for x in drawn)
 
 
-def _prompt_logprobs(model: models.Decoder, hidden, tokens, mask):
+def _prompt_logprobs(model: Decoder, hidden, tokens, mask):
     """Computes `Rollout.prompt_logprobs`. Takes one position at a time, so that [S, vocabulary] is never in memory."""
     mask = mask.astype(bool)
     S = tokens.shape[1]

@@ -14,9 +14,9 @@ import scipy.stats
 from helpers import reference_decoder as reference
 from jaxrl_reason import models
 from jaxrl_reason.models import layers, ModelConfig
+from jaxrl_reason.models.decoding.rollout import generate
+from jaxrl_reason.models.decoding.sampling import sample_token, sampling_noise
 from jaxrl_reason.rl import scoring
-from jaxrl_reason.rl.rollout import generate
-from jaxrl_reason.rl.sampling import sample_token, sampling_noise
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
