@@ -37,5 +37,7 @@ def get_baselines() -> Mapping[str, Mapping[str, object]]:
     return {
         "verifier only": {"method": grpo},
         "reward model only": {"method": grpo, "reward.functions": learned, "reward.weights": [0.0, 1.0, 0.0, 0.0]},
+        "HERO on dr_grpo": {"method": {"name": "hero", "base": "dr_grpo", "clip_high": 0.28}},
+        "weak reward model": {"reward_model.steps": 500},
         "naive mix": {"method": grpo, "reward.functions": learned, "reward.weights": [0.5, 0.0, 0.5, 0.0]},
     }

@@ -32,4 +32,6 @@ def get_baselines() -> Mapping[str, Mapping[str, object]]:
         "correctness only": {"method": {"name": "rloo"}},
         "uniform scaling": {"data.values": "uniform"},
         "shuffled values": {"data.values": "shuffled"},
+        "RLEV on GRPO": {"method": {"name": "rlev", "base": "grpo"}},
+        "GRPO": {"method": {"name": "grpo"}},
     }

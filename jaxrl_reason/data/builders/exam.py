@@ -1,17 +1,21 @@
 """Exams whose questions are worth different points: a TFDS builder without network, for RLEV (arXiv 2510.20187).
 
-Every exam asks the same number of questions per topic. The points of a topic do not follow from its difficulty:
+Every exam asks the same number of questions per topic:
 
-    topic      a question of it                             steps   points   in an exam
-    add        7 pens and 12 more. How many?                1        1-2     2
-    missing    7 pens and how many more are 15?             1       12-18    1
-    three      7 pens, 4 more and 3 more. How many?         2       12-18    2
-    chain      9 pens, 4 fewer and 6 more. How many?        2        1-2     2
-    nights     Mia stays from day 3 to day 8. How long?     1        1-2     3    5: the nights between
-    days       Mia stays from day 3 to day 8. How long?     2       12-18    2    6: both ends counted
+    topic      a question of it                                steps   points   in an exam
+    add        7 pens and 12 more. How many?                   1        1-2     2
+    missing    7 pens and how many more are 15?                1       12-18    2
+    chain      9 pens, 4 fewer and 6 more. How many?           2        1-2     2
+    three      7 pens, 4 more and 3 more. How many?            2       12-18    2
+    nights     Mia stays from day 3 to day 8. How long?        1        1-2     3    5: the nights between
+    days       Mia stays from day 3 to day 8. How long?        2       12-18    2    6: both ends counted
+    pages      Mia reads from page 3 to page 8. How many?      2        1-2     3    6: both ends counted
+    turns      Mia reads from page 3 to page 8. How many?      1       12-18    2    5: the pages turned
 
-The last two topics ask the same questions, and a question does not tell which count its exam expects. No policy is
-correct on both: a policy rewarded by answers learns the more frequent nights, a policy rewarded by points the days.
+Points and number of steps are independent: an exam has five cheap and four dear questions of one step, and as many of
+two. The last four topics are two pairs that ask the same questions, and a question does not tell which count its exam
+expects. No policy is correct on both: a policy rewarded by answers learns the more frequent count, nights and pages; a
+policy rewarded by points learns days and turns.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +25,7 @@ import random
 from typing import Any
 
 import numpy as np
+import tensorflow_datasets as tfds
 
 from jaxrl_reason.data.builders import word_problems
 from jaxrl_reason.data.builders.offline import endless, OfflineBuilder
@@ -45,21 +50,27 @@ class _Topic:
 
 
 _DATES = "{o} stays from day {a} to day {b}. How long?"
+_PAGES = "{o} reads from page {a} to page {b}. How many?"
 _TWO = list(itertools.product(range(2, 13), repeat=2))
 _MISSING = [(a, b) for b in range(6, 17) for a in range(2, b - 1)]
 _THREE = list(itertools.product(range(2, 8), repeat=3))
 _CHAIN = [(a, b, c) for a in range(4, 13) for b in range(2, a - 1) for c in range(2, 8)]
 _DAYS = [(a, b) for a in range(1, 13) for b in range(a + 2, a + 11)]
 
+_between: Callable[..., Numbers] = lambda a, b: (b, -a)
+_with_both_ends: Callable[..., Numbers] = lambda a, b: (b, -a, 1)
+
 _TOPICS = {
     "add": _Topic("add", 2, _CHEAP, _TWO, lambda a, b: (a, b), "{a} {o} and {b} more. How many?"),
-    "missing": _Topic("missing", 1, _DEAR, _MISSING, lambda a, b: (b, -a), "{a} {o} and how many more are {b}?"),
+    "missing": _Topic("missing", 2, _DEAR, _MISSING, lambda a, b: (b, -a), "{a} {o} and how many more are {b}?"),
     "three": _Topic("three", 2, _DEAR, _THREE, lambda a, b, c: (a, b, c), "{a} {o}, {b} more and {c} more. How many?"),
     "chain": _Topic(
         "chain", 2, _CHEAP, _CHAIN, lambda a, b, c: (a, -b, c), "{a} {o}, {b} fewer and {c} more. How many?"
     ),
-    "nights": _Topic("dates", 3, _CHEAP, _DAYS, lambda a, b: (b, -a), _DATES, NAMES),
-    "days": _Topic("dates", 2, _DEAR, _DAYS, lambda a, b: (b, -a, 1), _DATES, NAMES),
+    "nights": _Topic("dates", 3, _CHEAP, _DAYS, _between, _DATES, NAMES),
+    "days": _Topic("dates", 2, _DEAR, _DAYS, _with_both_ends, _DATES, NAMES),
+    "pages": _Topic("pages", 3, _CHEAP, _DAYS, _with_both_ends, _PAGES, NAMES),
+    "turns": _Topic("pages", 2, _DEAR, _DAYS, _between, _PAGES, NAMES),
 }
 
 
@@ -102,15 +113,20 @@ def _exams(split: str, count: int) -> Iterator[dict[str, Any]]:
 
 
 class Exam(OfflineBuilder):
-    """Exams of 12 arithmetic questions in six topics of different points and difficulty, with integer answers.
+    """Exams of 18 arithmetic questions in eight topics, with integer answers. Points and number of steps are independent.
 
     Columns: `question`; `solution`, a pupil's: the steps, or none, and `#### N`, three in ten incorrect;
     `solution_right`, 1 or 0; `answer`, the correct number as text; `topic`; `exam`, the exam's name; `points`; `value`,
     the points over the exam's total, so that the values of an exam sum to 1 (in float32, as TFDS stores numbers).
     """
 
+    VERSION = tfds.core.Version("2.0.0")
+    RELEASE_NOTES = {
+        "1.0.0": "Initial release.",
+        "2.0.0": "Points and number of steps are independent; two pairs of topics share their questions.",
+    }
     DESCRIPTION = "Exams whose questions are worth different points; no question occurs in two splits."
-    SIZES = {"train": 1_000, "validation": 84, "test": 84}  # exams
+    SIZES = {"train": 700, "validation": 56, "test": 56}  # exams
     COLUMNS = {
         **dict.fromkeys(("question", "solution", "answer", "topic", "exam"), str),
         **dict.fromkeys(("points", "value"), np.float32),

@@ -17,9 +17,16 @@ ANSWERS = {  # by the numbers in the order of the question
     "chain": lambda a, b, c: a - b + c,
     "nights": lambda a, b: b - a,
     "days": lambda a, b: b - a + 1,
+    "pages": lambda a, b: b - a + 1,
+    "turns": lambda a, b: b - a,
 }
-COUNTS = {"add": 2, "missing": 1, "three": 2, "chain": 2, "nights": 3, "days": 2}
-DEAR = {"missing", "three", "days"}
+COUNTS = {"add": 2, "missing": 2, "three": 2, "chain": 2, "nights": 3, "days": 2, "pages": 3, "turns": 2}
+STEPS = {"add": 1, "missing": 1, "three": 2, "chain": 2, "nights": 1, "days": 2, "pages": 2, "turns": 1}
+DEAR = {"missing", "three", "days", "turns"}
+PAIRS = {
+    "nights": "days",
+    "pages": "turns",
+}  # the frequent and cheap topic of the same questions, the rare and dear one
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +52,7 @@ def numbers(row):
 
 
 def test_sizes_and_features(rows):
-    assert {split: len(part) for split, part in rows.items()} == {"train": 12_000, "validation": 1_008, "test": 1_008}
+    assert {split: len(part) for split, part in rows.items()} == {"train": 12_600, "validation": 1_008, "test": 1_008}
     row = rows["test"][0]
     kinds = {name: type(value) for name, value in row.items()}
     text = dict.fromkeys(("question", "solution", "answer", "topic", "exam"), str)
@@ -53,7 +60,7 @@ def test_sizes_and_features(rows):
 
 
 def test_values_of_an_exam_are_its_points_over_their_total(exams):
-    assert len(exams) == 1_000 + 84 + 84
+    assert len(exams) == 700 + 56 + 56
     for questions in exams.values():
         total = sum(row["points"] for row in questions)
         assert sum(row["value"] for row in questions) == pytest.approx(1, abs=1e-6)
@@ -63,18 +70,24 @@ def test_values_of_an_exam_are_its_points_over_their_total(exams):
 def test_every_exam_has_the_same_topics_and_no_question_twice(exams):
     for questions in exams.values():
         assert collections.Counter(row["topic"] for row in questions) == COUNTS
-        assert len({row["question"] for row in questions}) == 12
+        assert len({row["question"] for row in questions}) == 18
 
 
 def test_points_depend_on_the_topic_and_not_on_its_steps(everything):
     for row in everything:
         low, high = (12, 18) if row["topic"] in DEAR else (1, 2)
         assert low <= row["points"] <= high and row["points"] % 1 == 0
-        assert row["value"] > 0.1 if row["topic"] in DEAR else row["value"] < 0.033
+        assert row["value"] > 0.07 if row["topic"] in DEAR else row["value"] < 0.02
     steps = {topic: 0 for topic in COUNTS}
     for row in everything:
         steps[row["topic"]] = max(steps[row["topic"]], row["solution"].count("\n"))
-    assert steps == {"add": 1, "missing": 1, "three": 2, "chain": 2, "nights": 1, "days": 2}
+    assert steps == STEPS
+
+
+def test_points_and_steps_are_independent(exams):
+    for questions in exams.values():
+        count = collections.Counter((STEPS[row["topic"]], row["topic"] in DEAR) for row in questions)
+        assert count == {(1, False): 5, (1, True): 4, (2, False): 5, (2, True): 4}
 
 
 def test_answers_are_correct(everything):
@@ -104,16 +117,17 @@ def test_only_the_last_step_of_a_solution_can_be_incorrect(everything):
         assert not steps or last == f"#### {parsed[-1][-1]}"
 
 
-def test_no_policy_is_correct_on_both_nights_and_days_and_points_decide(rows):
-    part = rows["train"]
-    wanted = {t: {row["question"]: row["answer"] for row in part if row["topic"] == t} for t in ("nights", "days")}
-    shared = wanted["nights"].keys() & wanted["days"].keys()
-    assert len(shared) > 0.9 * len(wanted["days"])
-    assert all(wanted["nights"][q] != wanted["days"][q] for q in shared)
+@pytest.mark.parametrize("cheap", PAIRS)
+def test_no_policy_is_correct_on_both_topics_of_a_pair_and_points_decide(rows, cheap):
+    part, dear = rows["train"], PAIRS[cheap]
+    wanted = {t: {row["question"]: row["answer"] for row in part if row["topic"] == t} for t in (cheap, dear)}
+    shared = wanted[cheap].keys() & wanted[dear].keys()
+    assert len(shared) > 0.9 * len(wanted[dear])
+    assert all(wanted[cheap][q] != wanted[dear][q] for q in shared)
     weight = {t: sum(1 + min(10 * row["value"], 1) for row in part if row["topic"] == t) for t in wanted}
     count = collections.Counter(row["topic"] for row in part)
-    assert count["nights"] == 1.5 * count["days"]
-    assert weight["nights"] < 0.9 * weight["days"]  # RLEV's scale with its defaults, METHODS of arXiv 2510.20187
+    assert count[cheap] == 1.5 * count[dear]
+    assert weight[cheap] < 0.9 * weight[dear]  # RLEV's scale with its defaults, METHODS of arXiv 2510.20187
 
 
 def thing(row):
@@ -125,12 +139,12 @@ def thing(row):
 
 
 def test_splits_share_no_numbers_and_things_of_a_topic(rows):
-    group = lambda row: "dates" if row["topic"] in ("nights", "days") else row["topic"]
+    group = lambda row: {dear: cheap for cheap, dear in PAIRS.items()}.get(row["topic"], row["topic"])
     keys = {split: {(group(row), thing(row), *sorted(numbers(row))) for row in part} for split, part in rows.items()}
     assert_disjoint(keys)
     for split in ("validation", "test"):
         counts = collections.Counter(key[0] for key in keys[split])
-        assert set(counts) == {"add", "missing", "three", "chain", "dates"} and min(counts.values()) >= 10
+        assert set(counts) == COUNTS.keys() - PAIRS.values() and min(counts.values()) >= 10
 
 
 def test_small_enough_for_a_small_model(rows):
@@ -138,7 +152,7 @@ def test_small_enough_for_a_small_model(rows):
     assert question <= 32 and solution < 32  # one more for the end token
 
 
-def test_version_1_has_fixed_rows():
+def test_version_2_has_fixed_rows():
     """Checkpoints and published metrics depend on the rows: a change needs a new VERSION."""
     content = [list(exam._exams(split, exam.Exam.SIZES[split])) for split in SPLITS]
-    assert digest(content) == "e0ddffd498d5807b2cfcbff5669f2a28c57495024564063f537f76b2f7d3e135"
+    assert digest(content) == "a7bc652a31e864df12900d10db6a5dda870202d08629692afc4b71557c7e5690"
