@@ -1,4 +1,4 @@
-"""Evaluates a run on held-out data.
+"""Evaluates a run, or a pretrained model, on held-out data.
 
 Samples several completions per prompt, scores them by the run's rewards, and prints a table. Writes evaluation.json
 (every number), evaluation.png and completions.jsonl (predictions.jsonl if a run predicts numbers) to WORKDIR/evaluation,
@@ -17,71 +17,73 @@ import jax
 import rich.console
 
 from jaxrl_reason import config as config_lib
-from jaxrl_reason import models, runs, tasks
-from jaxrl_reason.config import Config
+from jaxrl_reason import tasks
+from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data import PromptBatch
 from jaxrl_reason.rewards import model_training, RewardError
 from jaxrl_reason.rewards.scorer import LEARNED
 from jaxrl_reason.rl import programs as programs_lib
 from jaxrl_reason.rl.types import Rollout
-from jaxrl_reason.runs import command, compilation_cache
+from jaxrl_reason.runs import command
 from jaxrl_reason.runs.command import Flag
 from jaxrl_reason.runs.progress import Progress
-from jaxrl_reason.tasks import reporting, self_reward
+from jaxrl_reason.tasks import policies, reporting
+from jaxrl_reason.tasks.policies import chosen_source, LoadedPolicy, open_policy, OpenedPolicy
 
 
 class Evaluation(NamedTuple):
     """An evaluation before its first prompt."""
 
+    name: str  # of the policy
     config: Config  # with the fields of the command line
     task: tasks.Task
     programs: programs_lib.Programs
-    params: models.Params  # the weights of the checkpoint, as rollouts read them
-    reference: self_reward.ProbeReference  # of LaSeR's self-rewards
-    workdir: pathlib.Path
-    out: pathlib.Path | None  # the directory of the results that the command line names
+    policy: LoadedPolicy
+    out: pathlib.Path  # the directory of the results
     record: dict[str, Any]  # the first part of evaluation.json
 
 
 def prepare(arguments: command.Arguments) -> Evaluation:
-    """Reads run and held-out data; a ConfigError, RewardError, ValueError or OSError names the cause and its place."""
+    """Opens policy and held-out data; a ConfigError, RewardError, ValueError or OSError names the cause and its place."""
     command.load_recipe(arguments)
-    workdir, out = arguments.workdir, arguments.out
-    c = runs.load_config(workdir, arguments.fields)
-    compilation_cache.enable(c.compilation_cache)
-    method = config_lib.make_method(c)
-    mesh = programs_lib.make_mesh(c)
-    task = tasks.open_for_evaluation(c, method, mesh, workdir)
+    source, fields = chosen_source(arguments.workdir, arguments.model), arguments.fields
+    if arguments.model:
+        if not arguments.out:
+            raise ConfigError("--out=DIR is missing: a model has no work directory for the results.")
+        if not fields.get("data.eval"):
+            raise ConfigError("--data=NAME_OR_PATH is missing: a model has no held-out data of its own.")
+        fields = {"data.template": "boxed"} | fields
+    opened = open_policy(source, fields, arguments.checkpoint)
+    c, method, mesh = opened.config, opened.method, opened.mesh
+    home = opened.workdir or arguments.out
+    task = tasks.open_for_evaluation(opened, c, home)
     if LEARNED.keys() & set(c.reward.functions):
-        task = task.with_reward_model(model_training.load_scorer(c, workdir, mesh, len(task.held_out[0].rows)))
-    programs = tasks.build_programs(c, method, task, mesh)
-    shapes, shardings = models.abstract_params(task.model), models.param_shardings(task.model, mesh)
-    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    number, params = runs.load_weights(workdir, arguments.checkpoint, like, task.model)
-    reference = self_reward.read_reference(method, programs, workdir, params, task.model)
-    record = {"command": arguments.command_line, "workdir": str(workdir), **_record(c, task, number)}
-    reporting.results_directory(out, workdir, record)  # before the work, which would be lost without a directory
-    return Evaluation(c, task, programs, programs.rollout_weights(params), reference, workdir, out, record)
+        task = task.with_reward_model(
+            model_training.load_scorer(c, home, opened.tokenizer, mesh, len(task.held_out[0].rows))
+        )
+    policy, programs = opened.load(), tasks.build_programs(c, method, task, mesh)
+    record = {"command": arguments.command_line, **_record(opened, c, task, policy.checkpoint)}
+    out = reporting.results_directory(arguments.out, home, record)  # before the work, which would be lost without one
+    return Evaluation(opened.name, c, task, programs, policy, out, record)
 
 
 def evaluate(evaluation: Evaluation) -> dict[str, float]:
     """Samples, scores, prints the table, writes the results and returns the metrics. Raises RewardError, OSError."""
-    c, task, programs, params, reference, workdir, out, record = evaluation
+    name, c, task, programs, policy, out, record = evaluation
     console = rich.console.Console(highlight=False, markup=False)
     with Progress(console, "evaluation", len(task.held_out), enabled=c.log.progress) as bar:
 
         def generate(batch: PromptBatch) -> Rollout:
-            rollout = jax.block_until_ready(programs.generate_eval(params, batch))
+            rollout = jax.block_until_ready(programs.generate_eval(policy.weights, batch))
             bar.advance("")
             return rollout
 
-        judged = task.judge(generate, task.scorer, reference)
+        judged = task.judge(generate, task.scorer, policy.reference)
 
     metrics = judged.metrics()
-    numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    numbers = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
     record = record | {"prompts": metrics["prompts"], "metrics": numbers}
-    title = f"{workdir.name}, {record['phase']}, on {task.source[0]} ({c.data.eval_split})"
-    out = reporting.results_directory(out, workdir, record)
+    title = f"{name}, {record['phase']}, on {task.source[0]} ({c.data.eval_split})"
     files = reporting.write_results(out, judged, metrics, record, title)
     for table in reporting.metric_tables(metrics, title):
         console.print(table)
@@ -89,12 +91,15 @@ def evaluate(evaluation: Evaluation) -> dict[str, float]:
     return metrics
 
 
-def _record(c: Config, task: tasks.Task, checkpoint: int) -> dict[str, Any]:
+def _record(opened: OpenedPolicy, c: Config, task: tasks.Task, checkpoint: int | None) -> dict[str, Any]:
     """Returns the content of evaluation.json that is known before the evaluation."""
-    step, (name, fingerprint) = checkpoint - c.supervised.steps, task.source
+    name, fingerprint = task.source
+    step = (checkpoint or 0) - c.supervised.steps
+    phase = f"RL step {step}" if step >= 0 else f"supervised step {checkpoint}"
     return {
+        **({"workdir": str(opened.workdir)} if opened.workdir else {"model": c.model.path}),
         "checkpoint": checkpoint,
-        "phase": f"RL step {step}" if step >= 0 else f"supervised step {checkpoint}",
+        "phase": phase if opened.workdir else "pretrained",
         "data": {"name": name, "split": c.data.eval_split, "fingerprint": fingerprint},
         "samples": c.eval.samples,
         "temperature": c.eval.temperature,
@@ -110,7 +115,8 @@ COMMAND = command.Command(
     "evaluate",
     __doc__,
     (
-        command.WORKDIR,
+        policies.WORKDIR,
+        policies.MODEL,
         Flag(
             "data",
             "NAME_OR_PATH",
@@ -126,6 +132,13 @@ COMMAND = command.Command(
             field="eval.samples",
         ),
         Flag("temperature", "T", "0 is greedy; config.eval.temperature by default", field="eval.temperature"),
+        Flag(
+            "max_completion_length",
+            "N",
+            "the largest number of tokens per completion; config.max_completion_length by default",
+            field="max_completion_length",
+            alias="max-completion-length",
+        ),
         command.RECIPE,
         command.CHECKPOINT,
         Flag("out", "DIR", "the directory of the results; WORKDIR/evaluation or evaluation-N by default", command.path),

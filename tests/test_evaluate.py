@@ -23,6 +23,7 @@ from jaxrl_reason.models import reward_model
 from jaxrl_reason.rewards import model_training
 from jaxrl_reason.rewards.numeric import extract_answer, numeric_verdict, parse_number
 from jaxrl_reason.runs import checkpoints, read_metrics
+from jaxrl_reason.tasks import policies
 
 pytestmark = [pytest.mark.runs, pytest.mark.usefixtures("quick_compilation")]
 
@@ -347,7 +348,7 @@ def test_a_reward_model_scores_in_microbatches_on_the_mesh_as_in_training(tmp_pa
 
     monkeypatch.setattr(reward_model, "group_scores", watched)
     mesh = run.programs.sharding.mesh
-    score = model_training.load_scorer(config, tmp_path / "run", mesh, batch_size=4)
+    score = model_training.load_scorer(config, tmp_path / "run", run.tokenizer, mesh, batch_size=4)
     scores, metrics = score(rollout, None)
     assert traced == [(4, dict(mesh.shape))] and metrics == {}  # of 4 prompts 4 microbatches, not 8
     assert len(np.unique(scores)) == 8
@@ -408,6 +409,94 @@ def test_a_learned_reward_and_a_verdict_of_its_own(tmp_path, rewards, capsys, sh
     assert all(line["right"] == line["rewards"]["even"] == (len(line["completion"]) % 2 == 0) for line in lines)
     (tmp_path / "run" / "reward_model" / "reward_model.json").unlink()
     assert "no trained reward model" in refusal(capsys, f"--workdir={tmp_path / 'run'}")
+
+
+# -- models without a run ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("exported") / "model"
+    assert export.main([f"--workdir={trained[1]}", f"--out={directory}"]) == 0
+    return directory
+
+
+def flags_of_the_run(config) -> list[str]:
+    """Returns flags with which a model is asked what the run's evaluation asks."""
+    fields = {"data.template": "plain", "max_prompt_length": 4, "data.columns": "{}"}
+    return [
+        *(f"--config.{name}={value}" for name, value in fields.items()),
+        *(f"--data={config.data.train}", "--prompts=7", "--samples=3"),
+        "--max-completion-length=6",
+    ]
+
+
+def test_a_model_is_evaluated_as_the_run_that_exported_it(trained, exported, tmp_path, hub_cache):
+    config, workdir, _ = trained
+    record = command(workdir, tmp_path / "run", "--config.reward.functions=accuracy", "--config.reward.weights=[]")
+    assert evaluate.main([f"--model={exported}", f"--out={tmp_path / 'out'}", *flags_of_the_run(config)]) == 0
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    without = lambda out: [{k: v for k, v in line.items() if k != "self_reward"} for line in completions(out)]
+    assert without(tmp_path / "out") == without(tmp_path / "run") and len(completions(tmp_path / "out")) == 21
+    assert found["metrics"] == {name: record["metrics"][name] for name in found["metrics"]}
+    assert (found["model"], found["checkpoint"], found["phase"]) == (str(exported), None, "pretrained")
+    # From the hub, at the commit that is read.
+    commit = hub_cache("model", "us/digits", {path.name: path.read_bytes() for path in exported.iterdir()})
+    assert evaluate.main(["--model=us/digits", f"--out={tmp_path / 'hub'}", *flags_of_the_run(config)]) == 0
+    assert json.loads((tmp_path / "hub" / "evaluation.json").read_text())["model"] == f"us/digits@{commit}"
+    assert completions(tmp_path / "hub") == completions(tmp_path / "out")
+
+
+def test_a_model_with_a_chat_template_is_asked_in_a_chat_and_for_a_box(trained, exported, tmp_path):
+    chat = tmp_path / "chat"
+    shutil.copytree(exported, chat)
+    (chat / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    rows, prompts = trained[0].data.train, {}
+    for name, model, flags in (("chat", chat, []), ("plain", exported, []), ("no", chat, ["--config.data.chat=false"])):
+        flags = [f"--model={model}", f"--out={tmp_path / name}out", f"--data={rows}", "--prompts=1", *flags]
+        assert evaluate.main([*flags, "--max_completion_length=2", "--samples=1"]) == 0
+        prompts[name] = completions(tmp_path / f"{name}out")[0]["prompt"]
+    asked = "0\nPlease reason step by step, and put your final answer within \\boxed{}."
+    assert prompts == {"chat": f"<user>{asked}", "plain": asked, "no": asked}
+
+
+def test_a_policy_is_opened_from_python(trained, exported):
+    """What other commands use: the same tokens from the run and from its export."""
+    fields = {"max_completion_length": "6", "eval.samples": "2", "data.chat": "false"}
+    rollouts = []
+    for source in (trained[1], str(exported)):
+        opened = policies.open_policy(source, fields)
+        policy = opened.load()
+        ids = np.array([opened.tokenizer.encode("7\n")] * 4)
+        batch = data.PromptBatch(ids, np.ones_like(ids, bool), np.arange(4), np.ones(4, np.float32), [{}] * 4)
+        rollouts.append(policy.programs.generate_eval(policy.weights, batch))
+        assert policy.programs.model.attention != "auto" and opened.model.vocab_size == opened.tokenizer.vocab_size
+    np.testing.assert_array_equal(rollouts[0].tokens, rollouts[1].tokens)
+    assert (
+        rollouts[0].tokens.shape == (4, 2, 6) and opened.name == "model" and opened.config.eval.prompts == policies.ALL
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--out=o", "--data=d.jsonl", "--workdir=w"], "--workdir and --model both name a policy"),
+        (["--data=d.jsonl"], "--out=DIR is missing"),
+        (["--out=o"], "--data=NAME_OR_PATH is missing"),
+        (["--out=o", "--data=d.jsonl", "--checkpoint=3"], "--checkpoint chooses a checkpoint of a run"),
+        (["--out=o", "--data=d.jsonl", "--config.model.path=x"], "names a second model"),
+        (["--out=o", "--data=d.jsonl", "--config.model.width=3"], "has its own"),
+        (["--out=o", "--data=none.jsonl"], "none.jsonl"),
+    ],
+)
+def test_flags_that_do_not_fit_a_model(flags, said, exported, capsys):
+    assert said in refusal(capsys, f"--model={exported}", *flags)
+
+
+def test_a_work_directory_or_nothing_as_a_model(trained, tmp_path, capsys):
+    rest = [f"--out={tmp_path}", "--data=d.jsonl"]
+    assert "export it first" in refusal(capsys, f"--model={trained[1]}", *rest)
+    assert "There is no nowhere" in refusal(capsys, "--model=nowhere", *rest)
 
 
 # -- refusals --------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from jaxrl_reason.runs.files import write_json, writing
 from jaxrl_reason.runs.loop import Loop, run_loop
 from jaxrl_reason.runs.pictures import print_summary
 from jaxrl_reason.runs.progress import Clock
-from jaxrl_reason.runs.workdir import tokenizer_of, Workdir
+from jaxrl_reason.runs.workdir import Workdir
 
 # Folded into the seed for the score vector and, without a policy, the decoder. `rl.programs` uses other numbers.
 _INIT = 101
@@ -153,13 +153,14 @@ def scorer(
     return _trained_scorer(c, model, params, phase.mesh, c.prompts_per_step // c.sampling.parts)
 
 
-def load_scorer(c: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, batch_size: int) -> RewardModelScorer:
-    """Returns the scorer of a trained run's reward model: of config.reward_model.path, else of the run's `workdir`.
+def load_scorer(
+    c: Config, workdir: pathlib.Path, tokenizer: data.Tokenizer, mesh: jax.sharding.Mesh, batch_size: int
+) -> RewardModelScorer:
+    """Returns the scorer of a reward model: of config.reward_model.path, else of the run in `workdir`.
 
-    The prompts of a batch are scored in as many microbatches as in training, if the devices can share them evenly.
+    `tokenizer` is that of the policy. The prompts of a batch are scored in as many microbatches as in training, if the devices can share them evenly.
     Raises ConfigError, ValueError or OSError if there is no such reward model, or if its tokenizer is another one.
     """
-    tokenizer = tokenizer_of(workdir)
     directory = pathlib.Path(c.reward_model.path).expanduser() if c.reward_model.path else workdir / "reward_model"
     if c.reward_model.path and not is_ours(directory):
         return pretrained_scorer(c, open_pretrained(c, mesh, workdir), tokenizer, mesh)

@@ -33,6 +33,7 @@ class Programs:
     """The jitted functions of a run as methods. P prompts, G completions per prompt (one more if the method asks for a greedy one), T tokens."""
 
     config: Config
+    model: models.ModelConfig  # the decoder, with what suits the devices
     needs: Requirements
     sharding: jax.sharding.NamedSharding  # of arrays with a leading prompt axis
     decoding: jax.sharding.NamedSharding  # the same on the mesh that samples; both are equal if one mesh does both
@@ -210,7 +211,7 @@ def build(
     }
     state = jax.eval_shape(jitted["init"], SEED)
     abstract_state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
-    return Programs(config, needs, by_prompt, by_prompt_decoding, jitted, abstract_state, schedule)
+    return Programs(config, model, needs, by_prompt, by_prompt_decoding, jitted, abstract_state, schedule)
 
 
 def _shardings(config: Config, method: Method, model: models.ModelConfig, mesh: jax.sharding.Mesh, optimizer: Any):

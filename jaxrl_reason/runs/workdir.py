@@ -149,6 +149,16 @@ def load_config(workdir: pathlib.Path, fields: Mapping[str, str]) -> Config:
         raise
     except (ValueError, TypeError, KeyError) as e:
         raise ConfigError(f"{file} is damaged ({type(e).__name__}: {e}); restore it.") from e
+    return with_fields(config, fields)
+
+
+def with_fields(config: Config, fields: Mapping[str, str]) -> Config:
+    """Sets fields of a configuration in place, to the values that texts spell, checks all, and returns it.
+
+    Other held-out data without a split of their own are read whole (a file), or from their test split. At temperature 0
+    there is one completion per prompt, if `fields` name no other number. Raises ConfigError for a configuration that
+    cannot run.
+    """
     for name, text in fields.items():
         config_lib.override(config, name, text)
     if "data.eval" in fields and "data.eval_split" not in fields:

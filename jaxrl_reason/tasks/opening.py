@@ -9,6 +9,7 @@ from jaxrl_reason.config import Config, ConfigError, remote
 from jaxrl_reason.methods import Method
 from jaxrl_reason.models import sharding
 from jaxrl_reason.tasks import text
+from jaxrl_reason.tasks.policies import OpenedPolicy
 from jaxrl_reason.tasks.regression import opening as numbers
 from jaxrl_reason.tasks.task import Task, TrainingTask
 
@@ -30,14 +31,14 @@ def open_task(config: Config, method: Method, mesh: jax.sharding.Mesh, workdir: 
     return text.open_for_training(config, method, mesh, workdir)
 
 
-def open_for_evaluation(config: Config, method: Method, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> Task:
-    """Opens the task of a trained run with its held-out data only. Arguments and errors: see `open_task`.
+def open_for_evaluation(policy: OpenedPolicy, config: Config, directory: pathlib.Path) -> Task:
+    """Opens the held-out data of `config` for a policy, and the rewards, whose prints go to `directory`.
 
-    The work directory holds the tokenizer. Only tables read the training rows again, by which targets are scaled.
+    `config` is that of the policy, perhaps with other data and other fields of the evaluation. Errors: see `open_task`.
     """
-    if config.regression.tokenizer:
-        return numbers.open_for_evaluation(config, mesh, workdir)
-    return text.open_for_evaluation(config, method, mesh, workdir)
+    if policy.numbers is not None:
+        return policy.numbers
+    return text.open_for_evaluation(config, policy.method, policy.mesh, policy.tokenizer, policy.model, directory)
 
 
 def _check_start(config: Config) -> None:

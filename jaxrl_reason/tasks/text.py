@@ -17,7 +17,7 @@ from jaxrl_reason.rewards.output import Output
 from jaxrl_reason.rewards.scorer import RewardScorer
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.requirements import requirements
-from jaxrl_reason.runs.workdir import model_source, tokenizer_of, Workdir
+from jaxrl_reason.runs.workdir import Workdir
 from jaxrl_reason.tasks import evaluation, pretrained, reporting
 from jaxrl_reason.tasks.self_reward import probe_token, ProbeReference, self_reward_of
 from jaxrl_reason.tasks.task import Generate, Judged, Task, TrainingTask
@@ -58,13 +58,18 @@ def open_for_training(
     return TrainingTask(**vars(task), work=work, streams=streams, pretrained=opened, load_weights=load)
 
 
-def open_for_evaluation(config: Config, method: Method, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> Task:
-    """Opens held-out rows, the tokenizer of the run, and rewards; see `tasks.open_for_evaluation`."""
+def open_for_evaluation(
+    config: Config,
+    method: Method,
+    mesh: jax.sharding.Mesh,
+    tokenizer: data.Tokenizer,
+    model: models.ModelConfig,
+    directory: pathlib.Path,
+) -> Task:
+    """Opens held-out rows and rewards for a policy; see `tasks.open_for_evaluation`."""
     c, rows = config, _held_out_rows(config)
     values = held_out_values(rows, "values" in method.signals)
-    tokenizer = tokenizer_of(workdir)
-    model = config_lib.model_config(c, tokenizer.vocab_size, model_source(workdir))
-    scorer = _scorer(c, tokenizer, mesh, workdir)
+    scorer = _scorer(c, tokenizer, mesh, directory)
     batch_size = evaluation.batch_size(c, mesh, len(rows))
     task = _task(c, method, rows, tokenizer, model, scorer, batch_size=batch_size, values=values)
     for batch in task.held_out:
