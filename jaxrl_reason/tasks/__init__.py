@@ -2,7 +2,7 @@
 
 `opening` opens a `Task` for training, or for evaluation with held-out data only: text problems (`text`), or tables of
 numbers that are predicted digit by digit (`regression`, GenRe2). `pretrained` loads the model that a run begins with,
-and `supervised` trains it before RL. `evaluation` samples, judges and averages held-out completions, and `reporting`
+and `supervised` trains it before RL. `policies` opens the policy of a run or a model, to sample from it. `evaluation` samples, judges and averages held-out completions, and `reporting`
 shows the results as tables, pictures and files. `self_reward` has LaSeR's probe token, constant and self-rewards.
 """
 
