@@ -31,9 +31,10 @@ from jaxrl_reason.rl import dynamic_sampling, experience, hosts
 from jaxrl_reason.rl import programs as programs_lib
 from jaxrl_reason.rl.ahead import compile_ahead
 from jaxrl_reason.rl.types import Groups, LogProbs, Rollout, Step, TrainState
-from jaxrl_reason.runs import checkpoints, command, compilation_cache, pictures
+from jaxrl_reason.runs import checkpoints, command, compilation_cache, pictures, trackers
 from jaxrl_reason.runs.loop import Loop, run_loop
 from jaxrl_reason.runs.metrics_file import SampleTable
+from jaxrl_reason.runs.profile import Profile
 from jaxrl_reason.runs.progress import Clock
 from jaxrl_reason.runs.records import observer, save_for_replay
 from jaxrl_reason.tasks import self_reward, summary, supervised, TrainingTask
@@ -80,6 +81,8 @@ _REFUSALS = (RewardError, ValueError, OSError)
 
 def _setup(config: Config, workdir: str | pathlib.Path) -> Run:
     method = config_lib.validate(config)
+    if hosts.is_first():
+        trackers.check(config)
     mesh = programs_lib.make_mesh(config)
     task = tasks.open_task(config, method, mesh, workdir)
     programs = tasks.build_programs(config, method, task, mesh)
@@ -319,7 +322,7 @@ def reinforce(
     c, programs, work, begin = run.config, run.programs, run.work, int(state.step)
 
     def step(i: int, state: TrainState, clock: Clock):
-        with jax.transfer_guard("disallow"):  # an unintended transfer is an error
+        with profile.step(i + 1), jax.transfer_guard("disallow"):  # an unintended transfer is an error
             done = train_step(run, state, reference, clock, c_ref)
         clock.count("update", int(_count(done.batch.mask)))
         return done.state, done.metrics | {"learning_rate": programs.learning_rate(i)}, done
@@ -340,7 +343,11 @@ def reinforce(
         with clock("evaluation"):
             return evaluate(state)
 
-    with SampleTable(work.path, resume_step=begin or -1, enabled=hosts.is_first()) as samples:
+    first = hosts.is_first()
+    with (
+        SampleTable(work.path, resume_step=begin or -1, enabled=first) as samples,
+        Profile(work.path / "profile", c.log.profile, enabled=first) as profile,
+    ):
         return run_loop(
             Loop("RL", "step {}", work.path, begin, c.steps, c, console, should_stop),
             state,

@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 from jaxrl_reason import losses, methods, models
 
 DTYPES = ("float32", "bfloat16")
+TRACKERS = ("wandb", "trackio", "mlflow")  # `runs.trackers` has an entry for each
 
 
 class ConfigError(ValueError):
@@ -262,6 +263,10 @@ class Log:
     samples_every: int = _field(10, "steps between tables of sample completions; 0: none", low=0)
     samples: int = _field(8, "completions per table", low=1)
     tensorboard: bool = _field(True, "write TensorBoard events")
+    trackers: list = _field([], f"experiment trackers that get the metrics too: {', '.join(TRACKERS)}")
+    profile: list = _field(
+        [], "first and last RL step of a profile by jax, in profile/ of the work directory, e.g. [10, 12]; empty: none"
+    )
     progress: bool = _field(True, "show a progress bar")
     heartbeat: float = _field(
         60.0, "report a step that takes longer than this many seconds and five times the usual time; 0: never", low=0

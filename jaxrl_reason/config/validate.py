@@ -169,6 +169,14 @@ RULES = (
          "the model of config.model.path has its own: leave one of the two out"),
     Rule("lora.rank", lambda c, m: not c.lora.rank and c.lora != schema.Lora(),
          "set it, or leave out the other fields of config.lora"),
+    # log
+    Rule("log.trackers", lambda c, m: any(name not in schema.TRACKERS for name in c.log.trackers),
+         f"each must be one of {', '.join(schema.TRACKERS)}"),
+    Rule("log.trackers", lambda c, m: len({*c.log.trackers}) < len(c.log.trackers), "name each tracker once"),
+    Rule("log.profile", lambda c, m: c.log.profile and [type(step) for step in c.log.profile] != [int, int],
+         "give the first and the last step to profile, such as [10, 12]"),
+    Rule("log.profile", lambda c, m: c.log.profile and not 1 <= c.log.profile[0] <= c.log.profile[1] <= c.steps,
+         "the first step must be at least 1, and the last one from there to config.steps ({c.steps})"),
 )
 # fmt: on
 

@@ -13,6 +13,7 @@ from jaxrl_reason.config import Config
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs.metrics_file import MetricsWriter
 from jaxrl_reason.runs.progress import Clock, Heartbeat, Progress
+from jaxrl_reason.runs.trackers import Trackers
 from jaxrl_reason.runs.watch import history, SkippedUpdates
 
 
@@ -63,10 +64,12 @@ def run_loop(
     with contextlib.ExitStack() as stack:
         writer = MetricsWriter(loop.directory, c.log.tensorboard, loop.begin or -1, enabled=hosts.is_first())
         metrics_file = stack.enter_context(writer)
+        trackers = stack.enter_context(Trackers(c, loop.directory, enabled=hosts.is_first()))
+        write = lambda step, metrics: trackers.log(step, metrics_file.write(step, metrics))
         heart = stack.enter_context(Heartbeat(say, c.log.heartbeat))
         if loop.begin == 0 and before:
             heart.step("The evaluation before training", Clock(), extra=True)
-            metrics_file.write(0, before())
+            write(0, before())
         past = history(loop.directory, loop.begin)
         skipped, written = SkippedUpdates(c.optimizer.max_skipped, past), observe(past) if observe else None
         bar = stack.enter_context(Progress(loop.console, loop.name, loop.end, loop.begin, enabled=c.log.progress))
@@ -78,7 +81,7 @@ def run_loop(
             state, metrics, details = train_step(step, state, clock)
             if after:
                 metrics |= after(done, state, metrics, details, clock)
-            metrics_file.write(done, metrics | clock.metrics())
+            write(done, metrics | clock.metrics())
             clock = Clock()  # of the next line, which also has the seconds of this step's checkpoint
             if written:
                 written(done, metrics, details)

@@ -43,10 +43,10 @@ class MetricsWriter(contextlib.ExitStack):
             purge_step = None if resume_step is None else resume_step + 1
             self._events = self.enter_context(contextlib.closing(_Events(Path(workdir) / "tensorboard", purge_step)))
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float | None]:
         """Writes one line, {"step": step, **metrics}; a value that is not finite becomes null, and no event.
 
-        Raises ValueError if a value is not a scalar number or a metric is named "step", and OSError on a full disk.
+        Returns the metrics as they are written. Raises ValueError if a value is not a scalar number or a metric is named "step", and OSError on a full disk.
         """
         if "step" in metrics:
             raise ValueError('A metric is named "step", which every line already has; rename it.')
@@ -55,6 +55,7 @@ class MetricsWriter(contextlib.ExitStack):
             self._lines.write([{"step": int(step), **numbers}])
         if self._events is not None:
             self._events.write(int(step), numbers)
+        return numbers
 
 
 class SampleTable(contextlib.ExitStack):

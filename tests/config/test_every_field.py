@@ -259,6 +259,8 @@ EFFECTS = {
     "log.samples_every": (1, after_training(see.lines("samples.jsonl")), TRAINED),
     "log.samples": (4, after_training(see.lines("samples.jsonl")), TRAINED | dict(log__samples_every=1)),
     "log.tensorboard": (True, after_training(lambda path, _: (path / "tensorboard").exists()), TRAINED),
+    "log.trackers": (["wandb"], see.tracked, {}),
+    "log.profile": ([2, 2], after_training(lambda path, _: (path / "profile").exists()), TRAINED),
     "log.progress": (True, after_training(lambda _, out: "RL 1/3" in out), TRAINED),
     "log.heartbeat": (1e-3, after_training(lambda _, out: "has been going on for" in out), TRAINED),
 }

@@ -35,6 +35,15 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
         (dict(group_size=1, method={"name": "rloo"}), ["group_size", "at least 2"]),
         (dict(group_size=1, method={"name": "dapo"}), ["group_size", "at least 2"]),
         (dict(update__accumulation=3), ["config.update.accumulation is 3", "16"]),
+        (dict(log__trackers=["wandb", "tensorboard"]), ["config.log.trackers", "one of wandb, trackio, mlflow"]),
+        (dict(log__trackers=[["wandb"]]), ["config.log.trackers", "one of wandb"]),
+        (dict(log__trackers=["wandb", "wandb"]), ["config.log.trackers", "once"]),
+        (dict(log__profile=[10]), ["config.log.profile is [10]", "such as [10, 12]"]),
+        (dict(log__profile=[1, 2.5]), ["config.log.profile", "such as [10, 12]"]),
+        (dict(log__profile=[True, 2]), ["config.log.profile", "such as [10, 12]"]),
+        (dict(log__profile=[3, 2]), ["config.log.profile is [3, 2]", "at least 1", "config.steps (100)"]),
+        (dict(log__profile=[0, 2]), ["config.log.profile", "at least 1"]),
+        (dict(log__profile=[99, 101]), ["config.log.profile", "config.steps (100)"]),
         (dict(reward__weights=[True]), ["config.reward.weights", "True"]),
         (dict(model__heads=3), ["config.model.heads (3)", "kv_heads"]),
         (dict(model__width=130), ["config.model.width (130)", "model.heads"]),
@@ -139,6 +148,10 @@ BROKEN = [
     (dict(reward_model__steps=9), "reward.functions is ['accuracy']", "config.reward_model is set"),
     (dict(model__path="model", model__qk_norm=True), "model.qk_norm is True", "config.model.path"),
     (dict(lora__alpha=3.0), "lora.rank is 0", "config.lora"),
+    (dict(log__trackers=["tensorboard"]), "log.trackers is ['tensorboard']", "one of wandb, trackio, mlflow"),
+    (dict(log__trackers=["wandb", "wandb"]), "log.trackers is ['wandb', 'wandb']", "once"),
+    (dict(log__profile=[10]), "log.profile is [10]", "such as [10, 12]"),
+    (dict(log__profile=[3, 2]), "log.profile is [3, 2]", "config.steps (100)"),
 ]
 
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import sys
 import warnings
 
 import jax
@@ -16,6 +17,7 @@ import pytest
 import rich.console
 
 from helpers.tiny_runs import ROWS, with_program
+from helpers.trackers import Fake
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import losses, models, train
 from jaxrl_reason.config import ConfigError, validate
@@ -25,6 +27,7 @@ from jaxrl_reason.rl import optimizer as optimizers
 from jaxrl_reason.rl.types import Experience, Groups, Rollout, TrainState
 from jaxrl_reason.runs import compilation_cache as cache_lib
 from jaxrl_reason.runs.progress import Clock
+from jaxrl_reason.runs.trackers import Trackers
 from jaxrl_reason.runs.watch import NonFiniteError
 
 
@@ -57,6 +60,17 @@ def compilation_cache(config, tmp_path):
         patch.setattr(cache_lib, "enable", asked.append)
         setup(config, tmp_path)
     return asked
+
+
+def tracked(config, tmp_path):
+    """What a tracker gets of one step."""
+    fake = Fake()
+    tmp_path.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", fake.wandb)
+        with Trackers(config, tmp_path) as trackers:
+            trackers.log(1, {"reward": 0.5})
+    return [str(call) for call in fake.of("log")]
 
 
 def held_out(config, tmp_path):
