@@ -1,15 +1,17 @@
 """Writes a trained policy, or the reward model of its run, as a directory that other programs load.
 
 The directory holds config.json, safetensors, the tokenizer's files and generation_config.json, which `transformers`,
-vLLM and llama.cpp's converter read. Adapters (config.lora) are merged into the weights.
+vLLM and llama.cpp's converter read. Adapters (config.lora) are merged into the weights. README.md is a model card with
+the recipe, the held-out metrics and the versions. --push uploads the directory to the Hugging Face hub.
 """
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
-import functools
 import pathlib
 import sys
-from typing import Any
+import tempfile
+from typing import Any, NamedTuple
 
 import jax
 import rich.console
@@ -17,10 +19,13 @@ import rich.console
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import data, models, runs
 from jaxrl_reason.config import ConfigError
+from jaxrl_reason.data import hub
 from jaxrl_reason.models import sharding
 from jaxrl_reason.rewards import model_files
+from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs import command
 from jaxrl_reason.runs.workdir import model_source, tokenizer_of
+from jaxrl_reason.tasks.model_card import Exported, model_card
 
 
 def load_policy(workdir: pathlib.Path, checkpoint: int | None = None) -> tuple[int, models.Policy]:
@@ -86,7 +91,11 @@ COMMAND = command.Command(
     __doc__,
     (
         command.WORKDIR,
-        command.Flag("out", "DIR", "the directory to write; must not exist, or be empty", command.path, required=True),
+        command.Flag("out", "DIR", "the directory to write; must not exist, or be empty", command.path),
+        command.Flag(
+            "push", "OWNER/NAME", "uploads to this model of the hub, which is made private; --out is optional then"
+        ),
+        command.Flag("public", "", "makes a new model of --push public"),
         command.CHECKPOINT,
         command.Flag("reward-model", "", "writes the reward model that the run trained, as a sequence classifier"),
         command.Flag("adapters", "", "writes a PEFT directory: the adapters alone, for the model of config.model.path"),
@@ -94,46 +103,97 @@ COMMAND = command.Command(
         command.RECIPE,
     ),
     "--workdir=/tmp/sums --out=/tmp/sums_model",
+    errors=(hub.HubError,),
 )
 
 
-def prepare(arguments: command.Arguments) -> tuple[str, pathlib.Path, Callable[[], Any]]:
-    """Reads the policy or the reward model. Returns its name, the directory to write, and a function that writes it.
+class Export(NamedTuple):
+    """A model to write."""
 
-    Raises ConfigError, PretrainedError, ValueError or OSError for contradicting flags or an unreadable run.
+    name: str  # in messages
+    save: Callable[[pathlib.Path], Any]  # writes it to a directory
+    out: pathlib.Path | None  # None: a directory that is removed after the upload
+    upload: hub.Upload | None
+
+
+def prepare(arguments: command.Arguments) -> Export:
+    """Reads the policy or the reward model.
+
+    Raises ConfigError, PretrainedError, HubError, ValueError or OSError for contradicting flags, an unreadable run, or a
+    repository that cannot be written.
     """
-    workdir, out, dtype = arguments.workdir, arguments.out, arguments.dtype
+    out, push = arguments.out, arguments.push
+    _check_flags(arguments)
+    command.load_recipe(arguments)
+    config = runs.load_config(arguments.workdir, {})
+    hosts.initialize(config.mesh.host_timeout, config.mesh.initialization_timeout)
+
+    def open_upload() -> hub.Upload | None:
+        if not hosts.is_first():
+            return None
+        if out and out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"--out={out} is there already and not empty; choose another directory.")
+        return hub.open_upload(push, private=not arguments.public) if push else None
+
+    upload = hosts.agree(open_upload, ConfigError, hub.HubError)
+    name, save = _read(arguments, config, push.rpartition("/")[2] if push else out.name)
+    return Export(name, save, out, upload)
+
+
+def _check_flags(arguments: command.Arguments) -> None:
+    """Raises ConfigError for flags that contradict each other."""
+    if not (arguments.out or arguments.push):
+        raise ConfigError("--out=DIR is missing: the directory to write; or give --push=OWNER/NAME.")
+    if arguments.public and not arguments.push:
+        raise ConfigError("--public is for --push=OWNER/NAME; leave it out.")
     if arguments.reward_model and (arguments.adapters or arguments.checkpoint is not None):
         raise ConfigError(
             "--reward-model writes the trained reward model, which has neither checkpoints to choose from nor adapters."
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out={out} is there already and not empty; choose another directory.")
-    command.load_recipe(arguments)
+    if arguments.adapters and arguments.dtype:
+        raise ConfigError("--dtype is for merged weights; adapters are written as they were trained, in float32.")
+
+
+def _read(
+    arguments: command.Arguments, config: config_lib.Config, title: str
+) -> tuple[str, Callable[[pathlib.Path], Any]]:
+    """Reads the model with its card. Returns its name in messages, and a function that writes it to a directory."""
+    workdir, dtype = arguments.workdir, arguments.dtype
+
+    def with_card(model: models.Policy, checkpoint: int | None) -> models.Policy:
+        card = model_card(Exported(title, workdir, config, checkpoint, arguments.adapters))
+        return dataclasses.replace(model, files={**model.files, "README.md": card.encode()})
+
     if arguments.reward_model:
-        judge = in_dtype(load_reward_model(workdir), dtype)
-        return "The reward model", out, functools.partial(models.save_pretrained, out, judge)
-    if arguments.adapters:
-        if dtype:
-            raise ConfigError("--dtype is for merged weights; adapters are written as they were trained, in float32.")
-        base = check_adapters(workdir)
-        number, policy = load_policy(workdir, arguments.checkpoint)
-        return f"Checkpoint {number}", out, functools.partial(models.save_adapters, out, policy, base)
+        judge = in_dtype(with_card(load_reward_model(workdir), None), dtype)
+        return "The reward model", lambda out: models.save_pretrained(out, judge)
+    base = check_adapters(workdir) if arguments.adapters else ""
     number, policy = load_policy(workdir, arguments.checkpoint)
-    config, params = models.lora.merge(policy.config, policy.params)
-    policy = in_dtype(dataclasses.replace(policy, config=config, params=params), dtype)
-    return f"Checkpoint {number}", out, functools.partial(models.save_pretrained, out, policy)
+    policy = with_card(policy, number)
+    if base:
+        return f"Checkpoint {number}", lambda out: models.save_adapters(out, policy, base)
+    merged, params = models.lora.merge(policy.config, policy.params)
+    whole = in_dtype(dataclasses.replace(policy, config=merged, params=params), dtype)
+    return f"Checkpoint {number}", lambda out: models.save_pretrained(out, whole)
 
 
-def write(name: str, out: pathlib.Path, save: Callable[[], Any]) -> None:
-    """Writes the model and prints its place. Arguments: see `prepare`."""
-    save()
-    rich.console.Console(highlight=False, markup=False).print(f"{name} is in {out}.", soft_wrap=True)
+def write(export: Export) -> None:
+    """Writes the model, uploads it and prints its places. Raises HubError if the upload fails."""
+    if hosts.is_first():
+        console = rich.console.Console(highlight=False, markup=False)
+        with contextlib.ExitStack() as stack:
+            out = export.out or pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model"
+            export.save(out)
+            if export.out:
+                console.print(f"{export.name} is in {out}.", soft_wrap=True)
+            if export.upload:
+                address = hub.upload(export.upload, out, f"{export.name}, exported by jaxrl_reason")
+                console.print(f"{export.name} is at {address}.", soft_wrap=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    return command.run(COMMAND, argv, prepare, lambda prepared: write(*prepared))
+    return command.run(COMMAND, argv, prepare, write)
 
 
 if __name__ == "__main__":

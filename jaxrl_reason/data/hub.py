@@ -1,6 +1,6 @@
-"""The Hugging Face hub: fetches models and data sets at a printed revision, and checks their contents and paths."""
+"""The Hugging Face hub: fetches models and data sets at a printed revision, checks their contents and paths, and uploads models."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import concurrent.futures
 import hashlib
 import os
@@ -67,6 +67,61 @@ def fetch(address: str, wanted: Sequence[str], *, kind: str = "model", ignored: 
     hint = "" if revision == commit else f" (write {name}@{commit} to stay with it)"
     print(f"{address}: revision {commit} of the Hugging Face hub{hint}.", file=sys.stderr)
     return Fetched(directory, files, commit)
+
+
+def cached(name: str, file: str, revision: str) -> pathlib.Path | None:
+    """Returns a file of a model in the hub's cache; None if it is not there."""
+    import huggingface_hub
+
+    found = huggingface_hub.try_to_load_from_cache(name, file, revision=revision)
+    return pathlib.Path(found) if isinstance(found, str) else None
+
+
+class Upload(NamedTuple):
+    """A repository of the hub to upload a model to; made by `open_upload`."""
+
+    name: str
+    api: Any  # huggingface_hub.HfApi
+
+
+def open_upload(name: str, *, private: bool) -> Upload:
+    """Makes a repository for a model, if there is none of this name; an existing one stays private or public.
+
+    Raises HubError without a token, for a name that is not owner/name, and if the hub refuses it.
+    """
+    import huggingface_hub
+    import huggingface_hub.utils
+
+    try:
+        huggingface_hub.utils.validate_repo_id(name)
+        valid = is_address(name) and "@" not in name
+    except ValueError:
+        valid = False
+    if not valid:
+        raise HubError(
+            f"{name!r} is no name for a model on the hub: write owner/name, in letters, digits, - _ and dots."
+        )
+    if huggingface_hub.get_token() is None:
+        raise HubError(
+            f"An upload to {name} needs a token of the Hugging Face hub that may write: run hf auth login, or set HF_TOKEN."
+        )
+    api = huggingface_hub.HfApi()
+    _ask(name, lambda: api.create_repo(name, private=private, exist_ok=True, repo_type="model"))
+    return Upload(name, api)
+
+
+def upload(to: Upload, directory: pathlib.Path, message: str) -> str:
+    """Uploads the files of a directory as one commit, and returns its address. Raises HubError."""
+    _ask(to.name, lambda: to.api.upload_folder(repo_id=to.name, folder_path=directory, commit_message=message))
+    return f"https://huggingface.co/{to.name}"
+
+
+def _ask(name: str, request: Callable[[], Any]) -> None:
+    try:
+        request()
+    except Exception as e:  # the network and the hub raise a dozen classes
+        reason = str(e).strip().partition("\n")[0].rstrip(".")
+        raise HubError(f"{name} could not be written on the Hugging Face hub: {type(e).__name__}: {reason}.") from e
 
 
 def inside(directory: pathlib.Path, name: str) -> pathlib.Path:

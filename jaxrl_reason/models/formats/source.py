@@ -132,7 +132,8 @@ def _find(path_or_hub_id: Address) -> tuple[pathlib.Path, str]:
     if not hub.is_address(name):
         example = "an id of the hub such as Qwen/Qwen3-0.6B or Qwen/Qwen3-0.6B@REVISION"
         raise PretrainedError(f"There is no {name}: give a directory, a .gguf file, or {example}.")
-    wanted = ["config.json", peft.CONFIG, "*.safetensors", "model.safetensors.index.json", *_FILES]
+    # README.md names the licence, for the card of an export.
+    wanted = ["config.json", peft.CONFIG, "*.safetensors", "model.safetensors.index.json", *_FILES, "README.md"]
     try:
         # Some repositories hold the weights twice; the second copy is in the format of their maker.
         fetched = hub.fetch(name, wanted, ignored=["consolidated*"])
