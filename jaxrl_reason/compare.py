@@ -6,7 +6,8 @@ begin with the same weights: the recipe's supervised start (and its reward model
 
 The table has the mean of each row with its 95 % interval, and the difference to the recipe, paired by seed. It is
 printed and written to DIR/comparison.json; DIR/comparison.png has the curves. The same command again resumes. Several
-processes may give the same command: each takes the next run that no other one works on.
+processes may give the same command: each takes the next run that no other one works on. On the hosts of a slice, which jax
+connects, all processes do one run after the other together.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ import json
 import pathlib
 import sys
 import time
-from typing import Any, IO, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import rich.console
@@ -39,7 +40,7 @@ class Taken(NamedTuple):
     """A run that this process works on: set up, and locked until `lock` is closed."""
 
     unit: Unit
-    lock: IO[bytes]
+    lock: contextlib.AbstractContextManager  # of the first process
     run: train.Run
 
 
@@ -97,16 +98,30 @@ def prepare(
     workdir = pathlib.Path(workdir).expanduser().resolve()  # the configurations of the rows hold it
     if not config.eval.every:
         raise ConfigError("config.eval.every is 0, and a comparison needs held-out metrics; set it above 0.")
-    done = results.read(results_file) if results_file else []
+    read = lambda: results.read(results_file) if results_file and hosts.is_first() else []
+    done = hosts.agree(read, ConfigError, OSError)
     seeds = tuple(seeds) or (config.seed,)
-    planned = study.plan(config, baselines, workdir, seeds=seeds, only=only, done=done)
+    plan = lambda: study.plan(config, baselines, workdir, seeds=seeds, only=only, done=done)
+    planned = hosts.agree(plan, ConfigError)
     comparison = Comparison(planned, config_lib.validate(config), results_file, [])
     for unit in planned.units:
         with _naming(unit):
             config_lib.validate(unit.config)
-    if taken := planned.take():
+    if taken := _take(planned):
         comparison.pending.append(_set_up(*taken))
     return comparison
+
+
+def _take(runs: Study) -> tuple[Unit, contextlib.AbstractContextManager] | None:
+    """Takes the next run and its lock. The first of several processes chooses for all; the others have no lock."""
+    taken = hosts.agree(lambda: runs.take() if hosts.is_first() else None, OSError)
+    chosen = hosts.from_first([runs.units.index(taken[0])] if taken else [])
+    return taken or ((runs.units[chosen[0]], contextlib.nullcontext()) if chosen else None)
+
+
+def _unfinished(runs: Study) -> int:
+    """Returns the number of runs that are not done, as the first process sees it."""
+    return hosts.from_first([len(runs.unfinished()) if hosts.is_first() else 0])[0]
 
 
 @contextlib.contextmanager
@@ -120,42 +135,45 @@ def _naming(unit: Unit) -> Iterator[None]:
         raise
 
 
-def _set_up(unit: Unit, lock: IO[bytes]) -> Taken:
+def _set_up(unit: Unit, lock: contextlib.AbstractContextManager) -> Taken:
     """Sets a run up. Raises what `train.setup` raises; for a baseline, a ConfigError that names it."""
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lock)
         with _naming(unit):
-            return Taken(unit, lock, train.setup(unit.config, unit.directory))
-    except BaseException:
-        lock.close()
-        raise
+            run = train.setup(unit.config, unit.directory)
+        stack.pop_all()  # the lock is held from here on
+    return Taken(unit, lock, run)
 
 
 def train_all(comparison: Comparison) -> Rows:
-    """Trains all runs, and writes comparison.json and comparison.png. Returns the content of the first, see `compare`."""
+    """Trains all runs, and writes comparison.json and comparison.png. Returns the content of the first, see `compare`.
+
+    Of several processes, the first one writes, and the others return nothing.
+    """
     with hosts.preemption() as should_stop:  # around all runs: a signal in one of them ends the comparison
         _train_all(comparison, should_stop)
-    return report(comparison)
+    return report(comparison) if hosts.is_first() else {}
 
 
 def _train_all(comparison: Comparison, should_stop: Callable[[], bool]) -> None:
     runs, count = comparison.study, len(comparison.study.units)
-    console, waits = rich.console.Console(highlight=False, markup=False), False
+    console, waits = rich.console.Console(highlight=False, markup=False, quiet=not hosts.is_first()), False
     say = lambda text: console.print(text, soft_wrap=True)
-    if done := count - len(runs.unfinished()):
+    if done := count - _unfinished(runs):
         say(f"{done} of {count} runs are finished.")
-    while unfinished := runs.unfinished():
+    while unfinished := _unfinished(runs):
         taken = comparison.pending.pop() if comparison.pending else None
-        if taken is None and (free := runs.take()):
+        if taken is None and (free := _take(runs)):
             taken = _set_up(*free)
         if taken is None:
             if not waits:
-                say(f"Other processes work on the runs that are left ({len(unfinished)}); waiting for them.")
+                say(f"Other processes work on the runs that are left ({unfinished}); waiting for them.")
             waits = True
             if should_stop():
                 raise hosts.Preempted("the last run of this process")
             time.sleep(_POLL)
             continue
-        unit, waits, left = taken.unit, False, len(unfinished) - 1
+        unit, waits, left = taken.unit, False, unfinished - 1
         follow = "none follows" if not left else "1 follows" if left == 1 else f"{left} follow"
         number = runs.units.index(unit) + 1
         say(f"Run {number} of {count}, seed {unit.seed}, {unit.title}, in {unit.directory}; {follow}.")
@@ -171,13 +189,20 @@ def _train_all(comparison: Comparison, should_stop: Callable[[], bool]) -> None:
 
 def _work(comparison: Comparison, unit: Unit, run: train.Run) -> None:
     """Trains one run, or makes a start, and writes its result.json, with which it is finished."""
-    directory = unit.directory
     if unit.row is None:
         train.make_start(run)
+    else:
+        train.train(run)
+    if hosts.is_first():
+        _write_result(comparison, unit)
+
+
+def _write_result(comparison: Comparison, unit: Unit) -> None:
+    directory = unit.directory
+    if unit.row is None:
         phases = (directory / phase / "metrics.jsonl" for phase in ("supervised", "reward_model"))
         write_json(directory / "result.json", {"config": unit.digest, "seconds": results.seconds(*phases)})
         return
-    train.train(run)
     metrics = directory / "metrics.jsonl"
     entry = {
         "row": unit.row.name,
@@ -303,8 +328,10 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"{arguments.config} has no get_baselines(); it names the baselines of the method.")
         if arguments.seeds and "seed" in arguments.fields:
             raise ConfigError("--seeds and --config.seed both set the seed; leave one of them out.")
+        config = arguments.configuration()
+        hosts.initialize(config.mesh.host_timeout, config.mesh.initialization_timeout)
         return prepare(
-            arguments.configuration(),
+            config,
             module.get_baselines(),
             arguments.training_workdir(),
             seeds=arguments.seeds or (),
@@ -314,6 +341,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def work(comparison: Comparison) -> None:
         rows, console = train_all(comparison), rich.console.Console(highlight=False, markup=False)
+        if not hosts.is_first():
+            return
         print_rows(console, rows, tasks.headlines(comparison.method))
         for name in ("comparison.json", "comparison.png"):
             console.print(f"Written: {comparison.study.workdir / name}", soft_wrap=True)

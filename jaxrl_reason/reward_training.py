@@ -50,8 +50,10 @@ COMMAND = command.Command(
 
 
 def prepare(arguments: command.Arguments) -> tuple[train.Run, Phase]:
-    """Sets the run up; raises as `train.setup` does, and ConfigError without a reward model to train."""
-    run = train.setup(arguments.configuration(), arguments.training_workdir())
+    """Connects the processes and sets the run up; raises as `train.setup` does, and ConfigError without a reward model to train."""
+    config = arguments.configuration()
+    hosts.initialize(config.mesh.host_timeout, config.mesh.initialization_timeout)
+    run = train.setup(config, arguments.training_workdir())
     if run.reward_phase is None:
         raise ConfigError(
             "config.reward.functions names no learned reward, so this run has no reward model to train; add 'reward_model' there."
@@ -63,7 +65,7 @@ def prepare(arguments: command.Arguments) -> tuple[train.Run, Phase]:
 
 def work(run: train.Run, phase: Phase) -> None:
     """Trains the reward model of a run."""
-    console = rich.console.Console(highlight=False, markup=False)
+    console = rich.console.Console(highlight=False, markup=False, quiet=not hosts.is_first())
     with hosts.preemption() as should_stop:
         get_reward_model(phase, start_decoder(run, console), console, should_stop)
 

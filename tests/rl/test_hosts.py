@@ -1,11 +1,7 @@
 """Several processes behind the real command line: the same samples, losses and weights; one that dies ends the others; checkpoints move."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import jax
@@ -13,6 +9,7 @@ import jax.flatten_util
 import numpy as np
 import pytest
 
+from helpers.processes import finish, launch
 from helpers.tiny_runs import ROWS, tiny, write_rows
 from jaxrl_reason import train
 from jaxrl_reason.config import to_dict
@@ -75,48 +72,11 @@ def recipe(folder, name, **changes):
     return config, path
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def start(recipe, workdir, shared_programs, processes=1, devices=1):
     """The command line of the training in so many processes with so many simulated devices each."""
     env = {k.upper(): str(v) for k, v in shared_programs.items()} | {"SEEN": f"{workdir}.seen"}
     command = ["-m", "jaxrl_reason.train", f"--config={recipe}", f"--workdir={workdir}"]
     return launch(command, processes, devices, env)
-
-
-def launch(command, processes=1, devices=1, env=()):
-    """Python with these arguments in so many processes with so many simulated devices each; {process} is its number."""
-    common = os.environ | dict(env)
-    common |= {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
-    if processes > 1:
-        common |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(processes)}
-    return [
-        subprocess.Popen(
-            [sys.executable, *(str(argument).replace("{process}", str(i)) for argument in command)],
-            env=common | ({"JAX_PROCESS_ID": str(i)} if processes > 1 else {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(processes)
-    ]
-
-
-def finish(started, limit=240):
-    """Waits for all; [(exit code, stdout, stderr)]."""
-    try:
-        return [(p.returncode, *out) for p in started for out in [p.communicate(timeout=limit)]]
-    finally:
-        for p in started:
-            p.kill()
 
 
 def run(recipe, workdir, shared_programs, processes=1, devices=1):
