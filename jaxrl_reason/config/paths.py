@@ -6,7 +6,8 @@ _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+([^/]*)/?(.*)")  # pathlib t
 # scheme -> how a machine gets the files.
 _MOUNT = "mount the bucket ({}), and name the folder under which it is mounted"
 _REMEDIES = {
-    "gs": _MOUNT.format("gcsfuse {1} DIR") + "; or use a Filestore share",
+    "gs": _MOUNT.format("gcsfuse {1} DIR")
+    + "; for a work directory, better use a Filestore share, or a local folder and copy it (gcloud storage rsync --recursive DIR {2})",
     **dict.fromkeys(("s3", "s3a", "s3n"), _MOUNT.format("mount-s3 {1} DIR")),
     **dict.fromkeys(("abfs", "abfss", "az", "wasb", "wasbs"), _MOUNT.format("blobfuse2 mount DIR")),
     **dict.fromkeys(("http", "https", "ftp"), "download it, and name the file or folder"),
@@ -22,11 +23,11 @@ def remote(text: str, supported: tuple[str, ...] = ()) -> str:
 
     Example:
       >>> remote("gs://bucket/run")
-      'mount the bucket (gcsfuse bucket DIR), and name the folder under which it is mounted; or use a Filestore share'
+      'mount the bucket (gcsfuse bucket DIR), and name the folder under which it is mounted; for a work directory, ...'
     """
     found = _ADDRESS.fullmatch(text)
     if not found or text.startswith(supported):
         return ""
     scheme = found[1].lower()
     remedy = _REMEDIES.get(scheme, "mount what {0}:// names, and name the folder under which it is mounted")
-    return remedy.format(scheme, found[2])
+    return remedy.format(scheme, found[2], f"{scheme}://{found[2]}/{found[3]}".rstrip("/"))

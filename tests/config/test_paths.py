@@ -15,6 +15,8 @@ from jaxrl_reason.config.validate import PATHS
     [
         ("gs://bucket/run", "gcsfuse bucket DIR"),
         ("gs://bucket", "gcsfuse bucket DIR"),
+        ("gs://bucket", "copy it (gcloud storage rsync --recursive DIR gs://bucket)"),
+        ("GS:/bucket/a/b", "copy it (gcloud storage rsync --recursive DIR gs://bucket/a/b)"),
         ("GS://bucket/a/b", "gcsfuse bucket DIR"),
         (str(pathlib.Path("gs://bucket/run")), "gcsfuse bucket DIR"),
         ("s3://bucket/run", "mount-s3 bucket DIR"),
