@@ -75,6 +75,12 @@ def print_plan(plan: Mapping[str, Any], console: rich.console.Console, path: pat
     print_parts(plan, console)
     step = plan["step"]
     console.print(f"Attention: {plan['attention']}. The backward pass computes again (remat): {plan['remat']}.")
+    host = plan["host"]
+    console.print(
+        f"A checkpoint has {host['state_gib']:.2f} GiB per host of {host['chips']} chips. While it is written, the host needs up to "
+        f"{host['checkpoint_gib_at_most']:.2f} GiB of its own memory for it.",
+        soft_wrap=True,
+    )
     too_large = "It does NOT fit: lower the batch, raise update.accumulation, split more, or take larger chips."
     console.print(
         f"{'It fits.' if plan['fits'] else too_large} A step takes at least {step['seconds_at_least']:.3g} s, at most "

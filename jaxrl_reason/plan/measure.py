@@ -19,8 +19,9 @@ from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.models import sharding
 from jaxrl_reason.plan import hlo
 from jaxrl_reason.plan.chips import Chip, chip_of, first_line
+from jaxrl_reason.plan.host_memory import checkpoint_bytes, chips_per_host, COPIES
 from jaxrl_reason.plan.programs import Part, parts_of
-from jaxrl_reason.plan.step import sizes_of
+from jaxrl_reason.plan.step import open_step, sizes_of
 from jaxrl_reason.rl import programs as programs_lib
 from jaxrl_reason.rl.devices import for_devices
 
@@ -53,8 +54,8 @@ def make_plan(
     `devices` are the `chips.devices_of` the slice, such as "v5e:4x4", and config.mesh is for these devices. `say`
     receives a line before each program is compiled. `mean_length` is the mean number of tokens per completion, whose
     lengths are skewed; None: all have the most. Returns a JSON-able dict: the run's sizes, the "attention" and "remat"
-    of the policy as `rl.devices` has chosen them, "parts" (see `measure_part`), "fits", and "step" with the least time
-    and its assumptions. Raises ConfigError if the configuration
+    of the policy as `rl.devices` has chosen them, "parts" (see `measure_part`), "fits", "host" with the memory of a host
+    while it writes a checkpoint, and "step" with the least time and its assumptions. Raises ConfigError if the configuration
     cannot run on the devices.
     """
     parts = []
@@ -66,6 +67,8 @@ def make_plan(
     sizes = ("prompts_per_step", "group_size", "max_prompt_length", "max_completion_length")
     mesh = programs_lib.make_mesh(config, devices)
     model = for_devices(sizes_of(config)[0], config, mesh)
+    per_host = chips_per_host(topology, devices)
+    share = checkpoint_bytes(open_step(config, devices).programs.abstract_state, devices, per_host)
     return {
         "topology": topology,
         "devices": len(devices),
@@ -76,6 +79,7 @@ def make_plan(
         "remat": model.remat,
         "fits": all(part["fits"] for part in parts),
         "parts": parts,
+        "host": {"chips": per_host, "state_gib": share / GIB, "checkpoint_gib_at_most": COPIES * share / GIB},
         "step": {
             "seconds_at_least": seconds,
             "completion_tokens_per_second_at_most": tokens / seconds,

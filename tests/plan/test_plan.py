@@ -250,6 +250,9 @@ def test_a_step_is_planned_for_a_slice(tmp_path):
     assert found["mesh"] == {"slice": 1, "data": 1, "fsdp": 4, "tensor": 2, "rollout_tensor": 0}
     assert (found["attention"], found["remat"]) == ("splash", "layer")
     assert "Attention: splash. The backward pass computes again (remat): layer." in printed
+    host = found["host"]
+    assert host["chips"] == 8 and host["checkpoint_gib_at_most"] == 2 * host["state_gib"]
+    assert f"A checkpoint has {host['state_gib']:.2f} GiB per host of 8 chips." in printed
     parts = {part["name"]: part for part in found["parts"]}
     assert list(parts) == ["reshard", "rollout", "reward model", "update"]
     for name in ("rollout", "reward model", "update"):
