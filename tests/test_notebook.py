@@ -8,10 +8,26 @@ import sys
 
 import pytest
 
-from helpers.notebooks import COLAB, execute, images, INSTALL, NOTEBOOKS, read, text, write_stand_in
+from helpers.notebooks import (
+    BY_HAND,
+    COLAB,
+    execute,
+    images,
+    INSTALL,
+    METHODS,
+    NOTEBOOKS,
+    outputs_of,
+    read,
+    text,
+    TRAINS,
+    write_stand_in,
+)
 from jaxrl_reason import models
+from jaxrl_reason.runs import results
+from jaxrl_reason.tasks import BASELINES
 
-STORED = {"one_step": 1, "quickstart": 1, "tpu_qwen": 1}  # pictures
+STUDIES = COLAB.parent / "configs" / "results"
+STORED = dict.fromkeys(NOTEBOOKS, 1) | {"progrpo": 2}  # pictures
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
@@ -21,7 +37,44 @@ def test_a_notebook_is_short_and_stored_with_its_outputs(notebook):
     assert images(stored) == STORED[notebook]
     counts = [cell.execution_count for cell in stored.cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1))  # executed once, from top to bottom
-    assert not any(output.output_type == "error" for cell in stored.cells for output in cell.get("outputs", ()))
+    assert not any(output.output_type == "error" for output in outputs_of(stored))
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_stored_outputs_have_no_paths_of_a_machine(notebook):
+    assert not re.findall(r"/(?:tmp|root|home|work|Users|private|var)/[^\s<]*", json.dumps(outputs_of(read(notebook))))
+
+
+@pytest.mark.parametrize("notebook", METHODS)
+def test_notebooks_of_methods_have_the_same_order_and_name_paper_and_recipe(notebook):
+    cells = read(notebook).cells
+    assert len(cells) <= 12
+    headings = [cell.source.partition("\n")[0] for cell in cells if cell.cell_type == "markdown"]
+    study = ["## The study"] if (STUDIES / f"{notebook}.jsonl").exists() else []
+    assert headings[1:] == ["## The formula", "## A small recipe", "## The curves", *study, "## How to read it"]
+    paper = re.search(r"arXiv (\d{4}\.\d{5})", (COLAB.parent / "configs" / f"{notebook}.py").read_text())[1]
+    assert f"[arXiv {paper}](https://arxiv.org/abs/{paper})" in cells[0].source
+    assert "$$" in cells[2].source
+    assert f"../configs/README.md#{notebook})" in cells[-1].source and "Two seeds decide nothing" in cells[-1].source
+
+
+@pytest.mark.parametrize("notebook", METHODS)
+def test_a_group_of_four_by_hand_is_as_the_library_computes_it(notebook, capsys):
+    cell = read(notebook).cells[BY_HAND]
+    assert "assert_allclose(ours" in cell.source
+    exec(compile(cell.source, notebook, "exec"), {})
+    [stored] = cell.outputs
+    assert capsys.readouterr().out == stored.text
+
+
+@pytest.mark.parametrize("notebook", [name for name in METHODS if (STUDIES / f"{name}.jsonl").exists()])
+def test_the_table_of_a_study_is_of_its_results(notebook):
+    """If it fails: cd tests && python -m helpers.notebooks --keep-runs NOTEBOOK"""
+    table = next(out for out in outputs_of(read(notebook)) if "text/markdown" in out.get("data", ()))
+    entries = results.read(STUDIES / f"{notebook}.jsonl")
+    lines = table.data["text/markdown"].splitlines()
+    columns = [name.replace(" ", "_") for name in lines[0].strip("| ").split(" | ")]
+    assert table.data["text/markdown"] == results.markdown(entries, columns, BASELINES)
 
 
 def test_one_step_fits_on_a_screen():
@@ -120,3 +173,22 @@ def test_qwen_runs_headless_and_is_exported(tmp_path, monkeypatch):
     assert exported.config.qk_norm and not exported.config.lora_rank
     assert "config.json" in shown and "model.safetensors" in shown
     assert shown.splitlines()[-1] == stored.splitlines()[-1]  # the files of the export
+
+
+@pytest.mark.runs
+@pytest.mark.parametrize("notebook", METHODS)
+def test_cells_of_a_method_that_do_not_train_are_as_stored(notebook, tmp_path):
+    """The recipe too: it is printed. If it fails: cd tests && python -m helpers.notebooks --keep-runs NOTEBOOK"""
+    again, stored = execute(notebook, tmp_path, train=False), read(notebook)
+    assert text(again) == text(stored) and images(again) == images(stored)
+    assert sum(TRAINS in cell.metadata.get("tags", ()) for cell in stored.cells) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", METHODS)
+def test_the_notebook_of_a_method_runs_headless(notebook, tmp_path, monkeypatch):
+    for name, value in dict(STEPS=2, SUPERVISED_STEPS=4, REWARD_MODEL_STEPS=4, TFDS_DATA_DIR=tmp_path).items():
+        monkeypatch.setenv(name, str(value))
+    done = execute(notebook, tmp_path)
+    assert images(done) == images(read(notebook))
+    assert "paired by seed, with its 95 % interval" in text(done)

@@ -1,6 +1,7 @@
 """Executes the notebooks of colab/, and stores them with their outputs.
 
 cd tests && python -m helpers.notebooks one_step quickstart tpu_qwen
+cd tests && python -m helpers.notebooks --keep-runs hero      # all cells but those that train, whose outputs stay
 """
 
 import contextlib
@@ -19,7 +20,12 @@ from jaxrl_reason import data, models
 
 COLAB = pathlib.Path(__file__).parents[2] / "colab"
 NOTEBOOKS = sorted(path.stem for path in COLAB.glob("*.ipynb"))
+METHODS = ("genre2", "laser", "progrpo")  # notebooks of one method each
 INSTALL = 1  # the cell that installs the library
+BY_HAND = 3  # in the notebook of a method, the cell that computes a group of four
+TRAINS = "trains"  # the tag of the cells that train, or show a result of training
+# Outputs with one of these texts are not stored.
+NOISE = ("ownload", " are padded to ", f"{tempfile.gettempdir()}/", f"{pathlib.Path.home()}/")
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
@@ -32,35 +38,51 @@ def read(notebook: str):
     return nbformat.read(COLAB / f"{notebook}.ipynb", as_version=4)
 
 
-def execute(notebook: str, folder):
-    """Returns the notebook executed in a folder, without the cell that installs the library."""
-    done = read(notebook)
-    install = done.cells[INSTALL].source
-    done.cells[INSTALL].source = "pass"
-    nbclient.NotebookClient(done, timeout=1800, resources={"metadata": {"path": str(folder)}}).execute()
-    done.cells[INSTALL].source = install
+def execute(notebook: str, folder, *, train: bool = True):
+    """Returns the notebook executed in a folder, without the cell that installs the library.
+
+    It runs in colab/ of a folder that looks like a clone. Without `train`, cells that train are not executed, and keep their outputs.
+    """
+    place = pathlib.Path(folder, "colab")
+    place.mkdir()
+    for name in ("setup.cfg", "configs"):
+        place.with_name(name).symlink_to(COLAB.parent / name)
+    stored, done = read(notebook), read(notebook)
+    skipped = [INSTALL]
+    if not train:
+        skipped += [i for i, cell in enumerate(done.cells) if TRAINS in cell.metadata.get("tags", ())]
+    for i in skipped:
+        done.cells[i].source = "pass"
+    nbclient.NotebookClient(done, timeout=1800, resources={"metadata": {"path": str(place)}}).execute()
+    for i in skipped:
+        done.cells[i].source, done.cells[i].outputs = stored.cells[i].source, stored.cells[i].outputs
     return done
+
+
+def outputs_of(notebook) -> list:
+    """Returns the outputs of all cells."""
+    return [output for cell in notebook.cells for output in cell.get("outputs", ())]
 
 
 def images(notebook) -> int:
     """Returns the number of pictures among the outputs."""
-    return sum("image/png" in output.get("data", ()) for cell in notebook.cells for output in cell.get("outputs", ()))
+    return sum("image/png" in output.get("data", ()) for output in outputs_of(notebook))
 
 
 def text(notebook) -> str:
     """Returns the text of all outputs; rich shows its tables as display data in a notebook."""
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    return "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
+    shown = lambda output: output.get("text", "") + output.get("data", {}).get("text/plain", "")
+    return "".join(map(shown, outputs_of(notebook)))
 
 
 def without_noise(notebook):
-    """Returns the notebook without warnings, paths of temporary files and times of execution; joins pieces of printed text."""
+    """Returns the notebook without warnings, paths of this machine and times of execution; joins pieces of printed text."""
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         outputs = []
         for output in cell.get("outputs", ()):
             shown = output.get("text", "") + output.get("data", {}).get("text/plain", "")
-            if output.get("name") == "stderr" or "ownload" in shown or "Learning curve: " in shown:
+            if output.get("name") == "stderr" or any(noise in shown for noise in NOISE):
                 continue
             if outputs and output.get("name") == outputs[-1].get("name") == "stdout":
                 outputs[-1].text += output.text
@@ -92,13 +114,14 @@ def write_stand_in(folder: pathlib.Path) -> dict[str, str]:
     return dict(STEPS="2", MODEL=str(folder / "model"), PROBLEMS=str(problems), WORKDIR=str(folder / "run"))
 
 
-def main(names) -> None:
-    for name in names:
+def main(arguments) -> None:
+    for name in (argument for argument in arguments if argument != "--keep-runs"):
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(COLAB.parent):
             os.environ["TFDS_DATA_DIR"] = folder
             if name == "tpu_qwen":
                 os.environ.update(write_stand_in(pathlib.Path(folder)))
-            nbformat.write(without_noise(execute(name, folder)), COLAB / f"{name}.ipynb")
+            done = execute(name, folder, train="--keep-runs" not in arguments)
+            nbformat.write(without_noise(done), COLAB / f"{name}.ipynb")
 
 
 if __name__ == "__main__":
