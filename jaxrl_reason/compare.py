@@ -5,9 +5,9 @@ the configuration fields that differ. A seed sets the order of the data, the wei
 begin with the same weights: the recipe's supervised start (and its reward model) is trained once per seed.
 
 The table has the mean of each row with its 95 % interval, and the difference to the recipe, paired by seed. It is
-printed and written to DIR/comparison.json; DIR/comparison.png has the curves. The same command again resumes. Several
-processes may give the same command: each takes the next run that no other one works on. On the hosts of a slice, which jax
-connects, all processes do one run after the other together.
+printed and written to DIR/comparison.json; DIR/comparison.png has the curves, and DIR/comparison.html both. The same
+command again resumes. Several processes may give the same command: each takes the next run that no other one works on.
+On the hosts of a slice, which jax connects, all processes do one run after the other together.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +30,9 @@ from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs import command, locks, pictures, results, study
 from jaxrl_reason.runs.files import write_json
+from jaxrl_reason.runs.report import write_comparison
 from jaxrl_reason.runs.study import START, Study, Unit
+from jaxrl_reason.runs.workdir import write_recipe
 
 Rows = dict[str, dict[str, Any]]  # row -> metrics, see `results.summarize`
 _POLL = 1.0  # seconds between two looks at the runs of other processes
@@ -51,6 +53,7 @@ class Comparison:
     study: Study
     method: Method  # of the recipe
     results_file: pathlib.Path | None
+    recipe: dict[str, Any]  # its configuration, with the changes of the command line
     pending: list[Taken]  # the first run, set up; `train_all` takes it, so that it ends before others begin
 
 
@@ -103,12 +106,12 @@ def prepare(
     seeds = tuple(seeds) or (config.seed,)
     plan = lambda: study.plan(config, baselines, workdir, seeds=seeds, only=only, done=done)
     planned = hosts.agree(plan, ConfigError)
-    comparison = Comparison(planned, config_lib.validate(config), results_file, [])
+    comparison = Comparison(planned, config_lib.validate(config), results_file, config_lib.to_dict(config), [])
     for unit in planned.units:
         with _naming(unit):
             config_lib.validate(unit.config)
     if taken := _take(planned):
-        comparison.pending.append(_set_up(*taken))
+        comparison.pending.append(_set_up(*taken, comparison.recipe))
     return comparison
 
 
@@ -135,18 +138,23 @@ def _naming(unit: Unit) -> Iterator[None]:
         raise
 
 
-def _set_up(unit: Unit, lock: contextlib.AbstractContextManager) -> Taken:
-    """Sets a run up. Raises what `train.setup` raises; for a baseline, a ConfigError that names it."""
+def _set_up(unit: Unit, lock: contextlib.AbstractContextManager, recipe: dict[str, Any]) -> Taken:
+    """Sets a run up, and writes the `recipe` from which its report shows differences.
+
+    Raises what `train.setup` raises; for a baseline, a ConfigError that names it.
+    """
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock)
         with _naming(unit):
             run = train.setup(unit.config, unit.directory)
+            if unit.row and hosts.is_first():
+                write_recipe(unit.directory, "the recipe of the comparison", recipe)
         stack.pop_all()  # the lock is held from here on
     return Taken(unit, lock, run)
 
 
 def train_all(comparison: Comparison) -> Rows:
-    """Trains all runs, and writes comparison.json and comparison.png. Returns the content of the first, see `compare`.
+    """Trains all runs, and writes comparison.json, .png and .html. Returns the content of the first, see `compare`.
 
     Of several processes, the first one writes, and the others return nothing.
     """
@@ -164,7 +172,7 @@ def _train_all(comparison: Comparison, should_stop: Callable[[], bool]) -> None:
     while unfinished := _unfinished(runs):
         taken = comparison.pending.pop() if comparison.pending else None
         if taken is None and (free := _take(runs)):
-            taken = _set_up(*free)
+            taken = _set_up(*free, comparison.recipe)
         if taken is None:
             if not waits:
                 say(f"Other processes work on the runs that are left ({unfinished}); waiting for them.")
@@ -227,7 +235,7 @@ def _keep(comparison: Comparison, entries: Sequence[results.Entry]) -> None:
 
 
 def report(comparison: Comparison) -> Rows:
-    """Writes comparison.json and comparison.png for all finished runs of the seeds. Returns the content of the first."""
+    """Writes comparison.json, .png and .html for all finished runs of the seeds. Returns the content of the first."""
     runs, entries = comparison.study, dict[str, dict[int, results.Entry]]()
     for row in runs.rows:
         if of_row := {seed: entry for seed in runs.seeds if (entry := runs.entry(row, seed))}:
@@ -238,10 +246,13 @@ def report(comparison: Comparison) -> Rows:
         if name in rows:
             rows[name]["differs"] = values
     shown = tasks.headlines(comparison.method)
-    curves = {name: found for name in _metrics(rows, shown) if (found := results.curves(entries, name))}
+    names = _metrics(rows, shown)
+    curves = {name: found for name in names if (found := results.curves(entries, name))}
+    places = {row.name: {seed: runs.place(row, seed) for seed in runs.seeds} for row in runs.rows}
     with locks.held(runs.workdir / "comparison.lock"):
         write_json(runs.workdir / "comparison.json", rows)
         pictures.plot_comparison(curves, runs.workdir / "comparison.png", title=runs.workdir.name)
+        write_comparison(runs.workdir / "comparison.html", rows, curves, names, places, title=runs.workdir.name)
     return rows
 
 
@@ -344,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
         if not hosts.is_first():
             return
         print_rows(console, rows, tasks.headlines(comparison.method))
-        for name in ("comparison.json", "comparison.png"):
+        for name in ("comparison.json", "comparison.png", "comparison.html"):
             console.print(f"Written: {comparison.study.workdir / name}", soft_wrap=True)
 
     return command.run(COMMAND, argv, begin, work)

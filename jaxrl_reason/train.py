@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import pathlib
 import sys
-from typing import cast, NamedTuple
+from typing import Any, cast, NamedTuple
 import warnings
 
 import jax
@@ -33,10 +33,13 @@ from jaxrl_reason.rl.ahead import compile_ahead
 from jaxrl_reason.rl.types import Groups, LogProbs, Rollout, Step, TrainState
 from jaxrl_reason.runs import checkpoints, command, compilation_cache, pictures, trackers
 from jaxrl_reason.runs.loop import Loop, run_loop
-from jaxrl_reason.runs.metrics_file import SampleTable
+from jaxrl_reason.runs.metrics_file import HeldOutTable, SampleTable
 from jaxrl_reason.runs.profile import Profile
 from jaxrl_reason.runs.progress import Clock
 from jaxrl_reason.runs.records import observer, save_for_replay
+from jaxrl_reason.runs.report import Report
+from jaxrl_reason.runs.watch import mismatch_limit
+from jaxrl_reason.runs.workdir import write_recipe
 from jaxrl_reason.tasks import self_reward, summary, supervised, TrainingTask
 
 
@@ -327,27 +330,32 @@ def reinforce(
         clock.count("update", int(_count(done.batch.mask)))
         return done.state, done.metrics | {"learning_rate": programs.learning_rate(i)}, done
 
-    def evaluate(state: TrainState) -> dict[str, float]:
+    def evaluate(done: int, state: TrainState) -> dict[str, float]:
         weights = rollout_weights(run, state.params, Clock())
         probe = self_reward.probe_reference(run.method, programs, c_ref, reference, state.frozen)
-        return run.task.evaluate(functools.partial(programs.generate_eval, weights), run.scorer, probe)
+        keep = functools.partial(held_out.write, done)
+        return run.task.evaluate(functools.partial(programs.generate_eval, weights), run.scorer, probe, keep)
 
     def before() -> dict[str, float]:
         if hosts.is_first():
             summary.write_settings(work.path, c)
-        return evaluate(state) | run.task.baselines()
+        return evaluate(0, state) | run.task.baselines()
 
     def after(done: int, state: TrainState, metrics: dict, details: Step, clock: Clock) -> dict[str, float]:
         if not c.eval.every or (done % c.eval.every and done != c.steps):
             return {}
         with clock("evaluation"):
-            return evaluate(state)
+            return evaluate(done, state)
 
     first = hosts.is_first()
+    files: Any = dict(resume_step=begin or -1, enabled=first)
     with (
-        SampleTable(work.path, resume_step=begin or -1, enabled=first) as samples,
+        SampleTable(work.path, **files) as samples,
+        HeldOutTable(work.path, c.log.samples if c.log.samples_every else 0, **files) as held_out,
+        Report(work.path, c, mismatch_limit(c, programs.needs), enabled=first) as report,
         Profile(work.path / "profile", c.log.profile, enabled=first) as profile,
     ):
+        verdict = "" if c.regression.tokenizer else run.scorer.verdict  # numbers are not correct or incorrect
         return run_loop(
             Loop("RL", "step {}", work.path, begin, c.steps, c, console, should_stop),
             state,
@@ -360,7 +368,9 @@ def reinforce(
             ),
             before=before if c.eval.every else None,
             after=after,
-            observe=functools.partial(observer, c, samples, programs, run.tokenizer, run.scorer.weights, console),
+            observe=functools.partial(
+                observer, c, samples, programs, run.tokenizer, run.scorer.weights, verdict, report, console
+            ),
         )
 
 
@@ -377,7 +387,10 @@ def prepare(arguments: command.Arguments) -> Run:
     """Connects the processes and sets the run up. Raises what `setup` raises."""
     config = arguments.configuration()
     hosts.initialize(config.mesh.host_timeout, config.mesh.initialization_timeout)
-    return setup(config, arguments.training_workdir())
+    run = setup(config, arguments.training_workdir())
+    if hosts.is_first():
+        write_recipe(run.work.path, arguments.config, arguments.recipe)
+    return run
 
 
 def main(argv: list[str] | None = None) -> int:

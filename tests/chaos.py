@@ -33,6 +33,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from tensorboardX.proto.event_pb2 import Event
 
+from helpers.report_runs import content_of
 from helpers.tiny_runs import ROWS, tiny, write_rows
 from jaxrl_reason.config import Data, Model, Regression, Reward, RewardModel, to_dict
 
@@ -416,6 +417,8 @@ def _contents(workdir: pathlib.Path) -> dict[str, object]:
         elif path.name == "metrics.jsonl":
             lines = map(json.loads, path.read_bytes().splitlines())
             result[name] = [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+        elif path.name == "report.html":
+            result[name] = _without_times(content_of(path))
         elif path.suffix == ".jsonl":
             result[name] = path.read_bytes().splitlines()
         elif path.suffix == ".png":
@@ -423,6 +426,13 @@ def _contents(workdir: pathlib.Path) -> dict[str, object]:
         else:
             result[name] = path.read_bytes()
     return result
+
+
+def _without_times(report: dict) -> dict:
+    """The content of a report without the name of its directory, and without what depends on the clock."""
+    curves = [[c for c in chart["curves"] if not c["name"].startswith("perf/")] for chart in report["charts"]]
+    facts = [fact for fact in report["facts"] if fact[0] != "Time of RL"]
+    return report | {"title": "", "facts": facts, "charts": [found for found in curves if found]}
 
 
 def arrays_of(directory: pathlib.Path) -> dict[str, np.ndarray]:

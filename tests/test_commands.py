@@ -11,10 +11,11 @@ import sys
 
 import pytest
 
+from helpers.report_runs import content_of
 from helpers.tiny_runs import tiny, write_recipe, write_rows
 import jaxrl_reason
 from jaxrl_reason import __main__ as listing
-from jaxrl_reason import bench, compare, evaluate, export, replay, reward_training, train
+from jaxrl_reason import bench, compare, evaluate, export, replay, report, reward_training, train
 from jaxrl_reason.plan import __main__ as plan
 from jaxrl_reason.runs.watch import NonFiniteError
 
@@ -36,6 +37,7 @@ COMMANDS = {  # command -> flags that it accepts; the first of them is required
     "evaluate": (evaluate.main, ["--workdir=w", "--samples=2"]),
     "export": (export.main, ["--workdir=w", "--out=o"]),
     "replay": (replay.main, ["--workdir=w", "--step=1"]),
+    "report": (report.main, ["--workdir=w", "--config=c"]),
     "plan": (plan.main, ["--config=configs/quickstart.py", "--topology=v5e:2x2"]),
     "bench": (bench.main, ["--size", "--steps=1"]),
 }
@@ -100,6 +102,12 @@ def test_reward_training_and_train(workdir):
     assert (workdir / "learning_curve.png").is_file()
 
 
+def test_report(workdir):
+    before = (workdir / "report.html").read_bytes()
+    assert report.main([f"--workdir={workdir}"]) == 0
+    assert (workdir / "report.html").read_bytes() == before  # as the run has left it
+
+
 def test_evaluate(workdir, tmp_path):
     assert evaluate.main([f"--workdir={workdir}", f"--out={tmp_path}", "--samples=2"]) == 0
     assert json.loads((tmp_path / "evaluation.json").read_text())["samples"] == 2
@@ -118,6 +126,12 @@ def test_compare(tmp_path):
     assert compare.main([f"--config={recipe}", f"--workdir={tmp_path / 'runs'}", *flags]) == 0
     assert list(json.loads((tmp_path / "runs" / "comparison.json").read_text())) == ["start", "grpo", "other"]
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+    tables = {table["title"]: table["rows"] for table in content_of(tmp_path / "runs" / "comparison.html")["tables"]}
+    links = [f"seed-0/{name}/report.html" for name in ("method", "other")]
+    assert [row[3] for row in tables["Runs"]] == [{"text": "report", "link": link} for link in links]
+    fields = content_of(tmp_path / "runs" / links[1])["fields"]
+    assert fields["recipe"] == "the recipe of the comparison"
+    assert [row[:3] for row in fields["rows"] if row[2] is not None] == [["optimizer.b1", "0.8", "0.9"]]
 
 
 def test_replay(tmp_path, capsys):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers.report_runs import content_of
 from helpers.tiny_runs import change, ROWS, tiny, with_program, write_rows
 from jaxrl_reason import data, methods, train
 from jaxrl_reason.advantages import AdvantageTransform, chain
@@ -209,7 +210,23 @@ def test_a_run_leaves_everything_in_its_work_directory(rows, tmp_path, capsys):
         "advantage",
         "length",
         "truncated",
+        "correct",
+        "tokens",
+        "logprobs",
     }
+    for s in samples_of(work):
+        assert "".join(s["tokens"]) == s["completion"] and s["correct"] == (s["rewards"]["accuracy"] > 0.5)
+        assert len(s["tokens"]) == len(s["logprobs"]) == s["length"] and all(x <= 0 for x in s["logprobs"])
+    held_out = [json.loads(line) for line in open(work / "held_out.jsonl")]
+    assert [(s["step"], s["row"], s["sample"]) for s in held_out] == [
+        (step, row, sample) for step in (0, 2, 3) for row, sample in ((0, 0), (0, 1), (1, 0), (1, 1), (2, 0))
+    ]
+    assert len({s["prompt"] for s in held_out}) == 3
+    page = content_of(work / "report.html")
+    assert page["subtitle"] == "grpo, step 3 of 3" and page["fields"]["recipe"] == ""  # it began without a recipe
+    assert [found["of"] for found in page["completions"].values()] == [15, 16]
+    charts = {curve["name"]: curve["steps"] for chart in page["charts"] for curve in chart["curves"]}
+    assert charts["reward"] == charts["perf/host_memory_gib"] == [1, 2, 3] and charts["eval/accuracy"] == [0, 2, 3]
     assert all(re.fullmatch(r"Write \d+\.\n", s["prompt"]) for s in samples_of(work))
     assert [json.loads(x)["step"] for x in open(work / "supervised" / "metrics.jsonl")] == [1, 2, 3]
     assert list((work / "tensorboard").iterdir()) and (work / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
@@ -226,7 +243,7 @@ def test_a_run_leaves_everything_in_its_work_directory(rows, tmp_path, capsys):
     )
     for text in ("supervised 3/3", "RL 3/3", "accuracy", "pass@2", "mean length", "before", "after"):
         assert text in out
-    assert f"Learning curve: {work / 'learning_curve.png'}\n" in out
+    assert f"Learning curve: {work / 'learning_curve.png'}\nReport: {work / 'report.html'}\n" in out
 
 
 @pytest.mark.slow

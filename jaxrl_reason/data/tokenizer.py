@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 import dataclasses
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -78,6 +79,23 @@ class Tokenizer:
         """
         unseen = {*self.eos_ids, self.pad_id}
         return self.decode_batch([[i for i in row if i not in unseen] for row in rows], skip_special)
+
+    def pieces(self, ids: Sequence[int], skip_special: bool = False) -> list[str]:
+        """Returns the text that each sampled id adds to that of the ids before it; "" for end and padding tokens.
+
+        Joined they are the text of `completions`. The last id of a character of several ids has the whole character.
+        """
+        unseen, out = {*self.eos_ids, self.pad_id}, [""] * len(ids)
+        seen = [i for i in range(len(ids)) if ids[i] not in unseen]
+        text = lambda begin, end: self.decode([ids[i] for i in seen[begin:end]], skip_special)
+        begin = end = 0  # the ids whose text was added last: the first token of a text can lose its space
+        for n in range(1, len(seen) + 1):
+            before, now = text(begin, end), text(begin, n)
+            # A character may go on, but no character has 32 ids: a long row of invalid bytes costs no square of its length.
+            if n == len(seen) or n - end == 32 or not now.endswith("\ufffd"):
+                out[seen[n - 1]] = now[len(os.path.commonprefix([before, now])) :]
+                begin, end = end, n
+        return out
 
     def save(self, directory: str | pathlib.Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and, for several end tokens, generation_config.json."""

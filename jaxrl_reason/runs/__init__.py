@@ -4,7 +4,8 @@
 `checkpoints` keeps the training state, in which `digests` finds a single wrong bit. `files` has JSON and append-only
 files that survive a kill, `metrics_file` metrics.jsonl, samples.jsonl and TensorBoard events, `trackers` sends the
 metrics to Weights & Biases, Trackio and MLflow, `profile` writes jax's profile of some steps, `pictures` has the learning
-curve and tables. `loop` is the skeleton of training; `watch` warns, and ends a run that skips updates too often;
+curve and tables, `report` one page for a browser. `loop` is the skeleton of training; `watch` warns, and ends a run that
+skips updates too often;
 `progress` shows bar, heartbeat and timings. `compilation_cache` keeps compiled programs between starts. `command` has
 flags, --help, errors and exit codes of every command.
 

@@ -188,6 +188,7 @@ class Arguments(types.SimpleNamespace):
 
     command_line: str  # the command as it was typed
     fields: dict[str, str]  # field of the configuration -> text of its value
+    recipe: dict[str, Any]  # the configuration of the recipe, once `configuration` has read it
 
     def configuration(self) -> Config:
         """Returns the configuration of the recipe --config with the fields of the command line.
@@ -195,6 +196,7 @@ class Arguments(types.SimpleNamespace):
         Raises ConfigError for an unreadable recipe, an unknown field, and a value of another type.
         """
         config = config_lib.load(self.config)
+        self.recipe = config_lib.to_dict(config)
         for name, text in self.fields.items():
             config_lib.override(config, name, text)
         return config

@@ -11,6 +11,7 @@ import rich.console
 
 from jaxrl_reason.config import Config
 from jaxrl_reason.rl import hosts
+from jaxrl_reason.runs.memory import memory_metrics
 from jaxrl_reason.runs.metrics_file import MetricsWriter
 from jaxrl_reason.runs.progress import Clock, Heartbeat, Progress
 from jaxrl_reason.runs.trackers import Trackers
@@ -81,7 +82,7 @@ def run_loop(
             state, metrics, details = train_step(step, state, clock)
             if after:
                 metrics |= after(done, state, metrics, details, clock)
-            write(done, metrics | clock.metrics())
+            write(done, metrics | clock.metrics() | memory_metrics())
             clock = Clock()  # of the next line, which also has the seconds of this step's checkpoint
             if written:
                 written(done, metrics, details)

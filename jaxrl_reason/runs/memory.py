@@ -2,6 +2,9 @@
 
 import ctypes
 import os
+import pathlib
+
+import jax
 
 _BLOCK, _ALL = 128 * 2**20, 512 * 2**20  # bytes
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # names of mallopt(3)
@@ -19,3 +22,13 @@ def keep_freed_blocks() -> None:
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, _BLOCK)
         mallopt(_TRIM_THRESHOLD, _ALL)
+
+
+def memory_metrics() -> dict[str, float]:
+    """Returns the memory in use now, in GiB: of this process, and of the fullest of its devices, as far as they tell."""
+    found, own = {}, pathlib.Path("/proc/self/statm")
+    if own.exists():
+        found["perf/host_memory_gib"] = int(own.read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+    used = [(device.memory_stats() or {}).get("bytes_in_use") for device in jax.local_devices()]
+    known = [x for x in used if x is not None]
+    return found | ({"perf/device_memory_gib": max(known) / 2**30} if known else {})

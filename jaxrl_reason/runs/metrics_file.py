@@ -1,7 +1,8 @@
 """The metrics and samples of a run: metrics.jsonl, samples.jsonl and TensorBoard events."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import contextlib
+import itertools
 import math
 import os
 from pathlib import Path
@@ -61,8 +62,9 @@ class MetricsWriter(contextlib.ExitStack):
 class SampleTable(contextlib.ExitStack):
     """Appends sampled completions and their rewards to `samples.jsonl`, one line per completion.
 
-    A line is {"step", "prompt", "completion", "rewards": {name: number}, "total", "advantage", "length", "truncated"};
-    a missing reward is null. A context manager. Arguments and errors of the constructor: see `MetricsWriter`.
+    A line is {"step", "prompt", "completion", "rewards": {name: number}, "total", "advantage", "length", "truncated",
+    "correct", "tokens": [text], "logprobs": [number]}; a missing reward is null. The last three are absent if they are
+    not given. A context manager. Arguments and errors of the constructor: see `MetricsWriter`.
     """
 
     def __init__(self, workdir: PathLike, resume_step: int | None = None, *, enabled: bool = True):
@@ -80,15 +82,20 @@ class SampleTable(contextlib.ExitStack):
         advantages: np.ndarray,
         lengths: np.ndarray,
         truncated: np.ndarray,
+        correct: np.ndarray | None = None,
+        tokens: Sequence[Sequence[Sequence[str]]] | None = None,
+        logprobs: Sequence[Sequence[Sequence[float]]] | None = None,
     ) -> None:
         """Writes P prompts with G completions each; pass fewer prompts to keep the file small.
 
         Rewards by name, `total` and `advantages` are float[P,G]; `lengths` are int[P,G] in tokens, with the end token,
-        and `truncated` bool[P,G]. Raises ValueError for an array that is not [P,G], and OSError when the file cannot be
-        written.
+        and `truncated` and `correct` bool[P,G]. `tokens` has the text of each token, as in `Tokenizer.pieces`, and
+        `logprobs` its log-probability in nats, which is rounded. Raises ValueError for an array that is not [P,G], and
+        OSError when the file cannot be written.
         """
         shape = (len(prompts), len(completions[0]) if completions else 0)
         arrays = {"total": total, "advantages": advantages, "lengths": lengths, "truncated": truncated, **rewards}
+        arrays |= {} if correct is None else {"correct": correct}
         for name, array in arrays.items():
             if np.shape(array) != shape:
                 size = f"{shape[0]} prompts x {shape[1]} completions"
@@ -104,10 +111,30 @@ class SampleTable(contextlib.ExitStack):
                 "length": int(lengths[p][g]),
                 "truncated": bool(truncated[p][g]),
             }
+            | ({} if correct is None else {"correct": bool(correct[p][g])})
+            | ({} if tokens is None else {"tokens": list(tokens[p][g])})
+            | ({} if logprobs is None else {"logprobs": [files.finite(round(float(x), 3)) for x in logprobs[p][g]]})
             for p, g in np.ndindex(*shape)
         ]
         if self._lines is not None:
             self._lines.write(records)
+
+
+class HeldOutTable(contextlib.ExitStack):
+    """Appends samples of held-out prompts to `held_out.jsonl`: the first `count` lines of each evaluation, with its step.
+
+    The prompts are the same in each evaluation. A context manager. Arguments and errors: see `MetricsWriter`.
+    """
+
+    def __init__(self, workdir: PathLike, count: int, resume_step: int | None = None, *, enabled: bool = True):
+        super().__init__()
+        self._count = count
+        self._lines = self.enter_context(_lines(workdir, "held_out.jsonl", resume_step)) if enabled else None
+
+    def write(self, step: int, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Writes the first lines of an evaluation."""
+        if self._lines is not None:
+            self._lines.write([{"step": int(step), **line} for line in itertools.islice(lines, self._count)])
 
 
 def _lines(workdir: PathLike, name: str, resume_step: int | None) -> contextlib.closing[files.JsonLines]:

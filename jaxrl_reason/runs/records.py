@@ -16,7 +16,8 @@ from jaxrl_reason.rl.programs import Programs
 from jaxrl_reason.rl.types import Experience, Mismatch, Step, TrainState
 from jaxrl_reason.runs import checkpoints
 from jaxrl_reason.runs.metrics_file import SampleTable
-from jaxrl_reason.runs.watch import Watch
+from jaxrl_reason.runs.report import Report
+from jaxrl_reason.runs.watch import mismatch_limit, Watch
 
 
 def observer(
@@ -25,23 +26,36 @@ def observer(
     programs: Programs,
     tokenizer: Tokenizer,
     weights: Mapping[str, float],
+    verdict: str,
+    report: Report,
     console: rich.console.Console,
     past: list[dict[str, float]],
 ) -> Callable[[int, dict[str, float], Step], None]:
-    """Returns what is called with each written step: it prints warnings, and writes samples every `log.samples_every` steps.
+    """Returns what is called with each written step.
 
-    `weights` belong to the rewards, by name; `past` are the metrics of the steps done before.
+    It prints warnings, writes samples every `log.samples_every` steps, and brings the report up to date after each
+    evaluation and each checkpoint.
+
+    Args:
+      config, programs, tokenizer, console: of the run.
+      table: takes the samples.
+      weights: of the rewards, by name.
+      verdict: the reward whose value > 0.5 means correct; empty: there is none.
+      report: of the run.
+      past: the metrics of the steps done before.
     """
-    c, exact = config, programs.needs.exact_sampler
-    limit = c.sampling.mismatch_limit or (0.01 if exact else 1.0)  # in nats per token
-    watch = Watch(functools.partial(console.print, soft_wrap=True), limit, past)
+    c = config
+    watch = Watch(functools.partial(console.print, soft_wrap=True), mismatch_limit(c, programs.needs), past)
+    report.write()
 
     def written(done: int, metrics: dict[str, float], step: Step) -> None:
         watch.look(metrics, lambda: describe_mismatch(step.batch, step.mismatch, tokenizer, programs.sharding))
         if hosts.is_first() and c.log.samples_every and (done % c.log.samples_every == 0 or done == c.steps):
             prompts = -(-c.log.samples // c.group_size)
             hidden = c.reward.skip_special_tokens
-            write_samples(table, done, step, prompts, tokenizer, weights, programs.sharding, hidden)
+            write_samples(table, done, step, prompts, tokenizer, weights, programs.sharding, hidden, verdict)
+        if any(every and done % every == 0 for every in (c.eval.every, c.checkpoint.every)):
+            report.write()
 
     return written
 
@@ -55,8 +69,12 @@ def write_samples(
     weights: Mapping[str, float],
     sharding: Sharding,
     skip_special: bool = False,
+    verdict: str = "",
 ) -> None:
-    """Writes the completions of this process's first `prompts` prompts, with their rewards and advantages, to `table`."""
+    """Writes the completions of this process's first `prompts` prompts, with rewards, advantages and log-probabilities.
+
+    With a `verdict`, the lines of the table also say which completions are correct.
+    """
     batch = step.batch
     rollout, rewards, advantages, mask = jax.tree.map(
         lambda x: hosts.rows_to_host(x, sharding)[:prompts],
@@ -66,15 +84,19 @@ def write_samples(
         advantages = (advantages * mask).sum(-1) / np.maximum(mask.sum(-1), 1)
     rewards = {name: r[:, : rollout.tokens.shape[1]] for name, r in rewards.items()}
     live = lambda tokens, masks: [t[m].tolist() for t, m in zip(tokens, masks)]
+    ids = [live(*group) for group in zip(rollout.tokens, rollout.mask)]
     table.write(
         number,
         tokenizer.decode_batch(live(rollout.prompt_tokens, rollout.prompt_mask), skip_special),
-        [tokenizer.completions(live(*group), skip_special) for group in zip(rollout.tokens, rollout.mask)],
+        [tokenizer.completions(group, skip_special) for group in ids],
         rewards={name: np.asarray(r) for name, r in rewards.items()},
         total=np.asarray(experience.total_reward(rewards, weights)),
         advantages=advantages,
         lengths=rollout.mask.sum(-1),
         truncated=rollout.truncated,
+        correct=rewards[verdict] > 0.5 if verdict else None,
+        tokens=[[tokenizer.pieces(row, skip_special) for row in group] for group in ids],
+        logprobs=[live(*group) for group in zip(rollout.logprobs, rollout.mask)],
     )
 
 

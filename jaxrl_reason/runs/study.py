@@ -69,6 +69,11 @@ class Study:
         found = read_result(self.workdir / f"seed-{seed}" / row.directory)
         return found if found and found["config"] == row.digest else self.entries.get((row.name, seed, row.digest))
 
+    def place(self, row: Row, seed: int) -> str:
+        """Returns the report of a run, relative to the work directory; "" if there is none."""
+        path = f"seed-{seed}/{row.directory}/report.html"
+        return path if (self.workdir / path).exists() else ""
+
     def is_finished(self, unit: Unit) -> bool:
         """Returns whether a run is done; a start is done, too, if no run needs it any more."""
         if unit.row:

@@ -6,7 +6,9 @@ import math
 import pathlib
 from typing import Any
 
+from jaxrl_reason.config import Config
 from jaxrl_reason.rl import hosts
+from jaxrl_reason.rl.requirements import Requirements
 from jaxrl_reason.runs.metrics_file import mean_over_all, read_metrics
 
 PATIENCE = 20  # steps in a row before a warning
@@ -47,6 +49,11 @@ class SkippedUpdates:
             f"At {step} the loss or its gradient was not finite, for the {_ordinal(self._count)} step in a row; none of their updates "
             f"has reached the weights. {advice}"
         )
+
+
+def mismatch_limit(config: Config, needs: Requirements) -> float:
+    """Returns the allowed difference in nats between the log-probabilities of sampler and trainer for one token."""
+    return config.sampling.mismatch_limit or (0.01 if needs.exact_sampler else 1.0)
 
 
 class Watch:

@@ -118,6 +118,21 @@ def tokenizer_of(path: pathlib.Path) -> Tokenizer:
     return tokenizer if source is None else fitted(tokenizer, models.read_config(source).vocab_size)
 
 
+_RECIPE = "recipe.json"
+
+
+def write_recipe(workdir: pathlib.Path, name: str, values: Mapping[str, Any]) -> None:
+    """Writes the name of the recipe of a run, and its configuration without the changes of the run, to recipe.json."""
+    write_json(workdir / _RECIPE, {"recipe": name, "config": values})
+
+
+def read_recipe(workdir: pathlib.Path) -> tuple[str, dict[str, Any]] | None:
+    """Returns what `write_recipe` wrote; None if the run began without a recipe."""
+    file = workdir / _RECIPE
+    found = read_json(file) if file.is_file() else None
+    return None if found is None else (found["recipe"], found["config"])
+
+
 def model_source(path: pathlib.Path) -> dict[str, Any] | None:
     """Returns the config.json of the pretrained model that the run in a work directory began with; None without one."""
     file = path / "tokenizer" / "config.json"

@@ -76,4 +76,6 @@ def report(
     pictures.plot_learning_curve(metrics_path, scratch, title=workdir.name)
     scratch.replace(picture)
     console.print(f"Learning curve: {picture}", soft_wrap=True)
+    if (page := workdir / "report.html").exists():
+        console.print(f"Report: {page}", soft_wrap=True)
     return evaluations

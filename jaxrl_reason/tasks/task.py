@@ -13,7 +13,7 @@ from jaxrl_reason.config import Config
 from jaxrl_reason.data import PromptBatch, SolutionBatch
 from jaxrl_reason.methods import Method
 from jaxrl_reason.rewards.scorer import RewardModelScorer, RewardScorer
-from jaxrl_reason.rl import programs
+from jaxrl_reason.rl import hosts, programs
 from jaxrl_reason.rl.types import Rollout
 from jaxrl_reason.runs.workdir import Workdir
 from jaxrl_reason.tasks.regression import Digits, NumberScorer, Stream
@@ -49,14 +49,21 @@ class Task:
     probe_token: int | None = None  # id of LaSeR's probe token; None without self-rewards
 
     def evaluate(
-        self, generate: Generate, scorer: RewardScorer | NumberScorer, reference: ProbeReference = None
+        self,
+        generate: Generate,
+        scorer: RewardScorer | NumberScorer,
+        reference: ProbeReference = None,
+        keep: Callable[[Iterator[dict[str, Any]]], None] | None = None,
     ) -> dict[str, float]:
         """Evaluates a run in progress and returns metrics named eval/...
 
         The keys of `generate` are the same in every evaluation; `scorer` is the task's, with a reward model if the run
-        has one; `reference` is that of LaSeR's self-rewards.
+        has one; `reference` is that of LaSeR's self-rewards. `keep` takes the lines of the samples, on the first process.
         """
-        return self.judge(generate, scorer, reference).summary()
+        judged = self.judge(generate, scorer, reference)
+        if keep and hosts.is_first():
+            keep(judged.lines())
+        return judged.summary()
 
     def with_reward_model(self, score: RewardModelScorer) -> Self:
         """Returns the task with a reward model in its scorer, see `RewardScorer.with_reward_model`."""

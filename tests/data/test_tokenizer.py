@@ -23,6 +23,26 @@ def test_any_text_round_trips(text):
     assert all(0 <= i < TOKENIZER.vocab_size for i in ids)
 
 
+@given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=30))
+def test_the_pieces_of_any_ids_are_their_text(ids):
+    pieces = TOKENIZER.pieces(ids)
+    assert "".join(pieces) == TOKENIZER.completions([ids])[0] and len(pieces) == len(ids)
+
+
+@given(st.text())
+def test_pieces_hold_whole_characters(text):
+    pieces = TOKENIZER.pieces([*TOKENIZER.encode(text), TOKENIZER.eos_ids[0]])
+    assert "".join(pieces) == text and pieces[-1] == ""
+    assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
+
+
+def test_pieces_of_a_long_row_of_broken_bytes():
+    """An id costs a constant time: 5,000 take a third of a second, and with a square it would be half a minute."""
+    broken = TOKENIZER.encode("日")[0]
+    assert "".join(TOKENIZER.pieces([broken] * 5_000)) == "\ufffd" * 5_000
+    assert TOKENIZER.pieces(TOKENIZER.encode("日é")) == ["", "", "日", "", "é"]
+
+
 @given(st.lists(st.text(max_size=20), min_size=1, max_size=8))
 @settings(max_examples=50, deadline=None)
 def test_a_batch_is_its_texts_one_by_one(texts):

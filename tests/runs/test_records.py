@@ -35,15 +35,37 @@ def padded(texts):
 def test_a_table_shows_special_tokens_but_no_end(skip_special, prompt, completions, tmp_path):
     prompts, tokens = padded(["<bos>2 + 3 ="]), padded(["<think>23</think>5<eos>", "<bos>6"])
     tokens = [x[None] for x in tokens]
-    numbers = np.zeros((1, 2), np.float32)
-    rollout = Rollout(*prompts, *tokens, np.zeros(tokens[0].shape, np.float32), np.array([[False, True]]))
+    numbers = np.array([[0.0, 1.0]], np.float32)
+    logprobs = -np.arange(tokens[0].size, dtype=np.float32).reshape(tokens[0].shape) / 8
+    rollout = Rollout(*prompts, *tokens, logprobs, np.array([[False, True]]))
     batch = SimpleNamespace(
         rollout=jax.tree.map(jnp.asarray, rollout), advantages=jnp.asarray(numbers), mask=jnp.asarray(tokens[1])
     )
     step = SimpleNamespace(batch=batch, groups=SimpleNamespace(rewards={"r": jnp.asarray(numbers)}))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with SampleTable(tmp_path) as table:
-        write_samples(table, 1, step, 1, TOKENIZER, {"r": 1.0}, here, skip_special)
+        write_samples(table, 1, step, 1, TOKENIZER, {"r": 1.0}, here, skip_special, "r")
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == [prompt] * 2
     assert [line["completion"] for line in lines] == completions
+    assert [line["correct"] for line in lines] == [False, True]
+    shown = ["", "", ""] if skip_special else ["<think>", "</think>", "<bos>"]
+    assert lines[0]["tokens"] == [shown[0], "2", "3", shown[1], "5", ""]  # no text for the end token
+    assert lines[0]["logprobs"] == [0.0, -0.125, -0.25, -0.375, -0.5, -0.625]
+    assert lines[1]["tokens"] == [shown[2], "6"] and lines[1]["logprobs"] == [-0.75, -0.875]
+
+
+def test_without_a_verdict_nothing_is_correct(tmp_path):
+    rewards = np.zeros((1, 1))
+    with SampleTable(tmp_path) as table:
+        table.write(
+            1,
+            ["p"],
+            [["c"]],
+            rewards={"r": rewards},
+            total=rewards,
+            advantages=rewards,
+            lengths=rewards,
+            truncated=rewards,
+        )
+    assert not {"correct", "tokens", "logprobs"} & json.loads((tmp_path / "samples.jsonl").read_text()).keys()

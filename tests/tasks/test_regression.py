@@ -190,6 +190,8 @@ def test_the_other_alphabets_as_text_with_the_group_estimator(table, tmp_path, n
     assert found["pointwise/r2"] > 0.9
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])
     assert sample["prompt"].startswith("a ") and ", b " in sample["prompt"]
+    assert "".join(sample["tokens"]) == sample["completion"] and len(sample["logprobs"]) == length
+    assert "correct" not in sample  # a number is not correct or incorrect
     assert evaluate.main([f"--workdir={tmp_path / 'run'}", "--samples=2"]) == 0
 
 

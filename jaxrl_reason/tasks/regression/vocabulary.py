@@ -61,6 +61,11 @@ class Digits:
 
     completions = decode_batch
 
+    def pieces(self, ids: Sequence[int], skip_special: bool = True) -> list[str]:
+        """Returns the text of each id of a number, with the space before it."""
+        del skip_special
+        return [" " * (n > 0) + self.number.text([i]) for n, i in enumerate(ids)]
+
     def prompts(self, texts: Sequence[str] | None, rows: int) -> list[list[int]]:
         """Returns the prompts of a table's rows as ids. Without texts, rows are features: a prompt is one token."""
         if texts is None:
