@@ -22,7 +22,7 @@ from helpers.notebooks import (
     TRAINS,
     write_stand_in,
 )
-from jaxrl_reason import models
+from jaxrl_reason import methods, models
 from jaxrl_reason.runs import results
 from jaxrl_reason.tasks import BASELINES
 
@@ -43,6 +43,11 @@ def test_a_notebook_is_short_and_stored_with_its_outputs(notebook):
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_stored_outputs_have_no_paths_of_a_machine(notebook):
     assert not re.findall(r"/(?:tmp|root|home|work|Users|private|var)/[^\s<]*", json.dumps(outputs_of(read(notebook))))
+
+
+def test_every_method_has_a_notebook():
+    extensions = {name for name in methods.names() if "base" in methods.keywords(name)}
+    assert set(METHODS) == extensions <= set(NOTEBOOKS)
 
 
 @pytest.mark.parametrize("notebook", METHODS)

@@ -20,7 +20,7 @@ from jaxrl_reason import data, models
 
 COLAB = pathlib.Path(__file__).parents[2] / "colab"
 NOTEBOOKS = sorted(path.stem for path in COLAB.glob("*.ipynb"))
-METHODS = ("genre2", "hero", "laser", "progrpo")  # notebooks of one method each
+METHODS = ("genre2", "hero", "laser", "progrpo", "rlev")  # notebooks of one method each
 INSTALL = 1  # the cell that installs the library
 BY_HAND = 3  # in the notebook of a method, the cell that computes a group of four
 TRAINS = "trains"  # the tag of the cells that train, or show a result of training
