@@ -24,6 +24,8 @@ class Rows(NamedTuple):
     temperature: Float[Array, "P G"]
     legal: Bool[Array, "#P T V"] | None
     end_at: Int[Array, "P G"] | None  # forced ends, for measurements
+    top_k: Int[Array, "P G"] | None = None  # see `sampling.truncate`
+    top_p: Float[Array, "P G"] | None = None
 
 
 def sizes(P: int, G: int, S: int, T: int, halvings: int) -> list[int]:
@@ -38,14 +40,16 @@ def sizes(P: int, G: int, S: int, T: int, halvings: int) -> list[int]:
     return [r for r in sorted(set(rows), reverse=True) if r < P * G and r * (S + T) <= P * (S + G * T)]
 
 
-def first_rows(prompt: PromptCache, noise: Array, temperature: Any, legal: Any, end_at: Any) -> Rows:
-    """Returns the rows of the first loop. `temperature` broadcasts to the group axis of the noise [P, G, T]."""
+def first_rows(
+    prompt: PromptCache, noise: Array, temperature: Any, legal: Any, end_at: Any, top_k: Any = None, top_p: Any = None
+) -> Rows:
+    """Returns the rows of the first loop. `temperature`, `top_k` and `top_p` broadcast to [P, G] of the noise [P, G, T]."""
     P, G, _ = noise.shape
     home = jnp.arange(P * G).reshape(P, G) % (P * G // sharding.num_prompt_shards())
-    temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (P, G))
+    each = lambda x, dtype=jnp.float32: None if x is None else jnp.broadcast_to(jnp.asarray(x, dtype), (P, G))
     if legal is not None:  # [T, V] is the same for all prompts
         legal = jnp.asarray(legal).reshape(-1, *legal.shape[-2:])
-    return Rows(home, prompt, noise, temperature, legal, end_at)
+    return Rows(home, prompt, noise, each(temperature), legal, end_at, each(top_k, jnp.int32), each(top_p))
 
 
 def most_per_device(busy: Bool[Array, "P G"]) -> Int[Array, ""]:
@@ -70,11 +74,9 @@ def keep(busy: Bool[Array, "P G"], size: int, rows: Rows, state: Any) -> tuple[R
         of_rows = jax.tree.map(lambda x: jnp.take(x.reshape(P * G, *x.shape[2:]), order, axis=0)[:, None], per_row)
         return jax.tree.map(lambda x: jnp.take(x, order // G, axis=0), per_prompt), of_rows
 
-    inputs = (rows.home, rows.noise, rows.temperature, rows.end_at)
-    (prompt, legal), ((home, noise, temperature, end_at), state) = sharding.by_prompt(own)(
-        (), busy, per_prompt, (inputs, state)
-    )
-    return Rows(home, prompt, noise, temperature, legal if own_legal else rows.legal, end_at), state
+    inputs = rows._replace(prompt=None, legal=None)
+    (prompt, legal), (inputs, state) = sharding.by_prompt(own)((), busy, per_prompt, (inputs, state))
+    return inputs._replace(prompt=prompt, legal=legal if own_legal else rows.legal), state
 
 
 def put_back(all_rows: Any, rows: Any, home: Int[Array, "R G"]) -> Any:

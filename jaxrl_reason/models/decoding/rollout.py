@@ -23,8 +23,8 @@ class Rollout(NamedTuple):
     prompt_mask: Bool[Array, "P S"]  # True on real prompt tokens
     tokens: Int[Array, "P G T"]  # `pad_id` after the end
     mask: Bool[Array, "P G T"]  # True on sampled tokens, the end token included
-    # Log-probability of each token under the distribution that sampled it (temperature and legal tokens included; greedy completions:
-    # at temperature 1); 0 if the mask is False.
+    # Log-probability of each token under the distribution that sampled it (temperature, legal tokens and truncation included; greedy
+    # completions: at temperature 1, not truncated); 0 if the mask is False.
     logprobs: Float[Array, "P G T"]
     # True if the budget ran out before an end token. False throughout if no token ends a completion (numbers of a fixed length).
     truncated: Bool[Array, "P G"]
@@ -69,6 +69,8 @@ def generate(
     eos_ids: tuple[int, ...],
     pad_id: int,
     temperature: Float[Array, ""] | Float[Array, " G"] | float,
+    top_k: Int[Array, ""] | Int[Array, " G"] | int | None = None,
+    top_p: Float[Array, ""] | Float[Array, " G"] | float | None = None,
     legal: Bool[Array, "T V"] | Bool[Array, "P T V"] | None = None,
     features: Float[Array, "P F"] | None = None,
     with_prompt_logprobs: bool = False,
@@ -92,17 +94,15 @@ def generate(
       eos_ids: tokens that end a completion; if empty, all completions have T tokens.
       pad_id: fills the positions after the end.
       temperature: traced; 0 is greedy.
+      top_k, top_p: traced; truncate the distribution after the temperature, see `sampling.truncate`; not for training.
       legal: the tokens allowed at each position; None allows all.
       features: numbers of the prompts, for a model with `features`.
       with_prompt_logprobs: also return the prompts' log-probabilities, from the prefill.
-      probe_token: also return this token's log-probability after each end token, which costs at most one more iteration of the loop.
+      probe_token: also return this token's log-probability after each end token, in one more iteration; ValueError without an end token.
       probe_temperature: the temperature of that log-probability, whatever temperature samples.
       int8: decode with rounded weights and caches, half or a quarter of the memory traffic. Log-probabilities are those of the rounded model.
       cache_pieces, halvings: pieces of the completions' cache, and how often the loop is halved. The samples are the same.
       end_at: for measurements: the positions at which the first end token is forced, and nowhere else; None: completions end by themselves.
-
-    Raises:
-      ValueError: a probe token without an end token.
     """
     if probe_token is not None and not eos_ids:
         raise ValueError("A probe token is read after the end token, and no token ends a completion: eos_ids is empty.")
@@ -110,7 +110,7 @@ def generate(
     model = bind(config, params)
     hidden, prompt = model.prefill(prompt_tokens, prompt_mask, features)
     prompt_logprobs = _prompt_logprobs(model, hidden, prompt_tokens, prompt_mask) if with_prompt_logprobs else None
-    hidden = last_hidden(hidden, prompt_mask)  # all samples of a group start equal
+    hidden = last_hidden(hidden, prompt_mask)
     blocks, prompt = model.unstack(prompt, int8)
     head = model.head_matrix(int8)
 
@@ -121,16 +121,14 @@ def generate(
     # The probe token is scored among all tokens: the legal tokens end with the completion.
     after_end = lambda logits: jax.nn.log_softmax(scale_logits(logits, probe_temperature, None))[..., probe_token]
     steps = T + (probe_token is not None)  # one more, to read what follows an end token at the last position
-    rows = first_rows(prompt, sampling_noise(key, prompt_ids, G, steps), temperature, legal, end_at)
+    rows = first_rows(prompt, sampling_noise(key, prompt_ids, G, steps), temperature, legal, end_at, top_k, top_p)
     empty = _no_tokens(P, G, steps, pad_id, probe_token is not None, model.empty_cache(P, G, T, int8, cache_pieces))
     sizes = compaction.sizes(P // sharding.num_prompt_shards(), G, S, T, halvings)
     end = _decode(rows, empty, project(hidden, head, config), next_logits, after_end, eos_ids, pad_id, T, sizes)
     return Rollout(
         prompt_tokens,
         prompt_mask.astype(bool),
-        end.tokens[:, :, :T],
-        end.mask[:, :, :T],
-        end.logprobs[:, :, :T],
+        *(x[:, :, :T] for x in (end.tokens, end.mask, end.logprobs)),
         truncated=end.live if eos_ids else jnp.zeros_like(end.live),
         features=features,
         prompt_logprobs=prompt_logprobs,
@@ -230,7 +228,7 @@ def _sample(
         # Each device of the tensor axis gets whole rows of some samples, instead of all rows of all samples.
         distribution = sharding.constrain(distribution, "prompts", "samples")
     noise = jax.lax.dynamic_index_in_dim(rows.noise, t, 2, keepdims=False)
-    drawn = sample_token(distribution, noise, rows.temperature == 0)
+    drawn = sample_token(distribution, noise, rows.temperature == 0, rows.top_k, rows.top_p)
     return tuple(sharding.constrain(x, "prompts") for x in drawn)
 
 

@@ -1,5 +1,7 @@
 """The distribution that samples, and one token drawn from it; sampling and training share both."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -36,20 +38,28 @@ def scale_logits(
 
 
 def sample_token(
-    logits: Float[Array, "*batch V"], noise: Float[Array, "*batch"], greedy: Bool[Array, "*#batch"]
+    logits: Float[Array, "*batch V"],
+    noise: Float[Array, "*batch"],
+    greedy: Bool[Array, "*#batch"],
+    top_k: Int[Array, "*batch"] | None = None,
+    top_p: Float[Array, "*batch"] | None = None,
 ) -> tuple[Int[Array, "*batch"], Float[Array, "*batch"]]:
     """Draws one token per row by inverting the cumulative distribution.
 
     The token is the first one whose cumulative probability exceeds the row's `noise` in [0, 1). This takes one random number per row instead of
     Gumbel noise over the vocabulary. The sum runs over blocks of the vocabulary first, then inside the block that holds the token. Illegal
-    tokens have logits of -inf; `greedy` rows take the most probable token.
+    tokens have logits of -inf; `greedy` rows take the most probable token, and ignore `top_k` and `top_p`.
 
     Returns:
-      The tokens and their log-probabilities.
+      The tokens and their log-probabilities under the distribution that sampled, see `truncate`.
     """
     V = logits.shape[-1]
     top = logits.max(axis=-1, keepdims=True)
-    weights = jnp.exp(logits - top)
+    weights = truncate(
+        jnp.exp(logits - top),
+        None if top_k is None else jnp.where(greedy, 0, top_k),
+        None if top_p is None else jnp.where(greedy, 1.0, top_p),
+    )
     padded = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, -V % _BLOCK)])
     blocks = padded.reshape(*padded.shape[:-1], -1, _BLOCK)
     ends = jnp.cumsum(blocks.sum(axis=-1), axis=-1)  # [..., V / block]
@@ -63,6 +73,45 @@ def sample_token(
     take_best = lambda: jnp.where(greedy, jnp.argmax(logits, axis=-1), sampled)
     tokens = jax.lax.cond(jnp.any(greedy), take_best, lambda: sampled).astype(jnp.int32)
     return tokens, pick(logits, tokens) - top[..., 0] - jnp.log(total)
+
+
+def truncate(
+    weights: Float[Array, "*batch V"], top_k: Int[Array, "*batch"] | None, top_p: Float[Array, "*batch"] | None
+) -> Float[Array, "*batch V"]:
+    """Returns weights in [0, 1] with 0 for the tokens that truncated sampling leaves out.
+
+    Top-k comes first and keeps the k largest weights. Top-p then keeps the fewest largest weights whose share of the sum is at least p. Weights
+    that equal the smallest one kept are kept too, so the order of the vocabulary has no influence.
+
+    Args:
+      weights: probabilities relative to the most probable token, f32; legal tokens and temperature are included.
+      top_k: k; 0 keeps all. top_p: p; 1 keeps all. None compiles nothing.
+    """
+    count, share = lambda kept, _: kept.sum(axis=-1), lambda kept, weights: jnp.where(kept, weights, 0.0).sum(axis=-1)
+    if top_k is not None:
+        weights = _largest(weights, count, top_k, top_k > 0)
+    if top_p is not None:
+        weights = _largest(weights, share, top_p * weights.sum(axis=-1), top_p < 1.0)
+    return weights
+
+
+def _largest(weights: Array, measure: Callable[[Array, Array], Array], need: Array, on: Array) -> Array:
+    """Keeps the fewest largest weights whose measure, a function of (kept, weights), is at least `need`; all if a row is not `on`.
+
+    Bits of floats that are not negative have the order of the floats. So the smallest weight to keep is found bit by bit, in 30 passes over
+    the vocabulary. Each is a reduction, which a split vocabulary computes in place; a sort would gather it.
+    """
+    bits = jax.lax.bitcast_convert_type(weights, jnp.int32)
+
+    def with_bit(i, least):
+        higher = least | jnp.left_shift(1, 29 - i)
+        return jnp.where(measure(bits >= higher[..., None], weights) >= need, higher, least)
+
+    def search():
+        least = jax.lax.fori_loop(0, 30, with_bit, jnp.zeros(weights.shape[:-1], jnp.int32))
+        return jnp.where((bits >= least[..., None]) | ~on[..., None], weights, 0.0)
+
+    return jax.lax.cond(jnp.any(on), search, lambda: weights)
 
 
 def pick(x: Array, index: Int[Array, "*batch"]) -> Array:

@@ -78,11 +78,15 @@ OPTIONS = {
     "log-probabilities of prompts": dict(with_prompt_logprobs=True),
     "a probe": dict(probe_token=2, probe_temperature=0.7),
     "temperatures, one greedy": dict(temperature=[1.0, 0.0, 1.3]),
+    "top-k and top-p": dict(top_k=jnp.array([0, 12, 30]), top_p=jnp.array([0.95, 1.0, 0.9])),
     "forced ends": dict(end_at=np.arange(P * G).reshape(P, G) % T // 2 * (np.arange(G) + 1) % T),
 }
 
 
-ON_DEVICES, MESHES = ("several end tokens", "legal tokens per prompt", "a probe"), ((8, 1, 1), (2, 2, 2))
+ON_DEVICES, MESHES = (
+    ("several end tokens", "legal tokens per prompt", "a probe", "top-k and top-p"),
+    ((8, 1, 1), (2, 2, 2)),
+)
 
 
 @functools.cache
@@ -111,7 +115,7 @@ def test_samples_do_not_depend_on_the_sizes(sizes):
 def test_samples_do_not_depend_on_the_devices(tmp_path):
     """On 8 devices, in a process of its own: prompts split over 8, or over 4 with heads split over 2."""
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    folders = [str(pathlib.Path(__file__).parents[1]), str(pathlib.Path(jaxrl_reason.__file__).parents[1])]
+    folders = [str(pathlib.Path(__file__).parents[2]), str(pathlib.Path(jaxrl_reason.__file__).parents[1])]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(folders)}
     done = subprocess.run([sys.executable, __file__, str(tmp_path)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
