@@ -46,10 +46,11 @@ def first_rows(
     """Returns the rows of the first loop. `temperature`, `top_k` and `top_p` broadcast to [P, G] of the noise [P, G, T]."""
     P, G, _ = noise.shape
     home = jnp.arange(P * G).reshape(P, G) % (P * G // sharding.num_prompt_shards())
-    each = lambda x, dtype=jnp.float32: None if x is None else jnp.broadcast_to(jnp.asarray(x, dtype), (P, G))
+    each = lambda x, dtype=jnp.float32: jnp.broadcast_to(jnp.asarray(x, dtype), (P, G))
+    k, p = None if top_k is None else each(top_k, jnp.int32), None if top_p is None else each(top_p)
     if legal is not None:  # [T, V] is the same for all prompts
         legal = jnp.asarray(legal).reshape(-1, *legal.shape[-2:])
-    return Rows(home, prompt, noise, each(temperature), legal, end_at, each(top_k, jnp.int32), each(top_p))
+    return Rows(home, prompt, noise, each(temperature), legal, end_at, k, p)
 
 
 def most_per_device(busy: Bool[Array, "P G"]) -> Int[Array, ""]:
@@ -74,9 +75,11 @@ def keep(busy: Bool[Array, "P G"], size: int, rows: Rows, state: Any) -> tuple[R
         of_rows = jax.tree.map(lambda x: jnp.take(x.reshape(P * G, *x.shape[2:]), order, axis=0)[:, None], per_row)
         return jax.tree.map(lambda x: jnp.take(x, order // G, axis=0), per_prompt), of_rows
 
-    inputs = rows._replace(prompt=None, legal=None)
-    (prompt, legal), (inputs, state) = sharding.by_prompt(own)((), busy, per_prompt, (inputs, state))
-    return inputs._replace(prompt=prompt, legal=legal if own_legal else rows.legal), state
+    inputs = (rows.home, rows.noise, rows.temperature, rows.end_at, rows.top_k, rows.top_p)
+    (prompt, legal), ((home, noise, temperature, *others), state) = sharding.by_prompt(own)(
+        (), busy, per_prompt, (inputs, state)
+    )
+    return Rows(home, prompt, noise, temperature, legal if own_legal else rows.legal, *others), state
 
 
 def put_back(all_rows: Any, rows: Any, home: Int[Array, "R G"]) -> Any:

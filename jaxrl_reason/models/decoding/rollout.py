@@ -125,15 +125,10 @@ def generate(
     empty = _no_tokens(P, G, steps, pad_id, probe_token is not None, model.empty_cache(P, G, T, int8, cache_pieces))
     sizes = compaction.sizes(P // sharding.num_prompt_shards(), G, S, T, halvings)
     end = _decode(rows, empty, project(hidden, head, config), next_logits, after_end, eos_ids, pad_id, T, sizes)
-    return Rollout(
-        prompt_tokens,
-        prompt_mask.astype(bool),
-        *(x[:, :, :T] for x in (end.tokens, end.mask, end.logprobs)),
-        truncated=end.live if eos_ids else jnp.zeros_like(end.live),
-        features=features,
-        prompt_logprobs=prompt_logprobs,
-        probe_logprobs=end.probe,
-    )
+    tokens, mask, logprobs = (x[:, :, :T] for x in (end.tokens, end.mask, end.logprobs))
+    truncated = end.live if eos_ids else jnp.zeros_like(end.live)
+    prompts = prompt_tokens, prompt_mask.astype(bool)
+    return Rollout(*prompts, tokens, mask, logprobs, truncated, features, prompt_logprobs, end.probe)
 
 
 def last_hidden(hidden: Float[Array, "P S D"], mask: Bool[Array, "P S"]) -> Float[Array, "P 1 D"]:
