@@ -16,7 +16,7 @@ from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data import PromptBatch, SolutionBatch
 from jaxrl_reason.methods import Method
 from jaxrl_reason.models import sharding
-from jaxrl_reason.models.decoding import rollout
+from jaxrl_reason.models.decoding import compaction, rollout
 from jaxrl_reason.rl import experience, hosts, learner, scoring
 from jaxrl_reason.rl.devices import for_devices, update_sizes
 from jaxrl_reason.rl.optimizer import init_opt_state, make_optimizer, make_supervised_optimizer
@@ -248,9 +248,7 @@ def _shardings(config: Config, method: Method, model: models.ModelConfig, mesh: 
 def sampling_sizes(config: Config) -> tuple[int, int]:
     """Returns the pieces of the completions' cache and the halvings of the decoding loop, as configured or chosen by the length."""
     s, T = config.sampling, config.max_completion_length
-    halvings = min(3, T // 64) if s.halvings < 0 else s.halvings
-    # XLA on CPU copies a cache of one piece in every step of a smaller loop.
-    return s.cache_pieces or min(max(T // 128, 2 if halvings else 1), 8), halvings
+    return compaction.loop_sizes(T, s.cache_pieces, s.halvings)
 
 
 def _sample_fn(config: Config, model: models.ModelConfig, purpose: int, group_size: int, options: dict) -> Callable:

@@ -40,6 +40,13 @@ def sizes(P: int, G: int, S: int, T: int, halvings: int) -> list[int]:
     return [r for r in sorted(set(rows), reverse=True) if r < P * G and r * (S + T) <= P * (S + G * T)]
 
 
+def loop_sizes(T: int, cache_pieces: int = 0, halvings: int = -1) -> tuple[int, int]:
+    """Returns the pieces of the completions' cache and the halvings of the loop; 0 pieces and -1 halvings: chosen by the length T."""
+    halvings = min(3, T // 64) if halvings < 0 else halvings
+    # XLA on CPU copies a cache of one piece in every step of a smaller loop.
+    return cache_pieces or min(max(T // 128, 2 if halvings else 1), 8), halvings
+
+
 def first_rows(
     prompt: PromptCache, noise: Array, temperature: Any, legal: Any, end_at: Any, top_k: Any = None, top_p: Any = None
 ) -> Rows:

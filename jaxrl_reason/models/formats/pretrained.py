@@ -3,7 +3,7 @@
 Nothing in a directory is ever executed. `transformers`, vLLM and llama.cpp's converter load the written directories.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -22,6 +22,7 @@ from jaxrl_reason.data.tokenizer import Tokenizer
 from jaxrl_reason.models import decoder, lora
 from jaxrl_reason.models import reward_model as reward_model_lib
 from jaxrl_reason.models.config import ModelConfig
+from jaxrl_reason.models.decoding import texts
 from jaxrl_reason.models.formats import families
 from jaxrl_reason.models.formats import weights as weights_lib
 from jaxrl_reason.models.formats.source import ADAPTED, Address, open_model, REVISION
@@ -46,6 +47,58 @@ class Policy:
         """Computes logits, see `models.apply`. Pure, and compiled by jit."""
         return _logits(self.config, params, tokens, mask)
 
+    def generate(
+        self,
+        prompts: Sequence[texts.Prompt],
+        samples: int = 4,
+        *,
+        max_completion_length: int = 256,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        chat: bool | None = None,
+        batch_size: int | None = None,
+    ) -> list[list[str]]:
+        """Samples completions of prompts, on the mesh or the device of the weights.
+
+        The random numbers are those of an evaluation with this seed, by the positions of the prompts. So a sample does not
+        depend on the batch size. Texts are without end tokens; other special tokens stay.
+
+        Args:
+          prompts: texts, which are encoded as they are; or conversations, lists of {"role": ..., "content": ...}, which the
+            chat template of the model renders.
+          samples: completions per prompt.
+          max_completion_length: the largest number of tokens per completion.
+          temperature: 0 is greedy.
+          top_p, top_k: truncate the distribution, after the temperature and top-k first; 1.0 and 0 keep all tokens.
+          chat: True: a text is the user's turn of a conversation; False: conversations are refused.
+          batch_size: prompts at once; None: as many as have 64 completions.
+
+        Returns:
+          A list of `samples` texts per prompt.
+
+        Raises ValueError for an argument that does not fit, and PretrainedError without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise PretrainedError(
+                "This model has no tokenizer, so prompts cannot be read: put a tokenizer.json into its directory."
+            )
+        return texts.sample_texts(
+            self.config,
+            self.params,
+            self.tokenizer,
+            prompts,
+            samples,
+            max_completion_length=max_completion_length,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            chat=chat,
+            batch_size=batch_size,
+        )
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RewardModel(Policy):
@@ -54,6 +107,12 @@ class RewardModel(Policy):
     def apply(self, params: decoder.Params, tokens: Tokens, mask: Mask | None = None) -> Float[Array, " B"]:
         """Computes scores, read at the last real token, see `reward_model.scores`. Pure, and compiled by jit."""
         return _scores(self.config, params, tokens, mask)
+
+    def generate(self, *args: Any, **options: Any) -> list[list[str]]:
+        """Raises PretrainedError."""
+        raise PretrainedError(
+            "A reward model scores texts and samples none: load a language model with load_pretrained."
+        )
 
 
 _Kind = TypeVar("_Kind", bound=Policy)
