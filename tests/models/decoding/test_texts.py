@@ -125,7 +125,7 @@ def test_texts_on_eight_devices_equal_those_on_one():
 
 
 if __name__ == "__main__":
-    mesh = sharding.make_mesh(2, 2, 2)
+    mesh = sharding.make_mesh(2, 4, 1)  # the vocabulary is odd
     placed = jax.device_put(PARAMS, models.param_shardings(CONFIG, mesh))
     found = models.Policy(CONFIG, placed, TOKENIZER).generate(
         PROMPTS, 3, max_completion_length=T, temperature=1.3, batch_size=3
