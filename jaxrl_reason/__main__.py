@@ -8,7 +8,7 @@ import textwrap
 
 import jaxrl_reason
 
-COMMANDS = ("train", "evaluate", "compare", "export", "report", "replay", "bench", "plan", "reward_training")
+COMMANDS = ("train", "evaluate", "generate", "compare", "export", "report", "replay", "bench", "plan", "reward_training")
 
 
 def purpose(name: str) -> str:

@@ -17,7 +17,7 @@ ROWS = (
     ("runs",),
     ("rewards",),
     ("tasks", "plan"),
-    ("bench", "evaluate", "export", "report", "train"),
+    ("bench", "evaluate", "export", "generate", "report", "train"),
     ("compare", "replay", "reward_training"),
 )
 # Within a row, rooms do not import each other, except these.

@@ -15,7 +15,7 @@ from helpers.report_runs import content_of
 from helpers.tiny_runs import tiny, write_recipe, write_rows
 import jaxrl_reason
 from jaxrl_reason import __main__ as listing
-from jaxrl_reason import bench, compare, evaluate, export, replay, report, reward_training, train
+from jaxrl_reason import bench, compare, evaluate, export, generate, replay, report, reward_training, train
 from jaxrl_reason.plan import __main__ as plan
 from jaxrl_reason.runs.watch import NonFiniteError
 
@@ -35,6 +35,7 @@ COMMANDS = {  # command -> flags that it accepts; the first of them is required
     "reward_training": (reward_training.main, ["--config=configs/hero.py", "--workdir=w"]),
     "compare": (compare.main, ["--config=configs/hero.py", "--workdir=w", "--seeds=2", "--only=hero", "--results=r"]),
     "evaluate": (evaluate.main, ["--workdir=w", "--samples=2"]),
+    "generate": (generate.main, ["--workdir=w", "--samples=2"]),
     "export": (export.main, ["--workdir=w", "--out=o"]),
     "replay": (replay.main, ["--workdir=w", "--step=1"]),
     "report": (report.main, ["--workdir=w", "--config=c"]),

@@ -11,13 +11,13 @@ import sys
 import pytest
 
 from helpers.documents import blocks, commands, DOCUMENTS, NEEDS, ROOT, write_small_python
-from jaxrl_reason import bench, compare, config, evaluate, export, replay, report, reward_training, train
+from jaxrl_reason import bench, compare, config, evaluate, export, generate, replay, report, reward_training, train
 from jaxrl_reason.plan import __main__ as plan
 from jaxrl_reason.runs.command import parse
 
 COMMANDS = {
     module.COMMAND.name: module.COMMAND
-    for module in (bench, compare, evaluate, export, plan, replay, report, reward_training, train)
+    for module in (bench, compare, evaluate, export, generate, plan, replay, report, reward_training, train)
 }
 BLOCKS = [pytest.param(name, block, id=f"{name}:{block.line}") for name in DOCUMENTS for block in blocks(name)]
 LONG = ("_reason.train ", "_reason.compare ", "_reason.bench ", "_reason.evaluate ", "/tmp/")  # blocks of whole runs

@@ -80,6 +80,7 @@ def generate(
     cache_pieces: int = 1,
     halvings: int = 0,
     end_at: Int[Array, "P G"] | None = None,
+    watch: Callable[[Any, Any], None] | None = None,
 ) -> Rollout:
     """Samples G completions per prompt. Pure; jit it with the keyword sizes static.
 
@@ -103,6 +104,7 @@ def generate(
       int8: decode with rounded weights and caches, half or a quarter of the memory traffic. Log-probabilities are those of the rounded model.
       cache_pieces, halvings: pieces of the completions' cache, and how often the loop is halved. The samples are the same.
       end_at: for measurements: the positions at which the first end token is forced, and nowhere else; None: completions end by themselves.
+      watch: called on the host with each position's tokens and whether they count, [P, G]; for one device, without halvings.
     """
     if probe_token is not None and not eos_ids:
         raise ValueError("A probe token is read after the end token, and no token ends a completion: eos_ids is empty.")
@@ -124,7 +126,7 @@ def generate(
     rows = first_rows(prompt, sampling_noise(key, prompt_ids, G, steps), temperature, legal, end_at, top_k, top_p)
     empty = _no_tokens(P, G, steps, pad_id, probe_token is not None, model.empty_cache(P, G, T, int8, cache_pieces))
     sizes = compaction.sizes(P // sharding.num_prompt_shards(), G, S, T, halvings)
-    end = _decode(rows, empty, project(hidden, head, config), next_logits, after_end, eos_ids, pad_id, T, sizes)
+    end = _decode(rows, empty, project(hidden, head, config), next_logits, after_end, eos_ids, pad_id, T, sizes, watch)
     tokens, mask, logprobs = (x[:, :, :T] for x in (end.tokens, end.mask, end.logprobs))
     truncated = end.live if eos_ids else jnp.zeros_like(end.live)
     prompts = prompt_tokens, prompt_mask.astype(bool)
@@ -156,6 +158,7 @@ def _decode(
     pad_id: int,
     T: int,
     sizes: list[int],
+    watch: Callable[[Any, Any], None] | None = None,
 ) -> Completions:
     """Runs the decoding loops until every completion has ended or has T tokens.
 
@@ -171,6 +174,8 @@ def _decode(
         new, logp = _sample(rows, logits, t)
         ends = jnp.any(new[..., None] == eos, axis=-1) if rows.end_at is None else rows.end_at == t
         new = new if rows.end_at is None else jnp.where(ends, eos_ids[0], new)
+        if watch is not None:
+            jax.debug.callback(watch, new, old.live, ordered=True)
         put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, t, axis=2)
         done = old._replace(
             live=old.live & ~ends,

@@ -1,0 +1,122 @@
+"""The generate command: prompts, files, sessions, streams, control characters, refusals."""
+
+import dataclasses
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from helpers import reference_decoder as reference
+from jaxrl_reason import data, generate, models
+from jaxrl_reason.tasks import sampling
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    tokenizer = dataclasses.replace(data.train_tokenizer(["3 + 4 = 7"], 262), chat_template=CHAT)
+    config = models.ModelConfig(
+        vocab_size=tokenizer.vocab_size, width=16, layers=2, heads=4, kv_heads=2, mlp_width=24, tied_embedding=False
+    )
+    params = jax.tree.map(jnp.asarray, reference.random_params(config, seed=3, scale=0.3))
+    directory = tmp_path_factory.mktemp("models") / "model"
+    models.save_pretrained(directory, models.Policy(config, params, tokenizer))
+    return directory
+
+
+def run(policy, *flags):
+    return generate.main([f"--model={policy}", "--max_completion_length=8", *flags])
+
+
+def test_prompts_give_the_texts_of_policy_generate(policy, tmp_path, capsys):
+    sampling_flags = ["--samples=2", "--top_p=0.9", "--top_k=50", "--temperature=0.8", "--seed=5"]
+    out = tmp_path / "out.jsonl"
+    assert run(policy, "--prompt=3 + 4 = ?", "--prompt=2", f"--out={out}", *sampling_flags) == 0
+    options = dict(top_p=0.9, top_k=50, temperature=0.8, seed=5, max_completion_length=8, chat=True)
+    expected = models.load_pretrained(policy).generate(["3 + 4 = ?", "2"], 2, **options)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [[s["text"] for s in line["samples"]] for line in lines] == expected
+    assert [line["prompt"] for line in lines] == ["3 + 4 = ?", "2"]
+    printed = capsys.readouterr().out
+    assert all(sampling.visible(text) in printed for group in expected for text in group)
+    (tmp_path / "prompts.jsonl").write_text('"3 + 4 = ?"\n{"question": [{"role": "user", "content": "2"}]}\n')
+    assert run(policy, f"--prompts={tmp_path / 'prompts.jsonl'}", *sampling_flags) == 0
+    assert capsys.readouterr().out.count("log-probability") == 4 and all(
+        sampling.visible(text) in printed for group in expected for text in group
+    )
+
+
+def test_a_session_keeps_the_conversation_and_streams_the_same_text(policy, capsys, monkeypatch):
+    model = models.load_pretrained(policy)
+    options = dict(temperature=0.0, max_completion_length=8)
+    turn = lambda role, content: {"role": role, "content": content}
+    first = model.generate([[turn("user", "hello")]], 1, **options)[0][0]
+    talk = [turn("user", "hello"), turn("assistant", first), turn("user", "more")]
+    second = model.generate([talk], 1, **options)[0][0]
+    third = model.generate([[turn("user", "more")]], 1, **options)[0][0]
+    assert second != third
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\nmore\n/reset\nmore\n/exit\nnever\n"))
+    assert run(policy, "--temperature=0") == 0
+    shown = capsys.readouterr().out
+    assert shown.count("log-probability") == 3
+    parts = [sampling.visible(text) for text in (first, second, third)]
+    assert all(part in shown for part in parts)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello"))  # ends without /exit, as Ctrl-D does
+    assert run(policy, "--temperature=0") == 0
+    assert capsys.readouterr().out.startswith(parts[0] + "\n(")
+
+
+def test_a_stream_writes_characters_whole():
+    tokenizer = data.train_tokenizer(["3 + 4 = 7"], 260)  # one token per byte
+    written = []
+    stream = sampling.Stream(tokenizer, written.append)
+    text = "aé€𝄞b"
+    for token in tokenizer.encode(text):
+        stream.token(token)
+    assert [part for part in written if part] == list(text)
+    cut = sampling.Stream(tokenizer, written.append)
+    written.clear()
+    ids = tokenizer.encode("aé")[:-1]
+    for token in ids:
+        cut.token(token)
+    cut.end(tokenizer.completions([ids])[0])
+    assert "".join(written) == "a\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("a\tb\nc é 𝄞", "a\tb\nc é 𝄞"),
+        ("\x1b[2J\x1b]0;title\x07", "\\x1b[2J\\x1b]0;title\\x07"),
+        ("a\rb\x08\x7f\x9b1m", "a\\rb\\x08\\x7f\\x9b1m"),
+        ("\u202eabc\u2066", "\\u202eabc\\u2066"),
+    ],
+)
+def test_control_characters_are_shown(text, shown):
+    assert sampling.visible(text) == shown
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--prompt=a", "--prompts=b.txt"], "--prompt and --prompts both name prompts"),
+        (["--prompt=a", "--top_p=0"], "top_p is 0.0; it has to be above 0 and at most 1"),
+        (["--prompt=a", "--top_k=x"], "--top_k=x: expected a number."),
+        (["--prompt=a", "--temperature=-1"], "config.eval.temperature"),
+        (["--prompt=a", "--samples=0"], "config.eval.samples"),
+        (["--prompt="], "A prompt is empty; give a text."),
+        (["--prompts=/nowhere/x.txt"], "/nowhere/x.txt"),
+        (["--out=x.jsonl"], "--out writes the completions of --prompt or --prompts; give one of them."),
+        (["--prompt=" + 20 * "long ", "--config.max_prompt_length=8"], "raise --config.max_prompt_length"),
+    ],
+)
+def test_bad_flags_are_refused_in_a_sentence(policy, flags, said, capsys):
+    assert run(policy, *flags) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and said in captured.err and captured.err.count("\n") == 1
+    assert not captured.out
