@@ -8,7 +8,18 @@ import textwrap
 
 import jaxrl_reason
 
-COMMANDS = ("train", "evaluate", "generate", "compare", "export", "report", "replay", "bench", "plan", "reward_training")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "generate",
+    "compare",
+    "export",
+    "report",
+    "replay",
+    "bench",
+    "plan",
+    "reward_training",
+)
 
 
 def purpose(name: str) -> str:
