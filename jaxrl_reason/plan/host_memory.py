@@ -12,7 +12,7 @@ _ONE_HOST = 8  # v5e and v6e: chips of the largest slice that has one host
 
 
 def chips_per_host(topology: str, devices: Sequence[jax.Device]) -> int:
-    """Returns the number of devices of a host of a slice such as "v5e:2x4"; `devices` may be those of several slices."""
+    """Returns the number of devices of a host of a slice such as "v5e:2x4"; `devices` may belong to several slices."""
     kind, _, shape = topology.partition(":")
     chips = math.prod(map(int, shape.split("x")))
     if kind in ("v5e", "v6e") and chips <= _ONE_HOST:

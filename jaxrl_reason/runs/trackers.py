@@ -31,7 +31,7 @@ _PHASES = ("supervised", "reward_model")  # directories of phases in the work di
 
 
 class TrackedRun(NamedTuple):
-    """What a tracker is told about a run."""
+    """The facts about a run that a tracker gets."""
 
     directory: pathlib.Path  # of metrics.jsonl
     project: str
@@ -129,7 +129,7 @@ class Trackers:
         ]
 
     def log(self, step: int, numbers: Mapping[str, float | None]) -> None:
-        """Hands the metrics of a step to all trackers, without those that are not finite (None)."""
+        """Hands the metrics of a step to all trackers, without metrics that are not finite (None)."""
         metrics = {name: float(value) for name, value in numbers.items() if value is not None}
         for thread in self._threads:
             thread.put((step, metrics))

@@ -26,7 +26,7 @@ _LICENSE = ("license", "license_name", "license_link")
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What is exported of a run."""
+    """The exported part of a run."""
 
     name: str  # of the repository or the directory
     workdir: pathlib.Path
@@ -155,7 +155,7 @@ def _in_training(x: Exported) -> str:
 
 
 def _table(metrics: Mapping[str, Any]) -> str:
-    """Returns a table of metrics, with the interval of those that have one: NAME_low and NAME_high."""
+    """Returns a table of metrics, with the intervals NAME_low to NAME_high of metrics that have one."""
     ends = {f"{name}_{end}" for name in metrics for end in ("low", "high")}
     rows = ["| metric | value | 95 % interval |", "|---|---|---|"]
     for name, value in metrics.items():
