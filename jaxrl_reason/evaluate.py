@@ -1,114 +1,93 @@
 """Evaluates a run, or a pretrained model, on held-out data.
 
-Samples several completions per prompt, scores them by the run's rewards, and prints a table. Writes evaluation.json
-(every number), evaluation.png and completions.jsonl (predictions.jsonl if a run predicts numbers) to WORKDIR/evaluation,
-and those of another evaluation to evaluation-2, evaluation-3, ... Nothing else in the work directory changes, but
-rewards.log takes what rewards print. Fields of the configuration on which the weights do not depend can be set as in
+Samples several completions per prompt, scores them by the rewards of the run, and prints a table with 95 % intervals over
+prompts. Writes evaluation.json (every number), evaluation.png and completions.jsonl (predictions.jsonl if a run predicts
+numbers) to WORKDIR/evaluation, and those of another evaluation to evaluation-2, evaluation-3, ... Nothing else in the work
+directory changes, but rewards.log takes what rewards print. Completions are appended as they come: the same command
+continues an evaluation that was ended. Fields of the configuration on which the weights do not depend can be set as in
 training: --config.seed=1, --config.mesh.fsdp=-1 on another number of devices, --config.data.columns={} if other data
 have other names.
 """
 
-import math
 import pathlib
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import rich.console
 
-from jaxrl_reason import config as config_lib
-from jaxrl_reason import tasks
-from jaxrl_reason.config import Config, ConfigError
-from jaxrl_reason.data import PromptBatch
-from jaxrl_reason.rewards import model_training, RewardError
-from jaxrl_reason.rewards.scorer import LEARNED
-from jaxrl_reason.rl import programs as programs_lib
-from jaxrl_reason.rl.types import Rollout
+from jaxrl_reason.config import ConfigError
+from jaxrl_reason.data.named_sets import NAMED_SETS
+from jaxrl_reason.rewards import RewardError
+from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs import command
 from jaxrl_reason.runs.command import Flag
-from jaxrl_reason.runs.progress import Progress
-from jaxrl_reason.tasks import policies, reporting
-from jaxrl_reason.tasks.policies import chosen_source, LoadedPolicy, open_policy, OpenedPolicy
+from jaxrl_reason.runs.files import write_json
+from jaxrl_reason.tasks import asked, comparison, evaluating, policies
+from jaxrl_reason.tasks.evaluating import Evaluation, Evaluations
+from jaxrl_reason.tasks.policies import OpenedPolicy
 
 
-class Evaluation(NamedTuple):
-    """An evaluation before its first prompt."""
+class Against(NamedTuple):
+    """What the evaluations are compared with: a directory of results, or a policy that is evaluated after them."""
 
-    name: str  # of the policy
-    config: Config  # with the fields of the command line
-    task: tasks.Task
-    programs: programs_lib.Programs
-    policy: LoadedPolicy
-    out: pathlib.Path  # the directory of the results
-    record: dict[str, Any]  # the first part of evaluation.json
+    directory: pathlib.Path | None
+    policy: OpenedPolicy | None = None
+    sets: dict[str, Evaluation] = {}
 
 
-def prepare(arguments: command.Arguments) -> Evaluation:
-    """Opens policy and held-out data; a ConfigError, RewardError, ValueError or OSError names the cause and its place."""
+def prepare(arguments: command.Arguments) -> tuple[Evaluations, Against | None]:
+    """Opens policies and held-out data; a ConfigError, RewardError, ValueError or OSError names the cause and its place."""
     command.load_recipe(arguments)
-    source, fields = chosen_source(arguments.workdir, arguments.model), arguments.fields
+    source, fields, out = policies.chosen_source(arguments.workdir, arguments.model), arguments.fields, arguments.out
     if arguments.model:
-        if not arguments.out:
+        if not out:
             raise ConfigError("--out=DIR is missing: a model has no work directory for the results.")
-        if not fields.get("data.eval"):
-            raise ConfigError("--data=NAME_OR_PATH is missing: a model has no held-out data of its own.")
-        fields = {"data.template": "boxed"} | fields
-    opened = open_policy(source, fields, arguments.checkpoint)
-    c, method, mesh = opened.config, opened.method, opened.mesh
-    home = opened.workdir or arguments.out
-    task = tasks.open_for_evaluation(opened, c, home)
-    if LEARNED.keys() & set(c.reward.functions):
-        task = task.with_reward_model(
-            model_training.load_scorer(c, home, opened.tokenizer, mesh, len(task.held_out[0].rows))
-        )
-    policy, programs = opened.load(), tasks.build_programs(c, method, task, mesh)
-    record = {"command": arguments.command_line, **_record(opened, c, task, policy.checkpoint)}
-    out = reporting.results_directory(arguments.out, home, record)  # before the work, which would be lost without one
-    return Evaluation(opened.name, c, task, programs, policy, out, record)
+        if not (arguments.sets or fields.get("data.eval")):
+            raise ConfigError("--data=NAME_OR_PATH or --sets is missing: a model has no held-out data of its own.")
+    policy = policies.open_policy(source, policies.asks_for_boxes(source) | fields, arguments.checkpoint)
+    home = policy.workdir or out
+    configs = asked.configs_of_sets(policy, arguments.sets, fields) if arguments.sets else {"": policy.config}
+    sets = {label: evaluating.open_evaluation(policy, c, home) for label, c in configs.items()}
+    against = _open_other(arguments, sets) if arguments.against else None
+    evaluations = evaluating.begin(policy, sets, out, home, arguments.command_line)
+    if against and against.directory:
+        comparison.read_record(against.directory, evaluations.record)
+    return evaluations, against
 
 
-def evaluate(evaluation: Evaluation) -> dict[str, float]:
-    """Samples, scores, prints the table, writes the results and returns the metrics. Raises RewardError, OSError."""
-    name, c, task, programs, policy, out, record = evaluation
+def _open_other(arguments: command.Arguments, sets: dict[str, Evaluation]) -> Against:
+    directory = pathlib.Path(arguments.against).expanduser().resolve()
+    if comparison.is_results(directory):
+        return Against(directory)
+    kept = ("mesh.", "model.", "log.", "compilation_cache", "prompts_per_step", "group_size")
+    fields = {name: text for name, text in arguments.fields.items() if name.startswith(kept)}
+    is_run = (directory / "config.json").is_file() and (directory / "tokenizer").is_dir()
+    other = policies.open_policy(directory if is_run else arguments.against, fields)
+    configs = {label: asked.config_like(x.config, other) for label, x in sets.items()}
+    home = arguments.out or arguments.workdir
+    return Against(None, other, {label: evaluating.open_evaluation(other, c, home) for label, c in configs.items()})
+
+
+def evaluate(prepared: tuple[Evaluations, Against | None]) -> None:
+    """Samples, scores, prints the tables and writes the results. Raises ConfigError, RewardError or OSError."""
+    evaluations, against = prepared
     console = rich.console.Console(highlight=False, markup=False)
-    with Progress(console, "evaluation", len(task.held_out), enabled=c.log.progress) as bar:
-
-        def generate(batch: PromptBatch) -> Rollout:
-            rollout = jax.block_until_ready(programs.generate_eval(policy.weights, batch))
-            bar.advance("")
-            return rollout
-
-        judged = task.judge(generate, task.scorer, policy.reference)
-
-    metrics = judged.metrics()
-    numbers = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-    record = record | {"prompts": metrics["prompts"], "metrics": numbers}
-    title = f"{name}, {record['phase']}, on {task.source[0]} ({c.data.eval_split})"
-    files = reporting.write_results(out, judged, metrics, record, title)
-    for table in reporting.metric_tables(metrics, title):
-        console.print(table)
-    console.print(f"Written: {out}/{', '.join(files)}", soft_wrap=True)
-    return metrics
-
-
-def _record(opened: OpenedPolicy, c: Config, task: tasks.Task, checkpoint: int | None) -> dict[str, Any]:
-    """Returns the content of evaluation.json that is known before the evaluation."""
-    name, fingerprint = task.source
-    step = (checkpoint or 0) - c.supervised.steps
-    phase = f"RL step {step}" if step >= 0 else f"supervised step {checkpoint}"
-    return {
-        **({"workdir": str(opened.workdir)} if opened.workdir else {"model": c.model.path}),
-        "checkpoint": checkpoint,
-        "phase": phase if opened.workdir else "pretrained",
-        "data": {"name": name, "split": c.data.eval_split, "fingerprint": fingerprint},
-        "samples": c.eval.samples,
-        "temperature": c.eval.temperature,
-        "max_completion_length": c.max_completion_length,
-        "seed": c.seed,
-        "rewards": dict(task.scorer.weights),
-        "verdict": task.verdict,
-        "config": config_lib.to_dict(c),
-    }
+    record, directory = evaluating.run(evaluations, console), evaluations.directory
+    if against is None:
+        return
+    name, theirs = str(against.directory), against.directory
+    if against.policy is not None:
+        begun = evaluating.begin(against.policy, against.sets, None, directory, record["command"], "against")
+        name, theirs = against.policy.name, begun.directory
+        evaluating.run(begun, console)
+    if hosts.is_first():
+        assert theirs is not None
+        differences = comparison.compare(directory, theirs, record)
+        console.print(comparison.table(differences, f"{evaluations.policy.name} against {name}"))
+        found = differences.get("", differences)
+        write_json(
+            directory / "evaluation.json", record | {"against": {"directory": str(theirs), "differences": found}}
+        )
 
 
 COMMAND = command.Command(
@@ -124,7 +103,18 @@ COMMAND = command.Command(
             field="data.eval",
         ),
         Flag("split", "SPLIT", "as config.data.eval_split", field="data.eval_split"),
-        Flag("prompts", "N", "the largest number of prompts; config.eval.prompts by default", field="eval.prompts"),
+        Flag(
+            "sets",
+            "SET@K,...",
+            f"several sets instead of --data, with K completions per prompt: {', '.join(NAMED_SETS)}, or a file",
+            asked.read_sets,
+        ),
+        Flag(
+            "prompts",
+            "N",
+            "the largest number of prompts; config.eval.prompts by default, all of --sets and of a --model",
+            field="eval.prompts",
+        ),
         Flag(
             "samples",
             "K",
@@ -138,6 +128,12 @@ COMMAND = command.Command(
             "the largest number of tokens per completion; config.max_completion_length by default",
             field="max_completion_length",
             alias="max-completion-length",
+        ),
+        Flag(
+            "against",
+            "OTHER",
+            "a second run, model or directory of results, for the difference paired by prompt",
+            command.local,
         ),
         command.RECIPE,
         command.CHECKPOINT,

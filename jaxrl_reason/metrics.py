@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 import math
 import statistics
+from typing import NamedTuple
 
 import chex
 import jax
@@ -19,6 +20,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 FloatArray = Float64[np.ndarray, "..."]
+
+
+class Interval(NamedTuple):
+    """A mean with its interval."""
+
+    mean: float
+    low: float
+    high: float
 
 
 def pass_at_k(n: ArrayLike, c: ArrayLike, k: ArrayLike) -> FloatArray | np.float64:
@@ -212,11 +221,56 @@ def bootstrap_interval(
     if not 0 < level < 1:
         raise ValueError(f"level is {level}; it must be between 0 and 1.")
     _refuse(~np.isfinite(x), "x must be finite", x=x)
+    means = _resampled_means(x, resamples, np.random.default_rng(seed))
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _resampled_means(x: FloatArray, resamples: int, rng: np.random.Generator) -> FloatArray:
     distinct, counts = np.unique(x, return_counts=True)
     # How often each distinct number is drawn: much smaller than the draws themselves.
-    drawn = np.random.default_rng(seed).multinomial(x.size, counts / x.size, size=resamples)
-    low, high = np.quantile(drawn @ distinct / x.size, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return rng.multinomial(x.size, counts / x.size, size=resamples) @ distinct / x.size
+
+
+def mean_over_sets(sets: Sequence[ArrayLike], *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
+    """Computes the mean of the means of several sets, each with equal weight, and its bootstrap interval.
+
+    The items of each set are resampled within the set. The interval is NaN if all items of every set are equal.
+
+    Args:
+      sets: [N] each, N >= 1, one finite number per item.
+      level, resamples, seed: as in `bootstrap_interval`.
+
+    Example:
+      >>> mean_over_sets([[0.0, 1.0], [1.0, 1.0, 1.0]]).mean
+      0.75
+    """
+    arrays, rng = [np.asarray(x, np.float64) for x in sets], np.random.default_rng(seed)
+    for x in arrays:
+        bootstrap_interval(x, level=level, resamples=1)  # refuses what cannot be resampled
+    mean = float(np.mean([x.mean() for x in arrays]))
+    if all(np.ptp(x) == 0 for x in arrays):
+        return Interval(mean, math.nan, math.nan)
+    means = np.mean([_resampled_means(x, resamples, rng) for x in arrays], axis=0)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean, float(low), float(high))
+
+
+def paired_difference(x: ArrayLike, y: ArrayLike, *, level: float = 0.95) -> Interval:
+    """Computes the mean of x - y over paired items, and its bootstrap interval: pairs are resampled, not items.
+
+    The interval is NaN if all differences are equal: other draws of them say nothing about other items.
+
+    Args:
+      x, y: [N], N >= 1, of the same items in the same order.
+      level: as in `bootstrap_interval`.
+
+    Example:
+      >>> paired_difference([1.0, 0.5], [0.5, 0.0])
+      Interval(mean=0.5, low=nan, high=nan)
+    """
+    x, y = _pair("x", x, "y", y)
+    return mean_over_sets([x - y], level=level)
 
 
 def accuracy_interval(x: ArrayLike, *, level: float = 0.95) -> tuple[float, float]:

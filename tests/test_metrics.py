@@ -3,6 +3,7 @@
 from fractions import Fraction
 import itertools
 import math
+import random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -296,3 +297,40 @@ def test_the_bootstrap_interval_has_its_nominal_coverage():
         for low, high in (metrics.bootstrap_interval(rng.binomial(4, 0.3, 100) / 4, seed=i) for i in range(500))
     ]
     assert 0.91 < np.mean(inside) < 0.98
+
+
+def slow_bootstrap(sets, resamples=4000, seed=5):
+    """Draws items one by one, with another generator."""
+    rng, means = random.Random(seed), []
+    for _ in range(resamples):
+        means.append(sum(sum(rng.choices(x, k=len(x))) / len(x) for x in sets) / len(sets))
+    means.sort()
+    return means[round(0.025 * resamples)], means[round(0.975 * resamples)]
+
+
+def test_mean_over_sets_against_a_slow_loop():
+    rng = np.random.default_rng(3)
+    sets = [rng.integers(0, 5, 40) / 4, rng.integers(0, 2, 15), [1.0] * 7]
+    mean, low, high = metrics.mean_over_sets(sets)
+    assert mean == pytest.approx((np.mean(sets[0]) + np.mean(sets[1]) + 1) / 3)
+    assert (low, high) == pytest.approx(slow_bootstrap([list(x) for x in sets]), abs=0.012)
+    assert low < mean < high and high - low > 0.05
+    assert metrics.mean_over_sets([sets[0]])[1:] == metrics.bootstrap_interval(sets[0])
+    assert metrics.mean_over_sets([[0.5, 0.5], [1.0]])[0] == 0.75
+    assert np.isnan(metrics.mean_over_sets([[0.5, 0.5], [1.0]])[1:]).all()
+
+
+def test_paired_difference():
+    """Three pairs differ by 1, 0 and -1/2: of the 27 draws, the mean is -1/2 once and 1 once, 3.7 % each."""
+    mean, low, high = metrics.paired_difference([1.0, 0.5, 0.0], [0.0, 0.5, 0.5])
+    assert (mean, low, high) == (pytest.approx(1 / 6), pytest.approx(-0.5), pytest.approx(1.0))
+    # Both sides vary much, and their difference little: pairs are resampled, not items.
+    x = np.arange(50) % 2
+    y = x.copy()
+    y[:5] = 0
+    mean, low, high = metrics.paired_difference(x, y)
+    assert mean == pytest.approx(2 / 50) and (low, high) == pytest.approx(slow_bootstrap([list(x - y)]), abs=0.021)
+    assert high - low < 0.15
+    assert metrics.paired_difference(x, x)[0] == 0 and np.isnan(metrics.paired_difference(x, x)[1:]).all()
+    with pytest.raises(ValueError, match="shape"):
+        metrics.paired_difference([1.0], [1.0, 2.0])

@@ -78,7 +78,7 @@ class JsonLines(AppendOnly):
     def __init__(self, path: Path, resume_step: int | None):
         if path.exists():
             kept = (r for r in read_json_lines(path) if resume_step is None or r["step"] <= resume_step)
-            content = b"".join(map(_line, kept))  # before anything is written: a damaged file stays as it is
+            content = b"".join(map(json_line, kept))  # before anything is written: a damaged file stays as it is
             scratch = path.with_name(path.name + ".tmp")
             with writing(path):
                 scratch.write_bytes(content)
@@ -87,7 +87,7 @@ class JsonLines(AppendOnly):
 
     def write(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Writes one line per record, all in one write."""
-        self.append(b"".join(map(_line, records)))
+        self.append(b"".join(map(json_line, records)))
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -113,6 +113,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 torn = number  # an error only if another line follows
 
 
-def _line(record: Mapping[str, Any]) -> bytes:
+def json_line(record: Mapping[str, Any]) -> bytes:
+    """Returns a record as a line of a `.jsonl` file."""
     # backslashreplace: a lone surrogate of a byte-level tokenizer becomes its JSON escape instead of an error.
     return json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"

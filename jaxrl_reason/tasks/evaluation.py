@@ -1,10 +1,11 @@
-"""Held-out completions: `sample_and_judge` collects them, `summary_metrics` and `all_metrics` average them."""
+"""Held-out completions: `sample_and_judge` collects them, `per_prompt`, `summary_metrics` and `all_metrics` average them."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_reason import data, metrics
@@ -17,6 +18,7 @@ from jaxrl_reason.rewards.numeric import parse_number
 from jaxrl_reason.rewards.scorer import each, RewardScorer
 from jaxrl_reason.rl import experience, hosts
 from jaxrl_reason.rl.types import Rollout
+from jaxrl_reason.tasks.journal import Journal
 
 Answers = list[list[Hashable | None]]
 AnswersOf = Callable[[list[list[str]], Sequence[Mapping[str, Any]]], Answers]
@@ -69,9 +71,10 @@ def sample_and_judge(
     answers_of: AnswersOf | None = None,
     verdict: str = "",
     self_reward: Callable[[Rollout], np.ndarray] | None = None,
-    values: np.ndarray | None = None,
-) -> Evaluated:
-    """Samples completions of held-out prompts and judges them.
+    journal: Journal | None = None,
+    lines_of: Callable[[Evaluated], Iterable[Mapping[str, Any]]] | None = None,
+) -> list[Evaluated]:
+    """Samples completions of held-out prompts and judges them; returns one part per batch, for `join`.
 
     Args:
       generate: samples K completions per prompt of a batch. Its keys are the same in every evaluation, so that two
@@ -83,42 +86,104 @@ def sample_and_judge(
         default `final_answer` of each completion.
       verdict: the reward whose value > 0.5 means correct; empty: the scorer's verdict.
       self_reward: computes LaSeR's self-rewards f32[P, K] of a rollout, or None.
-      values: human values of all rows of the data, from `data.values.held_out_values`, or None.
+      journal: holds the batches that are judged already, and takes the lines (`lines_of`) of the others; None: no file.
+        The other processes return the new parts only.
     """
-    tokenizer = tokenizer if hosts.is_first() else None
-    parts, rows, texts = [], [], []
-    for batch in batches:
+    tokenizer, verdict = tokenizer if hosts.is_first() else None, verdict or scorer.verdict
+    find = answers_of or each(final_answer)
+    parts = [] if journal is None else _judged_before(journal, batches, find)
+    for batch in batches[journal.done if journal else 0 :]:
         rollout = generate(batch)
-        rewards, _ = scorer(rollout, batch.take(hosts.local_rows_of(rollout.tokens)))
-        tokens, mask, truncated, logprobs, rewards = jax.tree.map(
-            hosts.to_host, (rollout.tokens, rollout.mask, rollout.truncated, rollout.logprobs, rewards)
+        scores, _ = scorer(rollout, batch.take(hosts.local_rows_of(rollout.tokens)))
+        tokens, mask, truncated, logprobs, scores = jax.tree.map(
+            hosts.to_host, (rollout.tokens, rollout.mask, rollout.truncated, rollout.logprobs, scores)
         )
-        part = dict(
-            positions=batch.prompt_ids,
-            lengths=mask.sum(axis=-1),
-            truncated=truncated,
-            logprobs=np.where(mask, logprobs, 0.0).sum(axis=-1),
-            rewards=rewards,
-        )
-        if self_reward is not None:
-            part["self_rewards"] = self_reward(rollout)
-        real = batch.weight > 0
-        parts.append(jax.tree.map(lambda x: x[real], part))
-        rows += [row for row, counts in zip(batch.rows, real) if counts]
+        real, rows = batch.weight > 0, _real_rows(batch)
+        texts = None
         if tokenizer is not None:
             ids = [[t[live].tolist() for t, live in zip(*group)] for group in zip(tokens[real], mask[real])]
-            texts += [tokenizer.completions(group, skip_special) for group in ids]
-    together = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-    find = answers_of or each(final_answer)
-    answers = hosts.agree(lambda: find(texts, rows) if texts else None, RewardError)
+            texts = [tokenizer.completions(group, skip_special) for group in ids]
+        answers = _agreed_answers(find, texts, rows)
+        rewards = {name: np.asarray(values)[real] for name, values in scores.items()}
+        part = Evaluated(
+            rows=rows,
+            positions=batch.prompt_ids[real],
+            correct=rewards[verdict] > 0.5,
+            lengths=mask.sum(axis=-1)[real],
+            truncated=truncated[real],
+            logprobs=np.where(mask, logprobs, 0.0).sum(axis=-1)[real],
+            rewards=rewards,
+            total=np.asarray(experience.total_reward(jax.tree.map(jnp.asarray, rewards), scorer.weights)),
+            texts=texts,
+            answers=answers,
+            self_rewards=None if self_reward is None else self_reward(rollout)[real],
+        )
+        if journal is not None and lines_of is not None:
+            journal.append(lines_of(part) if hosts.is_first() else ())
+        parts.append(part)
+    return parts
+
+
+def _judged_before(journal: Journal, batches: Sequence[PromptBatch], find: AnswersOf) -> list[Evaluated]:
+    """Returns the batches that a journal holds; none on processes but the first."""
+    parts = []
+    for batch, lines in zip(batches[: journal.done], [*journal.batches, *[[]] * journal.done]):
+        rows = _real_rows(batch)
+        part = parsed(lines, len(rows)) if lines else None
+        # The file has texts, which can be equal for answers that are not.
+        answers = _agreed_answers(find, part.texts if part else None, rows)
+        if part:
+            parts.append(part._replace(rows=rows, answers=answers))
+    return parts
+
+
+def _agreed_answers(find: AnswersOf, texts: list[list[str]] | None, rows: list[dict[str, Any]]) -> Answers | None:
+    """Returns the answers of completions on the first process, which has their texts; an error ends all processes."""
+    return hosts.agree(lambda: find(texts, rows) if texts else None, RewardError)
+
+
+def _real_rows(batch: PromptBatch) -> list[dict[str, Any]]:
+    return [row for row, counts in zip(batch.rows, batch.weight > 0) if counts]
+
+
+def parsed(lines: Sequence[Mapping[str, Any]], prompts: int) -> Evaluated:
+    """Returns the completions of N `prompts` from their lines of completions.jsonl, without the rows of the data.
+
+    Answers are texts. Raises ValueError or KeyError for lines of another kind.
+    """
+    table = lambda values, kind: np.array(list(values)).astype(kind).reshape(prompts, -1)
+    floats = lambda values: table((math.nan if x is None else x for x in values), np.float32)
+    column = lambda name: [line[name] for line in lines]
+    samples = len(lines) // prompts
+    grouped = lambda name: [column(name)[i : i + samples] for i in range(0, len(lines), samples)]
     return Evaluated(
-        rows=rows,
-        correct=together["rewards"][verdict or scorer.verdict] > 0.5,
-        total=np.asarray(experience.total_reward(together["rewards"], scorer.weights)),
-        texts=None if tokenizer is None else texts,
-        answers=None if tokenizer is None else answers,
-        values=None if values is None else values[together["positions"]],
-        **together,
+        rows=[{}] * prompts,
+        positions=table(column("row"), np.int32)[:, 0],
+        correct=table(column("right"), bool),
+        lengths=table(column("length"), np.int64),
+        truncated=table(column("truncated"), bool),
+        logprobs=floats(line.get("logprob") for line in lines),
+        rewards={name: floats(line["rewards"][name] for line in lines) for name in lines[0]["rewards"]},
+        total=floats(column("total")),
+        texts=grouped("completion"),
+        answers=grouped("answer"),
+        self_rewards=floats(column("self_reward")) if "self_reward" in lines[0] else None,
+    )
+
+
+def join(parts: Sequence[Evaluated], values: np.ndarray | None = None) -> Evaluated:
+    """Joins parts of an evaluation. `values` f32[M] are the human values of all rows of the data, or None.
+
+    They are from `data.values.held_out_values`.
+    """
+    arrays = [part._replace(rows=[], texts=None, answers=None, values=None) for part in parts]
+    together: Evaluated = jax.tree.map(lambda *x: np.concatenate(x), *arrays)
+    both = lambda lists: None if lists[0] is None else [x for items in lists for x in items]
+    return together._replace(
+        rows=[row for part in parts for row in part.rows],
+        texts=both([part.texts for part in parts]),
+        answers=both([part.answers for part in parts]),
+        values=None if values is None else values[together.positions],
     )
 
 
@@ -133,7 +198,7 @@ def summary_metrics(found: Evaluated, temperature: float) -> dict[str, float]:
     prompts, samples = found.correct.shape
     majority = {}
     if found.answers is not None:
-        majority[f"eval/maj@{samples}"] = _majority_accuracy(found.answers, found.correct, samples)
+        majority[f"eval/maj@{samples}"] = float(_majority(found.answers, found.correct, samples).mean())
     return {
         "eval/accuracy": float(found.correct.mean()),
         f"eval/pass@{samples}": float(metrics.pass_at_k(samples, found.correct.sum(axis=1), samples).mean()),
@@ -184,43 +249,61 @@ def self_reward_metrics(found: Evaluated) -> dict[str, float]:
     if found.self_rewards is None:
         return {}
     known = ~np.isnan(found.self_rewards)
-    scores = np.where(known, found.self_rewards, -np.inf)
-    best = scores.argmax(axis=1)
-    samples = found.correct.shape[1]
-    out = {
-        "self_reward_f1": metrics.self_verification_f1(scores[known], found.correct[known]),
-        "self_reward_calibration_error": metrics.calibration_error(scores[known], found.correct[known]),
-        f"best_of_{samples}_accuracy": float(found.correct[np.arange(len(best)), best].mean()),
+    scores, correct = found.self_rewards[known], found.correct[known]
+    return {
+        "self_reward_f1": metrics.self_verification_f1(scores, correct),
+        "self_reward_calibration_error": metrics.calibration_error(scores, correct),
+        **{name: float(x.mean()) for name, x in _chosen_by_self_reward(found).items()},
     }
+
+
+def _chosen_by_self_reward(found: Evaluated) -> dict[str, np.ndarray]:
+    """Returns, per prompt, whether the completion of highest self-reward and the answer with most of it are correct."""
+    if found.self_rewards is None:
+        return {}
+    scores = np.where(np.isnan(found.self_rewards), -np.inf, found.self_rewards)
+    best, samples = scores.argmax(axis=1), found.correct.shape[1]
+    out = {f"best_of_{samples}_accuracy": found.correct[np.arange(len(best)), best].astype(np.float64)}
     if found.answers is not None:
-        weights = np.clip(scores, 0.0, 1.0)
-        chosen = [metrics.majority_vote(group, w) for group, w in zip(found.answers, weights)]
+        chosen = [metrics.majority_vote(group, w) for group, w in zip(found.answers, np.clip(scores, 0.0, 1.0))]
         won = [i is not None and ok[i] for i, ok in zip(chosen, found.correct)]
-        out["weighted_vote"] = float(np.mean(won))
+        out["weighted_vote"] = np.array(won, np.float64)
     return out
+
+
+def per_prompt(found: Evaluated) -> dict[str, np.ndarray]:
+    """Returns the metrics that are means over prompts, f64[N] each, in [0, 1].
+
+    They are `accuracy`; for k = 1, 2, 4, ..., K the unbiased `pass@k` and, over the first k samples, `maj@k` (1 if the most
+    frequent final answer is correct); and `best_of_K_accuracy` and `weighted_vote` of `self_reward_metrics`.
+    """
+    samples = found.correct.shape[1]
+    numbers = {"accuracy": found.correct.mean(axis=1)}
+    numbers |= {f"pass@{k}": metrics.pass_at_k(samples, found.correct.sum(axis=1), k) for k in powers(samples)}
+    if found.answers is not None:
+        numbers |= {f"maj@{k}": _majority(found.answers, found.correct, k) for k in powers(samples)}
+    return numbers | _chosen_by_self_reward(found)
 
 
 def all_metrics(found: Evaluated, temperature: float) -> dict[str, float]:
     """Returns every metric, NaN if there is nothing to average. Raises ValueError for completions that are not decoded.
 
-    They are `accuracy` (equal to `avg@K`) with its 95 % interval over prompts, `accuracy_low` and `accuracy_high`; for
-    k = 1, 2, 4, ..., K the unbiased `pass@k` and, over the first k samples, `maj@k`, the share of prompts whose most
-    frequent final answer is correct; rewards; lengths of all, correct and incorrect completions; `clipped_ratio`;
+    They are the means of `per_prompt`, of which `accuracy` is `avg@K`, too, and has its 95 % interval over prompts,
+    `accuracy_low` and `accuracy_high`; rewards; lengths of all, correct and incorrect completions; `clipped_ratio`;
     `answered_ratio`, the share of completions with a final answer; `entropy` in nats per token, estimated from the
     sampled tokens (not at temperature 0); `prompts`; and `method_metrics`.
     """
     if found.answers is None:
         raise ValueError("These completions are not decoded, so they have no answers to count.")
     correct, lengths = found.correct, found.lengths
-    prompts, samples = correct.shape
-    low, high = metrics.accuracy_interval(correct.mean(axis=1))
+    numbers = per_prompt(found)
+    low, high = metrics.accuracy_interval(numbers["accuracy"])
     out = {
         "accuracy": float(correct.mean()),
         "accuracy_low": low,
         "accuracy_high": high,
-        f"avg@{samples}": float(correct.mean()),
-        **{f"pass@{k}": float(metrics.pass_at_k(samples, correct.sum(axis=1), k).mean()) for k in powers(samples)},
-        **{f"maj@{k}": _majority_accuracy(found.answers, correct, k) for k in powers(samples)},
+        f"avg@{correct.shape[1]}": float(correct.mean()),
+        **{name: float(x.mean()) for name, x in numbers.items() if "@" in name},
         "reward": _mean(found.total),
         **{f"rewards/{name}": _mean(values) for name, values in found.rewards.items()},
         "mean_length": float(lengths.mean()),
@@ -229,7 +312,7 @@ def all_metrics(found: Evaluated, temperature: float) -> dict[str, float]:
         "clipped_ratio": float(found.truncated.mean()),
         "answered_ratio": float(np.mean([[answer is not None for answer in group] for group in found.answers])),
     }
-    return out | _entropy(found, temperature) | {"prompts": prompts} | method_metrics(found)
+    return out | _entropy(found, temperature) | {"prompts": len(correct)} | method_metrics(found)
 
 
 def powers(samples: int) -> list[int]:
@@ -250,9 +333,10 @@ def _distinct(things: Sequence[Sequence[Hashable | None]], correct: np.ndarray) 
     return float(np.mean([len(found) for found in distinct]))
 
 
-def _majority_accuracy(answers: Sequence[Sequence[Hashable | None]], correct: np.ndarray, k: int) -> float:
+def _majority(answers: Answers, correct: np.ndarray, k: int) -> np.ndarray:
+    """Returns 1 for prompts whose most frequent answer among the first k samples is correct, else 0; f64[N]."""
     chosen = [metrics.majority_vote(group[:k]) for group in answers]
-    return float(np.mean([position is not None and ok[position] for position, ok in zip(chosen, correct)]))
+    return np.array([position is not None and ok[position] for position, ok in zip(chosen, correct)], np.float64)
 
 
 def _mean(x: np.ndarray) -> float:

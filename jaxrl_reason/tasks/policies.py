@@ -53,6 +53,7 @@ class OpenedPolicy:
     checkpoint: int | None  # the checkpoint to read; None: the newest
     opened: models.Opened | None  # the model; None for a run
     numbers: Task | None  # the held-out table of a run that predicts numbers; None for text
+    changed: float | None = None  # when the newest file of a local model was written, in seconds since 1970
 
     def load(self) -> LoadedPolicy:
         """Reads the weights onto the mesh. Raises ConfigError or PretrainedError for weights that cannot be read."""
@@ -105,10 +106,16 @@ def open_policy(source: Source, fields: dict[str, str], checkpoint: int | None =
     if workdir is None and checkpoint is not None:
         raise ConfigError("--checkpoint chooses a checkpoint of a run, and a model has none; leave it out.")
     config = config_of_model(str(source), fields) if workdir is None else runs.load_config(workdir, fields)
-    hosts.initialize(config.mesh.host_timeout, config.mesh.initialization_timeout)
+    if not jax.distributed.is_initialized():  # by an earlier policy
+        hosts.initialize(config.mesh.host_timeout, config.mesh.initialization_timeout)
     compilation_cache.enable(config.compilation_cache)
     opening = lambda: _open_run(workdir, config, checkpoint) if workdir else _open_model(config, fields)
     return hosts.agree(opening, ConfigError, ValueError, OSError)
+
+
+def asks_for_boxes(source: Source) -> dict[str, str]:
+    """Returns the field by which a model without a run is asked for its final answer in a box, as verifiers read it."""
+    return {} if isinstance(source, pathlib.Path) else {"data.template": "boxed"}
 
 
 def config_of_model(model: str, fields: dict[str, str]) -> Config:
@@ -153,6 +160,9 @@ def _open_model(config: Config, fields: dict[str, str]) -> OpenedPolicy:
         config.data.chat = tokenizer.chat_template is not None
     model = config_lib.model_config(config, tokenizer.vocab_size, opened.source)
     models.check_weights(opened, pretrained.base_shape(model))
-    title = pathlib.Path(name).expanduser().resolve().name if pathlib.Path(name).expanduser().exists() else name
+    place = pathlib.Path(name).expanduser()
+    files = [place, *place.glob("*")] if place.exists() else []
+    changed = max((file.stat().st_mtime for file in files), default=None)
+    title = place.resolve().name if files else name
     method, mesh = config_lib.make_method(config), programs.make_mesh(config)
-    return OpenedPolicy(title, config, method, mesh, tokenizer, model, None, None, opened=opened, numbers=None)
+    return OpenedPolicy(title, config, method, mesh, tokenizer, model, None, None, opened, None, changed)

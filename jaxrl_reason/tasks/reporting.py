@@ -19,6 +19,7 @@ from jaxrl_reason.runs.files import finite, write_json, write_text
 from jaxrl_reason.tasks import evaluation
 from jaxrl_reason.tasks.task import Judged
 
+Intervals = Mapping[str, tuple[float, float]]  # name of a metric -> low and high
 BASELINES = ("pointwise/", "best_possible/")  # prefixes of the metrics of other approaches
 
 
@@ -34,22 +35,29 @@ def headlines(method: Method) -> tuple[str, ...]:
     return tuple(shown)
 
 
-def results_directory(chosen: pathlib.Path | None, workdir: pathlib.Path, record: Mapping[str, Any]) -> pathlib.Path:
+def results_directory(
+    chosen: pathlib.Path | None, folder: pathlib.Path, record: Mapping[str, Any], name: str = "evaluation"
+) -> pathlib.Path:
     """Makes and returns the directory for the results of an evaluation; it holds no results of another one.
 
-    It is `chosen`, if that is not None. Otherwise it is the first of WORKDIR/evaluation, WORKDIR/evaluation-2, ... that is
-    free, or holds the same evaluation: an equal `record`, up to the command line and the results. Raises ConfigError if
-    `chosen` is a file or holds another evaluation.
+    It is `chosen`, if that is not None. Otherwise it is the first of FOLDER/NAME, FOLDER/NAME-2, ... that is free, or holds
+    the same evaluation: an equal `record`, up to the command line and the results. Raises ConfigError if `chosen` is a
+    file or holds another evaluation.
     """
     if chosen is None:
-        names = itertools.chain(["evaluation"], (f"evaluation-{i}" for i in itertools.count(2)))
-        chosen = next(path for name in names if not _holds_other(path := workdir / name, record))
+        names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+        chosen = next(path for name in names if not _holds_other(path := folder / name, record))
     elif chosen.exists() and not chosen.is_dir():
         raise ConfigError(f"--out={chosen} is a file; name a directory.")
     elif _holds_other(chosen, record):
         raise ConfigError(f"--out={chosen} holds another evaluation; name another directory, or remove this one.")
     chosen.mkdir(parents=True, exist_ok=True)
     return chosen
+
+
+def holds(directory: pathlib.Path, record: Mapping[str, Any]) -> bool:
+    """Returns whether a directory holds this evaluation, finished or begun."""
+    return (directory / "evaluation.json").exists() and not _holds_other(directory, record)
 
 
 def _holds_other(directory: pathlib.Path, record: Mapping[str, Any]) -> bool:
@@ -63,11 +71,13 @@ def _holds_other(directory: pathlib.Path, record: Mapping[str, Any]) -> bool:
         return True
 
 
-def _identity(record: Mapping[str, Any]) -> list[Any]:
+def _identity(record: Mapping[str, Any]) -> Any:
     """Returns what decides the results of an evaluation, from its record."""
+    if "sets" in record:
+        return {label: _identity(found) for label, found in record["sets"].items()}
     without = ("steps", "mesh", "checkpoint", "log")  # sections that change no result
     config = {name: value for name, value in record["config"].items() if name not in without}
-    return [record["checkpoint"], record["data"], config]
+    return [record["checkpoint"], record.get("changed"), record["data"], config]
 
 
 def write_results(
@@ -104,6 +114,7 @@ def completion_lines(
             "total": finite(found.total[n, k]),
             "length": int(found.lengths[n, k]),
             "truncated": bool(found.truncated[n, k]),
+            "logprob": finite(found.logprobs[n, k]),
         }
         if found.self_rewards is not None:
             record["self_reward"] = finite(found.self_rewards[n, k])
@@ -129,20 +140,63 @@ def prediction_lines(
         }
 
 
-def metric_tables(metrics: Mapping[str, float], title: str) -> list[Table]:
+def metric_tables(metrics: Mapping[str, float], intervals: Intervals, title: str) -> list[Table]:
     """Returns tables for the screen: metrics, and pass@k next to maj@k. Shares are in percent, NaN is a dash."""
     main = Table("", Column(justify="right"), Column("95 % interval", justify="right"), title=title)
-    curve = Table("k", "pass@k", "maj@k")
+    curve = Table("k", "pass@k", "95 % interval", "maj@k", "95 % interval")
     for name, value in metrics.items():
         kind, _, k = name.partition("@")
         if kind == "pass":
-            curve.add_row(k, _cell(name, value), _cell(name, metrics[f"maj@{k}"]))
-        elif name == "accuracy":
-            interval = (100 * metrics[f"accuracy_{end}"] for end in ("low", "high"))
-            main.add_row(name, _cell(name, value), "{:.1f} to {:.1f} %".format(*interval))
+            both = [
+                f(x)
+                for x in (name, f"maj@{k}")
+                for f in (lambda x: _cell(x, metrics[x]), lambda x: _range(intervals, x))
+            ]
+            curve.add_row(k, *both)
         elif kind != "maj" and name not in ("accuracy_low", "accuracy_high"):
-            main.add_row(name.replace("_", " "), _cell(name, value), "")
+            main.add_row(name.replace("_", " "), _cell(name, value), _range(intervals, name))
     return [main, curve] if curve.row_count else [main]
+
+
+def _range(intervals: Intervals, name: str) -> str:
+    """Returns an interval in percent, or "" if there is none."""
+    low, high = intervals.get(name, (math.nan, math.nan))
+    return "" if math.isnan(low) else f"{100 * low:.1f} to {100 * high:.1f} %"
+
+
+def table_of_sets(record: Mapping[str, Any], title: str) -> Table:
+    """Returns the table of an evaluation of several sets, from its record: all of the samples of each set."""
+    headings = [x for kind in ("avg@k", "pass@k", "maj@k") for x in (kind, "95 % interval")]
+    table = Table("set", "prompts", "k", *headings, title=title)
+    for label, found in record["sets"].items():
+        k, metrics, intervals = found["samples"], found["metrics"], found["intervals"]
+        cells = [_cell("@", metrics["accuracy"]), _range(intervals, "accuracy")]
+        for name in (f"pass@{k}", f"maj@{k}"):
+            cells += [_cell(name, metrics[name]), _range(intervals, name)]
+        table.add_row(label, str(found["prompts"]), str(k), *cells)
+    mean = record["all"]
+    table.add_section()
+    table.add_row("mean of the sets", "", "", _cell("@", mean["mean"]), _range({"": (mean["low"], mean["high"])}, ""))
+    return table
+
+
+def plot_sets(record: Mapping[str, Any], path: pathlib.Path, title: str) -> None:
+    """Draws the accuracy of each set with its interval, and pass@k of all samples."""
+    from matplotlib.figure import Figure  # costs a fifth of a second; needed only at the end
+
+    sets = record["sets"]
+    figure = Figure(figsize=(2 + 1.2 * len(sets), 4), layout="constrained")
+    figure.suptitle(title)
+    axes, at = figure.subplots(), np.arange(len(sets))
+    accuracy = np.array([100 * found["metrics"]["accuracy"] for found in sets.values()])
+    low, high = 100 * np.array([found["intervals"]["accuracy"] for found in sets.values()]).T
+    axes.bar(at, accuracy, yerr=[accuracy - low, high - accuracy], capsize=4, label="avg@k, 95 % interval")
+    best = [100 * found["metrics"][f"pass@{found['samples']}"] for found in sets.values()]
+    axes.plot(at, best, "_", color="tab:orange", markersize=24, label="pass@k")
+    axes.set_xticks(at, [f"{label}\nk = {found['samples']}" for label, found in sets.items()])
+    axes.set(ylabel="%")
+    axes.legend(loc="best")
+    figure.savefig(path, dpi=120, format="png")
 
 
 def _cell(name: str, value: float) -> str:

@@ -28,6 +28,7 @@ class Judged:
 
     summary: Callable[[], dict[str, float]]  # metrics of a run in progress; their names begin with eval/
     metrics: Callable[[], dict[str, float]]  # all metrics, NaN if there is nothing to average
+    per_prompt: Callable[[], dict[str, np.ndarray]]  # the metrics that are means over prompts, f64[N] each, in [0, 1]
     file: str  # name of the file that holds `lines`
     lines: Callable[[], Iterator[dict[str, Any]]]  # JSON objects, one per sample or per row
     draw: Callable[[Mapping[str, float], pathlib.Path, str], None]  # (metrics, path, title); writes a PNG
@@ -43,7 +44,8 @@ class Task:
     held_out: list[PromptBatch]  # batches of held-out prompts, all of one size
     scorer: RewardScorer | NumberScorer  # computes the rewards of a rollout
     verdict: str  # the reward that judges held-out samples
-    judge: Callable[[Generate, Any, ProbeReference], Judged]  # samples and judges, see `evaluate`
+    # (generate, scorer, reference, journal=None): samples and judges, see `evaluate`; a journal keeps text completions
+    judge: Callable[..., Judged]
     legal: np.ndarray | None = None  # bool[T, V], tokens allowed at each position; None: all
     expert: Callable | None = None  # targets of the expert term, see `experience.make_experience`
     probe_token: int | None = None  # id of LaSeR's probe token; None without self-rewards

@@ -19,6 +19,7 @@ from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.requirements import requirements
 from jaxrl_reason.runs.workdir import Workdir
 from jaxrl_reason.tasks import evaluation, pretrained, reporting
+from jaxrl_reason.tasks.journal import FILE, Journal
 from jaxrl_reason.tasks.self_reward import probe_token, ProbeReference, self_reward_of
 from jaxrl_reason.tasks.task import Generate, Judged, Task, TrainingTask
 
@@ -96,25 +97,29 @@ def _task(
         rows, tokenizer, template, c.eval.prompts, batch_size=batch_size, **_prompt_options(c, tokenizer)
     )
 
-    def judge(generate: Generate, scorer: RewardScorer, reference: ProbeReference) -> Judged:
-        answers, reward = scorer.answers_of(verdict), self_reward_of(method, reference)
-        found = evaluation.sample_and_judge(
+    def judge(
+        generate: Generate, scorer: RewardScorer, reference: ProbeReference, journal: Journal | None = None
+    ) -> Judged:
+        parts = evaluation.sample_and_judge(
             generate,
             batches,
             scorer,
             tokenizer,
             skip_special=c.reward.skip_special_tokens,
-            answers_of=answers,
+            answers_of=scorer.answers_of(verdict),
             verdict=verdict,
-            self_reward=reward,
-            values=values,
+            self_reward=self_reward_of(method, reference),
+            journal=journal,
+            lines_of=lambda part: reporting.completion_lines(part, template),
         )
+        found = functools.cache(lambda: evaluation.join(parts, values))
         return Judged(
-            summary=functools.partial(evaluation.summary_metrics, found, c.eval.temperature),
-            metrics=functools.partial(evaluation.all_metrics, found, c.eval.temperature),
-            file="completions.jsonl",
-            lines=functools.partial(reporting.completion_lines, found, template),
-            draw=functools.partial(reporting.plot_completions, found),
+            summary=lambda: evaluation.summary_metrics(found(), c.eval.temperature),
+            metrics=lambda: evaluation.all_metrics(found(), c.eval.temperature),
+            per_prompt=lambda: evaluation.per_prompt(found()),
+            file=FILE,
+            lines=lambda: reporting.completion_lines(found(), template),
+            draw=lambda metrics, path, title: reporting.plot_completions(found(), metrics, path, title),
         )
 
     source, probe = (rows.name, rows.fingerprint), probe_token(method, tokenizer)

@@ -18,6 +18,7 @@ from jaxrl_reason.models import sharding
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs.workdir import model_source, Workdir
 from jaxrl_reason.tasks import evaluation, pretrained, reporting
+from jaxrl_reason.tasks.journal import Journal
 from jaxrl_reason.tasks.regression.evaluation import NumberScorer, pointwise_regressor, predict, prediction_metrics
 from jaxrl_reason.tasks.regression.tables import eval_batches, open_tables, Rows, Stream, Tables
 from jaxrl_reason.tasks.regression.vocabulary import Digits
@@ -84,11 +85,14 @@ def _task(
     batches = eval_batches(rows, c.eval.prompts, batch_size)
     scorer = NumberScorer(c.reward.functions, c.reward.weights, digits, sharding.batch_sharding(mesh))
 
-    def judge(generate: Generate, scorer: NumberScorer, reference: ProbeReference) -> Judged:
+    def judge(
+        generate: Generate, scorer: NumberScorer, reference: ProbeReference, journal: Journal | None = None
+    ) -> Judged:
         samples, z = predict(generate, batches, digits)
         return Judged(
             summary=lambda: {f"eval/{name}": x for name, x in prediction_metrics(samples, z).items()},
             metrics=functools.partial(prediction_metrics, samples, z),
+            per_prompt=dict,
             file="predictions.jsonl",
             lines=functools.partial(reporting.prediction_lines, samples, z, rows.targets, digits.target),
             draw=lambda metrics, path, title: reporting.plot_predictions(samples, z, path, title),
