@@ -45,33 +45,33 @@ def prepare(arguments: command.Arguments) -> tuple[Evaluations, Against | None]:
         if not (arguments.sets or fields.get("data.eval")):
             raise ConfigError("--data=NAME_OR_PATH or --sets is missing: a model has no held-out data of its own.")
     policy = policies.open_policy(source, policies.asks_for_boxes(source) | fields, arguments.checkpoint)
-    home = policy.workdir or out
     configs = asked.configs_of_sets(policy, arguments.sets, fields) if arguments.sets else {"": policy.config}
-    sets = {label: evaluating.open_evaluation(policy, c, home) for label, c in configs.items()}
+    sets = {label: evaluating.open_evaluation(policy, c, out) for label, c in configs.items()}
     against = _open_other(arguments, sets) if arguments.against else None
-    evaluations = evaluating.begin(policy, sets, out, home, arguments.command_line)
-    if against and against.directory:
-        comparison.read_record(against.directory, evaluations.record)
+    evaluations = evaluating.begin(policy, sets, out, policy.workdir or out, arguments.command_line)
+    if against and (theirs := against.directory):
+        check = lambda: comparison.read_record(theirs, evaluations.record) if hosts.is_first() else None
+        hosts.agree(check, ConfigError)
     return evaluations, against
 
 
 def _open_other(arguments: command.Arguments, sets: dict[str, Evaluation]) -> Against:
     directory = pathlib.Path(arguments.against).expanduser().resolve()
-    if comparison.is_results(directory):
+    if hosts.from_first([comparison.is_results(directory)])[0]:
         return Against(directory)
     kept = ("mesh.", "model.", "log.", "compilation_cache", "prompts_per_step", "group_size")
     fields = {name: text for name, text in arguments.fields.items() if name.startswith(kept)}
     is_run = (directory / "config.json").is_file() and (directory / "tokenizer").is_dir()
     other = policies.open_policy(directory if is_run else arguments.against, fields)
     configs = {label: asked.config_like(x.config, other) for label, x in sets.items()}
-    home = arguments.out or arguments.workdir
-    return Against(None, other, {label: evaluating.open_evaluation(other, c, home) for label, c in configs.items()})
+    out = arguments.out or arguments.workdir
+    return Against(None, other, {label: evaluating.open_evaluation(other, c, out) for label, c in configs.items()})
 
 
 def evaluate(prepared: tuple[Evaluations, Against | None]) -> None:
     """Samples, scores, prints the tables and writes the results. Raises ConfigError, RewardError or OSError."""
     evaluations, against = prepared
-    console = rich.console.Console(highlight=False, markup=False)
+    console = rich.console.Console(highlight=False, markup=False, quiet=not hosts.is_first())
     record, directory = evaluating.run(evaluations, console), evaluations.directory
     if against is None:
         return
@@ -122,6 +122,20 @@ COMMAND = command.Command(
             field="eval.samples",
         ),
         Flag("temperature", "T", "0 is greedy; config.eval.temperature by default", field="eval.temperature"),
+        Flag(
+            "top_p",
+            "P",
+            "samples the most probable tokens that reach P; config.eval.top_p by default",
+            field="eval.top_p",
+            alias="top-p",
+        ),
+        Flag(
+            "top_k",
+            "K",
+            "samples the K most probable tokens; config.eval.top_k by default",
+            field="eval.top_k",
+            alias="top-k",
+        ),
         Flag(
             "max_completion_length",
             "N",

@@ -447,6 +447,26 @@ def test_a_model_is_evaluated_as_the_run_that_exported_it(trained, exported, tmp
     assert completions(tmp_path / "hub") == completions(tmp_path / "out")
 
 
+def test_a_run_against_the_model_that_it_became_differs_in_nothing(trained, exported, tmp_path, capsys):
+    """The model is asked in the prompt of the run; a difference that is 0 for all prompts has no interval."""
+    record = command(trained[1], tmp_path, f"--against={exported}", "--config.eval.verdict=accuracy")
+    found = record["against"]["differences"]
+    assert found.pop("prompts") == 7 and set(found) == {
+        "accuracy",
+        "pass@1",
+        "pass@2",
+        "pass@3",
+        "maj@1",
+        "maj@2",
+        "maj@3",
+    }
+    assert all((x["difference"], x["low"], x["high"]) == (0, None, None) for x in found.values())
+    assert 0 < found["accuracy"]["this"] == found["accuracy"]["other"] < 1
+    # An earlier checkpoint of the run as a work directory: a pair of runs.
+    again = command(trained[1], tmp_path / "runs", f"--against={trained[2]}", "--checkpoint=151")["against"]
+    assert again["differences"]["best_of_3_accuracy"]["difference"] == 0
+
+
 def test_a_model_with_a_chat_template_is_asked_in_a_chat_and_for_a_box(trained, exported, tmp_path):
     chat = tmp_path / "chat"
     shutil.copytree(exported, chat)

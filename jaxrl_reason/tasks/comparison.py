@@ -19,7 +19,7 @@ Record = Mapping[str, Any]
 
 def is_results(directory: pathlib.Path) -> bool:
     """Returns whether a directory holds the results of an evaluation."""
-    return (directory / "evaluation.json").is_file()
+    return (directory / "evaluation.json").is_file() and not (directory / "config.json").is_file()
 
 
 def read_record(directory: pathlib.Path, ours: Record) -> Record:

@@ -48,8 +48,13 @@ class Evaluations(NamedTuple):
     record: Record  # what evaluation.json says before the first prompt
 
 
-def open_evaluation(policy: OpenedPolicy, config: Config, directory: pathlib.Path) -> Evaluation:
-    """Opens held-out data and rewards, whose prints go to `directory`. Raises ConfigError, RewardError, ValueError or OSError."""
+def open_evaluation(policy: OpenedPolicy, config: Config, out: pathlib.Path | None) -> Evaluation:
+    """Opens held-out data and rewards. Raises ConfigError, RewardError, ValueError or OSError.
+
+    What rewards print goes to the work directory of the run; for a model, to `out`, which is then not None.
+    """
+    directory = policy.workdir or out
+    assert directory is not None
     task = open_for_evaluation(policy, config, directory)
     if LEARNED.keys() & set(config.reward.functions):
         batch_size = len(task.held_out[0].rows)
@@ -168,6 +173,8 @@ def _record(policy: OpenedPolicy, evaluation: Evaluation, checkpoint: int | None
         "data": {"name": name, "split": c.data.eval_split, "fingerprint": fingerprint},
         "samples": c.eval.samples,
         "temperature": c.eval.temperature,
+        "top_k": c.eval.top_k,
+        "top_p": c.eval.top_p,
         "max_completion_length": c.max_completion_length,
         "seed": c.seed,
         "rewards": dict(task.scorer.weights),

@@ -200,6 +200,38 @@ def test_two_processes_do_what_one_does_with_every_part_of_a_step(options, folde
     compare(tmp_path, "one", "two", tolerance=3e-4 if "reward_model__steps" in options else 1e-5)
 
 
+def test_two_processes_evaluate_as_one_does_and_continue(folder, alone, shared_programs, tmp_path):
+    """Also an evaluation of which the last prompts are missing, on two sets, against the results of one process."""
+    env = {k.upper(): str(v) for k, v in shared_programs.items()} | {"SEEN": str(tmp_path / "seen")}
+    sets = f"--sets={folder / 'rows.jsonl'}@3,{write_rows(tmp_path / 'more.jsonl', ROWS[:3])}@2"
+
+    def evaluated(processes, name, *more):
+        command = ["-m", "jaxrl_reason.evaluate", f"--workdir={folder / 'alone'}", f"--out={tmp_path / name}", sets]
+        command += ["--config.mesh.fsdp=-1", "--config.prompts_per_step=8", "--config.group_size=3", *more]
+        ended = finish(launch(command, processes, 1, env))
+        assert [code for code, _, _ in ended] == [0] * processes, "\n".join(err[-2000:] for *_, err in ended)
+        assert all("Written" not in out for _, out, _ in ended[1:])
+        texts = [
+            [(x["row"], x["sample"], x["completion"], x["rewards"], x["answer"]) for x in map(json.loads, lines)]
+            for lines in ((tmp_path / name / label / "completions.jsonl").open() for label in ("rows", "more"))
+        ]
+        return texts, json.loads((tmp_path / name / "evaluation.json").read_text())
+
+    one, expected = evaluated(1, "one")
+    two, found = evaluated(2, "two", f"--against={tmp_path / 'one'}")
+    assert one == two and [len(texts) for texts in one] == [60, 6]
+    for label, record in expected["sets"].items():
+        for name, value in record["metrics"].items():
+            assert found["sets"][label]["metrics"][name] == pytest.approx(value, rel=1e-5, nan_ok=True), name
+    differences = found["against"]["differences"]
+    assert {x["difference"] for name, x in differences["rows"].items() if name != "prompts"} == {0.0}
+    file = tmp_path / "two" / "rows" / "completions.jsonl"
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) * 2 // 3])
+    again, record = evaluated(2, "two")
+    assert again == one and record["sets"] == found["sets"] and file.read_bytes() == content
+
+
 @pytest.mark.slow
 def test_a_checkpoint_of_two_processes_goes_on_with_another_mesh_in_one(folder, alone, shared_programs):
     config, path = recipe(folder, "moved", mesh__fsdp=2, steps=2)

@@ -1,12 +1,16 @@
 """The metrics of held-out completions against numbers worked by hand."""
 
 from fractions import Fraction
+import json
 import math
 
 import numpy as np
 import pytest
 
+from jaxrl_reason.data import get_template
+from jaxrl_reason.runs.files import json_line
 from jaxrl_reason.tasks import evaluation
+from jaxrl_reason.tasks.reporting import completion_lines
 
 
 def found(correct, **fields) -> evaluation.Evaluated:
@@ -122,3 +126,37 @@ def test_equal_answers_vote_together(texts, same):
 @pytest.mark.parametrize("text", ["", "18", "####", r"\boxed{1", "the answer is 3"])
 def test_a_completion_without_a_marked_answer_has_no_vote(text):
     assert evaluation.final_answer(text, {}) is None
+
+
+def test_lines_of_a_file_give_the_same_completions():
+    """Missing rewards, truncated completions and self-rewards survive the way through JSON; answers become texts."""
+    before = found(
+        [[1, 0], [0, 1], [0, 0]],
+        rows=[{"question": f"{i}?"} for i in range(3)],
+        positions=np.array([0, 2, 5], np.int32),
+        lengths=np.array([[1, 2], [3, 4], [5, 6]]),
+        truncated=np.array([[0, 0], [0, 1], [0, 0]], bool),
+        logprobs=np.array([[-0.1, -2], [-1 / 3, -1e-8], [-np.pi, 0]], np.float32),
+        rewards={"accuracy": np.eye(3, 2, dtype=np.float32), "own": np.array([[np.nan, 0.1]] * 3, np.float32)},
+        total=np.array([[1, np.nan], [0.1, 2], [0, 0]], np.float32),
+        texts=[["a", "b\n"], ["\udc80", "\u2028"], ["", "{}"]],
+        answers=[[Fraction(3, 4), None], ["x", Fraction(3, 4)], [None, None]],
+        self_rewards=np.array([[0.5, 0.25], [0.1, np.nan], [1, 0]], np.float32),
+    )
+    lines = b"".join(map(json_line, completion_lines(before, get_template("plain"))))
+    after = evaluation.parsed([json.loads(line) for line in lines.split(b"\n")[:-1]], prompts=3)
+    for name in ("positions", "correct", "lengths", "truncated", "logprobs", "total", "self_rewards"):
+        np.testing.assert_array_equal(getattr(after, name), getattr(before, name), err_msg=name)
+        assert getattr(after, name).dtype == getattr(before, name).dtype, name
+    assert after.rewards.keys() == before.rewards.keys()
+    for name in before.rewards:
+        np.testing.assert_array_equal(after.rewards[name], before.rewards[name])
+    assert after.texts == before.texts and after.answers == [["3/4", None], ["x", "3/4"], [None, None]]
+    numbers = evaluation.per_prompt(before)
+    assert numbers.keys() == {"accuracy", "pass@1", "pass@2", "maj@1", "maj@2", "best_of_2_accuracy", "weighted_vote"}
+    for name, x in evaluation.per_prompt(after).items():
+        np.testing.assert_array_equal(x, numbers[name])
+    assert numbers["best_of_2_accuracy"].tolist() == [1, 0, 0] and numbers["weighted_vote"].tolist() == [1, 0, 0]
+    joined = evaluation.join([after, after._replace(positions=np.array([1, 3, 4]))], values=np.arange(6.0))
+    assert joined.values.tolist() == [0, 2, 5, 1, 3, 4] and joined.texts == 2 * after.texts
+    assert joined.correct.tolist() == 2 * before.correct.tolist() and joined.rewards["own"].shape == (6, 2)
