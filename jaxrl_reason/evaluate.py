@@ -13,6 +13,7 @@ import pathlib
 import sys
 from typing import NamedTuple
 
+import jax
 import rich.console
 
 from jaxrl_reason.config import ConfigError
@@ -77,6 +78,7 @@ def evaluate(prepared: tuple[Evaluations, Against | None]) -> None:
         return
     name, theirs = str(against.directory), against.directory
     if against.policy is not None:
+        jax.tree.map(lambda x: x.delete(), evaluations.loaded.weights)  # two policies need not fit into memory
         begun = evaluating.begin(against.policy, against.sets, None, directory, record["command"], "against")
         name, theirs = against.policy.name, begun.directory
         evaluating.run(begun, console)

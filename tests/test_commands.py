@@ -114,6 +114,25 @@ def test_evaluate(workdir, tmp_path):
     assert json.loads((tmp_path / "evaluation.json").read_text())["samples"] == 2
 
 
+def test_evaluate_sets_with_truncation_against_an_earlier_evaluation(workdir, tmp_path):
+    sampling = ["--temperature=0.5", "--top_k=9", "--top_p=0.9", "--max_completion_length=3", "--samples=2"]
+    flags = [f"--workdir={workdir}", f"--sets={write_rows(tmp_path / 'set.jsonl', PAIRS[:4])}@3", *sampling]
+    for more in ([f"--out={tmp_path / 'first'}"], [f"--out={tmp_path / 'second'}", f"--against={tmp_path / 'first'}"]):
+        assert evaluate.main([*flags, *more]) == 0
+    record = json.loads((tmp_path / "second" / "evaluation.json").read_text())
+    found = record["sets"]["set"]
+    assert (found["samples"], found["top_k"], found["top_p"], found["max_completion_length"]) == (3, 9, 0.9, 3)
+    assert record["against"]["differences"]["set"]["accuracy"]["difference"] == 0
+
+
+def test_evaluate_a_model(workdir, tmp_path, capsys):
+    assert export.main([f"--workdir={workdir}", f"--out={tmp_path / 'model'}"]) == 0
+    flags = [f"--model={tmp_path / 'model'}", f"--data={write_rows(tmp_path / 'set.jsonl', PAIRS[:2])}"]
+    assert evaluate.main([*flags, f"--out={tmp_path / 'out'}", "--samples=1", "--max-completion-length=2"]) == 0
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["phase"] == "pretrained"
+    assert re.search(r"evaluation 1/1 +\d+ tokens/s", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("switches", [[], ["--reward-model"]])
 def test_export(switches, workdir, tmp_path):
     assert export.main([f"--workdir={workdir}", f"--out={tmp_path / 'model'}", *switches]) == 0

@@ -37,8 +37,9 @@ def read_sets(text: str) -> Sets:
 def configs_of_sets(policy: OpenedPolicy, sets: Sets, fields: dict[str, str]) -> dict[str, Config]:
     """Returns one configuration per set for a policy; raises ConfigError if one cannot run.
 
-    A named set has its columns, its verifier and, for a model without a run, its prompt. Other data have the columns,
-    rewards and prompt of `policy.config`. All rows are asked, if `fields`, those of the command line, do not say how many.
+    A named set has its columns, its verifier and, for a model without a run, its prompt, unless `fields`, those of the
+    command line, name others. Other data have the columns, rewards and prompt of `policy.config`. All rows are asked, if
+    `fields` do not name their number.
     """
     if policy.numbers is not None:
         raise ConfigError("--sets are sets of text problems, and this run predicts numbers: leave --sets out.")
@@ -54,10 +55,13 @@ def configs_of_sets(policy: OpenedPolicy, sets: Sets, fields: dict[str, str]) ->
             c.eval.prompts = ALL
         if name in NAMED_SETS:
             known = NAMED_SETS[name]
-            c.data.eval, c.data.eval_split, c.data.eval_columns = known.source, "all", known.columns
+            c.data.eval, c.data.eval_split = known.source, "all"
+            if "data.eval_columns" not in fields:
+                c.data.eval_columns = known.columns
             if policy.workdir is None and "data.template" not in fields:
                 c.data.template = known.template
-            _judge_by(c, known.verifier)
+            if not {"reward.functions", "eval.verdict"} & fields.keys():
+                _judge_by(c, known.verifier)
         config_lib.validate(c)
     return configs
 

@@ -31,6 +31,8 @@ def read_record(directory: pathlib.Path, ours: Record) -> Record:
     place = f"--against={directory}"
     try:
         theirs = json.loads((directory / "evaluation.json").read_bytes())
+        if not isinstance(theirs, dict):
+            raise TypeError("it is no object")
         found = _by_set(theirs)
         for label, mine in _by_set(ours).items():
             if label not in found:

@@ -160,23 +160,22 @@ def metric_tables(metrics: Mapping[str, float], intervals: Intervals, title: str
 
 def _range(intervals: Intervals, name: str) -> str:
     """Returns an interval in percent, or "" if there is none."""
-    low, high = intervals.get(name, (math.nan, math.nan))
-    return "" if math.isnan(low) else f"{100 * low:.1f} to {100 * high:.1f} %"
+    return "{:.1f} to {:.1f} %".format(*(100 * x for x in intervals[name])) if name in intervals else ""
 
 
 def table_of_sets(record: Mapping[str, Any], title: str) -> Table:
-    """Returns the table of an evaluation of several sets, from its record: all of the samples of each set."""
-    headings = [x for kind in ("avg@k", "pass@k", "maj@k") for x in (kind, "95 % interval")]
+    """Returns the table of an evaluation of several sets, from its record, with the intervals below the shares."""
+    headings = [f"{kind}\n95 % interval" for kind in ("avg@k", "pass@k", "maj@k")]
     table = Table("set", "prompts", "k", *headings, title=title)
+    both = lambda value, found, name: f"{_cell('@', value)}\n{_range(found, name).removesuffix(' %')}"
     for label, found in record["sets"].items():
         k, metrics, intervals = found["samples"], found["metrics"], found["intervals"]
-        cells = [_cell("@", metrics["accuracy"]), _range(intervals, "accuracy")]
-        for name in (f"pass@{k}", f"maj@{k}"):
-            cells += [_cell(name, metrics[name]), _range(intervals, name)]
-        table.add_row(label, str(found["prompts"]), str(k), *cells)
+        names = ("accuracy", f"pass@{k}", f"maj@{k}")
+        table.add_row(label, str(found["prompts"]), str(k), *(both(metrics[x], intervals, x) for x in names))
     mean = record["all"]
+    known = {} if mean["low"] is None else {"mean": (mean["low"], mean["high"])}
     table.add_section()
-    table.add_row("mean of the sets", "", "", _cell("@", mean["mean"]), _range({"": (mean["low"], mean["high"])}, ""))
+    table.add_row("mean", "", "", both(mean["mean"], known, "mean"))
     return table
 
 
