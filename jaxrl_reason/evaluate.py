@@ -125,6 +125,20 @@ COMMAND = command.Command(
         ),
         Flag("temperature", "T", "0 is greedy; config.eval.temperature by default", field="eval.temperature"),
         Flag(
+            "top_p",
+            "P",
+            "samples the most probable tokens that reach P; config.eval.top_p by default",
+            field="eval.top_p",
+            alias="top-p",
+        ),
+        Flag(
+            "top_k",
+            "K",
+            "samples the K most probable tokens; config.eval.top_k by default",
+            field="eval.top_k",
+            alias="top-k",
+        ),
+        Flag(
             "max_completion_length",
             "N",
             "the largest number of tokens per completion; config.max_completion_length by default",

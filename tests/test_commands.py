@@ -114,14 +114,14 @@ def test_evaluate(workdir, tmp_path):
     assert json.loads((tmp_path / "evaluation.json").read_text())["samples"] == 2
 
 
-def test_evaluate_sets_against_an_earlier_evaluation(workdir, tmp_path):
-    sampling = ["--temperature=0.5", "--max_completion_length=3", "--samples=2"]
+def test_evaluate_sets_with_truncation_against_an_earlier_evaluation(workdir, tmp_path):
+    sampling = ["--temperature=0.5", "--top_k=9", "--top_p=0.9", "--max_completion_length=3", "--samples=2"]
     flags = [f"--workdir={workdir}", f"--sets={write_rows(tmp_path / 'set.jsonl', PAIRS[:4])}@3", *sampling]
     for more in ([f"--out={tmp_path / 'first'}"], [f"--out={tmp_path / 'second'}", f"--against={tmp_path / 'first'}"]):
         assert evaluate.main([*flags, *more]) == 0
     record = json.loads((tmp_path / "second" / "evaluation.json").read_text())
     found = record["sets"]["set"]
-    assert (found["samples"], found["max_completion_length"]) == (3, 3)
+    assert (found["samples"], found["top_k"], found["top_p"], found["max_completion_length"]) == (3, 9, 0.9, 3)
     assert record["against"]["differences"]["set"]["accuracy"]["difference"] == 0
 
 

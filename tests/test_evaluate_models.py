@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 
 import numpy as np
@@ -191,6 +192,28 @@ def test_a_named_set_has_its_columns_its_prompt_and_its_verifier(folder, tmp_pat
     assert prompts == {"Say 7.\nPlease reason step by step, and put your final answer within \\boxed{}."}
 
 
+def test_truncated_sampling_is_wired_and_its_log_probabilities_are_those_of_what_is_left(folder, tmp_path):
+    """With one token left, sampling is greedy and certain; top-k 2 leaves at most two answers to the first question."""
+    question, found = f"--data={folder / 'first.jsonl'}", {}
+    cuts = {
+        "greedy": ["--temperature=0", "--samples=1"],
+        "k1": ["--top_k=1"],
+        "p0": ["--top-p=1e-6"],
+        "k2": ["--top-k=2", "--max_completion_length=1", "--samples=16"],
+        "all": ["--max_completion_length=1", "--samples=16"],
+    }
+    for name, more in cuts.items():
+        record = run(folder, tmp_path / name, question, *more)
+        found[name] = lines_of(tmp_path / name)
+        assert (record["top_k"], record["top_p"]) == {"k1": (1, 1), "k2": (2, 1), "p0": (0, 1e-6)}.get(name, (0, 1))
+    greedy = {line["row"]: line["completion"] for line in found["greedy"]}
+    for name in ("k1", "p0"):
+        assert all(line["completion"] == greedy[line["row"]] for line in found[name])
+        assert all(line["logprob"] == pytest.approx(0, abs=1e-6) for line in found[name])
+    drawn = {name: {line["logprob"] for line in found[name] if line["row"] == 0} for name in ("k2", "all")}
+    assert len(drawn["k2"]) == 2 < len(drawn["all"]) and sum(map(math.exp, drawn["k2"])) == pytest.approx(1, abs=1e-5)
+
+
 # -- comparing -------------------------------------------------------------------------------------
 
 
@@ -262,6 +285,10 @@ def test_what_cannot_be_compared_is_a_sentence(folder, tmp_path, sampled, capsys
         (["--sets=aime24", "--data=x.jsonl"], "--sets names the data"),
         (["--sets=aime24", "--split=test"], "--sets names the data"),
         (["--sets=nothing.jsonl@3"], "nothing.jsonl"),
+        (["--data=nothing.jsonl", "--top_p=0"], "eval.top_p is 0.0; it must be greater than 0"),
+        (["--data=nothing.jsonl", "--top_p=1.5"], "eval.top_p is 1.5; it must be at most 1"),
+        (["--data=nothing.jsonl", "--top_k=-1"], "eval.top_k is -1; it must be at least 0"),
+        (["--data=nothing.jsonl", "--config.sampling.top_p=0.9"], "no field 'top_p'"),
         (["--data=nothing.jsonl", "--max_completion_length=0"], "max_completion_length is 0"),
         (["--data=nothing.jsonl", "--against=gs://bucket/run"], "gs://bucket/run"),
     ],

@@ -255,6 +255,12 @@ class Eval:
     prompts: int = _field(128, "held-out prompts", low=1)
     samples: int = _field(4, "completions per prompt", low=1)
     temperature: float = _field(1.0, "temperature of evaluation; 0: greedy", low=0)
+    top_k: int = _field(
+        0, "evaluation samples among the k most probable tokens; 0: all; training never truncates", low=0
+    )
+    top_p: float = _field(
+        1.0, "evaluation samples among the most probable tokens whose probabilities reach p; 1: all", above=0, high=1
+    )
     verdict: str = _field("", "reward function whose value > 0.5 means correct in evaluation; empty: reward.verdict")
 
 

@@ -46,18 +46,21 @@ def compile_ahead(
         jobs["supervised"] = lambda: jitted["supervised"].lower(state, *batch)
     weights = functools.cache(lambda: _rollout_weights(programs))
 
-    def sampling(name: str, batch: PromptBatch, size: int, temperatures: tuple[int, ...]) -> jax.stages.Lowered:
+    def sampling(
+        name: str, batch: PromptBatch, size: int, temperatures: tuple[int, ...], truncation: Any = ()
+    ) -> jax.stages.Lowered:
         whole = sharding.replicated(programs.decoding.mesh)
         arrays = _placed((batch.tokens, batch.mask, batch.prompt_ids, batch.features), programs.decoding, size)
         scalars = (_shape(np.int32, whole), _shape(np.float32, whole, temperatures), _shape(np.int32, whole))
-        return jitted[name].lower(weights(), *arrays, *scalars)
+        cuts = (x if x is None else _shape(x.dtype, whole) for x in truncation)
+        return jitted[name].lower(weights(), *arrays, *scalars, *cuts)
 
     P, G = programs.config.prompts_per_step // programs.config.sampling.parts, programs.config.group_size + needs.greedy
     rollout = functools.cache(lambda: sampling("rollout", prompts, P, (G,)))
     if not (needs.old_logprobs or needs.reference or needs.probe or needs.greedy or programs.config.sampling.parts > 1):
         jobs["update"] = lambda: _lower_update(programs, rollout().out_info, prompts, rewards)
     if held_out is not None:
-        jobs["evaluation"] = lambda: sampling("evaluation", held_out, len(held_out.rows), ())
+        jobs["evaluation"] = lambda: sampling("evaluation", held_out, len(held_out.rows), (), programs.truncation)
     jobs["rollout"] = rollout
     pool = concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="compile")
     for name, lower in jobs.items():

@@ -79,7 +79,16 @@ class Programs:
         size = len(batch.rows)
         mine = batch.take(hosts.local_rows(self.sharding, size))
         temperature = self._constant(self.config.eval.temperature)
-        return self._sample("evaluation", size, weights, mine, self._constant(0, np.int32), temperature)
+        return self._sample(
+            "evaluation", size, weights, mine, self._constant(0, np.int32), temperature, self.truncation
+        )
+
+    @property
+    def truncation(self) -> tuple[jax.Array | None, jax.Array | None]:
+        """The last arguments of the evaluation's sampler: top-k and top-p, None if they keep all tokens. Training has none."""
+        e = self.config.eval
+        top_k = self._constant(e.top_k, np.int32) if e.top_k else None
+        return top_k, self._constant(e.top_p) if e.top_p < 1 else None
 
     def join(self, *parts: Any) -> Any:
         """Joins the trees of the parts of a batch."""
@@ -127,9 +136,11 @@ class Programs:
         """Puts this process's rows of [size, ...] arrays on the devices."""
         return jax.tree.map(lambda x: hosts.put_rows(x, self.sharding, size), tree)
 
-    def _sample(self, name: str, size: int, weights: models.Params, batch: PromptBatch, step, temperature) -> Rollout:
+    def _sample(
+        self, name: str, size: int, weights: models.Params, batch: PromptBatch, step, temperature, truncation=()
+    ) -> Rollout:
         prompts = self.place((batch.tokens, batch.mask, batch.prompt_ids, batch.features), size)
-        scalars = step, temperature, self._seed
+        scalars = step, temperature, self._seed, *truncation
         if self.moves_weights:  # a rollout's inputs have to be on its mesh
             prompts, scalars = self.jitted["move"](prompts, scalars)
         return self._call(name, weights, *prompts, *scalars)
@@ -252,7 +263,7 @@ def sampling_sizes(config: Config) -> tuple[int, int]:
 
 
 def _sample_fn(config: Config, model: models.ModelConfig, purpose: int, group_size: int, options: dict) -> Callable:
-    def generate(params, tokens, mask, prompt_ids, features, step, temperature, seed):
+    def generate(params, tokens, mask, prompt_ids, features, step, temperature, seed, top_k=None, top_p=None):
         return rollout.generate(
             model,
             params,
@@ -263,6 +274,8 @@ def _sample_fn(config: Config, model: models.ModelConfig, purpose: int, group_si
             group_size=group_size,
             max_length=config.max_completion_length,
             temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
             features=features,
             probe_temperature=config.sampling.temperature,
             **options,

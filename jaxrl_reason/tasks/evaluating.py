@@ -173,6 +173,8 @@ def _record(policy: OpenedPolicy, evaluation: Evaluation, checkpoint: int | None
         "data": {"name": name, "split": c.data.eval_split, "fingerprint": fingerprint},
         "samples": c.eval.samples,
         "temperature": c.eval.temperature,
+        "top_k": c.eval.top_k,
+        "top_p": c.eval.top_p,
         "max_completion_length": c.max_completion_length,
         "seed": c.seed,
         "rewards": dict(task.scorer.weights),

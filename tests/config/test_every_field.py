@@ -250,6 +250,8 @@ EFFECTS = {
     "eval.prompts": (3, see.held_out, {}),
     "eval.samples": (3, see.eval_shape, {}),
     "eval.temperature": (0.0, see.evaluated, {}),
+    "eval.top_k": (3, see.evaluated, {}),
+    "eval.top_p": (0.5, see.evaluated, {}),
     "eval.verdict": (
         f"{HERE}/reward.py:always",
         see.judged,
