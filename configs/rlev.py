@@ -12,7 +12,7 @@ from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Model, Optimizer
 
 def get_config() -> Config:
     return Config(
-        steps=80,
+        steps=160,
         prompts_per_step=32,
         group_size=8,
         max_prompt_length=32,
