@@ -1,7 +1,7 @@
 """Reinforcement learning that teaches language models to reason, in JAX, for TPUs.
 
 Commands, each with --help; python -m jaxrl_reason lists them:
-  train, evaluate, generate, compare, export, replay, bench, plan, reward_training
+  train, evaluate, generate, compare, export, report, replay, bench, plan, reward_training
 
 Mathematics, arrays in and arrays out:
   advantages, losses, metrics    methods/ combines them: estimators and the five papers
