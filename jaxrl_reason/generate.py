@@ -4,10 +4,14 @@ Prompts come from --prompt, from a file, or from an interactive session, in whic
 prompt template, system prompt and chat template apply as in training; a model without a run reads a prompt as the user's
 turn if it has a chat template, else as it is. The session keeps the conversation if there is a chat template; /reset
 forgets it, and /exit or Ctrl-D ends the session.
+
+A run that predicts numbers takes rows of its table: --prompt='{"age": 59, "bmi": 32.1}', or a .jsonl or .csv file. For
+each row it prints the mean of the samples, config.eval.samples by default, their median and their standard deviation.
 """
 
 from collections.abc import Iterator
 import contextlib
+import csv
 import json
 import pathlib
 import sys
@@ -16,15 +20,16 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxrl_reason import config as config_lib
-from jaxrl_reason import data
+from jaxrl_reason import data, runs
 from jaxrl_reason.config import ConfigError
-from jaxrl_reason.models.decoding.texts import check_sampling
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs import command
 from jaxrl_reason.runs.command import Flag
 from jaxrl_reason.runs.files import write_text
 from jaxrl_reason.tasks import policies
 from jaxrl_reason.tasks.policies import chosen_source, open_policy, OpenedPolicy
+from jaxrl_reason.tasks.regression.opening import open_rows
+from jaxrl_reason.tasks.regression.prediction import predict_rows
 from jaxrl_reason.tasks.sampling import Sample, Sampler, visible
 
 
@@ -39,27 +44,56 @@ class Generation(NamedTuple):
     out: pathlib.Path | None
 
 
-def prepare(arguments: command.Arguments) -> Generation:
+class Regression(NamedTuple):
+    """Rows of a table and the run that predicts their numbers."""
+
+    opened: OpenedPolicy
+    rows: list[dict[str, Any]]
+    batches: list[data.PromptBatch]
+    out: pathlib.Path | None
+
+
+def prepare(arguments: command.Arguments) -> Generation | Regression:
     """Opens policy and prompts; a ConfigError, ValueError or OSError names the cause and its place."""
     command.load_recipe(arguments)
     if arguments.prompt and arguments.prompts:
         raise ConfigError("--prompt and --prompts both name prompts; give one of them.")
-    check_sampling(0.0, arguments.top_p, arguments.top_k)
-    fields = {"eval.samples": "1"} | ({} if arguments.workdir else {"data.template": "{question}"}) | arguments.fields
+    source = chosen_source(arguments.workdir, arguments.model)
+    if arguments.model:
+        fields = {"eval.samples": "1", "data.template": "{question}"}
+    else:
+        fields = {} if runs.load_config(arguments.workdir, {}).regression.tokenizer else {"eval.samples": "1"}
     prompts = list(arguments.prompt) or (read_prompts(arguments.prompts) if arguments.prompts else [])
-    opened = open_policy(chosen_source(arguments.workdir, arguments.model), fields, arguments.checkpoint)
-    if opened.numbers is not None:
-        raise ConfigError(
-            "This run predicts numbers, which generate does not print; use python -m jaxrl_reason.evaluate."
-        )
-    if not prompts and jax.process_count() > 1:
-        raise ConfigError("A session runs on one process; on several, give --prompt or --prompts.")
+    opened = open_policy(source, fields | arguments.fields, arguments.checkpoint)
     if not prompts and arguments.out:
         raise ConfigError("--out writes the completions of --prompt or --prompts; give one of them.")
+    if opened.numbers is not None:
+        return _regression(opened, prompts, arguments.out)
+    if not prompts and jax.process_count() > 1:
+        raise ConfigError("A session runs on one process; on several, give --prompt or --prompts.")
     template = config_lib.prompt_template(opened.config, opened.tokenizer)
-    ids = [encode(opened, template, prompt) for prompt in prompts]
-    sampler = Sampler(opened, opened.load(), arguments.top_p, arguments.top_k)
-    return Generation(opened, template, prompts, ids, sampler, arguments.out)
+    ids = [encode(opened, template, question(prompt)) for prompt in prompts]
+    return Generation(opened, template, prompts, ids, Sampler(opened, opened.load()), arguments.out)
+
+
+def _regression(opened: OpenedPolicy, prompts: list[Any], out: pathlib.Path | None) -> Regression:
+    assert opened.workdir is not None  # a model without a run predicts no numbers
+    if not prompts:
+        raise ConfigError(
+            "This run predicts numbers and has no session; give rows of its table by --prompt or --prompts."
+        )
+    rows = []
+    for i, prompt in enumerate(prompts):
+        try:
+            row = json.loads(prompt) if isinstance(prompt, str) else prompt
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise ConfigError(
+                f"Prompt {i} is {prompt!r:.60}; this run predicts numbers, so give a row as a JSON object."
+            )
+        rows.append(row)
+    return Regression(opened, rows, open_rows(opened.config, opened.mesh, opened.workdir, rows), out)
 
 
 def encode(opened: OpenedPolicy, template: Any, question: Any) -> list[int]:
@@ -75,43 +109,73 @@ def encode(opened: OpenedPolicy, template: Any, question: Any) -> list[int]:
 
 
 def read_prompts(path: pathlib.Path) -> list[Any]:
-    """Reads prompts: the lines of a .txt file, or of a .jsonl file texts, or objects with a "question" or "prompt"."""
-    lines = [(i, line) for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
-    if path.suffix not in (".txt", ".jsonl"):
-        raise ConfigError(f"--prompts={path}: a file of prompts ends in .txt (one per line) or .jsonl.")
-    if not lines:
+    """Reads prompts: the lines of a .txt file, the texts or objects of a .jsonl file, or the rows of a .csv file."""
+    if path.suffix not in (".txt", ".jsonl", ".csv"):
+        raise ConfigError(f"--prompts={path}: a file of prompts ends in .txt (one per line), .jsonl or .csv.")
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".csv":
+        found: list[Any] = list(csv.DictReader(text.splitlines(keepends=True), strict=True))
+        for number, row in enumerate(found, 1):
+            if None in row or None in row.values():
+                raise ConfigError(f"{path}, row {number}, has another number of cells than the header.")
+    else:
+        lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+        found = [line if path.suffix == ".txt" else _parsed(path, i, line) for i, line in lines]
+    if not found:
         raise ConfigError(f"--prompts={path} holds no prompts.")
-    return [line for _, line in lines] if path.suffix == ".txt" else [_question(path, i, line) for i, line in lines]
-
-
-def _question(path: pathlib.Path, number: int, line: str) -> Any:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise ConfigError(f"{path}, line {number}, is not JSON: {e}.") from e
-    if isinstance(found, dict):
-        found = found.get("question", found.get("prompt"))
-    if not isinstance(found, str | list):
-        raise ConfigError(f'{path}, line {number}, has to be a text, or an object with a "question" or a "prompt".')
     return found
 
 
-def generate(generation: Generation) -> None:
+def _parsed(path: pathlib.Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise ConfigError(f"{path}, line {number}, is not JSON: {e}.") from e
+
+
+def question(prompt: Any) -> Any:
+    """Returns the question of a prompt: a text, a conversation, or an object with a "question" or a "prompt"."""
+    found = prompt.get("question", prompt.get("prompt")) if isinstance(prompt, dict) else prompt
+    if not isinstance(found, str | list):
+        raise ConfigError(f'A prompt is {prompt!r:.60}; give a text, or an object with a "question" or a "prompt".')
+    return found
+
+
+def generate(generation: Generation | Regression) -> None:
     """Prints the completions, and writes them if the command line names a file; without prompts, runs a session."""
+    if isinstance(generation, Regression):
+        return regress(generation)
     if not generation.prompts:
         return session(generation)
     _, _, prompts, ids, sampler, out = generation
     found = sampler(ids)
     if not hosts.is_first():
         return None
+    prompts = [question(prompt) for prompt in prompts]
     for prompt, samples in zip(prompts, found):
         print(f"> {visible(prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False))}")
         for i, sample in enumerate(samples, 1):
             print(f"[{i}] {describe(sample)}\n{visible(sample.text)}\n")
-    if out:
-        lines = [{"prompt": p, "samples": [s._asdict() for s in samples]} for p, samples in zip(prompts, found)]
-        write_text(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    _write(out, [{"prompt": p, "samples": [s._asdict() for s in samples]} for p, samples in zip(prompts, found)])
     return None
+
+
+def regress(regression: Regression) -> None:
+    """Prints the predicted number of each row with its spread, and writes all samples if the command line names a file."""
+    opened, rows, batches, out = regression
+    loaded = opened.load()
+    found = predict_rows(loaded.programs, loaded.weights, batches, opened.tokenizer)
+    if not hosts.is_first():
+        return
+    for row, x in zip(rows, found):
+        count = f"{len(x.samples)} samples, median {x.median:.5g}, standard deviation {x.spread:.3g}"
+        print(f"> {visible(json.dumps(row, ensure_ascii=False))}\n{x.mean:.5g} ({count})\n")
+    _write(out, [{"row": row, **x._asdict()} for row, x in zip(rows, found)])
+
+
+def _write(out: pathlib.Path | None, lines: list[dict[str, Any]]) -> None:
+    if out:
+        write_text(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def describe(sample: Sample) -> str:
@@ -131,9 +195,9 @@ def session(generation: Generation) -> None:
         if text == "/reset":
             turns.clear()
             continue
-        question: Any = [*turns, {"role": "user", "content": text}] if chat else text
+        asks: Any = [*turns, {"role": "user", "content": text}] if chat else text
         try:
-            ids = encode(opened, template, question)
+            ids = encode(opened, template, asks)
         except ValueError as e:
             print(f"error: {visible(str(e))}", flush=True)
             continue
@@ -154,25 +218,27 @@ def _inputs() -> Iterator[str]:
                 yield text
 
 
-def real(text: str) -> float:
-    """Returns a number, for --top_p."""
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError("a number") from None
-
-
 COMMAND = command.Command(
     "generate",
     __doc__,
     (
         *policies.FLAGS,
         Flag("prompt", "TEXT", "a prompt; may be given several times", default=(), repeated=True),
-        Flag("prompts", "FILE", "prompts: .txt, one per line, or .jsonl; without prompts, a session", command.path),
-        Flag("samples", "K", "completions per prompt; 1 by default", field="eval.samples"),
+        Flag(
+            "prompts",
+            "FILE",
+            "prompts: .txt, one per line, .jsonl, or .csv for numbers; without prompts, a session",
+            command.path,
+        ),
+        Flag(
+            "samples",
+            "K",
+            "completions per prompt; 1 by default, config.eval.samples for numbers",
+            field="eval.samples",
+        ),
         Flag("temperature", "T", "0 is greedy; config.eval.temperature by default", field="eval.temperature"),
-        Flag("top_p", "P", "keeps the most probable tokens with this share", real, 1.0, alias="top-p"),
-        Flag("top_k", "N", "keeps the N most probable tokens; 0 keeps all", command.number, 0, alias="top-k"),
+        Flag("top_p", "P", "keeps the most probable tokens with this share", field="eval.top_p", alias="top-p"),
+        Flag("top_k", "N", "keeps the N most probable tokens; 0 keeps all", field="eval.top_k", alias="top-k"),
         Flag(
             "max_completion_length",
             "N",

@@ -1,11 +1,11 @@
-"""compare, reward_training and export in two processes, which jax connects: the results are those of one process."""
+"""compare, reward_training, export and generate in two processes, which jax connects: the results are those of one process."""
 
 import json
 
 import numpy as np
 import pytest
 
-from helpers.processes import run_command
+from helpers.processes import finish, launch, run_command
 from helpers.tiny_runs import ROWS, tiny, write_recipe, write_rows
 from jaxrl_reason.runs import read_metrics
 
@@ -118,3 +118,26 @@ def test_export(switches, compared, judged, shared_programs, tmp_path):
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / n / "model").iterdir()} for n in "12")
     assert one == two and len(one["model.safetensors"]) > 1000
     assert "is in" in outputs[0][0] and "is in" not in outputs[1][0]
+
+
+def test_generate(compared, shared_programs, tmp_path):
+    workdir = compared[1] / "seed-0" / "method"
+    found = []
+    for n in (1, 2):
+        out = tmp_path / f"{n}.jsonl"
+        flags = [f"--workdir={workdir}", f"--out={out}", "--prompt=Write 3.", "--prompt=Write 17.", "--samples=3"]
+        outputs = run_command("generate", [*flags, f"--config.mesh.fsdp={n}"], shared_programs, processes=n)
+        found.append([json.loads(line) for line in out.read_text().splitlines()])
+    for one, two in zip(*found, strict=True):
+        assert one["prompt"] == two["prompt"] and len(one["samples"]) == 3
+        for pair in zip(one["samples"], two["samples"], strict=True):
+            close(*pair)
+    assert outputs[0][0].count("log-probability") == 6 and not outputs[1][0]
+
+
+def test_a_session_on_two_processes_is_refused(compared, shared_programs):
+    env = {k.upper(): str(v) for k, v in shared_programs.items()}
+    flags = [f"--workdir={compared[1] / 'seed-0' / 'method'}"]
+    ended = finish(launch(["-m", "jaxrl_reason.generate", *flags], 2, env=env))
+    assert [code for code, _, _ in ended] == [2, 2]
+    assert any("A session runs on one process" in err for _, _, err in ended)

@@ -105,8 +105,8 @@ def test_control_characters_are_shown(text, shown):
     "flags, said",
     [
         (["--prompt=a", "--prompts=b.txt"], "--prompt and --prompts both name prompts"),
-        (["--prompt=a", "--top_p=0"], "top_p is 0.0; it has to be above 0 and at most 1"),
-        (["--prompt=a", "--top_k=x"], "--top_k=x: expected a number."),
+        (["--prompt=a", "--top_p=0"], "config.eval.top_p"),
+        (["--prompt=a", "--top_k=x"], "config.eval.top_k"),
         (["--prompt=a", "--temperature=-1"], "config.eval.temperature"),
         (["--prompt=a", "--samples=0"], "config.eval.samples"),
         (["--prompt="], "A prompt is empty; give a text."),
@@ -120,3 +120,9 @@ def test_bad_flags_are_refused_in_a_sentence(policy, flags, said, capsys):
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and said in captured.err and captured.err.count("\n") == 1
     assert not captured.out
+
+
+def test_a_csv_file_with_torn_rows_is_refused(policy, tmp_path, capsys):
+    (tmp_path / "rows.csv").write_text("question,answer\n1 + 1,2\n2 + 2\n")
+    assert run(policy, f"--prompts={tmp_path / 'rows.csv'}") == 2
+    assert "rows.csv, row 2, has another number of cells than the header." in capsys.readouterr().err

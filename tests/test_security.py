@@ -51,6 +51,7 @@ ALLOWED = {
     ("rewards/loading.py", "_import_file", "exec_module"),  # a reward function is in a Python file that the user names,
     ("rewards/loading.py", "_import_module", "import_module"),  # or in a module
     ("data/sources.py", "open_prepared", "import_module"),  # a builder of ours, out of a table
+    ("runs/trackers.py", "run", "import_module"),  # a tracker, out of a table
     # A worker unpickles what the process that started it sends; that process never unpickles what a worker reports.
     ("rewards/pool.py", "", "multiprocessing.reduction"),
     ("rewards/worker.py", "", "multiprocessing.reduction"),

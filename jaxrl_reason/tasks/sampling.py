@@ -34,8 +34,9 @@ class Sample(NamedTuple):
 class Sampler:
     """Samples K completions per prompt with the keys of an evaluation: seed, place of the prompt, sample and position."""
 
-    def __init__(self, opened: OpenedPolicy, loaded: LoadedPolicy, top_p: float = 1.0, top_k: int = 0):
+    def __init__(self, opened: OpenedPolicy, loaded: LoadedPolicy):
         self._opened, self._loaded, self._c = opened, loaded, opened.config
+        top_p, top_k = self._c.eval.top_p, self._c.eval.top_k
         self._cut = {"top_k": np.int32(top_k), "top_p": np.float32(top_p)} if top_k or top_p < 1 else {}
         self._self_reward = self_reward_of(opened.method, loaded.reference)
         self._program = functools.cache(self._compiled)

@@ -1,6 +1,6 @@
 """Opens the task of a regression run, for training or for evaluation."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import json
@@ -12,7 +12,7 @@ import jax
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import data, models
 from jaxrl_reason.config import Config, ConfigError
-from jaxrl_reason.data import numbers
+from jaxrl_reason.data import numbers, PromptBatch
 from jaxrl_reason.methods import Method
 from jaxrl_reason.models import sharding
 from jaxrl_reason.rl import hosts
@@ -20,6 +20,7 @@ from jaxrl_reason.runs.workdir import model_source, Workdir
 from jaxrl_reason.tasks import evaluation, pretrained, reporting
 from jaxrl_reason.tasks.journal import Journal
 from jaxrl_reason.tasks.regression.evaluation import NumberScorer, pointwise_regressor, predict, prediction_metrics
+from jaxrl_reason.tasks.regression.prediction import Row, table_of
 from jaxrl_reason.tasks.regression.tables import eval_batches, open_tables, Rows, Stream, Tables
 from jaxrl_reason.tasks.regression.vocabulary import Digits
 from jaxrl_reason.tasks.self_reward import ProbeReference
@@ -64,6 +65,22 @@ def open_for_training(
 def open_for_evaluation(config: Config, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> Task:
     """Opens the held-out table and its evaluation; see `tasks.open_for_evaluation`."""
     c = config
+    tables = _tables_of_run(c, workdir)
+    rows = tables.held_out_rows()
+    batch_size = evaluation.batch_size(c, mesh, len(rows.targets))
+    return _task(c, mesh, tables, rows, _model(c, tables, model_source(workdir)), batch_size)
+
+
+def open_rows(config: Config, mesh: jax.sharding.Mesh, workdir: pathlib.Path, rows: Sequence[Row]) -> list[PromptBatch]:
+    """Returns batches of new rows, scaled as the training table of a run; raises ConfigError for a row that does not fit."""
+    tables = _tables_of_run(config, workdir)
+    encoded = tables.encode(table_of(rows, tables.train, config.regression.missing), None)
+    size = evaluation.batch_size(config, mesh, len(rows))
+    return eval_batches(encoded, len(rows), size)
+
+
+def _tables_of_run(c: Config, workdir: pathlib.Path) -> Tables:
+    """Opens the tables of a trained run; raises ConfigError if the training table has other targets than the run's."""
     text = data.load_tokenizer(workdir / "tokenizer" / "text") if c.regression.inputs == "text" else None
     source = model_source(workdir)
     tables = open_tables(c, text, models.read_config(source).vocab_size if source else 0)
@@ -72,9 +89,7 @@ def open_for_evaluation(config: Config, mesh: jax.sharding.Mesh, workdir: pathli
             f"{c.data.train} ({c.data.train_split}) is not the training table of the run in {workdir}: its targets have another scale. "
             "Restore the table, or name it with --config.data.train."
         )
-    rows = tables.held_out_rows()
-    batch_size = evaluation.batch_size(c, mesh, len(rows.targets))
-    return _task(c, mesh, tables, rows, _model(c, tables, source), batch_size)
+    return tables
 
 
 def _task(

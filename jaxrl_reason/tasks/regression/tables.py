@@ -99,12 +99,13 @@ class Tables:
         return f"{self.train.fingerprint}/{self.held_out.fingerprint}"
 
     def train_rows(self) -> Rows:
-        return self._encode(self.train, self.train_values)
+        return self.encode(self.train, self.train_values)
 
     def held_out_rows(self) -> Rows:
-        return self._encode(self.held_out, self.held_out_values)
+        return self.encode(self.held_out, self.held_out_values)
 
-    def _encode(self, table: Table, values: np.ndarray | None) -> Rows:
+    def encode(self, table: Table, values: np.ndarray | None) -> Rows:
+        """Encodes a table on the scales of the training table; `values` f32[N] are human values, or None."""
         features = self.scaler.transform(table)
         texts = row_texts(table, self.scaler.names, self.scaler.label_names) if self.digits.text else None
         prompts = self.digits.prompts(texts, len(table))
