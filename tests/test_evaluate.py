@@ -502,7 +502,7 @@ def test_a_policy_is_opened_from_python(trained, exported):
     [
         (["--out=o", "--data=d.jsonl", "--workdir=w"], "--workdir and --model both name a policy"),
         (["--data=d.jsonl"], "--out=DIR is missing"),
-        (["--out=o"], "--data=NAME_OR_PATH is missing"),
+        (["--out=o"], "--data=NAME_OR_PATH or --sets is missing"),
         (["--out=o", "--data=d.jsonl", "--checkpoint=3"], "--checkpoint chooses a checkpoint of a run"),
         (["--out=o", "--data=d.jsonl", "--config.model.path=x"], "names a second model"),
         (["--out=o", "--data=d.jsonl", "--config.model.width=3"], "has its own"),

@@ -181,7 +181,7 @@ def test_qwen_runs_headless_and_is_exported(tmp_path, monkeypatch):
 
 
 @pytest.mark.runs
-@pytest.mark.parametrize("notebook", METHODS)
+@pytest.mark.parametrize("notebook", [*(pytest.param(x, marks=pytest.mark.slow) for x in METHODS[:-1]), METHODS[-1]])
 def test_cells_of_a_method_that_do_not_train_are_as_stored(notebook, tmp_path):
     """The recipe too: it is printed. If it fails: cd tests && python -m helpers.notebooks --keep-runs NOTEBOOK"""
     again, stored = execute(notebook, tmp_path, train=False), read(notebook)

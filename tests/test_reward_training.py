@@ -117,7 +117,7 @@ def test_a_tiny_decoder_learns_what_is_preferred_and_is_found_again(rows, tmp_pa
         *(f"reward_model/{name}" for name in ("loss", "accuracy", "margin", "grad_norm")),
     }
     timings = [{name for name in line if name.startswith("perf/")} for line in lines]
-    assert timings[1:-1] == [{"perf/step_seconds"}] * 79 and "perf/step_seconds" in timings[-1]
+    assert timings[1:-1] == [{"perf/step_seconds", "perf/host_memory_gib"}] * 79 and "perf/step_seconds" in timings[-1]
     lines, [after] = without_timings(lines), without_timings([after])
     assert all(set(line) == names for line in lines[1:-1]) and set(lines[-1]) == names | set(after)
     losses = [line["reward_model/loss"] for line in lines[1:]]
