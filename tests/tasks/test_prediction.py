@@ -94,6 +94,11 @@ def test_predictions_are_those_of_an_evaluation(run, tmp_path, capsys):
         assert mine["median"] == pytest.approx(theirs["median"], rel=1e-5, abs=1e-5)
         assert mine["spread"] == pytest.approx(np.std(mine["samples"]))
         assert f"{mine['mean']:.5g} (6 samples, median {mine['median']:.5g}, standard deviation" in printed
+    # Seven rows do not fill their last batch.
+    (tmp_path / "new.csv").write_text("\n".join((tmp_path / "new.csv").read_text().splitlines()[:8]) + "\n")
+    assert generate.main(flags) == 0
+    seven = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [x["samples"] for x in seven] == [pytest.approx(x["samples"], rel=1e-5) for x in written[:7]]
     # One row on the command line; the first row of the file has the same random numbers.
     row = json.dumps({name: float(x) for name, x in zip("ab", lines[41].split(","))})
     assert generate.main([f"--workdir={workdir}", f"--prompt={row}", f"--out={tmp_path / 'one.jsonl'}"]) == 0
