@@ -167,10 +167,10 @@ def regress(regression: Regression) -> None:
     found = predict_rows(loaded.programs, loaded.weights, batches, opened.tokenizer)
     if not hosts.is_first():
         return
-    for row, x in zip(rows, found):
+    for row, x in zip(rows, found, strict=True):
         count = f"{len(x.samples)} samples, median {x.median:.5g}, standard deviation {x.spread:.3g}"
         print(f"> {visible(json.dumps(row, ensure_ascii=False))}\n{x.mean:.5g} ({count})\n")
-    _write(out, [{"row": row, **x._asdict()} for row, x in zip(rows, found)])
+    _write(out, [{"row": row, **x._asdict()} for row, x in zip(rows, found, strict=True)])
 
 
 def _write(out: pathlib.Path | None, lines: list[dict[str, Any]]) -> None:
