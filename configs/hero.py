@@ -39,5 +39,6 @@ def get_baselines() -> Mapping[str, Mapping[str, object]]:
         "reward model only": {"method": grpo, "reward.functions": learned, "reward.weights": [0.0, 1.0, 0.0, 0.0]},
         "HERO on dr_grpo": {"method": {"name": "hero", "base": "dr_grpo", "clip_high": 0.28}},
         "weak reward model": {"reward_model.steps": 500},
+        "strong reward model": {"reward_model.steps": 6000},
         "naive mix": {"method": grpo, "reward.functions": learned, "reward.weights": [0.5, 0.0, 0.5, 0.0]},
     }

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxrl_reason.data import PromptBatch, SolutionBatch
 from jaxrl_reason.models import sharding
+from jaxrl_reason.rl.memory import release_freed_blocks
 from jaxrl_reason.rl.programs import Programs
 from jaxrl_reason.rl.types import Groups
 
@@ -70,6 +71,7 @@ def compile_ahead(
 
 def _compile(lower: Callable[[], jax.stages.Lowered]) -> None:
     lower().compile()
+    release_freed_blocks()
 
 
 def _lower_update(programs: Programs, rollout: Any, prompts: PromptBatch, rewards: Iterable[str]) -> jax.stages.Lowered:

@@ -34,9 +34,9 @@ from jaxrl_reason import models
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.methods import nearest
 from jaxrl_reason.rl import hosts
+from jaxrl_reason.rl.memory import keep_freed_blocks
 from jaxrl_reason.runs.checkpoints import CheckpointError
 from jaxrl_reason.runs.files import MetricsError
-from jaxrl_reason.runs.memory import keep_freed_blocks
 from jaxrl_reason.runs.watch import NonFiniteError
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ import rich.console
 
 from jaxrl_reason.config import Config
 from jaxrl_reason.rl import hosts
-from jaxrl_reason.runs.memory import memory_metrics
+from jaxrl_reason.rl.memory import memory_metrics
 from jaxrl_reason.runs.metrics_file import MetricsWriter
 from jaxrl_reason.runs.progress import Clock, Heartbeat, Progress
 from jaxrl_reason.runs.trackers import Trackers

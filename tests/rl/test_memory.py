@@ -1,7 +1,7 @@
 import ctypes
 import types
 
-from jaxrl_reason.runs import memory
+from jaxrl_reason.rl import ahead, memory
 
 
 def calls(monkeypatch, library):
@@ -20,3 +20,12 @@ def test_freed_blocks_are_kept_unless_the_user_has_settings(monkeypatch):
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "0")
     calls(monkeypatch, library)
     assert len(made) == 2
+
+
+def test_what_compiling_leaves_is_returned(monkeypatch):
+    made = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace(malloc_trim=lambda n: made.append(n)))
+    ahead._compile(lambda: types.SimpleNamespace(compile=lambda: made.append("compiled")))
+    assert made == ["compiled", 0]  # malloc_trim(0) keeps nothing
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace())  # another C library
+    memory.release_freed_blocks()

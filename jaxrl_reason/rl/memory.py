@@ -1,5 +1,6 @@
-"""Memory between the steps of a run on CPUs."""
+"""Memory of the host, between steps and after compiling."""
 
+from collections.abc import Callable
 import ctypes
 import os
 import pathlib
@@ -18,10 +19,21 @@ def keep_freed_blocks() -> None:
     """
     if any(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")):
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    mallopt = _glibc("mallopt")
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, _BLOCK)
         mallopt(_TRIM_THRESHOLD, _ALL)
+
+
+def release_freed_blocks() -> None:
+    """Lets glibc return all freed memory to the system: compiling the programs of a run leaves 0.7 GB."""
+    trim = _glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _glibc(name: str) -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
 
 
 def memory_metrics() -> dict[str, float]:
