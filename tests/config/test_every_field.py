@@ -188,6 +188,13 @@ EFFECTS = {
     "regression.inputs": ("text", see.numbers, NUMBERS | dict(max_prompt_length=64)),
     "regression.prefix_length": (2, see.numbers, NUMBERS),
     "regression.encoder_width": (16, see.numbers, NUMBERS),
+    "regression.encoder_layers": (2, see.numbers, NUMBERS),
+    "regression.validation_split": ("[4:]", see.validation, NUMBERS),
+    "regression.validation_every": (
+        1,
+        after_training(see.validated_steps),
+        NUMBERS | dict(regression__validation_split="[:8]", steps=1),
+    ),
     "reward_model.path": (f"{HERE}/nowhere", see.pairs, PAIRS),
     "reward_model.system": ("Be strict.", see.pairs, PAIRS),
     "reward_model.max_length": (100, see.pairs, PAIRS),

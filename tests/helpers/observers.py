@@ -298,6 +298,17 @@ def numbers(config, tmp_path):
     return outcome(read)
 
 
+def validation(config, tmp_path):
+    """Returns the validation batches of a regression run."""
+    return outcome(lambda: setup(config, tmp_path).task.validation)
+
+
+def validated_steps(path, _):
+    """Returns the steps of the supervised phase that have a validation."""
+    lines = map(json.loads, (path / "supervised" / "metrics.jsonl").read_text().splitlines())
+    return [line["step"] for line in lines if "validation/loss" in line]
+
+
 def pairs(config, tmp_path):
     def read():
         phase = setup(config, tmp_path).reward_phase
