@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Model, Optimizer, Regression, Reward, Supervised
 
-STEPS = 100  # of RL, and of further cross-entropy
+STEPS = 100  # of RL and of further cross-entropy
 
 
 def get_config() -> Config:
@@ -27,19 +27,20 @@ def get_config() -> Config:
         max_completion_length=8,
         model=Model(width=32, layers=2, heads=4, kv_heads=2, mlp_width=96, qk_norm=True),
         data=Data(train="small_tables/diabetes"),
-        supervised=Supervised(steps=400, batch_size=64, learning_rate=7e-4),
+        supervised=Supervised(steps=200, batch_size=64, learning_rate=7e-4),
         regression=Regression(
             tokenizer="normalized",
             tokenizer_options={"base": 2, "digits": 8},
             categorical="onehot",
             encoder_layers=3,
             validation_split="validation",
+            validation_every=5,
         ),
         reward=Reward(functions=["squared_error"]),
         method={"name": "genre2", "base": "remax"},
-        optimizer=Optimizer(learning_rate=2e-4, warmup_steps=5),
+        optimizer=Optimizer(learning_rate=5e-4, warmup_steps=5),
         checkpoint=Checkpoint(every=1000, keep=1),
-        eval=Eval(every=25, prompts=1000, samples=128),
+        eval=Eval(every=50, prompts=1000, samples=128),
     )
 
 
@@ -48,8 +49,8 @@ def get_baselines() -> Mapping[str, Mapping[str, object]]:
         "further cross-entropy": {
             "steps": 0,
             "supervised.steps": STEPS,
-            "supervised.learning_rate": 2e-4,
             "regression.validation_split": "",
+            "regression.validation_every": 10,
         },
         "genre2 on GRPO": {"method": {"name": "genre2", "base": "grpo"}},
         "with the expert term": {"method": {"name": "genre2", "base": "remax", "expert_coefficient": 0.05}},
