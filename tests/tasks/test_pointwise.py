@@ -10,6 +10,8 @@ from helpers.tiny_runs import tiny, with_program
 from jaxrl_reason import compare, metrics, train
 from jaxrl_reason.config import ConfigError, Data, Model, Regression, Reward
 from jaxrl_reason.data import streams
+from jaxrl_reason.runs import checkpoints, results, study
+from jaxrl_reason.runs.workdir import load_config
 from jaxrl_reason.tasks import regression
 from jaxrl_reason.tasks.regression import pointwise
 from jaxrl_reason.tasks.regression.evaluation import prediction_metrics
@@ -126,74 +128,57 @@ def test_no_step_at_all_raises(table):
 
 
 @pytest.mark.runs
-def test_the_supervised_phase_ends_with_the_weights_of_the_lowest_validation_loss(table, tmp_path, monkeypatch):
-    """The losses of steps 2, 4 and 6 are made up; the second is the lowest. A second run, stopped after step 5, agrees."""
-    run = train.setup(a_config(table, checkpoint__keep_start=True, checkpoint__every=5), tmp_path / "run")
-    real = run.programs.jitted["cross_entropy"]
+def test_the_supervised_phase_ends_with_the_weights_of_the_lowest_validation_loss(table, tmp_path):
+    """The losses of steps 2, 4 and 6 are made up; that of step 4 is the lowest. A run that dies in step 6 goes on."""
     seen = []
 
-    def with_losses(run, losses, stop=0):
+    def run_with(losses):
+        run = train.setup(a_config(table, checkpoint__keep_start=True, checkpoint__every=5), tmp_path / "run")
+        assert len(run.task.validation) == 2  # 15 rows in batches of 8
+        real, losses = run.programs.jitted["cross_entropy"], [loss for loss in losses for _ in range(2)]
+
         def measured(params, *batch):
             seen.append(np.asarray(params["final_norm"]))
-            loss, tokens = real(params, *batch)
+            _, tokens = real(params, *batch)
             return losses.pop(0) * tokens, tokens
 
         programs = with_program(run.programs, "cross_entropy", lambda _: measured)
         return dataclasses.replace(run, programs=programs)
 
-    assert len(run.task.validation) == 2
-    train.train(with_losses(run, [3.0] * 2 + [1.0] * 2 + [2.0] * 2))
-    found = [line["validation/loss"] for line in lines_of(tmp_path / "run" / "supervised") if "validation/loss" in line]
-    assert found == [3, 1, 2]
-    from jaxrl_reason.runs import checkpoints
-
-    start = checkpoints.load_params(tmp_path / "run" / "start", run.programs.abstract_state.trained)
-    np.testing.assert_array_equal(start["final_norm"], seen[2])
-    assert not np.array_equal(seen[2], seen[4])
+    with pytest.raises(IndexError):
+        train.train(run_with([3.0, 1.0]))  # no loss is left in step 6
+    done = run_with([1.0, 2.0])  # that of the best weights, then that of step 6
+    train.train(done)
+    lines = lines_of(tmp_path / "run" / "supervised")
+    assert [line["validation/loss"] for line in lines if "validation/loss" in line] == [3, 1, 2]
+    start = checkpoints.load_params(tmp_path / "run" / "start", done.programs.abstract_state.trained)
+    np.testing.assert_array_equal(start["final_norm"], seen[2])  # step 4
+    np.testing.assert_array_equal(seen[4 + 2], seen[2])
+    assert not np.array_equal(seen[2], seen[-1])
 
 
 @pytest.mark.runs
-def test_rows_of_a_comparison_share_the_baselines_and_a_row_continues_the_start(table, tmp_path):
-    baselines = {
-        "further": {
-            "steps": 0,
-            "supervised.steps": 3,
-            "regression.validation_split": "",
-            "regression.validation_every": 10,
-        }
-    }
-    rows = compare.compare(
-        a_config(table), baselines, tmp_path / "work", seeds=[0, 1], results_file=tmp_path / "a.jsonl"
-    )
+def test_the_rows_of_a_seed_share_its_baselines_and_a_row_can_continue_the_start(table, tmp_path):
+    further = {"steps": 0, "supervised.steps": 3, "regression.validation_split": "", "regression.validation_every": 10}
+    config, file = a_config(table), tmp_path / "a.jsonl"
+    rows = compare.compare(config, {"further": further}, tmp_path / "work", seeds=[1], results_file=file)
     assert list(rows) == ["start", "least squares", "pointwise", "squared error head", "genre2", "further"]
     assert rows["least squares"]["eval/r2"] > 0.9  # the noise has a tenth of the spread
-    assert set(rows["pointwise"]["seeds"]["eval/r2"]) == {"0", "1"}
-    further = tmp_path / "work" / "seed-1" / "further"
-    assert len(lines_of(further)) == 1 and len(lines_of(further / "supervised")) == 3
-    assert "pointwise/r2" not in lines_of(further)[0]  # measured once per seed, with the start
-    entries = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    assert {(e["table"], e["row"], e["seed"]) for e in entries} == {
-        (str(table), row, seed) for row in ("genre2", "further") for seed in (0, 1)
-    }
-    # Another table in the same file: the entries of the first stay, and count for nothing.
-    other = table.with_name("other.csv")
-    other.write_text(table.read_text())
-    config = a_config(table, data__train=str(other))
-    compare.compare(config, {}, tmp_path / "more", seeds=[0], results_file=tmp_path / "a.jsonl")
-    entries = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    assert len(entries) == 5 and sum(e["table"] == str(other) for e in entries) == 1
-    # A further run without RL is finished, also if it was stopped before its evaluation.
-    (further / "learning_curve.png").unlink()
-    (further / "metrics.jsonl").unlink()
-    run = train.setup(dataclasses.replace(train.setup(_config_of(further), further).config), further)
-    assert set(train.train(run)) == {"before"} and len(lines_of(further)) == 1
-    assert train.train(run) == {}
-
-
-def _config_of(directory):
-    from jaxrl_reason.runs.workdir import load_config
-
-    return load_config(directory, {})
+    directory = tmp_path / "work" / "seed-1" / "further"
+    assert len(lines_of(directory)) == 1 and len(lines_of(directory / "supervised")) == 3
+    assert "pointwise/r2" not in lines_of(directory)[0]  # measured once per seed, with the start
+    entries = results.read(file)
+    assert [(e["table"], e["row"], e["seed"]) for e in entries] == [(str(table), r, 1) for r in ("genre2", "further")]
+    # A comparison on another table goes on with the same file, and has none of these results.
+    plan = lambda c: study.plan(c, {"further": further}, tmp_path / "elsewhere", seeds=[1], done=entries)
+    assert not plan(config).unfinished()
+    assert len(plan(study.variant(config, {"data.train": "other.csv"})).unfinished()) == 3
+    # A run without RL that was stopped before its evaluation is not finished.
+    for name in ("learning_curve.png", "metrics.jsonl"):
+        (directory / name).unlink()
+    assert set(train.train(train.setup(load_config(directory, {}), directory))) == {"before"}
+    assert len(lines_of(directory)) == 1
+    assert train.train(train.setup(load_config(directory, {}), directory)) == {}
 
 
 def test_the_regressors_of_a_run_learn(table):
