@@ -303,9 +303,10 @@ def validation(config, tmp_path):
     return outcome(lambda: setup(config, tmp_path).task.validation)
 
 
-def validated_steps(path, _):
+def validated_steps(config, tmp_path):
     """Returns the steps of the supervised phase that have a validation."""
-    lines = map(json.loads, (path / "supervised" / "metrics.jsonl").read_text().splitlines())
+    train.make_start(setup(config, tmp_path))
+    lines = map(json.loads, (tmp_path / "run" / "supervised" / "metrics.jsonl").read_text().splitlines())
     return [line["step"] for line in lines if "validation/loss" in line]
 
 
