@@ -197,27 +197,21 @@ def _train_all(comparison: Comparison, should_stop: Callable[[], bool]) -> None:
 
 def _work(comparison: Comparison, unit: Unit, run: train.Run) -> None:
     """Trains one run, or makes a start, and writes its result.json, with which it is finished."""
-    baselines = {}
     if unit.row is None:
         train.make_start(run)
-        baselines = run.task.baselines()  # once per seed, because they have the settings of the supervised phase
     else:
         train.train(run)
     if hosts.is_first():
-        _write_result(comparison, unit, baselines)
+        _write_result(comparison, unit)
 
 
-def _write_result(comparison: Comparison, unit: Unit, baselines: dict[str, float]) -> None:
+def _write_result(comparison: Comparison, unit: Unit) -> None:
     directory = unit.directory
     if unit.row is None:
         phases = (directory / phase / "metrics.jsonl" for phase in ("supervised", "reward_model"))
-        found = {"config": unit.digest, "seconds": results.seconds(*phases), "baselines": baselines}
-        write_json(directory / "result.json", found)
+        write_json(directory / "result.json", {"config": unit.digest, "seconds": results.seconds(*phases)})
         return
-    metrics, start = directory / "metrics.jsonl", study.read_result(directory.parent / START) or {}
-    evaluations = results.evaluations(metrics, ("eval/", *tasks.BASELINES))
-    evaluations[0] |= start.get("baselines", {})
-    table = results.table_name(unit.config)
+    metrics = directory / "metrics.jsonl"
     entry = {
         "row": unit.row.name,
         "recipe": unit.row.is_recipe,
@@ -226,9 +220,9 @@ def _write_result(comparison: Comparison, unit: Unit, baselines: dict[str, float
         "config": unit.digest,
         "versions": results.versions(),
         "seconds": results.seconds(metrics),
-        "start_seconds": start.get("seconds", 0.0),
-        "evaluations": evaluations,
-    } | ({"table": table} if table else {})
+        "start_seconds": (study.read_result(directory.parent / START) or {}).get("seconds", 0.0),
+        "evaluations": results.evaluations(metrics, ("eval/", *tasks.BASELINES)),
+    }
     write_json(directory / "result.json", entry)
     _keep(comparison, [entry])
 

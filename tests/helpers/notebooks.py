@@ -1,6 +1,6 @@
 """Executes the notebooks of colab/, and stores them with their outputs.
 
-cd tests && python -m helpers.notebooks one_step quickstart tpu_qwen
+cd tests && python -m helpers.notebooks one_step quickstart tpu_qwen kaggle_v5e8
 cd tests && python -m helpers.notebooks --keep-runs hero      # all cells but those that train, whose outputs stay
 """
 
@@ -25,7 +25,13 @@ INSTALL = 1  # the cell that installs the library
 BY_HAND = 3  # in the notebook of a method, the cell that computes a group of four
 TRAINS = "trains"  # the tag of the cells that train, or show a result of training
 # Outputs with one of these texts are not stored.
-NOISE = ("ownload", " are padded to ", f"{tempfile.gettempdir()}/", f"{pathlib.Path.home()}/")
+NOISE = (
+    "ownload",
+    " are padded to ",
+    " has been going on for ",
+    f"{tempfile.gettempdir()}/",
+    f"{pathlib.Path.home()}/",
+)
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
@@ -44,7 +50,7 @@ def execute(notebook: str, folder, *, train: bool = True):
     It runs in colab/ of a folder that looks like a clone. Without `train`, cells that train are not executed, and keep their outputs.
     """
     place = pathlib.Path(folder, "colab")
-    place.mkdir()
+    place.mkdir(parents=True)
     for name in ("setup.cfg", "configs"):
         place.with_name(name).symlink_to(COLAB.parent / name)
     stored, done = read(notebook), read(notebook)
@@ -81,8 +87,11 @@ def without_noise(notebook):
         cell.metadata.pop("execution", None)
         outputs = []
         for output in cell.get("outputs", ()):
+            if output.get("name") == "stdout":
+                lines = output.text.splitlines(keepends=True)
+                output.text = "".join(line for line in lines if not any(noise in line for noise in NOISE))
             shown = output.get("text", "") + output.get("data", {}).get("text/plain", "")
-            if output.get("name") == "stderr" or any(noise in shown for noise in NOISE):
+            if output.get("name") == "stderr" or output.get("text") == "" or any(noise in shown for noise in NOISE):
                 continue
             if outputs and output.get("name") == outputs[-1].get("name") == "stdout":
                 outputs[-1].text += output.text
@@ -114,12 +123,50 @@ def write_stand_in(folder: pathlib.Path) -> dict[str, str]:
     return dict(STEPS="2", MODEL=str(folder / "model"), PROBLEMS=str(problems), WORKDIR=str(folder / "run"))
 
 
+def write_session(folder: pathlib.Path, steps: int = 2, seconds: int = 600) -> dict[str, str]:
+    """Writes the stand-in of `write_stand_in`, unless it is there.
+
+    Returns:
+      The environment under which kaggle_v5e8.ipynb uses it, for a number of steps, and of seconds at most. The notebook's
+      input is folder/input, its output folder/working.
+    """
+    if not (folder / "model").exists():
+        write_stand_in(folder)
+    fields = {
+        "steps": steps,
+        "prompts_per_step": 2,
+        "group_size": 2,
+        "max_prompt_length": 128,
+        "max_completion_length": 8,
+        "model.path": folder / "model",
+        "data.train": folder / "problems.jsonl",
+        "data.train_split": "[:90%]",
+        "data.eval_split": "[90%:]",
+        "update.accumulation": 1,
+        "mesh.fsdp": 1,
+        "mesh.rollout_tensor": 0,
+        "lora.rank": 2,
+        "eval.every": 1,
+        "eval.prompts": 4,
+        "log.samples_every": 1,
+        "checkpoint.every": 1,
+    }
+    return dict(
+        INPUT=str(folder / "input"),
+        WORKDIR=str(folder / "working" / "run"),
+        SECONDS_OF_TRAINING=str(seconds),
+        FIELDS=" ".join(f"--config.{name}={value}" for name, value in fields.items()),
+    )
+
+
 def main(arguments) -> None:
     for name in (argument for argument in arguments if argument != "--keep-runs"):
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(COLAB.parent):
             os.environ["TFDS_DATA_DIR"] = folder
             if name == "tpu_qwen":
                 os.environ.update(write_stand_in(pathlib.Path(folder)))
+            if name == "kaggle_v5e8":
+                os.environ.update(write_session(pathlib.Path(folder)))
             done = execute(name, folder, train="--keep-runs" not in arguments)
             nbformat.write(without_noise(done), COLAB / f"{name}.ipynb")
 
