@@ -197,21 +197,27 @@ def _train_all(comparison: Comparison, should_stop: Callable[[], bool]) -> None:
 
 def _work(comparison: Comparison, unit: Unit, run: train.Run) -> None:
     """Trains one run, or makes a start, and writes its result.json, with which it is finished."""
+    baselines = {}
     if unit.row is None:
         train.make_start(run)
+        baselines = run.task.baselines()  # once per seed, because they have the settings of the supervised phase
     else:
         train.train(run)
     if hosts.is_first():
-        _write_result(comparison, unit)
+        _write_result(comparison, unit, baselines)
 
 
-def _write_result(comparison: Comparison, unit: Unit) -> None:
+def _write_result(comparison: Comparison, unit: Unit, baselines: dict[str, float]) -> None:
     directory = unit.directory
     if unit.row is None:
         phases = (directory / phase / "metrics.jsonl" for phase in ("supervised", "reward_model"))
-        write_json(directory / "result.json", {"config": unit.digest, "seconds": results.seconds(*phases)})
+        found = {"config": unit.digest, "seconds": results.seconds(*phases), "baselines": baselines}
+        write_json(directory / "result.json", found)
         return
-    metrics = directory / "metrics.jsonl"
+    metrics, start = directory / "metrics.jsonl", study.read_result(directory.parent / START) or {}
+    evaluations = results.evaluations(metrics, ("eval/", *tasks.BASELINES))
+    evaluations[0] |= start.get("baselines", {})
+    table = results.table_name(unit.config)
     entry = {
         "row": unit.row.name,
         "recipe": unit.row.is_recipe,
@@ -220,9 +226,9 @@ def _write_result(comparison: Comparison, unit: Unit) -> None:
         "config": unit.digest,
         "versions": results.versions(),
         "seconds": results.seconds(metrics),
-        "start_seconds": (study.read_result(directory.parent / START) or {}).get("seconds", 0.0),
-        "evaluations": results.evaluations(metrics, ("eval/", *tasks.BASELINES)),
-    }
+        "start_seconds": start.get("seconds", 0.0),
+        "evaluations": evaluations,
+    } | ({"table": table} if table else {})
     write_json(directory / "result.json", entry)
     _keep(comparison, [entry])
 

@@ -242,7 +242,8 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> dict[str, dict[str, flo
     saver = checkpoints.Checkpoints(work.path / "checkpoints", c.checkpoint.keep)
     number, state = saver.restore(run.programs.abstract_state) or (None, None)
     if number is not None:
-        if number >= c.supervised.steps + c.steps:
+        # Without RL steps, the evaluation comes after the last checkpoint.
+        if number >= c.supervised.steps + c.steps and (c.steps or summary.picture_of(work.path).exists()):
             say(f"This run is finished: all {c.steps} steps are done. Raise config.steps, or choose another --workdir.")
             return {} if summary.picture_of(work.path).exists() else summary.report(work.path, c, run.method, console)
         say(f"Going on from {saver.directory / str(number)}.")

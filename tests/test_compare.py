@@ -279,8 +279,8 @@ def test_a_process_waits_for_the_runs_of_others(ended, tmp_path, monkeypatch, ca
     "options, message",
     [
         (
-            {"baselines": {"a": {"steps": 0}}},
-            "The baseline 'a' cannot begin: config.steps is 0; it must be at least 1.",
+            {"baselines": {"a": {"steps": -1}}},
+            "The baseline 'a' cannot begin: config.steps is -1; it must be at least 0.",
         ),
         ({"only": ["b"]}, "--only=b is no row. There are: grpo, other."),
         (

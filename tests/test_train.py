@@ -1016,8 +1016,8 @@ def refusal(config, tmp_path, capsys, *flags, code=2) -> str:
 @pytest.mark.parametrize(
     "changes, flags, names",
     [
-        (dict(steps=0), [], ["config.steps is 0", "at least 1"]),
-        (dict(), ["--config.steps=0"], ["config.steps is 0", "at least 1"]),
+        (dict(steps=0), [], ["config.steps is 0", "nothing to train"]),
+        (dict(), ["--config.steps=0"], ["config.steps is 0", "nothing to train"]),
         (dict(), ["--config.modle.width=3"], ["modle", "'model'"]),
         (dict(group_size=1), [], ["group_size is 1", "at least 2"]),
         (dict(data__train_split="[:200]"), [], ["'[:200]'", "rows.jsonl", "20 usable rows"]),

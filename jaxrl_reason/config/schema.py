@@ -108,14 +108,16 @@ class Supervised:
     steps: int = _field(0, "supervised steps on worked solutions before RL; 0: none", low=0)
     batch_size: int = _field(64, "solutions per step", low=1)
     learning_rate: float = _field(1e-3, "peak learning rate (cosine to 0 after 5 % warm-up)", above=0)
-    start_from: str = _field("", "work directory of another run; its supervised start is used instead of a new one")
+    start_from: str = _field(
+        "", "work directory of another run, whose supervised start is used; supervised.steps come after it"
+    )
 
 
 @dataclasses.dataclass(kw_only=True)
 class Regression:
     tokenizer: str = _field(
         "",
-        "number tokenizer; predicts numbers of a table data.train: diabetes, synthetic or a .csv; empty: text problems",
+        "number tokenizer; predicts numbers of a table data.train: diabetes, synthetic, small_tables/mpg or a .csv; empty: text problems",
         choices=("", "normalized", "p10", "ieee"),
     )
     tokenizer_options: dict = _field({}, "options of the number tokenizer, e.g. {'base': 2, 'digits': 8}")
@@ -128,6 +130,12 @@ class Regression:
     )
     prefix_length: int = _field(4, "prefix embeddings per row", low=1)
     encoder_width: int = _field(128, "hidden size of the MLP and of the pointwise regressor (a baseline)", low=1)
+    encoder_layers: int = _field(1, "hidden layers of the MLP", low=1)
+    validation_split: str = _field(
+        "",
+        "split of data.train whose cross-entropy chooses the step with which the supervised phase ends; empty: the last",
+    )
+    validation_every: int = _field(10, "supervised steps between validations", low=1)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -284,7 +292,7 @@ class Config:
     """The whole configuration of a run. `method` holds the name of a method and its keywords."""
 
     seed: int = _field(0, "seed of everything random", low=0, high=2**31 - 1)
-    steps: int = _field(100, "RL steps", low=1)
+    steps: int = _field(100, "RL steps; 0: the supervised phase only", low=0)
     prompts_per_step: int = _field(16, "prompts per step (P)", low=1)
     group_size: int = _field(8, "completions per prompt (G)", low=1)
     max_prompt_length: int = _field(64, "maximum tokens per prompt (S)", low=1)

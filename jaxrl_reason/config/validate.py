@@ -118,11 +118,14 @@ RULES = (
     Rule("sampling.quantize",
          lambda c, m: c.sampling.quantize and _uses(m, "self_rewards", "answer_confidence"),
          "config.method.name {c.method[name]!r} needs exact log-probabilities for {found}: leave it empty"),
-    Rule("supervised.steps", lambda c, m: c.supervised.start_from and c.supervised.steps,
-         "config.supervised.start_from takes the supervised start of another run: leave one of the two out"),
+    Rule("steps", lambda c, m: not c.steps and not c.supervised.steps,
+         "config.supervised.steps is 0, too, so there is nothing to train: set one of them above 0"),
     # regression: a table of numbers instead of text problems
     Rule("regression.tokenizer", lambda c, m: not c.regression.tokenizer and c.regression != schema.Regression(),
          "set it, or leave out the other fields of config.regression"),
+    Rule("regression.validation_every",
+         lambda c, m: not c.regression.validation_split and c.regression.validation_every != schema.Regression().validation_every,
+         "it is for config.regression.validation_split: set both, or leave it out"),
     Rule("method.name", lambda c, m: c.regression.tokenizer and m.dynamic_sampling,
          "it keeps groups with both correct and incorrect completions, and a regression run has neither: "
          "set config.method.dynamic_sampling=false"),

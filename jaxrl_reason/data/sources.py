@@ -21,6 +21,7 @@ _BUILDER_MODULES = {name: f"jaxrl_reason.data.builders.{name}" for name in _OURS
 _BUILDER_MODULES["gsm8k"] = "tensorflow_datasets.text.gsm8k.gsm8k"
 _NAMES = tuple(_BUILDER_MODULES)  # of text problems
 _BUILDER_MODULES |= dict.fromkeys(("diabetes", "synthetic"), "jaxrl_reason.data.builders.tables")
+_BUILDER_MODULES["small_tables"] = "jaxrl_reason.data.builders.small_tables"
 _HUB = "hf://datasets/"
 _FILES = f"a file ends in {parsers.SUFFIXES}"
 _CHUNK = 1024  # rows that an iteration reads at once

@@ -78,6 +78,7 @@ class ModelConfig:
     features: int = 0  # numbers per prompt in addition to its tokens; 0: none
     prefix_length: int = 0  # embeddings before the tokens, into which an MLP turns the features
     encoder_width: int = 0  # hidden size of the MLP
+    encoder_layers: int = 1  # hidden layers of the MLP
 
     def __post_init__(self) -> None:
         self._check_sizes()
@@ -128,6 +129,8 @@ class ModelConfig:
                 f"model.features, model.prefix_length and model.encoder_width are {self.features}, {self.prefix_length} and "
                 f"{self.encoder_width}; set all of them above 0, or none."
             )
+        if self.encoder_layers < 1:
+            raise ValueError(f"model.encoder_layers is {self.encoder_layers}; it must be at least 1.")
         if not self.sliding_window and (self.sliding_period or self.local_rope_theta):
             both = "model.sliding_period and model.local_rope_theta"
             raise ValueError(f"{both} act on sliding layers only: set model.sliding_window, or leave them 0.")

@@ -42,6 +42,10 @@ class Decoder(nnx.Module):
             N, W = c.prefix_length, c.encoder_width
             self.encoder_in = normal_weight(rngs, c, (c.features, W), ("features", "mlp"), c.features**-0.5)
             self.encoder_in_bias = constant_weight(c, (W,), ("mlp",), 0.0)
+            if c.encoder_layers > 1:
+                shape, axes = (c.encoder_layers - 1, W, W), ("layers", "features", "mlp")
+                self.encoder_hidden = normal_weight(rngs, c, shape, axes, W**-0.5)
+                self.encoder_hidden_bias = constant_weight(c, shape[:2], ("layers", "mlp"), 0.0)
             self.encoder_out = normal_weight(rngs, c, (W, N, c.width), ("mlp", "prefix", "embed"), W**-0.5)
             self.encoder_out_bias = constant_weight(c, (N, c.width), ("prefix", "embed"), 0.0)
 
@@ -161,11 +165,14 @@ class Decoder(nnx.Module):
         return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)  # families round it to the dtype of the weights
 
     def _encode(self, features):
-        """Returns the embeddings [P, prefix_length, D] of features f32[P, F]: an MLP with one hidden layer."""
+        """Returns the embeddings [P, prefix_length, D] of features f32[P, F]: an MLP."""
         c = self.config
         if not c.features or features.shape[-1] != c.features:
             raise ValueError(f"Prompts carry {features.shape[-1]} features, and model.features is {c.features}.")
         hidden = L.dot(features, self.encoder_in[...], c.compute_dtype) + self.encoder_in_bias[...]
+        for i in range(c.encoder_layers - 1):
+            weight, bias = self.encoder_hidden[i], self.encoder_hidden_bias[i]
+            hidden = L.dot(jax.nn.gelu(hidden), weight, c.compute_dtype) + bias
         out = L.dot(jax.nn.gelu(hidden), self.encoder_out[...].reshape(c.encoder_width, -1), c.compute_dtype)
         return out.reshape(-1, c.prefix_length, c.width) + self.encoder_out_bias[...]
 

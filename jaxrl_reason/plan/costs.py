@@ -418,7 +418,8 @@ def _logits(model: ModelConfig, rows: float, reads: float) -> Cost:
 
 def _encoder(model: ModelConfig, P: float) -> Cost:
     """Returns the cost of the MLP that embeds the numeric features of prompts."""
-    return Cost(2.0 * P * model.encoder_width * (model.features + model.prefix_length * model.width))
+    hidden = (model.encoder_layers - 1) * model.encoder_width
+    return Cost(2.0 * P * model.encoder_width * (model.features + hidden + model.prefix_length * model.width))
 
 
 def _chunks(model: ModelConfig, P: int, G: int, T: int, chunk: int, replicas: int, tensor: int) -> tuple[int, int]:

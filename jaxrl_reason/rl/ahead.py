@@ -58,11 +58,14 @@ def compile_ahead(
 
     P, G = programs.config.prompts_per_step // programs.config.sampling.parts, programs.config.group_size + needs.greedy
     rollout = functools.cache(lambda: sampling("rollout", prompts, P, (G,)))
-    if not (needs.old_logprobs or needs.reference or needs.probe or needs.greedy or programs.config.sampling.parts > 1):
+    if programs.config.steps and not (
+        needs.old_logprobs or needs.reference or needs.probe or needs.greedy or programs.config.sampling.parts > 1
+    ):
         jobs["update"] = lambda: _lower_update(programs, rollout().out_info, prompts, rewards)
     if held_out is not None:
         jobs["evaluation"] = lambda: sampling("evaluation", held_out, len(held_out.rows), (), programs.truncation)
-    jobs["rollout"] = rollout
+    if programs.config.steps:
+        jobs["rollout"] = rollout
     pool = concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="compile")
     for name, lower in jobs.items():
         programs.ahead[name] = pool.submit(_compile, lower)

@@ -223,24 +223,34 @@ def _largest(difference: Float[Array, "P G"], position: Int[Array, "P G"], rows:
     return Mismatch(difference[row, sample], rows[row], sample, position[row, sample])
 
 
-def make_supervised_update(
-    config: models.ModelConfig, optimizer: optax.GradientTransformation, legal: Bool[Array, "T V"] | None = None
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """Makes update(state, prompt_tokens [B, S], prompt_mask [B, S], tokens [B, T], mask [B, T], features=None) -> (state, metrics).
+def make_cross_entropy(config: models.ModelConfig, legal: Bool[Array, "T V"] | None = None) -> Callable[..., jax.Array]:
+    """Makes loss(params, prompt_tokens [B, S], prompt_mask [B, S], tokens [B, T], mask [B, T], features=None) -> f32 scalar.
 
-    The loss is the cross-entropy on the given completions, their end token included, averaged over tokens.
+    It is the cross-entropy on the given completions, their end token included, averaged over tokens.
     """
 
-    def loss_fn(trained, frozen, rollout):
-        params = models.lora.join(trained, frozen)
-        logprobs = compute_logprobs(config, params, rollout, 1.0, legal).logprobs
-        return -losses.aggregate(logprobs, rollout.mask, "token_mean")
-
-    def update(state: TrainState, prompt_tokens, prompt_mask, tokens, mask, features=None):
+    def loss(params, prompt_tokens, prompt_mask, tokens, mask, features=None):
         mask = mask[:, None].astype(bool)
         zeros, no = jnp.zeros(mask.shape), jnp.zeros(mask.shape[:2], bool)
         rollout = Rollout(prompt_tokens, prompt_mask, tokens[:, None], mask, zeros, no, features)
-        loss, grads = jax.value_and_grad(loss_fn)(state.trained, state.frozen, rollout)
+        logprobs = compute_logprobs(config, params, rollout, 1.0, legal).logprobs
+        return -losses.aggregate(logprobs, rollout.mask, "token_mean")
+
+    return loss
+
+
+def make_supervised_update(
+    config: models.ModelConfig, optimizer: optax.GradientTransformation, legal: Bool[Array, "T V"] | None = None
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """Makes update(state, *batch) -> (state, metrics); the loss of a batch is that of `make_cross_entropy`."""
+
+    cross_entropy = make_cross_entropy(config, legal)
+
+    def loss_fn(trained, frozen, batch):
+        return cross_entropy(models.lora.join(trained, frozen), *batch)
+
+    def update(state: TrainState, *batch):
+        loss, grads = jax.value_and_grad(loss_fn)(state.trained, state.frozen, batch)
         trained, opt_state, norm, applied = apply_gradients(optimizer, state.trained, state.opt_state, grads, loss)
         state = state._replace(
             step=state.step + 1, trained=trained, opt_state=opt_state, data_position=state.data_position + 1

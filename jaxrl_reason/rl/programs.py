@@ -1,6 +1,6 @@
 """The compiled functions of a run, and the shardings of their arrays: shared by `train`, `evaluate`, `bench` and `plan`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import concurrent.futures
 import dataclasses
 import functools
@@ -74,14 +74,15 @@ class Programs:
         size = self.config.prompts_per_step // self.config.sampling.parts
         return self._sample("rollout", size, weights, chunk, step, self._constant(temperatures))
 
-    def generate_eval(self, weights: models.Params, batch: PromptBatch) -> Rollout:
-        """Samples completions for an evaluation batch that every process has whole. Its random numbers never change."""
+    def generate_eval(self, weights: models.Params, batch: PromptBatch, temperature: float | None = None) -> Rollout:
+        """Samples completions for an evaluation batch that every process has whole. Its random numbers never change.
+
+        No temperature is that of `config.eval`; 0 makes all completions of a prompt greedy.
+        """
         size = len(batch.rows)
         mine = batch.take(hosts.local_rows(self.sharding, size))
-        temperature = self._constant(self.config.eval.temperature)
-        return self._sample(
-            "evaluation", size, weights, mine, self._constant(0, np.int32), temperature, self.truncation
-        )
+        heat = self._constant(self.config.eval.temperature if temperature is None else temperature)
+        return self._sample("evaluation", size, weights, mine, self._constant(0, np.int32), heat, self.truncation)
 
     @property
     def truncation(self) -> tuple[jax.Array | None, jax.Array | None]:
@@ -127,6 +128,12 @@ class Programs:
     def supervised_update(self, state: TrainState, batch: SolutionBatch) -> tuple[TrainState, dict[str, jax.Array]]:
         """Imitates a batch of solutions; the state is donated."""
         return self._call("supervised", state, *self.place(tuple(batch), self.config.supervised.batch_size))
+
+    def cross_entropy(self, params: models.Params, batches: Iterable[SolutionBatch]) -> float:
+        """Computes the mean cross-entropy per token of batches of solutions, of `config.supervised.batch_size` rows each."""
+        placed = [self.place(tuple(batch), self.config.supervised.batch_size) for batch in batches]
+        sums = jax.device_get([self.jitted["cross_entropy"](params, *batch) for batch in placed])
+        return float(sum(loss for loss, _ in sums) / sum(tokens for _, tokens in sums))
 
     def learning_rate(self, step: int) -> float:
         """Returns the learning rate of a training step."""
@@ -338,6 +345,9 @@ def _learner_programs(config, method, model, mesh, options, optimizer, legal, sh
         )
 
     supervised = learner.make_supervised_update(model, make_supervised_optimizer(config), legal)
+    mean = learner.make_cross_entropy(model, legal)
+    tokens = lambda batch: batch[3].sum(dtype=jnp.float32)
+    cross_entropy = lambda params, *batch: (mean(params, *batch) * tokens(batch), tokens(batch))
     gradient = lambda params, batch, temperature: learner.gradient(model, options, params, batch, temperature, legal)
     init = lambda seed: fresh(models.init_params(model, _key(seed, INIT)))
     on_mesh = functools.partial(sharding.on_mesh, mesh)
@@ -347,6 +357,7 @@ def _learner_programs(config, method, model, mesh, options, optimizer, legal, sh
         "score": jax.jit(on_mesh(score), out_shardings=by_prompt),
         "update": jax.jit(on_mesh(update_step), donate_argnums=0, out_shardings=UpdateResult(shardings, whole, whole)),
         "gradient": jax.jit(on_mesh(gradient)),
+        "cross_entropy": jax.jit(on_mesh(cross_entropy), out_shardings=whole),
         "supervised": jax.jit(on_mesh(supervised), donate_argnums=0, out_shardings=(shardings, whole)),
     }
 

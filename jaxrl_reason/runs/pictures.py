@@ -170,10 +170,11 @@ def cell(name: str, value: float | None, *, signed: bool = False) -> str:
     if value is None or math.isnan(value):
         return "-"
     short = name.rpartition("/")[2]
+    kind = short.partition("@")[0]  # r2@8 is r2 of 8 samples
     sign = "+" if signed else ""
     if short.endswith(("accuracy", "vote")) or short.startswith(("pass@", "maj@", "avg@")):
         return f"{100 * value:{sign}.1f} %"
-    return f"{value:{sign}.3f}" if short.endswith(_FINE) else f"{value:{sign}.1f}"
+    return f"{value:{sign}.3f}" if kind.endswith(_FINE) else f"{value:{sign}.1f}"
 
 
 def cell_with_interval(name: str, mean: float | None, half_width: float | None) -> str:

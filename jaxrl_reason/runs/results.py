@@ -5,10 +5,11 @@ An entry is a JSON object:
     {"row": "GRPO", "recipe": false, "seed": 3, "changes": {...}, "config": digest, "versions": {...}, "seconds": 81.2,
      "start_seconds": 60.1, "evaluations": [{"step": 0, "eval/accuracy": ...}, ...]}
 
+Entries of regression runs also have "table", the name of the training table: such a comparison is over several tables.
 A file of results holds one entry per line. Such a file is committed, and a comparison goes on from it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import hashlib
 from importlib import metadata
 import json
@@ -95,20 +96,31 @@ def read(path: pathlib.Path) -> list[Entry]:
 
 
 def merge(path: pathlib.Path, new: Sequence[Entry]) -> None:
-    """Writes entries to a file of results, where they replace those of the same row and seed.
+    """Writes entries to a file of results, where they replace those of the same table, row and seed.
 
-    The recipe comes first, then the other rows in the order in which they came; those of a row are in the order of seeds.
+    The recipe comes first, then the other rows in the order in which they came; those of a row are in the order of
+    tables and seeds.
     """
-    entries = {(entry["row"], entry["seed"]): entry for entry in (*read(path), *new)}
-    rows = list(dict.fromkeys(row for row, _ in entries))
-    ordered = sorted(entries.values(), key=lambda e: (not e["recipe"], rows.index(e["row"]), e["seed"]))
+    entries = {(table_of(entry), entry["row"], entry["seed"]): entry for entry in (*read(path), *new)}
+    rows = list(dict.fromkeys(row for _, row, _ in entries))
+    ordered = sorted(entries.values(), key=lambda e: (not e["recipe"], rows.index(e["row"]), table_of(e), e["seed"]))
     text = "".join(json.dumps(entry) + "\n" for entry in ordered)
     if not path.exists() or path.read_text() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
 
 
-def summarize(rows: Mapping[str, Mapping[int, Entry]], recipe: str, prefixes: tuple[str, ...]) -> dict[str, Any]:
+def table_of(entry: Entry) -> str:
+    """Returns the training table of a regression run; "" for other runs."""
+    return entry.get("table", "")
+
+
+def table_name(config: Config) -> str:
+    """Returns what an entry of this configuration has as "table"."""
+    return config.data.train if config.regression.tokenizer else ""
+
+
+def summarize(rows: Mapping[str, Mapping[Any, Entry]], recipe: str, prefixes: tuple[str, ...]) -> dict[str, Any]:
     """Returns the row "start", a row per other approach, and the given rows, each with its metrics.
 
     Args:
@@ -186,17 +198,13 @@ def curves(rows: Mapping[str, Mapping[int, Entry]], metric: str) -> dict[str, di
 def markdown(entries: Sequence[Entry], metrics: Sequence[str], prefixes: tuple[str, ...]) -> str:
     """Returns a table of the entries of one comparison: a line per row, a column per metric, and the seeds below.
 
-    Raises ValueError if a row has entries of several configurations, and if rows have different seeds.
+    With several training tables, the means are over tables, each the mean over seeds. Raises ValueError if a row has
+    entries of several configurations of one training table, and if rows have different seeds.
     """
-    rows: dict[str, dict[int, Entry]] = {}
-    for entry in entries:
-        rows.setdefault(entry["row"], {})[entry["seed"]] = entry
-    for row, by_seed in rows.items():
-        if len({entry["config"] for entry in by_seed.values()}) > 1:
-            raise ValueError(f"The row {row!r} has results of several configurations; run its old ones again.")
-    if len({tuple(sorted(by_seed)) for by_seed in rows.values()}) != 1:
-        raise ValueError(f"The rows {list(rows)} have not the same seeds; run the missing ones.")
+    by_table = _by_table(entries)
     recipe = next(entry["row"] for entry in entries if entry["recipe"])
+    several = len(by_table) > 1
+    rows = _means_over_seeds(by_table) if several else next(iter(by_table.values()))
     found = summarize(rows, recipe, prefixes)
     heads = [name.replace("_", " ") for name in metrics]
     lines = [f"| | {' | '.join(heads)} |", f"|{'---|' * (len(heads) + 1)}"]
@@ -206,30 +214,90 @@ def markdown(entries: Sequence[Entry], metrics: Sequence[str], prefixes: tuple[s
         lines.append(f"| {row} | {' | '.join(cells)} |")
         if values["difference"]:
             cells = [pictures.cell_of_difference(n, values["difference"].get(n)) for n in names]
+            if several:
+                cells = [
+                    c + _higher(values["seeds"].get(n, {}), found[recipe]["seeds"][n]) for n, c in zip(names, cells)
+                ]
             lines.append(f"| {row}, difference to {recipe} | {' | '.join(cells)} |")
-    seeds = sorted(rows[recipe])
+    seeds = sorted({entry["seed"] for entry in entries})
     took = estimate([entry["seconds"] for entry in entries]).mean / 60
     note = "Means ± half-widths of 95 % intervals (Student's t over seeds); differences [95 % interval] are paired by seed."
     one = "One seed, so there is no interval."
     listed = f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}."
+    if several:
+        listed = f"{len(by_table)} tables. {listed}"
+        note = one = (
+            "Means over the tables, each the mean over the seeds, ± half-widths of 95 % intervals (Student's t over tables). Differences "
+            f"[95 % interval] are paired by table and seed, and followed by the number of tables on which the row is above {recipe}."
+        )
     return "\n".join([*lines, "", f"{listed} {note if len(seeds) > 1 else one} {took:.1f} minutes per run of RL."])
 
 
-_TABLE = re.compile(r"(<!-- results: (\S+): ([^>]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+def markdown_by_table(entries: Sequence[Entry], metrics: Sequence[str], prefixes: tuple[str, ...]) -> str:
+    """Returns, for each metric, a line per training table, and a column per row: means over seeds with their intervals."""
+    recipe = next(entry["row"] for entry in entries if entry["recipe"])
+    lines: list[str] = []
+    for metric in metrics:
+        name = f"eval/{metric}"
+        found = {table: summarize(rows, recipe, prefixes) for table, rows in _by_table(entries).items()}
+        rows = dict.fromkeys(row for of_table in found.values() for row in of_table)
+        lines += ["", f"| {metric.replace('_', ' ')} | {' | '.join(rows)} |", f"|{'---|' * (len(rows) + 1)}"]
+        for table, of_table in found.items():
+            columns = [of_table.get(row, {"half_width": {}}) for row in rows]
+            cells = [pictures.cell_with_interval(name, c.get(name), c["half_width"].get(name)) for c in columns]
+            lines.append(f"| {table.rpartition('/')[2]} | {' | '.join(cells)} |")
+    return "\n".join(lines[1:])
+
+
+def _by_table(entries: Iterable[Entry]) -> dict[str, dict[str, dict[int, Entry]]]:
+    """Returns training table -> row -> seed -> entry; raises what `markdown` raises."""
+    found: dict[str, dict[str, dict[int, Entry]]] = {}
+    for entry in entries:
+        found.setdefault(table_of(entry), {}).setdefault(entry["row"], {})[entry["seed"]] = entry
+    for table, rows in found.items():
+        of = f" of {table}" if table else ""
+        for row, by_seed in rows.items():
+            if len({entry["config"] for entry in by_seed.values()}) > 1:
+                raise ValueError(f"The row {row!r}{of} has results of several configurations; run its old ones again.")
+        if len({tuple(sorted(by_seed)) for by_seed in rows.values()}) != 1:
+            raise ValueError(f"The rows {list(rows)}{of} have not the same seeds; run the missing ones.")
+    if len({tuple(rows) for rows in found.values()}) != 1:
+        raise ValueError(f"The tables {list(found)} have not the same rows; run the missing ones.")
+    return found
+
+
+def _means_over_seeds(by_table: Mapping[str, Mapping[str, Mapping[int, Entry]]]) -> dict[str, dict[str, Entry]]:
+    """Returns row -> training table -> an entry whose first and last evaluations are the means over its seeds."""
+    found: dict[str, dict[str, Entry]] = {}
+    for table, rows in by_table.items():
+        for row, entries in rows.items():
+            ends = [[entry["evaluations"][i] for entry in entries.values()] for i in (0, -1)]
+            means = [{name: estimate([line[name] for line in lines]).mean for name in lines[0]} for lines in ends]
+            found.setdefault(row, {})[table] = next(iter(entries.values())) | {"evaluations": means}
+    return found
+
+
+def _higher(values: Mapping[str, float], others: Mapping[str, float]) -> str:
+    """Returns ", 7 of 10": on how many tables the values are higher than the others; "" without values."""
+    return f", {sum(values[t] > others[t] for t in values)} of {len(values)}" if values else ""
+
+
+_TABLE = re.compile(r"(<!-- results( by table)?: (\S+): ([^>]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
 def with_tables(text: str, directory: pathlib.Path, prefixes: tuple[str, ...]) -> str:
     """Returns a document with its tables written anew, from the files of results in a directory.
 
-    A table is between `<!-- results: NAME: METRIC, METRIC -->`, for NAME.jsonl, and `<!-- end of results -->`. Raises
-    ConfigError for a file that is missing or damaged, and ValueError for results that make no table.
+    A table is between `<!-- results: NAME: METRIC, METRIC -->`, for NAME.jsonl, and `<!-- end of results -->`. "results by
+    table" makes those of `markdown_by_table`. Raises ConfigError for a file that is missing or damaged, and ValueError
+    for results that make no table.
     """
 
     def table(match: re.Match) -> str:
-        path = directory / f"{match[2]}.jsonl"
+        path, write = directory / f"{match[3]}.jsonl", markdown_by_table if match[2] else markdown
         if not (entries := read(path)):
-            raise ConfigError(f"The document names the results {match[2]!r}, and {path} has none.")
-        metrics = [name.strip() for name in match[3].split(",")]
-        return f"{match[1]}{markdown(entries, metrics, prefixes)}\n{match[4]}"
+            raise ConfigError(f"The document names the results {match[3]!r}, and {path} has none.")
+        metrics = [name.strip() for name in match[4].split(",")]
+        return f"{match[1]}{write(entries, metrics, prefixes)}\n{match[5]}"
 
     return _TABLE.sub(table, text)

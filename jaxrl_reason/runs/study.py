@@ -145,7 +145,8 @@ def plan(
     for name in only:
         if name not in names:
             raise ConfigError(f"--only={name} is no row.{methods.nearest(name, names)}")
-    digests, done = {row.name: row.digest for row in rows}, list(done)
+    digests, table = {row.name: row.digest for row in rows}, results.table_name(config)
+    done = [entry for entry in done if results.table_of(entry) == table]
     for entry in done:
         if digests.get(entry["row"], entry["config"]) != entry["config"]:
             raise ConfigError(

@@ -137,9 +137,11 @@ def _run(
     enabled = c.log.progress and hosts.is_first()
     with Progress(console, name, len(task.held_out), journal.done, enabled=enabled) as bar:
 
-        def generate(batch: PromptBatch) -> Rollout:
+        def generate(batch: PromptBatch, temperature: float | None = None) -> Rollout:
             since = time.monotonic()
-            rollout = jax.block_until_ready(programs.generate_eval(loaded.weights, batch))
+            rollout = jax.block_until_ready(programs.generate_eval(loaded.weights, batch, temperature))
+            if temperature is not None:  # once more: the bar counts batches
+                return rollout
             bar.advance(f"{int(rollout.mask.sum()) / (time.monotonic() - since):.0f} tokens/s")
             return rollout
 

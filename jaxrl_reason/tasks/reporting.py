@@ -20,12 +20,17 @@ from jaxrl_reason.tasks import evaluation
 from jaxrl_reason.tasks.task import Judged
 
 Intervals = Mapping[str, tuple[float, float]]  # name of a metric -> low and high
-BASELINES = ("pointwise/", "best_possible/")  # prefixes of the metrics of other approaches
+BASELINES = (
+    "pointwise/",
+    "squared_error_head/",
+    "least_squares/",
+    "best_possible/",
+)  # prefixes of the metrics of other approaches
 
 
 def headlines(method: Method) -> tuple[str, ...]:
     """Returns the prefixes of the held-out metrics that a summary of a run shows; metrics.jsonl has all metrics."""
-    shown = ["accuracy", "pass@", "mean_length", "r2", "median_r2", "rmse", "spearman", "spread"]
+    shown = ["accuracy", "pass@", "mean_length", "r2", "median_r2", "greedy_r2", "rmse", "spearman", "spread"]
     if "values" in method.signals:
         shown += ["h_accuracy", "value_density", "high_value", "low_value"]
     if method.loss.find("self_reward"):

@@ -1,6 +1,10 @@
-"""The policy that RL begins with: another run's start, a pretrained model or random weights, then the supervised phase."""
+"""The policy that RL begins with: another run's start, a pretrained model or random weights, then the supervised phase.
+
+With validation rows, the phase ends with the weights of the lowest cross-entropy on them, which are in supervised/best/.
+"""
 
 from collections.abc import Callable
+import math
 import pathlib
 
 import jax
@@ -37,22 +41,43 @@ def train(
     console: rich.console.Console,
     should_stop: Callable[[], bool],
 ) -> TrainState:
-    """Runs the supervised phase: cross-entropy on worked solutions, with checkpoints and metrics of its own."""
-    solutions = task.solutions
+    """Runs the supervised phase: cross-entropy on worked solutions, with checkpoints and metrics of its own.
+
+    Returns the state after the last step; with `task.validation`, the weights of the lowest validation loss are in it.
+    """
+    solutions, c = task.solutions, programs.config
+    directory = task.work.path / "supervised"
+    best = directory / "best"
     assert solutions is not None  # the run has config.supervised.steps
 
     def step(i: int, state: TrainState, clock: Clock):
         state, metrics = programs.supervised_update(state, solutions.batch(i))
         return state, {name: float(value) for name, value in jax.device_get(metrics).items()}, None
 
-    return run_loop(
+    with_best = lambda: state._replace(trained=checkpoints.load_params(best, state.trained))
+    lowest = math.inf
+    if task.validation and int(state.step) and best.exists():  # the run goes on from a checkpoint
+        lowest = programs.cross_entropy(with_best().params, task.validation)
+
+    def after(done: int, state: TrainState, metrics: dict, details: None, clock: Clock) -> dict[str, float]:
+        nonlocal lowest
+        if not task.validation or (done % c.regression.validation_every and done != c.supervised.steps):
+            return {}
+        with clock("evaluation"):
+            loss = programs.cross_entropy(state.params, task.validation)
+            if loss < lowest:
+                lowest = loss
+                checkpoints.save_params(best, state.trained)
+        return {"validation/loss": loss}
+
+    state = run_loop(
         Loop(
             name="supervised",
             step_name="supervised step {}",
-            directory=task.work.path / "supervised",
+            directory=directory,
             begin=int(state.step),
-            end=programs.config.supervised.steps,
-            config=programs.config,
+            end=c.supervised.steps,
+            config=c,
             console=console,
             should_stop=should_stop,
             saves_last=False,  # RL begins with a checkpoint of its own
@@ -62,4 +87,6 @@ def train(
         saver.save,
         progress=lambda metrics: f"loss {metrics['sft/loss']:.3f}",
         advice=lambda *_: "Lower config.supervised.learning_rate.",
+        after=after,
     )
+    return with_best() if task.validation else state

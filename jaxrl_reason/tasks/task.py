@@ -19,7 +19,7 @@ from jaxrl_reason.runs.workdir import Workdir
 from jaxrl_reason.tasks.regression import Digits, NumberScorer, Stream
 from jaxrl_reason.tasks.self_reward import ProbeReference
 
-Generate = Callable[[PromptBatch], Rollout]
+Generate = Callable[..., Rollout]  # (batch, temperature=None), see `Programs.generate_eval`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +85,7 @@ class TrainingTask(Task):
     streams: Callable[
         [], tuple[data.SolutionStream | Stream[SolutionBatch] | None, data.PromptStream | Stream[PromptBatch]]
     ]
+    validation: list[SolutionBatch] = dataclasses.field(default_factory=list)  # chooses the end of the supervised phase
     # Metrics of other approaches on the same data, measured once per run.
     baselines: Callable[[], dict[str, float]] = dict
     # The model that a new run begins with; None if there is none or the work directory records it already.

@@ -188,6 +188,9 @@ EFFECTS = {
     "regression.inputs": ("text", see.numbers, NUMBERS | dict(max_prompt_length=64)),
     "regression.prefix_length": (2, see.numbers, NUMBERS),
     "regression.encoder_width": (16, see.numbers, NUMBERS),
+    "regression.encoder_layers": (2, see.numbers, NUMBERS),
+    "regression.validation_split": ("[4:]", see.validation, NUMBERS),
+    "regression.validation_every": (1, see.validated_steps, NUMBERS | dict(regression__validation_split="[:8]")),
     "reward_model.path": (f"{HERE}/nowhere", see.pairs, PAIRS),
     "reward_model.system": ("Be strict.", see.pairs, PAIRS),
     "reward_model.max_length": (100, see.pairs, PAIRS),
@@ -295,6 +298,7 @@ def trains(observe) -> bool:
 
 
 SECONDS = (
+    "regression.validation_every",
     "reward.workers",
     "reward.timeout_s",
     "reward.memory_mb",

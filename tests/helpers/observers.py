@@ -298,6 +298,18 @@ def numbers(config, tmp_path):
     return outcome(read)
 
 
+def validation(config, tmp_path):
+    """Returns the validation batches of a regression run."""
+    return outcome(lambda: setup(config, tmp_path).task.validation)
+
+
+def validated_steps(config, tmp_path):
+    """Returns the steps of the supervised phase that have a validation."""
+    train.make_start(setup(config, tmp_path))
+    lines = map(json.loads, (tmp_path / "run" / "supervised" / "metrics.jsonl").read_text().splitlines())
+    return [line["step"] for line in lines if "validation/loss" in line]
+
+
 def pairs(config, tmp_path):
     def read():
         phase = setup(config, tmp_path).reward_phase

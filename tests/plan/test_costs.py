@@ -124,7 +124,10 @@ def test_flops_include_options():
         pytest.param(with_(ADAPTED, remat="none", compute_dtype="bfloat16"), marks=pytest.mark.slow),
         pytest.param(with_(ADAPTED, remat="dots", lora_projections=("q", "v")), marks=pytest.mark.slow),
         pytest.param(with_(ADAPTED, remat="layer"), marks=pytest.mark.slow),
-        pytest.param(with_(remat="layer", features=5, prefix_length=4, encoder_width=96), marks=pytest.mark.slow),
+        pytest.param(
+            with_(remat="layer", features=5, prefix_length=4, encoder_width=96, encoder_layers=2),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_flops_of_an_update_equal_those_of_its_program(config):

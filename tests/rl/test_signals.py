@@ -232,6 +232,7 @@ def test_a_prompt_of_one_token_has_confidence_one():
 
 F, N, W = 3, 2, 5
 TABULAR = dataclasses.replace(CONFIG, features=F, prefix_length=N, encoder_width=W)
+DEEP = dataclasses.replace(TABULAR, encoder_layers=3)
 TAB_PARAMS = reference.random_params(TABULAR, scale=0.25)
 FEATURES = RNG.normal(size=(P, F)).astype(np.float32)
 ENCODER = ("encoder_in", "encoder_in_bias", "encoder_out", "encoder_out_bias")
@@ -246,6 +247,8 @@ def tabular_logits(params, features, prompts, mask, completions):
     rows = []
     for x, tokens, there, group in zip(np.asarray(features, np.float64), prompts, mask, completions):
         hidden = gelu(x @ params["encoder_in"] + params["encoder_in_bias"])
+        for i in range(len(params.get("encoder_hidden", ()))):
+            hidden = gelu(hidden @ params["encoder_hidden"][i] + params["encoder_hidden_bias"][i])
         prefix = np.einsum("w,wnd->nd", hidden, params["encoder_out"]) + params["encoder_out_bias"]
         widened = params | {"embedding": np.concatenate([params["embedding"], prefix])}
         text = np.concatenate([V + np.arange(N), tokens[there]])
@@ -271,6 +274,14 @@ def test_features_stand_in_front_of_the_prompt_in_sampling_and_in_training():
     np.testing.assert_allclose(np.exp(trained - out.logprobs)[out.mask], 1, atol=1e-5)
     other = train(out._replace(features=FEATURES + 0.5), TAB_PARAMS, config=TABULAR).logprobs
     assert np.abs(other - trained)[out.mask].max(axis=0) > 0.01 and (np.abs(other - trained)[:, :, 0] > 1e-5).all()
+
+
+def test_the_encoder_can_have_three_hidden_layers():
+    params, out = reference.random_params(DEEP, scale=0.25), tabular_sample()
+    found = train(out, params, config=DEEP).logprobs
+    logits = tabular_logits(reference.float64(params), FEATURES, *SIDES["left"], out.tokens)
+    law = reference.sampling_logprobs(logits, 1.0)
+    np.testing.assert_allclose(found[out.mask], chosen(law, out.tokens)[out.mask], atol=5e-5)
 
 
 def test_features_make_room_for_themselves_wherever_the_padding_stands():

@@ -108,6 +108,60 @@ def test_a_table_by_hand():
     )
 
 
+def of_table(table, row, seed, r2, r2_before=0.0, recipe=False):
+    return entry(row, seed, {"eval/r2": r2_before}, {"eval/r2": r2}, recipe=recipe) | {"table": f"small_tables/{table}"}
+
+
+SEVERAL = [
+    of_table("a", "genre2", 0, 0.5, 0.3, recipe=True),
+    of_table("a", "genre2", 1, 0.7, 0.3, recipe=True),
+    of_table("b", "genre2", 0, 0.2, 0.4, recipe=True),
+    of_table("a", "more", 0, 0.4),
+    of_table("a", "more", 1, 0.4),
+    of_table("b", "more", 0, 0.3),
+]
+
+
+def test_a_table_over_several_training_tables_by_hand():
+    """genre2 has 0.6 on a and 0.2 on b, its start 0.3 and 0.4, more 0.4 and 0.3; t(0.975, 1) / sqrt(2) = 8.9846."""
+    assert results.markdown(SEVERAL, ["r2"], ()) == (
+        "| | r2 |\n"
+        "|---|---|\n"
+        "| start | 0.350 ± 0.635 |\n"
+        "| start, difference to genre2 | -0.050 [-3.227, +3.127], 1 of 2 |\n"
+        "| genre2 | 0.400 ± 2.541 |\n"
+        "| more | 0.350 ± 0.635 |\n"
+        "| more, difference to genre2 | -0.050 [-1.956, +1.856], 1 of 2 |\n"
+        "\n"
+        "2 tables. Seeds 0, 1. Means over the tables, each the mean over the seeds, ± half-widths of 95 % intervals "
+        "(Student's t over tables). Differences [95 % interval] are paired by table and seed, and followed by the number of "
+        "tables on which the row is above genre2. 1.3 minutes per run of RL."
+    )
+    assert results.markdown_by_table(SEVERAL, ["r2"], ()) == (
+        "| r2 | start | genre2 | more |\n"
+        "|---|---|---|---|\n"
+        "| a | 0.300 | 0.600 ± 1.271 | 0.400 |\n"
+        "| b | 0.400 | 0.200 | 0.300 |"
+    )
+    with pytest.raises(ValueError, match=r"^The rows \['genre2', 'more'\] of small_tables/a have not the same seeds"):
+        results.markdown([e for e in SEVERAL if e is not SEVERAL[4]], ["r2"], ())
+    with pytest.raises(ValueError, match="have not the same rows; run the missing ones"):
+        results.markdown(SEVERAL[:-1], ["r2"], ())
+
+
+def test_results_of_several_tables_are_merged_by_table(tmp_path):
+    results.merge(tmp_path / "a.jsonl", [*SEVERAL[::-1], of_table("a", "genre2", 0, 0.9, recipe=True)])
+    found = results.read(tmp_path / "a.jsonl")
+    assert [(e["row"], e["table"][-1], e["seed"]) for e in found[:3]] == [
+        ("genre2", "a", 0),
+        ("genre2", "a", 1),
+        ("genre2", "b", 0),
+    ]
+    assert len(found) == 6 and found[0]["evaluations"][-1]["eval/r2"] == 0.9
+    text = "<!-- results by table: a: r2 -->\n<!-- end of results -->\n"
+    assert results.markdown_by_table(found, ["r2"], ()) in results.with_tables(text, tmp_path, ())
+
+
 def test_results_that_make_no_table_are_one_sentence():
     with pytest.raises(
         ValueError, match="^The row 'hero' has results of several configurations; run its old ones again"
@@ -139,10 +193,15 @@ def test_the_tables_of_the_recipes_are_those_of_the_results():
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("*.jsonl")), ids=lambda file: file.stem)
 def test_results_are_of_the_present_recipes(file):
     recipe = config_lib.load_module(ROOT / "configs" / f"{file.stem}.py")
-    rows = study.plan(recipe.get_config(), recipe.get_baselines(), pathlib.Path("/w"), seeds=[0]).rows
-    digests = {row.name: row.digest for row in rows}
-    for found in results.read(file):
-        assert found["config"] == digests.get(found["row"]), f"seed {found['seed']} of {found['row']!r} is outdated"
+    entries = results.read(file)
+    digests = {}
+    for table in {results.table_of(found) for found in entries}:
+        config = study.variant(recipe.get_config(), {"data.train": table} if table else {})
+        rows = study.plan(config, recipe.get_baselines(), pathlib.Path("/w"), seeds=[0]).rows
+        digests |= {(table, row.name): row.digest for row in rows}
+    for found in entries:
+        digest = digests.get((results.table_of(found), found["row"]))
+        assert found["config"] == digest, f"seed {found['seed']} of {found['row']!r} is outdated"
 
 
 def test_the_script_writes_the_tables():

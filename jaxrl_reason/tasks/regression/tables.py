@@ -76,6 +76,20 @@ def eval_batches(rows: Rows, count: int, batch_size: int) -> list[PromptBatch]:
     return batches
 
 
+def solution_batches(rows: Rows, sizes: tuple[int, np.ndarray]) -> list[SolutionBatch]:
+    """Returns all rows as batches of solutions; copies of a row, with no token to learn, fill up the last batch.
+
+    `sizes` are the rows of a batch, and those of this process in it.
+    """
+    (batch_size, local_rows), batches = sizes, []
+    for start in range(0, len(rows.targets), batch_size):
+        at = start + local_rows
+        real = at < len(rows.targets)
+        batch = rows.solutions(np.where(real, at, 0))
+        batches.append(batch._replace(completion_mask=batch.completion_mask & real[:, None]))
+    return batches
+
+
 @dataclasses.dataclass(frozen=True)
 class Tables:
     """The data of a regression run."""
@@ -86,6 +100,7 @@ class Tables:
     held_out: Table
     train_values: np.ndarray | None  # f32[N], human values of the rows, or None
     held_out_values: np.ndarray | None
+    validation: Table | None  # of config.regression.validation_split
     max_prompt_length: int  # the most tokens per prompt
 
     @property
@@ -95,14 +110,18 @@ class Tables:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies both tables and their split."""
-        return f"{self.train.fingerprint}/{self.held_out.fingerprint}"
+        """Identifies the tables and their split."""
+        tables = (self.train, self.held_out, self.validation)
+        return "/".join(table.fingerprint for table in tables if table is not None)
 
     def train_rows(self) -> Rows:
         return self.encode(self.train, self.train_values)
 
     def held_out_rows(self) -> Rows:
         return self.encode(self.held_out, self.held_out_values)
+
+    def validation_rows(self) -> Rows | None:
+        return None if self.validation is None else self.encode(self.validation, None)
 
     def encode(self, table: Table, values: np.ndarray | None) -> Rows:
         """Encodes a table on the scales of the training table; `values` f32[N] are human values, or None."""
@@ -141,13 +160,15 @@ def open_tables(config: Config, text: Tokenizer | None = None, text_size: int = 
     )
     train, train_values = take_values(load(c.data.train, c.data.train_split), r.value)
     held_out, held_out_values = take_values(load(c.data.eval or c.data.train, c.data.eval_split), r.value)
+    validation = take_values(load(c.data.train, r.validation_split), r.value)[0] if r.validation_split else None
     if r.inputs != "text":
         text = None
     elif text is None:
         text = load_tokenizer(c.data.tokenizer) if c.data.tokenizer else None
         text = text or train_tokenizer(row_texts(train)[:2000], c.data.vocab_size)
     digits = Digits(number, TargetScaler.fit(train.targets), text, text_size)
-    return Tables(digits, fit_features(train), train, held_out, train_values, held_out_values, c.max_prompt_length)
+    values = train_values, held_out_values
+    return Tables(digits, fit_features(train), train, held_out, *values, validation, c.max_prompt_length)
 
 
 def _number_tokenizer(config: Config) -> numbers.NumberTokenizer:
