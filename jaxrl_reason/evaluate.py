@@ -2,11 +2,10 @@
 
 Samples several completions per prompt, scores them by the rewards of the run, and prints a table with 95 % intervals over
 prompts. Writes evaluation.json (every number), evaluation.png and completions.jsonl (predictions.jsonl if a run predicts
-numbers) to WORKDIR/evaluation, and those of another evaluation to evaluation-2, evaluation-3, ... Nothing else in the work
-directory changes, but rewards.log takes what rewards print. Completions are appended as they come: the same command
-continues an evaluation that was ended. Fields of the configuration on which the weights do not depend can be set as in
-training: --config.seed=1, --config.mesh.fsdp=-1 on another number of devices, --config.data.columns={} if other data
-have other names.
+numbers) to WORKDIR/evaluation. Another evaluation is written to evaluation-2, evaluation-3, ... Nothing else in the work
+directory changes; the output of rewards goes to rewards.log. Completions are appended as they come: the same command
+continues an evaluation that was ended. Fields on which the weights do not depend can be set as in training:
+--config.seed=1, --config.mesh.fsdp=-1 on another number of devices, --config.data.columns={} for other names of columns.
 """
 
 import pathlib
@@ -29,7 +28,7 @@ from jaxrl_reason.tasks.policies import OpenedPolicy
 
 
 class Against(NamedTuple):
-    """What the evaluations are compared with: a directory of results, or a policy that is evaluated after them."""
+    """The other side of a comparison: a directory of results, or a policy that is evaluated after them."""
 
     directory: pathlib.Path | None
     policy: OpenedPolicy | None = None
@@ -85,6 +84,8 @@ def evaluate(prepared: tuple[Evaluations, Against | None]) -> None:
     if hosts.is_first():
         assert theirs is not None
         differences = comparison.compare(directory, theirs, record)
+        if said := comparison.other_settings(record, comparison.read_record(theirs, record)):
+            console.print(said, soft_wrap=True)
         console.print(comparison.table(differences, f"{evaluations.policy.name} against {name}"))
         found = differences.get("", differences)
         write_json(
@@ -108,7 +109,7 @@ COMMAND = command.Command(
         Flag(
             "sets",
             "SET@K,...",
-            f"several sets instead of --data, with K completions per prompt: {', '.join(NAMED_SETS)}, or a file",
+            f"several sets instead of --data, with K completions per prompt: {', '.join(NAMED_SETS)}, or other data",
             asked.read_sets,
         ),
         Flag(
@@ -123,28 +124,7 @@ COMMAND = command.Command(
             "completions per prompt; config.eval.samples by default, 1 at temperature 0",
             field="eval.samples",
         ),
-        Flag("temperature", "T", "0 is greedy; config.eval.temperature by default", field="eval.temperature"),
-        Flag(
-            "top_p",
-            "P",
-            "samples the most probable tokens that reach P; config.eval.top_p by default",
-            field="eval.top_p",
-            alias="top-p",
-        ),
-        Flag(
-            "top_k",
-            "K",
-            "samples the K most probable tokens; config.eval.top_k by default",
-            field="eval.top_k",
-            alias="top-k",
-        ),
-        Flag(
-            "max_completion_length",
-            "N",
-            "the largest number of tokens per completion; config.max_completion_length by default",
-            field="max_completion_length",
-            alias="max-completion-length",
-        ),
+        *policies.SAMPLING,
         Flag(
             "against",
             "OTHER",
@@ -153,11 +133,17 @@ COMMAND = command.Command(
         ),
         command.RECIPE,
         command.CHECKPOINT,
-        Flag("out", "DIR", "the directory of the results; WORKDIR/evaluation or evaluation-N by default", command.path),
+        Flag(
+            "out",
+            "DIR",
+            "the directory of the results; of a run WORKDIR/evaluation or evaluation-N by default",
+            command.path,
+        ),
         Flag("config.", "FIELD=VALUE", "sets a field of the configuration"),
     ),
     "--workdir=/tmp/quickstart --samples=16",
     errors=(RewardError,),
+    interrupted="Ended by Ctrl-C. The same command continues after the completions that are written.",
 )
 
 

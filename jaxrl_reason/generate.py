@@ -32,6 +32,9 @@ from jaxrl_reason.tasks.regression.opening import open_rows
 from jaxrl_reason.tasks.regression.prediction import predict_rows
 from jaxrl_reason.tasks.sampling import Sample, Sampler, visible
 
+with contextlib.suppress(ImportError):  # not on Windows
+    import readline  # noqa: F401  -- `input` then has a history, and arrow keys edit the line
+
 
 class Generation(NamedTuple):
     """Prompts and the policy that completes them."""
@@ -188,6 +191,9 @@ def describe(sample: Sample) -> str:
 def session(generation: Generation) -> None:
     """Completes prompts from the standard input until its end."""
     opened, template, _, _, sampler, _ = generation
+    if sys.stdin.isatty():
+        forgets = "/reset forgets the conversation, " if opened.config.data.chat else ""
+        print(f"Type a prompt for {opened.name}; {forgets}/exit or Ctrl-D ends the session.", flush=True)
     chat, turns, asked = opened.config.data.chat, list[dict[str, str]](), 0
     for text in _inputs():
         if text == "/exit":
@@ -211,11 +217,13 @@ def session(generation: Generation) -> None:
 
 def _inputs() -> Iterator[str]:
     """Yields the lines of the standard input that are not empty; a terminal shows a prompt."""
+    prompt = "> " if sys.stdin.isatty() else ""
     with contextlib.suppress(EOFError):
         while True:
-            text = input("> " if sys.stdin.isatty() else "").strip()
+            text = input(prompt).strip()
             if text:
                 yield text
+    print(end="\n" if prompt else "")  # Ctrl-D leaves the cursor in the line of the prompt
 
 
 COMMAND = command.Command(
@@ -236,16 +244,7 @@ COMMAND = command.Command(
             "completions per prompt; 1 by default, config.eval.samples for numbers",
             field="eval.samples",
         ),
-        Flag("temperature", "T", "0 is greedy; config.eval.temperature by default", field="eval.temperature"),
-        Flag("top_p", "P", "keeps the most probable tokens with this share", field="eval.top_p", alias="top-p"),
-        Flag("top_k", "N", "keeps the N most probable tokens; 0 keeps all", field="eval.top_k", alias="top-k"),
-        Flag(
-            "max_completion_length",
-            "N",
-            "the largest number of tokens per completion; config.max_completion_length by default",
-            field="max_completion_length",
-            alias="max-completion-length",
-        ),
+        *policies.SAMPLING,
         Flag("seed", "N", "another seed gives other samples", field="seed"),
         Flag("system", "TEXT", "the system prompt, as config.data.system", field="data.system"),
         Flag("out", "FILE", "a .jsonl file for the completions of --prompt or --prompts", command.path),

@@ -130,7 +130,7 @@ def test_evaluate_a_model(workdir, tmp_path, capsys):
     flags = [f"--model={tmp_path / 'model'}", f"--data={write_rows(tmp_path / 'set.jsonl', PAIRS[:2])}"]
     assert evaluate.main([*flags, f"--out={tmp_path / 'out'}", "--samples=1", "--max-completion-length=2"]) == 0
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["phase"] == "pretrained"
-    assert re.search(r"evaluation 1/1 +\d+ tokens/s", capsys.readouterr().out)
+    assert re.search(r"evaluation 1/1 +\d+ tokens/s, with compilation\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("switches", [[], ["--reward-model"]])

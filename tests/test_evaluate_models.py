@@ -112,7 +112,11 @@ def test_an_evaluation_that_is_ended_continues_and_equals_one_that_is_not(folder
     without = lambda record: {name: x for name, x in record.items() if name != "command"}
     assert without(found) == without(expected)
     sampled.clear()
+    capsys.readouterr()
     assert run(folder, half, question) == found and sampled == []
+    out = capsys.readouterr().out
+    assert f"{half} has the completions of all 7 prompts; nothing is sampled." in out
+    assert re.search(r"│ avg@2 +│ +[\d.]+ % │ +[\d.]+ to [\d.]+ % │", out)
 
 
 def test_another_model_in_the_same_place_is_another_evaluation(folder, tmp_path, capsys):
@@ -221,7 +225,7 @@ def test_two_models_are_compared_prompt_by_prompt(folder, tmp_path, capsys):
     question = f"--data={folder / 'first.jsonl'}"
     record = run(folder, tmp_path / "both", question, f"--against={folder / 'b'}")
     out = capsys.readouterr().out
-    assert "a against b" in out and "difference" in out
+    assert "a against b" in out and "difference" in out and "settings" not in out
     run(folder, tmp_path / "b", question, model="b")
     theirs = tmp_path / "both" / "against"
     assert (theirs / "completions.jsonl").read_bytes() == (tmp_path / "b" / "completions.jsonl").read_bytes()
@@ -245,13 +249,14 @@ def test_two_models_are_compared_prompt_by_prompt(folder, tmp_path, capsys):
     assert turned["accuracy"]["difference"] == -accuracy["difference"]
 
 
-def test_sets_are_compared_one_by_one_and_other_numbers_of_samples_share_what_they_can(folder, tmp_path):
+def test_sets_are_compared_one_by_one_and_other_numbers_of_samples_share_what_they_can(folder, tmp_path, capsys):
     sets = f"{folder / 'first.jsonl'}@2,{folder / 'second.jsonl'}@2"
     run(folder, tmp_path / "b", f"--sets={sets}", model="b")
     record = run(folder, tmp_path / "a", f"--sets={folder / 'second.jsonl'}@4", f"--against={tmp_path / 'b'}")
     found = record["against"]["differences"]
     assert found.keys() == {"second"} and found["second"]["prompts"] == 5
     assert found["second"].keys() == {"prompts", "accuracy", "pass@1", "pass@2", "maj@1", "maj@2"}
+    assert "differ in their settings: second samples 4 and 2.\n" in capsys.readouterr().out
     other = [line["right"] for line in lines_of(tmp_path / "b" / "second")]
     assert found["second"]["accuracy"]["other"] == pytest.approx(np.mean(other))
 

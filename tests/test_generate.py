@@ -10,7 +10,7 @@ import pytest
 
 from helpers import reference_decoder as reference
 from jaxrl_reason import data, generate, models
-from jaxrl_reason.tasks import sampling
+from jaxrl_reason.tasks import policies, sampling
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -49,6 +49,38 @@ def test_prompts_give_the_texts_of_policy_generate(policy, tmp_path, capsys):
     assert capsys.readouterr().out.count("log-probability") == 4 and all(
         sampling.visible(text) in printed for group in expected for text in group
     )
+
+
+def test_a_system_prompt_needs_a_chat_template_and_nothing_else(policy, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    assert run(policy, "--prompt=2", "--system=Be brief.", "--temperature=0", f"--out={out}") == 0
+    model, turns = models.load_pretrained(policy), [("system", "Be brief."), ("user", "2")]
+    expected = model.generate(
+        [[{"role": role, "content": x} for role, x in turns]], 1, temperature=0.0, max_completion_length=8
+    )
+    assert [s["text"] for s in json.loads(out.read_text())["samples"]] == expected[0]
+    without = dataclasses.replace(model, tokenizer=dataclasses.replace(model.tokenizer, chat_template=None))
+    models.save_pretrained(tmp_path / "model", without)
+    capsys.readouterr()
+    assert run(tmp_path / "model", "--prompt=2", "--system=Be brief.") == 2
+    assert "belong to a chat template, and this model has none; leave them out." in capsys.readouterr().err
+
+
+def test_a_growing_conversation_compiles_few_programs(policy):
+    opened = policies.open_policy(str(policy), {"max_completion_length": "2", "eval.samples": "1"})
+    sampler = sampling.Sampler(opened, opened.load())
+    ids = opened.tokenizer.encode("3")
+    for length in (1, 32, 33, 50, 64, 65, 100):
+        sampler([ids * length], write=lambda text: None)
+    assert sampler._program(streams=True)._cache_size() == 3  # 32, 64 and 128 tokens
+
+
+@pytest.mark.parametrize(
+    "tokens, padded, doubled", [(1, 32, 32), (32, 32, 32), (33, 64, 64), (65, 96, 128), (257, 288, 512)]
+)
+def test_padded_lengths(tokens, padded, doubled):
+    assert sampling.padded_length(tokens, doubling=False) == padded
+    assert sampling.padded_length(tokens, doubling=True) == doubled
 
 
 def test_a_session_keeps_the_conversation_and_streams_the_same_text(policy, capsys, monkeypatch):

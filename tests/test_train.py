@@ -222,6 +222,9 @@ def test_a_run_leaves_everything_in_its_work_directory(rows, tmp_path, capsys):
         (step, row, sample) for step in (0, 2, 3) for row, sample in ((0, 0), (0, 1), (1, 0), (1, 1), (2, 0))
     ]
     assert len({s["prompt"] for s in held_out}) == 3
+    for s in held_out:
+        assert "".join(s["tokens"]) == s["completion"] and len(s["tokens"]) == len(s["logprobs"]) == s["length"]
+        assert sum(s["logprobs"]) == pytest.approx(s["logprob"], abs=1e-3 * s["length"])
     page = content_of(work / "report.html")
     assert page["subtitle"] == "grpo, step 3 of 3" and page["fields"]["recipe"] == ""  # it began without a recipe
     assert [found["of"] for found in page["completions"].values()] == [15, 16]

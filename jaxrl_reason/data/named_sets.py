@@ -1,7 +1,7 @@
-"""Problem sets by name, for evaluations: where each lies on the Hugging Face hub, its columns, its prompt and its verifier.
+"""Problem sets by name, for evaluations: place on the Hugging Face hub, columns, prompt and verifier of each.
 
-`REVISION` is pinned, so that a set never changes. There was no network here: the files were not read. Repositories, revisions
-and columns are those that public evaluation code names; tests read local files with the same columns.
+Revisions are pinned, so that a set never changes. Repositories, revisions and columns are taken from public evaluation
+code. The files of the hub have not been read yet; tests read local files with the same columns.
 """
 
 from collections.abc import Mapping

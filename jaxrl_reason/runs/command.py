@@ -132,6 +132,7 @@ class Command:
     flags: Sequence[Flag]  # all but --help
     example: str  # the flags of an example
     errors: tuple[type[Exception], ...] = ()  # further classes of errors whose message is a sentence for the user
+    interrupted: str = "Ended by Ctrl-C, without saving."  # the message of a Ctrl-C that `work` does not handle
 
     def help(self, argv: Sequence[str] = ()) -> str:
         """Returns the text of --help in the width of the terminal; fields of the configuration have the values of `argv`.
@@ -252,7 +253,7 @@ def run(
         return _run(command, sys.argv[1:] if argv is None else argv, prepare, work)
     finally:
         if argv is None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # else what runs at exit would show a traceback
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # else code that runs at exit would show a traceback
 
 
 def _run(command: Command, argv: Sequence[str], prepare: Callable[[Arguments], T], work: Callable[[T], object]) -> int:
@@ -282,7 +283,7 @@ def _run(command: Command, argv: Sequence[str], prepare: Callable[[Arguments], T
             print(e, file=sys.stderr)
             return hosts.leave(e.exit_code)
         except KeyboardInterrupt:
-            return hosts.leave(_report("Ended by Ctrl-C, without saving.", hosts.INTERRUPTED))
+            return hosts.leave(_report(command.interrupted, hosts.INTERRUPTED))
         except (jax.errors.JaxRuntimeError, ValueError) as e:
             if jax.process_count() == 1 or not hosts.came_from_devices(e):
                 raise

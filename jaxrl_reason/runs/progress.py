@@ -28,6 +28,11 @@ class Progress:
         self._bar = rich.progress.Progress(*texts, *times, console=console, disable=hidden)
         self._task = self._bar.add_task(name, total=total, completed=done, text="")
 
+    @property
+    def begun(self) -> bool:
+        """Whether this process has done a step. The first one also compiles."""
+        return self._begin is not None
+
     def advance(self, text: str) -> None:
         """Counts one step and shows `text` next to the bar."""
         self._done += 1

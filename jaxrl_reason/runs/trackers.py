@@ -70,7 +70,7 @@ def _start_mlflow(mlflow: Any, run: TrackedRun) -> tuple[str, Any]:
 
 
 def _log_mlflow(mlflow: Any, step: int, metrics: Metrics) -> None:
-    # MLflow allows these characters only: eval/pass@4 becomes eval/pass_4.
+    # MLflow allows no other characters: eval/pass@4 becomes eval/pass_4.
     mlflow.log_metrics({re.sub(r"[^\w\-. :/]", "_", name): value for name, value in metrics.items()}, step=step)
 
 

@@ -1,4 +1,4 @@
-"""The questions of an evaluation: one configuration per set, for the policy that is evaluated and for one that is compared."""
+"""The questions of an evaluation: one configuration per set, for the evaluated policy and for the policy compared with it."""
 
 import copy
 import pathlib
@@ -37,8 +37,8 @@ def read_sets(text: str) -> Sets:
 def configs_of_sets(policy: OpenedPolicy, sets: Sets, fields: dict[str, str]) -> dict[str, Config]:
     """Returns one configuration per set for a policy; raises ConfigError if one cannot run.
 
-    A named set has its columns, its verifier and, for a model without a run, its prompt, unless `fields`, those of the
-    command line, name others. Other data have the columns, rewards and prompt of `policy.config`. All rows are asked, if
+    A named set has its columns, its verifier and, for a model without a run, its prompt; `fields`, which the command
+    line sets, come first. Other data have the columns, rewards and prompt of `policy.config`. All rows are asked if
     `fields` do not name their number.
     """
     if policy.numbers is not None:
@@ -67,7 +67,7 @@ def configs_of_sets(policy: OpenedPolicy, sets: Sets, fields: dict[str, str]) ->
 
 
 def config_like(config: Config, policy: OpenedPolicy) -> Config:
-    """Returns the configuration with which another policy is asked what `config` asks, and judged by the same verdict.
+    """Returns the configuration with which another policy gets the prompts of `config`, and the same verdict.
 
     A model without a run has the prompt of `config` too; a run keeps the prompt with which it was trained.
     """

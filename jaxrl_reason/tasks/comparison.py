@@ -77,6 +77,19 @@ def compare(ours: pathlib.Path, theirs: pathlib.Path, record: Record) -> dict[st
     return out
 
 
+def other_settings(ours: Record, theirs: Record) -> str:
+    """Returns a sentence about the settings of sampling in which two evaluations differ; "" if they have the same."""
+    parts = []
+    for label, mine in _by_set(ours).items():
+        other = _by_set(theirs)[label]
+        differ = [f"{name} {mine[name]} and {other.get(name)}" for name in _SETTINGS if mine[name] != other.get(name)]
+        parts += [f"{label} {', '.join(differ)}".strip()] if differ else []
+    return f"This and the other evaluation differ in their settings: {'; '.join(parts)}." if parts else ""
+
+
+_SETTINGS = ("samples", "temperature", "top_k", "top_p", "max_completion_length", "seed")
+
+
 def table(differences: Mapping[str, Mapping[str, Any]], title: str) -> Table:
     """Returns the table of differences in percentage points."""
     out = Table("", "this", "other", "difference", "95 % interval", title=title)

@@ -44,14 +44,14 @@ class Evaluations(NamedTuple):
     policy: OpenedPolicy
     loaded: LoadedPolicy
     sets: dict[str, Evaluation]
-    directory: pathlib.Path  # of the results; those of a label are in a folder of this name
-    record: Record  # what evaluation.json says before the first prompt
+    directory: pathlib.Path  # of the results; a label has a folder of its name
+    record: Record  # the content of evaluation.json before the first prompt
 
 
 def open_evaluation(policy: OpenedPolicy, config: Config, out: pathlib.Path | None) -> Evaluation:
     """Opens held-out data and rewards. Raises ConfigError, RewardError, ValueError or OSError.
 
-    What rewards print goes to the work directory of the run; for a model, to `out`, which is then not None.
+    The output of rewards goes to the work directory of the run; for a model, to `out`, which is then not None.
     """
     directory = policy.workdir or out
     assert directory is not None
@@ -130,9 +130,9 @@ def _run(
     journal = Journal(directory, reporting.holds(directory, record), task.held_out, c.eval.samples, start)
     if journal.done and hosts.is_first():
         count = sum(len({line["row"] for line in batch}) for batch in journal.batches)
-        console.print(
-            f"{directory} has the completions of {count} prompts; the evaluation continues there.", soft_wrap=True
-        )
+        finished = journal.done == len(task.held_out)
+        of, rest = ("all ", "nothing is sampled") if finished else ("", "the evaluation continues there")
+        console.print(f"{directory} has the completions of {of}{count} prompts; {rest}.", soft_wrap=True)
     name = f"evaluation {label}".strip()
     enabled = c.log.progress and hosts.is_first()
     with Progress(console, name, len(task.held_out), journal.done, enabled=enabled) as bar:
@@ -142,7 +142,8 @@ def _run(
             rollout = jax.block_until_ready(programs.generate_eval(loaded.weights, batch, temperature))
             if temperature is not None:  # once more: the bar counts batches
                 return rollout
-            bar.advance(f"{int(rollout.mask.sum()) / (time.monotonic() - since):.0f} tokens/s")
+            speed = f"{int(rollout.mask.sum()) / (time.monotonic() - since):.0f} tokens/s"
+            bar.advance(speed if bar.begun else f"{speed}, with compilation")
             return rollout
 
         judged = task.judge(generate, task.scorer, loaded.reference, journal)

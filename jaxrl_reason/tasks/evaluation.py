@@ -24,6 +24,13 @@ Answers = list[list[Hashable | None]]
 AnswersOf = Callable[[list[list[str]], Sequence[Mapping[str, Any]]], Answers]
 
 
+class Sampled(NamedTuple):
+    """The tokens of a completion."""
+
+    ids: np.ndarray  # int[T], end token included
+    logprobs: np.ndarray  # f32[T], under the distribution that sampled them
+
+
 class Evaluated(NamedTuple):
     """N held-out prompts with K completions each, on the host."""
 
@@ -39,6 +46,7 @@ class Evaluated(NamedTuple):
     answers: Answers | None  # their final answers, None for a completion without one; None if nothing was decoded
     self_rewards: np.ndarray | None = None  # f32[N, K] of LaSeR, NaN if truncated; None if the policy has none
     values: np.ndarray | None = None  # f32[N], human values of the problems, or None
+    sampled: list[list[Sampled]] | None = None  # N lists of K; None if nothing was decoded, or with a journal
 
 
 def batch_size(config: Config, mesh: jax.sharding.Mesh, rows: int) -> int:
@@ -99,10 +107,11 @@ def sample_and_judge(
             hosts.to_host, (rollout.tokens, rollout.mask, rollout.truncated, rollout.logprobs, scores)
         )
         real, rows = batch.weight > 0, _real_rows(batch)
-        texts = None
+        texts, sampled = None, None
         if tokenizer is not None:
-            ids = [[t[live].tolist() for t, live in zip(*group)] for group in zip(tokens[real], mask[real])]
-            texts = [tokenizer.completions(group, skip_special) for group in ids]
+            arrays = tokens[real], logprobs[real], mask[real]
+            sampled = [[Sampled(t[live], x[live]) for t, x, live in zip(*group)] for group in zip(*arrays)]
+            texts = [tokenizer.completions([x.ids.tolist() for x in group], skip_special) for group in sampled]
         answers = _agreed_answers(find, texts, rows)
         rewards = {name: np.asarray(values)[real] for name, values in scores.items()}
         part = Evaluated(
@@ -117,6 +126,7 @@ def sample_and_judge(
             texts=texts,
             answers=answers,
             self_rewards=None if self_reward is None else self_reward(rollout)[real],
+            sampled=sampled if journal is None else None,
         )
         if journal is not None and lines_of is not None:
             journal.append(lines_of(part) if hosts.is_first() else ())
@@ -176,13 +186,14 @@ def join(parts: Sequence[Evaluated], values: np.ndarray | None = None) -> Evalua
 
     They are from `data.values.held_out_values`.
     """
-    arrays = [part._replace(rows=[], texts=None, answers=None, values=None) for part in parts]
+    arrays = [part._replace(rows=[], texts=None, answers=None, values=None, sampled=None) for part in parts]
     together: Evaluated = jax.tree.map(lambda *x: np.concatenate(x), *arrays)
     both = lambda lists: None if lists[0] is None else [x for items in lists for x in items]
     return together._replace(
         rows=[row for part in parts for row in part.rows],
         texts=both([part.texts for part in parts]),
         answers=both([part.answers for part in parts]),
+        sampled=both([part.sampled for part in parts]),
         values=None if values is None else values[together.positions],
     )
 

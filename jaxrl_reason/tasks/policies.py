@@ -26,6 +26,30 @@ MODEL = Flag(
     "a model instead of a run: a directory (also of PEFT adapters), a .gguf file or an id of the hub, OWNER/NAME@REVISION",
 )
 FLAGS = (WORKDIR, MODEL, CHECKPOINT)  # of a command that samples from one policy
+SAMPLING = (
+    Flag("temperature", "T", "0 is greedy; config.eval.temperature by default", field="eval.temperature"),
+    Flag(
+        "top_p",
+        "P",
+        "samples among the most probable tokens that together reach P (1: all); config.eval.top_p by default",
+        field="eval.top_p",
+        alias="top-p",
+    ),
+    Flag(
+        "top_k",
+        "N",
+        "samples among the N most probable tokens (0: all); config.eval.top_k by default",
+        field="eval.top_k",
+        alias="top-k",
+    ),
+    Flag(
+        "max_completion_length",
+        "N",
+        "the largest number of tokens per completion; config.max_completion_length by default",
+        field="max_completion_length",
+        alias="max-completion-length",
+    ),
+)
 
 Source = pathlib.Path | str  # the work directory of a run, or the name or path of a model
 
@@ -97,7 +121,7 @@ def open_policy(source: Source, fields: dict[str, str], checkpoint: int | None =
 
     Args:
       source: a path is the work directory of a run; a text is a model.
-      fields: fields of the configuration, as texts. A run has its own values; for those of a model see `config_of_model`.
+      fields: fields of the configuration, as texts. A run has its own values; for a model see `config_of_model`.
       checkpoint: the number of a run's checkpoint; None: the newest.
 
     Raises ConfigError, PretrainedError, ValueError or OSError for a policy that cannot be opened.
@@ -128,6 +152,7 @@ def config_of_model(model: str, fields: dict[str, str]) -> Config:
         raise ConfigError("--config.model.path names a second model next to --model; leave it out.")
     config = Config(group_size=2, max_prompt_length=4096, max_completion_length=1024)
     config.model.path, config.eval.prompts = model, ALL
+    config.data.chat = bool({"data.system", "data.chat_options"} & fields.keys())  # else the tokenizer decides
     return with_fields(config, fields)
 
 
@@ -157,6 +182,10 @@ def _open_model(config: Config, fields: dict[str, str]) -> OpenedPolicy:
     else:
         tokenizer = pretrained.tokenizer_of(config, opened)
     if "data.chat" not in fields:
+        if config.data.chat and tokenizer.chat_template is None:
+            raise ConfigError(
+                "config.data.system and config.data.chat_options belong to a chat template, and this model has none; leave them out."
+            )
         config.data.chat = tokenizer.chat_template is not None
     model = config_lib.model_config(config, tokenizer.vocab_size, opened.source)
     models.check_weights(opened, pretrained.base_shape(model))

@@ -1,6 +1,6 @@
 """The results of an evaluation for people: tables on the screen, pictures, and lines of files."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import itertools
 import json
@@ -77,7 +77,7 @@ def _holds_other(directory: pathlib.Path, record: Mapping[str, Any]) -> bool:
 
 
 def _identity(record: Mapping[str, Any]) -> Any:
-    """Returns what decides the results of an evaluation, from its record."""
+    """Returns the part of a record that decides the results of an evaluation."""
     if "sets" in record:
         return {label: _identity(found) for label, found in record["sets"].items()}
     without = ("steps", "mesh", "checkpoint", "log")  # sections that change no result
@@ -101,9 +101,15 @@ def write_results(
 
 
 def completion_lines(
-    found: evaluation.Evaluated, template: data.PromptTemplate | data.ChatTemplate
+    found: evaluation.Evaluated,
+    template: data.PromptTemplate | data.ChatTemplate,
+    pieces: Callable[[list[int]], list[str]] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yields the lines of completions.jsonl, one per decoded completion; `template` renders the prompts."""
+    """Yields the lines of completions.jsonl and of held_out.jsonl, one per decoded completion.
+
+    `template` renders the prompts. `pieces` returns the text of each token; with it, lines also have the tokens and their
+    log-probabilities, if `found` has them.
+    """
     if found.answers is None or found.texts is None:
         raise ValueError("These completions are not decoded, so they cannot be written.")
     for n, k in np.ndindex(*found.correct.shape):
@@ -123,6 +129,10 @@ def completion_lines(
         }
         if found.self_rewards is not None:
             record["self_reward"] = finite(found.self_rewards[n, k])
+        if pieces and found.sampled is not None:
+            ids, logprobs = found.sampled[n][k]
+            record["tokens"] = pieces(ids.tolist())
+            record["logprobs"] = [finite(round(float(x), 3)) for x in logprobs]
         yield record
 
 
@@ -159,7 +169,9 @@ def metric_tables(metrics: Mapping[str, float], intervals: Intervals, title: str
             ]
             curve.add_row(k, *both)
         elif kind != "maj" and name not in ("accuracy_low", "accuracy_high"):
-            main.add_row(name.replace("_", " "), _cell(name, value), _range(intervals, name))
+            main.add_row(
+                name.replace("_", " "), _cell(name, value), _range(intervals, "accuracy" if kind == "avg" else name)
+            )
     return [main, curve] if curve.row_count else [main]
 
 

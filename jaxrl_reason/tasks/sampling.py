@@ -45,7 +45,8 @@ class Sampler:
     def __call__(self, prompts: Sequence[list[int]], first: int = 0, write: Write | None = None) -> list[list[Sample]]:
         """Returns K completions per prompt, the ids of a text; `first` is the place of the first prompt.
 
-        With `write`, the text of the first completion of one prompt is written: as it is sampled on one device, at the end on several.
+        With `write`, the text of the first completion of one prompt is written: on one device as it is sampled, on several
+        at the end.
         """
         placement, tokenizer, K = self._loaded.programs.decoding, self._opened.tokenizer, self._c.eval.samples
         shards = sharding.num_shards(placement.mesh)
@@ -59,7 +60,7 @@ class Sampler:
             places = start + np.arange(size)
             places = np.where(places < len(prompts), places, start)
             tokens, mask = padded.take(places)
-            more = ((0, 0), (0, -tokens.shape[1] % texts.LENGTHS))
+            more = ((0, 0), (0, padded_length(tokens.shape[1], doubling=write is not None) - tokens.shape[1]))
             inputs = np.pad(tokens, more, constant_values=tokenizer.pad_id), np.pad(mask, more), places + first
             mine = hosts.local_rows(placement, size)
             put = [
@@ -130,6 +131,19 @@ class Sampler:
         return jax.jit(sharding.on_mesh(made.decoding.mesh, sample), out_shardings=made.decoding)
 
 
+def padded_length(tokens: int, doubling: bool) -> int:
+    """Returns the length of a batch of prompts: a multiple of 32, or with `doubling` 32, 64, 128, ...
+
+    A session doubles, so that a growing conversation compiles few programs.
+
+    Example:
+      >>> padded_length(70, doubling=False), padded_length(70, doubling=True)
+      (96, 128)
+    """
+    parts = -(-tokens // texts.LENGTHS)
+    return texts.LENGTHS * (1 << (parts - 1).bit_length() if doubling else parts)
+
+
 class Stream:
     """Writes the text of a completion while its tokens arrive; characters of several tokens only whole."""
 
@@ -145,7 +159,7 @@ class Stream:
             self._written = text
 
     def end(self, text: str) -> None:
-        """Writes what is left of the whole text."""
+        """Writes the rest of the whole text."""
         self._write(text.removeprefix(self._written))
 
 

@@ -113,12 +113,13 @@ def _task(
             lines_of=lambda part: reporting.completion_lines(part, template),
         )
         found = functools.cache(lambda: evaluation.join(parts, values))
+        pieces = functools.partial(tokenizer.pieces, skip_special=c.reward.skip_special_tokens)
         return Judged(
             summary=lambda: evaluation.summary_metrics(found(), c.eval.temperature),
             metrics=lambda: evaluation.all_metrics(found(), c.eval.temperature),
             per_prompt=lambda: evaluation.per_prompt(found()),
             file=FILE,
-            lines=lambda: reporting.completion_lines(found(), template),
+            lines=lambda: reporting.completion_lines(found(), template, pieces),
             draw=lambda metrics, path, title: reporting.plot_completions(found(), metrics, path, title),
         )
 

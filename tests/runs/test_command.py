@@ -233,6 +233,9 @@ def test_ctrl_c_is_one_line(capsys):
     ):
         assert command.run(COMMAND, ["--out=a"], prepare, work) == 130
         assert capsys.readouterr() == ("", "error: Ended by Ctrl-C, without saving.\n")
+    saving = dataclasses.replace(COMMAND, interrupted="The same command continues.")
+    assert command.run(saving, ["--out=a"], lambda arguments: arguments, raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "error: The same command continues.\n"
 
 
 BUSY = """

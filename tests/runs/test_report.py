@@ -302,6 +302,11 @@ def test_the_end_of_a_run_writes_its_report(tmp_path, monkeypatch):
         found.finish()
 
 
+def test_a_run_of_a_comparison_has_the_name_of_its_seed(tmp_path):
+    workdir = tmp_path / "hero" / "seed-3" / "method"
+    assert content_of(report(workdir, write_run(workdir)))["title"] == "seed-3/method"
+
+
 def test_only_the_first_process_writes(tmp_path):
     config = write_run(tmp_path)
     with Report(tmp_path, config, 0.01, enabled=False) as found:

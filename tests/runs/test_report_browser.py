@@ -192,6 +192,19 @@ def test_a_comparison_sorts_its_tables(browser, tmp_path):
     assert links == ["seed-0/method/report.html"] and browser.said() == []
 
 
+def test_a_wide_table_keeps_its_numbers_in_one_line(browser, tmp_path):
+    metrics = [f"eval/{i}_rmse" for i in range(20)]
+    rows = {"a long name of a row": dict.fromkeys(metrics, 0.123) | {"half_width": dict.fromkeys(metrics, 0.01)}}
+    path = tmp_path / "comparison.html"
+    write_comparison(path, {k: v | {"difference": {}} for k, v in rows.items()}, {}, metrics, {}, title="study")
+    browser.open(path, width=600)
+    cells = "[...document.querySelectorAll('td')]"
+    assert browser.run(f"{cells}[1].textContent") == "0.123 ± 0.010"
+    assert browser.run(f"new Set({cells}.map(c => c.offsetHeight)).size") == 1
+    assert browser.run(f"{cells}[1].offsetHeight < 40")  # one line
+    assert browser.run("document.documentElement.scrollWidth <= innerWidth") and browser.said() == []
+
+
 def test_a_report_of_ten_thousand_steps_opens_quickly(browser, tmp_path):
     path = report(tmp_path, write_run(tmp_path, 10_000, ("word " * 400, "x"), Config(steps=10_000)))
     browser.open(path)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from jaxrl_reason.data import get_template
+from jaxrl_reason.data import get_template, train_tokenizer
 from jaxrl_reason.runs.files import json_line
 from jaxrl_reason.tasks import evaluation
 from jaxrl_reason.tasks.reporting import completion_lines
@@ -160,3 +160,18 @@ def test_lines_of_a_file_give_the_same_completions():
     joined = evaluation.join([after, after._replace(positions=np.array([1, 3, 4]))], values=np.arange(6.0))
     assert joined.values.tolist() == [0, 2, 5, 1, 3, 4] and joined.texts == 2 * after.texts
     assert joined.correct.tolist() == 2 * before.correct.tolist() and joined.rewards["own"].shape == (6, 2)
+
+
+def test_lines_have_the_tokens_if_they_are_known():
+    tokenizer = train_tokenizer(["a"], 260)  # one token per byte
+    completion = lambda text, logprobs: evaluation.Sampled(
+        np.array([*tokenizer.encode(text), tokenizer.eos_ids[0]]), np.array(logprobs, np.float32)
+    )
+    groups = [[completion("aé", [-0.12345, -1, -2.5, 0])], [completion("", [-np.inf])]]
+    both = found([[1], [0]], rows=[{"question": "?"}] * 2, texts=[["aé"], [""]], sampled=groups)
+    lines = list(completion_lines(both, get_template("plain"), tokenizer.pieces))
+    assert [line["tokens"] for line in lines] == [["a", "", "é", ""], [""]]
+    assert [line["logprobs"] for line in lines] == [[-0.123, -1.0, -2.5, 0.0], [None]]
+    (twice, *_) = completion_lines(evaluation.join([both, both]), get_template("plain"), tokenizer.pieces)
+    assert twice == lines[0]
+    assert all("tokens" not in line for line in completion_lines(both, get_template("plain")))

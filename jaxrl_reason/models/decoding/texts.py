@@ -92,6 +92,8 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Prompt], chat: bool |
     ids = []
     for i, prompt in enumerate(prompts):
         is_text = isinstance(prompt, str)
+        if not is_text and not isinstance(prompt, Sequence):
+            raise ValueError(f"Prompt {i} is {prompt!r:.60}; a prompt is a text or a list of turns.")
         if chat is False and not is_text:
             raise ValueError(
                 f"Prompt {i} is a conversation, and chat is False; set it to True or None, or give a text."

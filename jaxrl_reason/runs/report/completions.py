@@ -73,7 +73,7 @@ class Samples:
 
 
 def _shown(record: Mapping[str, Any], prompts: dict[str, int]) -> dict[str, Any]:
-    """Returns what the page shows of a completion. Long texts are cut, which "cut" says; `prompts` get their numbers."""
+    """Returns the completion as the page shows it. "cut" is the length of a text that was cut; `prompts` get their numbers."""
     tokens, logprobs, room = [], [], CHARACTERS
     for token, logprob in zip(record.get("tokens", ()), record.get("logprobs", ())):
         if (room := room - len(token)) < 0:

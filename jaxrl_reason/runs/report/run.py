@@ -17,6 +17,7 @@ from jaxrl_reason.runs.report.completions import Samples, Tail
 from jaxrl_reason.runs.report.curves import Curves
 from jaxrl_reason.runs.report.page import write_page
 from jaxrl_reason.runs.results import leaves
+from jaxrl_reason.runs.trackers import names
 from jaxrl_reason.runs.watch import mismatch_limit, Watch
 from jaxrl_reason.runs.workdir import read_recipe
 
@@ -26,7 +27,7 @@ SHARE = 0.01  # of the time of a run that its report may take
 class Report:
     """report.html of a work directory; a context manager, which brings it up to date at its end.
 
-    It reads what has been added to the files of the run since the last time, so a resumed run goes on with its report.
+    It reads the lines that were added to the files since the last time. A resumed run goes on with its report.
     Only an `enabled` report writes.
 
     Args:
@@ -67,7 +68,7 @@ class Report:
     def _content(self) -> dict[str, Any]:
         c = self._config
         return {
-            "title": self._workdir.name,
+            "title": names(self._workdir)[1],
             "subtitle": f"{c.method.get('name')}, step {self._step} of {c.steps}",
             "facts": list(self._facts()),
             "warnings": self._warnings,

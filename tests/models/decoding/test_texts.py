@@ -87,6 +87,7 @@ def test_a_conversation_is_rendered_and_a_text_is_not():
     [
         ("3 + 4", {}, "prompts is one text; give a list of prompts."),
         (["a", ""], {}, "Prompt 1 is empty; a prompt has at least one token."),
+        (["a", 3], {}, "Prompt 1 is 3; a prompt is a text or a list of turns."),
         ([[{"role": "user"}]], {}, "Prompt 0 cannot be rendered: .*turn 0 has to have a role and a content"),
         ([[{"role": "user", "content": "a"}]], {"chat": False}, "Prompt 0 is a conversation, and chat is False"),
         (["a"], {"samples": 0}, "samples is 0; it has to be at least 1."),
