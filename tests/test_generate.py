@@ -59,7 +59,7 @@ def test_a_system_prompt_needs_a_chat_template_and_nothing_else(policy, tmp_path
         [[{"role": role, "content": x} for role, x in turns]], 1, temperature=0.0, max_completion_length=8
     )
     assert [s["text"] for s in json.loads(out.read_text())["samples"]] == expected[0]
-    without = dataclasses.replace(model, tokenizer=dataclasses.replace(model.tokenizer, chat_template=None))
+    without = dataclasses.replace(model, tokenizer=dataclasses.replace(model.tokenizer, chat_template=None), files={})
     models.save_pretrained(tmp_path / "model", without)
     capsys.readouterr()
     assert run(tmp_path / "model", "--prompt=2", "--system=Be brief.") == 2

@@ -3,7 +3,7 @@
 It names no path of this machine: of a local file, it has the name only.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import pathlib
@@ -133,11 +133,11 @@ def _held_out(x: Exported) -> str:
         return _table(read_json(x.workdir / "reward_model" / model_files.DESCRIPTION).get("held_out", {}))
     tables = []
     for file in sorted(x.workdir.glob("evaluation*/evaluation.json")):
-        record = read_json(file)
-        if record.get("checkpoint") == x.checkpoint and isinstance(record.get("metrics"), dict):
-            data, settings = record["data"], (record["samples"], record["temperature"])
-            title = f"{public(data['name'])}, {data['split']}: {settings[0]} samples per prompt, temperature {settings[1]:g}"
-            tables.append(f"{title}\n\n{_table(record['metrics'])}")
+        found = read_json(file)
+        for record in found.get("sets", {"": found}).values():
+            if record.get("checkpoint") == x.checkpoint and isinstance(record.get("metrics"), dict):
+                title = f"{public(record['data']['name'])}, {record['data']['split']}: {_sampling(record)}"
+                tables.append(f"{title}\n\n{_table(record['metrics'], record.get('intervals', {}))}")
     return "\n\n".join(tables) or _in_training(x)
 
 
@@ -151,17 +151,27 @@ def _in_training(x: Exported) -> str:
     found = {name.removeprefix("eval/"): x for name, x in measured[-1].items() if name.startswith("eval/")}
     c = x.config
     title = f"{public(c.data.eval or c.data.train)}, {c.data.eval_split}, after RL step {measured[-1]['step']} of the training"
-    return f"{title}: {c.eval.samples} samples per prompt, temperature {c.eval.temperature:g}\n\n{_table(found)}"
+    return f"{title}: {_sampling(vars(c.eval))}\n\n{_table(found)}"
 
 
-def _table(metrics: Mapping[str, Any]) -> str:
-    """Returns a table of metrics, with the intervals NAME_low to NAME_high of metrics that have one."""
+def _sampling(settings: Mapping[str, Any]) -> str:
+    """Returns the settings of an evaluation as text."""
+    samples, top_k, top_p = settings["samples"], settings.get("top_k", 0), settings.get("top_p", 1.0)
+    parts = [f"{samples} sample{'s' if samples > 1 else ''} per prompt", f"temperature {settings['temperature']:g}"]
+    parts += [f"top-k {top_k}"] if top_k else []
+    return ", ".join([*parts, f"top-p {top_p:g}"] if top_p < 1 else parts)
+
+
+def _table(metrics: Mapping[str, Any], intervals: Mapping[str, Sequence[float]] | None = None) -> str:
+    """Returns a table of metrics, with their `intervals`, or with NAME_low to NAME_high of the metrics."""
     ends = {f"{name}_{end}" for name in metrics for end in ("low", "high")}
     rows = ["| metric | value | 95 % interval |", "|---|---|---|"]
     for name, value in metrics.items():
         if name in ends or not isinstance(value, (int, float)):
             continue
-        interval = [metrics.get(f"{name}_{end}") for end in ("low", "high")]
+        interval: Sequence[Any] = (intervals or {}).get(name) or [
+            metrics.get(f"{name}_{end}") for end in ("low", "high")
+        ]
         shown = "" if None in interval else f"{interval[0]:.4g} to {interval[1]:.4g}"
         rows.append(f"| {name} | {value:.4g} | {shown} |")
     return "\n".join(rows)

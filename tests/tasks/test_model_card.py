@@ -55,6 +55,19 @@ def test_a_card_of_random_weights(workdir):
     assert '"data.train": "rows.jsonl"' in card and '"method.base": "rloo"' in card
 
 
+def test_a_card_has_each_set_of_an_evaluation_with_its_intervals(workdir):
+    sets = {
+        name: record(9, samples=1, data={"name": f"{name}.jsonl", "split": "all"}, intervals={"pass@2": [0.5, 0.875]})
+        for name in ("first", "second")
+    }
+    sets["second"] |= {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
+    write(workdir / "evaluation" / "evaluation.json", {"command": "evaluate", "sets": sets})
+    card = model_card(Exported("mine", workdir, config_of(), 9))
+    assert "first.jsonl, all: 1 sample per prompt, temperature 0.5\n\n| metric |" in card
+    assert "second.jsonl, all: 1 sample per prompt, temperature 0.6, top-k 20, top-p 0.95\n\n| metric |" in card
+    assert card.count("| accuracy | 0.5 | 0.4375 to 0.5625 |\n| pass@2 | 0.75 | 0.5 to 0.875 |") == 2
+
+
 def test_without_an_evaluation_the_card_has_the_last_one_of_the_training(workdir):
     lines = [
         {"step": 0, "eval/accuracy": 0.1},

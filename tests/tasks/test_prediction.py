@@ -28,7 +28,7 @@ def test_rows_become_a_table_like_the_training_table():
 @pytest.mark.parametrize(
     "row, said",
     [
-        ({"a": 1, "city": "Rome"}, "^Row 0 of the prompts has no column 'b'"),
+        ({"a": 1, "city": "Rome"}, "^Row 0 of the prompts has no column 'b'; the run reads the columns a, b, city."),
         ({"a": 1, "b": 2, "city": "Rome", "c": 3}, "^Row 0 of the prompts has a column 'c', which the training table"),
         (
             {"a": None, "b": 2, "city": "Rome"},
@@ -111,7 +111,7 @@ def test_predictions_are_those_of_an_evaluation(run, tmp_path, capsys):
     [
         ([], "This run predicts numbers and has no session"),
         (["--prompt=3 + 4"], "Prompt 0 is '3 + 4'; this run predicts numbers, so give a row as a JSON object."),
-        (['--prompt={"a": 1}'], "Row 0 of the prompts has no column 'b'"),
+        (['--prompt={"a": 1}'], "Row 0 of the prompts has no column 'b'; the run reads the columns a, b."),
     ],
 )
 def test_a_run_that_predicts_numbers_takes_rows_only(run, flags, said, capsys):

@@ -36,11 +36,12 @@ def table_of(rows: Sequence[Row], like: Table, missing: str) -> Table:
     """
     numbers, labels = [], []
     exact: dict[tuple[int, str], str] = {}
+    known = (*like.names, *like.label_names)
     for i, row in enumerate(rows):
-        known = (*like.names, *like.label_names)
         for name in known:
             if name not in row:
-                raise ConfigError(f"Row {i} of the prompts has no column {name!r}.{nearest(name, list(row))}")
+                needs = f"the run reads the columns {', '.join(known)}"
+                raise ConfigError(f"Row {i} of the prompts has no column {name!r}; {needs}.{nearest(name, list(row))}")
         for name in row:
             if name not in (*known, like.target):
                 raise ConfigError(f"Row {i} of the prompts has a column {name!r}, which the training table lacks.")
