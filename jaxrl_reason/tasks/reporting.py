@@ -157,7 +157,8 @@ def prediction_lines(
 
 def metric_tables(metrics: Mapping[str, float], intervals: Intervals, title: str) -> list[Table]:
     """Returns tables for the screen: metrics, and pass@k next to maj@k. Shares are in percent, NaN is a dash."""
-    main = Table("", Column(justify="right"), Column("95 % interval", justify="right"), title=title)
+    columns = [Column("95 % interval", justify="right")] if intervals else []
+    main = Table("", Column(justify="right"), *columns, title=title)
     curve = Table("k", "pass@k", "95 % interval", "maj@k", "95 % interval")
     for name, value in metrics.items():
         kind, _, k = name.partition("@")
@@ -169,9 +170,8 @@ def metric_tables(metrics: Mapping[str, float], intervals: Intervals, title: str
             ]
             curve.add_row(k, *both)
         elif kind != "maj" and name not in ("accuracy_low", "accuracy_high"):
-            main.add_row(
-                name.replace("_", " "), _cell(name, value), _range(intervals, "accuracy" if kind == "avg" else name)
-            )
+            of_what = "accuracy" if kind == "avg" else name
+            main.add_row(name.replace("_", " "), _cell(name, value), *[_range(intervals, of_what) for _ in columns])
     return [main, curve] if curve.row_count else [main]
 
 

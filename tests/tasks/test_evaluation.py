@@ -10,7 +10,7 @@ import pytest
 from jaxrl_reason.data import get_template, train_tokenizer
 from jaxrl_reason.runs.files import json_line
 from jaxrl_reason.tasks import evaluation
-from jaxrl_reason.tasks.reporting import completion_lines
+from jaxrl_reason.tasks.reporting import completion_lines, metric_tables
 
 
 def found(correct, **fields) -> evaluation.Evaluated:
@@ -175,3 +175,18 @@ def test_lines_have_the_tokens_if_they_are_known():
     (twice, *_) = completion_lines(evaluation.join([both, both]), get_template("plain"), tokenizer.pieces)
     assert twice == lines[0]
     assert all("tokens" not in line for line in completion_lines(both, get_template("plain")))
+
+
+def test_tables_have_intervals_if_there_are_any():
+    numbers = {"accuracy": 0.5, "accuracy_low": 0.25, "avg@2": 0.5, "pass@1": 0.5, "maj@1": 0.25, "reward": math.nan}
+    intervals = {"accuracy": (0.25, 0.75), "pass@1": (0.375, 0.625)}
+    main, curve = metric_tables(numbers, intervals, "title")
+    cells = lambda table: [list(column.cells) for column in table.columns]
+    assert cells(main) == [
+        ["accuracy", "avg@2", "reward"],
+        ["50.0 %", "50.0 %", "-"],
+        ["25.0 to 75.0 %", "25.0 to 75.0 %", ""],
+    ]
+    assert cells(curve) == [["1"], ["50.0 %"], ["37.5 to 62.5 %"], ["25.0 %"], [""]]
+    (numbers_only,) = metric_tables({"rmse": 0.5}, {}, "title")
+    assert cells(numbers_only) == [["rmse"], ["0.500"]]
