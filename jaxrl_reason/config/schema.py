@@ -261,7 +261,7 @@ class Checkpoint:
 class Eval:
     every: int = _field(50, "steps between evaluations; the first and last step are always evaluated; 0: none", low=0)
     prompts: int = _field(128, "held-out prompts", low=1)
-    samples: int = _field(4, "completions per prompt", low=1)
+    samples: int = _field(4, "completions per prompt", low=1, high=2**20)
     temperature: float = _field(1.0, "temperature of evaluation; 0: greedy", low=0)
     top_k: int = _field(
         0, "evaluation samples among the k most probable tokens; 0: all; training never truncates", low=0

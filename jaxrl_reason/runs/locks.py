@@ -14,13 +14,13 @@ from typing import IO
 from jaxrl_reason.runs.files import writing
 
 
-def take(path: pathlib.Path) -> IO[bytes] | None:
+def take(path: pathlib.Path, *, needed: bool = True) -> IO[bytes] | None:
     """Takes the lock of a file, which is made if needed. Returns None if another process holds the lock.
 
     Closing the returned file frees the lock. Raises OSError for a file that cannot be written, and on a file system
-    without locks.
+    without locks; there the file is returned without a lock, if the lock is not `needed`.
     """
-    return _locked(path, fcntl.LOCK_NB)
+    return _locked(path, fcntl.LOCK_NB, needed)
 
 
 @contextlib.contextmanager
@@ -32,13 +32,15 @@ def held(path: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def _locked(path: pathlib.Path, flags: int) -> IO[bytes] | None:
+def _locked(path: pathlib.Path, flags: int, needed: bool = True) -> IO[bytes] | None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "ab")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | flags)
     except OSError as e:
+        if not needed and e.errno not in (errno.EACCES, errno.EAGAIN):
+            return file
         file.close()
         if flags and e.errno in (errno.EACCES, errno.EAGAIN):
             return None

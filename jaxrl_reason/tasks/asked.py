@@ -27,7 +27,10 @@ def read_sets(text: str) -> Sets:
         if found is None:
             raise ValueError("sets such as aime24@32,math500@4,mine.jsonl@8")
         name, samples = found[1], int(found[2]) if found[2] else None
-        label = name if name in NAMED_SETS else re.sub(r"[^\w.-]+", "_", pathlib.PurePath(name).name.partition(".")[0])
+        stem = pathlib.PurePath(name).name.lstrip(".").partition(".")[0]
+        label = name if name in NAMED_SETS else re.sub(r"[^\w-]+", "_", stem)
+        if not label:
+            raise ValueError(f"sets with names, and {item.strip()!r} has none")
         if label in sets:
             raise ValueError(f"sets with different names, and two are called {label!r}")
         sets[label] = (name, samples)

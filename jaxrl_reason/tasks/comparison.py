@@ -42,6 +42,7 @@ def read_record(directory: pathlib.Path, ours: Record) -> Record:
                 raise ConfigError(
                     f"{place} is not finished, or predicts numbers; finish an evaluation with verdicts first."
                 )
+            _numbers(_folder(directory, label))
             for name, key in (("data", "fingerprint"), ("verdict", "")):
                 a, b = ((x[name][key] if key else x[name]) for x in (mine, other))
                 if a != b:
@@ -63,7 +64,7 @@ def compare(ours: pathlib.Path, theirs: pathlib.Path, record: Record) -> dict[st
     """
     out: dict[str, dict[str, Any]] = {}
     for label in _by_set(record):
-        mine, other = (_numbers(_folder(directory, label) / FILE) for directory in (ours, theirs))
+        mine, other = (_numbers(_folder(directory, label)) for directory in (ours, theirs))
         common = sorted(mine.keys() & other.keys())
         if not common:
             raise ConfigError(f"{ours} and {theirs} have no prompt of {label or 'the data'} in common.")
@@ -113,9 +114,17 @@ def _folder(directory: pathlib.Path, label: str) -> pathlib.Path:
     return directory / label if label else directory
 
 
-def _numbers(file: pathlib.Path) -> dict[int, dict[str, float]]:
-    """Returns row -> metrics of the prompt, from completions.jsonl."""
+def _numbers(folder: pathlib.Path) -> dict[int, dict[str, float]]:
+    """Returns row -> metrics of the prompt, from completions.jsonl. Raises ConfigError if completions are missing."""
+    file, record = folder / FILE, json.loads((folder / "evaluation.json").read_bytes())
     lines = whole_lines(file)
-    found = evaluation.parsed(lines, len({line["row"] for line in lines}))
+    rows = list(dict.fromkeys(line["row"] for line in lines))
+    expected = [(row, k) for row in rows for k in range(record["samples"])]
+    if len(rows) != record["prompts"] or [(line["row"], line["sample"]) for line in lines] != expected:
+        raise ConfigError(
+            f"{file} has not {record['samples']} completions of each of {record['prompts']} prompts, as "
+            "evaluation.json says; evaluate again."
+        )
+    found = evaluation.parsed(lines, len(rows))
     numbers = evaluation.per_prompt(found)
     return {int(row): {name: float(x[i]) for name, x in numbers.items()} for i, row in enumerate(found.positions)}

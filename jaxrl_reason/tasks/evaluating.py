@@ -76,7 +76,7 @@ def begin(
     Raises ConfigError or PretrainedError for weights that cannot be read, and for a directory with another evaluation.
     """
     loaded = policy.load()
-    records = {label: _record(policy, evaluation, loaded.checkpoint) for label, evaluation in sets.items()}
+    records = {label: _record(policy, evaluation, loaded) for label, evaluation in sets.items()}
     record = {"command": command_line, **(records[""] if "" in records else {"sets": records})}
     choose = lambda: reporting.results_directory(chosen, folder, record, name) if hosts.is_first() else folder
     return Evaluations(policy, loaded, sets, hosts.agree(choose, config_lib.ConfigError, OSError), record)
@@ -163,14 +163,18 @@ def _run(
     return record, prompts.get("accuracy", np.zeros(0))
 
 
-def _record(policy: OpenedPolicy, evaluation: Evaluation, checkpoint: int | None) -> Record:
+def _record(policy: OpenedPolicy, evaluation: Evaluation, loaded: LoadedPolicy) -> Record:
     """Returns the content of evaluation.json that is known before the evaluation."""
-    c, task = evaluation.config, evaluation.task
+    c, task, checkpoint = evaluation.config, evaluation.task, loaded.checkpoint
     name, fingerprint = task.source
     step = (checkpoint or 0) - c.supervised.steps
     phase = f"RL step {step}" if step >= 0 else f"supervised step {checkpoint}"
     return {
-        **({"workdir": str(policy.workdir)} if policy.workdir else {"model": c.model.path, "changed": policy.changed}),
+        **(
+            {"workdir": str(policy.workdir), "weights": loaded.digest}
+            if policy.workdir
+            else {"model": c.model.path, "changed": policy.changed}
+        ),
         "checkpoint": checkpoint,
         "phase": phase if policy.workdir else "pretrained",
         "data": {"name": name, "split": c.data.eval_split, "fingerprint": fingerprint},

@@ -11,7 +11,7 @@ from jaxrl_reason import data, models, runs
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.methods import Method
 from jaxrl_reason.rl import hosts, programs
-from jaxrl_reason.runs import compilation_cache
+from jaxrl_reason.runs import compilation_cache, digests
 from jaxrl_reason.runs.command import CHECKPOINT, Flag, path
 from jaxrl_reason.runs.workdir import model_source, tokenizer_of, with_fields
 from jaxrl_reason.tasks import pretrained
@@ -61,6 +61,7 @@ class LoadedPolicy(NamedTuple):
     weights: models.Params  # as rollouts read them
     reference: ProbeReference  # of LaSeR's self-rewards; None without them
     checkpoint: int | None  # the number of the checkpoint; None for a model
+    digest: str | None  # of the weights of a run; None for a model
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,12 +100,13 @@ class OpenedPolicy:
         if self.workdir is None:
             assert self.opened is not None
             params = pretrained.load_weights(c, self.opened, self.opened.source, self.model, mesh)
-            return LoadedPolicy(made, made.rollout_weights(params), None, None)
+            return LoadedPolicy(made, made.rollout_weights(params), None, None, None)
         shapes, shardings = models.abstract_params(self.model), models.param_shardings(self.model, mesh)
         like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
         number, params = runs.load_weights(self.workdir, self.checkpoint, like, self.model)
         reference = read_reference(self.method, made, self.workdir, params, self.model)
-        return LoadedPolicy(made, made.rollout_weights(params), reference, number)
+        digest = digests.of_all(params)
+        return LoadedPolicy(made, made.rollout_weights(params), reference, number, digest)
 
 
 def chosen_source(workdir: pathlib.Path | None, model: str | None) -> Source:
@@ -131,7 +133,7 @@ def open_policy(source: Source, fields: dict[str, str], checkpoint: int | None =
         raise ConfigError("--checkpoint chooses a checkpoint of a run, and a model has none; leave it out.")
     config = config_of_model(str(source), fields) if workdir is None else runs.load_config(workdir, fields)
     if not jax.distributed.is_initialized():  # by an earlier policy
-        hosts.initialize(config.mesh.host_timeout, config.mesh.initialization_timeout)
+        hosts.initialize(config.mesh.host_timeout, config.mesh.initialization_timeout, saves=False)
     compilation_cache.enable(config.compilation_cache)
     opening = lambda: _open_run(workdir, config, checkpoint) if workdir else _open_model(config, fields)
     return hosts.agree(opening, ConfigError, ValueError, OSError)

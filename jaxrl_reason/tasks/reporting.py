@@ -66,8 +66,10 @@ def holds(directory: pathlib.Path, record: Mapping[str, Any]) -> bool:
 
 
 def _holds_other(directory: pathlib.Path, record: Mapping[str, Any]) -> bool:
-    """Returns whether a directory holds results of another evaluation, or is a file."""
+    """Returns whether a directory, or the folder of a set in it, holds results of another evaluation, or is a file."""
     file = directory / "evaluation.json"
+    if any(_holds_other(directory / label, found) for label, found in record.get("sets", {}).items()):
+        return True
     if not file.exists():
         return directory.exists() and not directory.is_dir()
     try:
@@ -82,7 +84,7 @@ def _identity(record: Mapping[str, Any]) -> Any:
         return {label: _identity(found) for label, found in record["sets"].items()}
     without = ("steps", "mesh", "checkpoint", "log")  # sections that change no result
     config = {name: value for name, value in record["config"].items() if name not in without}
-    return [record["checkpoint"], record.get("changed"), record["data"], config]
+    return [record["checkpoint"], record.get("weights"), record.get("changed"), record["data"], config]
 
 
 def write_results(

@@ -95,6 +95,20 @@ def test_the_first_completion_with_the_majority_answer_is_judged():
     assert metrics["maj@2"] == 0.5
 
 
+def test_votes_by_hand():
+    """A prompt without answers is not won; self-rewards weigh votes, clipped to [0, 1]; a truncated completion has none."""
+    nan = np.nan
+    x = found(
+        [[1, 0, 0], [1, 0, 0], [1, 0, 0], [1, 1, 1]],
+        answers=[["x", "y", "y"], ["x", "y", "y"], ["x", "y", "y"], [None, None, None]],
+        self_rewards=np.array([[0.9, 0.2, 0.3], [5.0, 0.6, 0.6], [0.1, nan, nan], [1, 1, 1]], np.float32),
+    )
+    numbers = evaluation.per_prompt(x)
+    assert numbers["maj@3"].tolist() == [0, 0, 0, 0] and numbers["maj@1"].tolist() == [1, 1, 1, 0]
+    assert numbers["weighted_vote"].tolist() == [1, 0, 1, 0]
+    assert numbers["best_of_3_accuracy"].tolist() == [1, 1, 1, 1]
+
+
 def test_human_values():
     """The values are .1 .. .5 in another order; H-Acc is (.2 + 1 * .5 + .5 * .1) / 1.5, with half the weight per sample."""
     values = np.array([0.2, 0.5, 0.4, 0.1, 0.3])

@@ -1,6 +1,8 @@
 """completions.jsonl of an evaluation in progress: whole batches are kept, and the rest is judged again."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -56,15 +58,16 @@ def test_every_batch_is_in_the_file_when_it_is_judged(tmp_path):
 
 
 def test_lines_of_another_evaluation_are_replaced_by_the_first_batch(tmp_path):
-    write(tmp_path, json.dumps(LINES[0]) + "\n")
+    write(tmp_path, "".join(json.dumps(line) + "\n" for line in LINES))
     journal = open_journal(tmp_path, resume=False)
     assert journal.done == 0
     journal.append(LINES[:4])
     assert read(tmp_path) == LINES[:4]
 
 
-def test_other_prompts_are_judged_again(tmp_path):
-    write(tmp_path, "".join(json.dumps(line) + "\n" for line in [*LINES[:4], *LINES[6:]]))
+@pytest.mark.parametrize("after", [6, 8])
+def test_other_prompts_are_judged_again(after, tmp_path):
+    write(tmp_path, "".join(json.dumps(line) + "\n" for line in [*LINES[:4], *LINES[after:]]))
     assert open_journal(tmp_path).done == 1
 
 
@@ -73,3 +76,47 @@ def test_damage_before_the_last_line_is_a_sentence(text, tmp_path):
     write(tmp_path, json.dumps(LINES[0]) + "\n" + text + "\n" + json.dumps(LINES[1]) + "\n")
     with pytest.raises(ConfigError, match=r"Line 2 of .*completions.jsonl is damaged"):
         open_journal(tmp_path)
+
+
+def test_wherever_a_kill_cuts_the_file_the_rest_is_written_once(tmp_path):
+    write(tmp_path, "".join(json.dumps(line) + "\n" for line in LINES[:10]))
+    whole = (tmp_path / "completions.jsonl").read_bytes()
+    for end in range(len(whole) + 1):
+        (tmp_path / "completions.jsonl").write_bytes(whole[:end])
+        journal = open_journal(tmp_path)
+        for part in (LINES[:4], LINES[4:8], LINES[8:])[journal.done :]:
+            journal.append(part)
+        journal.close()
+        assert (tmp_path / "completions.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_lines_that_do_not_count_are_gone_before_the_evaluation_says_that_the_file_is_its_own(resume, tmp_path):
+    write(tmp_path, json.dumps(LINES[3]) + "\n")
+    seen = []
+    journal = Journal(tmp_path, resume, HELD_OUT, 2, lambda: seen.append((tmp_path / "completions.jsonl").read_bytes()))
+    journal.append(LINES[:4])
+    assert seen == [b""] and read(tmp_path) == LINES[:4]
+
+
+def test_what_another_process_has_written_meanwhile_is_not_repeated(tmp_path):
+    first, second = open_journal(tmp_path), open_journal(tmp_path)
+    first.append(LINES[:4])
+    with pytest.raises(ConfigError, match=r"Another process writes .*completions.jsonl: wait for its end, or name"):
+        second.append(LINES[:4])
+    first.append(LINES[4:8])
+    assert read(tmp_path) == LINES[:8]
+
+
+def test_a_file_that_another_process_holds_is_refused(tmp_path):
+    hold = (
+        "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    )
+    journal, pipes = open_journal(tmp_path), dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "completions.jsonl")], **pipes) as process:
+        process.stdout.readline()
+        with pytest.raises(ConfigError, match="Another process writes"):
+            journal.append(LINES[:4])
+        process.kill()
+    journal.append(LINES[:4])
+    assert read(tmp_path) == LINES[:4]
