@@ -126,7 +126,7 @@ def prepare(arguments: command.Arguments) -> Export:
     _check_flags(arguments)
     command.load_recipe(arguments)
     config = runs.load_config(arguments.workdir, {})
-    hosts.initialize(config.mesh.host_timeout, config.mesh.initialization_timeout)
+    hosts.initialize(config.mesh.host_timeout, config.mesh.initialization_timeout, saves=False)
 
     def open_upload() -> hub.Upload | None:
         if not hosts.is_first():

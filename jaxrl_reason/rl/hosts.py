@@ -25,7 +25,7 @@ import numpy as np
 T = TypeVar("T")
 
 
-def initialize(timeout: int, patience: int) -> None:
+def initialize(timeout: int, patience: int, *, saves: bool = True) -> None:
     """Connects this process with the others, if there are any. Call it before anything else of jax.
 
     On Cloud TPUs jax finds the other processes. Elsewhere three environment variables name them: JAX_COORDINATOR_ADDRESS (host:port of process 0),
@@ -34,6 +34,7 @@ def initialize(timeout: int, patience: int) -> None:
     Args:
       timeout: seconds without a heartbeat after which a process counts as dead, and the others end.
       patience: seconds to wait for the others to connect.
+      saves: whether the command uses `preemption`. Otherwise SIGTERM ends one of several processes, as it ends a single one.
 
     Raises:
       ValueError: some of the variables are missing or not numbers, or the other processes cannot be found.
@@ -52,6 +53,7 @@ def initialize(timeout: int, patience: int) -> None:
     )
     if not (any(given) or _on_a_tpu_vm()):
         return
+    jax.config.update("jax_enable_preemption_service", saves)  # catches SIGTERM
     try:
         with _patient(patience, listed):
             if all(given):
@@ -146,7 +148,7 @@ def why_it_stopped(error: Exception) -> str:
     return (
         f"Process {jax.process_index()} of {jax.process_count()} cannot go on: a computation that all processes share has failed, most "
         f"likely because another process has ended ({textwrap.shorten(str(error), 200, placeholder=' ...')}). Start the same command on "
-        "every host again: the run continues from its newest checkpoint."
+        "every host again: it goes on from what is saved."
     )
 
 

@@ -232,6 +232,28 @@ def test_two_processes_evaluate_as_one_does_and_continue(folder, alone, shared_p
     assert again == one and record["sets"] == found["sets"] and file.read_bytes() == content
 
 
+def test_sigterm_ends_an_evaluation_and_the_other_process_at_once(folder, alone, shared_programs, tmp_path):
+    """jax catches SIGTERM for commands that save and then end; an evaluation has saved everything."""
+    env = {k.upper(): str(v) for k, v in shared_programs.items()} | {"SEEN": str(tmp_path / "seen")}
+    data = write_rows(tmp_path / "long.jsonl", ROWS * 100)
+    command = ["-m", "jaxrl_reason.evaluate", f"--workdir={folder / 'alone'}", f"--out={tmp_path / 'out'}"]
+    command += [f"--data={data}", "--prompts=2000", "--config.mesh.fsdp=-1", "--config.mesh.host_timeout=20"]
+    started, file = launch(command, 2, 1, env), tmp_path / "out" / "completions.jsonl"
+    try:
+        deadline = time.monotonic() + 120
+        while not (file.exists() and file.stat().st_size):
+            assert time.monotonic() < deadline and started[1].poll() is None
+            time.sleep(0.05)
+        started[1].terminate()
+        ended = finish(started, 40)
+    finally:
+        for process in started:
+            process.kill()
+    assert ended[1][0] == -signal.SIGTERM and ended[0][0] == 1
+    assert "error: Process 0 of 2 cannot go on" in ended[0][2]
+    assert json.loads(file.read_bytes().splitlines()[0])["row"] == 0
+
+
 @pytest.mark.slow
 def test_a_checkpoint_of_two_processes_goes_on_with_another_mesh_in_one(folder, alone, shared_programs):
     config, path = recipe(folder, "moved", mesh__fsdp=2, steps=2)
