@@ -12,6 +12,7 @@ each row it prints the mean of the samples, config.eval.samples by default, thei
 from collections.abc import Iterator
 import contextlib
 import csv
+import io
 import json
 import pathlib
 import sys
@@ -25,7 +26,7 @@ from jaxrl_reason.config import ConfigError
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs import command
 from jaxrl_reason.runs.command import Flag
-from jaxrl_reason.runs.files import write_text
+from jaxrl_reason.runs.files import finite, write_text
 from jaxrl_reason.tasks import policies
 from jaxrl_reason.tasks.policies import chosen_source, open_policy, OpenedPolicy
 from jaxrl_reason.tasks.regression.opening import open_rows
@@ -70,6 +71,8 @@ def prepare(arguments: command.Arguments) -> Generation | Regression:
     opened = open_policy(source, fields | arguments.fields, arguments.checkpoint)
     if not prompts and arguments.out:
         raise ConfigError("--out writes the completions of --prompt or --prompts; give one of them.")
+    if arguments.out:
+        hosts.agree(lambda: _check_out(arguments.out, arguments.prompts) if hosts.is_first() else None, ConfigError)
     if opened.numbers is not None:
         return _regression(opened, prompts, arguments.out)
     if not prompts and jax.process_count() > 1:
@@ -77,6 +80,14 @@ def prepare(arguments: command.Arguments) -> Generation | Regression:
     template = config_lib.prompt_template(opened.config, opened.tokenizer)
     ids = [encode(opened, template, question(prompt)) for prompt in prompts]
     return Generation(opened, template, prompts, ids, Sampler(opened, opened.load()), arguments.out)
+
+
+def _check_out(out: pathlib.Path, prompts: pathlib.Path | None) -> None:
+    """Raises ConfigError if the completions could not be written to `out`, or would replace the prompts."""
+    if out == prompts:
+        raise ConfigError(f"--out={out} is the file of the prompts; name another one.")
+    if out.is_dir() or not out.parent.is_dir():
+        raise ConfigError(f"--out={out} is {'a directory' if out.is_dir() else 'in no directory'}; name a file.")
 
 
 def _regression(opened: OpenedPolicy, prompts: list[Any], out: pathlib.Path | None) -> Regression:
@@ -104,6 +115,8 @@ def encode(opened: OpenedPolicy, template: Any, question: Any) -> list[int]:
     if not question:
         raise ValueError("A prompt is empty; give a text.")
     c, text = opened.config, template.render_prompt({"question": question})
+    if any("\ud800" <= x <= "\udfff" for x in text):
+        raise ValueError(f"The prompt {question!r:.60} has half of a surrogate pair or bytes that are not UTF-8.")
     ids = opened.tokenizer.encode(text, add_bos=config_lib.begins_with_bos(c, opened.tokenizer))
     if not 0 < len(ids) <= c.max_prompt_length:
         limit = f"1 to {c.max_prompt_length} fit; raise --config.max_prompt_length"
@@ -115,17 +128,32 @@ def read_prompts(path: pathlib.Path) -> list[Any]:
     """Reads prompts: the lines of a .txt file, the texts or objects of a .jsonl file, or the rows of a .csv file."""
     if path.suffix not in (".txt", ".jsonl", ".csv"):
         raise ConfigError(f"--prompts={path}: a file of prompts ends in .txt (one per line), .jsonl or .csv.")
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"--prompts={path} is not text in UTF-8 ({e.reason} at byte {e.start}).") from e
     if path.suffix == ".csv":
-        found: list[Any] = list(csv.DictReader(text.splitlines(keepends=True), strict=True))
-        for number, row in enumerate(found, 1):
-            if None in row or None in row.values():
-                raise ConfigError(f"{path}, row {number}, has another number of cells than the header.")
+        found: list[Any] = _rows(path, text)
     else:
-        lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+        # Not splitlines, which also breaks lines at characters that a prompt may hold.
+        lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
         found = [line if path.suffix == ".txt" else _parsed(path, i, line) for i, line in lines]
     if not found:
         raise ConfigError(f"--prompts={path} holds no prompts.")
+    return found
+
+
+def _rows(path: pathlib.Path, text: str) -> list[dict[str, Any]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        names, found = reader.fieldnames or [], list(reader)
+    except csv.Error as e:
+        raise ConfigError(f"{path} is not CSV after line {reader.line_num}: {e}.") from e
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{path} has two columns of one name: {', '.join(names)}.")
+    for number, row in enumerate(found, 1):
+        if None in row or None in row.values():
+            raise ConfigError(f"{path}, row {number}, has another number of cells than the header.")
     return found
 
 
@@ -155,11 +183,11 @@ def generate(generation: Generation | Regression) -> None:
     if not hosts.is_first():
         return None
     prompts = [question(prompt) for prompt in prompts]
+    _write(out, [{"prompt": p, "samples": [s._asdict() for s in samples]} for p, samples in zip(prompts, found)])
     for prompt, samples in zip(prompts, found):
         print(f"> {visible(prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False))}")
         for i, sample in enumerate(samples, 1):
             print(f"[{i}] {describe(sample)}\n{visible(sample.text)}\n")
-    _write(out, [{"prompt": p, "samples": [s._asdict() for s in samples]} for p, samples in zip(prompts, found)])
     return None
 
 
@@ -170,10 +198,12 @@ def regress(regression: Regression) -> None:
     found = predict_rows(loaded.programs, loaded.weights, batches, opened.tokenizer)
     if not hosts.is_first():
         return
+    numbers = lambda x: {"mean": finite(x.mean), "median": finite(x.median), "spread": finite(x.spread)}
+    samples = lambda x: {"samples": [finite(number) for number in x.samples]}
+    _write(out, [{"row": row, **numbers(x), **samples(x)} for row, x in zip(rows, found, strict=True)])
     for row, x in zip(rows, found, strict=True):
         count = f"{len(x.samples)} samples, median {x.median:.5g}, standard deviation {x.spread:.3g}"
         print(f"> {visible(json.dumps(row, ensure_ascii=False))}\n{x.mean:.5g} ({count})\n")
-    _write(out, [{"row": row, **x._asdict()} for row, x in zip(rows, found, strict=True)])
 
 
 def _write(out: pathlib.Path | None, lines: list[dict[str, Any]]) -> None:

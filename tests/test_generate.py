@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ import pytest
 
 from helpers import reference_decoder as reference
 from jaxrl_reason import data, generate, models
+from jaxrl_reason.config import ConfigError
 from jaxrl_reason.tasks import policies, sampling
+from jaxrl_reason.tasks.regression.prediction import Prediction
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -143,6 +146,10 @@ def test_control_characters_are_shown(text, shown):
         (["--prompt=a", "--samples=0"], "config.eval.samples"),
         (["--prompt="], "A prompt is empty; give a text."),
         (["--prompts=/nowhere/x.txt"], "/nowhere/x.txt"),
+        (["--prompt=a\udcff"], "half of a surrogate pair or bytes that are not UTF-8"),
+        (["--prompt=a", "--samples=3000000000"], "config.eval.samples is 3000000000; it must be at most 1048576"),
+        (["--prompt=a", "--out=/nowhere/x.jsonl"], "--out=/nowhere/x.jsonl is in no directory; name a file."),
+        (["--prompt=a", "--out=/"], "--out=/ is a directory; name a file."),
         (["--out=x.jsonl"], "--out writes the completions of --prompt or --prompts; give one of them."),
         (["--prompt=" + 20 * "long ", "--config.max_prompt_length=8"], "raise --config.max_prompt_length"),
     ],
@@ -152,6 +159,69 @@ def test_bad_flags_are_refused_in_a_sentence(policy, flags, said, capsys):
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and said in captured.err and captured.err.count("\n") == 1
     assert not captured.out
+
+
+@pytest.mark.parametrize(
+    "name, content, found",
+    [
+        ("p.txt", "\ufeffa\r\n\r\n  \r\nb\u2028c\x0b\x85\n", ["a", "b\u2028c\x0b\x85"]),
+        ("p.jsonl", '"a\u2028b\x85"\n\n{"prompt": "\u2029"}\n', ["a\u2028b\x85", {"prompt": "\u2029"}]),
+        ("p.csv", '\ufeffa,b\r\n"1\n2\u2028",3\x85\r\n\r\n', [{"a": "1\n2\u2028", "b": "3\x85"}]),
+    ],
+)
+def test_lines_end_at_line_feeds_only(name, content, found, tmp_path):
+    (tmp_path / name).write_bytes(content.encode())
+    assert generate.read_prompts(tmp_path / name) == found
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("p.txt", b"caf\xe9\n", "is not text in UTF-8 .*at byte 3"),
+        ("p.csv", b'a\n"x"y\n', "p.csv is not CSV after line 1"),
+        ("p.csv", b"a,b,a\n1,2,3\n", "p.csv has two columns of one name: a, b, a"),
+        ("p.csv", b"a\n", "holds no prompts"),
+        ("p.jsonl", b'"a"\n{"b"}\n', "p.jsonl, line 2, is not JSON"),
+    ],
+)
+def test_damaged_files_of_prompts_are_sentences(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=said):
+        generate.read_prompts(tmp_path / name)
+
+
+def test_the_file_of_the_prompts_is_not_overwritten(policy, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a\n")
+    assert run(policy, f"--prompts={tmp_path / 'p.txt'}", f"--out={tmp_path / 'p.txt'}") == 2
+    assert "is the file of the prompts; name another one." in capsys.readouterr().err
+    assert (tmp_path / "p.txt").read_text() == "a\n"
+
+
+def test_characters_that_a_terminal_does_not_know_are_escapes_and_the_file_has_them(policy, tmp_path, monkeypatch):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", shown)
+    assert run(policy, "--prompt=\u65e5", f"--out={tmp_path / 'out.jsonl'}") == 0
+    shown.flush()
+    assert shown.buffer.getvalue().startswith(b"> \\u65e5\n[1] ")
+    assert json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))["prompt"] == "\u65e5"
+
+
+def test_a_prediction_that_is_not_finite_is_null_in_the_file(tmp_path, monkeypatch, capsys):
+    inf, loaded = float("inf"), types.SimpleNamespace(programs=None, weights=None)
+    monkeypatch.setattr(generate, "predict_rows", lambda *_: [Prediction(inf, 1.0, float("nan"), [inf, 1.0])])
+    opened = types.SimpleNamespace(load=lambda: loaded, tokenizer=None)
+    generate.regress(generate.Regression(opened, [{"a": 2}], [], tmp_path / "out.jsonl"))
+    line = '{"row": {"a": 2}, "mean": null, "median": 1.0, "spread": null, "samples": [null, 1.0]}\n'
+    assert (tmp_path / "out.jsonl").read_text() == line
+    assert capsys.readouterr().out == '> {"a": 2}\ninf (2 samples, median 1, standard deviation nan)\n\n'
+
+
+def test_bytes_that_are_no_text_do_not_end_a_session(policy, capsys, monkeypatch):
+    lines = io.TextIOWrapper(io.BytesIO(b"a\xff\nb\n"), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr("sys.stdin", lines)
+    assert run(policy) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("error: The prompt ") and shown.count("log-probability") == 1
 
 
 def test_a_csv_file_with_torn_rows_is_refused(policy, tmp_path, capsys):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import inspect
+import io
 import logging
 import pathlib
 import shlex
@@ -249,6 +250,8 @@ def run(
     `prepare` checks everything; the exit code of its errors is 2. `work` takes the result of `prepare`; the exit code
     of its errors is 1. Without `argv`, this process ends next, so that a later Ctrl-C ends it at once.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know all characters of a completion
     try:
         return _run(command, sys.argv[1:] if argv is None else argv, prepare, work)
     finally:
