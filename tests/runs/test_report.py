@@ -19,7 +19,7 @@ from jaxrl_reason.runs.files import MetricsError
 from jaxrl_reason.runs.metrics_file import MetricsWriter
 from jaxrl_reason.runs.report import Report, write_comparison
 from jaxrl_reason.runs.report import run as report_run
-from jaxrl_reason.runs.report.completions import CHARACTERS, COMPLETIONS
+from jaxrl_reason.runs.report.completions import CHARACTERS, COMPLETIONS, Samples
 from jaxrl_reason.runs.report.curves import POINTS, thinned
 from jaxrl_reason.runs.report.page import to_script
 from jaxrl_reason.runs.statistics import Estimate
@@ -114,6 +114,25 @@ def test_completions_are_those_of_the_run(tmp_path):
     assert [(c["step"], c["text"], c["correct"]) for c in held_out["completions"]] == [
         (step, text, right) for step in (10, 20) for text, right in (("4 + 3 = 7", True), ("It is 8.", False))
     ]
+
+
+def test_long_prompts_that_begin_alike_stay_apart_and_tokens_without_text_take_room(tmp_path):
+    lines = [
+        {
+            "step": 1,
+            "prompt": "a" * CHARACTERS + end,
+            "completion": "x",
+            "tokens": tokens,
+            "logprobs": [-1] * len(tokens),
+        }
+        for end, tokens in (("b", ["x", ""]), ("c", ["x"] + [""] * 2 * CHARACTERS), ("b", ["x"]))
+    ]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = Samples(tmp_path / "samples.jsonl").chosen()
+    assert [c["prompt"] for c in found["completions"]] == [0, 1, 0]
+    assert found["prompts"] == ["a" * CHARACTERS] * 2
+    assert [len(c["tokens"]) for c in found["completions"]] == [2, CHARACTERS, 1]
+    assert [c.get("cut") for c in found["completions"]] == [None, 1, None]  # else its last token would look like an end
 
 
 def test_warnings_of_the_watch(tmp_path):

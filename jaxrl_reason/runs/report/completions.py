@@ -58,9 +58,10 @@ class Samples:
         for record, position, size in self._tail.lines():
             if "completion" in record:
                 self._of_step.setdefault(record["step"], []).append((position, size))
-        prompts: dict[str, int] = {}
+        prompts: dict[str, int] = {}  # a whole prompt -> its number
         found = [_shown(record, prompts) for record in self._read()] if self._of_step else []
-        return {"of": sum(map(len, self._of_step.values())), "prompts": list(prompts), "completions": found}
+        shown = [prompt[:CHARACTERS] for prompt in prompts]
+        return {"of": sum(map(len, self._of_step.values())), "prompts": shown, "completions": found}
 
     def _read(self) -> Iterator[dict[str, Any]]:
         steps = list(self._of_step)
@@ -76,14 +77,15 @@ def _shown(record: Mapping[str, Any], prompts: dict[str, int]) -> dict[str, Any]
     """Returns the completion as the page shows it. "cut" is the length of a text that was cut; `prompts` get their numbers."""
     tokens, logprobs, room = [], [], CHARACTERS
     for token, logprob in zip(record.get("tokens", ()), record.get("logprobs", ())):
-        if (room := room - len(token)) < 0:
+        if (room := room - max(len(token), 1)) < 0:  # also a token without text takes a place
             break
         tokens.append(token)
         logprobs.append(logprob)
     text = record["completion"]
-    names = ("step", "total", "rewards", "advantage", "length", "truncated", "answer")
+    names = ("step", "total", "rewards", "advantage", "length", "truncated")
     known = {name: record[name] for name in names if record.get(name) is not None}
-    known["prompt"] = prompts.setdefault(record["prompt"][:CHARACTERS], len(prompts))
+    known["prompt"] = prompts.setdefault(record["prompt"], len(prompts))
     known["correct"] = record.get("correct", record.get("right"))
     known |= {"tokens": tokens, "logprobs": logprobs} if "tokens" in record else {"text": text[:CHARACTERS]}
-    return known | ({"cut": len(text)} if len(text) > CHARACTERS else {})
+    is_cut = len(text) > CHARACTERS or len(tokens) < len(record.get("tokens", ()))
+    return known | ({"cut": len(text)} if is_cut else {})
