@@ -12,7 +12,7 @@ from helpers import reference_decoder
 from helpers.tiny_runs import ROWS, write_rows
 from jaxrl_reason import data, evaluate, metrics, models
 from jaxrl_reason.data.named_sets import NAMED_SETS
-from jaxrl_reason.models import ModelConfig
+from jaxrl_reason.models import lora, ModelConfig
 from jaxrl_reason.rl.programs import Programs
 
 pytestmark = [pytest.mark.runs, pytest.mark.usefixtures("quick_compilation")]
@@ -129,6 +129,20 @@ def test_another_model_in_the_same_place_is_another_evaluation(folder, tmp_path,
     file.unlink()
     file.write_bytes(content)
     assert "holds another evaluation" in refusal(capsys, *options)
+
+
+def test_adapters_are_evaluated_as_the_model_that_they_make(folder, tmp_path):
+    base, adapters, merged = models.load_pretrained(folder / "a"), tmp_path / "adapters", tmp_path / "merged"
+    config = dataclasses.replace(base.config, lora_rank=2, lora_alpha=8.0, lora_projections=("q", "v", "down"))
+    trained, _ = lora.split(config, reference_decoder.random_params(config, scale=0.3, seed=5))
+    policy = dataclasses.replace(base, config=config, params=lora.join(trained, base.params))
+    models.save_adapters(adapters, policy, str(folder / "a"))
+    models.save_pretrained(merged, models.load_pretrained(adapters))
+    texts = {}
+    for name, model in {"base": folder / "a", "adapters": adapters, "merged": merged}.items():
+        run(folder, tmp_path / name / "out", f"--data={folder / 'first.jsonl'}", f"--model={model}")
+        texts[name] = [line["completion"] for line in lines_of(tmp_path / name / "out")]
+    assert texts["adapters"] == texts["merged"] != texts["base"]
 
 
 # -- several sets ----------------------------------------------------------------------------------
