@@ -1,9 +1,9 @@
-"""LaSeR (arXiv 2510.14943) on word problems: the policy also learns to judge its answers by one log-probability.
+"""LaSeR (arXiv 2510.14943) on tries that are checked: the policy also learns to judge its answers by one log-probability.
 
     python -m jaxrl_reason.compare --config=configs/laser.py --workdir=/tmp/laser
 
-Takes minutes on two CPU cores. The warm-ups of the paper, 200 steps each, are scaled to a run of 100 steps. Expect the
-accuracy of GRPO, and a self-verification F1 that rises from 0.1 to 0.5.
+Takes minutes on two CPU cores. The paper has alpha 0.1 and warm-ups of 200 steps each; this run of 60 steps has alpha 1,
+and 0 and 30 steps. Expect the accuracy of GRPO, and a self-verification F1 above 0.9.
 """
 
 from collections.abc import Mapping
@@ -11,17 +11,21 @@ from collections.abc import Mapping
 from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Model, Optimizer, Supervised
 
 
+def laser(alpha: float) -> dict[str, object]:
+    return {"name": "laser", "base": "grpo", "alpha": alpha, "reasoning_warmup": 0, "self_reward_warmup": 30}
+
+
 def get_config() -> Config:
     return Config(
-        steps=100,
+        steps=60,
         prompts_per_step=32,
         group_size=8,
-        max_prompt_length=40,
-        max_completion_length=40,
+        max_prompt_length=20,
+        max_completion_length=30,
         model=Model(width=128, layers=3, heads=4, kv_heads=2, mlp_width=384, qk_norm=True),
-        data=Data(train="word_problems/chains"),
-        supervised=Supervised(steps=700, batch_size=32, learning_rate=3e-3),
-        method={"name": "laser", "base": "grpo", "reasoning_warmup": 10, "self_reward_warmup": 30},
+        data=Data(train="checked_tries"),
+        supervised=Supervised(steps=600, batch_size=32, learning_rate=3e-3),
+        method=laser(alpha=1.0),
         optimizer=Optimizer(learning_rate=2e-4, warmup_steps=5),
         checkpoint=Checkpoint(every=50, keep=2),
         eval=Eval(every=20, prompts=256, samples=8),
@@ -29,4 +33,4 @@ def get_config() -> Config:
 
 
 def get_baselines() -> Mapping[str, Mapping[str, object]]:
-    return {"GRPO": {"method": {"name": "grpo"}}}
+    return {"GRPO": {"method": {"name": "grpo"}}, "alpha 0.1": {"method": laser(alpha=0.1)}}

@@ -104,6 +104,30 @@ def self_verification_f1(scores: ArrayLike, correct: ArrayLike, threshold: float
     return 0.0 if both_zero else 2 * on_correct * on_incorrect / (on_correct + on_incorrect)
 
 
+def pair_accuracy(scores: ArrayLike, correct: ArrayLike) -> float:
+    """Computes the share of pairs of a correct and an incorrect answer in which the correct one has the higher score.
+
+    This is the area under the ROC curve (AUC). A tie counts one half.
+
+    Args:
+      scores: [N] or [P, K], of all answers, or of K answers to each of P prompts: then only answers to one prompt are
+        pairs. An answer whose score is NaN is in no pair.
+      correct: the same shape, whether each answer is correct. If no pair is left, the result is NaN.
+
+    Example:
+      >>> pair_accuracy([[0.9, 0.2], [0.3, 0.7], [0.8, 0.8]], [[1, 0], [1, 0], [1, 0]])
+      0.5
+    """
+    scores, correct = _pair("scores", scores, "correct", correct)
+    won, pairs = 0.0, 0
+    for x, right in zip(np.atleast_2d(scores), np.atleast_2d(correct.astype(bool))):
+        x, right = x[~np.isnan(x)], right[~np.isnan(x)]
+        high, low = int(right.sum()), int((~right).sum())
+        if high and low:  # Mann and Whitney (1947): the ranks of the correct ones, less those among themselves
+            won, pairs = won + _average_ranks(x)[right].sum() - high * (high + 1) / 2, pairs + high * low
+    return _ratio(won, pairs)
+
+
 def regression_scores(predictions: ArrayLike, targets: ArrayLike) -> dict[str, float]:
     """Computes how close predicted numbers, [N] with N >= 1, come to their targets, [N]; all are finite.
 

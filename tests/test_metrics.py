@@ -91,6 +91,27 @@ def test_self_verification_f1():
         metrics.self_verification_f1([1], [1, 0])
 
 
+def test_pair_accuracy_by_hand():
+    assert metrics.pair_accuracy([0.9, 0.2, 0.7, 0.1], [1, 1, 0, 0]) == 3 / 4
+    assert metrics.pair_accuracy([0.5, 0.5], [1, 0]) == 1 / 2
+    assert metrics.pair_accuracy([math.nan, 0.2, 0.3, 0.1], [0, 0, 1, 1]) == 1 / 2  # NaN is in no pair
+    groups = [[0.9, 0.1, 0.2], [0.3, 0.8, 0.7], [0.5, 0.6, 0.4]]
+    assert metrics.pair_accuracy(groups, [[1, 0, 0], [1, 0, 1], [0, 0, 0]]) == 2 / 4  # two, and none of two
+    assert math.isnan(metrics.pair_accuracy([[1, 0], [0, 1]], [[1, 1], [0, 0]]))  # no prompt has a pair
+    with pytest.raises(ValueError, match="scores has shape"):
+        metrics.pair_accuracy([1], [1, 0])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 6), st.data())
+def test_pair_accuracy_is_that_of_all_pairs(P, K, data):
+    numbers = lambda low, high: st.lists(st.integers(low, high), min_size=P * K, max_size=P * K)
+    scores, correct = (np.array(data.draw(numbers(0, high))).reshape(P, K) for high in (3, 1))
+    pairs = [(x - y) for s, c in zip(scores, correct) for x in s[c == 1] for y in s[c == 0]]
+    expected = np.mean([(1 + np.sign(d)) / 2 for d in pairs]) if pairs else math.nan
+    assert metrics.pair_accuracy(scores, correct) == pytest.approx(expected, nan_ok=True)
+
+
 def test_regression_scores_by_hand():
     scores = metrics.regression_scores([1, 2, 4], [1, 3, 5])
     assert scores == {

@@ -16,7 +16,7 @@ from jaxrl_reason.data import files, hub, parsers, preparing
 from jaxrl_reason.data.files import Row
 
 # TFDS finds these data sets by name only after the import of their module.
-_OURS = ("word_problems", "exam", "many_answers", "answer_forms", "sums")
+_OURS = ("word_problems", "exam", "many_answers", "answer_forms", "checked_tries", "sums")
 _BUILDER_MODULES = {name: f"jaxrl_reason.data.builders.{name}" for name in _OURS}
 _BUILDER_MODULES["gsm8k"] = "tensorflow_datasets.text.gsm8k.gsm8k"
 _NAMES = tuple(_BUILDER_MODULES)  # of text problems

@@ -17,7 +17,7 @@ from jaxrl_reason.runs.metrics_file import mean_over_all, read_metrics
 from jaxrl_reason.runs.statistics import Estimate
 
 # Metrics that are shown with three places.
-_FINE = ("entropy", "r2", "rmse", "spearman", "spread", "density", "f1", "error", "loss", "margin")
+_FINE = ("entropy", "r2", "rmse", "spearman", "spread", "density", "f1", "auc", "within", "error", "loss", "margin")
 
 
 def plot_learning_curve(metrics_path: str | os.PathLike, out_png: str | os.PathLike, *, title: str) -> None:
@@ -172,7 +172,7 @@ def cell(name: str, value: float | None, *, signed: bool = False) -> str:
     short = name.rpartition("/")[2]
     kind = short.partition("@")[0]  # r2@8 is r2 of 8 samples
     sign = "+" if signed else ""
-    if short.endswith(("accuracy", "vote")) or short.startswith(("pass@", "maj@", "avg@")):
+    if short.endswith(("accuracy", "vote")) or short.startswith(("pass@", "maj@", "avg@", "best_of_")):
         return f"{100 * value:{sign}.1f} %"
     return f"{value:{sign}.3f}" if kind.endswith(_FINE) else f"{value:{sign}.1f}"
 

@@ -253,30 +253,50 @@ def self_reward_metrics(found: Evaluated) -> dict[str, float]:
     """Returns how well LaSeR's self-rewards (arXiv 2510.14943) tell correct from incorrect completions.
 
     They are `self_reward_f1` (harmonic mean of the accuracies on correct and on incorrect completions),
-    `self_reward_calibration_error`, `best_of_K_accuracy` (of the completion of highest self-reward) and, with answers,
-    `weighted_vote`, comparable with `maj@K`. A truncated completion has no self-reward: it is never chosen, and its
-    vote has weight 0. {} without self-rewards.
+    `self_reward_calibration_error`, `self_reward_auc` (share of pairs of a correct and an incorrect completion that the
+    self-reward orders correctly), `self_reward_auc_within` (of pairs of one prompt), `best_of_K_accuracy` (of the
+    completion of highest self-reward) and, with answers, `weighted_vote`, comparable with `maj@K`. The free baseline is
+    the log-probability of the whole completion: `logprob_auc`, `logprob_auc_within`, `best_of_K_by_logprob`. A truncated
+    completion has no self-reward: it is never chosen and in no pair, and its vote has weight 0. {} without self-rewards.
     """
     if found.self_rewards is None:
         return {}
     known = ~np.isnan(found.self_rewards)
     scores, correct = found.self_rewards[known], found.correct[known]
-    return {
+    out = {
         "self_reward_f1": metrics.self_verification_f1(scores, correct),
         "self_reward_calibration_error": metrics.calibration_error(scores, correct),
-        **{name: float(x.mean()) for name, x in _chosen_by_self_reward(found).items()},
+    }
+    for name, x in _scores(found).items():
+        out[f"{name}_auc"] = metrics.pair_accuracy(x.ravel(), found.correct.ravel())
+        out[f"{name}_auc_within"] = metrics.pair_accuracy(x, found.correct)
+    return out | {name: float(x.mean()) for name, x in _chosen_by_self_reward(found).items()}
+
+
+def _scores(found: Evaluated) -> dict[str, np.ndarray]:
+    """Returns what can judge a completion, f32[N, K] each, NaN for truncated ones: self-rewards and the free baseline."""
+    if found.self_rewards is None:
+        return {}
+    return {
+        "self_reward": found.self_rewards,
+        "logprob": np.where(np.isnan(found.self_rewards), np.nan, found.logprobs),
     }
 
 
 def _chosen_by_self_reward(found: Evaluated) -> dict[str, np.ndarray]:
-    """Returns, per prompt, whether the completion of highest self-reward and the answer with most of it are correct."""
+    """Returns, per prompt, whether the completion of highest self-reward and the answer with most of it are correct.
+
+    `best_of_K_by_logprob` is about the completion of highest log-probability, among those that ended.
+    """
     if found.self_rewards is None:
         return {}
-    scores = np.where(np.isnan(found.self_rewards), -np.inf, found.self_rewards)
-    best, samples = scores.argmax(axis=1), found.correct.shape[1]
-    out = {f"best_of_{samples}_accuracy": found.correct[np.arange(len(best)), best].astype(np.float64)}
+    K, rows = found.correct.shape[1], np.arange(len(found.correct))
+    scores = {name: np.where(np.isnan(x), -np.inf, x) for name, x in _scores(found).items()}
+    best = {name: found.correct[rows, x.argmax(axis=1)].astype(np.float64) for name, x in scores.items()}
+    out = {f"best_of_{K}_accuracy": best["self_reward"], f"best_of_{K}_by_logprob": best["logprob"]}
     if found.answers is not None:
-        chosen = [metrics.majority_vote(group, w) for group, w in zip(found.answers, np.clip(scores, 0.0, 1.0))]
+        weights = np.clip(scores["self_reward"], 0.0, 1.0)
+        chosen = [metrics.majority_vote(group, w) for group, w in zip(found.answers, weights)]
         won = [i is not None and ok[i] for i, ok in zip(chosen, found.correct)]
         out["weighted_vote"] = np.array(won, np.float64)
     return out
@@ -286,7 +306,8 @@ def per_prompt(found: Evaluated) -> dict[str, np.ndarray]:
     """Returns the metrics that are means over prompts, f64[N] each, in [0, 1].
 
     They are `accuracy`; for k = 1, 2, 4, ..., K the unbiased `pass@k` and, over the first k samples, `maj@k` (1 if the most
-    frequent final answer is correct); and `best_of_K_accuracy` and `weighted_vote` of `self_reward_metrics`.
+    frequent final answer is correct); and, of `self_reward_metrics`, `best_of_K_accuracy`, `best_of_K_by_logprob` and
+    `weighted_vote`.
     """
     samples = found.correct.shape[1]
     numbers = {"accuracy": found.correct.mean(axis=1)}

@@ -34,7 +34,7 @@ def headlines(method: Method) -> tuple[str, ...]:
     if "values" in method.signals:
         shown += ["h_accuracy", "value_density", "high_value", "low_value"]
     if method.loss.find("self_reward"):
-        shown += ["self_reward", "best_of", "maj@", "weighted_vote"]
+        shown += ["self_reward", "logprob_auc", "best_of", "maj@", "weighted_vote"]
     if "answer_confidence" in method.signals:
         shown += ["distinct_right_answers", "entropy"]
     return tuple(shown)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import json
 import pathlib
 from typing import Any
+import warnings
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ Weights = Callable[[], models.Params]  # the policy's weights as rollouts read t
 # LaSeR's constant, or rollout -> log-probabilities f32[P, G] of the probe token under the reference policy; None: unknown
 ProbeReference = float | jax.Array | Callable[[Rollout], np.ndarray] | None
 BATCHES = 4  # prompt batches over whose completions the constant is averaged
+MAX_SPREAD = 0.2  # standard deviation of the self-rewards at the start above which their constant is reported
 
 
 def probe_token(method: Method, tokenizer: data.Tokenizer) -> int | None:
@@ -115,6 +117,25 @@ def read_constant(workdir: pathlib.Path) -> float | None:
         raise ConfigError(f"{file} is damaged ({type(e).__name__}: {e}); restore it.") from e
 
 
+def cautions(c_ref: float, std: float, beta: float) -> list[str]:
+    """Returns a sentence if the self-reward cannot reach 1, and one if it does not begin as a constant.
+
+    `c_ref` and `std` are mean and standard deviation of the log-probability of the probe token at the start of RL.
+    """
+    found, highest = [], -beta * c_ref  # of a probe token that is certain
+    if highest < 1:
+        found.append(
+            f"LaSeR's constant is {c_ref:.1f} nats, so a self-reward is at most {highest:.2f}, and a correct answer should have 1: raise "
+            f"config.method.beta_v to {-1 / c_ref:.2g} or more, or name a less probable token in config.method.token."
+        )
+    if beta * std > MAX_SPREAD:
+        found.append(
+            f"LaSeR's constant stands for log-probabilities with a standard deviation of {std:.1f} nats, so self-rewards begin with one of "
+            f"{beta * std:.2f} instead of 0; config.method.reference='exact' subtracts each completion's own."
+        )
+    return found
+
+
 def constant(
     method: Method, programs: Programs, prompts: Any, work: Workdir, state: TrainState, weights: Weights
 ) -> jax.Array | None:
@@ -140,9 +161,11 @@ def constant(
                 "LaSeR's constant cannot be measured, because no completion of the policy that RL begins with has ended. Raise "
                 "config.max_completion_length, or begin with config.supervised.steps."
             )
-        c_ref = float(np.float32(logprobs.mean()))
+        c_ref, std = float(np.float32(logprobs.mean())), float(logprobs.std())
         if hosts.is_first():
-            write_json(file, {"c_ref": c_ref, "completions": int(logprobs.size)})
+            write_json(file, {"c_ref": c_ref, "std": std, "completions": int(logprobs.size)})
+            for sentence in cautions(c_ref, std, method.loss.find("self_reward").beta):
+                warnings.warn(sentence, stacklevel=2)
     else:
         c_ref = json.loads(file.read_text())["c_ref"]
     return hosts.put(np.float32(c_ref), sharding.replicated(programs.sharding.mesh))

@@ -142,6 +142,27 @@ def test_a_completion_without_a_marked_answer_has_no_vote(text):
     assert evaluation.final_answer(text, {}) is None
 
 
+def test_self_rewards_and_log_probabilities_as_judges_by_hand():
+    """A truncated completion is in no pair and is not chosen, however probable it is."""
+    completions = found(
+        [[1, 0, 0], [0, 1, 1], [0, 0, 0]],
+        self_rewards=np.array([[0.95, 0.65, 0.25], [0.85, 0.75, np.nan], [0.15, 0.35, 0.05]], np.float32),
+        logprobs=np.array([[-3, -1, -4], [-2, -5, -0.5], [-6, -7, -8]], np.float32),
+        answers=[["7", "8", "8"], ["1", "2", "2"], ["5", "5", "6"]],
+    )
+    assert evaluation.self_reward_metrics(completions) == {
+        "self_reward_f1": pytest.approx(2 * 1 * (4 / 6) / (1 + 4 / 6)),
+        "self_reward_calibration_error": pytest.approx((0.05 + 0.65 + 0.25 + 0.85 + 0.25 + 0.15 + 0.35 + 0.05) / 8),
+        "self_reward_auc": pytest.approx((6 + 5) / 12),  # 0.95 is above all six, 0.75 above all but 0.85
+        "self_reward_auc_within": pytest.approx(2 / 3),
+        "logprob_auc": pytest.approx((4 + 3) / 12),  # of -1, -4, -2, -6, -7, -8: four are below -3, three below -5
+        "logprob_auc_within": pytest.approx(1 / 3),
+        "best_of_3_accuracy": pytest.approx(1 / 3),
+        "best_of_3_by_logprob": 0.0,
+        "weighted_vote": pytest.approx(1 / 3),  # 0.95 for 7, 0.9 for 8; 0.85 for 1, 0.75 for 2
+    }
+
+
 def test_lines_of_a_file_give_the_same_completions():
     """Missing rewards, truncated completions and self-rewards survive the way through JSON; answers become texts."""
     before = found(
@@ -167,7 +188,8 @@ def test_lines_of_a_file_give_the_same_completions():
         np.testing.assert_array_equal(after.rewards[name], before.rewards[name])
     assert after.texts == before.texts and after.answers == [["3/4", None], ["x", "3/4"], [None, None]]
     numbers = evaluation.per_prompt(before)
-    assert numbers.keys() == {"accuracy", "pass@1", "pass@2", "maj@1", "maj@2", "best_of_2_accuracy", "weighted_vote"}
+    of_self_rewards = {"best_of_2_accuracy", "best_of_2_by_logprob", "weighted_vote"}
+    assert numbers.keys() == {"accuracy", "pass@1", "pass@2", "maj@1", "maj@2"} | of_self_rewards
     for name, x in evaluation.per_prompt(after).items():
         np.testing.assert_array_equal(x, numbers[name])
     assert numbers["best_of_2_accuracy"].tolist() == [1, 0, 0] and numbers["weighted_vote"].tolist() == [1, 0, 0]
