@@ -11,10 +11,6 @@ from collections.abc import Mapping
 from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Model, Optimizer, Supervised
 
 
-def laser(alpha: float) -> dict[str, object]:
-    return {"name": "laser", "base": "grpo", "alpha": alpha, "reasoning_warmup": 0, "self_reward_warmup": 30}
-
-
 def get_config() -> Config:
     return Config(
         steps=60,
@@ -25,7 +21,7 @@ def get_config() -> Config:
         model=Model(width=128, layers=3, heads=4, kv_heads=2, mlp_width=384, qk_norm=True),
         data=Data(train="checked_tries"),
         supervised=Supervised(steps=600, batch_size=32, learning_rate=3e-3),
-        method=laser(alpha=1.0),
+        method={"name": "laser", "base": "grpo", "alpha": 1.0, "reasoning_warmup": 0, "self_reward_warmup": 30},
         optimizer=Optimizer(learning_rate=2e-4, warmup_steps=5),
         checkpoint=Checkpoint(every=50, keep=2),
         eval=Eval(every=20, prompts=256, samples=8),
@@ -33,4 +29,4 @@ def get_config() -> Config:
 
 
 def get_baselines() -> Mapping[str, Mapping[str, object]]:
-    return {"GRPO": {"method": {"name": "grpo"}}, "alpha 0.1": {"method": laser(alpha=0.1)}}
+    return {"GRPO": {"method": {"name": "grpo"}}}
