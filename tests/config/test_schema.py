@@ -79,6 +79,10 @@ def test_bounds_and_choices_are_allowed(name):
             config.model.sliding_window = 4
         if name == "data.values":
             config.method = {"name": "rlev"}
+        if name == "steps":
+            config.supervised.steps = 1
+        if name == "regression.validation_every":
+            config.regression.validation_split = "validation"
         if name.startswith("reward_model."):
             config.reward.functions = ["accuracy", "reward_model"]
         if name.startswith("regression.") and not config.regression.tokenizer:

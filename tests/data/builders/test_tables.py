@@ -124,7 +124,7 @@ def test_synthetic_version_1_has_fixed_rows():
             "diabetis",
             "train",
             {},
-            "There is no table 'diabetis': give diabetes, synthetic, or a path that ends in .csv.",
+            "There is no table 'diabetis': give diabetes, synthetic, small_tables/diabetes, .*, or a path that ends in .csv.",
         ),
         ("synthetic", "dev", {}, "Split 'dev' of table 'synthetic' cannot be opened: .*'validation'"),
         ("synthetic", "train[0:0]", {}, "Split 'train\\[0:0\\]' of table 'synthetic'"),
