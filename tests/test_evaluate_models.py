@@ -78,11 +78,11 @@ def sampled(monkeypatch):
 
     batches, generate = Sampled(), Programs.generate_eval
 
-    def watched(programs, weights, batch):
+    def watched(programs, weights, batch, temperature=None):
         if len(batches) == batches.limit:
             raise OSError("the disk fails")
         batches.append(int(batch.weight.sum()))
-        return generate(programs, weights, batch)
+        return generate(programs, weights, batch, temperature)
 
     monkeypatch.setattr(Programs, "generate_eval", watched)
     return batches
