@@ -28,7 +28,7 @@ from jaxrl_reason.runs import results
 from jaxrl_reason.tasks import BASELINES
 
 STUDIES = COLAB.parent / "configs" / "results"
-STORED = dict.fromkeys(NOTEBOOKS, 1) | {"genre2": 2, "hero": 2, "laser": 2, "progrpo": 2, "rlev": 2, "kaggle_v5e8": 0}  # pictures
+STORED = dict.fromkeys(NOTEBOOKS, 1) | dict.fromkeys(METHODS, 2) | {"kaggle_v5e8": 0}  # pictures
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
