@@ -122,7 +122,7 @@ def test_after_installing_the_package_is_found(notebook, where, tmp_path):
     process = subprocess.run([sys.executable, "-c", script], cwd=place, capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr
     arguments, _, *_, origin = process.stdout.split("\n")[:-1]
-    extra = "" if notebook == "one_step" else "[tpu]"
+    extra = {"one_step": "", "genre2": "[tpu,tables]"}.get(notebook, "[tpu]")
     assert arguments.split() == ["install", "-q", clone + extra]
     assert origin == str(site / "jaxrl_reason" / "__init__.py")
 
