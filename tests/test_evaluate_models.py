@@ -131,6 +131,17 @@ def test_another_model_in_the_same_place_is_another_evaluation(folder, tmp_path,
     assert "holds another evaluation" in refusal(capsys, *options)
 
 
+def test_another_text_of_a_reward_is_another_evaluation(folder, tmp_path, capsys):
+    file = tmp_path / "judge.py"
+    file.write_text("def judge(completions, **_):\n    return [len(text) % 2 for text in completions]\n")
+    question = [f"--data={folder / 'second.jsonl'}", f'--config.reward.functions=["{file}:judge"]']
+    options = [folder, tmp_path / "out", *question, "--config.reward.weights=[1.0]"]
+    found = run(*options)
+    assert list(found["reward_files"]) == [f"{file}:judge"] and run(*options) == found
+    file.write_text(file.read_text().replace("% 2", "% 3"))
+    assert "holds another evaluation" in refusal(capsys, *options)
+
+
 def test_adapters_are_evaluated_as_the_model_that_they_make(folder, tmp_path):
     base, adapters, merged = models.load_pretrained(folder / "a"), tmp_path / "adapters", tmp_path / "merged"
     config = dataclasses.replace(base.config, lora_rank=2, lora_alpha=8.0, lora_projections=("q", "v", "down"))

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -46,6 +47,12 @@ def load_reward(spec: str, other_names: Sequence[str] = ()) -> RewardFunction:
     if inspect.isclass(function):
         raise RewardError(f"Reward {spec!r} is a class; make an instance of it in {place}, and name the instance.")
     return function
+
+
+def file_digest(spec: str) -> str | None:
+    """Returns the start of the SHA-256 of the file of "path/to/file.py:function", in hex; None for other names."""
+    place = spec.rpartition(":")[0]
+    return hashlib.sha256(Path(place).expanduser().read_bytes()).hexdigest()[:16] if place.endswith(".py") else None
 
 
 def distinct_names(functions: dict[str, Callable], taken: Iterable[str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from jaxrl_reason import metrics as metrics_lib
 from jaxrl_reason.config import Config
 from jaxrl_reason.data import PromptBatch
 from jaxrl_reason.rewards import model_training
+from jaxrl_reason.rewards.loading import file_digest
 from jaxrl_reason.rewards.scorer import LEARNED
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.programs import Programs
@@ -185,6 +186,7 @@ def _record(policy: OpenedPolicy, evaluation: Evaluation, loaded: LoadedPolicy) 
         "max_completion_length": c.max_completion_length,
         "seed": c.seed,
         "rewards": dict(task.scorer.weights),
+        "reward_files": {spec: digest for spec in c.reward.functions if (digest := file_digest(spec))},
         "verdict": task.verdict,
         "config": config_lib.to_dict(c),
     }

@@ -84,7 +84,8 @@ def _identity(record: Mapping[str, Any]) -> Any:
         return {label: _identity(found) for label, found in record["sets"].items()}
     without = ("steps", "mesh", "checkpoint", "log")  # sections that change no result
     config = {name: value for name, value in record["config"].items() if name not in without}
-    return [record["checkpoint"], record.get("weights"), record.get("changed"), record["data"], config]
+    read = [record.get(name) or None for name in ("weights", "changed", "reward_files")]
+    return [record["checkpoint"], *read, record["data"], config]
 
 
 def write_results(
