@@ -1,12 +1,14 @@
-"""Kills runs at random moments and compares what they leave behind, bit for bit, with runs that were never killed:
+"""Kills runs at random moments and compares their files, bit for bit, with the files of runs that were never killed.
 
     JAX_PLATFORMS=cpu python tests/chaos.py --kills=100 --seed=0 [--configs=grpo,hero] [--folder=DIR]
 
-Each configuration is run to its end twice, which tells how long it takes and that nothing but a kill could make a difference. Then the
-same command is started in an empty directory, killed with SIGKILL, started again, until it is through; and so on with the next
-configuration until there were so many kills. Compared are the metrics (without perf/*), TensorBoard's scalars, the samples, every array of
-every checkpoint and of start/, and all other files by their names and bytes. Prints a line a kill and a summary; the exit code is 1
-after any difference, and what differs is left for inspection.
+Each configuration first runs to its end twice without a kill. Both runs must be equal, and the second one shows how
+long a run takes. Then the same command starts in an empty directory. It is killed with SIGKILL and started again
+several times, until it reaches its end. The configurations take turns until the given number of kills is reached.
+
+The comparison covers the metrics (without perf/*), the scalars of TensorBoard and the samples. It covers every array of
+every checkpoint and of start/, and the names and contents of all other files. Times and the pixels of pictures are not
+compared. The script prints one line per kill and a summary. After a difference, the exit code is 1 and the files stay.
 """
 
 import argparse
@@ -56,10 +58,10 @@ LEARNED = dict(
 )
 ANSWERING = dict(supervised__steps=30, supervised__learning_rate=1e-2, supervised__batch_size=4)  # completions that end
 
-# What differs between the configurations; {rewards} is the file of host rewards, `processes` how many run.
+# The fields of each configuration. {rewards} is the file of host rewards, `processes` is the number of processes.
 CONFIGS = {
     "grpo": dict(supervised__steps=6, supervised__batch_size=4, reward__functions=["{rewards}:spread"], eval__every=4),
-    "dapo": dict(  # draws up to ten batches a step, of four in an epoch
+    "dapo": dict(  # draws at most ten batches per step; an epoch has four
         method={"name": "dapo"},
         sampling__max_batches=10,
         group_size=2,
@@ -97,7 +99,7 @@ CONFIGS = {
         checkpoint__every=2,
         eval__every=6,
     ),
-    "two": dict(  # processes
+    "two": dict(  # two processes
         supervised__steps=4,
         supervised__batch_size=4,
         reward__functions=["{rewards}:spread"],
@@ -123,13 +125,13 @@ CONFIGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A configuration ready to run.
+    """A configuration that is ready to run.
 
     Attributes:
-      name: in `CONFIGS`.
-      folder: everything of it lies here: the recipe, the run never killed (straight/), the one that is (killed/).
-      compiled: the folder of compiled programs that all runs share.
-      processes: so many run it.
+      name: the name in `CONFIGS`.
+      folder: the folder of the recipe, of the run that is never killed (straight/) and of the run that is (killed/).
+      compiled: the folder of compiled programs, which all runs share.
+      processes: the number of processes of a run.
     """
 
     name: str
@@ -142,7 +144,7 @@ class Case:
 
 
 def prepare(name: str, folder: pathlib.Path, compiled: pathlib.Path, **changes) -> Case:
-    """Writes data, rewards and recipe of a configuration, changed as `changes` say, into a folder of its own."""
+    """Writes the data, rewards and recipe of a configuration with the fields `changes` into a folder of its own."""
     folder = folder / name
     folder.mkdir(parents=True)
     rows = write_rows(folder / "rows.jsonl", GRADED)
@@ -171,25 +173,25 @@ def prepare(name: str, folder: pathlib.Path, compiled: pathlib.Path, **changes) 
 
 
 def command(case: Case, workdir: pathlib.Path) -> list[str]:
-    """The command line of the training."""
+    """Returns the command line of the training."""
     recipe = case.folder / "recipe.py"
     return [sys.executable, "-m", "jaxrl_reason.train", f"--config={recipe}", f"--workdir={workdir}"]
 
 
 def environment(case: Case) -> dict[str, str]:
-    """In which all runs of a case find what one has compiled."""
+    """Returns environment variables with which each run finds the programs that another run has compiled."""
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(case.compiled),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",  # each program runs a few times
-        "CHAOS": str(case.folder),  # by which `left_alone` knows its processes
+        "CHAOS": str(case.folder),  # `left_alone` finds the processes of the case by it
     }
 
 
 def start(case: Case, workdir: pathlib.Path) -> list[subprocess.Popen]:
-    """Starts the training in as many processes as the case has; what they say goes to said.<process>.txt."""
+    """Starts the training in the processes of the case. Process i writes its output to said.<i>.txt."""
     common = environment(case)
     if case.processes > 1:
         with socket.socket() as s:
@@ -209,10 +211,10 @@ def said(case: Case) -> str:
 
 
 def go_through(case: Case, workdir: pathlib.Path, limit: float = 300) -> float:
-    """Runs to the end; the seconds it took.
+    """Runs the training to its end and returns the seconds that it took.
 
     Raises:
-      RuntimeError: it did not end well.
+      RuntimeError: the run failed.
     """
     begin, started = time.monotonic(), start(case, workdir)
     try:
@@ -225,10 +227,13 @@ def go_through(case: Case, workdir: pathlib.Path, limit: float = 300) -> float:
 
 
 def run_straight(case: Case) -> float:
-    """The run never killed, and the same once more: the seconds of the second, which finds compiled programs.
+    """Runs the training twice without a kill, and then starts the finished run once more.
+
+    Returns:
+      The seconds of the second run, which finds compiled programs.
 
     Raises:
-      RuntimeError: one did not end well, they differ, or a finished run does not say so.
+      RuntimeError: a run failed, the two runs differ, or the finished run does not say that it is finished.
     """
     go_through(case, case.straight)
     seconds = go_through(case, case.killed)
@@ -246,10 +251,13 @@ def run_straight(case: Case) -> float:
 
 
 def moments(case: Case, seconds: float, rng: random.Random) -> tuple[str, Callable[[], bool]]:
-    """What a kill waits for: a description, and a function that says whether it is time.
+    """Draws the moment of a kill.
 
-    Half of them at any time of the run, starting up included; a quarter where a checkpoint or weights are being written; a
-    quarter where a file or directory has just appeared or gone.
+    Half of the moments are at any time of the run, including its start. A quarter follow a change of the unfinished
+    checkpoints and weights. The last quarter follow a change of the files and folders.
+
+    Returns:
+      A description of the moment, and a function that returns whether the moment has come.
     """
     kind, begin = rng.choice(["time", "time", "save", "files"]), time.monotonic()
     if kind == "time":
@@ -274,7 +282,7 @@ def moments(case: Case, seconds: float, rng: random.Random) -> tuple[str, Callab
 
 
 def _names(workdir: pathlib.Path) -> Iterator[str]:
-    """Everything in a work directory, three levels deep."""
+    """Yields the paths of the files and folders in a work directory, three levels deep."""
     folders = [(str(workdir), 0)]
     for folder, depth in folders:
         try:
@@ -282,18 +290,18 @@ def _names(workdir: pathlib.Path) -> Iterator[str]:
                 yield entry.path
                 if depth < 2 and entry.is_dir():
                     folders.append((entry.path, depth + 1))
-        except OSError:  # it has gone meanwhile, or is not there yet
+        except OSError:  # the folder was removed meanwhile, or does not exist yet
             continue
 
 
 def kill_once(case: Case, seconds: float, rng: random.Random) -> tuple[bool, str]:
-    """Starts the run, or goes on with it, and kills it, of several processes all or one of them.
+    """Starts or continues the run and kills it. Of several processes, it kills one or all.
 
     Returns:
-      Whether it was killed (else it was through before), and what happened.
+      Whether the run was killed before its end, and a description of the event.
 
     Raises:
-      RuntimeError: it ended in another way, or the processes that were not killed did not end.
+      RuntimeError: the run ended in another way, or the processes that were not killed did not end.
     """
     when, due = moments(case, seconds, rng)
     victims = rng.sample(range(case.processes), rng.choice([1, case.processes]))
@@ -325,7 +333,7 @@ def kill_once(case: Case, seconds: float, rng: random.Random) -> tuple[bool, str
 
 
 def left_alone(case: Case, patience: float = 20) -> list[str]:
-    """The processes of a case that are still there after so many seconds: workers that have outlived the run."""
+    """Waits up to `patience` seconds for the end of all processes of a case. Returns the commands of the others."""
     mark, deadline = f"CHAOS={case.folder}".encode(), time.monotonic() + patience
     while True:
         found = []
@@ -333,7 +341,7 @@ def left_alone(case: Case, patience: float = 20) -> list[str]:
             try:
                 if mark in (process / "environ").read_bytes().split(b"\0"):
                     found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:200])
-            except OSError:  # it has ended, or is not ours
+            except OSError:  # the process has ended, or belongs to another user
                 continue
         if not found or time.monotonic() > deadline:
             return found
@@ -349,7 +357,11 @@ def _end(started: list[subprocess.Popen]) -> None:
 def kill_until_through(
     case: Case, seconds: float, rng: random.Random, kills: int, report: Callable[[str], None]
 ) -> tuple[int, list[str]]:
-    """Kills a run up to so many times, and lets it end: the number of kills, and what then differs from the run never killed."""
+    """Kills a run up to `kills` times, and then lets it end.
+
+    Returns:
+      The number of kills, and sentences about a failure or about differences from the run that was never killed.
+    """
     shutil.rmtree(case.killed, ignore_errors=True)
     done, what = 0, []
     try:
@@ -367,13 +379,14 @@ def kill_until_through(
     return done, differences(case.straight, case.killed)
 
 
-# -- what a run has left ---------------------------------------------------------------------------
+# -- the files of a run ----------------------------------------------------------------------------
 
 
 def differences(expected: pathlib.Path, found: pathlib.Path) -> list[str]:
-    """Sentences about everything in which two finished work directories differ; none where they are the same.
+    """Returns one sentence for each difference between two finished work directories.
 
-    A checkpoint older than all that are expected is none: a kill behind the last save comes before the removal of what is too many.
+    Checkpoints of `found` that are older than all checkpoints of `expected` do not count. A kill after the last save
+    can prevent the removal of old checkpoints.
     """
     contents = [_contents(workdir) for workdir in (expected, found)]
     oldest = {}
@@ -393,13 +406,16 @@ def differences(expected: pathlib.Path, found: pathlib.Path) -> list[str]:
 
 
 def _checkpoint(name: str) -> tuple[str, float]:
-    """The folder of checkpoints that an entry of `_contents` is of, and its number; infinity where it is of none."""
+    """Returns the folder and the number of the checkpoint of an entry of `_contents`, or ("", infinity)."""
     found = re.match(r"(.*\bcheckpoints)/(\d+)\b", name)
     return (found[1], int(found[2])) if found else ("", math.inf)
 
 
 def _contents(workdir: pathlib.Path) -> dict[str, object]:
-    """Every file of a work directory as what has to be equal, by its path; checkpoints and weights as one entry an array."""
+    """Returns the content of every file of a work directory that must be equal, by its path.
+
+    Each array of the checkpoints and weights is an entry of its own.
+    """
     result, weights = {}, []
     for metadata in sorted(workdir.rglob("_METADATA")):
         folder = metadata.parent
@@ -422,21 +438,21 @@ def _contents(workdir: pathlib.Path) -> dict[str, object]:
         elif path.suffix == ".jsonl":
             result[name] = path.read_bytes().splitlines()
         elif path.suffix == ".png":
-            result[name] = path.read_bytes()[:8]  # it shows what stands in metrics.jsonl
+            result[name] = path.read_bytes()[:8]  # the picture shows the values of metrics.jsonl
         else:
             result[name] = path.read_bytes()
     return result
 
 
 def _without_times(report: dict) -> dict:
-    """The content of a report without the name of its directory, and without what depends on the clock."""
+    """Returns the content of a report without the name of its directory and without values that depend on time."""
     curves = [[c for c in chart["curves"] if not c["name"].startswith("perf/")] for chart in report["charts"]]
     facts = [fact for fact in report["facts"] if fact[0] != "Time of RL"]
     return report | {"title": "", "facts": facts, "charts": [found for found in curves if found]}
 
 
 def arrays_of(directory: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of a checkpoint by their paths, as this one process reads them, whoever has written them."""
+    """Returns the arrays of a checkpoint by their paths. This process reads them all, even if several wrote them."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         found = reader.metadata(directory).item_metadata.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), found)
@@ -445,14 +461,14 @@ def arrays_of(directory: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def scalars_of(directory: pathlib.Path) -> dict[str, dict[int, float]]:
-    """tag -> step -> value as TensorBoard shows them: a restart forgets what came before it from its step on."""
+    """Returns {tag: {step: value}} as TensorBoard shows it: a restart removes earlier values from its step on."""
     result = {}
     for path in sorted(directory.iterdir(), key=lambda path: (path.name.split(".")[3], path.stat().st_mtime_ns)):
         content = path.read_bytes()
         while len(content) >= 12:
             length = int.from_bytes(content[:8], "little")
             if len(content) < 16 + length:
-                break  # torn: by a kill
+                break  # a kill has cut this event
             event, content = Event.FromString(content[12 : 12 + length]), content[16 + length :]
             if event.HasField("session_log"):
                 for values in result.values():
@@ -465,7 +481,7 @@ def scalars_of(directory: pathlib.Path) -> dict[str, dict[int, float]]:
 
 
 def _where(a, b) -> str:
-    """Where two entries of `_contents` differ, in short."""
+    """Returns a short text about the first difference between two lists or dicts, and "" for other contents."""
     if isinstance(a, dict):
         a, b = (sorted((k, repr(v)) for k, v in x.items()) for x in (a, b))
     if isinstance(a, list):
@@ -481,7 +497,7 @@ def _where(a, b) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax about files of its own that it does not need
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of files of its own that it does not need
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="kills in all")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")

@@ -1,4 +1,7 @@
-"""Runs that are killed, or whose disk is full or read-only, go on as if nothing had been; tests/chaos.py does the first at length."""
+"""Runs that are killed, or whose disk is full or read-only, continue without a difference.
+
+tests/chaos.py kills runs many times.
+"""
 
 import functools
 import json
@@ -25,12 +28,12 @@ from jaxrl_reason.runs.metrics_file import MetricsWriter, read_metrics, SampleTa
 
 pytestmark = pytest.mark.runs
 
-# -- what tells that nothing differs ---------------------------------------------------------------
+# -- the comparison of two runs --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Something like a finished run: two checkpoints, weights, metrics, samples, events."""
+    """Writes files like those of a finished run: two checkpoints, weights, metrics, samples and events."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     saver = checkpoints.Checkpoints(folder / "checkpoints", keep=2)
     for number in (4, 5):
@@ -50,7 +53,7 @@ def finished(tmp_path_factory):
 
 
 def other_weights(folder):
-    """The last bit of one of them."""
+    """Changes the last bit of one weight of checkpoint 5."""
     shutil.rmtree(folder / "checkpoints")
     saver = checkpoints.Checkpoints(folder / "checkpoints", keep=2)
     for number in (4, 5):
@@ -107,7 +110,7 @@ def test_everything_in_which_two_runs_differ_is_told(damage, told, finished, tmp
     assert bool(found) == bool(told) and all(any(t in f for f in found) for t in told), found
 
 
-# -- what is written -------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------
 
 
 def test_events_are_written_when_the_line_is_and_without_a_thread(tmp_path):
@@ -115,7 +118,7 @@ def test_events_are_written_when_the_line_is_and_without_a_thread(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         for step in range(3):
             writer.write(step, {"reward": step + 0.5, "perf/seconds": 1.0, "kl": np.nan})
-            # As after a kill: nothing is flushed or closed.
+            # The writer is neither flushed nor closed, as after a kill.
             expected = {"reward": {i: i + 0.5 for i in range(step + 1)}}
             assert chaos.scalars_of(tmp_path / "tensorboard") == expected
         assert threading.active_count() == threads
@@ -139,7 +142,8 @@ def test_a_line_for_which_there_is_half_the_room_is_a_sentence_and_no_torn_line_
                     writer.write(written, {"reward": 0.123456789})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert len(path.read_bytes()) == limit and path.read_bytes().count(b"\n") == written  # it was said of the torn line
+    # The error is about the line that is cut.
+    assert len(path.read_bytes()) == limit and path.read_bytes().count(b"\n") == written
     with MetricsWriter(tmp_path, tensorboard=False, resume_step=written - 2) as writer:
         writer.write(written - 1, {"reward": 0.5})
     assert [line["step"] for line in map(json.loads, path.read_bytes().splitlines())] == list(range(written))
@@ -150,7 +154,7 @@ def test_a_line_for_which_there_is_half_the_room_is_a_sentence_and_no_torn_line_
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, shared_programs):
-    """name -> (a configuration of chaos, run to its end undisturbed; its seconds)."""
+    """Returns a function that runs a configuration of chaos undisturbed, and returns the case and its seconds."""
     folder = tmp_path_factory.mktemp("chaos")
     compiled = pathlib.Path(shared_programs["jax_compilation_cache_dir"])
 
@@ -177,7 +181,7 @@ def test_a_run_killed_at_random_ends_bit_for_bit_as_one_never_killed(name, strai
 
 @pytest.mark.slow
 def test_sigterm_while_the_reward_model_is_trained_saves_it_first(straight):
-    """By its own command: 143, and then the reward model that nobody has interrupted."""
+    """SIGTERM ends the command with code 143. The same command then makes the model of an undisturbed training."""
     case, _ = straight("hero")
     begun, run = case.folder / "alone", case.folder / "ended"
     command = lambda workdir: [
@@ -209,7 +213,7 @@ def test_sigterm_while_the_reward_model_is_trained_saves_it_first(straight):
 
 
 def in_a_mount(case, options, script):
-    """Runs a shell script with a file system of its own in place of the killed run's folder; what it prints."""
+    """Runs a shell script with a new file system at the folder of the killed run. Returns stdout and stderr."""
     shutil.rmtree(case.killed, ignore_errors=True)
     case.killed.mkdir()
     mount = f"mount -t tmpfs -o {options} tmpfs {shlex.quote(str(case.killed))}"
@@ -222,7 +226,7 @@ def in_a_mount(case, options, script):
     return result.stdout, result.stderr
 
 
-# The tokenizer; the supervised metrics; a first checkpoint; a second; nearly everything.
+# The disk is full at the tokenizer, the supervised metrics, a first and a second checkpoint, and one of the last files.
 @pytest.mark.slow
 @pytest.mark.parametrize("kilobytes, code", [(8, 2), (20, 1), (150, 1), (400, 1), (632, 1)])
 def test_a_full_disk_ends_a_run_in_a_sentence_and_with_room_it_goes_on(kilobytes, code, straight):
@@ -245,7 +249,7 @@ def test_a_full_disk_ends_a_run_in_a_sentence_and_with_room_it_goes_on(kilobytes
 
 @pytest.mark.slow
 def test_a_read_only_disk_is_a_sentence_and_the_run_goes_on_when_it_is_writable(straight):
-    """From the beginning, and half way, where there is an evaluation anyway."""
+    """The disk is read-only at the start, and again after step 4, which has an evaluation in any case."""
     case, _ = straight("grpo")
     command, after = shlex.join(chaos.command(case, case.killed)), case.folder / "after"
     shutil.rmtree(after, ignore_errors=True)
@@ -267,7 +271,7 @@ def test_a_read_only_disk_is_a_sentence_and_the_run_goes_on_when_it_is_writable(
     "name", ["metrics.jsonl", "samples.jsonl", "tensorboard", "self_reward.json", "learning_curve"]
 )
 def test_whatever_cannot_be_written_is_named(name, straight):
-    """In its place lies a link to a device that is always full, a folder where a file belongs, or a file where a folder does."""
+    """A full device, a folder or a text file takes the place of the file or folder that the run writes."""
     case, _ = straight("laser")
     shutil.rmtree(case.killed, ignore_errors=True)
     case.killed.mkdir()

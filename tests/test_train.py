@@ -1,4 +1,4 @@
-"""Whole runs, small: what they leave behind, every method, learning, resuming after a kill, devices, refusals."""
+"""Tests small whole runs: their files, every method, learning, resuming after a kill, devices and refusals."""
 
 import contextlib
 import dataclasses
@@ -31,7 +31,7 @@ from jaxrl_reason.tasks import summary
 
 pytestmark = [pytest.mark.runs, pytest.mark.usefixtures("quick_compilation")]
 
-# Names of TRL where TRL has one, then ours.
+# First the metrics that TRL has, under TRL's names, and then our own.
 STEP_METRICS = [
     "reward",
     "reward_std",
@@ -68,7 +68,7 @@ EVAL_METRICS = [
     "eval/entropy",
     "eval/prompts",
 ]
-MAY_BE_UNKNOWN = {"completions/mean_terminated_length"}  # where no completion ended
+MAY_BE_UNKNOWN = {"completions/mean_terminated_length"}  # if no completion ended
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def rows(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rewards(tmp_path_factory):
-    """A file of host rewards."""
+    """Writes a file of host rewards and returns its path."""
     path = tmp_path_factory.mktemp("rewards") / "rewards.py"
     path.write_text('''"""Rewards for tests."""
 import time
@@ -120,7 +120,7 @@ def too_short(completions, **_):
 
 
 def metrics_of(workdir, *, perf=False):
-    """The lines of metrics.jsonl, without what depends on the clock."""
+    """Returns the lines of metrics.jsonl, without the timings unless `perf` is true."""
     keep = lambda name: perf or not name.startswith("perf/")
     return [{k: v for k, v in line.items() if keep(k)} for line in read_metrics(workdir / "metrics.jsonl")]
 
@@ -130,13 +130,13 @@ def samples_of(workdir):
 
 
 def run(config, workdir):
-    """Trains to the end; the lines of metrics.jsonl."""
+    """Trains to the end and returns the lines of metrics.jsonl."""
     train.train(train.setup(config, workdir))
     return metrics_of(workdir)
 
 
 def final_state(config, workdir):
-    """The newest checkpoint, as arrays in a fixed order."""
+    """Returns the number of the newest checkpoint, and its state as numpy arrays."""
     prepared = train.setup(config, workdir)
     saver = checkpoints.Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
     number, state = saver.restore(prepared.programs.init())
@@ -165,7 +165,7 @@ def assert_close(lines, others, tolerance):
                 )
 
 
-# -- what a run leaves behind ----------------------------------------------------------------------
+# -- the files of a run ----------------------------------------------------------------------------
 
 
 def test_a_run_leaves_everything_in_its_work_directory(rows, tmp_path, capsys):
@@ -200,7 +200,8 @@ def test_a_run_leaves_everything_in_its_work_directory(rows, tmp_path, capsys):
     assert_finite(lines)
     assert lines[0]["eval/prompts"] == 6
 
-    assert [(s["step"]) for s in samples_of(work)] == [2] * 8 + [3] * 8  # five completions: two whole groups of four
+    # log.samples is 5, and groups of four are written whole.
+    assert [(s["step"]) for s in samples_of(work)] == [2] * 8 + [3] * 8
     assert set(samples_of(work)[0]) == {
         "step",
         "prompt",
@@ -236,7 +237,7 @@ def test_a_run_leaves_everything_in_its_work_directory(rows, tmp_path, capsys):
     assert sorted(p.name for p in (work / "checkpoints").iterdir()) == [
         "5",
         "6",
-    ]  # three supervised steps, then 2 and 3
+    ]  # three supervised steps, then steps 2 and 3 of RL
     assert (work / "tokenizer" / "tokenizer.json").is_file()
     assert not (work / "start").exists()
 
@@ -291,7 +292,7 @@ def test_every_estimator_trains(name, rows, rewards, tmp_path):
 
 
 def test_dynamic_sampling_refills_the_batch(rows, rewards, tmp_path):
-    """Four coin tosses agree every eighth time: some step has to draw again, and each finds its four groups."""
+    """Four random rewards agree in one of eight groups, so some step draws again. Each step finds its four groups."""
     config = tiny(
         rows,
         steps=6,
@@ -331,12 +332,12 @@ def test_dynamic_sampling_gives_up_where_no_group_is_mixed(rows, rewards, tmp_pa
         assert line["dynamic_sampling/batches"] == 3 and line["dynamic_sampling/groups"] == 0
         assert 1 <= line["dynamic_sampling/mean_length"] <= 6
         assert line["grad_norm"] == 0 and line["loss"] == 0
-        assert line["dynamic_sampling/reward"] == 0 and np.isnan(line["reward"] or np.nan)  # none was kept
+        assert line["dynamic_sampling/reward"] == 0 and np.isnan(line["reward"] or np.nan)  # no group was kept
     assert len(lines) == 2
 
 
 def test_dynamic_sampling_reports_failures_over_all_that_was_drawn(rows, rewards, tmp_path):
-    """Never a mixed group: each step draws one epoch of five batches, and the four completions of row 3 fail, of eighty."""
+    """No group is mixed, so each step draws five batches, an epoch. Of eighty completions, the four of row 3 fail."""
     config = tiny(
         rows,
         method={"name": "dapo"},
@@ -384,7 +385,8 @@ def test_a_part_is_scored_while_the_next_is_sampled(rows, rewards, tmp_path, mon
     state = programs.init()
     monkeypatch.setattr(jax, "block_until_ready", told("wait", jax.block_until_ready))
     train.collect(ready, state, state.params, Clock())
-    assert events[:5] == ["sample", "sample", "score", "wait", "score"]  # the first without waiting for the second
+    # The first score does not wait for the second part.
+    assert events[:5] == ["sample", "sample", "score", "wait", "score"]
 
 
 def test_parts_that_do_not_divide_the_prompts_are_refused(rows, tmp_path):
@@ -399,7 +401,7 @@ def test_parts_that_do_not_divide_the_prompts_are_refused(rows, tmp_path):
 def test_speeds_count_the_tokens_that_were_sampled_and_those_that_were_learnt(
     method, sampled, learnt, rows, rewards, tmp_path
 ):
-    """Completions of one token, 4 x 4 a draw: remax adds a greedy one a prompt, dapo draws three times and learns none."""
+    """A batch has 4 x 4 completions of one token. ReMax adds one per prompt. DAPO draws three batches and keeps none."""
     config = tiny(
         rows,
         method={"name": method},
@@ -416,7 +418,7 @@ def test_speeds_count_the_tokens_that_were_sampled_and_those_that_were_learnt(
 
 
 def test_a_reference_policy_is_kept_and_its_divergence_measured(rows, rewards, tmp_path):
-    """KL in the reward and in the loss; also the reference after a resume is the policy that RL began with."""
+    """The reward and the loss have a KL term. After a resume, the reference is still the policy that RL began with."""
     options = dict(
         method={"name": "reinforce_pp", "kl_coef": 0.1},
         update__kl_coefficient=0.2,
@@ -459,7 +461,7 @@ def test_device_and_host_rewards_are_added_with_their_weights(rows, rewards, tmp
 
 @pytest.mark.parametrize("method", ["dr_grpo", "remax", "dapo"])
 def test_rewards_belong_to_their_prompts_and_completions(method, rows, rewards, tmp_path):
-    """Host rewards that name their row and their text: the written samples, and the advantages, agree with them."""
+    """Host rewards depend on the row and the text. The written samples and the advantages agree with the rewards."""
     config = tiny(
         rows,
         method={"name": method},
@@ -487,7 +489,7 @@ def test_rewards_belong_to_their_prompts_and_completions(method, rows, rewards, 
         totals = np.array([s["total"] for s in group])
         if method == "dr_grpo":
             np.testing.assert_allclose(advantages, totals - totals.mean(), atol=1e-2)
-        elif method == "remax":  # one baseline a group
+        elif method == "remax":  # one baseline per group
             np.testing.assert_allclose(advantages - totals, (advantages - totals)[0], atol=1e-2)
         else:
             np.testing.assert_array_equal(np.argsort(advantages, kind="stable"), np.argsort(totals, kind="stable"))
@@ -508,7 +510,7 @@ def test_rewards_belong_to_their_prompts_and_completions(method, rows, rewards, 
     ],
 )
 def test_a_policy_learns(options, tmp_path):
-    """The last digit of a number: a supervised start that hardly knows it, then RL on right or wrong alone."""
+    """The answer is the last digit of a number. The supervised start is often incorrect, and RL improves it."""
     rows = write_rows(
         tmp_path / "rows.jsonl",
         [{"question": str(i), "solution": f"#### {i % 10}", "answer": str(i % 10)} for i in range(20)],
@@ -569,12 +571,12 @@ def test_several_updates_a_rollout(options, rows, rewards, tmp_path):
     _, state = final_state(config, tmp_path / "run")
     counts = [int(x) for x in jax.tree.leaves(state.opt_state) if x.ndim == 0]
     assert state.step == 2 and counts and set(counts) == {2 * updates}
-    assert lines[0]["sampling/logp_difference_max"] < 1e-5  # before anything changed
+    assert lines[0]["sampling/logp_difference_max"] < 1e-5  # before the weights change
 
 
 @contextlib.contextmanager
 def compilations():
-    """The names of the programs that are compiled in here."""
+    """Collects the names of the programs that are compiled inside the `with` block."""
     names, listening = [], True
 
     def listen(event, _, **details):
@@ -614,7 +616,7 @@ def test_nothing_compiles_after_the_first_step(method, rows, rewards, tmp_path):
         finally:
             loop.Progress = before
     assert names and len(after) == 5
-    # The second step may still find new kinds of input (a state that came from an update); from then on there are none.
+    # The second step may compile for a new kind of input, a state from an update. Later steps compile nothing.
     assert after[1:] == [after[1]] * 4, names[after[1] :]
     step = {"jit(generate)", "jit(update_step)", "jit(make_experience)"}
     assert step <= set(names[: after[0]]) and not step & set(names[after[0] :]), names
@@ -648,13 +650,13 @@ def test_a_finished_run_reads_no_rows_but_those_of_its_evaluation(rows, tmp_path
     capsys.readouterr()
     assert train.train(train.setup(config, tmp_path / "run")) == {}
     assert "finished: all 1 steps are done" in " ".join(capsys.readouterr().out.split())
-    config.steps = 2  # not finished any more
+    config.steps = 2  # now the run is not finished
     with pytest.raises(AssertionError, match="takes seconds"):
         train.setup(config, tmp_path / "run")
 
 
 def test_a_finished_run_without_its_picture_is_reported_after_all(rows, tmp_path, capsys, monkeypatch):
-    """Killed between the last checkpoint and the report; the second time with a picture of a shorter run in place."""
+    """The run dies between the last checkpoint and the report, the second time with the picture of a shorter run."""
     picture, report = tmp_path / "learning_curve.png", summary.report
     for steps in (1, 2):
         config = tiny(rows, steps=steps, eval__every=1)
@@ -697,7 +699,7 @@ def test_an_evaluation_that_has_changed_is_not_compared_with_the_first(rows, tmp
 
 
 def test_the_seconds_of_evaluations_and_checkpoints_are_in_the_metrics(rows, tmp_path):
-    """A line has the time since the line before it: of its step and evaluation, and of the checkpoint before them."""
+    """A line has the time since the line before it. The time includes the checkpoint that came before the step."""
     config = tiny(rows, steps=4, supervised__steps=3, eval__every=2, checkpoint__every=1)
     train.train(train.setup(config, tmp_path))
     supervised = metrics_of(tmp_path / "supervised", perf=True)
@@ -770,9 +772,10 @@ def checkpoint_names(workdir):
     return sorted(p.name for p in (workdir / "checkpoints").iterdir())
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the reader leaves callbacks behind
+# The reader does not remove its callbacks.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_is_put_aside_with_a_warning_that_names_it(rows, tmp_path, caplog):
-    """Twice, and with two kept: the damaged ones are neither deleted nor counted, and their steps are done again."""
+    """Damages the newest of two kept checkpoints twice. It is neither deleted nor counted, and its step is repeated."""
     config = tiny(rows, steps=3, checkpoint__every=1, checkpoint__keep=2)
     lines = run(config, tmp_path)
     newest, content = tmp_path / "checkpoints" / "3", {}
@@ -807,7 +810,7 @@ def test_where_no_checkpoint_can_be_read_the_run_stops_in_a_sentence_and_leaves_
 
 @pytest.fixture
 def running_baseline(monkeypatch):
-    """A method whose chain carries state: the reward minus a running mean of earlier steps' rewards."""
+    """Registers a method with a state: the advantage is the reward minus a running mean of earlier rewards."""
     monkeypatch.setattr(methods.registry, "_ESTIMATORS", dict(methods.registry._ESTIMATORS))
 
     @methods.register
@@ -819,7 +822,10 @@ def running_baseline(monkeypatch):
 
 
 def in_parts(config, ends, workdir):
-    """Runs to each of these steps, all but the programs set up anew each time; the metrics and the final state."""
+    """Runs to each step of `ends` in turn and returns the metrics and the final state.
+
+    Each part sets up a new run, which shares the compiled programs only.
+    """
     programs = None
     for steps in ends:
         prepared = train.setup(change(config, steps=steps), workdir)
@@ -834,7 +840,7 @@ def in_parts(config, ends, workdir):
 
 @pytest.mark.parametrize("method", ["dapo", pytest.param("running_baseline", marks=pytest.mark.slow)])
 def test_a_resumed_run_has_all_its_state(method, running_baseline, rows, rewards, tmp_path):
-    """More batches drawn than steps done, moments of the optimizer, a chain with state: all are those of a straight run."""
+    """The data position, the optimizer's moments and the state of the chain equal those of an uninterrupted run."""
     config = tiny(
         rows,
         steps=5,
@@ -854,7 +860,7 @@ def test_a_resumed_run_has_all_its_state(method, running_baseline, rows, rewards
 
 @pytest.mark.slow
 def test_runs_that_stop_around_the_end_of_an_epoch_read_on_as_one_does(rows, rewards, tmp_path):
-    """Twenty rows by four: the second epoch begins with step 6. A reward of weight 0 says which rows a step had."""
+    """A step takes four of twenty rows, so the second epoch begins with step 6. A reward of weight 0 names the rows."""
     config = tiny(rows, reward__functions=[f"{rewards}:even", f"{rewards}:row_id"], reward__weights=[1.0, 0.0])
     straight, expected = in_parts(config, [7], tmp_path / "straight")
     assert sum(line["rewards/row_id/mean"] for line in straight[:5]) == pytest.approx(5 * 9.5)
@@ -865,7 +871,7 @@ def test_runs_that_stop_around_the_end_of_an_epoch_read_on_as_one_does(rows, rew
 
 @pytest.mark.slow
 def test_a_kill_during_a_save_leaves_the_checkpoint_before(rows, rewards, tmp_path, shared_programs):
-    """The process dies as the second checkpoint is about to take its final name; one is kept."""
+    """The process dies just before the second checkpoint gets its final name. Only one checkpoint is kept."""
     config = tiny(rows, steps=3, checkpoint__every=1, checkpoint__keep=1, reward__functions=[f"{rewards}:even"])
     arguments = command(config, tmp_path / "recipe.py", tmp_path / "killed")[3:]
     script = tmp_path / "killed.py"
@@ -878,11 +884,11 @@ def test_a_kill_during_a_save_leaves_the_checkpoint_before(rows, rewards, tmp_pa
         "sys.addaudithook(die)\n"
         "train.main(sys.argv[1:])\n"
     )
-    env = environment(shared_programs, JAX_DISABLE_MOST_OPTIMIZATIONS="true")  # as here: the numbers are to be the same
+    env = environment(shared_programs, JAX_DISABLE_MOST_OPTIMIZATIONS="true")  # as in this process, for equal numbers
     process = subprocess.run([sys.executable, script, *arguments], env=env, capture_output=True, text=True)
     assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
     names = checkpoint_names(tmp_path / "killed")
-    assert "1" in names and "2" not in names and len(names) == 2, names  # the other is the torn one
+    assert "1" in names and "2" not in names and len(names) == 2, names  # the other one is unfinished
     lines = run(config, tmp_path / "killed")
     assert lines == run(config, tmp_path / "straight")
     (number, state), (_, expected) = (final_state(config, tmp_path / name) for name in ("killed", "straight"))
@@ -919,7 +925,7 @@ def count_lines(path):
 
 
 def kill_after(arguments, file, lines, env):
-    """Starts a run and kills it once `file` has so many lines."""
+    """Starts a run and kills it after `file` has the given number of lines."""
     process = subprocess.Popen(arguments, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
@@ -935,7 +941,7 @@ def kill_after(arguments, file, lines, env):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_twice_ends_as_if_it_had_not_been(rows, rewards, tmp_path, shared_programs):
-    """SIGKILL in the supervised phase and in RL, each at a random moment; then the same command to the end."""
+    """SIGKILL ends the run at a random moment of both phases. Then the same command runs to the end."""
     config = tiny(rows, reward__functions=[f"{rewards}:spread"], **KILLED)
     env = environment(shared_programs)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
@@ -1007,7 +1013,7 @@ def test_eight_devices_sample_and_learn_as_one_does(options, rewards, tmp_path, 
 
 
 def refusal(config, tmp_path, capsys, *flags, code=2) -> str:
-    """Runs the command line on a configuration that cannot run; what it prints to stderr."""
+    """Runs the command line on a configuration that cannot run, and returns its output on stderr."""
     arguments = command(config, tmp_path / "recipe.py", tmp_path / "run")[3:]
     capsys.readouterr()
     assert train.main([*arguments, *flags]) == code
@@ -1040,10 +1046,10 @@ def refusal(config, tmp_path, capsys, *flags, code=2) -> str:
 )
 def test_what_cannot_run_is_one_sentence_and_a_non_zero_exit(changes, flags, names, rows, tmp_path, capsys):
     error = refusal(tiny(rows, **changes), tmp_path, capsys, *flags)
-    lines = [line for line in error.splitlines() if not line.startswith("  ")]  # rows are listed, a line each
+    lines = [line for line in error.splitlines() if not line.startswith("  ")]  # each row is listed on a line
     assert len(lines) == 1 + ("Raise the limit." in lines) and all(name in error for name in names), error
     assert not (tmp_path / "run").exists()
-    train.setup(tiny(rows), tmp_path / "run")  # what was corrected is not "another run"
+    train.setup(tiny(rows), tmp_path / "run")  # a corrected run is not "another run"
 
 
 def test_a_missing_flag_is_one_sentence(capsys):
@@ -1178,7 +1184,7 @@ def test_the_process_exits_with_the_code_and_without_a_traceback(rows, tmp_path)
 
 @pytest.mark.slow
 def test_the_quickstart_gains_25_points_on_problems_not_seen(data_dir, tmp_path):
-    """The README's first command, about one minute on two quiet cores."""
+    """Runs the README's first command, about one minute on two quiet cores."""
     recipe = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
     assert train.main([f"--config={recipe}", f"--workdir={tmp_path}", f"--config.data.data_dir={data_dir}"]) == 0
     evaluations = [line["eval/accuracy"] for line in metrics_of(tmp_path) if "eval/accuracy" in line]

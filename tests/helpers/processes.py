@@ -1,4 +1,4 @@
-"""Commands of the package in several processes, which jax connects as it does hosts."""
+"""Runs commands of the package in several processes, which jax connects like hosts."""
 
 import os
 import socket
@@ -13,7 +13,7 @@ def free_port():
 
 
 def launch(command, processes=1, devices=1, env=()):
-    """Python with these arguments in so many processes with so many simulated devices each; {process} is its number."""
+    """Starts Python with arguments in processes with simulated devices. {process} is the number of the process."""
     common = os.environ | dict(env)
     common |= {
         "JAX_PLATFORMS": "cpu",
@@ -35,7 +35,7 @@ def launch(command, processes=1, devices=1, env=()):
 
 
 def finish(started, limit=240):
-    """Waits for all; [(exit code, stdout, stderr)]."""
+    """Waits for all processes and returns [(exit code, stdout, stderr)]."""
     try:
         return [(p.returncode, *out) for p in started for out in [p.communicate(timeout=limit)]]
     finally:
@@ -44,7 +44,7 @@ def finish(started, limit=240):
 
 
 def run_command(name, flags, shared_programs, processes=1):
-    """Runs a command in so many processes with one device each; they succeed. Returns [(stdout, stderr)] of each."""
+    """Runs a command in processes with one device each, asserts success, and returns [(stdout, stderr)]."""
     env = {k.upper(): str(v) for k, v in shared_programs.items()}
     ended = finish(launch(["-m", f"jaxrl_reason.{name}", *flags], processes, env=env))
     assert [code for code, _, _ in ended] == [0] * processes, "\n".join(err[-2000:] for *_, err in ended)
