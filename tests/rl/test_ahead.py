@@ -20,7 +20,7 @@ NUMBERS = dict(
 
 
 def compiled(run, caplog):
-    """Returns how often each program is compiled in a run, and which of them a thread of its own compiles."""
+    """Returns the number of compilations of each program in a run, and the programs that separate threads compile."""
     jax.config.update("jax_log_compiles", True)
     try:
         train.train(run)

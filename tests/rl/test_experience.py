@@ -1,4 +1,4 @@
-"""From scored groups to what is learnt from: numbers by hand, and `fill` against a list in Python."""
+"""Tests experience from scored groups against numbers by hand, and `fill` against a list in Python."""
 
 import functools
 
@@ -28,7 +28,7 @@ NAN = float("nan")
 
 
 def make_groups(lengths, T, truncated=None, logprobs=None, **rewards):
-    """Groups whose tokens name their prompt, completion and position: 100 p + 10 g + t."""
+    """Returns groups whose tokens name their prompt, completion and position: 100 p + 10 g + t."""
     lengths = np.asarray(lengths)
     P, G = lengths.shape
     p, g, t = np.indices((P, G, T))
@@ -168,7 +168,7 @@ def test_a_truncated_completion_leaves_the_loss_but_not_the_statistics_of_its_gr
 
 def test_a_completion_with_a_nonfinite_logprob_is_masked_and_counted():
     logprobs = np.full((1, 3, 3), -1.0)
-    logprobs[0, 0, 1], logprobs[0, 1, 2] = NAN, NAN  # the second lies behind the end
+    logprobs[0, 0, 1], logprobs[0, 1, 2] = NAN, NAN  # the second NaN is after the end
     experience, metrics = prepared("grpo", make_groups([[3, 2, 3]], 3, logprobs=logprobs, right=[[1, 0, 1]]))
     np.testing.assert_array_equal(experience.mask.sum(-1), [[0, 2, 3]])
     assert metrics["sampling/nonfinite_completions"] == 1
@@ -177,7 +177,7 @@ def test_a_completion_with_a_nonfinite_logprob_is_masked_and_counted():
 @pytest.mark.parametrize("name", ["reinforce_pp", "reinforce_pp_baseline"])
 def test_a_nonfinite_kl_spoils_its_own_completion_only(name):
     logprobs, kl = np.full((2, 2, 2), -1.0), np.full((2, 2, 2), 0.5, np.float32)
-    logprobs[0, 0, 1] = kl[0, 0, 1] = NAN  # so is log pi - log pi_ref where log pi is
+    logprobs[0, 0, 1] = kl[0, 0, 1] = NAN  # a NaN of log pi is also in log pi - log pi_ref
     groups = make_groups([[2, 2], [1, 2]], 2, logprobs=logprobs, right=[[1, 0], [1, 0]])
     experience, metrics = prepared(name, groups, kl=jnp.asarray(kl), kl_coef=0.1)
     assert metrics["sampling/nonfinite_completions"] == 1
@@ -249,7 +249,7 @@ def test_the_log_ratio_is_zero_behind_the_end():
 
 
 def test_the_verdict_decides_what_is_kept_not_the_shaped_reward():
-    right = [[1, 1], [0, 0], [1, 0], [NAN, 1], [NAN, NAN], [0.5, 0.6]]  # kept: 2 and 5
+    right = [[1, 1], [0, 0], [1, 0], [NAN, 1], [NAN, NAN], [0.5, 0.6]]  # groups 2 and 5 are kept
     new = make_groups(np.ones((6, 2), int), 1, right=right, shape=[[1, 0.2], [0, 0.9], [1, 1], [0, 1], [0, 1], [0, 0]])
     buffer, filled, share = jax.jit(fill, static_argnums=3)(empty_like(new), jnp.int32(0), new, "right")
     assert filled == 2 and share == pytest.approx(1 / 3)
@@ -262,7 +262,7 @@ def test_the_mean_reward_is_over_all_groups_that_were_drawn():
     nan = np.nan
     rewards = {"right": jnp.array([[1.0, 1, 0], [0, nan, 1]]), "shape": jnp.array([[2.0, nan, 0], [4, nan, 0]])}
     groups = Groups(None, rewards, {})
-    # totals 2, 1 and 2, missing; the third completion rides along and does not count
+    # The totals are 2 and 1, and 2 and missing. The third completion is greedy and does not count.
     got = jax.jit(lambda g: mean_reward(g, {"right": 1.0, "shape": 0.5}, 2))(groups)
     assert got == pytest.approx((2 + 1 + 2) / 3)
 

@@ -1,4 +1,4 @@
-"""The programs of a step lower for CUDA. No GPU is needed, and none has run them."""
+"""The programs of a step lower for CUDA. No GPU is needed, and no GPU has run them."""
 
 import jax
 import jax.export
@@ -9,7 +9,7 @@ from helpers.tiny_runs import tiny
 from jaxrl_reason.plan.step import open_step
 from jaxrl_reason.rl import programs
 
-# Long enough for blockwise attention and for waves; remat and waves are those that `rl.devices` chooses on GPUs.
+# The lengths suffice for blockwise attention and waves. `rl.devices` chooses the same remat and waves on GPUs.
 STEP = dict(
     max_prompt_length=128,
     max_completion_length=192,

@@ -1,4 +1,7 @@
-"""Several processes behind the real command line: the same samples, losses and weights; one that dies ends the others; checkpoints move."""
+"""Tests the real command line in several processes.
+
+Samples, losses and weights stay the same, a process that dies ends the others, and checkpoints move to other meshes.
+"""
 
 import json
 import signal
@@ -41,7 +44,7 @@ def folder(tmp_path_factory):
 
 
 def recipe(folder, name, **changes):
-    """A run of five steps on 8 prompts; what `changes` say besides."""
+    """Writes a recipe of five steps on 8 prompts with the fields `changes`. Returns the configuration and the path."""
     config = tiny(
         folder / "rows.jsonl",
         **dict(
@@ -51,7 +54,7 @@ def recipe(folder, name, **changes):
             group_size=4,
             model__layers=2,
             model__heads=4,
-            optimizer__eps=1e-5,  # Adam divides what are rounding errors by each other below it
+            optimizer__eps=1e-5,  # with a smaller one, Adam divides rounding errors
             supervised__steps=2,
             supervised__batch_size=8,
             reward__functions=[f"{folder / 'rewards.py'}:even", "match_answer"],
@@ -73,7 +76,7 @@ def recipe(folder, name, **changes):
 
 
 def start(recipe, workdir, shared_programs, processes=1, devices=1):
-    """The command line of the training in so many processes with so many simulated devices each."""
+    """Starts the training in `processes` processes with `devices` simulated devices each."""
     env = {k.upper(): str(v) for k, v in shared_programs.items()} | {"SEEN": f"{workdir}.seen"}
     command = ["-m", "jaxrl_reason.train", f"--config={recipe}", f"--workdir={workdir}"]
     return launch(command, processes, devices, env)
@@ -86,7 +89,7 @@ def run(recipe, workdir, shared_programs, processes=1, devices=1):
 
 
 def weights(config, workdir):
-    """All parameters of the newest checkpoint, read by this one process."""
+    """Returns the number and all parameters of the newest checkpoint. This process reads them alone."""
     config.mesh.data = config.mesh.fsdp = config.mesh.tensor = config.mesh.slice = 1
     config.mesh.rollout_tensor = 0
     ready = train.setup(config, workdir)
@@ -97,7 +100,7 @@ def weights(config, workdir):
 
 
 def compare(folder, one, other, tolerance=1e-5):
-    """Samples identical, figures equal."""
+    """Asserts that two runs have identical samples, and metrics that are equal within the tolerance."""
     samples = lambda name: [
         (s["step"], s["prompt"], s["completion"], s["total"])
         for s in map(json.loads, (folder / name / "samples.jsonl").read_text().splitlines())
@@ -120,7 +123,7 @@ def compare(folder, one, other, tolerance=1e-5):
 
 @pytest.fixture(scope="module")
 def alone(folder, shared_programs):
-    """The run that all others are compared with: one process, one device."""
+    """Trains in one process on one device and returns `weights`. All other runs are compared with this one."""
     config, path = recipe(folder, "alone", mesh__fsdp=1)
     run(path, folder / "alone", shared_programs)
     return weights(config, folder / "alone")
@@ -153,13 +156,13 @@ def test_processes_and_devices_change_neither_samples_nor_losses_nor_weights(
     number, params = weights(config, folder / name)
     assert number == alone[0] == 7
     np.testing.assert_allclose(params, alone[1], rtol=1e-5, atol=1e-6)
-    # Only the first speaks.
+    # Only the first process prints results.
     assert "Learning curve" in ended[0][1] and all(
         "Gloo" in line for _, out, _ in ended[1:] for line in out.splitlines()
     )
     if "mesh__rollout_tensor" in mesh or mesh["mesh__fsdp"] > 1:
         assert read_metrics(folder / name / "metrics.jsonl")[1]["perf/step_seconds/reshard"] > 0
-    # Each scores its share of the training's completions, and no other's.
+    # Each process scores its own share of the completions of training, and no others.
     seen = [(folder / f"{name}.seen{i}").read_text().splitlines() for i in range(processes)]
     everything = (folder / "alone.seen0").read_text().splitlines()
     everything, seen[0] = (lines[config.group_size :] for lines in (everything, seen[0]))  # without the trial in set-up
@@ -196,12 +199,12 @@ def test_two_processes_do_what_one_does_with_every_part_of_a_step(options, folde
     for processes, name in ((1, "one"), (2, "two")):
         _, path = recipe(folder, f"part_{name}", mesh__fsdp=processes, **options)
         run(path, tmp_path / name, shared_programs, processes)
-    # Scores of a reward model that has hardly learnt lie within 1e-3 of each other, and HERO divides by their spread.
+    # Scores of a reward model that has hardly learnt differ by less than 1e-3, and HERO divides by their spread.
     compare(tmp_path, "one", "two", tolerance=3e-4 if "reward_model__steps" in options else 1e-5)
 
 
 def test_two_processes_evaluate_as_one_does_and_continue(folder, alone, shared_programs, tmp_path):
-    """Also an evaluation of which the last prompts are missing, on two sets, against the results of one process."""
+    """Two processes evaluate two sets like one process, and continue an evaluation that lacks its last prompts."""
     env = {k.upper(): str(v) for k, v in shared_programs.items()} | {"SEEN": str(tmp_path / "seen")}
     sets = f"--sets={folder / 'rows.jsonl'}@3,{write_rows(tmp_path / 'more.jsonl', ROWS[:3])}@2"
 
@@ -233,7 +236,7 @@ def test_two_processes_evaluate_as_one_does_and_continue(folder, alone, shared_p
 
 
 def test_sigterm_ends_an_evaluation_and_the_other_process_at_once(folder, alone, shared_programs, tmp_path):
-    """jax catches SIGTERM for commands that save and then end; an evaluation has saved everything."""
+    """jax catches SIGTERM for commands that save before they end. An evaluation has already saved everything."""
     env = {k.upper(): str(v) for k, v in shared_programs.items()} | {"SEEN": str(tmp_path / "seen")}
     data = write_rows(tmp_path / "long.jsonl", ROWS * 100)
     command = ["-m", "jaxrl_reason.evaluate", f"--workdir={folder / 'alone'}", f"--out={tmp_path / 'out'}"]
@@ -314,7 +317,7 @@ def test_sigterm_in_the_supervised_phase_saves_too(folder, shared_programs, tmp_
 
 @pytest.mark.slow
 def test_processes_that_hold_the_same_prompts_learn_from_one_answer(folder, shared_programs, tmp_path):
-    """Each says its own number; the first counts, for both."""
+    """Each process returns its own number as reward. The number of the first process counts for both."""
     (folder / "who.py").write_text(
         "import os\ndef who(completions, **_):\n    return [float(os.environ['JAX_PROCESS_ID'])] * len(completions)\n"
     )
@@ -328,7 +331,7 @@ def test_processes_that_hold_the_same_prompts_learn_from_one_answer(folder, shar
 
 @pytest.mark.slow
 def test_a_checkpoint_that_one_process_cannot_read_is_skipped_by_both(folder, alone, shared_programs):
-    """What process 1 alone reads is damaged: its part of the weights, and then of all checkpoints."""
+    """Damages the part that only process 1 reads, first of the newest checkpoint and then of all checkpoints."""
     _, path = recipe(folder, "damaged", mesh__fsdp=2)
     workdir = folder / "damaged"
     run(path, workdir, shared_programs, processes=2)
@@ -404,7 +407,7 @@ def test_sigterm_and_ctrl_c_save_and_the_same_command_goes_on(processes, number,
     while not (file.exists() and file.read_bytes().count(b"\n") > 2):
         assert time.monotonic() < deadline and started[0].poll() is None
         time.sleep(0.05)
-    started[-1].send_signal(number)  # one of them is enough
+    started[-1].send_signal(number)  # one process is enough
     ended = finish(started, limit=60)
     assert [code for code, _, _ in ended] == [143] * processes, ended
     assert "Traceback" not in ended[0][2] and ended[0][2].splitlines()[-1].startswith("Asked to end"), ended
@@ -430,7 +433,7 @@ def test_a_reward_that_fails_on_one_process_stops_both_in_a_sentence(folder, sha
 
 @pytest.mark.slow
 def test_a_set_up_may_take_longer_than_cpus_wait_for_each_other(folder, shared_programs, tmp_path):
-    """The first process reads for 35 seconds before the others may."""
+    """The first process needs 35 seconds to load its rewards, and the other one waits."""
     _, path = recipe(folder, "late", mesh__fsdp=2, steps=1, eval__every=0)
     late = "import os, time\nif os.environ.get('JAX_PROCESS_ID') == '0': time.sleep(35)\n"
     rewards = folder / "late_rewards.py"

@@ -1,4 +1,4 @@
-"""The update against the float64 reference: its loss, its gradient, and what neither may depend on."""
+"""Tests the update against the float64 reference: its loss, its gradient, and settings that must not change them."""
 
 import dataclasses
 import functools
@@ -52,7 +52,7 @@ HOT = 1.3
 PPO = UpdateOptions(loss=PolicyLoss(clip_low=0.2, clip_high=0.28))
 FULL = dataclasses.replace(PPO, kl_coefficient=0.5, kl_kind="k2", entropy_coefficient=0.2)
 
-# Half the time of compiling these programs, which run a few times, would go into optimising them.
+# These programs run a few times. Their optimization would take half of the time of compilation.
 jit_once = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -79,7 +79,7 @@ def per_token(advantages):
 
 
 def experience(mask=MASK, **fields):
-    """Off-policy, with a reference and legal tokens; what is masked is far from what it would be."""
+    """Returns an off-policy batch with a reference. Masked log-probabilities are far from their true values."""
     spoil = lambda x: np.where(mask, x, np.float32(5))
     rollout = Rollout(PROMPTS, PROMPT_MASK, TOKENS, MASK, spoil(NOW.astype(np.float32)), ~MASK.any(axis=-1))
     batch = dict(
@@ -93,7 +93,7 @@ SGD = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)  # one program serv
 
 @functools.cache
 def program(options, optimizer, config=CONFIG):
-    """With legal tokens as an argument: one program serves all masks."""
+    """Returns the program of the update. Legal tokens are an argument, so that one program serves all masks."""
     return jit_once(lambda legal, *args: learner.make_update(config, options, optimizer, legal)(*args))
 
 
@@ -113,7 +113,7 @@ def update(
 
 
 def moved(state, params=PARAMS):
-    """Minus the gradient, after SGD at rate 1."""
+    """Returns the change of the weights, which is minus the gradient after SGD at rate 1."""
     return jax.tree.map(lambda a, b: np.asarray(a, np.float64) - np.asarray(b, np.float64), state.params, params)
 
 
@@ -129,7 +129,7 @@ def assert_same(a, b, atol=1e-6):
 
 
 def reference_loss(params, mask=MASK, options=FULL):
-    """Token-mean PPO + 0.5 k2 - 0.2 entropy in float64, token by token."""
+    """Computes the token mean of PPO + 0.5 k2 - 0.2 entropy in float64, token by token."""
     law = reference_law(params)
     total = 0.0
     for p, g, t in np.argwhere(mask):
@@ -175,7 +175,7 @@ def test_gradient_equals_finite_differences_of_the_reference(places):
 
 
 def test_each_completion_token_is_predicted_from_what_stands_before_it():
-    """Embeddings are inputs only (the head is another matrix): rows with gradient are the tokens that were read."""
+    """The head is another matrix than the embedding, so rows with a gradient belong to tokens that were read."""
     for t in range(T):
         mask = MASK & (np.arange(T) == t)
         state, _ = update(experience(mask=mask))
@@ -183,7 +183,7 @@ def test_each_completion_token_is_predicted_from_what_stands_before_it():
         rows = np.argwhere(mask.any(axis=-1))
         read = {int(x) for p, g in rows for x in [*PROMPTS[p, PROMPT_MASK[p]], *TOKENS[p, g, :t]]}
         assert touched <= read
-        # A sliding layer and a global one: the global one sees all.
+        # One layer slides, and the other one is global and sees all tokens.
         assert touched == read, t
 
 
@@ -199,7 +199,7 @@ def test_kl_is_measured_by_its_kind_and_pulls_towards_the_reference(kind):
     after = chosen(reference_law(state.params))
     assert (after - REF)[MASK].std() < (NOW - REF)[MASK].std()
     assert ((after - REF) ** 2)[MASK].mean() < 0.95 * ((NOW - REF) ** 2)[MASK].mean()
-    # Where the reference is the policy nothing pulls.
+    # A reference that equals the policy does not pull it.
     own = scores(PARAMS, batch)
     state, metrics = update(experience(advantages=still, ref_logprobs=own), options, rate=0.1)
     assert norm(moved(state)) < 1e-6 and metrics["kl"] == pytest.approx(0, abs=1e-6)
@@ -226,7 +226,7 @@ def test_a_coefficient_of_zero_reports_the_kl_and_leaves_the_loss():
 @pytest.mark.runs
 @pytest.mark.parametrize("several", [False, True])
 def test_a_sampler_of_another_law_is_corrected_by_capped_weights(several):
-    """Truncated importance sampling: each advantage times min(p / p_sampled, cap), p the policy's before the update."""
+    """Each advantage is multiplied by min(p / p_sampled, cap), with p of the policy before the update."""
     sampled = np.where(MASK, NOW + np.where(np.arange(T) % 2, 0.4, -0.9), 5).astype(np.float32)  # as if rounded
     batch = experience(old_logprobs=NOW.astype(np.float32) if several else None, ref_logprobs=None)
     batch = batch._replace(rollout=batch.rollout._replace(logprobs=jnp.asarray(sampled)))
@@ -287,7 +287,7 @@ def test_what_is_not_finite_reaches_neither_weights_nor_moments(loss, gradient, 
         jax.tree.map(np.testing.assert_array_equal, (new, new_state), (params, state))
 
 
-# -- what may not matter ---------------------------------------------------------------------------------------------
+# -- settings and values without effect ------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -324,7 +324,7 @@ def test_accumulation_and_chunks_change_neither_update_nor_metrics(changes):
 
 
 def largest(jaxpr, last):
-    """Entries of the largest value with `last` as its last dimension that a program, loops included, ever makes."""
+    """Returns the size of the largest array with the last dimension `last` in a program and its loops."""
     sizes = [0]
     for eqn in jaxpr.eqns:
         sizes += [v.aval.size for v in eqn.outvars if v.aval.shape[-1:] == (last,)]
@@ -358,7 +358,7 @@ def test_the_logits_of_an_update_are_never_held_whole(monkeypatch):
     ],
 )
 def test_accumulation_keeps_every_denominator_global(loss):
-    batch = experience(mask=MASK & (np.arange(P) != 2)[:, None, None])  # a prompt that is left out entirely
+    batch = experience(mask=MASK & (np.arange(P) != 2)[:, None, None])  # one prompt is left out entirely
     one, metrics = update(batch, dataclasses.replace(FULL, loss=loss))
     four, four_metrics = update(batch, dataclasses.replace(FULL, loss=loss, accumulation=4))
     assert_same(four.params, one.params)
@@ -388,7 +388,7 @@ def test_pad_tokens_behind_the_end_may_be_illegal_and_are_of_no_account():
     batch = experience()
     padded = batch._replace(rollout=batch.rollout._replace(tokens=jnp.asarray(tokens)))
     behind = scores(OTHER, padded, legal=legal)
-    assert np.isneginf(behind[~MASK]).all()  # what the reference policy gives, too
+    assert np.isneginf(behind[~MASK]).all()  # the reference policy gives -inf too
     other, other_metrics = update(padded._replace(ref_logprobs=jnp.where(MASK, REF, behind)), legal=legal)
     state, metrics = update(batch, legal=legal)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(other.params)), "the weights are NaN"
@@ -436,7 +436,7 @@ def test_temperature_is_part_of_the_trained_law_and_compiles_nothing_new():
 
 
 def test_on_policy_the_ratio_is_exactly_one():
-    options = UpdateOptions(loss=PolicyLoss(clip_low=0.0, clip_high=0.0))  # clips whatever is not exactly 1
+    options = UpdateOptions(loss=PolicyLoss(clip_low=0.0, clip_high=0.0))  # clips every ratio that is not exactly 1
     run = jit_once(functools.partial(learner.loss_and_metrics, CONFIG, options))
     batch = experience(old_logprobs=None, advantages=ADVANTAGES)
     _, (metrics, *_) = run(PARAMS, batch, losses.totals(MASK), {}, jnp.float32(HOT), LEGAL)
@@ -463,7 +463,7 @@ def test_later_epochs_train_against_the_policy_that_sampled():
     assert_same(state.params, second.params, atol=2e-6)
     assert first_metrics["clip_ratio/region_mean"] == 0 and second_metrics["clip_ratio/region_mean"] > 0
     assert metrics["clip_ratio/region_mean"] == pytest.approx(second_metrics["clip_ratio/region_mean"] / 2)
-    assert metrics["sampling/logp_difference_max"] < 5e-5  # before anything changed
+    assert metrics["sampling/logp_difference_max"] < 5e-5  # before the weights change
     on_policy, _ = update(batch._replace(old_logprobs=scores(first.params, batch)), PPO, rate=0.3, params=first.params)
     assert norm(jax.tree.map(np.subtract, moved(on_policy), moved(second))) > 0.01
 
@@ -482,13 +482,14 @@ def test_several_updates_without_old_logprobs_are_refused():
 
 
 def test_minibatches_that_do_not_divide_the_prompts_are_refused():
-    with pytest.raises((ValueError, AssertionError)):  # 3 does not divide 4: four updates of one prompt, silently
+    # 3 does not divide 4. Without an error there would be four updates of one prompt.
+    with pytest.raises((ValueError, AssertionError)):
         update(experience(), dataclasses.replace(FULL, minibatches=3))
 
 
 @functools.cache
 def recorder(updates):
-    """An optimizer that writes down the gradients of the embedding and moves nothing."""
+    """Returns an optimizer that records the gradients of the embedding and changes no weight."""
 
     def init(params):
         return jnp.int32(0), jnp.zeros((updates, *params["embedding"].shape))
@@ -504,7 +505,8 @@ def recorder(updates):
 def test_minibatches_cover_each_prompt_once_an_epoch_in_an_order_from_the_key():
     epochs, minibatches = 3, 2
     options = dataclasses.replace(FULL, epochs=epochs, minibatches=minibatches)
-    prompts = np.arange(P)[:, None].repeat(S, axis=1)  # prompt p is made of token p, so gradients tell who took part
+    # Prompt p has only the token p, so gradients show which prompts took part.
+    prompts = np.arange(P)[:, None].repeat(S, axis=1)
     batch = experience()
     batch = batch._replace(rollout=batch.rollout._replace(prompt_tokens=jnp.asarray(prompts)))
 
@@ -556,7 +558,7 @@ def test_score_equals_the_sampler_whatever_the_parts():
 def test_entropy_is_that_of_the_law_that_samples():
     run = jit_once(functools.partial(scoring.compute_logprobs, CONFIG))
     batch = experience()
-    found = run(PARAMS, batch.rollout, jnp.float32(0.7))  # legal tokens: see the metrics above
+    found = run(PARAMS, batch.rollout, jnp.float32(0.7))  # another test has legal tokens
     check_fields(found)
     logprobs, entropy, *others = found
     assert others == [{}, None]
@@ -586,7 +588,7 @@ def test_the_sampling_difference_is_that_of_live_tokens():
     ],
 )
 def test_the_worst_token_is_named_whatever_part_of_the_batch_it_is_in(options):
-    """With minibatches, of the first: the weights have changed before the others."""
+    """With minibatches, only the first one counts, because the weights change before the others."""
     state = TrainState(jnp.int32(3), PARAMS, {}, optimizers.init_opt_state(SGD, PARAMS), (), jnp.int32(9))
     run, found = program(options, SGD), set()
     for p, g in [(0, 1), (3, 2), (2, 0), (1, 1)]:
@@ -594,7 +596,7 @@ def test_the_worst_token_is_named_whatever_part_of_the_batch_it_is_in(options):
         batch = experience()
         logprobs = np.array(batch.rollout.logprobs)
         logprobs[p, g, t] += 0.25
-        logprobs[~MASK] = 9.0  # of no one
+        logprobs[~MASK] = 9.0  # padding belongs to no completion
         batch = batch._replace(rollout=batch.rollout._replace(logprobs=jnp.asarray(logprobs)))
         *_, worst = run(LEGAL, state, batch, jnp.float32(HOT), jax.random.key(0))
         if abs(worst.difference) > 0.1:
@@ -607,7 +609,7 @@ def test_the_worst_token_is_named_whatever_part_of_the_batch_it_is_in(options):
 # -- the optimizer ---------------------------------------------------------------------------------------------------
 
 
-# Momentum, for the sake of its state; the first step is the clipped gradient.
+# Momentum gives the optimizer a state. The first step is the clipped gradient.
 CLIPPED = optax.chain(optax.clip_by_global_norm(0.5), optax.trace(0.9), optax.scale(-1.0))
 
 
@@ -621,7 +623,7 @@ def test_clipping_bounds_the_update_that_is_applied_and_the_optimizer_state_is_f
     assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {dtype}
     assert metrics["grad_norm"] > 50  # reported before clipping
     applied = norm(moved(state, params))
-    # Rounding to bfloat16 at most doubles what is added: less than half a unit vanishes, more becomes a whole one.
+    # Rounding to bfloat16 at most doubles a change: less than half a unit vanishes, and more becomes a whole unit.
     assert 0.2 < applied <= 0.5 * (1 + 1e-5 if dtype == "float32" else 2)
     momentum = jax.tree.leaves(state.opt_state)
     assert {str(x.dtype) for x in momentum} == {"float32"} and len(momentum) == len(jax.tree.leaves(params))

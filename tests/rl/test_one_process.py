@@ -1,4 +1,4 @@
-"""A process that is alone: nothing to connect, SIGTERM, and errors that wait until they are asked for."""
+"""Tests a single process: no connections, SIGTERM, and errors that wait until their result is needed."""
 
 import os
 import signal
@@ -75,7 +75,7 @@ def test_ctrl_c_asks_as_sigterm_does_and_a_second_one_interrupts(main_thread):
             press()
             assert asked() and asked()
             press()
-    with hosts.preemption() as asked:  # forgotten
+    with hosts.preemption() as asked:  # the signal is forgotten
         assert not asked()
 
 
@@ -114,5 +114,5 @@ def test_what_was_attempted_raises_when_it_is_asked_for():
     failed = hosts.attempt(lambda: int("x"), ValueError)
     with pytest.raises(ValueError, match="invalid literal"):
         hosts.agree(failed, ValueError)
-    with pytest.raises(KeyError):  # not foreseen: at once
+    with pytest.raises(KeyError):  # other errors are raised at once
         hosts.attempt(lambda: {}["x"], ValueError)

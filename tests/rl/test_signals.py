@@ -1,4 +1,4 @@
-"""Signals of the rollout, features, legal tokens and added losses, against plain forwards and finite differences."""
+"""Tests signals, features, legal tokens and added losses against plain forwards and finite differences."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ RNG = np.random.default_rng(0)
 PROMPTS = RNG.integers(0, V, (P, S))
 LEFT = np.arange(S) >= np.array([[0], [3], [2]])
 IDS = np.array([7, 3, 11])
-EOS = (2, 3, 5, 8)  # often sampled, so that completions end everywhere
+EOS = (2, 3, 5, 8)  # often sampled, so that completions end at every position
 PROBE, PAD = 13, 0
 LEGAL = RNG.random((T, V)) < 0.5
 LEGAL[:, [2, 11]] = True
@@ -53,13 +53,13 @@ jit_once = functools.partial(jax.jit, compiler_options={"xla_backend_optimizatio
 
 
 def right_aligned(prompts, mask):
-    """The same prompts with padding behind them."""
+    """Returns the same prompts with padding after their tokens."""
     order = np.argsort(~mask, axis=1, kind="stable")
     return np.take_along_axis(prompts, order, 1), np.take_along_axis(mask, order, 1)
 
 
 def mixed(prompts, mask):
-    """The same prompts with padding in front, within and behind."""
+    """Returns the same prompts with padding before, between and after their tokens."""
     rng, out, where = np.random.default_rng(1), np.zeros((P, S + 3), int), np.zeros((P, S + 3), bool)
     for p in range(P):
         real = prompts[p, mask[p]]
@@ -108,7 +108,7 @@ def plain(rows):
 
 
 def behind_the_end(rollout, temperature=1.0, token=PROBE):
-    """log pi(token | prompt, completion) by one plain forward over whole, unshared rows; f32[P, G]."""
+    """Returns log pi(token | prompt, completion), f64[P, G], by one plain forward over whole, unshared rows."""
     rows = np.repeat(rollout.prompt_tokens[:, None], G, axis=1), rollout.tokens
     masks = np.repeat(rollout.prompt_mask[:, None], G, axis=1), rollout.mask
     tokens, mask = (np.concatenate(x, axis=2).reshape(P * G, -1) for x in (rows, masks))
@@ -140,7 +140,7 @@ def test_the_probe_is_the_law_behind_the_end_token_in_sampling_in_training_and_i
         np.testing.assert_allclose(out.probe_logprobs[ended], behind_the_end(out, of_probe)[ended], atol=1e-5)
         assert np.isfinite(scored.probe_logprobs).all()
         ends |= set(out.mask.sum(axis=-1)[ended]) | ({"truncated"} if out.truncated.any() else set())
-    assert {1, 2, T, "truncated"} <= ends  # in the first place and in the last of the budget, and not at all
+    assert {1, 2, T, "truncated"} <= ends  # at the first and the last position, and without an end
     assert np.ptp(out.probe_logprobs[ended]) > 0.5
 
 
@@ -201,7 +201,7 @@ def test_the_greedy_member_of_a_group_has_a_probe_at_temperature_one():
 @pytest.mark.runs
 @pytest.mark.parametrize("side", [*(pytest.param(s, marks=pytest.mark.slow) for s in ("left", "right")), "mixed"])
 def test_prompt_logprobs_are_those_of_a_plain_forward_wherever_the_padding_stands(side):
-    out = sample(side, temperature=0.6, with_prompt_logprobs=True)  # at temperature 1 whatever the sampler's
+    out = sample(side, temperature=0.6, with_prompt_logprobs=True)  # prompts have temperature 1, not the sampler's
     prompts, mask = SIDES[side]
     assert out.prompt_logprobs.shape == mask.shape and (out.prompt_logprobs[~mask] == 0).all()
     confidence = np.asarray(prompt_confidence(jax.tree.map(jnp.asarray, out)))
@@ -210,7 +210,8 @@ def test_prompt_logprobs_are_those_of_a_plain_forward_wherever_the_padding_stand
         law = reference.log_softmax(reference.forward(CONFIG, reference.float64(PARAMS), text))
         expected = [0.0, *law[np.arange(len(text) - 1), text[1:]]]
         np.testing.assert_allclose(out.prompt_logprobs[p, mask[p]], expected, atol=2e-5)
-        assert confidence[p] == pytest.approx(np.exp(np.mean(expected[1:])), rel=1e-4)  # the first has no prediction
+        # The first token has no prediction.
+        assert confidence[p] == pytest.approx(np.exp(np.mean(expected[1:])), rel=1e-4)
     assert np.ptp(confidence) > 0.01
     without = sample(side, temperature=0.6)
     assert without.prompt_logprobs is None
@@ -243,7 +244,7 @@ def gelu(x):
 
 
 def tabular_logits(params, features, prompts, mask, completions):
-    """Float64 logits [P, G, T, V]: what the encoder writes is appended to the embedding (the head is apart)."""
+    """Returns float64 logits [P, G, T, V]. The encoder's output is appended to the embedding; the head is separate."""
     rows = []
     for x, tokens, there, group in zip(np.asarray(features, np.float64), prompts, mask, completions):
         hidden = gelu(x @ params["encoder_in"] + params["encoder_in_bias"])
@@ -296,7 +297,7 @@ def test_features_make_room_for_themselves_wherever_the_padding_stands():
         temperature=jnp.float32(1),
         features=FEATURES[::-1],
     )
-    np.testing.assert_array_equal(swapped.tokens, left.tokens[::-1])  # each prompt has its own
+    np.testing.assert_array_equal(swapped.tokens, left.tokens[::-1])  # features follow their prompt
 
 
 def test_features_that_are_missing_or_unexpected_or_too_many_are_refused():
@@ -342,7 +343,10 @@ KEYS = dict(clip_low=0.2, clip_high=0.28)
 
 @functools.cache
 def problem():
-    """(prompts, mask, tokens, live, truncated, advantages, verdicts, judged, c_ref) of A prompts with B completions."""
+    """Returns A prompts with B completions.
+
+    The fields are prompts, mask, tokens, live, truncated, advantages, verdicts, judged and c_ref.
+    """
     rng = np.random.default_rng(5)
     prompts, mask = rng.integers(0, V, (A, S)), np.arange(S) >= np.array([[0], [2], [3], [1]])
     tokens, lengths = rng.integers(0, V, (A, B, T)), np.array([[1, 5, 3], [2, 2, 5], [5, 1, 4], [3, 5, 1]])
@@ -384,7 +388,7 @@ def update(batch, options, params=PARAMS, step=0, legal=None, config=CONFIG, tem
 
 
 def reinforce(law, tokens, live, adv):
-    """The gradient of the clipped loss at ratio 1 is that of -A log p, a mean over tokens."""
+    """Returns the token mean of -A log p, which has the gradient of the clipped loss at ratio 1."""
     return -(chosen(law, tokens) * adv[..., None])[live].sum() / live.sum()
 
 
@@ -397,7 +401,7 @@ def probes_of(params, prompts, mask, tokens, live):
 
 
 def assert_gradient(params, new, value, only=None, trials=2):
-    """Minus the step of SGD at rate 1 is the slope of `value`, in random directions (in the weights `only`)."""
+    """Asserts that minus the step of SGD at rate 1 is the slope of `value` in random directions (of weights `only`)."""
     wide = reference.float64(params)
     grads = jax.tree.map(lambda old, x: old - np.asarray(x, np.float64), wide, new)
     size = np.sqrt(
@@ -467,13 +471,13 @@ def test_before_the_warmup_is_over_only_the_policy_loss_acts():
     off = dataclasses.replace(
         JUDGING, loss=dataclasses.replace(JUDGING.loss, auxiliary=(dataclasses.replace(JUDGE, coefficient=0.0),))
     )
-    none, _ = update(judged_batch(), off, step=0)  # the same shapes, and no weight on the loss
+    none, _ = update(judged_batch(), off, step=0)  # the same shapes, but the loss has coefficient 0
     for step in (0, 3):
         early, metrics = update(judged_batch(), JUDGING, step=step)
         jax.tree.map(np.testing.assert_array_equal, early, none)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), early, base
-        )  # one position more is another sum
+        )  # with one more position, sums round differently
         assert metrics["self_reward/loss"] == 0 and metrics["loss"] == pytest.approx(base_metrics["loss"], abs=1e-6)
     for step in (4, 9):
         late, metrics = update(judged_batch(), JUDGING, step=step)
@@ -517,7 +521,7 @@ def test_the_expert_term_is_the_cross_entropy_of_its_targets():
     new, _ = update(expert_batch(targets), large)
     assert_gradient(PARAMS, new, lambda params: np.dot(terms(params), [1, 2]), trials=1)
     unmasked, _ = update(expert_batch(np.where(live, targets, (targets + 1) % V)), large)
-    jax.tree.map(np.testing.assert_array_equal, unmasked, new)  # targets behind the end mean nothing
+    jax.tree.map(np.testing.assert_array_equal, unmasked, new)  # targets after the end have no effect
 
 
 @pytest.mark.runs
@@ -564,7 +568,7 @@ def test_legal_tokens_by_position_hold_in_sampling_and_in_training(temperature):
 
 @pytest.mark.runs
 def test_legal_tokens_may_be_a_constant_of_the_program():
-    """As the programs of a run have them: an array of numpy that is not an argument."""
+    """The programs of a run have legal tokens as a numpy array, not as an argument."""
     constant = jit_once(
         lambda *args: generate(
             CONFIG,
@@ -602,7 +606,7 @@ def test_the_gradient_under_legal_tokens_is_exact():
 
 @pytest.mark.runs
 def test_the_probe_is_of_the_whole_vocabulary_in_sampling_and_in_training():
-    """The position behind the end has no legal tokens of its own."""
+    """The position after the end has no legal tokens of its own."""
     legal = LEGAL.copy()
     legal[:, PROBE] = False
     out = sample(legal=jnp.asarray(legal), probe_token=PROBE)
@@ -630,12 +634,12 @@ PROBES = np.float32([[-13, -23, 0], [-15, -25, -20]])
 
 
 def scored_groups(**rewards):
-    """Two prompts of three completions of two tokens; the third completion of the first was cut off."""
+    """Returns two prompts with three completions of two tokens. The third completion of the first was cut off."""
     mask = np.ones((2, 3, 2), bool)
     logprobs = np.log([[[0.5, 0.25], [0.8, 0.9], [0.1, 0.2]], [[0.3, 0.6], [0.7, 0.4], [0.2, 0.9]]]).astype(np.float32)
     prompts = np.log([[1, 0.5, 0.5], [1, 1, 0.16]]).astype(
         np.float32
-    )  # c(q) is .5 and .16, whose first token is padding
+    )  # c(q) is .5 and .16; the second prompt begins with padding
     rollout = Rollout(
         np.zeros((2, 3), int),
         np.array([[1, 1, 1], [0, 1, 1]], bool),
@@ -662,7 +666,7 @@ def test_signals_reach_the_chain_the_batch_and_the_metrics():
     groups = scored_groups(right=[[1, 0, 1], [0, 0, NAN]], reward_model=[[2, 1, 4], [0, NAN, 5]])
     batch, metrics = prepared(method, groups, {"right": 1.0, "reward_model": 0.0})
     x = AdvantageInputs(
-        np.array([[1, 0, 1], [0, NAN, NAN]]),  # a score that is not finite, and no verdict: both left out
+        np.array([[1, 0, 1], [0, NAN, NAN]]),  # left out: a non-finite score, and a missing verdict
         np.ones((2, 3, 2), bool),
         verdicts=np.array([[1, 0, 1], [0, 0, 0]], bool),
         model_scores=np.array([[2, 1, 4], [0, 9, 5.0]]),
@@ -670,7 +674,7 @@ def test_signals_reach_the_chain_the_batch_and_the_metrics():
         self_rewards=np.array([[1, 0, 2.3], [0.8, -0.2, 0.3]]),
         truncated=np.array([[0, 0, 1], [0, 0, 0]], bool),
         prompt_confidence=np.array([0.5, 0.16]),
-        answer_confidence=np.array([[0.25, 0.8, 0.1], [0.3, 0.4, 0.2]]),  # the lower of two tokens
+        answer_confidence=np.array([[0.25, 0.8, 0.1], [0.3, 0.4, 0.2]]),  # the minimum of two tokens
     )
     expected, _ = reference_methods.compose("grpo", ("hero", "laser", "rlev", "progrpo"), x)
     np.testing.assert_allclose(batch.advantages, expected, rtol=1e-4, atol=1e-5)
@@ -711,7 +715,7 @@ def test_the_f1_of_a_batch_is_that_of_the_figure_of_merit(right):
 
 
 def test_a_completion_that_was_not_judged_is_not_taken_for_wrong():
-    """Its verdict is missing, and another reward is not."""
+    """Its verdict is missing, but its other reward is not."""
     groups = scored_groups(right=[[1, 0, 1], [0, NAN, 1]], shape=[[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]])
     for name in ("laser", "progrpo"):
         batch, _ = prepared(methods.create(name), groups, {"right": 1.0, "shape": 1.0})
@@ -754,11 +758,11 @@ def test_targets_of_the_expert_come_from_the_digits_of_the_data():
     np.testing.assert_array_equal(batch.auxiliary["expert"], [[[5, 2], [5, 9], [5, 0]], [[1, 2], [1, 2], [1, 9]]])
 
 
-# -- what it costs -----------------------------------------------------------------------------------------------------
+# -- costs -------------------------------------------------------------------------------------------------------------
 
 
 def products(jaxpr, loops=1.0):
-    """Multiplications in the matrix products of a program; a while loop's body counts `loops` times."""
+    """Counts the multiplications in a program's matrix products. The body of a while loop counts `loops` times."""
     total = 0.0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -775,7 +779,7 @@ def products(jaxpr, loops=1.0):
 
 
 def update_products(loss, T=T, probe=None):
-    """Of one update with a budget of T."""
+    """Counts the multiplications of one update with a budget of T."""
     shape = lambda *s, dtype=jnp.float32: jax.ShapeDtypeStruct(s, dtype)
     rollout = Rollout(
         shape(A, S, dtype=int),
@@ -799,8 +803,8 @@ def update_products(loss, T=T, probe=None):
 def test_the_self_reward_costs_one_position_and_one_row_of_logits_a_completion():
     plain, judging = update_products(PolicyLoss()), update_products(PolicyLoss(auxiliary=(JUDGE,)), probe=PROBE)
     longer = update_products(PolicyLoss(), T=T + 1)  # one position and one row of logits more
-    assert plain > 1e5  # something was counted
-    # At least a row of logits and its two gradients; at most what a budget of one token more costs: no second forward.
+    assert plain > 1e5  # the count is not trivial
+    # The probe costs at least a row of logits and its two gradients, and at most one more token: no second forward.
     assert 3 * A * B * CONFIG.width * V <= judging - plain <= 1.001 * (longer - plain)
 
 
@@ -812,8 +816,8 @@ def rollout_jaxpr(**options):
 def test_sampling_with_signals_adds_no_forward_pass():
     plain, probe, prompt = rollout_jaxpr(), rollout_jaxpr(probe_token=PROBE), rollout_jaxpr(with_prompt_logprobs=True)
     once = products(plain, loops=1)
-    assert products(probe, loops=1) == once > 1e5  # the iterations of the loop cost the same
-    assert products(prompt, loops=1) - once == P * S * CONFIG.width * V  # a row of logits for each prompt token
+    assert products(probe, loops=1) == once > 1e5  # an iteration of the loop costs no more
+    assert products(prompt, loops=1) - once == P * S * CONFIG.width * V  # one row of logits per prompt token
     assert [len(x.outvars) for x in (plain, probe, prompt)] == [6, 7, 7]
 
 

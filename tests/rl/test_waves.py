@@ -1,4 +1,7 @@
-"""Waves of completions of similar length: gradients, metrics and scores are those of whole groups, whatever the sizes, the devices and the loss."""
+"""Tests waves of completions of similar length.
+
+Gradients, metrics and scores equal the results of whole groups, for all sizes, devices and losses.
+"""
 
 import dataclasses
 import functools
@@ -33,10 +36,10 @@ PARAMS = reference.random_params(CONFIG, seed=5, scale=0.3)
 RNG = np.random.default_rng(0)
 PROMPT_MASK = np.arange(S) >= RNG.integers(0, 4, (P, 1))
 LENGTHS = np.minimum(RNG.geometric(0.25, (P, G)), T)
-LENGTHS[0, 0], LENGTHS[3, 1], LENGTHS[5] = T, T, 0  # the budget ends two of them, and one prompt has no completion
+LENGTHS[0, 0], LENGTHS[3, 1], LENGTHS[5] = T, T, 0  # the budget ends two completions, and one prompt has none
 LENGTHS[6, 2] = 0  # 16 completions count: waves of 4, 3 and five times 2 have an empty place
 MASK = np.arange(T) < LENGTHS[..., None]
-COUNTS = MASK & (RNG.random((P, G)) < 0.8)[..., None]  # others are left out
+COUNTS = MASK & (RNG.random((P, G)) < 0.8)[..., None]  # the others are left out
 LEGAL = RNG.random((T, V)) < 0.7
 TOKENS = np.argmax(RNG.random((P, G, T, V)) * LEGAL, axis=-1).astype(np.int32)
 JUDGED = SelfReward(coefficient=0.5, beta=0.3, warmup_steps=0)
@@ -78,7 +81,7 @@ REST = dict(kl_coefficient=0.5, entropy_coefficient=0.2, probe_token=3)
 
 
 def gradient(name="token_mean", mesh=None, config=CONFIG, **options):
-    """The gradient of the batch, at a temperature of 1.3, with legal tokens."""
+    """Returns the gradient of the batch at a temperature of 1.3, with legal tokens."""
     loss = LOSSES[name]
     kept = {k: v for k, v in BATCH.auxiliary.items() if k in [a.name for a in loss.auxiliary]}
     batch, options = BATCH._replace(auxiliary=kept), learner.UpdateOptions(loss=loss, **(REST | options))
@@ -168,7 +171,7 @@ MESHES = ((8, 1, 1), (2, 2, 2))
 
 @pytest.mark.runs
 def test_the_gradient_does_not_depend_on_the_devices(tmp_path):
-    """On 8 devices, in a process of its own: prompts split over 8, or over 4 with heads split over 2."""
+    """A process with 8 devices splits the prompts over all of them, or over 4 with the heads over 2."""
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     folders = [str(pathlib.Path(__file__).parents[1]), str(pathlib.Path(jaxrl_reason.__file__).parents[1])]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(folders)}
@@ -188,12 +191,12 @@ def save_gradients_on_devices(folder):
         np.savez(folder / f"{mesh[2]}.npz", *jax.tree.leaves(found))
 
 
-# -- what an update and a scoring ask of the waves ------------------------------------------------------------------------
+# -- the waves of an update and of a scoring ---------------------------------------------------------------------------
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The sizes and the sums of a program whose waves are not computed: each completion's result is its length instead."""
+    """Returns a list of the sizes and sums of each program. Waves are not computed: the results are the lengths."""
     seen = []
 
     def for_each(sizes, lengths, body, carry):
@@ -211,7 +214,7 @@ def asked(monkeypatch):
 PARTS = [
     Size(6, 9),
     Size(12, 6),
-]  # 4 prompts in each of 2 parts; 6 of 12 completions, 6 * 17 // 11 = 9 of half the length
+]  # 2 parts of 4 prompts: 6 of 12 completions, or 6 * 17 // 11 = 9 of half the length
 
 
 def test_the_update_computes_completions_that_count_with_sums_in_float32(asked):
@@ -245,11 +248,11 @@ def test_data_of_auxiliary_losses_belong_to_completions(monkeypatch):
 
 
 def test_sizes():
-    """8 prompts of 8 completions, 32 and 256 tokens: 576 tokens per wave."""
+    """8 prompts of 32 tokens have 8 completions of 256 tokens. The first case has 576 tokens per wave."""
     assert waves.sizes(8, 8, 32, 256, 3, 512, 1) == [Size(64, 6), Size(128, 3), Size(256, 2)]
     assert waves.sizes(8, 8, 0, 256, 2, 767, 1) == [Size(128, 4), Size(256, 2)]  # rounded down to two completions
-    assert waves.sizes(1, 2, 32, 256, 3, 4096, 1) == [Size(64, 2), Size(128, 2), Size(256, 2)]  # no more than there are
-    assert waves.sizes(8, 8, 32, 256, 2, 4096, 16) == [Size(128, 7), Size(256, 4)]  # those of a microbatch
+    assert waves.sizes(1, 2, 32, 256, 3, 4096, 1) == [Size(64, 2), Size(128, 2), Size(256, 2)]  # all completions
+    assert waves.sizes(8, 8, 32, 256, 2, 4096, 16) == [Size(128, 7), Size(256, 4)]  # a microbatch has 4
     assert waves.sizes(8, 8, 32, 256, 1, 0, 1) == [Size(256, 1)]
     assert waves.sizes(1, 1, 32, 100, 2, 1, 9) == [Size(50, 1), Size(100, 1)]
 
@@ -262,7 +265,7 @@ def test_parts_of_the_prompts():
 
 
 def taken(lengths, sizes):
-    """The completions of each wave, and its length."""
+    """Returns the length and the completions of each wave."""
 
     def add(wave, state):
         count, seen, size = state
@@ -275,7 +278,7 @@ def taken(lengths, sizes):
 
 
 def test_waves_by_hand():
-    """Two completions of at most 4 tokens fill no wave of three, and wait. 6 marks an empty place."""
+    """Two completions of at most 4 tokens do not fill a wave of three, so they wait. 6 marks an empty place."""
     sizes = [Size(4, 3), Size(8, 2)]
     assert taken([[8, 1, 5], [3, 0, 6]], sizes) == [(8, [1, 3]), (8, [2, 5]), (8, [0, 6])]
     assert taken([[8, 1, 4], [3, 0, 6]], sizes) == [(4, [1, 3, 2]), (8, [5, 0])]
@@ -284,7 +287,7 @@ def test_waves_by_hand():
 
 
 def test_completions_are_taken_and_put_back():
-    """Worked by hand: 2 prompts of 2 completions of 3 tokens, and a wave of 2 tokens with an empty place."""
+    """Worked by hand: 2 prompts have 2 completions of 3 tokens, and a wave has 2 tokens and an empty place."""
     wave = waves.Wave(jnp.array([[3], [0], [4]]), 2)
     np.testing.assert_array_equal(wave.live(4), [[True], [True], [False]])
     tokens, per_row = jnp.arange(12).reshape(2, 2, 3), jnp.arange(4).reshape(2, 2) * 10

@@ -1,4 +1,4 @@
-"""Group sampling: its law against the float64 reference, its keys, its ends, and what it does not depend on."""
+"""Tests group sampling: its distribution against the float64 reference, its keys, its ends, and its independence."""
 
 import functools
 import time
@@ -22,9 +22,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 P, G, S, T, V = 3, 4, 5, 6, 37
 ONE = np.nextafter(np.float32(1), np.float32(0))  # the largest float32 below 1
-EOS, PAD = (5, 9), 5  # with pad == eos
+EOS, PAD = (5, 9), 5  # the pad token is an end token
 
-# A window that crosses from the completion into the prompt; a head of its own, so that greedy text does not repeat.
+# The window reaches from the completion into the prompt. The head is separate, so that greedy text does not repeat.
 CONFIG = ModelConfig(
     vocab_size=V,
     width=16,
@@ -55,12 +55,12 @@ def compiled(group=G, length=T, eos=EOS, pad=PAD, **options):
     )
 
 
-# Where a program runs once, half its time would go into optimising it.
+# For programs that run once: optimizing them would take half of the time.
 compiled_once = functools.partial(compiled, compiler_options={"xla_backend_optimization_level": 0})
 
 
 run_legal = compiled()  # called with legal [P, T, V]
-run_free = compiled(pad=0)  # called without
+run_free = compiled(pad=0)  # called without legal tokens
 
 
 def free(key=0, temperature=1.0, prompts=PROMPTS, mask=MASK, ids=IDS, params=PARAMS, run=run_free):
@@ -82,7 +82,7 @@ def legal(allowed, key=0, temperature=1.0, ids=IDS, run=run_legal):
 
 
 def only(**at):
-    """Legal tokens that force a text: only(t0=[1], t3=[5, 9]); elsewhere all but the end tokens."""
+    """Returns legal tokens that force a text: only(t0=[1], t3=[5, 9]). Other positions allow all but end tokens."""
     allowed = NO_EOS.copy()
     for place, tokens in at.items():
         allowed[:, int(place[1:])] = np.isin(np.arange(V), tokens)
@@ -100,7 +100,7 @@ def chosen(logprobs, tokens):
 trainer = jax.jit(functools.partial(scoring.compute_logprobs, CONFIG))
 
 
-# -- the law ---------------------------------------------------------------------------------------------------------
+# -- the distribution ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
@@ -120,7 +120,7 @@ def test_sampled_logprobs_equal_the_trainers_and_the_references(temperature, kin
         reference_logits(out.tokens), temperature, None if allowed is None else allowed[:, None]
     )
     np.testing.assert_allclose(out.logprobs[out.mask], chosen(law, out.tokens)[out.mask], atol=5e-5)
-    assert np.ptp(out.logprobs[out.mask]) > 1  # a law with something to get wrong
+    assert np.ptp(out.logprobs[out.mask]) > 1  # the distribution is far from uniform
 
 
 def test_each_member_of_a_group_can_have_its_temperature_and_one_of_them_be_greedy():
@@ -142,7 +142,7 @@ def test_greedy_takes_the_most_probable_token_of_each_prompt_alone():
     params = reference.float64(PARAMS)
     for p in range(P):
         text = list(PROMPTS[p, MASK[p]])
-        for t in range(T):  # one by one, without cache, padding or batch
+        for t in range(T):  # token by token, without cache, padding or batch
             logits = reference.forward(CONFIG, params, text)[-1]
             assert out.tokens[p, 0, t] == logits.argmax()
             assert out.logprobs[p, 0, t] == pytest.approx(reference.log_softmax(logits).max(), abs=5e-5)
@@ -197,7 +197,7 @@ def test_completions_follow_the_softmax_of_the_reference():
     logits = reference_logits(texts)[0]
     at_first = np.exp(reference.sampling_logprobs(logits[0, 0, [1, 2, 3]], 1.0))
     assert scipy.stats.chisquare([(first == a).sum() for a in (1, 2, 3)], at_first * len(first)).pvalue > 1e-4
-    for i, a in enumerate((1, 2, 3)):  # the second token's law is conditional on the first
+    for i, a in enumerate((1, 2, 3)):  # the distribution of the second token depends on the first
         law = np.exp(reference.sampling_logprobs(logits[i, 1], 1.0, NO_EOS[0, 1]))
         counts = np.bincount(second[first == a], minlength=V)
         top = np.argsort(law)[-3:]
@@ -309,7 +309,8 @@ def test_noise_is_uniform_and_has_no_two_alike_by_prompt_sample_position_or_key(
     b = np.asarray(noise(jax.random.key(1), jnp.arange(20), 8, 20))
     assert a.shape == (20, 8, 20) and a.dtype == np.float32 and a.min() >= 0 and a.max() < 1
     assert scipy.stats.kstest(a.ravel(), "uniform").pvalue > 1e-3
-    assert len(np.unique(np.concatenate([a.ravel(), b.ravel()]))) > 2 * a.size - 20  # 23 bits: a few meet by chance
+    # Numbers have 23 bits, so a few are equal by chance.
+    assert len(np.unique(np.concatenate([a.ravel(), b.ravel()]))) > 2 * a.size - 20
     for axis in range(3):
         near = np.corrcoef(np.delete(a, 0, axis).ravel(), np.delete(a, -1, axis).ravel())[0, 1]
         assert abs(near) < 0.1
@@ -332,7 +333,7 @@ def test_a_sample_depends_on_its_prompt_id_and_on_nothing_else_of_its_batch():
     for name in ("tokens", "mask", "truncated", "prompt_tokens", "prompt_mask"):
         np.testing.assert_array_equal(getattr(moved, name), getattr(base, name)[order])
     np.testing.assert_allclose(moved.logprobs, base.logprobs[order], atol=1e-5)
-    # Other neighbours, one of them the same prompt once more under another id.
+    # The neighbours are now the same prompt under other ids.
     prompts, mask, ids = PROMPTS.copy(), MASK.copy(), IDS.copy()
     prompts[1:], mask[1:], ids[1:] = PROMPTS[0], MASK[0], [100, 101]
     beside = free(prompts=prompts, mask=mask, ids=ids)
@@ -368,7 +369,7 @@ def test_the_parameters_given_are_used_and_nothing_compiles_twice():
     )
     vector = np.ones(G, np.float32)
     free(run=run, temperature=vector)
-    programs = run._cache_size()  # a [G] temperature is another shape, once
+    programs = run._cache_size()  # temperatures [G] compile once, for their shape
     for temperature in (0.5 * vector, 0 * vector):
         free(run=run, temperature=temperature)
     assert run._cache_size() == programs
@@ -379,7 +380,7 @@ def test_the_parameters_given_are_used_and_nothing_compiles_twice():
 
 
 def lengths(out):
-    assert (out.mask == (np.arange(T) < out.mask.sum(axis=-1, keepdims=True))).all()  # a prefix
+    assert (out.mask == (np.arange(T) < out.mask.sum(axis=-1, keepdims=True))).all()  # the mask is a prefix
     assert (out.tokens[~out.mask] == PAD).all() and (out.logprobs[~out.mask] == 0).all()
     assert (out.logprobs[out.mask] <= 0).all()
     return out.mask.sum(axis=-1)
@@ -391,8 +392,8 @@ def test_any_end_token_ends_a_completion_where_it_stands_and_belongs_to_it(eos, 
     out = legal(only(**{f"t{place}": [eos]}))
     assert (lengths(out) == place + 1).all()
     assert (out.tokens[:, :, place] == eos).all()
-    np.testing.assert_array_equal(out.logprobs[:, :, place], 0.0)  # certain: the only legal token
-    assert not out.truncated.any()  # also where it ends with the budget's last token
+    np.testing.assert_array_equal(out.logprobs[:, :, place], 0.0)  # the only legal token has probability 1
+    assert not out.truncated.any()  # an end at the budget's last token counts too
 
 
 def test_without_an_end_token_all_are_truncated():
@@ -417,7 +418,7 @@ def test_the_pad_token_is_an_ordinary_token_where_it_does_not_end():
     out = legal(only(t1=[0], t4=[9]), run=(run := compiled_once(eos=(9,), pad=0)))
     assert (out.tokens[:, :, 1] == 0).all() and out.mask[:, :, :5].all() and not out.mask[:, :, 5].any()
     assert (out.tokens[:, :, 5] == 0).all() and not out.truncated.any()
-    out = legal(only(t1=[5], t5=[1]), run=run)  # 5 ends nothing here
+    out = legal(only(t1=[5], t5=[1]), run=run)  # 5 is no end token here
     assert out.mask.all() and out.truncated.all()
 
 
@@ -474,7 +475,7 @@ def test_rounding_by_hand():
 
 @pytest.mark.slow
 def test_a_rounded_rollout_reports_the_law_that_sampled_it():
-    """It is the law of weights that were rounded before, up to the rounding of the caches and the prompt's own forward."""
+    """It is close to the distribution of rounded weights. It differs by the rounded caches and the prompt's forward."""
     rounded = lambda x, axis: (lambda r: r.values.astype(jnp.float32) * r.scale)(layers.quantize(x, axis))
     matrices = {name: rounded(PARAMS["layers"][name], 1) for name in models.PROJECTIONS}
     close = {**PARAMS, "head": rounded(PARAMS["head"], 0), "layers": {**PARAMS["layers"], **matrices}}
