@@ -1,8 +1,9 @@
-"""The recipes for pretrained models: checked, set up and traced (slow: compiled) with the real dimensions, as shapes only.
+"""Sets up and traces the recipes for pretrained models with their real dimensions. Slow tests compile them.
 
-The hub is not reached: config.json of each model stands in recipes/models.json, the tensors are shapes, the data a few rows in the
-columns of the real ones, the tokenizer a small one that knows the tokens which a recipe names. A recipe for eight chips is traced on a mesh
-of eight places that are all this machine's one device, which is enough for shapes and shardings, and compiled for the chips themselves.
+No test reads from the hub. The config.json of each model is in recipes/models.json, and the tensors are shapes. The
+data are a few rows in the columns of the real data sets. The tokenizer is small and has the tokens that a recipe names.
+A recipe for eight chips is traced on a mesh with this machine's one device in all eight places, which is enough for
+shapes and shardings. It is compiled for real chips.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ MODELS = json.loads((pathlib.Path(__file__).parent / "recipes" / "models.json").
 RECIPES = sorted(p.stem for p in CONFIGS.glob("*_qwen*.py"))
 FOR_V5E8 = [recipe for recipe in RECIPES if recipe.endswith("_v5e8")]
 TRACED_BY_DEFAULT = ("grpo_qwen3_1_7b_v5e8", "hero_qwen3_4b")
-V5E_BYTES = 15.75 * 2**30  # of a chip's memory that programs can have
+V5E_BYTES = 15.75 * 2**30  # the part of a chip's memory that programs can use
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -53,7 +54,7 @@ ROWS = {
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """Tensors that are not there, see `weights.Weights`."""
+    """Shapes of tensors that do not exist, in place of `weights.Weights`."""
 
     where: str
     shapes: dict
@@ -72,7 +73,7 @@ def tokenizer():
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path, tokenizer):
-    """The models and data sets that the recipes name."""
+    """Replaces the models and data sets that the recipes name by shapes and a few rows."""
 
     def open_model(name):
         source = MODELS[name]
@@ -114,12 +115,12 @@ def abstract(tree):
 
 
 def mesh_of(recipe, config):
-    """The mesh of a recipe, on this machine's one device in as many places as there are to be chips."""
+    """Returns the mesh of a recipe, with this machine's one device in the place of each chip."""
     return programs.make_mesh(config, jax.devices()[:1] * (8 if recipe in FOR_V5E8 else 1))
 
 
 def opened(recipe, tmp_path, mesh=None):
-    """(configuration, method, task, programs) of a recipe, its weights as shapes."""
+    """Returns (configuration, method, task, programs) of a recipe, with shapes as weights."""
     config = config_lib.load(CONFIGS / f"{recipe}.py")
     method = config_lib.validate(config)
     mesh = mesh or mesh_of(recipe, config)
@@ -129,7 +130,7 @@ def opened(recipe, tmp_path, mesh=None):
 
 
 def step_shapes(config, method, task, built):
-    """What goes into each program of a step, as shapes; every program is traced on the way."""
+    """Traces the programs of a step. Returns the shapes of the state, a batch, and the shapes of the experience."""
     state = abstract(built.abstract_state)
     batch = task.prompts.batch(0)
     shape = lambda *s, dtype="float32": jax.ShapeDtypeStruct(s, dtype)
@@ -166,7 +167,7 @@ def test_a_recipe_is_set_up_and_traced_with_the_real_dimensions(recipe, hub, tmp
     state, _, learnt = step_shapes(config, method, task, built)
     P, G, T = config.prompts_per_step, config.group_size, config.max_completion_length
     assert learnt.mask.shape == (P, G, T)
-    if config.data.chat:  # what ends a turn ends a completion
+    if config.data.chat:  # the end of a turn also ends a completion
         assert task.tokenizer.backend.token_to_id("<|im_end|>") in task.tokenizer.eos_ids
     new_state, metrics, _ = jax.eval_shape(built.update, state, learnt)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
@@ -174,7 +175,7 @@ def test_a_recipe_is_set_up_and_traced_with_the_real_dimensions(recipe, hub, tmp
     trained, _ = models.lora.split(task.model, state.params)
     kept = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
     assert {x.dtype for x in kept} == {jnp.dtype("float32")}
-    copies = 2 if config.lora.rank else 3  # two moments, and a copy of what is not float32 itself
+    copies = 2 if config.lora.rank else 3  # two moments, and a float32 copy of other dtypes
     assert sum(x.size for x in kept) == copies * sum(x.size for x in jax.tree.leaves(trained))
     if "reward_model" in config.reward.functions:
         phase = model_training.setup(
@@ -194,13 +195,17 @@ def bytes_on_a_chip(tree):
 
 
 def judge_of(config):
-    """The pretrained reward model of a run as it is held there."""
+    """Returns the configuration of a run's pretrained reward model, with the dtypes of the run."""
     found = models.open_model(config.reward_model.path).config
     return dataclasses.replace(found, param_dtype=config.model.param_dtype, compute_dtype=config.model.compute_dtype)
 
 
 def held_of(config, task, built, mesh):
-    """What a run holds beside its data, as shapes on a mesh: its state, the weights that rollouts read, the reward model's or None."""
+    """Returns the arrays that a run keeps, without its data, as shapes on a mesh.
+
+    Returns:
+      The state, the weights that rollouts read, and the weights of the reward model or None.
+    """
     decoding = sharding.rollout_mesh(mesh, config.mesh.rollout_tensor or config.mesh.tensor)
     place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
     state, judge = built.abstract_state, None
@@ -210,7 +215,7 @@ def held_of(config, task, built, mesh):
     return state, jax.tree.map(place, state.params, models.param_shardings(task.model, decoding)), judge
 
 
-# GB on each chip, as the recipes' texts have them: state, weights that rollouts read, reward model; and keys and values while sampling.
+# GB per chip from the texts of the recipes: state, weights that rollouts read, reward model, and the KV cache.
 HELD = {
     "grpo_qwen3_1_7b_v5e8": (3.0, 1.7, 0.0, 8.0),
     "grpo_qwen3_1_7b_lora_v5e8": (0.71, 1.8, 0.0, 8.0),
@@ -225,7 +230,7 @@ def test_a_chip_holds_what_the_recipe_says_and_has_room(recipe, hub, tmp_path):
     m, S, T = task.model, config.max_prompt_length, config.group_size * config.max_completion_length
     held.append(config.prompts_per_step * (S + T) * 2 * m.layers * m.kv_heads * m.head_dim * 2 / 8)
     np.testing.assert_allclose(np.array(held) / 1e9, HELD[recipe], rtol=0.03)
-    assert sum(held) < 0.85 * V5E_BYTES  # the rest is for what programs compute with
+    assert sum(held) < 0.85 * V5E_BYTES  # the rest is for temporary arrays
 
 
 @pytest.mark.slow
@@ -246,7 +251,7 @@ def test_a_recipe_compiles_with_the_real_dimensions(recipe, hub, tmp_path):
 
 @pytest.fixture
 def v5e8(tpu):
-    """The chips of one, for compiling with few optimizations, five times as fast."""
+    """Returns the chips of a v5e-8. Programs compile with few optimizations, five times as fast."""
     level = jax.config.jax_optimization_level
     jax.config.update("jax_optimization_level", "O0")
     yield tpu("v5e:2x4")
@@ -276,7 +281,7 @@ def test_the_programs_of_a_recipe_fit_on_the_chips(recipe, v5e8, hub, tmp_path):
     }
     if config.supervised.steps:
         runs["supervised"] = (state, *on(mesh, abstract(tuple(task.solutions.batch(0)))))
-    # What lies there while the program runs and is none of its arguments.
+    # The bytes in memory that are no arguments of the program while it runs.
     beside = {"rollout": bytes_on_a_chip((state, judge)), "update": bytes_on_a_chip(judge), "supervised": 0}
     compiled = {name: built.jitted[name].lower(*arguments).compile() for name, arguments in runs.items()}
     if judge:
@@ -287,6 +292,6 @@ def test_the_programs_of_a_recipe_fit_on_the_chips(recipe, v5e8, hub, tmp_path):
         lengths = jax.ShapeDtypeStruct(learnt.advantages.shape, "int32")
         compiled["reward model"] = score.lower(judge, *on(mesh, (texts, lengths)), parts).compile()
         beside["reward model"] = bytes_on_a_chip((state, read))
-    # 15 % more is the most that was seen with all optimizations.
+    # With all optimizations, peaks were at most 15 % higher.
     peaks = {name: 1.15 * c.memory_analysis().peak_memory_in_bytes + beside[name] for name, c in compiled.items()}
     assert max(peaks.values()) < V5E_BYTES, peaks

@@ -1,4 +1,4 @@
-"""Training a reward model: that it learns, resumes exactly, is found again, and refuses what does not fit."""
+"""Tests that a reward model learns, resumes exactly, is found again, and refuses input that does not fit."""
 
 import dataclasses
 import gc
@@ -26,7 +26,7 @@ from jaxrl_reason.runs import checkpoints, read_metrics
 
 pytestmark = [pytest.mark.runs, pytest.mark.usefixtures("quick_compilation")]
 
-# The prompt says which of two digits is preferred: each digit is as often chosen as rejected.
+# The prompt decides which of two digits is preferred. Each digit is as often chosen as rejected.
 PAIRS = [
     {"question": word, "chosen": str(chosen), "rejected": str(rejected), "answer": str(chosen)}
     for low in range(10)
@@ -42,7 +42,7 @@ def rows(tmp_path_factory):
 
 
 def tiny_pairs(rows, **changes):
-    """Changes without a section are those of `reward_model`."""
+    """Returns a configuration with a learned reward. Names without a section are fields of `reward_model`."""
     config = tiny(
         rows,
         data__train_split="[:54]",
@@ -58,13 +58,13 @@ def tiny_pairs(rows, **changes):
 
 
 def prepare(config, workdir):
-    """(Run, Phase) in a work directory."""
+    """Sets up a run in a work directory and returns (Run, Phase)."""
     run = train.setup(config, workdir)
     return run, run.reward_phase
 
 
 def get(run, phase):
-    """(model, params, what is printed) of `get_reward_model` on random weights."""
+    """Returns (model, params, printed text) of `get_reward_model` on random weights."""
     out = rich.console.Console(file=io.StringIO(), width=200)
     model, params = model_training.get_reward_model(phase, run.programs.init().params, out)
     return model, params, out.file.getvalue()
@@ -80,7 +80,7 @@ def description(directory):
 
 @pytest.fixture(scope="module")
 def straight(rows, tmp_path_factory):
-    """A training that nothing interrupted: (configuration, its reward_model directory, weights)."""
+    """Trains without interruption and returns (configuration, its reward_model directory, weights)."""
     config = tiny_pairs(rows, steps=10, learning_rate=1e-2, checkpoint__every=3, checkpoint__keep=2)
     workdir = tmp_path_factory.mktemp("straight")
     _, params, _ = get(*prepare(config, workdir))
@@ -127,7 +127,7 @@ def test_a_tiny_decoder_learns_what_is_preferred_and_is_found_again(rows, tmp_pa
         assert text in out
     assert f"{100 * after[accuracy]:.1f} %" in out
 
-    # The held-out figure is that of the weights that are kept, on the first eval.prompts pairs of the evaluation split.
+    # The held-out metrics are of the weights that are kept, on the first eval.prompts pairs of the evaluation split.
     scores = jax.jit(lambda p, b: reward_model.group_scores(model, p, b))
     margin = -np.diff(scores(params, phase.held_out.batch(0)))[: phase.held_out.size]
     assert phase.held_out.size == 15 and after[accuracy] == pytest.approx((margin > 0).mean())
@@ -159,7 +159,7 @@ def test_each_option_of_the_training_changes_it(straight, rows, tmp_path):
 
 
 def test_pairs_may_come_from_a_source_of_their_own(rows, tmp_path):
-    """Such a file needs no answers; its splits are its own where they are given, else those of the data."""
+    """A file of pairs needs no answers. `reward_model` can name its splits; the splits of `data` are the default."""
     own = [{"question": "Low.", "chosen": f"{i}", "rejected": f"{i}0"} for i in range(8)]
     path = str(write_rows(tmp_path / "own.jsonl", own))
     sizes = lambda phase: (phase.pairs.size, phase.held_out.size)
@@ -256,7 +256,7 @@ def recipe(config, path):
 
 @pytest.mark.slow
 def test_a_killed_command_ends_as_if_it_had_not_been(rows, tmp_path, shared_programs):
-    """SIGKILL at a random moment; then the same command to the end."""
+    """SIGKILL ends the command at a random moment. Then the same command runs to the end."""
     config = tiny_pairs(rows, steps=100, checkpoint__every=7, checkpoint__keep=2)
     file = recipe(config, tmp_path / "recipe.py")
     command = lambda name: [
@@ -293,7 +293,7 @@ def test_a_killed_command_ends_as_if_it_had_not_been(rows, tmp_path, shared_prog
 
 @pytest.fixture(scope="module")
 def trained(rows, tmp_path_factory):
-    """A work directory with a trained reward model, its Phase and weights, and the decoder that it began with."""
+    """Trains a reward model. Returns the work directory, the Phase, the weights, and the decoder that it began with."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
     run, phase = prepare(tiny_pairs(rows, steps=1, learning_rate=1e-30), workdir)
     decoder = jax.tree.map(lambda x: x + 0.125, run.programs.init().params)
@@ -304,7 +304,7 @@ def trained(rows, tmp_path_factory):
 
 @pytest.fixture
 def copied(trained, tmp_path):
-    """A copy of the trained model that a test may damage: (directory, digest)."""
+    """Copies the trained model, which a test may then damage, and returns (directory, digest)."""
     shutil.copytree(trained[0] / "reward_model", tmp_path / "copy")
     return tmp_path / "copy", model_training.tokenizer_digest(trained[1].tokenizer)
 
@@ -347,7 +347,7 @@ def test_a_model_with_scaled_rotary_frequencies_is_read_as_it_was_written(copied
 
 
 def test_the_digest_tells_tokenizers_apart_and_survives_saving(trained, tmp_path):
-    tokenizer = trained[1].tokenizer  # made, not loaded
+    tokenizer = trained[1].tokenizer  # trained here, not loaded
     digest = model_training.tokenizer_digest
     tokenizer.save(tmp_path)
     assert digest(data.load_tokenizer(tmp_path)) == digest(tokenizer) and len(digest(tokenizer)) == 64
@@ -366,7 +366,7 @@ def test_a_model_of_another_tokenizer_is_refused_before_anything_is_written(trai
     with pytest.raises(ValueError, match=message):
         model_training.load_reward_model(directory, "0" * 64)
     config = tiny_pairs(rows, path=str(directory), data__train_split="[:10]")
-    config.data.template = "qa"  # another text to learn the tokenizer from
+    config.data.template = "qa"  # the tokenizer learns from another text
     config.max_prompt_length = 60
     with pytest.raises(ValueError, match="another tokenizer"):
         prepare(config, tmp_path / "run")
@@ -403,7 +403,8 @@ def test_a_damaged_description_is_refused_by_its_path(content, copied):
         model_training.load_reward_model(*copied)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the reader leaves callbacks behind
+# The reader does not remove its callbacks.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", ["missing", "cut", "another shape"])
 def test_weights_that_cannot_be_read_are_refused_by_their_path(damage, copied):
     directory, digest = copied
@@ -493,7 +494,7 @@ def test_what_cannot_run_is_one_sentence_and_a_non_zero_exit(flags, message, row
     arguments = [f"--config={recipe(tiny_pairs(rows), tmp_path / 'recipe.py')}", f"--workdir={tmp_path / 'run'}"]
     assert reward_training.main([*arguments, *flags]) == 2
     error = capsys.readouterr().err
-    lines = [line for line in error.splitlines() if not line.startswith("  ")]  # rows are listed, a line each
+    lines = [line for line in error.splitlines() if not line.startswith("  ")]  # each row is listed on a line
     assert error.startswith("error: ") and message in error and len(lines) == 1 + ("Raise the limit." in lines)
 
 

@@ -1,6 +1,7 @@
-"""What no module of the package does, read off its source; and names under checkpoints/ that lead elsewhere.
+"""Searches the source of the package for dangerous calls, and tests names under checkpoints/ that lead elsewhere.
 
-Hostile models are in models/test_hostile_models.py, hostile chat templates in data/test_chat.py, hostile answers in rewards/.
+models/test_hostile_models.py has hostile models, data/test_chat.py has hostile chat templates, and rewards/ has hostile
+answers.
 """
 
 import ast
@@ -16,7 +17,7 @@ from jaxrl_reason.runs.command import parse
 
 PACKAGE = pathlib.Path(jaxrl_reason.__file__).parent
 
-# Modules that run code out of what they read, or unpack archives.
+# Modules that run code from their input, or unpack archives.
 MODULES = {
     "_pickle",
     "cloudpickle",
@@ -31,7 +32,7 @@ MODULES = {
     "torch",
     "yaml",
 }
-CALLS = {"__import__", "compile", "eval", "exec"}  # of texts; methods called `compile` are others
+CALLS = {"__import__", "compile", "eval", "exec"}  # functions of texts; methods named `compile` are harmless
 METHODS = {
     "exec_module",
     "extract",
@@ -43,16 +44,16 @@ METHODS = {
     "unpack_archive",
     "unsafe_load",
 }
-UNPICKLES = {"recv", "loads"}  # of multiprocessing's connections and of its ForkingPickler; json's is meant for texts
+UNPICKLES = {"recv", "loads"}  # of multiprocessing's connections and ForkingPickler; json.loads is harmless
 
-# What is done on purpose: (file, function, what).
+# Calls and imports with a purpose: (file, function, name).
 ALLOWED = {
     ("config/command_line.py", "load_module", "exec_module"),  # a recipe is a Python file that the user names
     ("rewards/loading.py", "_import_file", "exec_module"),  # a reward function is in a Python file that the user names,
     ("rewards/loading.py", "_import_module", "import_module"),  # or in a module
-    ("data/sources.py", "open_prepared", "import_module"),  # a builder of ours, out of a table
-    ("runs/trackers.py", "run", "import_module"),  # a tracker, out of a table
-    # A worker unpickles what the process that started it sends; that process never unpickles what a worker reports.
+    ("data/sources.py", "open_prepared", "import_module"),  # one of our builders, from a table
+    ("runs/trackers.py", "run", "import_module"),  # a tracker, from a table
+    # A worker unpickles messages of the process that started it. That process never unpickles reports of a worker.
     ("rewards/pool.py", "", "multiprocessing.reduction"),
     ("rewards/worker.py", "", "multiprocessing.reduction"),
     ("rewards/worker.py", "_serve", "recv"),
@@ -61,7 +62,7 @@ ALLOWED = {
 
 
 def findings(source: str):
-    """(function, what) of everything that is forbidden in a module."""
+    """Yields (function, name) for each dangerous call or import of a module."""
 
     def visit(node, function):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

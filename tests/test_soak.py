@@ -1,4 +1,4 @@
-"""A long run: memory, time a step, compilations, file handles and threads stay what they were, and files grow as documented."""
+"""Tests a long run. Memory, time per step, files and threads stay level, and the files on disk grow as documented."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from helpers.tiny_runs import ROWS, tiny, write_rows
 from jaxrl_reason.config import to_dict
 from jaxrl_reason.runs import read_metrics
 
-# The command line, which writes down when something was compiled.
+# Runs the command line and records the time of each compilation.
 WATCHED = """
 import sys, time
 import jax
@@ -37,7 +37,7 @@ def spread(completion_ids, **_):
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What a run's process held after some step: resident memory in bytes, its workers' with it, open files, threads."""
+    """The process of a run after a step: resident bytes of the process and of its workers, open files and threads."""
 
     time: float
     step: int
@@ -48,7 +48,7 @@ class Sample:
 
 
 def resident(pid: int | str) -> int:
-    """Bytes of memory that the process does not share with files: libraries are read in as they are used."""
+    """Returns the resident bytes that a process does not share with files, so that libraries do not count."""
     fields = dict(line.split(":", 1) for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines())
     return 1024 * int(fields["RssAnon"].split()[0])
 
@@ -67,7 +67,11 @@ def look(pid: int, step: int) -> Sample:
 
 
 def soak(folder: pathlib.Path, steps: int, shared_programs) -> tuple[list[Sample], list[tuple[float, str]]]:
-    """A run of so many steps in folder/run with everything on; what was seen of it, and when what was compiled."""
+    """Runs `steps` steps in folder/run with evaluations, checkpoints and samples.
+
+    Returns:
+      Samples of the process, and the time and the name of each compilation.
+    """
     (folder / "rewards.py").write_text(REWARD)
     config = tiny(
         write_rows(folder / "rows.jsonl", ROWS),
@@ -100,8 +104,8 @@ def soak(folder: pathlib.Path, steps: int, shared_programs) -> tuple[list[Sample
             position, done = position + len(new), done + new.count(b"\n")
             try:
                 if new:
-                    samples.append(look(process.pid, done - 1))  # the first line is that of step 0
-            except (OSError, KeyError):  # it, or one of its workers, has just ended
+                    samples.append(look(process.pid, done - 1))  # the first line is of step 0
+            except (OSError, KeyError):  # the process or one of its workers has just ended
                 continue
     finally:
         process.kill()
@@ -111,7 +115,7 @@ def soak(folder: pathlib.Path, steps: int, shared_programs) -> tuple[list[Sample
 
 
 def slope(points: list[tuple[float, float]]) -> float:
-    """Of the line through the points with the least squares."""
+    """Returns the slope of the line of least squares through the points."""
     mean = [statistics.fmean(x) for x in zip(*points)]
     return sum((x - mean[0]) * (y - mean[1]) for x, y in points) / sum((x - mean[0]) ** 2 for x, _ in points)
 
@@ -134,7 +138,7 @@ def test_a_long_run_takes_no_more_memory_time_or_handles_as_it_goes_on(steps, tm
         "MiB in 1,000 steps": grows,
         "median seconds of a step, by quarters": quarters,
         "bytes a step": {name: size / steps for name, size in sizes.items()},
-        # The least of a quarter: a save in hand holds some more.
+        # The minimum of a quarter, because a save opens more files while it lasts.
         "open files, by quarters": [min(s.files for s in q) for q in quarter],
         "open files at most": max(s.files for s in samples),
         "threads, by quarters": [min(s.threads for s in q) for q in quarter],
@@ -142,15 +146,15 @@ def test_a_long_run_takes_no_more_memory_time_or_handles_as_it_goes_on(steps, tm
         "compiled": len(compiled),
     }
     print(json.dumps(found, indent=1))
-    warm = next(s.time for s in samples if s.step > steps // 10)  # behind an evaluation, a checkpoint, samples
+    warm = next(s.time for s in samples if s.step > steps // 10)  # after an evaluation, a checkpoint and samples
     assert [name for when, name in compiled if when > warm] == [] and compiled
     assert quarters[3] < 1.5 * quarters[1], found
     for held in ("open files", "threads"):
         assert found[f"{held}, by quarters"][3] <= found[f"{held}, by quarters"][1] + 2, found
         assert found[f"{held} at most"] < 64, found
-    # A save leaves some 0.1 MB with the allocator, fewer as it goes on; with few steps that weighs more in 1,000.
+    # A save leaves about 0.1 MB with the allocator, and later saves leave less. So a short run grows faster.
     assert grows["memory"] < (5 if steps >= 2000 else 100) and grows["workers"] < 1, found
-    # Short texts: what stands in a line of samples beside prompt and completion is about 200 bytes, and 15 bytes per token.
+    # The texts are short. A line of samples has about 200 bytes more than its texts, and 15 bytes more per token.
     assert found["bytes a step"]["metrics"] < 2000 and found["bytes a step"]["events"] < 2000, found
     completions = (tmp_path / "run" / "samples.jsonl").read_bytes().count(b"\n")
     assert completions == 40 * 8 and sizes["samples"] < (300 + 6 * 15) * completions, found  # 40 tables of 8

@@ -401,7 +401,7 @@ def test_parts_that_do_not_divide_the_prompts_are_refused(rows, tmp_path):
 def test_speeds_count_the_tokens_that_were_sampled_and_those_that_were_learnt(
     method, sampled, learnt, rows, rewards, tmp_path
 ):
-    """A batch has 4 x 4 completions of one token. ReMax adds one per prompt. DAPO draws three batches and keeps none."""
+    """A batch has 4 x 4 completions of one token. ReMax adds one per prompt. DAPO draws 3 batches and keeps none."""
     config = tiny(
         rows,
         method={"name": method},

@@ -16,7 +16,7 @@ needs_browser = pytest.mark.skipif(not PROGRAM, reason="looks at pages in Chromi
 
 
 class Browser:
-    """One page; a context manager. `events` has what the page said or asked for: exceptions, console, log, requests."""
+    """One page, as a context manager. `events` has exceptions, lines of console and log, and requests of the page."""
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
@@ -48,7 +48,7 @@ class Browser:
         self._profile.cleanup()
 
     def open(self, page: pathlib.Path, state: str = "", *, width: int = 1200, dark: bool = False) -> None:
-        """Opens a page anew, with the state behind its #."""
+        """Opens a page anew, with `state` after the # of its address."""
         self._call(
             "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500
         )

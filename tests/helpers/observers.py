@@ -1,4 +1,4 @@
-"""Observers: functions (configuration, directory) -> something that a run with this configuration computes or writes.
+"""Observers return a value that a run with a configuration computes or writes, given (configuration, directory).
 
 `tests/config/test_every_field.py` compares their results, which are arrays, numbers or text, for two configurations.
 """
@@ -54,7 +54,7 @@ def prompts(config, tmp_path):
 
 
 def compilation_cache(config, tmp_path):
-    """What a run asks of the cache of compiled programs."""
+    """Returns the arguments with which a run enables the cache of compiled programs."""
     asked = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_lib, "enable", asked.append)
@@ -63,7 +63,7 @@ def compilation_cache(config, tmp_path):
 
 
 def tracked(config, tmp_path):
-    """What a tracker gets of one step."""
+    """Returns the calls of a tracker's `log` for one step."""
     fake = Fake()
     tmp_path.mkdir()
     with pytest.MonkeyPatch.context() as patch:
@@ -83,7 +83,7 @@ def solutions(config, tmp_path):
 
 
 def model(config, tmp_path):
-    """Shapes and dtypes of the weights, and logits of a few tokens under random weights of a fixed seed."""
+    """Returns shapes and dtypes of the weights, and logits of a few tokens under random weights of a fixed seed."""
     shape = config_lib.model_config(config, vocab_size=9)
     abstract = models.abstract_params(shape)
     shapes = [(x.shape, x.dtype.name) for x in jax.tree.leaves(abstract)]
@@ -249,7 +249,7 @@ def update_program(config, tmp_path):
 
 
 def prepared(config, tmp_path):
-    """Prepares made-up completions for the update; each group has correct and incorrect ones."""
+    """Prepares made-up completions for the update. Each group has correct and incorrect ones."""
     run = setup(config, tmp_path)
     rollout = made_up_experience(config).rollout
     correct = jnp.broadcast_to(jnp.arange(config.group_size) % 2, rollout.tokens.shape[:2]).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Packages of trackers that record what they are told, raise, or hang."""
+"""Fake packages of trackers, which record their calls, raise, or hang."""
 
 import threading
 import types
