@@ -1,6 +1,6 @@
-"""Shared by all tests.
+"""Fixtures of all tests.
 
-Its place puts tests/ on the import path: `from helpers import ...` works in every folder.
+Because of this file, pytest puts tests/ on the import path, so that `from helpers import ...` works in every folder.
 """
 
 import gc
@@ -19,14 +19,14 @@ import pytest
 
 from jaxrl_reason.plan import devices_of
 
-# Times are for people with quiet machines.
+# A busy machine may be slow, so examples have no deadline.
 hypothesis.settings.register_profile("ours", deadline=None)
 hypothesis.settings.load_profile("ours")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forgetful():
-    """What one module compiles is of no use to the next, and a process that holds thousands of programs becomes slow and large."""
+    """Drops the programs of each module. Later modules need other ones, and thousands make a process slow and large."""
     yield
     jax.clear_caches()
     gc.collect()
@@ -64,7 +64,7 @@ def tpu():
 
 @pytest.fixture(scope="module")
 def quick_compilation(shared_programs):
-    """Programs are shared and compiled with few optimizations: for tests that run each of them a few times."""
+    """Shares programs, and compiles them with few optimizations, for tests that run each program a few times."""
     before = {name: getattr(jax.config, name) for name in shared_programs} | {"jax_disable_most_optimizations": False}
     for name, value in {**shared_programs, "jax_disable_most_optimizations": True}.items():
         jax.config.update(name, value)

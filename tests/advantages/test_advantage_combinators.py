@@ -1,4 +1,4 @@
-"""Chains of transformations, and transformations that start later."""
+"""Tests chains of transformations, and transformations that start later."""
 
 import jax
 import jax.numpy as jnp

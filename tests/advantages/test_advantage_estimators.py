@@ -1,4 +1,4 @@
-"""Advantages against numbers worked by hand and float64 numpy written from the definitions."""
+"""Tests advantages against numbers worked by hand and against float64 numpy written from the definitions."""
 
 import functools
 
@@ -24,7 +24,7 @@ OVERLONG, GREEDY = advantages.soft_overlong_penalty(5, 3), advantages.subtract_g
 
 
 def mask_of(lengths, T=None):
-    """f32[P, G, T] with `lengths` ones at the start of each row."""
+    """Returns f32[P, G, T] with `lengths` ones at the start of each row."""
     lengths = np.asarray(lengths)
     return (np.arange(T or max(1, lengths.max())) < lengths[..., None]).astype(np.float32)
 
@@ -60,14 +60,14 @@ def compute(transform, inputs, compiled=True):
         ([GROUPWISE["center"]], [[1, 0, 0, 0]], None, [[0.75, -0.25, -0.25, -0.25]]),
         ([GROUPWISE["leave_one_out"]], [[1, 0, 0, 0]], None, [[1, -1 / 3, -1 / 3, -1 / 3]]),
         ([GROUPWISE["leave_one_out"]], [[10, 0, 0, 0]], None, [[10, -10 / 3, -10 / 3, -10 / 3]]),
-        (  # 1 and 3, -1, up to eps
+        (  # 1 and -1, then 3 and -1, up to eps
             [BY_MEAN],
             [[1, 0, 0, 1], [1, 0, 0, 0]],
             None,
             [[0.999998, -0.999998, -0.999998, 0.999998], [2.999988, -0.999996, -0.999996, -0.999996]],
         ),
         ([BY_MEAN], [[1, 1, 1], [0, 0, 0]], None, [[0, 0, 0], [0, 0, 0]]),
-        ([BY_MEAN], [[0.5, 0.25, NAN]], None, [[1 / 3, -1 / 3, 0]]),  # the mean of the rewards that are there is .375
+        ([BY_MEAN], [[0.5, 0.25, NAN]], None, [[1 / 3, -1 / 3, 0]]),  # the mean of the given rewards is .375
         ([advantages.divide_by_group_mean(0.25)], [[1, 0, 0, 0]], None, [[1.5, -0.5, -0.5, -0.5]]),
         ([WHITEN], [[1, 0, 0, 1]], [[2, 4, 4, 2]], [[1.354006, -0.677003, -0.677003, 1.354006]]),
         (
@@ -175,7 +175,7 @@ def reference_whitened(rewards, mask, kl=None, kl_coef=0.0):
 
 @st.composite
 def batches(draw, missing=True):
-    """(rewards [P, G] on a coarse grid, some missing; lengths [P, G])."""
+    """Draws (rewards [P, G], lengths [P, G]). Rewards are on a coarse grid, and some are missing."""
     P, G = draw(st.sampled_from([(1, 2), (3, 4)]))
     grid = [-2, -1, -0.75, 0, 0.25, 1, 1.5] + ([NAN] if missing else [])
     several = lambda values: st.lists(st.sampled_from(values), min_size=P * G, max_size=P * G)
@@ -259,7 +259,7 @@ def test_a_group_does_not_depend_on_other_groups(values):
 
 
 def test_a_huge_spread_does_not_overflow():
-    """Minus 1e20 and three small rewards: -1.5 and three times .5, as in exact arithmetic."""
+    """-1e20 and three small rewards have the advantages -1.5 and three times .5, as in exact arithmetic."""
     got = compute(GROUPWISE["standardize"], make_inputs([[-0.1, -0.2, -0.3, -1e20]]))
     np.testing.assert_allclose(got, [[0.5, 0.5, 0.5, -1.5]], rtol=1e-5)
 
@@ -270,7 +270,7 @@ def test_a_small_spread_is_seen():
     half = (float(inputs.rewards[0, 1]) - 1) / 2
     np.testing.assert_allclose(got, [[-half / (half * 2**0.5 + 1e-6), half / (half * 2**0.5 + 1e-6)]], rtol=0.03)
     assert compute(GROUPWISE["center"], inputs)[0, 1] > 0
-    # an offset of a thousand, which the squares of the values would drown
+    # The offset is a thousand. Squares of the values would lose the differences.
     shifted = make_inputs([[1000, 1000.01, 1000.02]])
     np.testing.assert_allclose(compute(GROUPWISE["standardize"], shifted), [[-1, 0, 1]], atol=0.01)
     np.testing.assert_allclose(
@@ -294,7 +294,7 @@ def test_a_tied_group_is_exactly_zero(value, G):
 
 
 def test_a_tied_group_is_exactly_zero_for_every_eps():
-    for eps in (1e-8, 0.0):  # 0 is a value that eps may have: 0 / 0 must not come of it
+    for eps in (1e-8, 0.0):  # eps may be 0, which must not give 0 / 0
         got = compute(advantages.standardize_by_group(eps), make_inputs([[1, 1, 1], [0, 1, 2]]))
         np.testing.assert_allclose(got, [[0, 0, 0], [-1, 0, 1]], atol=1e-6)
 
@@ -339,7 +339,7 @@ def test_everything_missing_is_zero_everywhere():
     inputs = make_inputs(np.full((3, 4), NAN), lengths, T=5, greedy_rewards=[NAN, 0, 1], kl=np.ones((3, 4, 5)))
     for transform in [*GROUPWISE.values(), WHITEN, WHITEN_KL, GREEDY, OVERLONG]:
         assert (compute(transform, inputs) == 0).all()
-    empty = make_inputs(np.eye(3, 4), 0 * lengths, T=5, kl=np.ones((3, 4, 5)))  # rewards, and not one token
+    empty = make_inputs(np.eye(3, 4), 0 * lengths, T=5, kl=np.ones((3, 4, 5)))  # rewards without a token
     assert (compute(WHITEN_KL, empty) == 0).all()
     assert np.isfinite(compute(WHITEN, empty)).all()
 

@@ -1,4 +1,4 @@
-"""The transformations of HERO, LaSeR, RLEV and ProGRPO against numbers worked by hand and numpy."""
+"""Tests the transformations of HERO, LaSeR, RLEV and ProGRPO against numbers worked by hand and numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ CENTERED_CORRECT = advantages.reweight_by_confidence(0.5, center=True, correct_o
         ([3, 1, 2, 0], [1, 0, 0, 0], [0.95, 0, 0.05, -0.05]),  # a stratum of one gets its lowest reward
         ([3, 1, 2, 0], [0, 0, 0, 0], [0.05, -0.016667, 0.016667, -0.05]),
         ([3, 1, 2, 0], [1, 1, 1, 1], [1.05, 0.983333, 1.016667, 0.95]),
-        ([7, 7, 7, 7], [1, 1, 0, 0], [0.95, 0.95, -0.05, -0.05]),  # tied strata too
+        ([7, 7, 7, 7], [1, 1, 0, 0], [0.95, 0.95, -0.05, -0.05]),  # so do tied strata
         ([9, 0, -9, 9], [0, 1, 1, 0], [-0.05, 1.05, 0.95, -0.05]),  # the reward model may disagree
     ],
 )
@@ -70,11 +70,11 @@ def test_missing_completions_are_in_no_stratum():
 def test_weight_by_hand(w_min, w_max, k, expected, compiled):
     transform = advantages.weight_by_score_spread(w_min, w_max, k)
     inputs = inputs_of([[1, 1, 0, 0]], model_scores=[[4, 1, -2, 0.5]])
-    # The first batch sets the mean, which is the group's own spread: half way between the weights.
+    # The first batch sets the mean to the spread of its group. The weight is half way between the two bounds.
     got, state = compute(transform, inputs, start=[[1.0, -2, 0, 1]], compiled=compiled)
     np.testing.assert_allclose(got, (w_min + w_max) / 2 * np.array([[1, -2, 0, 1]]), rtol=1e-6)
     np.testing.assert_allclose(state[0].mean, 2.462214, rtol=1e-6)
-    # A mean that this batch moves to 2: (2 - .1 sigma) / .9.
+    # This batch moves the mean (2 - .1 sigma) / .9 to 2.
     state = (advantages.SpreadState(jnp.float32((2 - 0.2462214) / 0.9), jnp.bool_(True)),)
     got, state = compute(transform, inputs, start=[[1.0, -2, 0, 1]], state=state, compiled=compiled)
     np.testing.assert_allclose(state[0].mean, 2, rtol=1e-6)
@@ -90,7 +90,7 @@ def test_the_first_batch_sets_the_running_mean_and_each_later_one_moves_it_by_a_
     for batch in (lonely, spread(1, 3), broken, spread(4, 4), lonely, spread(0, 1)):
         _, state = compute(WEIGH, batch, state=state, compiled=compiled)
         means.append(float(state[0].mean))
-    # nothing yet; 2; kept; 1.8 + .4; kept; 1.98 + .05
+    # no mean yet; 2; the same; 1.8 + .4; the same; 1.98 + .05
     np.testing.assert_allclose(means, [0, 2, 2, 2.2, 2.2, 2.03], rtol=1e-6)
     assert state[0].seen
 
@@ -120,7 +120,7 @@ def test_a_truncated_completion_counts_as_zero_in_the_statistics_and_for_itself(
     inputs = inputs_of([[1, 0, 1]], self_rewards=[[1, 0.5, 9]], truncated=[[0, 0, 1]])  # 1, .5, 0: std1 .5
     own, _ = compute(advantages.mix_self_reward(tau=1.0), inputs, start)
     np.testing.assert_allclose(own, [[1, 0, -1]], atol=1e-6)
-    for value in (NAN, INF, -INF):  # so does one that is not a number
+    for value in (NAN, INF, -INF):  # values that are not finite count 0, too
         odd = inputs._replace(self_rewards=np.array([[1, 0.5, value]], np.float32), truncated=None)
         np.testing.assert_allclose(compute(advantages.mix_self_reward(tau=1.0), odd, start)[0], own, atol=1e-6)
 
@@ -148,7 +148,7 @@ def test_scale_by_hand():
     scaled, _ = compute(advantages.scale_by_value(alpha=4.0, clip=3.0), inputs_of(np.ones((6, 2)), values=values))
     np.testing.assert_allclose(scaled[:, 0], [1, 1.08, 1.2, 1.4, 2.2, 4], rtol=1e-6)
     incorrect, _ = compute(SCALE, inputs_of(np.zeros((1, 2)), values=[0.3]))
-    np.testing.assert_array_equal(incorrect, 0)  # s times correct
+    np.testing.assert_array_equal(incorrect, 0)  # an incorrect answer has no value
 
 
 def test_reweighting_by_hand():
@@ -159,14 +159,14 @@ def test_reweighting_by_hand():
     np.testing.assert_allclose(compute(REWEIGH, inputs, start)[0], expected, atol=1e-6)
     expected = [[1 - 0.2, -1 + 0.2], [0, 0], [0, 0]]
     np.testing.assert_allclose(compute(SKIP, inputs, start)[0], expected, atol=1e-6)
-    # Only completions with a reward decide: all are correct; none is correct.
+    # Only completions with a reward count. All of them are correct in the first group, and none in the second.
     inputs = inputs._replace(rewards=np.array([[1, NAN], [NAN, 0], [NAN, NAN]], np.float32))
     np.testing.assert_allclose(compute(REWEIGH, inputs, start)[0], [[0.88, 0], [0, 0], [0, 0]], atol=1e-6)
     np.testing.assert_allclose(compute(SKIP, inputs, start)[0], [[1, 0], [0, 0], [0, 0]], atol=1e-6)
 
 
 def test_centered_and_correct_only_reweighting_by_hand():
-    """alpha .5. Correct: .8 and .2 of the first group, mean .5, and .6 of the second; the third has none."""
+    """alpha is .5. Confidences of correct completions: .8 and .2 (mean .5) in the first group, .6 in the second."""
     confidence = [[0.8, 0.2, 0.1], [0.6, 0.1, 0.2], [0.5, 0.1, 0.9]]
     inputs = inputs_of([[1, 1, 0], [1, 0, 0], [0, 0, 0]], prompt_confidence=[0.5, 0, 0.9], answer_confidence=confidence)
     start = np.array([[1, 1, -2], [2, -1, -1], [0, 0, 0]], np.float32)
@@ -174,7 +174,7 @@ def test_centered_and_correct_only_reweighting_by_hand():
     np.testing.assert_allclose(compute(CORRECT_ONLY, inputs, start)[0], only, atol=1e-6)
     both = [[1 - 0.15, 1 + 0.15, -2], [2, -1, -1], [0, 0, 0]]
     np.testing.assert_allclose(compute(CENTERED_CORRECT, inputs, start)[0], both, atol=1e-6)
-    # all completions: means of confidence 11 / 30 and .3
+    # over all completions, the mean confidences are 11 / 30 and .3
     third = 0.5 / 30
     centered = [[1 - 13 * third, 1 + 5 * third, -2 + 8 * third], [2 - 0.15, -1 + 0.1, -1 + 0.05], [0, 0, 0]]
     got = compute(CENTERED, inputs, start)[0]

@@ -1,4 +1,4 @@
-"""Properties of the transformations of HERO, LaSeR, RLEV and ProGRPO on random batches, and their errors."""
+"""Tests properties of the transformations of HERO, LaSeR, RLEV and ProGRPO on random batches, and their errors."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,7 +61,7 @@ def test_only_differences_of_scores_matter(batch, shift):
     scores, verdicts, rewards = batch
     for transform in (STRATIFY, WEIGH):
         inputs = inputs_of(rewards, model_scores=scores, verdicts=verdicts)
-        moved = inputs._replace(model_scores=scores + np.float32(shift))  # exact: these are whole numbers
+        moved = inputs._replace(model_scores=scores + np.float32(shift))  # the sum of whole numbers is exact
         np.testing.assert_allclose(compute(transform, inputs)[0], compute(transform, moved)[0], rtol=1e-5, atol=1e-6)
 
 

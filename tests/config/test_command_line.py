@@ -1,4 +1,4 @@
-"""The command line: recipes, overrides and their errors, and the help text."""
+"""Tests the command line: recipes, overrides and their errors, and the help text."""
 
 import re
 

@@ -69,7 +69,7 @@ def rows(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compiled_run(rows, tmp_path_factory):
-    """A run whose compiled programs are shared by all runs that differ only between steps."""
+    """Sets up a run. Runs that differ only between steps share its compiled programs."""
     return train.setup(tiny(rows, eval__every=1), tmp_path_factory.mktemp("compiled_run"))
 
 

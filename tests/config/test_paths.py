@@ -1,4 +1,4 @@
-"""Addresses of other machines are refused with the name of what to mount, and never become a local folder."""
+"""Addresses of other machines are refused with a remedy, and never become a local folder."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""The fields: types, ranges and choices, and configurations as dicts."""
+"""Tests the types, ranges and choices of the fields, and configurations as dicts."""
 
 import json
 

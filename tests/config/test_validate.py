@@ -1,4 +1,4 @@
-"""Rules across fields, and the signals that a method declares."""
+"""Tests rules across fields, and the signals that a method declares."""
 
 import json
 import re
@@ -80,7 +80,7 @@ def test_invalid_configurations_raise_one_sentence(changes, names):
 
 @pytest.fixture
 def registry(monkeypatch):
-    """Removes the methods that a test registers."""
+    """Removes the methods that a test has registered."""
     monkeypatch.setattr(methods.registry, "_ESTIMATORS", dict(methods.registry._ESTIMATORS))
 
 

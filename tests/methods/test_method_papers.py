@@ -1,4 +1,4 @@
-"""The five methods as extensions of an estimator: their numbers by hand, off switches and keywords."""
+"""Tests the five methods as extensions of an estimator: their numbers by hand, off switches and keywords."""
 
 import json
 import os
@@ -23,7 +23,7 @@ every_base = pytest.mark.parametrize("base", reference.ESTIMATORS)
 
 @either_way
 def test_genre2_by_hand_from_digits_to_the_loss(compiled):
-    """Samples .5 .75 .25 .4 of a unit interval for [-1.5, 2.5], truth .5, greedy .6; on ReMax."""
+    """On ReMax, with the range [-1.5, 2.5], truth .5, samples .5 .75 .25 .4 and the greedy number .6."""
     tokenizer = numbers.make_tokenizer("normalized", base=10, digits=2)
     decoded = np.asarray(tokenizer.decode(jnp.array([[[5, 0], [7, 5], [2, 5], [4, 0], [6, 0]]])))
     z = decoded * 4 - 1.5
@@ -107,7 +107,7 @@ OFF = {
 def test_a_method_that_is_switched_off_is_bitwise_its_base(switch, base, compiled):
     name, options = OFF[switch]
     off, plain = methods.create(name, base=base, **options), methods.create(base)
-    x = a_batch(1, missing=name != "hero")  # a score that is not finite leaves its completion out, on or off
+    x = a_batch(1, missing=name != "hero")  # HERO always leaves out completions whose score is not finite
     if name == "hero":  # with a = b = 0 its reward is the verdict
         off = methods.create(name, base=base, alpha=0.0, beta=0.0, **options)
 
@@ -115,7 +115,7 @@ def test_a_method_that_is_switched_off_is_bitwise_its_base(switch, base, compile
         x_of = jax.tree.map(jnp.asarray, signals_of(x, method))
         return method.advantage.update(None, method.advantage.init(), x_of)[0]
 
-    if compiled:  # the whole chain is one program, so XLA groups both alike
+    if compiled:  # the whole chain is one program, which XLA rounds alike
         ours, theirs = run_both(off, plain, x)
     else:
         ours, theirs = run(off), run(plain)
@@ -179,7 +179,7 @@ def test_every_keyword_of_an_extension_changes_the_result(name, key):
     assert set(methods.keywords(name)) >= OWN[name]
     needs = (
         dict(base="reinforce_pp_baseline") if key == "weight_on" else {}
-    )  # the usual base cannot have it on the reward
+    )  # the usual base does not allow it on the reward
     plain, changed = behaviour(name, **needs), behaviour(name, **needs | {key: OTHER[name][key]})
     assert plain[1] != changed[1] or np.abs(plain[0] - changed[0]).max() > 1e-4
 

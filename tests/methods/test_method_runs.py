@@ -1,4 +1,4 @@
-"""The five methods in the real loop: training, resuming, switched off, errors."""
+"""Tests the five methods in the real loop: training, resuming, switched off, errors."""
 
 import json
 
@@ -60,7 +60,7 @@ def test_maxrl_trains_and_refuses_negative_rewards(parts, tmp_path):
 
 
 def tiny(rows, **changes):
-    """A run whose policy has seen answers end."""
+    """Returns a run whose supervised start teaches the policy to end its answers."""
     return bare(rows, **{"supervised__steps": 30, "supervised__learning_rate": 1e-2, **changes})
 
 
@@ -70,7 +70,7 @@ def rows(tmp_path_factory):
 
 
 def run(config, directory):
-    """(metrics of the last step, final weights) of a run."""
+    """Trains and returns (the lines of metrics.jsonl, the final state)."""
     ready = train.setup(config, directory)
     train.train(ready)
     saver = checkpoints.Checkpoints(directory / "checkpoints", 1)
@@ -150,9 +150,9 @@ def test_a_method_that_is_switched_off_gives_its_base(changes, rows, base_run, t
 
 
 def test_the_probe_is_read_at_the_temperature_of_training_whatever_samples(rows, tmp_path):
-    """The trainer and the measurement of the constant use that temperature too; each rollout samples at its own."""
+    """The trainer and the constant also have this temperature. Each rollout samples at a temperature of its own."""
     config = tiny(rows, **LASER, sampling__temperature=0.6, eval__temperature=1.4, eval__every=1, eval__samples=16)
-    change(config, group_size=16, max_completion_length=24)  # some end
+    change(config, group_size=16, max_completion_length=24)  # some completions end
     ready = train.setup(config, tmp_path / "run")
     state = ready.programs.init()
     for rollout in (
@@ -176,7 +176,7 @@ def base_run(rows, tmp_path_factory):
     "changes",
     [
         {},
-        # Adapters on random weights: long enough to end by chance, and the entropy moves them.
+        # Adapters on random weights. Completions are long enough to end by chance, and the entropy moves the adapters.
         pytest.param(
             dict(lora__rank=2, max_completion_length=120, update__entropy_coefficient=1.0), marks=pytest.mark.slow
         ),
@@ -184,7 +184,7 @@ def base_run(rows, tmp_path_factory):
     ids=str,
 )
 def test_an_exact_reference_for_self_rewards_is_that_of_evaluations_too(changes, rows, tmp_path):
-    """Each completion of `evaluate` is scored again, by the policy and by the policy of the start, without a cache."""
+    """The policy and the policy of the start score each completion of `evaluate` again, without a cache."""
     method = LASER["method"] | {"reference": "exact", "self_reward_warmup": 0}
     config = tiny(
         rows, steps=6, eval__every=6, optimizer__learning_rate=3e-2, method=method, eval__samples=5, **changes

@@ -1,4 +1,4 @@
-"""Whole methods: their numbers by hand, keywords and names, and a new estimator."""
+"""Tests whole methods: their numbers by hand, keywords and names, and a new estimator."""
 
 import dataclasses
 import functools
@@ -121,19 +121,19 @@ def test_signals_are_the_fields_that_the_chain_needs():
 # -- numbers ---------------------------------------------------------------------------------------
 
 ROOT = 0.5**0.5
-HAND = {  # rewards 1, 0 (greedy .25) on 1 and 3 tokens of 4; ratios e^.3, then e^-.3 e^.3 e^.3; logprobs -1
-    # standardised +-ROOT (eps negligible); clipped gain 1.2; losses of the second: e^-.3 -> clip .8, e^.3, e^.3
+HAND = {  # rewards 1 and 0 (greedy .25), 1 and 3 tokens of 4; ratios e^.3 and e^-.3 e^.3 e^.3; logprobs -1
+    # The advantages are +-ROOT. The first gain is clipped to 1.2. The second losses are .8 (clipped), e^.3 and e^.3.
     "grpo": ROOT * (-1.2 + (0.8 + 2 * math.exp(0.3)) / 3) / 2,
     "dr_grpo": 0.5 * (-1.2 + 0.8 + 2 * math.exp(0.3)) / (2 * 4),
     "dapo": ROOT * (-1.28 + 0.8 + 2 * math.exp(0.3)) / 4,
     "gspo": ROOT * (-1.0004 + math.exp(0.1)) / 2,
     "cispo": ROOT * (math.exp(0.3) - math.exp(-0.3) - 2 * math.exp(0.3)) / 4,
     "rloo": (-1.2 + 0.8 + 2 * math.exp(0.3)) / 4,
-    # token-weighted: mean 1/4, variance (9/16 + 3/16) / 3 = 1/4: advantages 1.5 and -.5
+    # over tokens, the mean is 1/4 and the variance (9/16 + 3/16) / 3 = 1/4, so the advantages are 1.5 and -.5
     "reinforce_pp": (-1.2 * 1.5 + 0.5 * (0.8 + 2 * math.exp(0.3))) / 4,
     "reinforce_pp_baseline": (-1.2 * 1.5 + 0.5 * (0.8 + 2 * math.exp(0.3))) / 4,
     "remax": (0.75 - 0.25 * 3) / 4,
-    "maxrl": (-1.2 + 0.8 + 2 * math.exp(0.3)) / 4,  # mean .5: advantages 1 and -1
+    "maxrl": (-1.2 + 0.8 + 2 * math.exp(0.3)) / 4,  # the mean is .5, the advantages are 1 and -1
 }
 
 

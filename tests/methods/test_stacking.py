@@ -1,4 +1,4 @@
-"""Every stack of the five methods on every estimator: the composition of its parts in numpy, or an error."""
+"""Tests every stack of the five methods on every estimator. It equals its parts in numpy, or raises an error."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ from jaxrl_reason.rl.types import Groups, Rollout, TrainState
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 FIVE = ("genre2", "hero", "laser", "rlev", "progrpo")
-JUDGES = {"hero", "laser", "progrpo"}  # need verdicts
+JUDGES = {"hero", "laser", "progrpo"}  # methods that need verdicts
 SETS = [parts for n in range(1, 6) for parts in itertools.combinations(FIVE, n)]
 SOUND = [parts for parts in SETS if "genre2" not in parts or not JUDGES & set(parts)]
 UNSOUND = [parts for parts in SETS if parts not in SOUND]
@@ -43,7 +43,7 @@ P, G, T = 4, 5, 4
 
 
 def a_batch(seed=0):
-    """Returns every field of AdvantageInputs: groups all correct and all incorrect, a missing reward, a non-finite score."""
+    """Returns all fields of AdvantageInputs, with one-sided groups, a missing reward and a non-finite score."""
     rng = np.random.default_rng(seed)
     correct = rng.random((P, G)) < 0.5
     correct[0], correct[1] = True, False
@@ -217,7 +217,7 @@ def test_a_stack_can_be_written_as_a_name():
 
 
 def test_options_reach_the_part_they_are_for():
-    """Three parts have a parameter alpha, two have eps."""
+    """Three parts have a parameter alpha, and two have eps."""
     options = dict(
         hero=dict(alpha=0.2, beta=0.1, strata_eps=0.5, w_min=0.8, w_max=3.0, k=2.0, momentum=0.5),
         rlev=dict(alpha=4.0, clip=0.7),
@@ -405,7 +405,7 @@ CONFIG = ModelConfig(
 )
 PARAMS = reference_decoder.random_params(CONFIG, scale=0.4)
 OPTIMIZER = optax.sgd(0.1)
-# These programs run a few times: optimizing them would take half the time of compilation.
+# These programs run a few times. Their optimization would take half of the time of compilation.
 jit_once = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -463,7 +463,7 @@ def one_update(parts, base):
 
 
 FAST = ("grpo", "gspo", "rloo")
-SOME = dict(  # each pair and each base once; in the default tier for the bases of FAST; all others are slow
+SOME = dict(  # each pair and each base once; the bases of FAST are in the default tier, and all others are slow
     grpo=("hero", "laser"),
     dr_grpo=("rlev", "progrpo"),
     dapo=("hero", "progrpo"),
