@@ -1,4 +1,4 @@
-"""Shared by the tests of data: files, the word problems that TFDS really prepares, and a tokenizer trained on them."""
+"""Fixtures of the tests of data: files, word problems that TFDS really prepares, and a tokenizer trained on them."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from jaxrl_reason import data
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a file, bytes or text, and returns its path: `write(content, name)`."""
+    """Returns `write(content, name)`, which writes a file of bytes or text and returns its path."""
 
     def _write(content, name="rows.jsonl"):
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -19,7 +19,7 @@ def write(tmp_path):
 
 @pytest.fixture(scope="session")
 def problems(data_dir):
-    """The three splits as {split: Source}."""
+    """Returns the three splits as {split: Source}."""
     return {split: data.load_source("word_problems", split, data_dir=data_dir) for split in SPLITS}
 
 

@@ -1,4 +1,4 @@
-"""Chat templates: the text of `transformers`, in a sandbox, with one begin token."""
+"""Chat templates give the text of `transformers`, run in a sandbox, and write one begin token."""
 
 import dataclasses
 

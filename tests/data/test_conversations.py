@@ -1,4 +1,4 @@
-"""Questions that are conversations: system, earlier and last turns go through the chat template, or a sentence says why not."""
+"""Tests questions that are conversations. All turns go through the chat template, or a sentence says why not."""
 
 import csv
 import dataclasses
@@ -160,7 +160,7 @@ def test_other_columns_are_not_parsed(write):
 
 
 def test_one_turn_as_json_text_and_any_order_of_keys(write):
-    """One turn is a bad row as text too, and the first key of a turn can be any."""
+    """One turn as text is a bad row too. The first key of a turn can have any name."""
     path = write(json.dumps({"prompt": json.dumps(TURNS[1]), "answer": 1}))
     with pytest.raises(ValueError, match="line 1: column 'question' is a JSON object, and it has to be text, a number"):
         data.load_source(path, "all")
@@ -183,7 +183,7 @@ def test_one_turn_as_json_text_and_any_order_of_keys(write):
     ],
 )
 def test_a_turn_by_its_place_in_other_spellings(write, turns, path, message):
-    """Lists of fields, as TFDS and datasets store turns, and the names from and value."""
+    """TFDS and datasets store turns as lists of fields. Other files have the names `from` and `value`."""
     file, column = write(json.dumps({"data": {"turns": turns}, "answer": 1})), f"data.turns.{path}"
     role = (turns["from"] if "from" in turns else turns["role"])[0] if isinstance(turns, dict) else "system"
     with pytest.raises(ValueError, match=f"'{column.format(0)}' is the {role}'s turn; {message}"):
@@ -221,7 +221,7 @@ def test_repeats_of_conversations_are_found(write):
     assert any("repeat in 1 of 3 rows" in str(w.message) for w in warned)
 
 
-# ---- what went in comes out -----------------------------------------------------------------------------------------------
+# ---- the text of a template has all turns ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_repeats_of_conversations_are_found(write):
         (LAST, TURNS, "", "leaves out the (system|user)'s turn"),
         ("<|user|>", "1 + 1?", "", "leaves out the user's turn"),
         ("{{ messages[0].content }}", "the same", "the same", "leaves out"),  # one text, two turns
-        (NO_SYSTEM, "1 + 1?", "user", "leaves out the system prompt"),  # also a word of the template
+        (NO_SYSTEM, "1 + 1?", "user", "leaves out the system prompt"),  # the prompt is also a word of the template
         (PARTS, "user", "", "leaves out the user's turn"),
         ("{{ messages[-1].content[:20] }}", "a question of 26 letters..", "", "leaves out the user's turn"),
     ],

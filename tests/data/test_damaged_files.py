@@ -1,4 +1,4 @@
-"""Damaged data files, one per kind of damage: messages name the file, the line and the reason, and no row disappears silently."""
+"""Tests one data file per kind of damage. Messages name file, line and reason, and no row disappears silently."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ NEXT = b'{"question": "2 + 2?", "answer": 4}\n'
 PLAIN = data.get_template("plain")
 TOKENIZER = data.train_tokenizer(["1 + 1 = 2"], vocab_size=270)
 
-# content -> the bad lines and their reasons; the rows GOOD and NEXT around them stay
+# name: (content, {bad line: reason}). The rows GOOD and NEXT around bad lines stay.
 DAMAGED = {
     "cut in the last line": (
         GOOD + NEXT + b'{"question": "3 + 3?", "ans',
@@ -102,7 +102,7 @@ def test_a_cut_parquet_file_and_columns_of_other_types(tmp_path):
     rows = [{"question": f"question {i} " * 50, "answer": i} for i in range(50)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, compression="gzip")
     content = path.read_bytes()
-    for start in range(100, 400, 20):  # in the data: decompression notices it, or nothing does
+    for start in range(100, 400, 20):  # only decompression may notice damage in the data
         path.write_bytes(content[:start] + b"\x5a" * 20 + content[start + 20 :])
         with contextlib.suppress(ValueError), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -249,7 +249,7 @@ def test_a_run_prints_all_reports(tmp_path):
         "data.on_bad_row": "skip",
         "data.on_long_prompt": "skip",
         "supervised.steps": 0,
-        "eval.prompts": 1,  # its row does not fit: the run ends before it compiles a program
+        "eval.prompts": 1,  # its row does not fit, so the run ends before it compiles
     }
     command += [f"--config.{name}={value}" for name, value in fields.items()]
     done = subprocess.run(
@@ -272,7 +272,7 @@ def test_a_run_prints_all_reports(tmp_path):
 
 
 def test_many_columns_are_read_quickly_and_ten_are_named(tmp_path):
-    """With 20,000 columns, one of them twice, the message is short, and reading takes far less than a quadratic search would."""
+    """One of 20,000 columns occurs twice. The message is short, and reading is much faster than a quadratic search."""
     names = [f"column{i}" for i in range(20_000)]
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "a", ' + ", ".join(f'"{name}": 1' for name in [*names, names[-1]]) + "}\n")

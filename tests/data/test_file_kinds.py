@@ -1,4 +1,4 @@
-"""Files of every kind that people have, columns that a file lacks, and what rewards get from structured columns."""
+"""Tests common kinds of files, columns that a file lacks, and the values of structured columns for rewards."""
 
 import gzip
 import json
@@ -181,7 +181,7 @@ def test_columns_without_content_count_as_absent(write, recwarn):
     assert data.load_source(write("question,notes\na,\n", "rows.csv"), "all")[0] == {
         "question": "a",
         "notes": "",
-    }  # of a reward
+    }  # a column for a reward
     assert not recwarn
     with pytest.raises(ValueError, match="line 2: column 'answer' is empty"):
         data.load_source(write("question,answer\na,\nb,\n", "rows.csv"), "all", columns={"answer": "answer"})
@@ -272,7 +272,7 @@ def test_structured_columns_of_parquet_files_reach_rewards(tmp_path):
 
 
 def test_numbers_of_32_bits_are_the_decimals_that_they_print_as(tmp_path):
-    """A right answer, 0.1, must equal the reference, which float64 would hold as 0.10000000149011612."""
+    """The correct answer 0.1 must equal the reference. In float64, the reference would be 0.10000000149011612."""
     small = pyarrow.array([0.1, None, float("inf")], pyarrow.float32())
     nested = pyarrow.array([{"a": [0.1, None], "b": 0.1}] * 3, pyarrow.struct({"a": pyarrow.list_(pyarrow.float32()), "b": pyarrow.float64()}))  # fmt: skip
     halves = pyarrow.array(np.array([0.1, 0.2, 0.3], np.float16))
@@ -318,4 +318,5 @@ def test_preference_pairs_need_no_answer(write, tokenizer):
     source = data.load_source(write("".join(json.dumps(row) + "\n" for row in rows)), "all")
     options = dict(batch_size=2, max_prompt_length=16, max_completion_length=8, seed=0)
     stream = PreferenceStream(source, tokenizer, data.get_template("plain"), **options)
-    assert stream.batch(0).tokens.shape == (2, 2, 3)  # the longest completion: "no" is two tokens, and the end token
+    # The longest completion has the two tokens of "no" and the end token.
+    assert stream.batch(0).tokens.shape == (2, 2, 3)

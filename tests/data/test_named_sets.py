@@ -1,4 +1,4 @@
-"""Named sets: their columns become ours, and their verifiers read their answers, in local files of the same columns."""
+"""Tests named sets in local files: their columns get our names, and their verifiers read their answers."""
 
 import fnmatch
 import json

@@ -1,4 +1,4 @@
-"""Number tokenizers against rational and decimal arithmetic: METHODS' numbers, every spelling, hostile values."""
+"""Tests number tokenizers against rational and decimal arithmetic: METHODS' numbers, all spellings, hostile values."""
 
 from decimal import Decimal, localcontext, ROUND_HALF_EVEN
 from fractions import Fraction
@@ -84,7 +84,7 @@ def is_canonical(tokenizer, ids):
 
 
 def random_spellings(tokenizer, count):
-    """Returns legal tokens, int[count, L]; the first legal one (+ or 0) is more frequent."""
+    """Returns legal tokens, int[count, L]. The first legal token (+ or 0) is more frequent."""
     rng = np.random.default_rng(0)
     columns = []
     for row in tokenizer.legal:
@@ -103,9 +103,9 @@ def test_normalized_by_hand():
     for value in (1.0, 0.999, 17.0, 1e308):
         assert spell(tokenizer, value) == "1 1 1 1 1 1 1 1"
     assert value_of(tokenizer, "1 1 1 1 1 1 1 1") == 0.99609375
-    for value in (0.0, -0.0, -3.0, -1e308, 1 / 512):  # 1/512 is half a step: to even
+    for value in (0.0, -0.0, -3.0, -1e308, 1 / 512):  # 1/512 is half a step, a tie
         assert spell(tokenizer, value) == "0 0 0 0 0 0 0 0"
-    assert spell(tokenizer, 3 / 512) == "0 0 0 0 0 0 1 0"  # 1.5 steps: to even
+    assert spell(tokenizer, 3 / 512) == "0 0 0 0 0 0 1 0"  # 1.5 steps, a tie
     assert spell(NormalizedTokenizer(10, 3), 0.7012) == "7 0 1"
     assert spell(NormalizedTokenizer(16, 2), 0.7) == "11 3"
 
@@ -118,13 +118,13 @@ def test_normalized_by_hand():
         (0.0, "+ 0 0 0 0 E0", 0.0),
         (-0.0, "+ 0 0 0 0 E0", 0.0),
         (-27.5, "- 2 7 5 0 E-2", -27.5),
-        (1234.5, "+ 1 2 3 4 E0", 1234.0),  # a tie: to even
+        (1234.5, "+ 1 2 3 4 E0", 1234.0),  # a tie rounds to even
         (1235.5, "+ 1 2 3 6 E0", 1236.0),
         (9999e10, "+ 9 9 9 9 E10", 9999e10),
         (1e300, "+ 9 9 9 9 E10", 9999e10),
-        (-99995e9, "- 9 9 9 9 E10", -9999e10),  # would round up beyond the largest
+        (-99995e9, "- 9 9 9 9 E10", -9999e10),  # rounding up would exceed the largest number
         (1e-7, "+ 1 0 0 0 E-10", 1e-7),
-        (5.4e-9, "+ 0 0 5 4 E-10", 5.4e-9),  # fewer digits below 1e-7
+        (5.4e-9, "+ 0 0 5 4 E-10", 5.4e-9),  # numbers below 1e-7 have fewer digits
         (-6e-11, "- 0 0 0 1 E-10", -1e-10),
         (-4e-11, "+ 0 0 0 0 E0", 0.0),
         (5e-324, "+ 0 0 0 0 E0", 0.0),
@@ -142,7 +142,7 @@ def test_p10_by_hand(value, text, back):
         (-0.001, "- - 0 3 1 0 0 0 0 0", -0.001),
         (1.0, "+ + 0 0 1 0 0 0 0 0", 1.0),
         (0.0, "+ + 0 0 0 0 0 0 0 0", 0.0),
-        (-123456.5, "- + 0 5 1 2 3 4 5 6", -123456.0),  # a tie: to even
+        (-123456.5, "- + 0 5 1 2 3 4 5 6", -123456.0),  # a tie rounds to even
         (9999995.0, "+ + 0 7 1 0 0 0 0 0", 1e7),
         (1e99, "+ + 9 9 1 0 0 0 0 0", LARGEST),
         (1e300, "+ + 9 9 9 9 9 9 9 9", LARGEST),
@@ -280,7 +280,7 @@ def test_illegal_tokens_decode_to_nan():
 
 
 def test_remax_rewards_of_the_paper_formula():
-    """METHODS section 1: z-range [-1.5, 2.5], truth .5, samples .5 .75 .25 .4, greedy .6."""
+    """METHODS section 1 has the z-range [-1.5, 2.5], truth .5, samples .5 .75 .25 .4 and the greedy number .6."""
     tokenizer = NormalizedTokenizer(10, 2)
     scaler = TargetScaler(mean=7.0, std=3.0, low=-1.5, high=2.5)
 
@@ -309,7 +309,7 @@ def test_expert_targets_by_hand():
 
 
 def test_expert_targets_lead_nearest_to_the_truth():
-    """For every rollout and truth of 3 digits in base 3, the target starts the nearest number that has the prefix."""
+    """With 3 digits in base 3, the target is the next digit of the nearest number that begins with the prefix."""
     numbers = list(itertools.product(range(3), repeat=3))
     value = {number: i for i, number in enumerate(numbers)}
     pairs = list(itertools.product(numbers, repeat=2))

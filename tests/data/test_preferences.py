@@ -1,4 +1,4 @@
-"""Preference pairs: the ids of their rows, both completions of a row together, and rows without a preference."""
+"""Tests preference pairs: the ids of their rows, both completions of a row, and rows without a preference."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -70,7 +70,7 @@ def test_every_epoch_has_every_pair_once_from_any_start(rows, batch_size, seed):
 
 
 def test_pairs_have_the_order_of_prompts_under_the_same_seed():
-    """A seed gives one shuffle in all streams; without shuffling, the order is the source's."""
+    """A seed gives the same shuffle in all streams. Without shuffling, the order is the order of the source."""
     prompts = data.PromptStream(numbered(9), TOKENIZER, PLAIN, batch_size=4, max_prompt_length=8, seed=3)
     for i in range(4):
         np.testing.assert_array_equal(stream(numbered(9), seed=3).batch(i).prompt_tokens, prompts.batch(i).tokens)

@@ -1,4 +1,4 @@
-"""Prompt templates: plain replacement, safe against braces in the data."""
+"""Prompt templates insert columns literally, so that braces in the data are safe."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,4 +1,4 @@
-"""Sources: data sets that TFDS really prepares, JSONL and Parquet files with every kind of bad row, addresses of the hub."""
+"""Tests sources: data sets that TFDS really prepares, JSONL and Parquet files with bad rows, and hub addresses."""
 
 import contextlib
 import http.client
@@ -107,7 +107,7 @@ def test_unknown_names_raise_a_sentence(problems, data_dir, name, split, columns
 
 
 def test_gsm8k_by_its_own_builder(tmp_path, monkeypatch):
-    """Local files in the published format replace the download; the rest is real."""
+    """Local files in the published format replace the download. Everything else is real."""
     rows = [
         {"question": "Natalia sold 48 clips…?", "answer": "She sold 48/2 = <<48/2=24>>24.\n#### 24"},
         {"question": "How much is a house?", "answer": "80,000+50,000=<<80000+50000=130000>>130,000\n#### 130,000"},
@@ -131,7 +131,7 @@ def test_gsm8k_by_its_own_builder(tmp_path, monkeypatch):
 
 
 def prepare(tmp_path, capfd, name="word_problems"):
-    """The rows of a data set that is prepared now, and what was written to stdout and stderr."""
+    """Prepares a data set, and returns its rows and the output on stdout and stderr."""
     source = data.load_source(name, "train", data_dir=tmp_path)
     return source, capfd.readouterr()
 
@@ -174,7 +174,7 @@ def test_a_download_without_network_is_announced_at_once_and_ends_in_a_sentence(
     "answer, message",
     [
         (None, ""),
-        (urllib.error.HTTPError("https://host:8", 404, "Not found", None, None), ""),  # also an answer
+        (urllib.error.HTTPError("https://host:8", 404, "Not found", None, None), ""),  # a server that answers
         (urllib.error.URLError(OSError("no route")), r"host cannot be reached \(no route\)"),
         (TimeoutError("timed out"), r"host cannot be reached \(timed out\)"),
         (http.client.BadStatusLine("x"), r"host cannot be reached \(x\)"),
@@ -198,7 +198,7 @@ def test_a_server_is_asked_once_before_a_download(monkeypatch, answer, message):
 
 def test_a_server_that_does_not_answer_is_a_sentence_in_seconds(tmp_path, monkeypatch):
     for name in ("HTTPS_PROXY", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # no server is at this port
     monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", lambda *_: pytest.fail("tried"))
     begin = time.monotonic()
     with pytest.raises(OSError) as caught:

@@ -1,4 +1,4 @@
-"""Streams: pure random access, complete epochs, ids that never repeat, prompts that do not fit."""
+"""Tests streams: pure random access, complete epochs, ids that never repeat, prompts that do not fit."""
 
 import collections
 
@@ -78,7 +78,7 @@ def test_every_epoch_has_every_row_once_in_another_order(rows, batch_size, seed)
         assert sorted(order) == list(range(rows))
     if (
         rows >= 12
-    ):  # equal orders have a negligible probability; grain gives few rows the order of the source for 0.4 % of the seeds
+    ):  # Equal orders are very improbable. With few rows, grain keeps the order of the source for 0.4 % of the seeds.
         assert orders[0] != orders[1] != orders[2]
 
 
@@ -228,7 +228,7 @@ def test_evaluation_raises_or_skips_long_prompts():
         (batch,) = evaluation(rows, 5, on_long="skip")
     assert batch.prompt_ids.tolist() == [0, 1, 2, 4]
     assert [TOKENIZER.decode(row[live]) for row, live in zip(batch.tokens, batch.mask)] == ["0\n", "1\n", "2\n", "0\n"]
-    assert batch.tokens.shape[1] == longest(["0\n"])  # a row that is left out counts for nothing
+    assert batch.tokens.shape[1] == longest(["0\n"])  # a row that is left out has no effect
     with pytest.raises(ValueError, match="count is 0"):
         evaluation(rows, 0)
 

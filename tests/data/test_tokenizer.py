@@ -1,4 +1,4 @@
-"""Tokenizers: round trips, special tokens, files in the Hugging Face layout, and their faults."""
+"""Tests tokenizers: round trips, special tokens, files in the Hugging Face layout, and their faults."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def test_pieces_hold_whole_characters(text):
 
 
 def test_pieces_of_a_long_row_of_broken_bytes():
-    """An id costs a constant time: 5,000 take a third of a second, and with a square it would be half a minute."""
+    """The time is linear: 5,000 ids take a third of a second. Quadratic time would be half a minute."""
     broken = TOKENIZER.encode("日")[0]
     assert "".join(TOKENIZER.pieces([broken] * 5_000)) == "\ufffd" * 5_000
     assert TOKENIZER.pieces(TOKENIZER.encode("日é")) == ["", "", "日", "", "é"]
@@ -218,7 +218,7 @@ def test_impossible_requests_raise():
 
 
 def test_added_tokens_beyond_the_model_are_left_out():
-    """Gemma 3's image token is one: the text models have no embedding for it."""
+    """Gemma 3's image token is an example. Its text models have no embedding for it."""
     backend = tokenizers.Tokenizer.from_str(TOKENIZER.backend.to_str())
     size = TOKENIZER.vocab_size
     backend.add_special_tokens(["<image>"])
@@ -261,7 +261,7 @@ def files_of(tmp_path, post_bos=False, added=None, **config):
         (True, {"add_bos_token": True}, True),
         (False, {"add_bos_token": False}, False),
         (True, {"add_bos_token": False}, True),  # as in transformers 5
-        (False, {"add_bos_token": True, "bos_token": None}, False),  # there is none to add
+        (False, {"add_bos_token": True, "bos_token": None}, False),  # there is no token to add
     ],
 )
 def test_add_bos_token_and_tokenizer_json_decide_how_prompts_begin(tmp_path, post_bos, config, expected):
@@ -309,13 +309,13 @@ def test_an_end_token_of_added_tokens_ends_completions(tmp_path):
 
 
 def test_completions_have_all_but_end_and_padding_tokens():
-    """What is sampled is shown: special tokens of reasoning and of turns, unless they end or pad a text."""
+    """Texts show the special tokens of reasoning and turns, unless the tokens end or pad a text."""
     tokenizer = data.train_tokenizer([], vocab_size=259)
     tokenizer.backend.add_special_tokens(["<think>", "</think>", "<turn>"])
     ends = dataclasses.replace(tokenizer, eos_ids=(2, tokenizer.backend.token_to_id("<turn>")))
     rows = [ends.encode(text) for text in ("<think>a</think>b<eos>", "<bos>c<turn>", "d<pad>e", "<eos>", "ü\n")] + [[]]
     assert ends.completions(rows) == ["<think>a</think>b", "<bos>c", "de", "", "ü\n", ""]
     assert ends.completions(rows, skip_special=True) == ["ab", "c", "de", "", "ü\n", ""]
-    assert tokenizer.completions(rows[1:2]) == ["<bos>c<turn>"]  # no end token here
+    assert tokenizer.completions(rows[1:2]) == ["<bos>c<turn>"]  # <turn> is no end token here
     words = dataclasses.replace(tokenizer, eos_ids=tuple(tokenizer.encode("\n")))  # an end token of ordinary text
     assert words.completions([words.encode("18\n")]) == ["18"]

@@ -1,4 +1,4 @@
-"""RLEV's values, worked by hand."""
+"""Tests RLEV's values against numbers worked by hand."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def test_held_out_values_are_needed_or_optional():
     exam = source([{"points": 3, "exam": "a"}, {"points": 1, "exam": "a"}])
     np.testing.assert_allclose(held_out_values(exam, needed=False), [0.75, 0.25])
     assert held_out_values(source([{"question": "q"}]), needed=False) is None
-    house = source([{"value": 300_000}])  # a value of another kind, no share of an exam
+    house = source([{"value": 300_000}])  # this value is no share of an exam
     assert held_out_values(house, needed=False) is None
     with pytest.raises(ValueError, match="row 0"):
         held_out_values(house, needed=True)

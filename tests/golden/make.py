@@ -1,6 +1,9 @@
-"""Writes the model directories next to this file, and the outputs of `transformers` for them: python tests/golden/make.py
+"""Writes the model directories next to this file, and the outputs of `transformers` for them.
 
-Needs torch and transformers, which no test needs. Weights are random, and larger than initial ones, so that every switch matters.
+    python tests/golden/make.py
+
+It needs torch and transformers, which no test needs. Weights are random and larger than initial weights, so that every
+switch matters.
 """
 
 import pathlib
@@ -76,7 +79,7 @@ def main():
         for side, mask in (("right", right), ("left", right.flip(1))):
             padded = torch.where(mask, tokens, 0)
             with torch.no_grad():
-                # Positions as in generation: padding has none.
+                # As in generation, padding has no positions.
                 positions = (mask.cumsum(1) - 1).clamp(min=0)
                 found = model(padded, attention_mask=mask.long(), position_ids=positions).logits.float().numpy()
             outputs |= {f"{side}_tokens": padded.numpy(), f"{side}_mask": mask.numpy(), f"{side}_output": found}

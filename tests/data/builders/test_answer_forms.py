@@ -1,4 +1,4 @@
-"""The sums with answers in several forms after a real preparation by TFDS: arithmetic, forms and preference pairs."""
+"""Tests the sums with several forms of answers, prepared by TFDS: arithmetic, forms and preference pairs."""
 
 import collections
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""The sums found by checked tries after a real preparation by TFDS, compared with brute force."""
+"""Compares the sums found by checked tries, after a real preparation by TFDS, with brute force."""
 
 import collections
 import itertools

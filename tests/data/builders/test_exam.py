@@ -1,4 +1,4 @@
-"""The exams after a real preparation by TFDS: values that sum to 1, correct answers, disjoint splits."""
+"""Tests the exams after a real preparation by TFDS: values that sum to 1, correct answers, disjoint splits."""
 
 import collections
 import re
@@ -10,7 +10,7 @@ from helpers.data_sets import assert_disjoint, digest, load_splits, longest, SPL
 from jaxrl_reason.data.builders import exam, word_problems
 from jaxrl_reason.rewards import accuracy_reward
 
-ANSWERS = {  # by the numbers in the order of the question
+ANSWERS = {  # functions of the numbers in the order of the question
     "add": lambda a, b: a + b,
     "missing": lambda a, b: b - a,
     "three": lambda a, b, c: a + b + c,
@@ -26,7 +26,7 @@ DEAR = {"missing", "three", "days", "turns"}
 PAIRS = {
     "nights": "days",
     "pages": "turns",
-}  # the frequent and cheap topic of the same questions, the rare and dear one
+}  # topics with the same questions: a frequent cheap one and a rare valuable one
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The prompts with many correct answers after a real preparation by TFDS, compared with brute force."""
+"""Compares the prompts with many correct answers, after a real preparation by TFDS, with brute force."""
 
 import collections
 import itertools
@@ -96,14 +96,14 @@ def test_three_in_ten_solutions_are_incorrect(rows):
 
 
 def test_solutions_are_uniform_over_all_correct_answers(rows):
-    """The rank of the answer among the correct ones, in tenths, is uniform: chi square, 9 degrees of freedom, 99.9 %."""
+    """The rank of the answer among the correct ones, in tenths, is uniform by a chi-square test at 99.9 %."""
     for kind in ("sum", "difference", "multiple"):
         tenths = collections.Counter()
         for row in rows["train"]:
             if row["kind"] == kind and row["solution_right"]:
                 every = [", ".join(map(str, answer)) for answer in brute_force(*constraint(row))]
                 rank = every.index(canonical_answer(row["solution"], **row))
-                for tenth in range(10):  # the part of the answer's share in this tenth
+                for tenth in range(10):  # the overlap of the answer's share with this tenth
                     share = min((rank + 1) / len(every), (tenth + 1) / 10) - max(rank / len(every), tenth / 10)
                     tenths[tenth] += max(share, 0) * len(every)
         expected = sum(tenths.values()) / 10

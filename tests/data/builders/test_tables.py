@@ -1,4 +1,4 @@
-"""The tables of our builders after a real preparation by TFDS."""
+"""Tests the tables of our builders after a real preparation by TFDS."""
 
 import math
 import sys
@@ -104,7 +104,7 @@ def test_synthetic_by_its_short_name_in_all_splits(synthetic, data_dir, tmp_path
 
 
 def test_synthetic_version_1_has_fixed_rows():
-    """Published metrics depend on the rows: a change needs a new VERSION. Rounded, as libraries differ in the last bit."""
+    """Published metrics depend on the rows: a change needs a new VERSION. Libraries may differ in the last bit."""
     rows = [
         [
             round(value, 6)

@@ -1,4 +1,4 @@
-"""The word problems after a real preparation by TFDS: disjoint splits, correct arithmetic, reproducible rows."""
+"""Tests the word problems after a real preparation by TFDS: disjoint splits, arithmetic, reproducible rows."""
 
 import collections
 import operator

@@ -1,4 +1,4 @@
-"""CSV files as tables: texts, gaps, fingerprints and every kind of fault."""
+"""Tests CSV files as tables: texts, gaps, fingerprints and every kind of fault."""
 
 import numpy as np
 import pytest
@@ -99,7 +99,7 @@ FAULTS = [
     ("a,y\n1,2\n3\n", "rows.csv, line 3 has 1 cell, but the header names 2 columns."),
     ("a,y\n1,2,3\n", "rows.csv, line 2 has 3 cells, but the header names 2 columns."),
     ("a,y\n1,2\n\n3,4\n", "rows.csv, line 3 has no cells, but the header names 2 columns."),
-    ('a,y\n"1\n\n1",2\n"x\ny",3,4\n', "rows.csv, line 5 has 3 cells"),  # the lines of the file, not the rows
+    ('a,y\n"1\n\n1",2\n"x\ny",3,4\n', "rows.csv, line 5 has 3 cells"),  # lines of the file count, not rows
     ('a,y\n1,2\n"3,4\n', "rows.csv, line 3 is not readable as CSV: unexpected end of data."),
     ('a,y\n"1"1,2\n', "rows.csv, line 2 is not readable as CSV"),
     (b"a,y\n1,2\n\xff,3\n", "rows.csv, line 3 is not UTF-8"),

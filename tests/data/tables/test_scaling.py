@@ -1,4 +1,4 @@
-"""Scaling of features and targets: worked by hand, and learned from training rows only."""
+"""Tests the scaling of features and targets by hand. Scales are learned from training rows only."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ def test_scaling_by_hand(write):
     expected = [[-1 / std, -1, 0, 0, 1], [0, 0, 0, 1, 0], [1 / std, 1, 0, 0, 1]]
     np.testing.assert_allclose(scaler.transform(train), expected, rtol=1e-6)
     assert scaler.transform(train).dtype == np.float32
-    # Training means and texts; a column constant in training stays 0; a new text and a missing one are in no column.
+    # Means and texts are of training rows. A column that is constant in training is 0. New and missing texts have none.
     np.testing.assert_allclose(scaler.transform(test), [[7 / std, 0, 0, 0, 0], [0, 0, 0, 0, 0]], rtol=1e-6)
 
 
@@ -66,7 +66,7 @@ def test_columns_can_change_their_order_and_other_columns_raise(write):
         scaler.transform(csv_table(write("a,y\n1,1\n2,2\n")))
     with pytest.raises(
         ValueError, match=r"has the columns of numbers \['a'\], but"
-    ):  # the same names, one of another kind
+    ):  # the names are the same, but one column has another kind
         scaler.transform(csv_table(write("a,b,y\n1,u,1\n2,v,2\n"), categorical="onehot"))
 
 
@@ -107,7 +107,7 @@ def test_equal_values_are_constant_despite_rounding(write):
 
 
 def test_targets_by_hand():
-    """1, 2, 6: mean 3, variance 14/3."""
+    """The targets 1, 2 and 6 have the mean 3 and the variance 14/3."""
     scaler = TargetScaler.fit(np.array([2.0, 6.0, 1.0]))
     std = math.sqrt(14 / 3)
     assert dataclasses.astuple(scaler) == pytest.approx((3, std, -2 / std, 3 / std))
