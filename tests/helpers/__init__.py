@@ -1,1 +1,1 @@
-"""What several test files need: tiny runs, and independent references."""
+"""Helpers of several test files: tiny runs and independent references."""

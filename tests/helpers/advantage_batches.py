@@ -1,4 +1,4 @@
-"""Batches of advantage inputs, and transformations built once, so that each is compiled once per shape."""
+"""Batches of advantage inputs, and transformations that are built once, so that each compiles once per shape."""
 
 import functools
 
@@ -13,7 +13,7 @@ from jaxrl_reason.advantages import AdvantageInputs
 NAN, INF = float("nan"), float("inf")
 EAGER = pytest.param(
     False, id="eager", marks=pytest.mark.runs
-)  # each operation is compiled by itself: seconds per file
+)  # each operation compiles by itself, which takes seconds per file
 either_way = pytest.mark.parametrize("compiled", [EAGER, pytest.param(True, id="jit")])
 SELF_REWARDS = [[1, 0, 0.5, -0.2]]  # .1 (log pi + 23) for log pi of -13, -23, -18, -25
 STRATIFY, MIX, SCALE = advantages.stratify_by_verifier(), advantages.mix_self_reward(), advantages.scale_by_value()
@@ -50,10 +50,10 @@ def a_batch(seed=0, P=6, G=5, T=4, missing=True):
     """Returns every field of AdvantageInputs: strata of every size, ties, truncation, missing rewards and scores."""
     rng = np.random.default_rng(seed)
     correct = rng.random((P, G)) < 0.5
-    correct[0], correct[1], correct[2] = True, False, np.arange(G) == 1  # all, none, one
+    correct[0], correct[1], correct[2] = True, False, np.arange(G) == 1  # all are correct, none is, one is
     rewards = correct.astype(np.float32)
     scores = rng.normal(size=(P, G)).astype(np.float32) * rng.choice([0.3, 1.0, 4.0], (P, 1)).astype(np.float32)
-    scores[3] = scores[3, 0]  # tied
+    scores[3] = scores[3, 0]  # all scores are equal
     if missing:
         rewards[4, 0], rewards[0, 2], scores[5, 1], scores[5, 3], scores[1, 4] = NAN, NAN, NAN, INF, -INF
     lengths = rng.integers(1, T + 1, (P, G))
@@ -79,6 +79,6 @@ def presence(x):
 
 
 def signals_of(x, method):
-    """Returns x with the signals of the method only."""
+    """Returns x with only the signals of the method."""
     keep = {"rewards", "completion_mask", *method.signals}
     return AdvantageInputs(*(value if name in keep else None for name, value in zip(x._fields, x)))

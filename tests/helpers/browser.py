@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over a pipe by its own protocol: no driver and no further package."""
+"""A headless Chromium, which a pipe controls by its own protocol, without a driver or a further package."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""For the tests of our data sets: reads all splits of a data set and checks them."""
+"""Reads all splits of one of our data sets and checks them."""
 
 import hashlib
 import json
@@ -25,7 +25,10 @@ def assert_disjoint(keys):
 
 
 def longest(rows, *columns, count=2000):
-    """Returns the most tokens of a question with its line break, then of each column; the tokenizer learns from `count` rows."""
+    """Returns the most tokens of a question with its line break, then of each column.
+
+    The tokenizer learns from `count` rows.
+    """
     tokenizer = data.train_tokenizer(f"{row['question']}\n{row['solution']}" for row in rows[:count])
     texts = [[row["question"] + "\n" for row in rows], *(column(rows, name) for name in columns)]
     return [max(map(len, tokenizer.encode_batch(part))) for part in texts]

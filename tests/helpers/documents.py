@@ -17,7 +17,7 @@ MARKER = re.compile(r"<!-- needs: (.*) -->")
 
 
 class Block(NamedTuple):
-    """A fenced block: the line of its fence, its language, its text, and the text of the marker right before it ("" if there is none)."""
+    """A fenced block: the line of its fence, its language, its text, and the text of the marker before it, or ""."""
 
     line: int
     language: str
@@ -76,7 +76,7 @@ TINY_RUN = {
     "update.accumulation": 1,
 }
 RUN_FLAGS = [f"--config.{name}={value}" for name, value in TINY_RUN.items()]
-SMALL = {  # shell pattern of command:arguments -> flags after those of the document
+SMALL = {  # shell pattern of command:arguments -> flags to add after the flags of the document
     "train:*": RUN_FLAGS,
     "compare:*hero*": [
         *RUN_FLAGS,

@@ -1,4 +1,4 @@
-"""Model directories that `transformers` wrote, with the outputs that it computes (tests/golden), and changes of copies of them."""
+"""Model directories that `transformers` wrote (tests/golden) with its outputs, and changes to copies of them."""
 
 import json
 import pathlib
@@ -39,7 +39,7 @@ def change_tensors(directory, change):
 
 
 class Bomb:
-    """An object whose pickle makes the file `exploded` when it is read."""
+    """An object whose pickle makes the file `exploded` as soon as it is read."""
 
     def __reduce__(self):
         return pathlib.Path.touch, (pathlib.Path("exploded"),)

@@ -1,7 +1,7 @@
 r"""Hostile answers with their values, texts that repeat without end, and calls of every reader of completions.
 
-`ANSWERS` has short answers by name. `value` is the value of the text as an answer, None if it is not a number. `last` is the value of a
-completion that is only this text, without a marker, by the rule of the last number.
+`ANSWERS` has short answers by name. `value` is the value of the text as an answer, or None for texts that are not
+numbers. `last` is the value of a completion that is only this text, without a marker, by the rule of the last number.
 """
 
 from fractions import Fraction
@@ -22,7 +22,7 @@ class Answer(NamedTuple):
 
 
 def _nothing(**texts: str) -> dict[str, Answer]:
-    """Returns texts that are not numbers and contain none: a look-alike is rejected whole, never cut short."""
+    """Returns texts that are not numbers and contain none. Look-alikes are rejected as a whole, and never cut."""
     return {name: Answer(text, None, None) for name, text in texts.items()}
 
 

@@ -1,7 +1,7 @@
 """Executes the notebooks of colab/, and stores them with their outputs.
 
 cd tests && python -m helpers.notebooks one_step quickstart tpu_qwen kaggle_v5e8
-cd tests && python -m helpers.notebooks --keep-runs hero      # all cells but those that train, whose outputs stay
+cd tests && python -m helpers.notebooks --keep-runs hero      # keeps the outputs of cells that train
 """
 
 import contextlib
@@ -47,7 +47,7 @@ def read(notebook: str):
 def execute(notebook: str, folder, *, train: bool = True):
     """Returns the notebook executed in a folder, without the cell that installs the library.
 
-    It runs in colab/ of a folder that looks like a clone. Without `train`, cells that train are not executed, and keep their outputs.
+    It runs in colab/ of a folder that looks like a clone. Without `train`, cells that train keep their stored outputs.
     """
     place = pathlib.Path(folder, "colab")
     place.mkdir(parents=True)
@@ -103,7 +103,7 @@ def without_noise(notebook):
 
 
 def write_stand_in(folder: pathlib.Path) -> dict[str, str]:
-    """Writes a model of width 16 and a hundred sums, in place of Qwen3-0.6B and GSM8K.
+    """Writes a model of width 16 and a hundred sums, which replace Qwen3-0.6B and GSM8K.
 
     The model has random weights, and is a directory in the layout of the hub.
 
@@ -124,7 +124,7 @@ def write_stand_in(folder: pathlib.Path) -> dict[str, str]:
 
 
 def write_session(folder: pathlib.Path, steps: int = 2, seconds: int = 600) -> dict[str, str]:
-    """Writes the stand-in of `write_stand_in`, unless it is there.
+    """Writes the files of `write_stand_in`, unless they exist.
 
     Returns:
       The environment under which kaggle_v5e8.ipynb uses it, for a number of steps, and of seconds at most. The notebook's

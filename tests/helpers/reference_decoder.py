@@ -1,4 +1,4 @@
-"""The reference of the decoder: plain numpy, float64, one sequence and one head at a time."""
+"""The reference of the decoder in plain numpy and float64, one sequence and one head at a time."""
 
 import zlib
 
@@ -9,7 +9,7 @@ from jaxrl_reason import models
 
 
 def random_params(config, seed=0, scale=0.4):
-    """Draws weights of which none is 0 or 1 by construction; each depends only on its name, its shape and the seed."""
+    """Draws weights, none of them 0 or 1 by construction. Each depends only on its name, its shape and the seed."""
 
     def one(path, leaf):
         name = jax.tree_util.keystr(path)
@@ -104,7 +104,7 @@ def forward(config, params, tokens):
 
 
 def completion_logits(config, params, prompt_tokens, prompt_mask, completions):
-    """Returns the logits f64[P, G, T, V] that predict completions [P, G, T], each after the real tokens of its prompt [P, S]."""
+    """Returns the logits f64[P, G, T, V] of completions [P, G, T] after the real tokens of their prompts [P, S]."""
     rows = []
     for tokens, mask, group in zip(*map(np.asarray, (prompt_tokens, prompt_mask, completions)), strict=True):
         prompt = tokens[mask.astype(bool)]

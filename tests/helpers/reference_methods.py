@@ -1,14 +1,14 @@
-"""The methods again, in plain numpy and float64, one group at a time, for comparison."""
+"""A second implementation of the methods for comparison, in plain numpy and float64, one group at a time."""
 
 import numpy as np
 
 ESTIMATORS = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "remax")
-# MaxRL, "maxrl", is not among them: it refuses the rewards of HERO and GenRe2.
+# MaxRL, "maxrl", is left out, because it refuses the rewards of HERO and GenRe2.
 DIVIDES = ("grpo", "dapo", "gspo", "cispo")  # by the group's standard deviation
 
 
 def strata(scores, correct, present, alpha=0.05, beta=0.05, eps=1e-6):
-    """Returns HERO's reward; NaN for completions without one."""
+    """Returns HERO's reward, which is NaN for completions without one."""
     out = np.full(scores.shape, np.nan)
     for p, row in enumerate(np.asarray(scores, np.float64)):
         for stratum, floor, width in ((correct[p], 1 - beta, beta), (~correct[p], -alpha, alpha)):
@@ -20,7 +20,7 @@ def strata(scores, correct, present, alpha=0.05, beta=0.05, eps=1e-6):
 
 
 def spread_weights(scores, present, mean=None, w_min=0.5, w_max=2.0, k=5.0, momentum=0.9):
-    """Returns HERO's weights f64[P] and the running mean after this batch; mean None: no batch before."""
+    """Returns HERO's weights f64[P] and the running mean after this batch. For the first batch, mean is None."""
     groups = [np.asarray(row, np.float64)[there] for row, there in zip(scores, present)]
     sigmas = np.array([g.std(ddof=1) if len(g) > 1 else 0.0 for g in groups])
     counted = sigmas[[len(g) > 1 for g in groups]]
@@ -101,7 +101,7 @@ def estimate(base, rewards, x, eps=1e-6, kl_coef=0.0):
                     returns[p, g, t] -= kl_coef * x.kl[p, g, tokens[i:]].sum(dtype=np.float64)
         every = returns[live]
         whitened = np.where(live, (returns - every.mean()) / np.sqrt(every.var(ddof=1) + 1e-8), 0.0)
-        out = whitened if kl_coef else whitened.sum(axis=-1) / np.maximum(live.sum(axis=-1), 1)  # alike on all tokens
+        out = whitened if kl_coef else whitened.sum(axis=-1) / np.maximum(live.sum(axis=-1), 1)  # equal on all tokens
     return out
 
 
@@ -146,7 +146,7 @@ def compose(base, parts, x, *, mean=None, mixes=True, places=None, base_options=
 
 
 def self_reward_loss(self_rewards, verdicts, valid):
-    """Returns LaSeR's loss by its definition: class weights N / 2 N_c, then the mean."""
+    """Returns LaSeR's loss by its definition, a mean with the class weights N / 2 N_c."""
     rows = [(float(s), bool(v)) for s, v, ok in zip(np.ravel(self_rewards), np.ravel(verdicts), np.ravel(valid)) if ok]
     total = 0.0
     for s, v in rows:

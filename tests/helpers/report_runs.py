@@ -1,4 +1,4 @@
-"""Work directories as a run leaves them, written without a run, and their reports as data."""
+"""Writes work directories like a run, but without a run, and reads their reports as data."""
 
 import json
 import pathlib
@@ -11,7 +11,7 @@ from jaxrl_reason.config import Config, to_dict
 from jaxrl_reason.runs.metrics_file import HeldOutTable, MetricsWriter, SampleTable
 from jaxrl_reason.runs.report import Report
 
-# What a model, a data set or a file name may say.
+# Hostile texts of a model, a data set or a file name.
 HOSTILE = (
     "<script>document.title = 'owned'; console.error('owned')</script>",
     "</script><script>document.title = 'owned'</script>",
@@ -52,7 +52,7 @@ def write_run(
     texts: tuple[str, ...] = ("4 + 3 = 7", "It is 8."),
     config: Config | None = None,
 ) -> Config:
-    """Writes the files of a run: metrics of each step, samples of two prompts and held-out completions every 10 steps."""
+    """Writes the files of a run: metrics of each step, and samples and held-out completions every 10 steps."""
     config = config or Config(steps=steps)
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(json.dumps({"config": to_dict(config), "data_fingerprint": "0"}))

@@ -1,4 +1,4 @@
-"""Decoders small enough for the float64 reference: one per family, with every switch that the family uses."""
+"""Decoders that are small enough for the float64 reference, one per family with every switch of the family."""
 
 import functools
 
@@ -37,5 +37,5 @@ FAMILIES = {
     "gemma3": GEMMA3,
 }
 
-# Compiles with few optimizations: for programs that run once or twice.
+# Compiles with few optimizations, for programs that run once or twice.
 jit_once = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -1,4 +1,4 @@
-"""Runs small enough for tests: twenty rows, a model of width 16, programs that compile in seconds."""
+"""Runs that are small enough for tests: twenty rows, a model of width 16, programs that compile in seconds."""
 
 from collections.abc import Callable
 import dataclasses
@@ -16,7 +16,7 @@ def write_rows(path, rows=ROWS):
 
 
 def write_recipe(path, config: Config, baselines=None):
-    """Writes a recipe file that returns `config`, with `get_baselines()` if there are any; returns its path."""
+    """Writes a recipe file for `config`, and `get_baselines()` if there are baselines. Returns the path."""
     lines = [
         "from jaxrl_reason.config import from_dict",
         "def get_config():",
@@ -29,7 +29,7 @@ def write_recipe(path, config: Config, baselines=None):
 
 
 def tiny(rows, **changes) -> Config:
-    """A short run on a JSONL file; `changes` are fields, sections with two underscores: update__epochs=2."""
+    """Returns a short run on a JSONL file with the fields `changes`. update__epochs=2 sets update.epochs."""
     config = Config(
         steps=2,
         prompts_per_step=4,
@@ -47,7 +47,7 @@ def tiny(rows, **changes) -> Config:
 
 
 def change(config: Config, **changes) -> Config:
-    """Sets fields in place; section and field are joined by two underscores."""
+    """Sets fields in place. Two underscores join a section and its field."""
     for name, value in changes.items():
         *sections, field = name.split("__")
         at = config

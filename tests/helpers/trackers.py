@@ -5,9 +5,9 @@ import types
 
 
 class Fake:
-    """A stand-in for wandb, trackio and mlflow. `calls` holds (function, arguments) in order.
+    """Fake modules wandb, trackio and mlflow. `calls` holds (function, arguments) in order.
 
-    `raises` and `hangs` name functions: "init", "log" or "finish". A function that hangs goes on after `release`.
+    `raises` and `hangs` name functions: "init", "log" or "finish". A hanging function continues when `released` is set.
     """
 
     def __init__(self, raises="", hangs="", error=RuntimeError):
