@@ -1,8 +1,9 @@
-"""Draws samples and does one update on meshes given as data,fsdp,tensor; test_sharding runs it in a process with 8 devices.
+"""Draws samples and does one update on meshes, which are given as data,fsdp,tensor.
 
-python sharded_learning.py OUT.npz 1,1,1 8,1,1
+    python sharded_learning.py OUT.npz 1,1,1 8,1,1
 
-A fourth word selects a variant: 2,2,2,adapters trains adapters, 2,2,2,int8 decodes with rounded weights and caches.
+test_sharding runs it in a process with 8 devices. A fourth word selects a variant: 2,2,2,adapters trains adapters, and
+2,2,2,int8 decodes with rounded weights and caches.
 """
 
 import dataclasses

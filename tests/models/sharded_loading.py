@@ -1,4 +1,4 @@
-"""Checks in a process with eight devices that shards of a pretrained model are read one by one, and that an invalid mesh raises."""
+"""Checks on eight devices that shards of a pretrained model are read one by one, and that an invalid mesh raises."""
 
 import pathlib
 import sys
@@ -32,7 +32,7 @@ for name in ("llama", "gemma3", "qwen2_reward"):
         embedding = policy.params.get("decoder", policy.params)["embedding"]
         shards = axes["fsdp"] * axes["tensor"]
         assert embedding.addressable_shards[0].data.size == embedding.size // shards
-        assert max(sizes) == embedding.size // shards  # no more than a shard at once
+        assert max(sizes) == embedding.size // shards  # at most one shard at once
         assert sum(sizes) == total  # a shard that several devices hold is read once
     print(name)
 

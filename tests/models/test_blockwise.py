@@ -1,4 +1,4 @@
-"""Attention block by block against plain attention: values and gradients in float32 to 1e-5 of the largest entry."""
+"""Tests blockwise against plain attention: values and gradients in float32 to 1e-5 of the largest entry."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ def blocks_of_8(monkeypatch):
 
 
 def example(heads=4, kv_heads=2, completions=G, prompt=True, padded=False, **config):
-    """Returns a decoder, arrays q, keys, values and those of the prompt, and the other arguments of `group_attention`."""
+    """Returns a decoder, q, keys and values, also of the prompt, and the other arguments of `group_attention`."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     c = make(heads=heads, kv_heads=kv_heads, head_dim=4, **config)
@@ -42,7 +42,7 @@ def example(heads=4, kv_heads=2, completions=G, prompt=True, padded=False, **con
     others = {"at": np.broadcast_to(np.arange(T), (P, 1, T))}
     if padded:
         others["own_real"] = rng.random((P, T)) < 0.6
-        others["own_real"][:, 0] = True  # later queries see a key
+        others["own_real"][:, 0] = True  # every query sees a key
         others["at"] = np.maximum(np.cumsum(others["own_real"], axis=1) - 1, 0)[:, None]
     if prompt:
         arrays += [draw(P, N, K, S), draw(P, N, S, K)]
@@ -53,7 +53,7 @@ def example(heads=4, kv_heads=2, completions=G, prompt=True, padded=False, **con
 
 
 def plain(c, sliding, arrays, at, own_real=None, prompt_real=None, prompt_at=None):
-    """Computes the same by `layers.group_attention`, under masks of all pairs."""
+    """Computes the same attention by `layers.group_attention`, under masks of all pairs."""
     window = c.sliding_window if sliding and c.sliding_window else 10**6
     seen = np.tril(np.ones((T, T), bool)) & (at[..., :, None] - at[..., None, :] < window)
     seen = seen if own_real is None else seen & own_real[:, None, None]
@@ -149,7 +149,7 @@ def test_scores_of_60000_do_not_overflow(blocks_of_8):
 
 
 def ranges(at, order, window=None, of=None):
-    """Returns the first block and the end of the blocks that blocks of 8 queries see, of their own keys or of those in `of`."""
+    """Returns the first block and the end of the blocks of keys, own or `of`, that each block of 8 queries sees."""
     cut = lambda x: None if x is None else blockwise._cut(jnp.asarray(x)[None, None], 2, 8)
     own = blockwise._Places(blockwise._cut(jnp.asarray(order), 0, 8), cut(at), None)
     first, end = blockwise._visible_blocks(own, of or own, window)
@@ -163,7 +163,7 @@ def test_blocks_that_no_query_sees_are_skipped():
     assert ranges(t, t, window=10) == ([0, 0, 0, 1], [1, 2, 3, 4])
     prompt = blockwise._Places(jnp.full((2, 8), -1), blockwise._cut(jnp.arange(16)[None, None], 2, 8), None)
     assert ranges(t + 16, t, of=prompt) == ([0, 0, 0, 0], [2, 2, 2, 2])
-    # The first block of queries sees the positions from 16 - 7, the others none.
+    # The first block of queries sees positions from 16 - 7 on, and the others see no position.
     assert ranges(t + 16, t, window=8, of=prompt) == ([1, 2, 2, 2], [2, 0, 0, 0])
 
 
@@ -196,7 +196,7 @@ ALTERNATING = make(
 
 
 def gradients(config):
-    """Returns a function of weights to the gradients of a weighted sum of hidden states, and the completions' hidden states."""
+    """Returns a function from weights to gradients of a weighted sum of hidden states, and the completions' states."""
     rng = np.random.default_rng(2)
     prompts, completions = (jnp.asarray(rng.integers(0, 16, shape)) for shape in ((P, S), (P, G, T)))
     mask = rng.random((P, S)) < 0.6

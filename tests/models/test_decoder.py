@@ -1,4 +1,4 @@
-"""The decoder against the float64 reference, and its three forwards against each other."""
+"""Tests the decoder against the float64 reference, and its three forwards against each other."""
 
 import functools
 
@@ -105,7 +105,7 @@ def test_a_later_token_changes_nothing_before_it():
 
 
 def test_sliding_windows_bound_the_reach_of_a_stack_of_layers():
-    config = make(sliding_window=3)  # three layers see 2 positions back each: 6 in all
+    config = make(sliding_window=3)  # each of three layers sees 2 positions back, 6 in all
     params, run = reference.random_params(config), jitted("apply", config)
     changed = TOKENS.copy()
     changed[:, 2] = (changed[:, 2] + 1) % V
@@ -147,10 +147,10 @@ def test_bfloat16_values_and_gradients_are_close(dtypes):
     assert {str(x.dtype) for x in jax.tree.leaves(half_grads)} == {dtypes.get("param_dtype", "float32")}
     assert abs(half_loss - loss) < 0.03 * loss and half_loss != loss
     assert cosine(grads, half_grads) > 0.99
-    # Weight by weight: the norm of the others would hide a product with an incorrect backward pass.
+    # Each weight is compared by itself. The norm of the others would hide an incorrect backward pass of one product.
     for path, one in jax.tree_util.tree_leaves_with_path(grads):
         other = dict(jax.tree_util.tree_leaves_with_path(half_grads))[path]
-        if "k_bias" not in str(path):  # softmax nearly cancels a bias on keys: its gradient is mostly rounding
+        if "k_bias" not in str(path):  # softmax nearly cancels a bias on keys, whose gradient is mostly rounding
             assert cosine(one, other) > 0.97, path
             assert np.linalg.norm(np.asarray(other, np.float64)) == pytest.approx(np.linalg.norm(one), rel=0.1), path
 
@@ -255,6 +255,6 @@ def test_initial_weights_follow_their_key_and_norms_start_at_one():
         assert np.abs(np.corrcoef(w.reshape(3, -1)) - np.eye(3)).max() < 0.25, "layers start alike"
     assert not np.array_equal(a["embedding"].T, a["head"])
     for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm", "post_attention_norm", "post_mlp_norm"):
-        assert not np.asarray(a["layers"][name]).any()  # norm_offset is 1: stored as scale - 1
-    # Normed activations of size ~1 keep it through a projection.
+        assert not np.asarray(a["layers"][name]).any()  # norm_offset is 1, so scale - 1 is stored
+    # Normed activations keep their size of about 1 through a projection.
     assert np.asarray(a["layers"]["q"]).std() == pytest.approx(16**-0.5, rel=0.1)

@@ -1,4 +1,4 @@
-"""Policies and reward models written to directories, and read again."""
+"""Tests policies and reward models that are written to directories and read again."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ SMALL = dict(vocab_size=30, width=16, layers=2, heads=4, kv_heads=2, mlp_width=2
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Saves a policy of our own with a tokenizer of two end tokens; returns the directory and the policy."""
+    """Saves a policy of our own with a tokenizer of two end tokens. Returns the directory and the policy."""
     config = ModelConfig(**SMALL | dict(vocab_size=400), qk_norm=True)
     tokenizer = dataclasses.replace(data.train_tokenizer(["ab ab 12"]), eos_ids=(2, 7), chat_template="{{ messages }}")
     policy = models.Policy(config, reference_decoder.random_params(config), tokenizer)

@@ -1,4 +1,4 @@
-"""Families: config.json in the spellings of transformers 4 and 5."""
+"""Tests families with config.json in the spellings of transformers 4 and 5."""
 
 import json
 
@@ -169,7 +169,7 @@ def full(**rope):
 @pytest.mark.parametrize(
     "base, changes, theta, scaling",
     [
-        # Read by transformers 5.24: (rope_theta, rope_type, factor) of its config are these.
+        # transformers 5.24 reads the same rope_theta, rope_type and factor.
         (PLAIN, dict(rope_scaling=LINEAR), 1e4, 4.0),
         (PLAIN, dict(rope_scaling=LINEAR, rope_theta=5e5), 5e5, 4.0),
         (PLAIN, dict(rope_scaling=LINEAR | {"rope_theta": 5e5}), 5e5, 4.0),
@@ -194,10 +194,10 @@ def full(**rope):
             7.0,
             8.0,
         ),
-        # Per kind of layers in either spelling; the settings of full_attention are those of global layers.
+        # Both spellings can have settings per kind of layers. Global layers have the settings of full_attention.
         (PLAIN, dict(rope_scaling={"full_attention": LINEAR | {"rope_theta": 7.0}}), 7.0, 4.0),
         (GEMMA, dict(rope_scaling={"full_attention": LINEAR, "sliding_attention": None}), 1e6, 4.0),
-        # transformers 5.24 forgets this base, 7; every file that says so was changed by hand.
+        # transformers 5.24 ignores this base of 7. Such a file was changed by hand.
         (PLAIN, dict(rope_scaling=LINEAR, rope_parameters={"rope_type": "default", "rope_theta": 7.0}), 7.0, 4.0),
     ],
 )

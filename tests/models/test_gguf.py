@@ -1,4 +1,4 @@
-"""GGUF files: small ones that the package `gguf` writes like the converter of llama.cpp, and SmolLM2 if its package is installed."""
+"""Tests small GGUF files, written by `gguf` like the converter of llama.cpp, and SmolLM2 if it is installed."""
 
 import dataclasses
 import importlib.util
@@ -33,12 +33,12 @@ OURS = {
 
 
 def interleaved(weight, heads):
-    """Returns rows in the order of llama.cpp's converter: the two rows of a rotation are neighbours."""
+    """Returns rows in the order of llama.cpp's converter, in which the two rows of a rotation are neighbours."""
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def write(path, config=CONFIG, params=None, kind=None, tokenizer=None, **fields):
-    """Writes a GGUF file of a Llama; `fields` override metadata, and None leaves a field out."""
+    """Writes a GGUF file of a Llama. `fields` override metadata, and None leaves a field out."""
     tokenizer = tokenizer or data.train_tokenizer(["ab ab ab 12"], 262)
     params = params or reference_decoder.random_params(config, scale=0.3)
     writer = gguf.GGUFWriter(path, fields.pop("architecture", "llama"))

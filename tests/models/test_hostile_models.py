@@ -1,4 +1,4 @@
-"""Damaged and hostile model directories: one sentence, nothing placed, nothing run."""
+"""Damaged and hostile model directories give one sentence, place no array on a device, and run no code."""
 
 import json
 import pickle
@@ -49,7 +49,7 @@ def other_file(name, content):
 
 
 def a_link(name, target):
-    """Moves the file out of the directory and puts a link in its place; if there is no file, puts a link to `target`."""
+    """Moves the file out of the directory and puts a link in its place, or a link to `target` if there is no file."""
 
     def spoil(directory):
         file, outside = directory / name, directory.parent / "outside" / name

@@ -1,4 +1,4 @@
-"""Group attention against attention over one list of keys, and the precision of products."""
+"""Tests group attention against attention over one list of keys, and the precision of products."""
 
 import functools
 
@@ -38,7 +38,7 @@ def test_group_attention_equals_attention_over_one_list_of_keys(shape, with_prom
     own_mask, prompt_mask = rng.random((Pn, Gn, Tn, C)) < 0.5, rng.random((Pn, Gn, Tn, Sn)) < 0.5
     own_mask[..., 0] |= ~(own_mask.any(axis=-1) | (with_prompt & prompt_mask.any(axis=-1)))  # every query sees a key
     run = jax.jit(functools.partial(layers.group_attention, scale=0.7, dtype="float32"))
-    transposed = lambda kv: kv and (kv[0].swapaxes(-1, -2), kv[1])  # keys in the layout of the product
+    transposed = lambda kv: kv and (kv[0].swapaxes(-1, -2), kv[1])  # the keys have the layout of the product
     cut = C // 2
     pieces = lambda kv: [
         p for p in ((kv[0][..., :cut], kv[1][..., :cut, :]), (kv[0][..., cut:], kv[1][..., cut:, :])) if p[0].size
@@ -55,14 +55,14 @@ def test_group_attention_of_large_scores_does_not_overflow():
     run = jax.jit(functools.partial(layers.group_attention, scale=1.0, dtype="float32"))
     np.testing.assert_allclose(
         run(100 * one, (own,), see, prompt, see), [[[[2, 2]]]]
-    )  # equal scores of 60000: the mean of the values
+    )  # equal scores of 60000 give the mean of the values
     nothing = run(one, (own,), ~see, prompt, ~see)
     assert np.isfinite(nothing).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_float32_products_are_float32_on_every_accelerator(dtype):
-    """By default they would be bfloat16 or TF32."""
+    """By default, the products would be bfloat16 or TF32."""
     config = make(compute_dtype=dtype)
     forward = lambda params, tokens: models.apply(config, params, tokens)
     jaxpr = str(jax.make_jaxpr(forward)(models.abstract_params(config), jax.ShapeDtypeStruct((2, 3), "int32")))

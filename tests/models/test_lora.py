@@ -1,4 +1,4 @@
-"""Adapters: their function, their training, their merge, and their PEFT files."""
+"""Tests adapters: their function, their training, their merge, and their PEFT files."""
 
 import dataclasses
 import json
@@ -123,7 +123,7 @@ def test_an_update_moves_only_the_adapters_along_their_gradient(accumulation):
     new_trained, new_frozen = lora.split(CONFIG, new.params)
     jax.tree.map(np.testing.assert_array_equal, new_frozen, frozen)
 
-    def loss(trained):  # on policy: the gradient of minus the mean of advantage times log-probability
+    def loss(trained):  # an on-policy update has the gradient of this loss
         joined = lora.join(trained, frozen)
         scored = scoring.compute_logprobs(CONFIG, joined, experience.rollout, jnp.float32(1))
         return -(experience.advantages[..., None] * scored.logprobs).mean()

@@ -1,4 +1,4 @@
-"""Checks of a decoder's configuration."""
+"""Tests the checks of a decoder's configuration."""
 
 import pytest
 

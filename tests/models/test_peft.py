@@ -1,4 +1,4 @@
-"""PEFT directories as models: our own exports and those of others are read with their adapters merged."""
+"""Tests PEFT directories as models. Our own and other exports are read with their adapters merged."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ Q = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Writes our own adapters on a model of transformers; returns the directory and the logits of the policy."""
+    """Writes our own adapters on a model of transformers. Returns the directory and the logits of the policy."""
     directory, base = tmp_path_factory.mktemp("peft"), models.load_pretrained(GOLDEN / "qwen3")
     config = dataclasses.replace(base.config, lora_rank=2, lora_alpha=5.0, lora_projections=("q", "v", "down"))
     trained, _ = lora.split(config, reference_decoder.random_params(config, scale=0.3))
@@ -62,7 +62,7 @@ def test_our_own_export_computes_what_the_policy_computed(exported):
 def test_a_config_of_the_base_next_to_the_adapters_is_no_model(adapters, exported):
     shutil.copy(GOLDEN / "qwen3" / "config.json", adapters)
     np.testing.assert_allclose(logits(adapters), exported[1], rtol=0, atol=2e-5)
-    shutil.copy(GOLDEN / "qwen3" / "model.safetensors", adapters)  # a whole model, in which PEFT left a file
+    shutil.copy(GOLDEN / "qwen3" / "model.safetensors", adapters)  # now a whole model with a file of PEFT
     np.testing.assert_array_equal(logits(adapters), logits(GOLDEN / "qwen3"))
 
 
@@ -78,7 +78,7 @@ def test_an_export_of_merged_adapters_is_a_plain_model(exported, tmp_path):
 
 
 def by_hand(directory, scale):
-    """Returns the merged q of layer 0, by numpy."""
+    """Returns the merged q of layer 0, computed by numpy."""
     tensors = safetensors.numpy.load_file(directory / "adapter_model.safetensors")
     a, b = (tensors[Q.format(0, side)].astype(np.float32) for side in "AB")
     base = models.load_pretrained(GOLDEN / "qwen3").params["layers"]["q"][0]
@@ -94,8 +94,8 @@ def by_hand(directory, scale):
         ({"alpha_pattern": {"q_proj": 8.0}}, 8 / 2),
         ({"alpha_pattern": {"layers.1.self_attn.q_proj": 8.0}}, 5 / 2),
         ({"alpha_pattern": {"model.layers.0.self_attn.q_proj": 1}}, 1 / 2),
-        ({"alpha_pattern": {"proj": 8.0}}, 5 / 2),  # names are whole
-        # Regular expressions, which match the end of a path from a dot on. The first that matches counts.
+        ({"alpha_pattern": {"proj": 8.0}}, 5 / 2),  # a name must match as a whole
+        # Regular expressions match the end of a path from a dot on. The first match counts.
         ({"alpha_pattern": {r"layers\.[0-9]+\.self_attn\..*": 8.0}}, 8 / 2),
         ({"alpha_pattern": {"[qk]_proj": 8.0, "q_proj": 3.0}}, 8 / 2),
         ({"alpha_pattern": {"k_proj|q_proj": 8.0}}, 8 / 2),
@@ -224,18 +224,18 @@ def test_a_run_stays_with_the_commits_of_adapters_and_base(adapters, hub_cache, 
 
 def test_the_path_of_the_base_can_begin_at_the_adapters(adapters, exported, tmp_path, monkeypatch):
     shutil.copytree(GOLDEN / "qwen3", tmp_path / "models" / "base")
-    here = tmp_path / "elsewhere" / "deep"  # from which ../models leads to nothing
+    here = tmp_path / "elsewhere" / "deep"  # ../models does not exist from this folder
     here.mkdir(parents=True)
     monkeypatch.chdir(here)
     for base in ("../models/base", "../models/../models/base"):
         change_json(adapters / "adapter_config.json", base_model_name_or_path=base)
         np.testing.assert_allclose(logits(adapters), exported[1], rtol=0, atol=2e-5)
         assert models.read_source(adapters) == models.read_source(GOLDEN / "qwen3")
-    shutil.copytree(GOLDEN / "qwen3", here / "owner" / "base")  # next to the command, and before the hub
+    shutil.copytree(GOLDEN / "qwen3", here / "owner" / "base")  # the working directory comes before the hub
     change_json(adapters / "adapter_config.json", base_model_name_or_path="owner/base")
     np.testing.assert_allclose(logits(adapters), exported[1], rtol=0, atol=2e-5)
     shutil.copytree(GOLDEN / "qwen3", here / "both")
-    (adapters / "both").mkdir()  # the working directory comes first
+    (adapters / "both").mkdir()  # the working directory comes before the adapters' folder
     change_json(adapters / "adapter_config.json", base_model_name_or_path="both")
     np.testing.assert_allclose(logits(adapters), exported[1], rtol=0, atol=2e-5)
     change_json(adapters / "adapter_config.json", base_model_name_or_path="../models/none")

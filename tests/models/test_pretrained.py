@@ -1,4 +1,4 @@
-"""Pretrained models are read as `transformers` reads them: outputs, shards, directories, the hub."""
+"""Pretrained models are read as by `transformers`: outputs, shards, directories and the hub."""
 
 import os
 import pathlib
@@ -27,7 +27,7 @@ def test_outputs_equal_those_of_transformers(name, side):
     policy, golden = load(name), expected(name)
     tokens, mask, want = (golden[f"{side}_{part}"] for part in ("tokens", "mask", "output"))
     found = np.asarray(policy.apply(policy.params, tokens, mask))
-    alone = np.asarray(policy.apply(policy.params, tokens[:1]))  # the first row is full: no mask
+    alone = np.asarray(policy.apply(policy.params, tokens[:1]))  # the first row is full and needs no mask
     assert found.dtype == np.float32
     if name == "qwen2_reward":
         np.testing.assert_allclose(found, want[:, 0], atol=2e-4)
@@ -110,7 +110,7 @@ def test_a_path_without_a_model_raises(tmp_path):
 
 
 def test_a_model_of_the_hub_is_read_at_a_named_revision_and_without_pickles(hub_cache, tmp_path, capsys, monkeypatch):
-    """Reads the cache of the hub's own client; there is no network."""
+    """Reads the cache of the hub's own client, without a network."""
     monkeypatch.chdir(tmp_path)
     files = {path.name: path.read_bytes() for path in (GOLDEN / "qwen3").iterdir() if path.suffix != ".npz"}
     old, new = (

@@ -1,4 +1,4 @@
-"""Scores and the pairwise loss against the float64 reference, and their independence of padding and microbatches."""
+"""Tests scores and pairwise loss against the float64 reference, and their independence of padding and microbatches."""
 
 import functools
 
@@ -30,7 +30,7 @@ TOKENS = RNG.integers(0, V, (P, G, T)).astype(np.int32)
 LENGTHS = np.array([[1, 6, 3], [2, 2, 5], [6, 1, 4], [3, 5, 1]])
 MASK = np.arange(T) < LENGTHS[..., None]
 
-# Compiles with few optimizations: for programs that run a few times.
+# Compiles with few optimizations, for programs that run a few times.
 jit_once = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -41,14 +41,14 @@ def random_params(config, seed=0):
 
 
 def reference_score(config, params, tokens):
-    """Returns the score f64 of one unpadded text: the only "logit" of the reference with the score vector as its output head."""
+    """Returns the score f64 of one unpadded text, the only "logit" of the reference with the score vector as head."""
     untied = ModelConfig(**{**vars(config), "tied_embedding": False})
     params = reference.float64(params)
     return reference.forward(untied, {**params["decoder"], "head": params["score"][:, None]}, tokens)[-1, 0]
 
 
 def whole_texts():
-    """Returns [P][G] lists of token arrays: each completion after its prompt, without padding."""
+    """Returns [P][G] lists of token arrays, each a prompt and a completion without padding."""
     return [
         [np.concatenate([prompt[real], tokens[mask]]) for tokens, mask in zip(*group)]
         for prompt, real, *group in zip(PROMPTS, PROMPT_MASK, TOKENS, MASK)
@@ -127,7 +127,7 @@ def test_tokens_after_the_end_and_padding_change_nothing():
     for garbage in (0, V - 1, -1, V + 5):
         spoilt = rollout(np.where(MASK, TOKENS, garbage), prompts=np.where(PROMPT_MASK, PROMPTS, abs(garbage) % V))
         np.testing.assert_array_equal(scored(GEMMA3)(params, spoilt), want)
-    # Two columns more on the left of the prompts, three more on the right of the completions.
+    # The prompts get two more columns on the left, and the completions three more on the right.
     wide = lambda x, left, right, fill: np.pad(x, [(0, 0)] * (x.ndim - 1) + [(left, right)], constant_values=fill)
     padded = rollout(
         wide(TOKENS, 0, 3, 7), wide(MASK, 0, 3, False), wide(PROMPTS, 2, 0, 7), wide(PROMPT_MASK, 2, 0, False)
@@ -136,7 +136,7 @@ def test_tokens_after_the_end_and_padding_change_nothing():
 
 
 def test_the_end_token_is_read():
-    """Completions without their last token have other scores, if a token is left."""
+    """Completions of at least two tokens have other scores without their last token."""
     params = random_params(CONFIG)
     shorter = np.arange(T) < LENGTHS[..., None] - 1
     a, b = scored(CONFIG)(params, rollout()), scored(CONFIG)(params, rollout(mask=shorter))
@@ -173,7 +173,7 @@ def test_scores_of_a_bfloat16_decoder_are_float32_sums():
     params = random_params(config)
     assert params["decoder"]["embedding"].dtype == jnp.bfloat16
 
-    def both(params):  # one program: two might round differently
+    def both(params):  # in one program, because two programs might round differently
         prompts = jnp.asarray(PROMPTS)
         hidden, _ = models.bind(config, params["decoder"]).prefill(prompts, jnp.ones(prompts.shape, bool))
         return reward_model.scores(config, params, prompts), hidden
@@ -196,9 +196,9 @@ def reference_loss(params):
 
 
 def test_loss_and_metrics_equal_hand_values():
-    """Scores 2 and 0, 1 and 1, -1 and 3: -log sigmoid of 2, 0 and -4 is 0.126928, 0.693147 and 4.018150."""
+    """The pairs of scores differ by 2, 0 and -4, with -log sigmoid 0.126928, 0.693147 and 4.018150."""
     wanted = np.array([2.0, 0.0, 1.0, 1.0, -1.0, 3.0])
-    # Layers that add nothing, and embeddings (cos, sin): a text scores 4 times the cosine of its last token.
+    # Layers add 0, and embeddings are (cos, sin). So the score of a text is 4 times the cosine of its last token.
     config = ModelConfig(vocab_size=6, width=2, layers=1, heads=1, kv_heads=1, mlp_width=1)
     decoder = jax.tree.map(jnp.zeros_like, reference.random_params(config))
     cos = wanted / 4
@@ -209,7 +209,7 @@ def test_loss_and_metrics_equal_hand_values():
     np.testing.assert_allclose(scored(config)(params, batch).reshape(-1), wanted, atol=1e-5)
     batch = batch._replace(
         tokens=np.array([[0, 1], [2, 2], [4, 5]])[..., None]
-    )  # equal tokens: tokens 2 and 3 have equal scores only up to rounding
+    )  # two equal tokens, because tokens 2 and 3 have equal scores only up to rounding
     loss, metrics = jit_once(functools.partial(reward_model.pair_loss, config))(params, batch)
     assert float(loss) == pytest.approx((0.126928 + 0.693147 + 4.018150) / 3, abs=1e-5)
     assert float(metrics["reward_model/accuracy"]) == pytest.approx(1 / 3)

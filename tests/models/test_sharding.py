@@ -1,4 +1,4 @@
-"""Samples, loss and weights are equal on every mesh; invalid meshes and shardings raise."""
+"""Samples, loss and weights are equal on every mesh, and invalid meshes and shardings raise."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""Completions on the cache of their prompt, extended and decoded, against the plain forward and the float64 reference."""
+"""Tests completions on their prompt's cache against a plain forward and the float64 reference."""
 
 import functools
 
@@ -31,7 +31,7 @@ def shared_batch(side):
 
 @functools.cache
 def shared_forward(config):
-    """Returns a function to logits [P, G, T, V] from the shared cache, with gradients of a weighted sum of log-probabilities."""
+    """Returns a function to logits [P, G, T, V] on the shared cache, and gradients of weighted log-probabilities."""
 
     def logits(params, prompts, mask, completions):
         model = models.bind(config, params)
@@ -72,7 +72,7 @@ def test_values_and_gradients_on_the_shared_prompt_equal_the_plain_forward(famil
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(np.abs(b).max()))), grads, plain_grads
     )
     prompts, mask, completions = batch
-    for p in range(P):  # one sample per prompt: the reference is slow
+    for p in range(P):  # one sample per prompt, because the reference is slow
         row = np.concatenate([prompts[p, mask[p]], completions[p, p]])
         want = reference.forward(config, reference.float64(params), row)[-T:]
         np.testing.assert_allclose(logits[p, p], want, atol=2e-5 * np.abs(want).max())

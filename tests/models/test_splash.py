@@ -1,4 +1,4 @@
-"""The splash kernels against plain attention: interpreted on small shapes, and compiled for TPUs without running."""
+"""Tests the splash kernels, interpreted on small shapes against plain attention, and compiled for TPUs."""
 
 import dataclasses
 import functools
@@ -47,7 +47,7 @@ def inputs(mask, length, config, seed=0):
 
 @functools.partial(jax.jit, static_argnums=0)
 def hidden_and_gradients(config, params, prompts, mask, completions, of_prompts, of_completions, features):
-    """Returns the gradients of a sum over both hidden states, the prompts' logits (0 on padding) and the completions' hidden states."""
+    """Returns gradients of a sum over hidden states, the prompts' logits (0 on padding), the completions' states."""
 
     def total(params):
         model = models.bind(config, params)
@@ -206,7 +206,7 @@ def test_the_mask_equals_its_definition(window):
 
 
 def test_masks_of_long_completions_are_small():
-    """8 completions of 3072 tokens after a prompt of 1024: 629 million pairs."""
+    """8 completions of 3072 tokens after a prompt of 1024 have 629 million pairs."""
     kernel = splash._kernel(splash._GroupMask(1024, 8, 3072), 4, 512, interpret=False)
     assert sum(x.nbytes for x in jax.tree.leaves(kernel)) < 2**19
 
@@ -236,7 +236,7 @@ PROMPTS_ON_DEVICES = np.arange(S) >= np.array([0, 1, 2, 3, 4, 5, 0, 3])[:, None]
 
 
 def on_devices(out):
-    """Writes the results of a mesh and of one device; runs in a process with 8 devices."""
+    """Writes the results of a mesh and of one device, in a process with 8 devices."""
     results = {}
     params = reference.random_params(ALTERNATING, scale=0.3)
     config = dataclasses.replace(ALTERNATING, attention="splash")
@@ -321,7 +321,7 @@ LIKE_QWEN = ModelConfig(
     ],
 )
 def test_programs_for_tpus_have_kernels_and_no_scores(tpu, topology, sizes, changes):
-    prompt, completion, ours = 75, 115, G * 128  # sizes that no dimension of the model and no product of dimensions has
+    prompt, completion, ours = 75, 115, G * 128  # no dimension of the model and no product has these sizes
     config = dataclasses.replace(LIKE_QWEN, **changes)
     keys, queries = {prompt, completion, ours, ours + 128}, {prompt, completion, ours}
     heads, rows = config.heads // config.kv_heads, set()
@@ -335,6 +335,6 @@ def test_programs_for_tpus_have_kernels_and_no_scores(tpu, topology, sizes, chan
     plain = compiled_gradient(config, tpu(topology), sizes, prompt, completion)
     assert scores(plain), "the search does not find the scores of plain attention"
     text = compiled_gradient(dataclasses.replace(config, attention="splash"), tpu(topology), sizes, prompt, completion)
-    # For prompts and for completions: forward, forward again for the gradient, gradient of queries, gradient of keys.
+    # Prompts and completions each have two forwards, the gradient of queries and the gradient of keys.
     assert text.count('custom_call_target="tpu_custom_call"') >= 8
     assert not scores(text), scores(text)

@@ -1,4 +1,4 @@
-"""Models go to `transformers` and PEFT and back, with new random weights. Opt-in: needs torch and transformers."""
+"""Models go to `transformers` and PEFT and back, with new random weights. Needs torch and transformers."""
 
 import dataclasses
 import importlib.util
@@ -78,7 +78,7 @@ def test_policies_survive_a_round_trip(name, dtype, tmp_path):
     read = lambda path: t.AutoModelForCausalLM.from_pretrained(
         path, attn_implementation="eager", dtype=torch.float32
     ).eval()
-    expected = theirs(read(tmp_path / "in"))  # a cast of the model would leave its rotary frequencies rounded
+    expected = theirs(read(tmp_path / "in"))  # a later cast would keep rounded rotary frequencies
     found = np.asarray(policy.apply(policy.params, TOKENS, MASK))
     np.testing.assert_allclose(found[MASK], expected[MASK], atol=2e-4)
     tokenizer = data.train_tokenizer(["abc 12"] * 9, 300)

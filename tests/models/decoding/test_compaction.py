@@ -1,4 +1,4 @@
-"""Smaller loops and caches in pieces: the samples are those of one loop, whatever the sizes, the devices and the options."""
+"""Smaller loops and caches in pieces give the samples of one loop, for all sizes, devices and options."""
 
 import functools
 import os
@@ -62,7 +62,7 @@ def run(*, cache_pieces=1, halvings=0, temperature=1.0, mesh=None, legal=None, e
 
 
 def assert_same(a, b):
-    """Tokens and masks are equal; log-probabilities differ by rounding only."""
+    """Asserts that tokens and masks are equal, and that log-probabilities differ by rounding only."""
     for name, x, y in zip(a._fields, a, b):
         if x is None or x.dtype != np.float32:
             np.testing.assert_array_equal(x, y, err_msg=name)
@@ -101,7 +101,7 @@ QUICK = ("legal tokens of all prompts", "a probe")
 def test_samples_do_not_depend_on_the_loops(name):
     expected = one_loop(name)
     lengths = expected.mask.sum(-1)
-    assert 1 <= (lengths > T // 2).sum() <= P * G / 2  # few are long, so all loops run
+    assert 1 <= (lengths > T // 2).sum() <= P * G / 2  # few completions are long, so all loops run
     assert_same(run(cache_pieces=2, halvings=2, **OPTIONS[name]), expected)
 
 
@@ -113,7 +113,7 @@ def test_samples_do_not_depend_on_the_sizes(sizes):
 
 @pytest.mark.runs
 def test_samples_do_not_depend_on_the_devices(tmp_path):
-    """On 8 devices, in a process of its own: prompts split over 8, or over 4 with heads split over 2."""
+    """A process with 8 devices splits the prompts over all of them, or over 4 with the heads over 2."""
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     folders = [str(pathlib.Path(__file__).parents[2]), str(pathlib.Path(jaxrl_reason.__file__).parents[1])]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(folders)}
@@ -141,7 +141,7 @@ def save_samples_on_devices(folder):
 
 @pytest.mark.runs
 def test_a_smaller_loop_takes_over_when_few_are_left(monkeypatch):
-    """24 completions, of which 13, 6, 3 and 2 end together: the loops begin with 24, 12, 6 and 3 rows, none of them with an ended one."""
+    """Of 24 completions, 12, 6, 3 and 3 end together. The loops begin with 24, 12, 6 and 3 rows that all grow."""
     ends = np.array([1] * 12 + [5] * 6 + [8] * 3 + [11] * 3).reshape(P, G)
     steps = []
     embed = Decoder.step
@@ -163,14 +163,17 @@ def test_a_smaller_loop_takes_over_when_few_are_left(monkeypatch):
 
 @pytest.mark.runs
 def test_a_step_reads_the_pieces_that_are_begun(monkeypatch):
-    """12 tokens in pieces of 4. 11 steps write places 0 to 10, so each of 2 layers reads one, two and three pieces 4, 4 and 3 times."""
+    """12 tokens are 3 pieces of 4, and 11 steps write places 0 to 10.
+
+    So each of 2 layers reads one, two and three pieces 4, 4 and 3 times.
+    """
     read, attend_under = [], Decoder._attend_under
 
     def counted(self, *args):
         attend = attend_under(self, *args)
 
         def attend_and_count(q, own):
-            if q.shape[2] == 1:  # not of the prefill
+            if q.shape[2] == 1:  # a decoding step, not the prefill
                 jax.debug.callback(lambda: read.append(len(own)))
             return attend(q, own)
 
@@ -191,7 +194,7 @@ def test_sizes_of_the_smaller_loops():
 
 
 def test_completions_move_and_return():
-    """Worked by hand: 2 prompts of 3 completions, of which 3 grow."""
+    """Worked by hand: 2 prompts have 3 completions each, of which 3 in all still grow."""
     busy = jnp.array([[False, True, False], [True, False, True]])
     cache = compaction.PromptCache(
         (jnp.arange(2.0),), (), jnp.array([[True], [False]]), jnp.zeros((2, 1), int), jnp.array([4, 7])

@@ -1,4 +1,4 @@
-"""Tests group sampling: its distribution against the float64 reference, its keys, its ends, and its independence."""
+"""Tests group sampling: its distribution against the float64 reference, its keys, ends and independence."""
 
 import functools
 import time

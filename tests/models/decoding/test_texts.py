@@ -1,4 +1,4 @@
-"""`Policy.generate`: greedy texts against a loop over `apply`, samples against a rollout with an evaluation's keys, chat, meshes, refusals."""
+"""Tests `Policy.generate`: greedy texts against `apply`, samples against a rollout, chat, meshes and errors."""
 
 import dataclasses
 import functools
@@ -126,7 +126,7 @@ def test_texts_on_eight_devices_equal_those_on_one():
 
 
 if __name__ == "__main__":
-    mesh = sharding.make_mesh(2, 4, 1)  # the vocabulary is odd
+    mesh = sharding.make_mesh(2, 4, 1)  # the mesh does not divide the vocabulary
     placed = jax.device_put(PARAMS, models.param_shardings(CONFIG, mesh))
     found = models.Policy(CONFIG, placed, TOKENIZER).generate(
         PROMPTS, 3, max_completion_length=T, temperature=1.3, batch_size=3

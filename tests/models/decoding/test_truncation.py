@@ -1,4 +1,4 @@
-"""Top-k and top-p: the kept tokens against a sort in float64, the sampled distribution, and rollouts that truncate."""
+"""Tests top-k and top-p: the kept tokens against a sort in float64, the distribution, and rollouts that truncate."""
 
 import functools
 
@@ -22,7 +22,7 @@ token = jax.jit(sample_token)
 
 
 def kept_by_a_sort(probabilities, k, p):
-    """Returns which tokens stay: top-k first, then the fewest of the largest that hold a share p of the rest; ties stay."""
+    """Returns the mask of kept tokens: top-k first, then the fewest tokens with a share p of the rest. Ties stay."""
     law = np.asarray(probabilities, np.float64)
     if k:
         law = np.where(law >= np.sort(law)[::-1][min(k, law.size) - 1], law, 0.0)
@@ -40,13 +40,13 @@ def kept_by_a_sort(probabilities, k, p):
         (2, 1.0, [0, 1, 0, 1, 0]),
         (4, 1.0, [1, 1, 1, 1, 0]),
         (9, 1.0, [1, 1, 1, 1, 0]),
-        (0, 0.5, [0, 1, 0, 0, 0]),  # exactly the share of the first
+        (0, 0.5, [0, 1, 0, 0, 0]),  # exactly the share of the first token
         (0, 0.51, [0, 1, 0, 1, 0]),
         (0, 0.75, [0, 1, 0, 1, 0]),
         (0, 0.76, [1, 1, 1, 1, 0]),  # the two smallest are equal, and stay together
         (1, 0.99, [0, 1, 0, 0, 0]),
-        (2, 0.6, [0, 1, 0, 0, 0]),  # a share of the two that top-k keeps: 1/2 of 3/4 is 2/3; of all it would be 1/2
-        (3, 1.0, [1, 1, 1, 1, 0]),  # ties with the third
+        (2, 0.6, [0, 1, 0, 0, 0]),  # top-k keeps two tokens, of which 1/2 of 3/4 is the share 2/3
+        (3, 1.0, [1, 1, 1, 1, 0]),  # two tokens tie for the third place
         (0, 1e-6, [0, 1, 0, 0, 0]),
     ],
 )
@@ -71,7 +71,7 @@ def test_rows_keep_what_a_sort_keeps(seed, k, p, illegal):
     for row, result, k_, p_ in zip(weights, found, ks, ps):
         kept = kept_by_a_sort(row, k_, float(p_))
         differ = np.nonzero((result > 0) != kept)[0]
-        assert len(differ) <= 1 and (not len(differ) or p_ < 1)  # a share that is p up to rounding
+        assert len(differ) <= 1 and (not len(differ) or p_ < 1)  # for a share that is p up to rounding
         assert set(result[result > 0]) <= set(row)
 
 
@@ -131,7 +131,7 @@ def program(**options):
 
 
 def test_a_rollout_has_the_log_probabilities_of_the_distribution_that_sampled_it():
-    """Samples of one group differ in their settings; smaller loops take the settings along."""
+    """Samples of a group have different settings, which smaller loops keep."""
     sampling = dict(
         temperature=np.float32([0.7, 1.3, 0.0, 1.0]), top_k=np.int32([5, 0, 3, 0]), top_p=np.float32([0.9, 0.6, 0.5, 1])
     )
@@ -158,7 +158,7 @@ def test_other_values_compile_nothing_and_none_compiles_no_truncation():
     plain, greedy = (rollout(program(), temperature=temperature) for temperature in (1.0, 0.0))
     jax.tree.map(np.testing.assert_array_equal, one, plain)
     np.testing.assert_array_equal(best.tokens, greedy.tokens)
-    np.testing.assert_array_equal(best.logprobs, 0.0)  # certain
+    np.testing.assert_array_equal(best.logprobs, 0.0)  # probability 1
     args = PARAMS, PROMPTS, MASK, np.arange(P), jax.random.key(0)
     casts = lambda **sampling: (
         run.lower(*args, temperature=1.0, **sampling).as_text().count("stablehlo.bitcast_convert")
