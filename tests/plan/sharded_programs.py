@@ -1,7 +1,7 @@
 """Prints the plan of a tiny step on 8 simulated devices as JSON.
 
-test_plan.py runs it as `python sharded_programs.py [replicated | undonated]`: a process has one number of devices.
-"replicated" puts all KV caches on every device, "undonated" keeps the update's old state, so that tests can detect both.
+test_plan.py runs `python sharded_programs.py [replicated | undonated]`, because a process has one number of devices.
+"replicated" puts all KV caches on every device. "undonated" keeps the update's old state. Tests detect both.
 """
 
 import json
@@ -23,7 +23,7 @@ config = tiny(
     prompts_per_step=16,
     max_prompt_length=64,
     max_completion_length=192,
-    model__attention="plain",  # blocks run in loops whose trips depend on data
+    model__attention="plain",  # other attention has loops whose trips depend on data
     model__heads=4,
     model__kv_heads=4,
     model__layers=2,
@@ -52,7 +52,7 @@ if "undonated" in sys.argv:
 found = {}
 for part in parts_of(config, jax.devices()):
     found[part.name] = measure_part(part, CHIPS["v5e"], len(jax.devices()))
-    if part.name == "rollout":  # pieces, [P, G, heads, head_dim, T / 2]
+    if part.name == "rollout":  # pieces of the cache, [P, G, heads, head_dim, T / 2]
         text = part.lower().compile().as_text()
         found["caches"] = {"whole": "f32[16,4,4,4,96]" in text, "split": "f32[4,4,2,4,96]" in text}
 print(json.dumps(found))

@@ -1,4 +1,4 @@
-"""Costs from sizes, compared with the programs that XLA compiles and with numbers by hand."""
+"""Compares costs from sizes with the programs that XLA compiles and with numbers by hand."""
 
 import dataclasses
 import functools
@@ -71,7 +71,7 @@ def options(**keywords):
 
 
 def of_program(lowered, **keywords):
-    # Without the optimizations that take the time. Products are already in their final form.
+    # The program skips slow optimizations. Its products already have their final form.
     text = lowered.compile(compiler_options={"xla_backend_optimization_level": 0}).as_text()
     return hlo.read(text, **keywords).flops
 
@@ -170,12 +170,12 @@ def test_splash_attention_costs_the_visible_pairs(window, period):
     plain = costs.reward_model(config, P, G, S, T)
     assert plain.attention_flops == 4 * P * (S * S + G * T * (S + T)) * 4 * 4 * 32
     assert plain.flops - plain.attention_flops == forward.flops - forward.attention_flops
-    # Forward, forward again, and 7 products per 2 of the forward. An update's last token is no query.
+    # An update has two forwards, and 7 products per 2 of the forward. Its last token is no query.
     one = costs.score(config, P, G, S, T, attention="splash").attention_flops
     assert costs.update(config, P, G, S, T, attention="splash").attention_flops == one * (1 + 1 + 3.5)
 
 
-# Width 4, 2 heads of size 2, 1 key head, MLP of 6: 4*4 + 2*4*2 + 4*4 + 3*4*6 = 120 numbers in the only layer, 40 in the
+# Width 4, 2 heads of size 2, 1 key head, MLP of 6. So 4*4 + 2*4*2 + 4*4 + 3*4*6 = 120 numbers in the layer, 40 in the
 # head.
 SMALL = ModelConfig(
     vocab_size=10, width=4, layers=1, heads=2, kv_heads=1, mlp_width=6, param_dtype="float32", compute_dtype="bfloat16"
@@ -201,7 +201,7 @@ def test_a_forward_moves_weights_activations_and_scores():
     assert plain - splash == 12 * 2 * 3 * (7 * 7 + 5 * 2 * 9)  # 12 bytes per pair, 2 heads
     assert costs.reward_model(SMALL, 3, 5, 7, 2, replicas=3, attention="splash").bytes == splash + 2 * 2 * 120
     logits = costs.score(SMALL, 3, 5, 7, 2, logprob_chunk=1).bytes - costs.reward_model(SMALL, 3, 5, 7, 1).bytes
-    assert logits == 2 * 4 * 3 * 5 * 2 * 10 + 2 * 2 * 40  # written and read; the head per chunk, of which there are two
+    assert logits == 2 * 4 * 3 * 5 * 2 * 10 + 2 * 2 * 40  # logits move twice; each of two chunks reads the head
 
 
 def test_an_update_moves_gradients_and_the_optimizers_state():
@@ -223,7 +223,7 @@ def test_an_update_moves_gradients_and_the_optimizers_state():
 @pytest.mark.runs
 @pytest.mark.parametrize("remat, probe", [("layer", None), pytest.param("none", 3, marks=pytest.mark.slow)])
 def test_flops_of_waves_equal_those_of_their_programs(remat, probe):
-    """With full lengths: the last of two loops runs, 4 waves of 3 completions."""
+    """All completions have full length, so only the last of two loops runs, with 4 waves of 3 completions."""
     config, sizes = with_(remat=remat), dict(lengths=2, wave_tokens=3 * T)
     scored = lowered("score", config, probe_token=probe, **sizes)
     expected = costs.score(config, P, G, S, T, probe=probe is not None, **sizes).flops
@@ -239,7 +239,7 @@ def test_flops_of_waves_equal_those_of_their_programs(remat, probe):
 
 
 def test_waves_of_short_completions_cost_less():
-    """Worked by hand: 11 completions of 8 tokens and one of 16 are three waves of 3 of the half length, and a last one of 3."""
+    """11 completions of 8 tokens and one of 16 are three waves of 3 with half the length, and a last wave of 3."""
     short = np.full((P, G), T // 2)
     short[2, 1] = T
     sizes = dict(lengths=2, wave_tokens=3 * T)
@@ -252,7 +252,7 @@ def test_waves_of_short_completions_cost_less():
 
 
 def test_decoding_of_short_completions_costs_less():
-    """Worked by hand: 12 completions, of which 4 have 16 tokens and the others 2: a loop of 12 for one step, and one of 6 for 14."""
+    """4 of 12 completions have 16 tokens and 8 have 2. A loop of 12 has one step, and a loop of 6 has 14 steps."""
     ends = np.array([16, 2, 2] * 4).reshape(P, G)
     sizes = dict(halvings=1)
     full, mixed = (costs.rollout(CONFIG, P, G, S, T, completions=c, **sizes) for c in (None, ends))
@@ -271,7 +271,7 @@ def test_skewed_lengths(mean):
     assert lengths.mean() == pytest.approx(mean, abs=1)
     np.testing.assert_array_equal(lengths, skewed_lengths(8, 8, 256, mean))
     if mean == 64:
-        assert lengths.max() == 256 and np.median(lengths) < 50  # skewed
+        assert lengths.max() == 256 and np.median(lengths) < 50  # the lengths are skewed
 
 
 def test_a_mean_length_that_no_completion_can_have_is_refused():

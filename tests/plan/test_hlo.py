@@ -1,4 +1,4 @@
-"""The reader of compiled programs, compared with numbers by hand."""
+"""Compares the reader of compiled programs with numbers by hand."""
 
 import os
 import pathlib
@@ -55,7 +55,7 @@ def test_the_caller_gives_the_trips_of_a_loop_that_depends_on_data():
     text, once = compiled(f, (32, 64), (64, 64)), 2 * 32 * 64 * 64
     program = hlo.read(text)
     (name,) = program.unknown_loops
-    assert program.unknown_loops == {name: 19}  # the limit of t < 20, from 1 on
+    assert program.unknown_loops == {name: 19}  # t < 20 is the condition, from t = 1 on
     assert program.flops == 19 * once
     assert hlo.read(text, loop_trips=4).flops == hlo.read(text, loop_trips={name: 4}).flops == 4 * once
     with pytest.raises(ValueError, match=f"loop_trips names 'while.none'.*length: {name}"):
@@ -151,7 +151,7 @@ def executable(main, more=""):
     [
         ("bf16[128,64]", "bf16[64,32]", "f32[128,32]", "dim_labels=bf_io->bf", 2 * 128 * 64 * 32),
         ("bf16[64,128]", "bf16[64,32]", "f32[128,32]", "dim_labels=fb_io->bf", 2 * 128 * 64 * 32),
-        # A batch of [2, 3] products: windows over dilated elements.
+        # A batch of [2, 3] products as windows over dilated elements.
         (
             "bf16[2,3,64,16]",
             "bf16[2,3,16,32]",
@@ -159,7 +159,7 @@ def executable(main, more=""):
             "window={size=2x3 stride=1x2 lhs_dilate=2x3}, dim_labels=01bf_01io->01bf",
             2 * 6 * 64 * 16 * 32,
         ),
-        # Heads as a window over padding: each output position meets one kernel position.
+        # Heads as a window over padding. Each output position meets one kernel position.
         (
             "bf16[8,32,64,1]",
             "bf16[4,16,64,1]",
@@ -167,7 +167,7 @@ def executable(main, more=""):
             "window={size=1x4 pad=0_0x3_3 rhs_reversal=0x1}, dim_labels=0bf1_1oi0->0b1f",
             2 * 8 * 32 * 64 * 4 * 16,
         ),
-        # A convolution with padded borders: 10 * 3 - 2 pairs of a position and a kernel element.
+        # A convolution with padded borders has 10 * 3 - 2 pairs of a position and a kernel element.
         (
             "f32[4,10,8]",
             "f32[3,8,16]",

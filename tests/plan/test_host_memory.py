@@ -1,4 +1,4 @@
-"""The memory of a host while a checkpoint is written: the shards that it writes, and the peak of a real process."""
+"""Tests a host's memory while it writes a checkpoint: the shards that it writes, and the peak of a real process."""
 
 import re
 import subprocess
@@ -53,8 +53,8 @@ def test_chips_of_a_host(topology, count, expected):
 @pytest.mark.parametrize(
     "ways, per_host, expected",
     [
-        (8, 8, 4 * 32),  # one host writes all
-        (8, 4, 4 * 16),  # two hosts, a half each
+        (8, 8, 4 * 32),  # one host writes all shards
+        (8, 4, 4 * 16),  # each of two hosts writes a half
         (4, 4, 4 * 32),  # the second host has copies of the first one's shards
         (1, 4, 4 * 32),
     ],
@@ -98,7 +98,7 @@ print("peak", peak[0] - base)
 
 @pytest.mark.slow
 def test_a_real_checkpoint_needs_no_more(tmp_path):
-    """On a CPU the arrays are the host's already, so one of the two copies is left."""
+    """On a CPU, the host already holds the arrays, so only one of the two copies remains."""
     done = subprocess.run([sys.executable, "-c", SAVING, str(tmp_path / "x")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     peak = float(re.search(r"peak (\S+)", done.stdout)[1])

@@ -1,4 +1,4 @@
-"""Plans of a step for 8 simulated devices, and for TPUs if libtpu is installed."""
+"""Tests plans of a step for 8 simulated devices, and for TPUs if libtpu is installed."""
 
 import dataclasses
 import importlib.util
@@ -52,7 +52,7 @@ def assert_sound(found):
     assert found["caches"] == {"split": True, "whole": False}
     gathered = found["rollout"]["collectives"]["all-gather"]["gib"] * GIB
     caches = sum(x for name, x in found["rollout"]["filled_gib"].items() if "KV" in name) * GIB
-    assert gathered < caches  # in the whole rollout; with replicated caches every step gathers all of them
+    assert gathered < caches  # in the whole rollout; with replicated caches, every step gathers all caches
     assert found["update"]["donation"] == 1.0
 
 
@@ -61,8 +61,8 @@ def test_a_step_is_sharded_and_donated_and_its_flops_equal_the_compilers(sharded
     found = sharded()
     assert_sound(found)
     assert abs(found["rollout"]["flops_over_hlo"] - 1) < 0.03 and abs(found["update"]["flops_over_hlo"] - 1) < 0.03
-    # float32, by hand: 2 layers, keys and values, 2 of 4 heads of size 4. A device has 4 of 16 prompts of 64 tokens, each
-    # with 4 samples of 192 tokens.
+    # By hand in float32: 2 layers, keys and values, 2 of 4 heads of size 4. A device has 4 of 16 prompts of 64 tokens.
+    # Each prompt has 4 samples of 192 tokens.
     per_token = 2 * 2 * 2 * 4 * 4
     filled = found["rollout"]["filled_gib"]
     assert filled["prompts' KV"] * GIB == per_token * 4 * 64
@@ -209,7 +209,7 @@ def test_without_libtpu_the_error_names_the_package(tmp_path, capsys, monkeypatc
 
 
 def command(tmp_path, config, *flags):
-    """Returns (standard output, JSON) of the command, run in a process of its own, so that this one loads no libtpu."""
+    """Returns (standard output, JSON) of the command in a new process, so that this process does not load libtpu."""
     out = tmp_path / "plan.json"
     arguments = ["--config", str(recipe(tmp_path, **config)), f"--out={out}", *flags]
     run = subprocess.run(
@@ -260,7 +260,7 @@ def test_a_step_is_planned_for_a_slice(tmp_path):
         assert abs(part["flops_over_hlo"] - 1) < 0.03 and part["flops_in_kernels"] > 0, name
         assert 0 < part["peak_gib"] < part["total_gib"] < 15.75 and part["bound_by"] in part["roofline_seconds"]
     assert parts["update"]["donation"] > 0.99
-    # Logits split by the vocabulary are exchanged for whole rows. The head is not moved.
+    # Devices exchange logits split by the vocabulary for whole rows. The head does not move.
     head, trips = 256 * 4096 * 2, 255
     assert parts["rollout"]["collectives"]["all-gather"]["gib"] * GIB < 0.05 * head * trips
     assert found["step"]["seconds_at_least"] == pytest.approx(sum(p["seconds"] * p["times"] for p in found["parts"]))

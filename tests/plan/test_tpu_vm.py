@@ -1,4 +1,7 @@
-"""The steps of plan/README.md for TPU VMs, pasted into one bash. Stand-ins: gcloud, ssh that waits for its channel, hosts, a share of root."""
+"""Pastes the steps of plan/README.md for TPU VMs into one bash.
+
+There are stand-ins for gcloud, for ssh (which waits for its channel), for the hosts and for a share that root owns.
+"""
 
 import os
 import re
@@ -14,8 +17,8 @@ DOCUMENT = "jaxrl_reason/plan/README.md"
 HOSTS = ("host0", "host1")
 TRAINING_SECONDS = 4
 
-# `queued-resources ssh` runs the command once per host, in the home of the host. Its output goes through a pipe: as with
-# ssh, it ends when no process holds the pipe any more, not when the command has ended.
+# `queued-resources ssh` runs the command once per host, in the home of the host. Its output goes through a pipe. Like
+# ssh, it ends when no process holds the pipe any more, even if the command has ended before.
 GCLOUD = r"""#!/bin/bash
 echo "$*" >> "$ROOT_DIR/calls"
 hosts="host0 host1"; command= code=0; local=(); started=()
@@ -54,8 +57,8 @@ LOCAL = {
     "ssh-add": '#!/bin/bash\n[ -n "$SSH_AUTH_SOCK" ] && [ -f "$1" ]\n',
     "sleep": "#!/bin/bash\n[ $1 = 30 ] || exec /bin/sleep $1\n",  # the wait for the machine
 }
-# A package is found only after `apt-get update`; mount needs nfs-common; a share that is not writable by others belongs to
-# root. pgrep and pkill see the processes of their host alone.
+# Packages are found only after `apt-get update`, and mount needs nfs-common. Only root can write to a new share. pgrep
+# and pkill see the processes of their host only.
 MINE = r"""
 found=$(for pid in $(/usr/bin/pgrep -f -- "${@: -1}"); do
   [ $pid = $$ ] || { tr '\0' '\n' < /proc/$pid/environ 2>/dev/null | grep -qx "HOST=$HOST" && echo $pid; }
@@ -96,7 +99,7 @@ echo "$HOST step 1"; for i in $(seq $SECONDS_OF_TRAINING); do /bin/sleep 1 & wai
 
 
 def steps():
-    """The bash blocks of the steps 2 to 9, by the number of their step."""
+    """Returns (step, text) of the bash blocks of the steps 2 to 9."""
     lines = (ROOT / DOCUMENT).read_text().splitlines()
     number = lambda block: max(int(m[1]) for line in lines[: block.line] if (m := re.match(r"## (\d+)\.", line)))
     last = next(i for i, line in enumerate(lines) if line.startswith("## If a machine is taken away"))
@@ -105,7 +108,7 @@ def steps():
 
 @pytest.fixture
 def cloud(tmp_path):
-    """Writes the stand-ins. Returns a function: paste blocks into a new bash, get its seconds per block and its output."""
+    """Writes the stand-ins. Returns a function that pastes blocks into a new bash and returns its results."""
     for folder, programs in (("local", LOCAL), ("remote", REMOTE)):
         (tmp_path / folder).mkdir()
         for name, text in programs.items():
@@ -155,7 +158,7 @@ def test_every_step_has_a_block():
 
 @pytest.mark.processes
 def test_the_steps_pasted_in_order(cloud):
-    """A run is begun, followed to its end, and fetched; ssh returns at once from the start of the run."""
+    """A run is started, followed to its end, and fetched. ssh returns at once from the start of the run."""
     texts = [text for _, text in steps() if "pkill" not in text]
     results, errors = cloud(texts)
     assert [code for _, code, _ in results] == [0] * len(texts), (results, errors)
@@ -169,7 +172,7 @@ def test_the_steps_pasted_in_order(cloud):
     assert out(6)[2] < TRAINING_SECONDS - 2  # ssh does not wait for the run
     state, _, seconds = out(7)
     assert all(f"{host} trains" in state for host in HOSTS)
-    assert state.splitlines()[-2:] == ["host0 step 1", "host0 finished"] and seconds > 1  # the log until the end
+    assert state.splitlines()[-2:] == ["host0 step 1", "host0 finished"] and seconds > 1  # the log until its end
     assert (cloud.root / "clone/grpo/metrics.jsonl").is_file() and not (cloud.root / "clone/grpo/checkpoints").exists()
     calls = (cloud.root / "calls").read_text()
     assert "queued-resources delete mine --zone=us-west4-a --force" in calls
@@ -203,7 +206,7 @@ def test_a_share_without_an_address_and_a_token_that_is_not_set_end_the_steps(cl
 
 @pytest.mark.processes
 def test_the_stand_ins_notice_the_faults_of_an_earlier_text(cloud):
-    """The whole list in the background keeps the channel of ssh; a share without chmod and apt-get without update fail."""
+    """ssh waits if the whole list is in the background. A share without chmod and apt-get without update fail."""
     setup = [text for number, text in steps() if number < 6]
     list_in_the_background = block(6).replace(" || exit 1; export", " && export").replace("; nohup", " && nohup")
     results, _ = cloud([*setup, list_in_the_background], seconds=3)

@@ -12,7 +12,7 @@ import time
 
 
 def act(item):
-    """Returns a number unchanged; a text names something to do to the worker."""
+    """Returns a number unchanged. A text names an action of the worker."""
     if not isinstance(item, str):
         return item
     match item.partition(" ")[0]:
@@ -20,7 +20,7 @@ def act(item):
             time.sleep(float(item.split()[1]))
             return 1.0
         case "hang":
-            return len(str(9**9**9**9))  # in C, holding the interpreter's lock
+            return len(str(9**9**9**9))  # this runs in C and holds the interpreter's lock
         case "loop":
             while True:
                 try:
@@ -31,10 +31,10 @@ def act(item):
             child = subprocess.Popen(["sleep", "1000"])
             pathlib.Path(item.split()[1]).write_text(str(child.pid))
             child.wait()
-        case "stopped":  # right after its report
+        case "stopped":  # stops right after its report
             threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGSTOP)).start()
             return 1.0
-        case "half":  # of a report
+        case "half":  # writes half of a report
             os.write(int(sys.argv[1]), b'["ok", 1.0')
             time.sleep(1000)
         case "twice":
@@ -101,7 +101,7 @@ def size(item):
 
 
 def die(countdown):
-    """Kills the worker as often as the number in the file."""
+    """Kills the worker as many times as the number in the file."""
     left = int(pathlib.Path(countdown).read_text())
     pathlib.Path(countdown).write_text(str(left - 1))
     if left > 0:

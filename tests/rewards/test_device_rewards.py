@@ -1,4 +1,4 @@
-"""`match_answer_tokens` against hand-made cases and a reference on lists."""
+"""Tests `match_answer_tokens` against hand-made cases and a reference on lists."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,8 +43,8 @@ CASES = [  # completion, answer [5, 6], verdict
     ([3, 4, 5, 6, 3, 4, 7, 0], 0),
     ([3, 4, 5, 6, 3, 4, 0], 0),
     ([3, 4, 5, 6], 0),  # cut off
-    ([3, 4, 5, 6, 7, 0], 0),  # longer
-    ([3, 4, 5, 0], 0),  # shorter
+    ([3, 4, 5, 6, 7, 0], 0),  # the answer is longer
+    ([3, 4, 5, 0], 0),  # the answer is shorter
     ([5, 6, 0], 0),  # no marker
     ([3, 5, 6, 0], 0),
     ([0], 0),

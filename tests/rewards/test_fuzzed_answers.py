@@ -1,4 +1,4 @@
-"""Random answers: the number grammar agrees with a second parser, and every completion is judged by its final answer.
+"""Tests random answers. The number grammar agrees with a second parser, and only the final answer is judged.
 
 `python -m rewards.test_fuzzed_answers -max_total_time=60`, started in tests/, fuzzes with atheris if it is installed.
 """
@@ -63,7 +63,7 @@ DIGITS = "0123456789"
 
 
 def reference_number(text):
-    """Parses numbers like `parse_number`, but by hand: from the outside in, then from left to right."""
+    """Parses numbers like `parse_number`, but by hand, from the outside in and then from left to right."""
     text = text.strip()
     if len(text) > 200:
         return None
@@ -109,7 +109,7 @@ LEFT_OUT = (r"\displaystyle", r"\textstyle", r"\text{}", r"\text{ }")
 
 
 def _trimmed(text):
-    """Returns a text without blanks at its ends, of TeX or not, and without commands that show nothing before it."""
+    """Returns a text without blanks (also of TeX) at its ends, and without commands before it that show nothing."""
     before = None
     while before != text:
         before = text
@@ -117,7 +117,7 @@ def _trimmed(text):
             is_whole = not (
                 blank[-1].isalpha() and text[len(blank) :][:1].isascii() and text[len(blank) :][:1].isalpha()
             )
-            if text.startswith(blank) and is_whole and blank != "~":  # "~5" is about 5
+            if text.startswith(blank) and is_whole and blank != "~":  # "~5" means about 5
                 text = text[len(blank) :]
         text = text.lstrip()
     before = None
@@ -133,7 +133,7 @@ def _trimmed(text):
 
 
 def _bare(text):
-    """Returns a text without what surrounds it."""
+    """Returns a text without surrounding marks."""
     before = None
     while before != text:
         before, text = text, _trimmed(text)
@@ -154,7 +154,7 @@ def _bare(text):
 
 
 def _without_unit(text):
-    """Returns (a text without the unit after its number, whether the unit is per cent)."""
+    """Returns a text without the unit after its number, and whether the unit is per cent."""
     at = min((text.find(command) for command in (r"\text{", r"\mathrm{") if command in text), default=0)
     value, rest = _trimmed(text[:at]), text[at:].rstrip(" .$")
     number, per_cent = text, False
@@ -216,7 +216,7 @@ def check_completion(text):
             assert numeric_verdict(text, reference, fallback=fallback) == (reference in forms)
     if (
         not any(mark in text for mark in ("#", r"\boxed", r"\fbox")) and value is not None
-    ):  # the number is not cut out of a longer one
+    ):  # the number is no part of a longer one
         before, _, after = text.rpartition(answer)
         assert not (before[-1:].isdecimal() and answer[0].isdecimal()) and not after[:1].isnumeric()
         if answer[-1].isdecimal():

@@ -1,4 +1,4 @@
-"""Host rewards: rows and columns, missing rewards, failures, broken contracts, and how functions are found."""
+"""Tests host rewards: rows and columns, missing rewards, failures, broken contracts, and the search for functions."""
 
 import asyncio
 from decimal import Decimal
@@ -145,7 +145,7 @@ def test_a_function_that_works_on_single_rows_alone_is_named(caplog):
         table = run(HostReward("single", single))
         run(HostReward("single", single))
     np.testing.assert_array_equal(table.per_reward["single"], [[6, 6, 1], [6, 3, 6]])
-    assert [record.kind for record in caplog.records] == [("single", "rows")] * 2  # shown once
+    assert [record.kind for record in caplog.records] == [("single", "rows")] * 2  # a kind is shown once
     assert re.search("'single' raised ValueError: too many values .*; called row by row, it works", caplog.text)
 
 
@@ -336,7 +336,7 @@ def test_a_raising_function_is_shown_with_file_and_line(tmp_path):
     (tmp_path / "mine.py").write_text(mine)
     table = run(HostReward("mine", load_reward(f"{tmp_path}/mine.py:score")), max_failure_share=1.0)
     assert table.error["mine"].startswith("JSONDecodeError: Expecting value")
-    assert table.error["mine"].endswith(f"({tmp_path}/helper_of_mine.py, line 3)")  # not the line of json itself
+    assert table.error["mine"].endswith(f"({tmp_path}/helper_of_mine.py, line 3)")  # not the line in json itself
     (tmp_path / "broken.py").write_text("import math\n\n\nmath.sqrt(-1)\n")
     with pytest.raises(
         RewardError, match=rf"running .*broken.py failed with ValueError: .*\({tmp_path}/broken.py, line 4\)"
@@ -358,7 +358,7 @@ def test_load_built_in_module_and_file(tmp_path, monkeypatch):
 
 @pytest.fixture
 def two_folders(tmp_path):
-    """Two folders with rewards.py, and with modules and packages of equal names next to it."""
+    """Writes two folders with rewards.py and with modules and packages of equal names next to it."""
     for folder in ("first", "second"):
         (tmp_path / folder / "parts").mkdir(parents=True)
         (tmp_path / folder / "parts" / "__init__.py").write_text("")
@@ -390,7 +390,8 @@ def test_a_file_imports_the_modules_next_to_it(two_folders):
     assert second(completions=[]) == ["second", "second word", "late second", 1]
     assert sys.modules["random"] is standard and sys.modules.get("shared_helper") is not before
     assert first.__module__ != second.__module__ and pickle.loads(pickle.dumps(first)) is first
-    assert str(two_folders / "first") in sys.path[len(sys.path) - 2 :]  # after all others: it hides nothing later
+    # The folder is at the end of the path, so that it hides no other module.
+    assert str(two_folders / "first") in sys.path[len(sys.path) - 2 :]
 
 
 def test_a_module_that_is_loaded_already_hides_none_next_to_a_file(two_folders, monkeypatch):

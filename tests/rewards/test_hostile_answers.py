@@ -1,4 +1,4 @@
-"""Hostile answers: every built-in reward gives the correct verdict in linear time, keeps no state, and runs nothing.
+"""On hostile answers, each built-in reward gives the correct verdict in linear time, keeps no state and runs no code.
 
 The answers are in `helpers/hostile_answers.py`.
 """
@@ -54,7 +54,7 @@ def test_verdicts_on_marked_answers(name):
         correct = [float(answer.value == value) for answer in answers]
         assert call_reward(accuracy_reward, texts, value) == correct
         assert call_reward(last_number_reward, texts, value) == correct
-        if len(str(value)) > 200:  # too long a text to be a number
+        if len(str(value)) > 200:  # the text is too long to be a number
             continue
         assert call_reward(accuracy_reward, texts, str(value)) == correct
         mixed = [float(value == Fraction(3, 2) and answer.text == "1 1/2") for answer in answers]
@@ -80,7 +80,7 @@ def test_verdicts_on_unmarked_answers():
 
 
 def test_characters_that_touch_a_digit_are_never_ignored():
-    """Signs, separators, marks and invisible characters of every script: the text is rejected whole, not cut short."""
+    """Rejects texts with signs, separators, marks and invisible characters of all scripts as a whole, without a cut."""
     ranges = {
         "{}5": "2796 208b fe58 05be 058a 1806 2043 2296 2500 2e3a 30fc 00af 02c9 23af",
         "5{}": "0483-0489 05b0-05bd 1ab0-1abe 1dc0-1dff 3099 309a fe20-fe2f",
@@ -189,7 +189,7 @@ def test_no_reader_evaluates_imports_opens_or_starts_anything():
     try:
         _watched = []
         compile("1", "", "eval")
-        assert _watched == ["compile"]  # the hook works
+        assert _watched == ["compile"]  # the hook records events
         _watched = []
         for text in TEXTS:
             for completion in (text, "#### " + text, rf"\boxed{{{text}}}"):
@@ -266,7 +266,7 @@ def seconds(texts):
 @pytest.mark.parametrize("name", UNITS)
 def test_time_is_linear_in_the_length(name):
     small, large = (seconds(grown(name, size)) for size in (8_000, 32_000))
-    # Five texts and twelve readers, at most one second per megabyte. A quadratic step would take 16 times as long.
+    # Five texts and twelve readers take at most one second per megabyte. A quadratic step would take 16 times as long.
     assert large < 8 * small + 0.05 and large < 5 * 12 * 0.032
 
 

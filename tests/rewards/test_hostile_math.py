@@ -1,4 +1,4 @@
-"""Hostile answers for math-verify: it accepts no incorrect answer, and every endless computation ends at its limit."""
+"""On hostile answers, math-verify accepts no incorrect one, and every endless computation ends at its limit."""
 
 import importlib.util
 
@@ -76,7 +76,7 @@ def test_math_verify_accepts_no_incorrect_answer():
 
 
 def check_endless(names):
-    """Checks that each is incorrect, an error or a timeout, and the next answer correct. Returns the outcomes."""
+    """Checks that each is incorrect, an error or a timeout, and the next answer is correct. Returns the outcomes."""
     good = r"#### \frac{2}{\sqrt{2}}"
     completions = [c for name in names for c in (f"#### {ENDLESS[name]}", good)]
     results = math_verify_reward(completions=completions, answer=[r"\sqrt{2}"] * len(completions))

@@ -1,4 +1,4 @@
-"""Reward functions that raise, hang, exit or take memory in worker processes: only the rows at fault go missing."""
+"""Tests reward functions in workers that raise, hang, exit or take memory. Only the rows at fault have no reward."""
 
 import functools
 import multiprocessing
@@ -171,7 +171,7 @@ def reward_of(name, share=1.0, workers=2, **limits):
 
 
 def table_of(reward, groups, share=1.0, **columns):
-    """Returns the table of [P][G] texts; the ids of a text are its position."""
+    """Returns the table of [P][G] texts. The ids of a text are its position."""
     ids = [[[p * len(group) + g] for g in range(len(group))] for p, group in enumerate(groups)]
     prompts = [f"p{p}" for p in range(len(groups))]
     return compute_rewards([reward], prompts, groups, ids, columns, share)
@@ -187,7 +187,7 @@ def test_only_the_row_at_fault_goes_missing(act):
     late = act in ("compute", "stay")
     rates = {"error_rate": 0 if late else 1 / 9, "none_rate": 1 / 9, "timeout_rate": 1 / 9 if late else 0}
     assert table.failures() == {f"rewards/act/{kind}": pytest.approx(rate) for kind, rate in rates.items()}
-    assert time.monotonic() - begin < 2 * LIMIT_S + 10  # one call of the prompt, one of the row
+    assert time.monotonic() - begin < 2 * LIMIT_S + 10  # one call for the prompt and one for the row
 
 
 def test_one_call_has_the_completions_of_one_prompt():
@@ -241,7 +241,7 @@ def test_a_raising_function_is_shown_with_file_and_line(tmp_path):
 
 def test_what_a_reward_starts_ends_when_it_is_asked_to():
     seconds = table_of(reward_of("ended", timeout_s=30), [["x"]]).per_reward["ended"]
-    assert seconds < 10  # most of them for the start of Python in the spawned processes
+    assert seconds < 10  # most seconds are for the start of Python in spawned processes
 
 
 @pytest.mark.parametrize("name", ["wait", "waits"])
@@ -250,7 +250,7 @@ def test_async_calls_of_a_batch_run_at_the_same_time(name):
     table_of(reward, [["0"]])  # starts a worker
     begin = time.monotonic()
     values = table_of(reward, [["tasks", "pid", str(p)] for p in range(12)]).per_reward[reward.name]
-    assert time.monotonic() - begin < 2  # one by one 4.8 s
+    assert time.monotonic() - begin < 2  # calls one by one take 4.8 s
     np.testing.assert_array_equal(values[:, 2], range(12))
     assert values[0, 0] >= 12 and set(values[:, 1]) != {os.getpid()} and len(set(values[:, 1])) == 1
 
@@ -263,7 +263,7 @@ def test_several_async_rewards_run_at_the_same_time():
     call()
     begin = time.monotonic()
     table = call()
-    assert time.monotonic() - begin < 1.0  # one after the other 1.2 s
+    assert time.monotonic() - begin < 1.0  # calls one by one take 1.2 s
     assert list(table.per_reward) == ["wait", "waits", "waits_too", "act"] and all(
         x.item() == 1 for x in table.per_reward.values()
     )
@@ -277,11 +277,11 @@ def test_only_the_row_at_fault_of_an_async_reward_goes_missing(act):
     late = act in ("stuck", "stubborn", "hang")
     rates = {"error_rate": 0 if late else 1 / 9, "none_rate": 1 / 9, "timeout_rate": 1 / 9 if late else 0}
     assert table.failures() == {f"rewards/at_once/{kind}": pytest.approx(rate) for kind, rate in rates.items()}
-    assert time.monotonic() - begin < 4 * LIMIT_S + 10  # all calls, the call alone, the row
+    assert time.monotonic() - begin < 4 * LIMIT_S + 10  # all calls together, the call alone, and the row
 
 
 def test_async_calls_that_block_each_other_are_made_again():
-    table = table_of(reward_of("blocking"), [[str(p), "0"] for p in range(8)])  # 2.4 s in a row; the limit is 1 s
+    table = table_of(reward_of("blocking"), [[str(p), "0"] for p in range(8)])  # 2.4 s one by one; the limit is 1 s
     np.testing.assert_array_equal(table.per_reward["blocking"], [[p, 0] for p in range(8)])
 
 
@@ -318,14 +318,14 @@ def act(completions, **_):
 
 
 def test_a_broken_function_is_not_tried_on_every_row():
-    """For 64 prompts of 4 completions: one call per prompt, then a sample of single rows, not all 256."""
+    """64 prompts of 4 completions get one call per prompt, and then calls for a sample of the 256 rows."""
     with pytest.raises(RewardError, match="'counted' failed on 256 of the 256 rows.*error is ValueError: always"):
         table_of(reward_of("counted", 0.5), [["x"] * 4] * 64, 0.5)
     assert pathlib.Path("counted.txt").read_text().count("x") == 64 + 16
 
 
 def test_all_rows_are_tried_singly_if_the_share_allows_it():
-    groups = [["1", "raise"]] * 20  # the call of every prompt fails, and every second row
+    groups = [["1", "raise"]] * 20  # the call for each prompt fails, and each second row fails alone
     table = table_of(reward_of("act", 0.5), groups, 0.5)
     np.testing.assert_array_equal(table.per_reward["act"], [[1, np.nan]] * 20)
 
@@ -382,7 +382,7 @@ def test_threads_get_their_own_values():
 @pytest.mark.processes
 @pytest.mark.parametrize("forged", ["[]", "[1]", '[[1.0], ["ok"], ""]', '[[1.0, 1.0], 7, ""]', "7"])
 def test_a_forged_report_is_a_failure(forged):
-    # One worker: the forger does not answer again, so it must get the row at fault and not another one.
+    # There is one worker. The forger does not answer again, so it must get the row at fault and no other row.
     table = table_of(reward_of("forger", workers=1), [["1", "2"], [forged, "2"]])
     np.testing.assert_array_equal(table.per_reward["forger"], [[1, 2], [np.nan, 2]])
     assert table.error_rate["forger"] + table.timeout_rate["forger"] == 0.25

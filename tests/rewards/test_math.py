@@ -1,4 +1,4 @@
-"""Verdicts of math-verify from real worker processes."""
+"""Tests verdicts of math-verify from real worker processes."""
 
 import functools
 import importlib.util
@@ -60,8 +60,8 @@ CORRECT = [
 ]
 INCORRECT = [
     (r"\frac{1}{\sqrt{3}}", boxed(r"\frac{\sqrt{3}}{2}")),
-    (r"\sqrt{2}", r"\boxed{\sqrt{2}}, no: \boxed{\sqrt{3}}"),  # the last counts
-    (r"\{1,2\}", r"\boxed{1} and \boxed{2}"),  # and two boxes are not a set
+    (r"\sqrt{2}", r"\boxed{\sqrt{2}}, no: \boxed{\sqrt{3}}"),  # the last box counts
+    (r"\{1,2\}", r"\boxed{1} and \boxed{2}"),  # two boxes are not a set
     ("(1,2)", boxed("(2,1)")),
     ("[0,1)", boxed("[0,1]")),
     ("x^2+2x+1", boxed("(x-1)^2")),
@@ -69,7 +69,7 @@ INCORRECT = [
     (r"\sqrt{2}", "no idea"),
     (r"\sqrt{2}", ""),
     (r"\sqrt{2}", r"\boxed{\sqrt{2}"),
-    (r"\frac{3}{4}", boxed(r"\frac{1}{2} ( \frac{3}{4}")),  # a number in an answer that cannot be read
+    (r"\frac{3}{4}", boxed(r"\frac{1}{2} ( \frac{3}{4}")),  # an unreadable answer that has a number
     (r"\frac{1}{2004!}", boxed(r"\frac{1}{2006!}")),
     (r"\frac{1}{2004!}", boxed("0")),
     ("10^{-20}", boxed("10^{-21}")),
@@ -102,7 +102,7 @@ def test_plain_numbers_are_judged_exactly_and_in_this_process(reference, answer,
     assert results.outcomes == ["ok"] * 3
 
 
-ENDLESS = {"timeout", "error", "ok"}  # a limit of time, of memory or of recursion, or none
+ENDLESS = {"timeout", "error", "ok"}  # a limit of time, memory or recursion, or no limit
 HOSTILE = {
     "9^{9^{9^{9}}}": {"timeout"},
     "(" * 900 + "1" + ")" * 900: ENDLESS,

@@ -1,4 +1,4 @@
-"""A table of verdicts; no text makes a verdict raise, hang or run anything."""
+"""Tests a table of verdicts. No text makes a verdict raise, hang or run code."""
 
 from decimal import Decimal
 from fractions import Fraction
@@ -197,7 +197,7 @@ def test_a_megabyte_is_read_in_linear_time(name):
     parse_number(body)
     for text in (body, "#### " + body, r"\boxed{" + body + "}", body + "x"):
         numeric_verdict(text, 18, fallback="last_number")
-    # A few passes over a megabyte; anything quadratic would take minutes.
+    # A few passes over a megabyte are fast. A quadratic step would take minutes.
     assert time.perf_counter() - start < 10
 
 

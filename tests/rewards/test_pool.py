@@ -1,4 +1,4 @@
-"""Tests of the pool with real processes and real kills. The workers run the functions of pool_functions.py."""
+"""Tests the pool with real processes and real kills. The workers run the functions of pool_functions.py."""
 
 import _thread
 import functools

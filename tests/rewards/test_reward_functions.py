@@ -1,4 +1,4 @@
-"""The built-in rewards `accuracy` and `format`."""
+"""Tests the built-in rewards `accuracy` and `format`."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The scorer with a real tokenizer: order, device and host rewards together, `match_answer` against `accuracy`."""
+"""Tests the scorer with a real tokenizer: order, device and host rewards, `match_answer` against `accuracy`."""
 
 import functools
 import gc
@@ -125,7 +125,7 @@ def make_scorer(*functions, weights=(), verdict="", max_failure_share=0.5, token
 
 
 def batch_of(rows):
-    """Returns a batch of rows with any columns; a scorer reads none of its arrays."""
+    """Returns a batch of rows with any columns. A scorer reads none of its arrays."""
     P = len(rows)
     rows = [{"question": f"question {p}"} | row for p, row in enumerate(rows)]
     tokens, mask = np.zeros((P, 4), np.int32), np.ones((P, 4), bool)
@@ -133,7 +133,7 @@ def batch_of(rows):
 
 
 def rollout_of(texts, tokenizer=MERGING, cut=(), filler=None):
-    """Returns a rollout of [P][G] texts. Each ends unless (p, g) is in `cut`; tokens after the mask are `filler`."""
+    """Returns a rollout of [P][G] texts, which end unless (p, g) is in `cut`. Tokens after the mask are `filler`."""
     P, G = len(texts), len(texts[0])
     ids = {(p, g): tokenizer.encode(texts[p][g]) for p, g in np.ndindex(P, G)}
     ids = {at: row if at in cut else [*row, tokenizer.eos_ids[0]] for at, row in ids.items()}
@@ -160,7 +160,7 @@ def test_device_and_host_rewards_together():
     rewards, metrics = scorer(rollout, batch_of(ROWS))
     assert list(rewards) == list(scorer.names)
     np.testing.assert_array_equal(rewards["accuracy"], [[1, 0, 0], [1, 1, 0]])
-    np.testing.assert_array_equal(rewards["match_answer"], [[1, 0, 0], [1, 0, 0]])  # one was cut off
+    np.testing.assert_array_equal(rewards["match_answer"], [[1, 0, 0], [1, 0, 0]])  # one completion was cut off
     np.testing.assert_array_equal(rewards["length"], rollout.mask.sum(axis=-1))
     for values in rewards.values():
         assert isinstance(values, jax.Array) and values.dtype == jnp.float32 and values.sharding == HERE
@@ -186,7 +186,7 @@ def test_the_total_is_the_weighted_sum_of_the_rewards_that_are_present(shape, da
     rewards = {k: jnp.array([math.nan if x is None else x for x in v]).reshape(P, G) for k, v in values.items()}
     total = np.ravel(total_reward(rewards, dict(zip(rewards, weights))))
     for row in range(P * G):
-        # A reward of weight 0 does not count: it cannot turn a missing total into 0.
+        # A reward of weight 0 does not count. It does not turn a missing total into 0.
         present = [w * v[row] for w, v in zip(weights, values.values()) if w and v[row] is not None]
         np.testing.assert_allclose(total[row], sum(present) if present else math.nan, rtol=1e-5, atol=1e-5)
 
@@ -316,7 +316,7 @@ def test_missing_rewards_are_nan_and_counted():
 
 
 def test_the_share_of_failures_is_over_the_rows_of_all_processes(monkeypatch):
-    """One of 6 rows fails in this process, none of 18 in others: less than the limit of one in twenty."""
+    """One of 6 rows fails in this process, and none of 18 rows in others. The limit is one in twenty rows."""
     score = make_scorer("mine.py:picky", max_failure_share=0.05)
     texts = [["fine", "fine", "picky"], ["fine"] * 3]
     with pytest.raises(RewardError, match="failed on 16.7%"):
@@ -456,7 +456,7 @@ def test_match_answer_on_completions_without_the_answer(tokenizer):
 
 @TOKENIZERS
 def test_match_answer_compares_spelling_and_requires_the_end_token(tokenizer):
-    """It is stricter than accuracy: it rejects other spellings, text after the answer, and a missing end token."""
+    """It is stricter than accuracy. It rejects other spellings, text after the answer, and a missing end token."""
     texts = [["#### 12.0", "####12", "#### 12\n", "#### 12", "#### 12"]]
     matched, accurate = both(texts, [{"answer": "12"}], tokenizer, cut=[(0, 3)])
     np.testing.assert_array_equal(matched, [[0, 0, 0, 0, 1]])

@@ -1,4 +1,4 @@
-"""Tables of verdicts; no text makes a verdict raise, hang or run anything."""
+"""Tests tables of verdicts. No text makes a verdict raise, hang or run code."""
 
 import time
 
@@ -128,7 +128,7 @@ def test_an_unknown_kind_is_named():
 
 
 def test_incorrect_answers_vote_too():
-    """Otherwise a majority vote would be correct whenever one answer is."""
+    """Without their votes, a majority vote would be correct whenever one answer is correct."""
     votes = [many_answers_reward.answer_of(text, {}) for text in ("#### 7, 5", "#### 5 and 7", "#### 1, 2", "#### x")]
     assert votes == ["5, 7", "5, 7", "1, 2", None]
 

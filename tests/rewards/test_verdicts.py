@@ -1,4 +1,4 @@
-"""Tables of verdicts: how a completion states its answer, and which spellings of an answer are equal."""
+"""Tests tables of verdicts for the statement of an answer in a completion, and for equal spellings of answers."""
 
 import importlib.util
 
@@ -39,7 +39,8 @@ def test_an_answer_in_any_marker_is_found_by_every_reward(completion):
     for reward in (accuracy_reward, last_number_reward, strict_reward, judge_reward):
         assert call_reward(reward, [completion], "18") == [1.0], reward
         assert call_reward(reward, ["#### 18"], "18") == [1.0]
-    assert call_reward(accuracy_reward, ["#### 18", "#### 17"], f"Some work. {completion}") == [1.0, 0.0]  # a reference
+    # The completion can be the reference.
+    assert call_reward(accuracy_reward, ["#### 18", "#### 17"], f"Some work. {completion}") == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("completion", DO_NOT_STATE_18)
@@ -159,7 +160,7 @@ def test_units():
 
 # (answers, references, verdict of `math_verify`): each answer against each reference
 MATH = [
-    # Blanks and what surrounds an answer.
+    # Blanks and marks around an answer.
     ([r"\displaystyle \frac{\sqrt{3}}{2}", r"$\displaystyle\frac{\sqrt{3}}{2}$", r"\frac{\sqrt{3}}{2}\!", r"\text{}\frac{\sqrt{3}}{2}", r'"\frac{\sqrt{3}}{2}"', r"\,\frac{\sqrt3}{2}\ "],
      [r"\frac{\sqrt{3}}{2}", r"$ \frac{\sqrt{3}}{2} $", r"$\dfrac{\sqrt{3}}{2}$.", r"\[ \frac{\sqrt{3}}{2} \]"], 1),
     ([r"$ \sqrt{2} $", r"\(\sqrt{2}\)", r"\[\sqrt{2}.\]", r"\sqrt2", r"\sqrt 2", r"$\sqrt{2}$.", r"\sqrt{2}。", "$$\\sqrt{2}$$", r"**$\sqrt{2}$**"],
@@ -172,7 +173,7 @@ MATH = [
     (["(1,2)", r"(1,\,2)", r"\left(1,2\right)", "$(1, 2)$."], ["$(1,2)$.", "(1,2)", r"\((1,2)\)."], 1), (["(2,1)", "(1,3)"], ["$(1,2)$."], 0),
     ([r"\frac13", r"\frac1 3", r"\frac 1 3", r"\frac 13", r"\tfrac{1}{3}", "1/3"], [r"\frac{1}{3}", r"\frac1 3"], 1), (["0.333333", r"\displaystyle 0.333333", r"0.333333\,\text{cm}"], [r"\frac{1}{3}", "1/3"], 0),
     ([r"\sqrt{2}", r"$\sqrt{2}$,", r"\sqrt{2};"], [r"$\sqrt{2}$,", r"$\sqrt{2}$;", r"$\sqrt{2}$ .", r"\(\sqrt{2}\),"], 1), (["1,2", "1, 2,"], ["1,2.", "2, 1"], 1),
-    # A digit apart from a subscript or a power.
+    # A digit next to a subscript or a power.
     ([r"\log_2 3", r"\log_{2}3", r"\log_2{3}", r"\log_{2} 3", r"\log_2\,3", r"\log_ 2 3", r"\frac{\ln 3}{\ln 2}"], [r"\log_2 3", r"\log_{2}3"], 1),
     ([r"\log_3 2", r"\log_2 5", r"\log_{23}", "3"], [r"\log_2 3"], 0), ([r"\log_2 3.5"], [r"\log_{2}3.5", r"\log_2{3.5}"], 1), ([r"\log_2 3.5"], [r"\log_2 3"], 0), ([r"\log_2 10"], [r"1+\log_2 5"], 1),
     ([r"2\log_3 2", r"\log_3 4"], [r"2\log_3 2", r"2\log_{3}2"], 1), ([r"\frac12\log_3 7", r"\frac{\log_3 7}{2}", r"\log_3\sqrt{7}", r"\frac1 2\log_3 7"], [r"\frac12\log_3 7"], 1),
@@ -266,7 +267,7 @@ def test_a_number_apart_from_a_power_is_refused_by_name():
         math_verify_reward(completions=["#### 40"], answer=["2^3 5"])
 
 
-# References that no completion can equal: cut off, without content, or sentences around a formula.
+# No completion can equal these references, which are cut off, empty, or sentences around a formula.
 UNREADABLE = [
     "x^", "x_", "x+", "x^2 +", "=5", "x=", "2/", "/ 2", "*", "-", "?", "...", "#", "&", "^", "%", r"\%", r"\sqrt", r"\sqrt[3]", r"\sqrt{}", r"\frac", r"\frac{1}", r"\frac{1}{}", "x^{}", r"\log", r"\log_2",
     r"\sin", r"\int", r"\sum", "(", ")", "(1,2", r"\left(1,2", r"\begin{pmatrix}1\\2", "1,,2", r"\times 2", "x<", "|x", "||", r"\frac{1}{0}", "√", r"So $x = 2$.", r"$x=\sqrt{2}$ is the answer",
