@@ -20,7 +20,7 @@ from jaxrl_reason.rl.types import TrainState
 from jaxrl_reason.runs import checkpoints, digests
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"  # of callbacks of the reader
+    "ignore::pytest.PytestUnraisableExceptionWarning"  # the callbacks of the reader cause it
 )
 
 
@@ -29,7 +29,7 @@ def checkpoint_names(workdir):
 
 
 def a_state():
-    """Returns a state whose weights fill a file of their own: large, and too random to be compressed."""
+    """Returns a state whose weights fill a file of their own. They are large and too random to be compressed."""
     weights = {"large": jax.random.normal(jax.random.key(0), (200, 200)), "small": jnp.ones(3, jnp.bfloat16)}
     return TrainState(jnp.int32(1), weights, {}, ({"mu": jnp.zeros(3)},), (), jnp.int32(1))
 
@@ -50,7 +50,7 @@ DAMAGES = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Checkpoints 1 and 2 of the same state, and its weights in start/."""
+    """Saves a state as checkpoints 1 and 2, and its weights in start/."""
     directory, state = tmp_path_factory.mktemp("saved"), a_state()
     saver = checkpoints.Checkpoints(directory / "checkpoints", keep=2)
     for number in (1, 2):
@@ -61,7 +61,7 @@ def saved(tmp_path_factory):
 
 
 def damaged_copies(saved, part, folder):
-    """Yields (a copy, its damage): each file under `part` damaged in each way."""
+    """Yields (a copy, its damage) for each file under `part` and each kind of damage."""
     files = sorted(path.relative_to(saved) for path in (saved / part).rglob("*") if path.is_file())
     assert len(files) > 8
     for file in files:
@@ -246,7 +246,7 @@ def test_a_full_disk_is_a_sentence_and_costs_no_checkpoint(tmp_path):
 
 
 def saved_three_times(directory):
-    """Checkpoints 1, 2 and 3, of which two are kept. Returns their state."""
+    """Saves checkpoints 1, 2 and 3 of one state, keeps two of them, and returns the state."""
     state = TrainState(jnp.int32(1), {"weights": jnp.ones(3)}, {}, (), (), jnp.int32(1))
     saver = checkpoints.Checkpoints(directory, keep=2)
     for number in (1, 2, 3):
@@ -277,7 +277,7 @@ def test_a_kill_during_a_removal_leaves_nothing_to_offer_and_the_next_run_remove
 def test_what_earlier_kills_have_left_is_removed_at_the_start_of_a_run(part, tmp_path):
     directory = tmp_path / "checkpoints"
     state = saved_three_times(directory)
-    shutil.copytree(directory / "2", directory / "1")  # an earlier version has removed a part of it
+    shutil.copytree(directory / "2", directory / "1")  # an earlier version removed a part of it
     shutil.rmtree(directory / "1" / part) if (directory / "1" / part).is_dir() else (directory / "1" / part).unlink()
     shutil.copytree(directory / "2", directory / "4.orbax-checkpoint-tmp")
     (directory / "damaged-7").mkdir()

@@ -1,4 +1,4 @@
-"""The skeleton of the commands: flags, --help, and which error has which exit code."""
+"""Tests the skeleton of the commands: flags, --help, and the exit code of each error."""
 
 import dataclasses
 import logging
@@ -141,7 +141,7 @@ def test_help_is_as_wide_as_the_terminal(width, capsys, monkeypatch):
     assert command.run(long, ["--help"], lambda _: pytest.fail("ran"), print) == 0
     lines = capsys.readouterr().out.splitlines()
     unbreakable = [line for line in lines if len(line) > width]
-    # A command to paste, a value and a word are in one piece.
+    # Commands to paste, values and words are not split.
     whole = ("Usage: ", "  python -m ", "  --config.")
     assert all(line.startswith(whole) or len(line.split()) == 1 for line in unbreakable), unbreakable
     # The words of a paragraph and of a help text fill the lines.
@@ -281,7 +281,7 @@ def test_a_second_ctrl_c_ends_a_process_that_is_leaving(saves):
     finally:
         process.kill()
     said = "Asked to end, and saved after step 3: the same command continues from there.\n"
-    assert (process.returncode, out) == (-signal.SIGINT, "")  # a shell shows 130
+    assert (process.returncode, out) == (-signal.SIGINT, "")  # a shell shows the code 130
     assert err == (said if saves else "error: Ended by Ctrl-C, without saving.\n")
 
 
@@ -350,7 +350,7 @@ def test_done_is_0_and_the_work_gets_what_was_prepared(capsys):
 @pytest.mark.parametrize("place", ["prepare", "work"])
 def test_the_end_of_another_process_is_a_sentence_at_any_time(place, monkeypatch, capsys):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(hosts, "leave", lambda code: code)  # the process would end
+    monkeypatch.setattr(hosts, "leave", lambda code: code)  # without the patch, the process would end
     ended, fine = raising(jax.errors.JaxRuntimeError("UNAVAILABLE: connection lost")), lambda arguments: arguments
     assert command.run(COMMAND, ["--out=a"], *((ended, fine) if place == "prepare" else (fine, ended))) == 1
     assert "cannot go on: a computation that all processes share has failed" in capsys.readouterr().err

@@ -23,7 +23,7 @@ SETTINGS = (
 
 @pytest.fixture
 def user(tmp_path, monkeypatch):
-    """A user without settings of JAX, whose cache is below tmp_path; JAX's settings are restored afterwards."""
+    """Imitates a user without settings of JAX and with a cache below tmp_path. Restores JAX's settings afterwards."""
     before = {name: getattr(jax.config, name) for name in SETTINGS}
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -36,7 +36,7 @@ def user(tmp_path, monkeypatch):
 
 
 def enabled(name):
-    """Enables the cache; returns the directory that JAX uses, or ""."""
+    """Enables the cache and returns the directory that JAX uses, or ""."""
     cache.enable(name)
     assert cache.directory() == (jax.config.jax_compilation_cache_dir or "")
     return cache.directory()
@@ -67,7 +67,7 @@ def test_settings_of_jax_come_first(user, tmp_path, monkeypatch):
     for name in ("auto", str(tmp_path / "mine"), ""):
         assert enabled(name) == theirs
     jax.config.update("jax_compilation_cache_dir", None)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # JAX reads it when it is imported
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # JAX reads this variable when it is imported
     assert enabled("auto") == ""
     assert not user.exists()
 
@@ -100,13 +100,13 @@ def write_entry(directory, name, size, used):
 
 def test_the_entries_that_were_not_used_for_longest_make_room(tmp_path):
     sizes = {name: write_entry(tmp_path, name, 1000, used) for name, used in dict(a=30, b=10, c=20, d=40).items()}
-    (tmp_path / "autotuning").write_bytes(bytes(9000))  # of others: neither counted nor removed
+    (tmp_path / "autotuning").write_bytes(bytes(9000))  # a foreign file is neither counted nor removed
     names = lambda: sorted(path.name for path in tmp_path.iterdir())
     cache.clean(tmp_path, sum(sizes.values()))
     assert names() == ["a-cache", "autotuning", "b-cache", "c-cache", "checked", "d-cache"]
     cache.clean(tmp_path, sum(sizes.values()) - 1)
     assert names() == ["a-cache", "autotuning", "c-cache", "checked", "d-cache"]
-    os.utime(tmp_path / "c-cache", (50, 20))  # read, long after it was written
+    os.utime(tmp_path / "c-cache", (50, 20))  # it was read long after it was written
     cache.clean(tmp_path, 2 * sizes["c"])
     assert names() == ["autotuning", "c-cache", "checked", "d-cache"]
     cache.clean(tmp_path, 0)
@@ -134,7 +134,7 @@ def test_only_entries_since_the_last_check_are_read(tmp_path, monkeypatch):
 
 @contextlib.contextmanager
 def counting():
-    """Counts the programs that were compiled, and those that were found."""
+    """Counts the programs that were compiled (misses), and the programs that were found (hits)."""
     counts = {"hits": 0, "misses": 0}
     name = "/jax/compilation_cache/cache_"
 
@@ -150,7 +150,7 @@ def counting():
 
 
 def trained(config, directory):
-    """Trains in what is a new process as far as compiling goes; returns the metrics without timings, and the counts."""
+    """Trains with no program in memory, as in a new process. Returns the metrics without timings, and the counts."""
     jax.clear_caches()
     cache.compilation_cache.reset_cache()
     with counting() as counts:
@@ -175,14 +175,14 @@ def test_a_second_start_compiles_nothing_with_any_seed_and_gives_the_same_number
     other, counts = trained(config(seed=5), tmp_path / "other")
     assert counts["misses"] == 0 < counts["hits"] and other != without
 
-    for i, entry in enumerate(sorted(user.glob("*-cache"))):  # damaged while no run looks
+    for i, entry in enumerate(sorted(user.glob("*-cache"))):  # the entries are damaged while no run is active
         entry.write_bytes([b"", entry.read_bytes()[:-9], b"no entry"][i % 3])
     os.utime(user / "checked")
     with pytest.warns(UserWarning, match="Error reading persistent compilation cache"):
         damaged, _ = trained(config(), tmp_path / "damaged")
     assert damaged == without
     for entry in user.glob("*-cache"):
-        os.utime(entry)  # as new
+        os.utime(entry)  # the entries look new
     repaired, counts = trained(config(), tmp_path / "repaired")
     assert repaired == without and counts["misses"] > 10
     assert trained(config(), tmp_path / "last")[1]["misses"] == 0

@@ -1,4 +1,4 @@
-"""Locks of files between processes."""
+"""Tests locks of files between processes."""
 
 import signal
 import subprocess

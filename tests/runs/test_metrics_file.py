@@ -1,4 +1,4 @@
-"""metrics.jsonl, samples.jsonl and TensorBoard events: complete lines after a kill, and nothing twice after a resume."""
+"""metrics.jsonl, samples.jsonl and TensorBoard have complete lines after a kill, and no line twice after a resume."""
 
 import json
 import math
@@ -20,7 +20,10 @@ from jaxrl_reason.runs.metrics_file import MetricsWriter, read_metrics, SampleTa
 
 
 def events(directory):
-    """Returns the events under a directory in order; a record is 8 bytes of length, 4 bytes of checksum, data, 4 bytes of checksum."""
+    """Returns the events under a directory in order.
+
+    A record is 8 bytes of length, 4 bytes of checksum, data, 4 bytes of checksum.
+    """
     found = []
     for path in sorted(directory.iterdir()):
         data = path.read_bytes()
@@ -113,7 +116,7 @@ def test_a_damaged_line_is_named(tmp_path):
 
 
 def test_a_killed_run_leaves_whole_lines(tmp_path):
-    """SIGKILL in the middle of writing; every line but perhaps the last is complete, and none that was written is lost."""
+    """After SIGKILL in the middle of a write, only the last line may be incomplete, and no written line is lost."""
     script = textwrap.dedent(
         """
         import sys
@@ -167,7 +170,7 @@ def test_samples(tmp_path):
 
 
 @settings(max_examples=100, deadline=None)
-@given(text=st.text(st.characters(categories=None), max_size=50))  # lone surrogates and control characters included
+@given(text=st.text(st.characters(categories=None), max_size=50))  # including lone surrogates and control characters
 def test_any_text_is_read_back(text, tmp_path_factory):
     directory = tmp_path_factory.mktemp("samples")
     with SampleTable(directory) as table:

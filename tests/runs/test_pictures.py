@@ -1,4 +1,4 @@
-"""The learning curve and the table of metrics before and after training."""
+"""Tests the learning curve, and the table of metrics before and after training."""
 
 import io
 import json
@@ -26,14 +26,14 @@ def test_learning_curve(tmp_path):
         assert np.isclose(picture[..., :3], np.array(colour) / 255, atol=0.01).all(axis=-1).any()
 
 
-NOTHING_KEPT = {"reward": math.nan, "completions/mean_length": math.nan}  # no group informs
+NOTHING_KEPT = {"reward": math.nan, "completions/mean_length": math.nan}  # no group has different rewards
 OVER_ALL = {"dynamic_sampling/reward": 0.25, "dynamic_sampling/mean_length": 7.0}
 
 
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("metrics", [{"reward": 0.5, "completions/mean_length": 7.0}, NOTHING_KEPT | OVER_ALL])
 def test_every_run_has_curves(metrics, steps, tmp_path):
-    """A run of one step, and dynamic sampling that has kept no group."""
+    """Even a run of one step, and dynamic sampling that has kept no group, have curves."""
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         for step in range(steps):
             writer.write(step, metrics)
@@ -77,7 +77,7 @@ def test_learning_curve_of_very_little(tmp_path, lines):
 
 
 def rows_of(console):
-    """The cells of the printed tables, without the headings."""
+    """Returns the cells of the printed tables, without the headings."""
     rows = [line.strip("│ \n").split("│") for line in console.file.getvalue().splitlines() if "│" in line]
     return [[cell.strip() for cell in row] for row in rows]
 
@@ -131,7 +131,7 @@ def test_a_table_is_as_wide_as_the_terminal_and_shows_every_cell(width):
 
 
 def curve_axes(tmp_path, monkeypatch, lines):
-    """The axes of the learning curve of some metrics."""
+    """Returns the axes of the learning curve of some metrics."""
     figures = []
     savefig = figure.Figure.savefig
     monkeypatch.setattr(figure.Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k)))

@@ -1,4 +1,4 @@
-"""Profiles: the chosen steps only, also after a resume, and files that a reader finds."""
+"""Profiles have only the chosen steps, also after a resume, and readers find their files."""
 
 import jax
 import pytest
@@ -11,7 +11,7 @@ from jaxrl_reason.runs.profile import Profile
 
 @pytest.fixture
 def events(monkeypatch):
-    """Returns the list of what the profiler and the steps have done, in order."""
+    """Returns the list of events of the profiler, to which `steps` adds its steps."""
     found = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda directory: found.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: found.append("stop"))
@@ -33,7 +33,7 @@ def steps(events, directory, bounds, numbers, **options):
         ((1, 1), range(1, 3), ["start", 1, "stop", 2]),
         ((2, 3), range(3, 6), ["start", 3, "stop", 4, 5]),  # resumed after step 2
         ((2, 3), range(4, 6), [4, 5]),  # resumed after these steps
-        ((2, 9), range(1, 4), [1, "start", 2, 3, "stop"]),  # ended before
+        ((2, 9), range(1, 4), [1, "start", 2, 3, "stop"]),  # ended before the last step
         ((), range(1, 3), [1, 2]),
     ],
 )

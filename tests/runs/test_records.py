@@ -1,4 +1,4 @@
-"""Sample tables: completions as they were sampled."""
+"""Sample tables have completions as they were sampled."""
 
 import json
 from types import SimpleNamespace
@@ -50,7 +50,7 @@ def test_a_table_shows_special_tokens_but_no_end(skip_special, prompt, completio
     assert [line["completion"] for line in lines] == completions
     assert [line["correct"] for line in lines] == [False, True]
     shown = ["", "", ""] if skip_special else ["<think>", "</think>", "<bos>"]
-    assert lines[0]["tokens"] == [shown[0], "2", "3", shown[1], "5", ""]  # no text for the end token
+    assert lines[0]["tokens"] == [shown[0], "2", "3", shown[1], "5", ""]  # the end token has no text
     assert lines[0]["logprobs"] == [0.0, -0.125, -0.25, -0.375, -0.5, -0.625]
     assert lines[1]["tokens"] == [shown[2], "6"] and lines[1]["logprobs"] == [-0.75, -0.875]
 

@@ -1,4 +1,4 @@
-"""report.html of a run and comparison.html of a comparison: their numbers, sizes and safety, without a browser."""
+"""Tests report.html of a run and comparison.html without a browser: their numbers, sizes and safety."""
 
 import base64
 import hashlib
@@ -30,7 +30,7 @@ PAGE = resources.files("jaxrl_reason.runs.report").joinpath("page.html").read_te
 
 
 def curves_of(content):
-    """Returns metric -> its curve; each metric has one."""
+    """Returns {metric: curve}, with one curve per metric."""
     curves = [curve for chart in content["charts"] for curve in chart["curves"]]
     assert len({curve["name"] for curve in curves}) == len(curves)
     return {curve["name"]: curve for curve in curves}
@@ -110,7 +110,7 @@ def test_completions_are_those_of_the_run(tmp_path):
     assert first["tokens"] == ["4", " + 3 = 7", ""] and first["logprobs"] == [-0.1, -2.0, None] and "text" not in first
     assert samples["prompts"][first["prompt"]] == "Prompt of step 10: 4 + 3 = 7"
     held_out = found["held_out"]
-    assert held_out["prompts"] == ["Held out: 4 + 3 = 7"]  # one prompt over time
+    assert held_out["prompts"] == ["Held out: 4 + 3 = 7"]  # one prompt in all steps
     assert [(c["step"], c["text"], c["correct"]) for c in held_out["completions"]] == [
         (step, text, right) for step in (10, 20) for text, right in (("4 + 3 = 7", True), ("It is 8.", False))
     ]
@@ -132,7 +132,7 @@ def test_long_prompts_that_begin_alike_stay_apart_and_tokens_without_text_take_r
     assert [c["prompt"] for c in found["completions"]] == [0, 1, 0]
     assert found["prompts"] == ["a" * CHARACTERS] * 2
     assert [len(c["tokens"]) for c in found["completions"]] == [2, CHARACTERS, 1]
-    assert [c.get("cut") for c in found["completions"]] == [None, 1, None]  # else its last token would look like an end
+    assert [c.get("cut") for c in found["completions"]] == [None, 1, None]  # a cut is no end
 
 
 def test_warnings_of_the_watch(tmp_path):
@@ -240,7 +240,7 @@ def test_the_script_makes_no_markup_of_texts_and_asks_for_nothing():
     ):
         assert word not in PAGE, word
     addresses = re.findall(r"\w+://[^\s\"']+", PAGE)
-    assert addresses == ["http://www.w3.org/2000/svg"]  # a name, not an address
+    assert addresses == ["http://www.w3.org/2000/svg"]  # a name of SVG, not an address
     assert PAGE.count("CONTENT") == PAGE.count("POLICY") == 1
 
 
@@ -282,7 +282,7 @@ def test_a_report_takes_at_most_its_share_of_the_time(tmp_path, monkeypatch):
     now = [100.0]
 
     def clock():
-        now[0] += 0.25  # a writing takes 0.25 s
+        now[0] += 0.25  # a write takes 0.25 s
         return now[0]
 
     monkeypatch.setattr(report_run.time, "monotonic", clock)
@@ -315,7 +315,7 @@ def test_the_end_of_a_run_writes_its_report(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="diverged"):
         with Report(tmp_path, config, 0.01) as found:
             found.finish()
-            (tmp_path / "report.tmp").mkdir()  # cannot be written any more
+            (tmp_path / "report.tmp").mkdir()  # the report cannot be written any more
             raise RuntimeError("diverged")
     with pytest.raises(OSError, match=r"report\.html cannot be written"):
         found.finish()

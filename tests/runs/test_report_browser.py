@@ -1,4 +1,4 @@
-"""report.html and comparison.html in a real browser: they draw, sort and filter, and execute nothing of strangers."""
+"""In a real browser, report.html and comparison.html draw, sort and filter, and execute no code from texts."""
 
 import json
 
@@ -83,7 +83,7 @@ def test_completions_sort_and_filter_by_the_address(browser, page):
     assert articles(browser, "advantage") == ["-0.98", "1.02"] and set(articles(browser, "step")) == {"20"}
     browser.open(page, "set=held_out&sort=oldest&prompt=0")
     assert articles(browser, "step") == [str(step) for step in range(10, 61, 10) for _ in range(2)]
-    assert browser.run("document.querySelectorAll('p.prompt').length") == 1  # one prompt over time
+    assert browser.run("document.querySelectorAll('p.prompt').length") == 1  # one prompt in all steps
     browser.open(page, "q=8")
     assert set(browser.run("[...document.querySelectorAll('article .text')].map(p => p.textContent)")) == {"It is 8.∎"}
     browser.open(page, "filter=truncated&sort=surprising")
@@ -150,7 +150,7 @@ def test_nothing_of_strangers_is_executed(browser, hostile, page):
     texts = browser.run(
         "[...document.querySelectorAll('article .text')].slice(0, 9).map(p => p.textContent.slice(0, -1))"
     )
-    assert texts[:7] == list(HOSTILE[:7])  # as they were written
+    assert texts[:7] == list(HOSTILE[:7])  # the texts appear as they were written
     assert texts[7] == (
         "line\\u2028paragraph\\u2029half \\ud800 of a pair \\udfff, \\u0000\\u0007\\u001b[31m control, \\u202eright to left\\u2066"
     )

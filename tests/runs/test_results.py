@@ -1,4 +1,4 @@
-"""Files of results, their summary over seeds, and the tables of documents."""
+"""Tests files of results, their summary over seeds, and the tables of documents."""
 
 import json
 import pathlib
@@ -61,7 +61,7 @@ def test_a_damaged_file_of_results_is_one_sentence(line, tmp_path):
 
 
 def test_the_summary_by_hand():
-    """t(0.975, 1) = 12.7062, and of two values the standard error is half their distance."""
+    """t(0.975, 1) is 12.7062. The standard error of two values is half of their distance."""
     rows = {"hero": dict(enumerate(ENTRIES[:2])), "plain": dict(enumerate(ENTRIES[2:]))}
     found = results.summarize(rows, "hero", tasks.BASELINES)
     assert list(found) == ["start", "pointwise", "hero", "plain"]
@@ -71,7 +71,7 @@ def test_the_summary_by_hand():
     assert found["hero"]["eval/r2"] is None and found["hero"]["half_width"]["eval/r2"] is None
     assert found["hero"]["half_width"]["eval/accuracy"] == pytest.approx(12.7062 * 0.125, rel=1e-5)
     assert found["hero"]["seeds"]["eval/accuracy"] == {"0": 0.5, "1": 0.75} and found["hero"]["difference"] == {}
-    difference = found["plain"]["difference"]["eval/accuracy"]  # -.25 and -.3
+    difference = found["plain"]["difference"]["eval/accuracy"]  # the differences are -.25 and -.3
     expected = {"mean": -0.275, "low": -0.275 - 12.7062 * 0.025, "high": -0.275 + 12.7062 * 0.025}
     assert difference == pytest.approx(expected, rel=1e-5)
     run = {"config": "c", "versions": {"jax": "1"}, "seconds": 120.0, "start_seconds": 9.0}
@@ -123,7 +123,7 @@ SEVERAL = [
 
 
 def test_a_table_over_several_training_tables_by_hand():
-    """genre2 has 0.6 on a and 0.2 on b, its start 0.3 and 0.4, more 0.4 and 0.3; t(0.975, 1) / sqrt(2) = 8.9846."""
+    """genre2 has 0.6 and 0.2 on a and b, its start 0.3 and 0.4, more 0.4 and 0.3. t(0.975, 1) / sqrt(2) = 8.9846."""
     assert results.markdown(SEVERAL, ["r2"], ()) == (
         "| | r2 |\n"
         "|---|---|\n"

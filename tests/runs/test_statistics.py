@@ -1,4 +1,4 @@
-"""Intervals over seeds, against tables of Student's t and scipy."""
+"""Tests intervals over seeds against tables of Student's t and scipy."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import scipy.stats
 from jaxrl_reason.runs.statistics import Estimate, estimate, paired_difference
 
 
-@pytest.mark.parametrize("n, t", [(2, 12.706), (3, 4.303), (8, 2.365), (31, 2.042)])  # of a printed table
+@pytest.mark.parametrize("n, t", [(2, 12.706), (3, 4.303), (8, 2.365), (31, 2.042)])  # from a printed table
 def test_the_half_width_is_t_times_the_standard_error(n, t):
     values = np.linspace(-1, 3, n) ** 2
     found = estimate(list(values))
@@ -20,7 +20,7 @@ def test_the_half_width_is_t_times_the_standard_error(n, t):
 def test_intervals_cover_the_mean_in_95_of_100_cases():
     samples = np.random.default_rng(0).normal(size=(4000, 4))
     covered = [abs(e.mean) <= e.half_width for e in map(estimate, samples)]
-    assert np.mean(covered) == pytest.approx(0.95, abs=0.01)  # three standard errors
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.01)  # 0.01 is three standard errors
 
 
 @pytest.mark.parametrize("values", [[0.3], [1.0, 1.0], [0.1] * 8])
@@ -35,7 +35,7 @@ def test_values_without_a_mean_are_refused(values):
 
 
 def test_differences_are_paired_by_seed():
-    """The rows vary by 10 and their difference by 1, so the paired interval is narrow: t(1) * .7071 / sqrt(2) = 6.353."""
+    """The rows vary by 10 and their difference by 1. The paired interval is narrow, t(1) * .7071 / sqrt(2) = 6.353."""
     found = paired_difference({0: 10.0, 3: 21.0, 5: 7.0}, {3: 20.0, 0: 10.0, 9: 1.0})
     assert found.mean == 0.5 and found.seeds == 2
     assert found.half_width == pytest.approx(6.353, abs=1e-3)

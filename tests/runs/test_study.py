@@ -1,4 +1,4 @@
-"""The runs of a comparison: their configurations, and the fields that a table shows."""
+"""Tests the configurations of the runs of a comparison, and the fields that a table shows."""
 
 import pathlib
 
@@ -72,7 +72,7 @@ def test_a_start_serves_other_lengths_of_rl():
 
 
 def test_fields_that_differ_have_their_defaults():
-    """clip_high of grpo is 0.2 by default; alpha is a keyword of one row only, which sets it; beta_v is set nowhere."""
+    """clip_high of grpo is 0.2 by default. Only the row that has the keyword alpha sets it. No row sets beta_v."""
     baselines = {
         "plain": {"method": {"name": "grpo"}},
         "dapo": {"method": {"name": "dapo"}, "optimizer.learning_rate": 1e-3},
@@ -145,4 +145,4 @@ def test_a_run_is_taken_when_its_start_is_made(tmp_path):
     finish(other_1)
     assert runs.take() is None and runs.unfinished() == []
     (start_1.directory / "result.json").unlink()
-    assert runs.unfinished() == []  # no row needs it
+    assert runs.unfinished() == []  # no row needs the start

@@ -1,4 +1,4 @@
-"""Trackers: what they are told, one run after a resume, and that no tracker ends a run or keeps it waiting."""
+"""Trackers get all metrics and have one run after a resume. No tracker ends a run or makes it wait."""
 
 import json
 import pathlib
@@ -20,7 +20,7 @@ NAMES = ("wandb", "trackio", "mlflow")
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Returns a function that installs a `Fake` as all three packages, and lets it go on at the end."""
+    """Returns a function that installs a `Fake` as all three packages. Releases hanging functions at the end."""
     made = []
     for variable in ("WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(variable, raising=False)
@@ -92,7 +92,7 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_its_tracker(name, fake, tmp_pa
     first, second = told.of("init")
     kept = json.loads((tmp_path / "trackers.json").read_text())
     assert second[key] == kept[name] and [line["step"] for line in told.of("log")] == [1, 2]
-    if name == "trackio":  # its runs are found by name
+    if name == "trackio":  # trackio finds its runs by name
         assert first[key] == second[key] != tmp_path.name
     if name == "wandb":
         assert first[key] and kept[name] == "given"

@@ -1,4 +1,4 @@
-"""Messages of a long run: warnings, heartbeats, the remaining time."""
+"""Tests messages of a long run: warnings, heartbeats and the remaining time."""
 
 import io
 import math
@@ -16,7 +16,7 @@ GOOD = {"frac_reward_zero_std": 0.5, "entropy": 1.0, "reward": 0.5, "sampling/lo
 TIED, CERTAIN = GOOD | {"frac_reward_zero_std": 1.0}, GOOD | {"entropy": 0.009}
 UNKNOWN = GOOD | {"frac_reward_zero_std": None, "entropy": math.nan, "reward": None}
 MISSING = TIED | {"completions/missing_reward_ratio": 1.0, "entropy": 0.0, "reward": None}
-UNMIXED = GOOD | {  # dynamic sampling that has kept nothing, of which means are 0 or unknown
+UNMIXED = GOOD | {  # dynamic sampling has kept no group, so means are 0 or unknown
     "frac_reward_zero_std": math.nan,
     "entropy": 0.0,
     "dynamic_sampling/kept_ratio": 0.0,
@@ -97,7 +97,7 @@ def test_skipped_steps_count_in_a_row():
     assert "At step 9 the loss or its gradient was not finite, for the 3rd step in a row" in str(
         counter.error("step 9", "")
     )
-    almost = {"skipped_update_ratio": float(np.float32(1) - np.float32(6e-8))}  # a mean of 41 ones
+    almost = {"skipped_update_ratio": float(np.float32(1) - np.float32(6e-8))}  # the mean of 41 ones, rounded
     assert SkippedUpdates(3, [applied, skipped, almost]).look(skipped)
     assert not SkippedUpdates(3, [skipped, skipped, applied]).look(skipped)
 
@@ -108,7 +108,7 @@ def test_only_a_step_that_takes_long_gives_a_message():
         heart.step("Step 1", clock)
         with clock("rollout"):
             time.sleep(0.7)
-        assert 1 <= len(said) <= 3  # each time twice as long
+        assert 1 <= len(said) <= 3  # each pause is twice as long
         assert re.fullmatch(
             r"Step 1 has been going on for \d s, and is in its rollout; the first step also compiles\.", said[0]
         )
@@ -118,7 +118,7 @@ def test_only_a_step_that_takes_long_gives_a_message():
             time.sleep(0.15)
         assert said == []
         heart.step("Step 6", Clock())
-        time.sleep(1.2)  # five times as long as usual
+        time.sleep(1.2)  # five times as long as a usual step
     assert said[0].startswith("Step 6 has been going on for 1 s, and is not done.")
     count = len(said)
     time.sleep(0.5)
@@ -155,7 +155,7 @@ def test_a_patience_of_zero_prints_nothing():
 def test_without_a_terminal_every_tenth_of_the_steps_is_a_line_with_the_remaining_time():
     out = io.StringIO()
     with Progress(rich.console.Console(file=out, markup=False), "RL", 20, 10) as bar:
-        time.sleep(0.3)  # the first step, which compiles, says nothing about the rest
+        time.sleep(0.3)  # the first step compiles, and does not count
         for i in range(10):
             bar.advance(f"reward {i}")
             time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""The work directory: `begin` writes first, a kill tears nothing, and another run is refused by its fields."""
+"""In a work directory, `begin` writes first, a kill leaves whole files, and another run is refused by its fields."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Two directories of results, compared prompt by prompt; and which directory may hold the results of an evaluation."""
+"""Tests the comparison of two directories of results, prompt by prompt, and the choice of a directory for results."""
 
 import json
 import types
@@ -23,7 +23,7 @@ def record(samples=3, prompts=3, **changes):
 
 
 def write(folder, right=RIGHT, lines=None, **changes):
-    """Writes the results of an evaluation; returns its record."""
+    """Writes the results of an evaluation and returns its record."""
     folder.mkdir(parents=True, exist_ok=True)
     samples = len(next(iter(right.values())))
     found = record(samples, len(right), **changes)
@@ -51,13 +51,13 @@ def test_differences_by_hand(tmp_path):
     ours = write(tmp_path / "a")
     write(tmp_path / "b", {7: [0, 1], 4: [0, 0]})  # in another order
     found = comparison.compare(tmp_path / "a", tmp_path / "b", ours)[""]
-    assert found["prompts"] == 2  # 4 and 7
+    assert found["prompts"] == 2  # rows 4 and 7
     assert found.keys() == {"prompts", "accuracy", "pass@1", "pass@2", "maj@1", "maj@2"}
-    expected = {  # this, other: mean of row 4 and of row 7
+    expected = {  # (this, other), each a mean over the rows 4 and 7
         "accuracy": ((2 / 3 + 1) / 2, (0 + 1 / 2) / 2),
-        "pass@2": ((1 + 1) / 2, (0 + 1) / 2),  # of the pairs of 1, 0, 1 each has a correct one
+        "pass@2": ((1 + 1) / 2, (0 + 1) / 2),  # each pair of 1, 0, 1 has a correct one
         "maj@1": ((1 + 1) / 2, (0 + 0) / 2),
-        "maj@2": ((1 + 1) / 2, (0 + 0) / 2),  # x before y; x
+        "maj@2": ((1 + 1) / 2, (0 + 0) / 2),  # the votes are x (before y) and x
     }
     for name, (this, other) in expected.items():
         x = found[name]
@@ -134,7 +134,7 @@ def test_directories_of_another_evaluation_are_left_alone(tmp_path):
     ours = write(tmp_path / "evaluation")
     assert str(choose(ours)) == "evaluation" and reporting.holds(tmp_path / "evaluation", ours)
     for other in (
-        {"weights": "cd"},  # another run of the same recipe, or the same one trained again
+        {"weights": "cd"},  # another run of the same recipe, or the same run again
         {"checkpoint": 3},
         {"changed": 1.0},
         {"data": ours["data"] | {"fingerprint": "g"}},
@@ -150,7 +150,7 @@ def test_directories_of_another_evaluation_are_left_alone(tmp_path):
         "config": {"seed": 0, "steps": 9, "log": 1, "mesh": 2, "checkpoint": 3},
     }
     assert str(choose(record() | same)) == "evaluation"
-    # The folder of a set in it may hold an evaluation of its own.
+    # The folder of a set may hold an evaluation of its own.
     write(tmp_path / "own" / "first")
     sets = lambda **changes: {"sets": {"first": record(**changes), "second": record()}}
     assert str(choose(sets(), tmp_path / "own")) == "own"
@@ -193,7 +193,7 @@ def test_sets_have_their_splits_and_all_rows_unless_the_command_line_limits_them
         Config().reward,
     )
     run = types.SimpleNamespace(config=Config(), numbers=None, workdir="runs/a")
-    assert configs_of_sets(run, sets, {})["math500"].data.template == Config().data.template  # a run keeps its own
+    assert configs_of_sets(run, sets, {})["math500"].data.template == Config().data.template  # a run keeps its template
 
 
 @pytest.mark.parametrize("text", ["", "a,,b", "..", "aime24,.", "a.jsonl,b/a.csv", "a.jsonl,.a.jsonl"])

@@ -1,4 +1,4 @@
-"""The metrics of held-out completions against numbers worked by hand."""
+"""Tests the metrics of held-out completions against numbers worked by hand."""
 
 from fractions import Fraction
 import json
@@ -14,7 +14,7 @@ from jaxrl_reason.tasks.reporting import completion_lines, metric_tables
 
 
 def found(correct, **fields) -> evaluation.Evaluated:
-    """Returns an evaluation with the given verdicts; other fields have any value of the correct shape."""
+    """Returns an evaluation with the given verdicts. Other fields have any value of the correct shape."""
     correct = np.array(correct, bool)
     N, K = correct.shape
     defaults = dict(
@@ -50,11 +50,11 @@ def test_metrics_by_hand():
         "accuracy": 3 / 12,
         "avg@4": 3 / 12,
         "pass@1": 3 / 12,
-        "pass@2": (5 / 6 + 3 / 6) / 3,  # of the six pairs one, three and six are all incorrect
+        "pass@2": (5 / 6 + 3 / 6) / 3,  # one, three and six of the six pairs are incorrect
         "pass@4": 2 / 3,
-        "maj@1": 1 / 3,  # three; nobody; three, which is incorrect there
-        "maj@2": 2 / 3,  # three before four; seven; three before four
-        "maj@4": 1 / 3,  # three; x; three before four
+        "maj@1": 1 / 3,  # the votes are three, none, and three, which is incorrect
+        "maj@2": 2 / 3,  # the votes are three (before four), seven, and three
+        "maj@4": 1 / 3,  # the votes are three, x, and three (before four)
         "reward": 7 / 10,
         "rewards/accuracy": 3 / 12,
         "mean_length": 48 / 12,
@@ -66,7 +66,7 @@ def test_metrics_by_hand():
         "prompts": 3,
         "distinct_right_answers": (1 + 1 + 0) / 3,
         "distinct_right_completions": (2 + 1 + 0) / 3,
-        # The mean of three draws of 1/2, 1/4, 0 is 0 in 1 of 27 cases, and 1/2 in as many.
+        # The mean of three draws of 1/2, 1/4 and 0 is 0 in 1 of 27 cases, and 1/2 in 1 of 27.
         "accuracy_low": 0.0,
         "accuracy_high": 0.5,
     }
@@ -77,7 +77,7 @@ def test_a_mean_of_nothing_is_nan():
     metrics = evaluation.all_metrics(found([[0, 0]], total=np.full((1, 2), np.nan, np.float32)), temperature=0.0)
     assert math.isnan(metrics["mean_length_right"]) and math.isnan(metrics["reward"])
     assert metrics["mean_length_wrong"] == 1 and metrics["maj@2"] == 0 and metrics["accuracy_low"] == 0
-    assert metrics["accuracy_high"] == pytest.approx(0.79345, abs=1e-5)  # Wilson's: z**2 / (1 + z**2), z = 1.96
+    assert metrics["accuracy_high"] == pytest.approx(0.79345, abs=1e-5)  # z**2 / (1 + z**2) by Wilson, z = 1.96
     assert "entropy" not in metrics  # greedy completions have no entropy
     assert math.isnan(evaluation.all_metrics(found([[1, 1]]), temperature=1.0)["mean_length_wrong"])
 
@@ -96,7 +96,7 @@ def test_the_first_completion_with_the_majority_answer_is_judged():
 
 
 def test_votes_by_hand():
-    """A prompt without answers is not won; self-rewards weigh votes, clipped to [0, 1]; a truncated completion has none."""
+    """A prompt without answers has no correct vote. Self-rewards, clipped to [0, 1], weigh the votes."""
     nan = np.nan
     x = found(
         [[1, 0, 0], [1, 0, 0], [1, 0, 0], [1, 1, 1]],
@@ -110,7 +110,7 @@ def test_votes_by_hand():
 
 
 def test_human_values():
-    """The values are .1 .. .5 in another order; H-Acc is (.2 + 1 * .5 + .5 * .1) / 1.5, with half the weight per sample."""
+    """The values are .1 to .5 in another order, and H-Acc is (.2 + 1 * .5 + .5 * .1) / 1.5."""
     values = np.array([0.2, 0.5, 0.4, 0.1, 0.3])
     correct = [[1, 1], [1, 1], [0, 0], [0, 1], [0, 0]]
     lengths = np.array([[2, 2], [4, 6], [8, 8], [1, 1], [3, 5]])
@@ -153,18 +153,18 @@ def test_self_rewards_and_log_probabilities_as_judges_by_hand():
     assert evaluation.self_reward_metrics(completions) == {
         "self_reward_f1": pytest.approx(2 * 1 * (4 / 6) / (1 + 4 / 6)),
         "self_reward_calibration_error": pytest.approx((0.05 + 0.65 + 0.25 + 0.85 + 0.25 + 0.15 + 0.35 + 0.05) / 8),
-        "self_reward_auc": pytest.approx((6 + 5) / 12),  # 0.95 is above all six, 0.75 above all but 0.85
+        "self_reward_auc": pytest.approx((6 + 5) / 12),  # 0.95 is above all six, and 0.75 is above all but 0.85
         "self_reward_auc_within": pytest.approx(2 / 3),
-        "logprob_auc": pytest.approx((4 + 3) / 12),  # of -1, -4, -2, -6, -7, -8: four are below -3, three below -5
+        "logprob_auc": pytest.approx((4 + 3) / 12),  # of -1, -4, -2, -6, -7, -8, four are below -3 and three below -5
         "logprob_auc_within": pytest.approx(1 / 3),
         "best_of_3_accuracy": pytest.approx(1 / 3),
         "best_of_3_by_logprob": 0.0,
-        "weighted_vote": pytest.approx(1 / 3),  # 0.95 for 7, 0.9 for 8; 0.85 for 1, 0.75 for 2
+        "weighted_vote": pytest.approx(1 / 3),  # 7 has 0.95 and 8 has 0.9; 1 has 0.85 and 2 has 0.75
     }
 
 
 def test_lines_of_a_file_give_the_same_completions():
-    """Missing rewards, truncated completions and self-rewards survive the way through JSON; answers become texts."""
+    """Missing rewards, truncated completions and self-rewards survive as JSON. Answers become texts."""
     before = found(
         [[1, 0], [0, 1], [0, 0]],
         rows=[{"question": f"{i}?"} for i in range(3)],

@@ -1,4 +1,4 @@
-"""completions.jsonl of an evaluation in progress: whole batches are kept, and the rest is judged again."""
+"""Tests completions.jsonl of an unfinished evaluation. Whole batches are kept, and the rest is judged again."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ def batch(*rows, weight=(1, 1)):
     return PromptBatch(zeros, zeros == 0, np.array(rows, np.int32), np.array(weight, np.float32), [{}] * len(rows))
 
 
-HELD_OUT = [batch(0, 1), batch(3, 4), batch(6, 6, weight=(1, 0))]  # the last one is filled up with a copy
+HELD_OUT = [batch(0, 1), batch(3, 4), batch(6, 6, weight=(1, 0))]  # a copy fills the last batch
 LINES = [{"row": row, "sample": k, "text": f"{row}\n{k}"} for row in (0, 1, 3, 4, 6) for k in range(2)]
 
 

@@ -1,4 +1,4 @@
-"""Model cards: base model, licence, recipe, held-out metrics with intervals, versions, and no path of this machine."""
+"""Model cards have base model, licence, recipe, held-out metrics with intervals, versions, and no local path."""
 
 import json
 import pathlib

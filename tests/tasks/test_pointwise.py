@@ -1,4 +1,4 @@
-"""Regressors to compare with, validation rows, and scores of few samples."""
+"""Tests the regressors for comparison, validation rows, and scores of few samples."""
 
 import dataclasses
 import json
@@ -28,14 +28,14 @@ def rows_of(x, z, digits=None):
 
 def test_scores_of_few_samples_are_means_over_disjoint_parts():
     """Targets 0 and 2 have SST 2. A sample that is off by e in both rows has R2 = 1 - 2 e^2 / 2."""
-    errors = np.array([0.0, 1.0, 2.0, 1.0] * 4)  # 16 samples: the mean of 8 is off by 1, and so is the median
+    errors = np.array([0.0, 1.0, 2.0, 1.0] * 4)  # of 16 samples, the mean of 8 is off by 1, and the median too
     targets = np.array([0.0, 2.0])
     found = prediction_metrics(targets[:, None] + errors, targets, greedy=targets + 0.5)
     assert found["r2@1"] == pytest.approx(1 - np.mean(errors**2)) and found["rmse@1"] == pytest.approx(errors.mean())
     assert found["r2@8"] == found["median_r2@8"] == pytest.approx(0) == found["r2"]
     assert found["greedy_r2"] == pytest.approx(0.75) and found["greedy_rmse"] == 0.5
     assert "median_r2@1" not in found
-    # The parts are not averaged before they are scored: errors 4 and 0 have the mean R2 (1 - 16 + 1) / 2, not 1 - 2^2.
+    # Parts are scored before they are averaged. Errors 4 and 0 have the mean R2 (1 - 16 + 1) / 2, not 1 - 2^2.
     halves = np.repeat([4.0, 0.0], 8)
     assert prediction_metrics(targets[:, None] + halves, targets)["r2@8"] == pytest.approx(-7)
     few = prediction_metrics(np.zeros((2, 8)), targets)
@@ -48,7 +48,7 @@ def test_validation_batches_have_each_row_once():
     batches = solution_batches(rows, (4, np.arange(4)))
     assert [batch.completion_mask.all(axis=1).tolist() for batch in batches] == [[True] * 4, [True] + [False] * 3]
     assert np.concatenate([b.completion_tokens[b.completion_mask[:, 0]] for b in batches]).tolist() == digits.tolist()
-    second = solution_batches(rows, (4, np.array([2, 3])))  # of the second of two processes
+    second = solution_batches(rows, (4, np.array([2, 3])))  # the rows of the second of two processes
     assert [batch.completion_mask[:, 0].tolist() for batch in second] == [[True, True], [False, False]]
     assert second[0].features[:, 0].tolist() == [2, 3]
 
@@ -57,7 +57,7 @@ def test_least_squares_by_hand_with_columns_that_are_collinear():
     x = np.array([[0, 0], [1, 2], [2, 4], [3, 6]])
     train_rows, held_out = rows_of(x, [1, 3, 5, 7]), rows_of([[5, 10], [-1, -2]], [11, -1.5])  # z = 1 + 2 a
     found = pointwise.least_squares(train_rows, held_out)
-    assert found["least_squares/rmse"] == pytest.approx(np.sqrt(0.125), rel=1e-4)  # errors 0 and 0.5
+    assert found["least_squares/rmse"] == pytest.approx(np.sqrt(0.125), rel=1e-4)  # the errors are 0 and 0.5
     assert found == {
         f"least_squares/{k}": pytest.approx(v, rel=1e-4)
         for k, v in metrics.regression_scores([11, -1], [11, -1.5]).items()
@@ -65,7 +65,7 @@ def test_least_squares_by_hand_with_columns_that_are_collinear():
 
 
 def test_validation_rows_choose_the_step():
-    """The weight moves from 0 towards 1; on validation rows 0.5 is best."""
+    """The weight moves from 0 towards 1. On validation rows, 0.5 is best."""
     ones = np.ones((8, 1))
     predict = lambda w, x: w * x[:, 0]
     settings = dict(steps=40, batch_size=8, learning_rate=0.1, seed=0, every=1)
@@ -129,7 +129,7 @@ def test_no_step_at_all_raises(table):
 
 @pytest.mark.runs
 def test_the_supervised_phase_ends_with_the_weights_of_the_lowest_validation_loss(table, tmp_path):
-    """The losses of steps 2, 4 and 6 are made up; that of step 4 is the lowest. A run that dies in step 6 goes on."""
+    """The losses of steps 2, 4 and 6 are made up, and step 4 has the lowest. A run that dies in step 6 continues."""
     seen = []
 
     def run_with(losses):
@@ -147,12 +147,12 @@ def test_the_supervised_phase_ends_with_the_weights_of_the_lowest_validation_los
 
     with pytest.raises(IndexError):
         train.train(run_with([3.0, 1.0]))  # no loss is left in step 6
-    done = run_with([1.0, 2.0])  # that of the best weights, then that of step 6
+    done = run_with([1.0, 2.0])  # the losses of the best weights and of step 6
     train.train(done)
     lines = lines_of(tmp_path / "run" / "supervised")
     assert [line["validation/loss"] for line in lines if "validation/loss" in line] == [3, 1, 2]
     start = checkpoints.load_params(tmp_path / "run" / "start", done.programs.abstract_state.trained)
-    np.testing.assert_array_equal(start["final_norm"], seen[2])  # step 4
+    np.testing.assert_array_equal(start["final_norm"], seen[2])  # the weights of step 4
     np.testing.assert_array_equal(seen[4 + 2], seen[2])
     assert not np.array_equal(seen[2], seen[-1])
 

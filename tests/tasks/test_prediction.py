@@ -1,4 +1,4 @@
-"""Predictions for new rows: `generate` on a run that predicts numbers, and the rows that it refuses."""
+"""Tests predictions for new rows: `generate` on a run that predicts numbers, and the rows that it refuses."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_rows_that_do_not_fit_are_refused(row, said):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, quick_compilation):
-    """A run on y = 2 a - b; its directory and its table."""
+    """Trains a run on y = 2 a - b, and returns its directory and its table."""
     folder = tmp_path_factory.mktemp("numbers")
     a, b = np.random.default_rng(0).normal(size=(2, 50)).round(3)
     lines = ["a,b,y", *(f"{x},{y},{2 * x - y:.4f}" for x, y in zip(a, b))]

@@ -1,4 +1,4 @@
-"""The task of GenRe2: the vocabulary, the rewards, and a policy that learns to predict."""
+"""Tests the task of GenRe2: the vocabulary, the rewards, and a policy that learns to predict."""
 
 import json
 import types
@@ -22,7 +22,7 @@ from jaxrl_reason.tasks.regression.evaluation import prediction_metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-SCALE = TargetScaler(mean=0.0, std=1.0, low=-1.5, high=2.5)  # METHODS: z from -1.5 to 2.5
+SCALE = TargetScaler(mean=0.0, std=1.0, low=-1.5, high=2.5)  # METHODS has z from -1.5 to 2.5
 EVERYWHERE = sharding.batch_sharding(sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
 
 
@@ -62,7 +62,7 @@ def test_the_vocabulary_is_digits_then_the_begin_token():
     np.testing.assert_array_equal(digits.legal, [[True, True, False]] * 8)
     assert digits.prompts(None, 2) == [[2], [2]]
     assert digits.decode_batch([[2], [1, 0, 1, 1, 0, 0, 1, 1]]) == ["(features)", "1 0 1 1 0 0 1 1"]
-    # 0.7 of the unit interval is z = -1.5 + 0.7 * 4 = 1.3; 8 binary digits of it are 179/256.
+    # 0.7 of the unit interval is z = -1.5 + 0.7 * 4 = 1.3. Its 8 binary digits are 179/256.
     ids = digits.encode(np.array([1.3]))
     assert ids.tolist() == [[1, 0, 1, 1, 0, 0, 1, 1]]
     np.testing.assert_allclose(digits.decode(ids), [-1.5 + 4 * 179 / 256], rtol=1e-6)
@@ -124,7 +124,7 @@ def test_a_policy_learns_to_predict_and_reports_the_pointwise_regressor(table, t
     )
     train.train(train.setup(config, tmp_path / "run"))
     before, after = lines_of(tmp_path / "run")[0], lines_of(tmp_path / "run")[-1]
-    assert before["eval/r2"] > 0.6 and after["eval/r2"] > 0.6  # 0: as good as the mean
+    assert before["eval/r2"] > 0.6 and after["eval/r2"] > 0.6  # the mean has 0
     assert before["pointwise/r2"] > 0.9
     assert after["completions/mean_length"] == 8 and after["completions/clipped_ratio"] == 0
     assert after["sampling/logp_difference_max"] < 1e-4
@@ -201,7 +201,7 @@ def test_the_other_alphabets_as_text_with_the_group_estimator(table, tmp_path, n
 def test_the_dense_expert_term_is_in_the_loss(table, tmp_path):
     config = a_config(table, method={"name": "genre2", "expert_coefficient": 0.05})
     train.train(train.setup(config, tmp_path / "run"))
-    # A fresh policy is almost uniform on two digits: ln 2 per digit.
+    # A fresh policy is almost uniform on two digits, so the loss is ln 2 per digit.
     assert lines_of(tmp_path / "run")[0]["expert/loss"] == pytest.approx(np.log(2), abs=0.1)
 
 
@@ -262,7 +262,7 @@ def test_a_start_with_another_scale_of_numbers_raises(table, tmp_path):
 
 @pytest.mark.runs
 def test_rows_with_human_values_under_genre2_and_rlev(table, tmp_path):
-    """Advantages of RLOO are multiplied by 1 + min(alpha v, 1): by 1 for the value 0, by 2 for the value 1."""
+    """Advantages of RLOO are multiplied by 1 + min(alpha v, 1), which is 1 for the value 0 and 2 for the value 1."""
     header, *lines = table.read_text().splitlines()
     worth = tmp_path / "worth.csv"
     worth.write_text("\n".join([f"{header},v", *(f"{line},{i % 2}" for i, line in enumerate(lines))]) + "\n")

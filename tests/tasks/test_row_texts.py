@@ -1,4 +1,4 @@
-"""Rows of tables as text: every digit of the file, and one prompt per set of features."""
+"""Tests rows of tables as text, with every digit of the file and one prompt per set of features."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The sentences about LaSeR's constant."""
+"""Tests the sentences about LaSeR's constant."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from jaxrl_reason.tasks import self_reward
 @pytest.mark.parametrize(
     "c_ref, std, words",
     [
-        (-10.0, 2.0, []),  # exactly enough: 0.1 * 10 is 1, and 0.1 * 2 is the largest spread
+        (-10.0, 2.0, []),  # just enough, because 0.1 * 10 is 1 and 0.1 * 2 is the largest spread
         (-9.5, 0.0, ["at most 0.95", "beta_v to 0.11 or more"]),
         (-4.0, 1.0, ["at most 0.40", "beta_v to 0.25 or more"]),
         (-23.0, 2.4, ["standard deviation of 2.4 nats", "one of 0.24 instead of 0", "reference='exact'"]),

@@ -1,4 +1,4 @@
-"""The task of text problems: the columns of the data that signals read."""
+"""Tests the columns of the data that signals read in the task of text problems."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Runs on data that people have: CSV files, conversations, rows without an answer, and a PEFT directory as model."""
+"""Tests runs on common data: CSV files, conversations, rows without an answer, and a PEFT directory as model."""
 
 import dataclasses
 import json
