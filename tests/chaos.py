@@ -333,7 +333,7 @@ def kill_once(case: Case, seconds: float, rng: random.Random) -> tuple[bool, str
 
 
 def left_alone(case: Case, patience: float = 20) -> list[str]:
-    """Waits up to `patience` seconds for the end of all processes of a case. Returns the commands of the others."""
+    """Waits up to `patience` seconds for the end of all processes of a case. Returns the commands of the rest."""
     mark, deadline = f"CHAOS={case.folder}".encode(), time.monotonic() + patience
     while True:
         found = []

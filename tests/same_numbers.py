@@ -1,12 +1,12 @@
-"""Compares the numbers of short runs before and after a change that must not change any.
+"""Compares the numbers of short runs before and after a change that must not change them.
 
     git worktree add /tmp/before HEAD~3
     python tests/same_numbers.py record /tmp/before.json --checkout=/tmp/before
     python tests/same_numbers.py record /tmp/after.json
     python tests/same_numbers.py compare /tmp/before.json /tmp/after.json
 
-`record` runs the quickstart and the recipes of the five methods, a few steps each, on the CPU. `compare` prints one line per recipe and exits with 1
-if `metrics.jsonl` or `samples.jsonl` differ in anything but timings.
+`record` runs the quickstart and the recipes of the five methods for a few steps on the CPU. `compare` prints one line
+per recipe. It exits with 1 if `metrics.jsonl` or `samples.jsonl` differ in anything but timings.
 """
 
 import argparse
@@ -38,7 +38,7 @@ TIMINGS = ("perf/", "time")
 
 
 def run(checkout: pathlib.Path, recipe: str, workdir: pathlib.Path) -> dict[str, list[dict]]:
-    """Trains a shortened recipe with the code of `checkout`; returns the lines of its files without timings."""
+    """Trains a shortened recipe with the code of `checkout`, and returns the lines of its files without timings."""
     changes = SHORT | OF_RECIPE.get(recipe, {})
     command = [sys.executable, "-m", "jaxrl_reason.train", f"--config=configs/{recipe}.py", f"--workdir={workdir}"]
     command += [f"--config.{name}={value}" for name, value in changes.items()]
@@ -56,7 +56,7 @@ def run(checkout: pathlib.Path, recipe: str, workdir: pathlib.Path) -> dict[str,
 
 
 def differences(before: dict[str, list[dict]], after: dict[str, list[dict]]) -> list[str]:
-    """The places in which two runs differ, as text."""
+    """Returns texts about the places in which two runs differ."""
     found = [f"{name} is in one run only" for name in before.keys() ^ after.keys()]
     for name in sorted(before.keys() & after.keys()):
         if len(before[name]) != len(after[name]):

@@ -1,4 +1,7 @@
-"""The structure of the package: imports point one way, files and functions are short. ARCHITECTURE.md explains the rooms."""
+"""Tests that imports of the package point one way, and that files and functions are short.
+
+ARCHITECTURE.md explains the rooms.
+"""
 
 import ast
 import pathlib
@@ -20,9 +23,9 @@ ROWS = (
     ("bench", "evaluate", "export", "generate", "report", "train"),
     ("compare", "replay", "reward_training"),
 )
-# Within a row, rooms do not import each other, except these.
+# Within a row, rooms do not import each other, except for these pairs.
 SAME_ROW = {("methods", "advantages"), ("methods", "losses")}
-ENTRIES = 24  # in jaxrl_reason/, at most
+ENTRIES = 24  # at most so many entries in jaxrl_reason/
 LINES, FUNCTION_LINES = 450, 80
 
 MODULES = {
@@ -32,7 +35,7 @@ MODULES = {
 
 
 def imports(path: pathlib.Path, late: bool) -> set[str]:
-    """The modules of the package that a file imports, at its top or (late) inside functions."""
+    """Returns the modules of the package that a file imports at its top, or inside functions if `late` is true."""
     tree, found = ast.parse(path.read_text()), set()
     inside = {id(x) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for x in ast.walk(f)}
     for node in ast.walk(tree):

@@ -1,4 +1,4 @@
-"""The signal and the auxiliary loss of ARCHITECTURE.md work: they are added to a copy of the package, in two files each."""
+"""The signal and the auxiliary loss of ARCHITECTURE.md work in a copy of the package, added in two files each."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Every command of the package runs: one tiny run is trained, and the other commands work on it."""
+"""Runs every command of the package. One tiny run is trained, and the other commands work on it."""
 
 import configparser
 import json
@@ -30,7 +30,7 @@ def overflowing(completion_ids, **_):
 """
 
 
-COMMANDS = {  # command -> flags that it accepts; the first of them is required
+COMMANDS = {  # command -> flags that it accepts, first the required one
     "train": (train.main, ["--config=configs/quickstart.py", "--workdir=w"]),
     "reward_training": (reward_training.main, ["--config=configs/hero.py", "--workdir=w"]),
     "compare": (compare.main, ["--config=configs/hero.py", "--workdir=w", "--seeds=2", "--only=hero", "--results=r"]),
@@ -67,7 +67,7 @@ def test_help_fits_into_the_terminal(width, monkeypatch, capsys):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_an_unknown_or_a_missing_flag_is_one_sentence(name, capsys):
     main, flags = COMMANDS[name]
-    missing = flags[:1] if name == "bench" else flags[1:]  # bench has no required flag: there a value is missing
+    missing = flags[:1] if name == "bench" else flags[1:]  # bench has no required flag, so a value is missing
     for arguments in ([*flags, "--nonsense=1"], missing):
         assert main(arguments) == 2
         captured = capsys.readouterr()
@@ -83,7 +83,7 @@ def test_the_process_has_the_exit_code_and_no_traceback(tmp_path):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """The work directory of a run that has trained a reward model and then a policy."""
+    """Trains a reward model and then a policy, and returns the work directory."""
     folder = tmp_path_factory.mktemp("commands")
     learned = dict(
         reward__functions=["accuracy", "reward_model"],
@@ -242,7 +242,7 @@ def test_the_package_lists_its_commands(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "50")
     assert listing.main([]) == 0
     narrow = capsys.readouterr().out
-    assert narrow.split() == out.split() and max(map(len, narrow.splitlines()[:-1])) <= 50  # the example is in one line
+    assert narrow.split() == out.split() and max(map(len, narrow.splitlines()[:-1])) <= 50  # the example is on one line
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_the_version_has_one_place():
 
 
 def test_a_command_says_what_it_refuses_without_the_libraries_of_data_and_pictures():
-    """They take half a second of the two that a refusal takes."""
+    """Their import would take half a second of the two seconds of a refusal."""
     code = "import sys, jaxrl_reason.train; print(sorted({'matplotlib', 'tensorflow_datasets'} & sys.modules.keys()))"
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
@@ -273,7 +273,7 @@ def test_a_command_says_what_it_refuses_without_the_libraries_of_data_and_pictur
 
 
 def test_plan(tmp_path):
-    """In a process of its own, because libtpu stays loaded."""
+    """The plan runs in a process of its own, because libtpu stays loaded."""
     pytest.importorskip("libtpu")
     out = tmp_path / "plan.json"
     recipe = write_recipe(tmp_path / "recipe.py", tiny("rows.jsonl"))

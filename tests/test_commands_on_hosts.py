@@ -1,4 +1,4 @@
-"""compare, reward_training, export and generate in two processes, which jax connects: the results are those of one process."""
+"""In two processes, compare, reward_training, export and generate give the results of one process."""
 
 import json
 
@@ -39,7 +39,7 @@ def recipes(tmp_path_factory):
 
 
 def run(command, recipes, shared_programs, kind):
-    """Runs a command by one and by two processes; returns both work directories, and the outputs of the two."""
+    """Runs a command by one and by two processes. Returns both work directories and the outputs of two processes."""
     folder, files = recipes
     for n in (1, 2):
         flags = [f"--config={files[kind, n]}", f"--workdir={folder / f'{command}{n}'}"]
@@ -77,7 +77,7 @@ def test_compare(compared):
     one, two, ((first, _), (other, _)) = compared
     rows = [json.loads((directory / "comparison.json").read_text()) for directory in (one, two)]
     for row in (row for found in rows for row in found.values()):
-        for name in ("difference", "half_width", "runs"):  # quotients of rounding errors; seconds
+        for name in ("difference", "half_width", "runs"):  # these are quotients of rounding errors, or seconds
             row.pop(name, None)
     assert list(rows[0]) == ["start", "grpo", "loo"]
     close(*rows)

@@ -1,4 +1,4 @@
-"""A recipe and its baselines: one start for all, one row for each."""
+"""Tests a recipe and its baselines, which share one start and have one row each."""
 
 import io
 import json
@@ -22,12 +22,12 @@ from jaxrl_reason.runs import checkpoints, results, study
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROWS = ("method", "leave_one_out")
-OTHER = {"optimizer.b1": 0.8}  # a change
+OTHER = {"optimizer.b1": 0.8}  # the change of a row
 
 
 @pytest.fixture
 def untrained(monkeypatch):
-    """Runs that end at once, with an accuracy of one half."""
+    """Replaces training, so that runs end at once with an accuracy of one half."""
     monkeypatch.setattr(results, "evaluations", lambda *_: [{"step": 0, "eval/accuracy": 0.5}])
     monkeypatch.setattr(results, "seconds", lambda *_: 0.0)
 
@@ -58,7 +58,7 @@ def test_all_runs_begin_with_the_same_weights_and_give_a_row_each(tmp_path, caps
     different = [not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(like))]
     assert any(different)  # the supervised start, not the random weights
     assert json.loads((directory / "leave_one_out" / "config.json").read_text())["config"]["method"] == {"name": "rloo"}
-    # The same command again trains nothing and finds the same figures.
+    # The same command again trains nothing and finds the same metrics.
     capsys.readouterr()
     assert compare.compare(config, LOO, tmp_path / "runs") == rows
     assert capsys.readouterr().out == "3 of 3 runs are finished.\n"
@@ -90,7 +90,7 @@ def test_one_row_after_the_other_is_the_comparison_of_both(tmp_path, capsys):
     assert list(compare_again("runs", only=["Leave-one-out"])) == ["start", "Leave-one-out"]
     assert not (tmp_path / "runs" / "seed-0" / "method").exists()
     assert list(compare_again("runs", only=["grpo"], results_file=results_file)) == ["start", "grpo", "Leave-one-out"]
-    # The file of results has all finished runs. With a part of them, another work directory goes on, and adds the others.
+    # The file of results has all finished runs. With some of them, another work directory continues and adds the rest.
     all_entries = results.read(results_file)
     assert [(entry["row"], entry["seed"], entry["recipe"]) for entry in all_entries] == [
         ("grpo", 0, True),
@@ -113,11 +113,11 @@ def test_one_row_after_the_other_is_the_comparison_of_both(tmp_path, capsys):
     assert rows == first
     found = results.read(results_file)
     assert found[0] == all_entries[0] and found[1]["evaluations"] == all_entries[1]["evaluations"]
-    # Nothing is left: no run, and no start.
+    # Neither a run nor a start is left to do.
     capsys.readouterr()
     compare_again("nowhere", results_file=results_file)
     assert capsys.readouterr().out == "3 of 3 runs are finished.\n"
-    # Results of another configuration are never mixed in, or replaced.
+    # Results of another configuration are never mixed in or replaced.
     other = study.variant(config, {"optimizer.b1": 0.8})
     message = "The file of --results has seed 0 of 'grpo' with another configuration; name another file, or remove such"
     with pytest.raises(ConfigError, match=message):
@@ -225,7 +225,7 @@ def test_a_baseline_that_cannot_begin_is_named_when_the_method_has_ended(tmp_pat
     monkeypatch.setattr(train, "train", lambda run: trained.append(len(comparison.pending)))
     with pytest.raises(ConfigError, match="The baseline 'other' cannot begin: .*nope"):
         compare.train_all(comparison)
-    assert trained == [0]  # the method's run was handed over
+    assert trained == [0]  # the method's run is not pending any more
 
 
 HOLD = "import pathlib, sys; from jaxrl_reason.runs import locks; lock = locks.take(pathlib.Path(sys.argv[1])); print(); input()"
@@ -234,7 +234,7 @@ HOLD = "import pathlib, sys; from jaxrl_reason.runs import locks; lock = locks.t
 @pytest.mark.processes
 @pytest.mark.parametrize("ended", ["killed", "finished", "signal"])
 def test_a_process_waits_for_the_runs_of_others(ended, tmp_path, monkeypatch, capsys, untrained):
-    """It takes up the run of a killed process, and leaves one that is finished in the meantime."""
+    """It continues the run of a killed process, and leaves a run alone that finishes in the meantime."""
     config = tiny(write_rows(tmp_path / "rows.jsonl"), eval__every=1)
     comparison = compare.prepare(config, {"other": OTHER}, tmp_path / "runs")
     other = tmp_path / "runs" / "seed-0" / "other"
@@ -325,7 +325,7 @@ def words(console):
 
 
 def test_the_tables_of_several_seeds_have_intervals_and_the_fields_that_differ():
-    """t(0.975, 2) = 4.30265: 50, 60, 70 % are 60 ± 24.8; the differences 10, 20, 30 are 20 ± 24.8."""
+    """With t(0.975, 2) = 4.30265, 50, 60 and 70 % are 60 ± 24.8, and the differences 10, 20 and 30 are 20 ± 24.8."""
     entry = lambda x: {"step": 1, "eval/accuracy": x}
     row = lambda values: {
         seed: {

@@ -1,4 +1,4 @@
-"""Several processes that work on one comparison: each run is made once, and a killed process's run is taken up by another one."""
+"""Tests several processes on one comparison. Each run is trained once. A killed process's run is continued."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def spread(completion_ids, **_):
 
 @pytest.fixture
 def compare(tmp_path, shared_programs):
-    """Starts `compare` of two rows with two seeds, in a directory, as a process; its output is in a file NAME.log."""
+    """Returns a function that starts `compare` of two rows with two seeds as a process. NAME.log has its output."""
     (tmp_path / "slow.py").write_text(SLOW)
     config = tiny(
         write_rows(tmp_path / "rows.jsonl"),
@@ -59,12 +59,12 @@ def compare(tmp_path, shared_programs):
 
 
 def announced(tmp_path, name):
-    """The directories of the runs that a process has begun, in order."""
+    """Returns the directories of the runs that a process has begun, in order."""
     return [match[2] for match in ANNOUNCED.finditer((tmp_path / f"{name}.log").read_text())]
 
 
 def wait_for_a_run(tmp_path, name, process):
-    """Waits until a process is in the middle of a run, after its second step; returns the directory of the run."""
+    """Waits until a process has done two steps of a run, and returns the directory of the run."""
     while process.poll() is None:
         directory = announced(tmp_path, name)[-1:]
         file = tmp_path / directory[0] / "metrics.jsonl" if directory else None
@@ -83,7 +83,7 @@ def outcome(directory):
 
 
 def test_a_killed_process_is_replaced_and_nothing_differs(compare, tmp_path):
-    """The outcome is that of one process: every number of the table, and every file of each run, bit for bit."""
+    """Every number of the table, and every file of each run, is equal to the outcome of one process, bit for bit."""
     first, second = compare("first", "shared"), compare("second", "shared")
     killed = wait_for_a_run(tmp_path, "first", first)
     before = {name: announced(tmp_path, name) for name in ("first", "second")}
@@ -93,12 +93,13 @@ def test_a_killed_process_is_replaced_and_nothing_differs(compare, tmp_path):
 
     shared, alone = tmp_path / "shared", tmp_path / "alone"
     after = announced(tmp_path, "second")
-    assert before["first"] and before["second"] and not {*before["first"]} & {*before["second"]}  # at the same time
-    assert killed in after  # taken up
+    # Both processes had runs at the same time.
+    assert before["first"] and before["second"] and not {*before["first"]} & {*before["second"]}
+    assert killed in after  # the other process continues it
     assert {*before["first"], *after} == {
         str(shared / f"seed-{s}" / r) for s in (0, 1) for r in ("start", "method", "loo")
     }
-    assert len(after) + len(before["first"]) == 7  # the killed run was begun twice, and no other one
+    assert len(after) + len(before["first"]) == 7  # only the killed run was begun twice
     assert "Going on from" in (tmp_path / "second.log").read_text()
     assert outcome(shared) == outcome(alone) and len(outcome(alone)["grpo"]["runs"]) == 2
     for directory in announced(tmp_path, "alone"):

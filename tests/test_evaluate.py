@@ -1,4 +1,4 @@
-"""The evaluate command on tiny runs: the files it writes, its errors, and that the run stays unchanged."""
+"""Tests the evaluate command on tiny runs: its files and errors. The run stays unchanged."""
 
 import hashlib
 import json
@@ -50,7 +50,7 @@ def broken(completions, **_):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, rewards, quick_compilation):
-    """A run with an accuracy between 0 and 1: (configuration, work directory, a copy after one of two steps)."""
+    """Trains to an accuracy between 0 and 1. Returns (configuration, work directory, a copy after one of two steps)."""
     folder = tmp_path_factory.mktemp("trained")
     config = tiny(
         write_rows(folder / "rows.jsonl", [row | {"value": 1 / (i + 1)} for i, row in enumerate(DIGITS)]),
@@ -77,7 +77,7 @@ def trained(tmp_path_factory, rewards, quick_compilation):
 
 
 def command(workdir, out, *flags) -> dict:
-    """Runs the command; returns the content of evaluation.json."""
+    """Runs the command and returns the content of evaluation.json."""
     assert evaluate.main([f"--workdir={workdir}", f"--out={out}", *flags]) == 0
     return json.loads((out / "evaluation.json").read_text())
 
@@ -87,7 +87,7 @@ def completions(out) -> list[dict]:
 
 
 def contents(directory) -> dict:
-    """Returns digest and time of modification of every file and folder below, without the folder of results."""
+    """Returns the digest and the time of modification of every file and folder below, except for the results."""
     below = [path for path in directory.rglob("*") if (directory / "evaluation") not in (path, *path.parents)]
     digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
     return {str(path): (path.stat().st_mtime_ns, digest(path)) for path in below}
@@ -105,7 +105,7 @@ def test_the_command_agrees_with_the_evaluation_in_the_run_and_changes_nothing_t
     ]
     record = json.loads((workdir / "evaluation" / "evaluation.json").read_text())
     last = read_metrics(workdir / "metrics.jsonl")[-1]
-    assert 0 < last["eval/accuracy"] < 1  # otherwise the comparisons below show nothing
+    assert 0 < last["eval/accuracy"] < 1  # otherwise the comparisons below would be trivial
     names = {name.removeprefix("eval/") for name in last if name.startswith("eval/")}
     assert names >= {"accuracy", "pass@3", "mean_length", "clipped_ratio", "prompts", "h_accuracy", "self_reward_f1"}
     assert {name: record["metrics"][name] for name in names} == {n: pytest.approx(last[f"eval/{n}"]) for n in names}
@@ -125,7 +125,7 @@ def test_every_number_follows_from_the_completions(trained, tmp_path):
     """All metrics are recomputed in plain Python from completions.jsonl."""
     record = command(trained[1], tmp_path, "--samples=5", "--split=[4:]", "--prompts=20", "--temperature=1.5")
     lines, numbers = completions(tmp_path), record["metrics"]
-    assert record["data"]["split"] == "[4:]" and record["prompts"] == 16  # all rows
+    assert record["data"]["split"] == "[4:]" and record["prompts"] == 16  # all rows of the split
     assert [(line["row"], line["sample"]) for line in lines] == [(n, k) for n in range(16) for k in range(5)]
     for line in lines:
         row = DIGITS[line["row"] + 4]
@@ -201,7 +201,7 @@ def test_fewer_samples_are_the_first_ones_and_again_is_the_same(trained, tmp_pat
 def test_an_evaluation_overwrites_no_other(trained, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(trained[1], workdir, ignore=shutil.ignore_patterns("evaluation*"))
-    (workdir / "evaluation.json").write_text("{}")  # of an earlier version
+    (workdir / "evaluation.json").write_text("{}")  # a file of an earlier version
     contents = lambda: {p: p.read_bytes() for p in workdir.glob("evaluation*/*")}
     samples = lambda: {
         p.parent.name: json.loads(p.read_bytes())["samples"] for p in workdir.glob("evaluation*/evaluation.json")
@@ -213,7 +213,7 @@ def test_an_evaluation_overwrites_no_other(trained, tmp_path, capsys):
         assert len(contents()) == len(before) + 3
     assert samples() == {"evaluation": 3, "evaluation-2": 2, "evaluation-3": 2, "evaluation-4": 2}
     before = contents()
-    # The same evaluation again, in other words.
+    # Other flags ask for the same evaluation again.
     for flags in (["--config.eval.samples=2"], ["--config.log.progress=true", "--samples", "3"], ["--checkpoint=152"]):
         assert evaluate.main([f"--workdir={workdir}", *flags]) == 0
     assert before.keys() == contents().keys()
@@ -222,7 +222,7 @@ def test_an_evaluation_overwrites_no_other(trained, tmp_path, capsys):
     (workdir / "evaluation-2" / "evaluation.json").unlink()
     assert evaluate.main([f"--workdir={workdir}", "--samples=1"]) == 0
     assert samples() == {"evaluation": 3, "evaluation-2": 1, "evaluation-3": 2, "evaluation-4": 2}
-    # A directory of the flag is never overwritten, and no other one is written instead.
+    # A directory that --out names is never overwritten, and no other one is written instead.
     before = contents()
     error = refusal(capsys, f"--workdir={workdir}", f"--out={workdir / 'evaluation'}", "--samples=2")
     assert "holds another evaluation; name another directory" in error and contents() == before
@@ -314,7 +314,7 @@ def test_training_goes_on_as_if_it_had_not_been_evaluated(trained, tmp_path):
 
 
 def test_a_reward_model_scores_in_microbatches_on_the_mesh_as_in_training(tmp_path, monkeypatch):
-    """The scoring program has the microbatches and the mesh of training; scores of one piece are equal."""
+    """The scoring program has the microbatches and the mesh of training. Scores in one piece are equal."""
     pairs = [row | {"chosen": row["solution"], "rejected": "#### 11"} for row in DIGITS]
     config = tiny(
         write_rows(tmp_path / "rows.jsonl", pairs),
@@ -350,13 +350,13 @@ def test_a_reward_model_scores_in_microbatches_on_the_mesh_as_in_training(tmp_pa
     mesh = run.programs.sharding.mesh
     score = model_training.load_scorer(config, tmp_path / "run", run.tokenizer, mesh, batch_size=4)
     scores, metrics = score(rollout, None)
-    assert traced == [(4, dict(mesh.shape))] and metrics == {}  # of 4 prompts 4 microbatches, not 8
+    assert traced == [(4, dict(mesh.shape))] and metrics == {}  # 4 prompts are 4 microbatches, not 8
     assert len(np.unique(scores)) == 8
     np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
 
 
 def on_four_devices(workdir, out, shared_programs) -> None:
-    """Runs the command in a process with four devices, which share prompts and weights."""
+    """Runs the command in a process with four devices, which split prompts and weights."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     env |= {name.upper(): str(value) for name, value in shared_programs.items()}
     mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2"]
@@ -422,7 +422,7 @@ def exported(trained, tmp_path_factory):
 
 
 def flags_of_the_run(config) -> list[str]:
-    """Returns flags with which a model is asked what the run's evaluation asks."""
+    """Returns flags with which a model gets the questions of the run's evaluation."""
     fields = {"data.template": "plain", "max_prompt_length": 4, "data.columns": "{}"}
     return [
         *(f"--config.{name}={value}" for name, value in fields.items()),
@@ -440,7 +440,7 @@ def test_a_model_is_evaluated_as_the_run_that_exported_it(trained, exported, tmp
     assert without(tmp_path / "out") == without(tmp_path / "run") and len(completions(tmp_path / "out")) == 21
     assert found["metrics"] == {name: record["metrics"][name] for name in found["metrics"]}
     assert (found["model"], found["checkpoint"], found["phase"]) == (str(exported), None, "pretrained")
-    # From the hub, at the commit that is read.
+    # A model of the hub is named with its commit.
     commit = hub_cache("model", "us/digits", {path.name: path.read_bytes() for path in exported.iterdir()})
     assert evaluate.main(["--model=us/digits", f"--out={tmp_path / 'hub'}", *flags_of_the_run(config)]) == 0
     assert json.loads((tmp_path / "hub" / "evaluation.json").read_text())["model"] == f"us/digits@{commit}"
@@ -448,7 +448,7 @@ def test_a_model_is_evaluated_as_the_run_that_exported_it(trained, exported, tmp
 
 
 def test_a_run_against_the_model_that_it_became_differs_in_nothing(trained, exported, tmp_path, capsys):
-    """The model is asked in the prompt of the run; a difference that is 0 for all prompts has no interval."""
+    """The model gets the prompts of the run. A difference that is 0 for all prompts has no interval."""
     record = command(trained[1], tmp_path, f"--against={exported}", "--config.eval.verdict=accuracy")
     found = record["against"]["differences"]
     assert found.pop("prompts") == 7 and set(found) == {
@@ -462,7 +462,7 @@ def test_a_run_against_the_model_that_it_became_differs_in_nothing(trained, expo
     }
     assert all((x["difference"], x["low"], x["high"]) == (0, None, None) for x in found.values())
     assert 0 < found["accuracy"]["this"] == found["accuracy"]["other"] < 1
-    # An earlier checkpoint of the run as a work directory: a pair of runs.
+    # The other side can be a work directory, here a copy of the run after its first step.
     again = command(trained[1], tmp_path / "runs", f"--against={trained[2]}", "--checkpoint=151")["against"]
     assert again["differences"]["best_of_3_accuracy"]["difference"] == 0
 
@@ -481,7 +481,7 @@ def test_a_model_with_a_chat_template_is_asked_in_a_chat_and_for_a_box(trained, 
 
 
 def test_a_policy_is_opened_from_python(trained, exported):
-    """What other commands use: the same tokens from the run and from its export."""
+    """The run and its export give the same tokens by the function that other commands use."""
     fields = {"max_completion_length": "6", "eval.samples": "2", "data.chat": "false"}
     rollouts = []
     for source in (trained[1], str(exported)):
@@ -563,7 +563,7 @@ def test_a_wrong_flag_is_one_sentence(flags, names, trained, tmp_path, capsys):
 
 def test_a_reward_that_fails_is_one_sentence(trained, rewards, tmp_path, capsys):
     flags = [f"--workdir={trained[1]}", f"--config.reward.functions={rewards}:broken", "--config.reward.weights=1"]
-    error = refusal(capsys, *flags, f"--out={tmp_path}", code=1)  # while running
+    error = refusal(capsys, *flags, f"--out={tmp_path}", code=1)  # the error comes while the command runs
     assert "'broken'" in error and "nothing works" in error and not list(tmp_path.iterdir())
 
 

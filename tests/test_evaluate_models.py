@@ -1,4 +1,4 @@
-"""The evaluate command on models without a run: several sets, an evaluation that is ended and continued, two policies compared."""
+"""Tests the evaluate command on models without a run: several sets, continued evaluations, two policies compared."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ OTHERS = [{"question": f"Say {i} twice.", "answer": i} for i in range(5)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two random models, `a` and `b`, two files of problems, and a reward that both models sometimes get."""
+    """Writes two random models, `a` and `b`, two files of problems, and a reward that both models sometimes get."""
     folder = tmp_path_factory.mktemp("models")
     tokenizer = data.train_tokenizer([f"{row['question']}\n{row['solution']}" for row in ROWS], 300)
     config = ModelConfig(vocab_size=300, width=16, layers=1, heads=2, kv_heads=1, mlp_width=16, rope_theta=1e4)
@@ -71,7 +71,7 @@ def refusal(capsys, *arguments, code=2, **options):
 
 @pytest.fixture
 def sampled(monkeypatch):
-    """The sizes of the batches that are sampled, and `sampled.limit`, the number of batches after which the disk fails."""
+    """Records the sizes of the sampled batches. The disk fails after `sampled.limit` batches."""
 
     class Sampled(list):
         limit = 99
@@ -183,7 +183,7 @@ def test_sets_have_their_own_samples_and_equal_evaluations_of_each(folder, tmp_p
         }
     assert record["all"] == metrics.mean_over_sets(accuracies)._asdict()
     assert record["all"]["mean"] == pytest.approx(np.mean([np.mean(x) for x in accuracies]))
-    # The same sets continue (here: have nothing left), and others are refused.
+    # The same sets continue, with nothing left to do here. Other sets are refused.
     assert run(folder, tmp_path / "both", sets)["sets"] == record["sets"]
     other = f"--sets={folder / 'first.jsonl'}@4"
     assert "holds another evaluation" in refusal(capsys, folder, tmp_path / "both", other)
@@ -222,7 +222,7 @@ def test_a_named_set_has_its_columns_its_prompt_and_its_verifier(folder, tmp_pat
 
 
 def test_truncated_sampling_is_wired_and_its_log_probabilities_are_those_of_what_is_left(folder, tmp_path):
-    """With one token left, sampling is greedy and certain; top-k 2 leaves at most two answers to the first question."""
+    """With one token, sampling is greedy and has probability 1. Top-k 2 leaves at most two answers to a question."""
     question, found = f"--data={folder / 'first.jsonl'}", {}
     cuts = {
         "greedy": ["--temperature=0", "--samples=1"],
@@ -265,7 +265,7 @@ def test_two_models_are_compared_prompt_by_prompt(folder, tmp_path, capsys):
     assert (accuracy["this"], accuracy["other"]) == (pytest.approx(mine.mean()), pytest.approx(other.mean()))
     assert (accuracy["difference"], accuracy["low"], accuracy["high"]) == expected and expected.low < expected.high
     assert found["differences"]["pass@2"]["difference"] == pytest.approx((mine.max(1) - other.max(1)).mean())
-    # The same from the results of an earlier evaluation, and from the other side.
+    # The differences are the same from the results of an earlier evaluation, and from the other side.
     again = run(folder, tmp_path / "both", question, f"--against={tmp_path / 'b'}")
     assert again["against"]["differences"] == found["differences"]
     turned = run(folder, tmp_path / "b", question, f"--against={tmp_path / 'both'}", model="b")["against"][

@@ -1,4 +1,4 @@
-"""The generate command: prompts, files, sessions, streams, control characters, refusals."""
+"""Tests the generate command: prompts, files, sessions, streams, control characters and refusals."""
 
 import dataclasses
 import io

@@ -1,4 +1,4 @@
-"""Losses against numbers worked by hand, float64 loops over tokens, and finite differences of the loops."""
+"""Tests losses against numbers worked by hand, float64 loops over tokens, and finite differences of the loops."""
 
 import functools
 import itertools
@@ -45,7 +45,7 @@ def differentiate(batch, total=None, **options):
 
 
 def a_batch(seed=0, lengths=((3, 10), (1, 4), (7, 2), (5, 6)), T=10):
-    """Returns float32 (logprobs, old, advantages [P, G], mask): ratios on both sides of every clip, A of both signs."""
+    """Returns float32 (logprobs, old, advantages [P, G], mask), with ratios outside all clips and A of both signs."""
     rng = np.random.default_rng(seed)
     mask = (np.arange(T) < np.array(lengths)[..., None]).astype(np.float32)
     logprobs = -rng.uniform(0.1, 3, mask.shape)
@@ -67,7 +67,7 @@ def reference(
     constant=None,
     weights=None,
 ):
-    """Returns the loss in float64, token by token. CISPO's weights are those of the log-probabilities `weights`."""
+    """Returns the loss in float64, token by token. The weights of CISPO come from the log-probabilities `weights`."""
     logprobs, old, adv = (np.asarray(x, np.float64) for x in (logprobs, old, adv))
     sums, lengths = [], []
     for p, g in np.ndindex(mask.shape[:2]):
@@ -103,7 +103,7 @@ def reference(
 
 
 def slope(function, x, step=1e-6):
-    """Central differences in float64."""
+    """Returns the gradient by central differences in float64."""
     x, gradient = np.asarray(x, np.float64), np.zeros(np.shape(x))
     for i in np.ndindex(x.shape):
         shift = np.zeros(x.shape)
@@ -146,7 +146,7 @@ def test_the_sequence_ratio_is_exp_of_the_mean_log_ratio(compiled):
         losses.policy_loss, ratio="sequence", aggregation="sequence_mean", clip_low=3e-4, clip_high=4e-4
     )
     f = jax.jit(f) if compiled else f
-    log_ratio = jnp.array([[[0.1, 0.3, 9.0], [-0.3, 0.1, -9.0]]])  # means .2 and -.1 over two tokens
+    log_ratio = jnp.array([[[0.1, 0.3, 9.0], [-0.3, 0.1, -9.0]]])  # the means over two tokens are .2 and -.1
     mask = jnp.array([[[1, 1, 0], [1, 1, 0]]])
     for adv, expected in (
         ([[-1.0, 0.0]], math.exp(0.2) / 2),
@@ -182,7 +182,7 @@ def test_advantages_may_be_per_token(ratio):
     adv = np.random.default_rng(1).normal(size=mask.shape).astype(np.float32)
     loss, gradient, _ = differentiate((logprobs, old, adv, mask), ratio=ratio, aggregation="token_mean")
     np.testing.assert_allclose(loss, reference(logprobs, old, adv, mask, ratio=ratio), rtol=1e-5, atol=1e-6)
-    if ratio != "sequence":  # its ratio is of the completion, so every token shares the gradient
+    if ratio != "sequence":  # the sequence ratio spreads the gradient over all tokens
         moved = lambda x: reference(x, old, adv, mask, ratio=ratio, weights=logprobs)
         np.testing.assert_allclose(gradient, slope(moved, logprobs), rtol=1e-4, atol=1e-6)
 
@@ -204,7 +204,7 @@ def test_at_ratio_one_every_ratio_has_the_gradient_of_reinforce(aggregation):
 
 
 def test_the_capped_weight_of_cispo_is_a_constant():
-    # ratios e^.5 and e^3, both kept or capped at 1 + 5: the gradient is the weight times -A, not times rho's own slope
+    # The ratios e^.5 and e^3 are kept or capped at 1 + 5. The gradient is the weight times -A, without rho's own slope.
     logprobs, old = jnp.array([[[-0.5, -0.5]]]), jnp.array([[[-1.0, -3.5]]])
     _, gradient, metrics = differentiate(
         (logprobs, old, jnp.ones((1, 1)) * 2, jnp.ones((1, 1, 2))),
@@ -254,7 +254,7 @@ def test_a_ratio_beyond_float32_is_clipped_like_any_other(A, dual_clip, loss):
 
 @either_way
 def test_aggregation_by_hand_on_lengths_1_3_10(compiled):
-    # completions of 1, 3 and 10 tokens with losses 4 | 1 2 3 | 1 .. 10: sums 4, 6, 55, means 4, 2, 5.5
+    # The losses are 4 | 1 2 3 | 1 .. 10, with the sums 4, 6 and 55 and the means 4, 2 and 5.5.
     values, mask = np.full((1, 3, 12), NAN, np.float32), np.zeros((1, 3, 12), np.float32)
     for g, row in enumerate(([4], [1, 2, 3], range(1, 11))):
         values[0, g, : len(row)], mask[0, g, : len(row)] = row, 1
@@ -274,7 +274,7 @@ def test_aggregation_by_hand_on_lengths_1_3_10(compiled):
 
 @pytest.mark.parametrize("constant, expected", [(None, [0.5, 2.5, 1]), (2.0, [1, 5, 2]), (8.0, [0.25, 1.25, 0.5])])
 def test_a_constant_divides_each_completion_by_hand(constant, expected):
-    """The loss is sum of token losses / (completions * constant), for batches of 1, 2 and 4 completions alike."""
+    """The loss is the sum of token losses / (completions * constant), also for repeated batches."""
     values = jnp.array([[[2.0, 0, 0, 0], [1, 2, 3, 4]], [[0, 0, 0, 0], [4, 0, 0, 0]]])
     mask = jnp.array([[[1, 0, 0, 0], [1, 1, 1, 1]], [[1, 1, 0, 0], [1, 1, 1, 0]]])
     average = functools.partial(losses.aggregate, kind="constant", constant=constant)
@@ -353,7 +353,7 @@ def test_masked_tokens_may_hold_anything(case, seed):
     rng = np.random.default_rng(seed)
     logprobs, old, _, mask = a_batch(seed)
     adv = rng.normal(size=mask.shape).astype(np.float32)
-    mask = mask * (rng.random(mask.shape) < 0.8).astype(np.float32)  # holes too
+    mask = mask * (rng.random(mask.shape) < 0.8).astype(np.float32)  # masks can have holes
     loss, gradient, metrics = differentiate((logprobs, old, adv, mask), **case)
     dirt = lambda x: np.where(mask > 0, x, rng.choice([NAN, INF, -INF, 1e30], mask.shape)).astype(np.float32)
     dirty = differentiate((dirt(logprobs), dirt(old), dirt(adv), mask), **case)
@@ -465,7 +465,7 @@ def test_the_expected_gradient_of_the_kl_penalty_is_the_gradient_of_the_divergen
         logp = scipy.special.log_softmax(theta)
         return (np.exp(logp) * (logp - ref)).sum()
 
-    def expected(theta):  # over every outcome, weighted by its (constant) probability
+    def expected(theta):  # over all outcomes, weighted by their constant probabilities
         logp = jax.nn.log_softmax(theta)[None, None]
         penalty = losses.kl_penalty(logp, jnp.asarray(ref, jnp.float32)[None, None], kind)
         return (jax.lax.stop_gradient(jnp.exp(logp)) * penalty).sum()

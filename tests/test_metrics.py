@@ -1,4 +1,4 @@
-"""Against hand numbers, brute force and scipy (which jax brings)."""
+"""Tests metrics against numbers by hand, brute force and scipy, which jax depends on."""
 
 from fractions import Fraction
 import itertools
@@ -96,7 +96,7 @@ def test_pair_accuracy_by_hand():
     assert metrics.pair_accuracy([0.5, 0.5], [1, 0]) == 1 / 2
     assert metrics.pair_accuracy([math.nan, 0.2, 0.3, 0.1], [0, 0, 1, 1]) == 1 / 2  # NaN is in no pair
     groups = [[0.9, 0.1, 0.2], [0.3, 0.8, 0.7], [0.5, 0.6, 0.4]]
-    assert metrics.pair_accuracy(groups, [[1, 0, 0], [1, 0, 1], [0, 0, 0]]) == 2 / 4  # two, and none of two
+    assert metrics.pair_accuracy(groups, [[1, 0, 0], [1, 0, 1], [0, 0, 0]]) == 2 / 4  # 2 of 2 pairs, and 0 of 2 pairs
     assert math.isnan(metrics.pair_accuracy([[1, 0], [0, 1]], [[1, 1], [0, 0]]))  # no prompt has a pair
     with pytest.raises(ValueError, match="scores has shape"):
         metrics.pair_accuracy([1], [1, 0])
@@ -160,7 +160,7 @@ def reference_confidence(logprobs, mask, fraction):
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.07, 0.2, 0.3, 0.5, 1.0]))
 def test_token_confidence_agrees_with_lists(seed, fraction):
     rng = np.random.default_rng(seed)
-    logprobs = np.round(np.log(rng.uniform(1e-3, 1, (2, 3, 30))), 1).astype(np.float32)  # rounded: ties
+    logprobs = np.round(np.log(rng.uniform(1e-3, 1, (2, 3, 30))), 1).astype(np.float32)  # rounded, for ties
     mask = rng.integers(0, 2, logprobs.shape) * (rng.uniform(size=(2, 3, 1)) > 0.1)
     expected = [[reference_confidence(logprobs[i, j], mask[i, j], fraction) for j in range(3)] for i in range(2)]
     poisoned = np.where(mask == 1, logprobs, rng.choice([np.nan, np.inf, -np.inf, -50.0], logprobs.shape))
@@ -170,13 +170,13 @@ def test_token_confidence_agrees_with_lists(seed, fraction):
 
 
 def test_token_confidence_counts_exactly():
-    """0.07 * 100 is 7.000000000000001 in floating point, and 7 tokens."""
+    """0.07 * 100 is 7.000000000000001 in floating point, and counts as 7 tokens."""
     logprobs = -np.arange(100.0) / 100
     assert metrics.token_confidence(logprobs, np.ones(100), 0.07) == pytest.approx(math.exp(-0.96))
     n, position = np.arange(1, 200)[:, None], np.arange(200)
     lowest = position < -(
         -n // 5
-    )  # the ceil(n / 5) that count are log 0.5, log 0.5 - 1, ...: one more or one fewer moves the mean
+    )  # the lowest ceil(n / 5) tokens are log 0.5, log 0.5 - 1, ..., so a wrong count changes the mean
     logprobs = np.where(lowest, math.log(0.5) - position, math.log(0.9))
     expected = [0.5 * math.exp(-(count - 1) / 2) for count in lowest.sum(axis=1)]
     np.testing.assert_allclose(metrics.token_confidence(logprobs, position < n), expected, rtol=1e-4)
@@ -199,7 +199,7 @@ def test_token_confidence_at_the_edges():
     "answers, position",
     [
         (["a", "b", "b", "a", "b"], 1),
-        (["a", "b", "b", "a"], 0),  # a tie: the first seen
+        (["a", "b", "b", "a"], 0),  # in a tie, the first answer wins
         ([None, None, "c"], 2),  # most samples do not vote
         ([Fraction(1, 2), "x", 0.5], 0),
         ([None, None], None),
@@ -247,7 +247,7 @@ def test_means_by_quantile_by_hand():
     st.lists(st.tuples(st.integers(-9, 9), st.integers(0, 3)), min_size=1, max_size=12), st.integers(1, 6), st.randoms()
 )
 def test_means_by_quantile_agree_with_copied_items(items, parts, random):
-    """With every item copied `parts` times, shares hold whole items, and the mean of a tie replaces its items."""
+    """With `parts` copies of every item, shares hold whole items. The mean of a tie replaces its items."""
     level = lambda value: np.mean([x for x, v in items if v == value])
     copies = sorted(value for _, value in items for _ in range(parts))
     expected = [np.mean([level(v) for v in copies[i * len(items) : (i + 1) * len(items)]]) for i in range(parts)]
@@ -342,10 +342,10 @@ def test_mean_over_sets_against_a_slow_loop():
 
 
 def test_paired_difference():
-    """Three pairs differ by 1, 0 and -1/2: of the 27 draws, the mean is -1/2 once and 1 once, 3.7 % each."""
+    """Three pairs differ by 1, 0 and -1/2. In 27 draws, the mean is -1/2 once and 1 once, each 3.7 % of the draws."""
     mean, low, high = metrics.paired_difference([1.0, 0.5, 0.0], [0.0, 0.5, 0.5])
     assert (mean, low, high) == (pytest.approx(1 / 6), pytest.approx(-0.5), pytest.approx(1.0))
-    # Both sides vary much, and their difference little: pairs are resampled, not items.
+    # Both sides vary much, but their difference varies little, because pairs are resampled.
     x = np.arange(50) % 2
     y = x.copy()
     y[:5] = 0

@@ -1,4 +1,4 @@
-"""Non-finite updates never change the weights, are counted, and end the run if no other update comes; then replay finds the cause."""
+"""Non-finite updates change no weight and are counted. Several in a row end the run, and replay finds the cause."""
 
 import json
 import re
@@ -61,7 +61,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(updates, tmp_path):
         sample = json.loads(line)
         if sample["prompt"] in ("Write 3.\n", "Write 7.\n"):
             wild[sample["step"]].add(sample["prompt"])
-    assert 0 < sum(map(bool, wild.values())) < 5  # the 20 rows come once each
+    assert 0 < sum(map(bool, wild.values())) < 5  # each of the 20 rows comes once
     for line in lines:
         ratio, prompts = line["skipped_update_ratio"], wild[line["step"]]
         assert ratio == (0 if not prompts else 1) if not updates else (ratio > 0) == bool(prompts)
@@ -78,7 +78,7 @@ def test_a_row_of_skipped_steps_ends_the_run_and_the_last_can_be_replayed(tmp_pa
     assert f"in {saved}: python -m jaxrl_reason.replay --workdir={workdir} names" in str(caught.value)
     assert [line["step"] for line in read_metrics(workdir / "metrics.jsonl")] == [1, 2, 3]
 
-    # The same command goes on from step 2, and has not forgotten the first two.
+    # The same command continues from step 2, and still counts the first two steps.
     with pytest.raises(NonFiniteError, match="At step 3 .*3rd step"):
         train.train(train.setup(config, workdir))
     assert [line["step"] for line in read_metrics(workdir / "metrics.jsonl")] == [1, 2, 3]
@@ -98,7 +98,7 @@ def test_a_row_of_skipped_steps_ends_the_run_and_the_last_can_be_replayed(tmp_pa
     )
     jax.tree.map(
         np.testing.assert_array_equal, params, supervised.first_state(run.task, run.programs).params
-    )  # nothing has moved
+    )  # no weight has moved
 
 
 def test_a_step_that_cannot_be_saved_still_says_what_is_wrong(tmp_path):
@@ -114,12 +114,12 @@ def test_a_step_that_cannot_be_saved_still_says_what_is_wrong(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [{"name": "dr_grpo"}, {"name": "laser", "self_reward_warmup": 3}])
 def test_the_whole_batch_has_the_gradient_that_replay_says(method, tmp_path):
-    """Holds for finite batches too, and for LaSeR during its warm-up, when the update judges no completion."""
+    """The gradients also agree for finite batches, and in LaSeR's warm-up, which judges no completion."""
     answering = dict(supervised__steps=30, supervised__learning_rate=1e-2, supervised__batch_size=4)
     config = config_of(tmp_path, "sound", steps=1, method=method, **answering)
     run = train.setup(config, tmp_path / "run")
     state = supervised.first_state(run.task, run.programs)
-    for i in range(30):  # until completions end: others are not judged anyway
+    for i in range(30):  # until completions end, because only complete ones are judged
         state, _ = run.programs.supervised_update(state, run.solutions.batch(i))
     state = run.programs.restart(state.params)
     c_ref = np.float32(-1) if method["name"] == "laser" else None
@@ -187,7 +187,7 @@ def test_a_supervised_phase_that_has_lost_itself_ends_in_a_sentence(tmp_path, ca
     changes = dict(supervised__steps=20, supervised__learning_rate=1e30, optimizer__max_grad_norm=1e30)
     config = config_of(tmp_path, "wild", optimizer__max_skipped=4, checkpoint__every=2, **changes)
     said = []
-    for _ in range(2):  # the second time from the newest checkpoint, which some of the steps lie before
+    for _ in range(2):  # the second time after the newest checkpoint
         with pytest.raises(NonFiniteError) as caught:
             train.train(train.setup(config, tmp_path / "run"))
         said.append(str(caught.value))

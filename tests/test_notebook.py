@@ -28,7 +28,7 @@ from jaxrl_reason.runs import results
 from jaxrl_reason.tasks import BASELINES
 
 STUDIES = COLAB.parent / "configs" / "results"
-STORED = dict.fromkeys(NOTEBOOKS, 1) | dict.fromkeys(METHODS, 2) | {"kaggle_v5e8": 0}  # pictures
+STORED = dict.fromkeys(NOTEBOOKS, 1) | dict.fromkeys(METHODS, 2) | {"kaggle_v5e8": 0}  # numbers of pictures
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
@@ -75,7 +75,7 @@ def test_a_group_of_four_by_hand_is_as_the_library_computes_it(notebook, capsys)
 
 @pytest.mark.parametrize("notebook", [name for name in METHODS if (STUDIES / f"{name}.jsonl").exists()])
 def test_the_table_of_a_study_is_of_its_results(notebook):
-    """If it fails: cd tests && python -m helpers.notebooks --keep-runs NOTEBOOK"""
+    """After a failure, run: cd tests && python -m helpers.notebooks --keep-runs NOTEBOOK"""
     table = next(out for out in outputs_of(read(notebook)) if "text/markdown" in out.get("data", ()))
     entries = results.read(STUDIES / f"{notebook}.jsonl")
     lines = table.data["text/markdown"].splitlines()
@@ -106,7 +106,7 @@ print(importlib.util.find_spec("jaxrl_reason").origin)
 @pytest.mark.parametrize("where", ["colab", "a folder that holds the clone"])
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_after_installing_the_package_is_found(notebook, where, tmp_path):
-    """pip is a record of its arguments. The folder is on the path, as in a notebook, and may hold the clone by the package's name."""
+    """A fake pip records its arguments. As in a notebook, the folder is on the path, and it may hold the clone."""
     repository, site = COLAB.parent, tmp_path / "site-packages"
     site.mkdir()
     if where == "colab":
@@ -165,14 +165,14 @@ def test_the_quickstart_learns_as_stored(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_qwen_runs_headless_and_is_exported(tmp_path, monkeypatch):
-    """The model and the problems are the stand-in of the stored outputs."""
+    """The stored outputs have the same small model and problems."""
     for name, value in write_stand_in(tmp_path).items():
         monkeypatch.setenv(name, value)
     done = execute("tpu_qwen", tmp_path)
     shown, stored = text(done), text(read("tpu_qwen"))
     assert images(done) == images(read("tpu_qwen"))
     assert "accuracy" in shown and "advantage" in shown
-    assert "<user>1 + " in shown and "<think></think>" in shown  # a sample, in the model's chat without thinking
+    assert "<user>1 + " in shown and "<think></think>" in shown  # a sample, in the chat of the model without thinking
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
     exported = models.load_pretrained(tmp_path / "run" / "model")
@@ -184,7 +184,7 @@ def test_qwen_runs_headless_and_is_exported(tmp_path, monkeypatch):
 @pytest.mark.runs
 @pytest.mark.parametrize("notebook", [*(pytest.param(x, marks=pytest.mark.slow) for x in METHODS[:-1]), METHODS[-1]])
 def test_cells_of_a_method_that_do_not_train_are_as_stored(notebook, tmp_path):
-    """The recipe too: it is printed. If it fails: cd tests && python -m helpers.notebooks --keep-runs NOTEBOOK"""
+    """The cells print the recipe. After a failure, run: cd tests && python -m helpers.notebooks --keep-runs NOTEBOOK"""
     again, stored = execute(notebook, tmp_path, train=False), read(notebook)
     assert text(again) == text(stored) and images(again) == images(stored)
     assert sum(TRAINS in cell.metadata.get("tags", ()) for cell in stored.cells) == 2
@@ -202,7 +202,7 @@ def test_the_notebook_of_a_method_runs_headless(notebook, tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_a_kaggle_session_continues_the_attached_output_of_the_one_before(tmp_path, monkeypatch):
-    """The first session ends when its time is over, the second one after its last step."""
+    """The first session ends when its time is over, and the second one ends after its last step."""
 
     def session(number: int, steps: int, seconds: int) -> tuple[str, list[int]]:
         for name, value in write_session(tmp_path, steps, seconds).items():

@@ -1,4 +1,4 @@
-"""Runs that begin with a pretrained model: from a directory to checkpoints, adapters and an exported directory."""
+"""Tests runs that begin with a pretrained model, from a directory to checkpoints, adapters and an export."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ CHAT = (
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A small model with random weights in the layout of the hub, with two end tokens and a chat template."""
+    """Writes a small random model in the layout of the hub, with two end tokens and a chat template."""
     texts = [f"{row['question']}\n{row['solution']}<user><assistant>" for row in ROWS]
     tokenizer = dataclasses.replace(data.train_tokenizer(texts, 300), eos_ids=(2, 20), chat_template=CHAT)
     config = ModelConfig(
@@ -60,7 +60,7 @@ def a_config(rows, path, **changes):
 
 @pytest.fixture(scope="module", autouse=True)
 def a_reward(tmp_path_factory):
-    """A reward that is never the same for a whole group."""
+    """Writes a reward that differs between the completions of a group."""
     directory = tmp_path_factory.mktemp("reward")
     file = directory / "tests_reward.py"
     file.write_text("def length(completion_ids, **_):\n    return [float(sum(ids) % 7) for ids in completion_ids]\n")
@@ -101,7 +101,7 @@ def test_a_run_begins_with_the_model_and_its_tokenizer(trained, rows, model, tmp
     assert run.tokenizer.eos_ids == (2, 20)
     start = supervised.first_state(run.task, run.programs)
     jax.tree.map(np.testing.assert_array_equal, start.params, models.load_pretrained(model).params)
-    # What belongs to the tokenizer is kept as it came, with the model's description.
+    # The files of the tokenizer and the model's description are kept unchanged.
     for name in ("tokenizer.json", "special_tokens_map.json", "generation_config.json", "config.json"):
         assert json.loads((trained / "tokenizer" / name).read_text()) == json.loads((model / name).read_text())
     assert lines_of(trained)[-1]["sampling/logp_difference_max"] < 1e-4
@@ -132,7 +132,7 @@ def test_the_exported_directory_is_the_policy_that_was_trained(trained, model, t
     assert names == {p.name for p in model.iterdir()} | {"README.md"}  # the model card
     for name in ("tokenizer.json", "special_tokens_map.json", "generation_config.json", "config.json"):
         assert json.loads((tmp_path / "out" / name).read_text()) == json.loads((model / name).read_text())
-    # An earlier checkpoint, in another dtype.
+    # An earlier checkpoint can be exported in another dtype.
     flags = [f"--workdir={trained}", f"--out={tmp_path / 'first'}", "--checkpoint=1", "--dtype=bfloat16"]
     assert export.main(flags) == 0
     first = models.load_pretrained(tmp_path / "first", dtype="bfloat16")
@@ -165,7 +165,7 @@ def test_adapters_alone_are_trained(adapted, model):
     assert abs(first["kl"]) < 1e-6 < last["kl"]  # the reference is the base without adapters
     start = sum(p.stat().st_size for p in (adapted / "start").rglob("*") if p.is_file())
     whole = sum(p.stat().st_size for p in (adapted / "checkpoints" / "2").rglob("*") if p.is_file())
-    assert start < whole / 4  # of the reference only its adapters are kept
+    assert start < whole / 4  # only the adapters of the reference are kept
 
 
 def test_adapters_are_exported_merged_or_alone(adapted, model, tmp_path):
@@ -286,7 +286,7 @@ def test_rounded_rollouts_are_corrected_and_logged(rows, model, tmp_path):
     assert 1e-4 < rounded[1]["sampling/logp_difference_mean"] < 0.1 > rounded[1]["sampling/importance_capped_ratio"]
     assert rounded[1]["sampling/importance_weight_mean"] == pytest.approx(1, abs=0.05)
     assert plain[1]["sampling/logp_difference_max"] < 1e-4 and "sampling/importance_weight_mean" not in plain[1]
-    # Evaluations are of the policy itself.
+    # Evaluations use the policy without rounding.
     evaluations = [{k: v for k, v in lines[0].items() if k.startswith("eval/")} for lines in (rounded, plain)]
     assert evaluations[0] == evaluations[1]
 
@@ -313,7 +313,7 @@ def test_a_kl_in_the_reward_is_of_the_policy_not_of_its_rounding(rows, model, tm
 
 @pytest.mark.slow
 def test_a_tokenizer_of_ones_own_stays_in_use(rows, model, tmp_path):
-    """Where config.data.tokenizer is given, the model's own tokenizer is nowhere: not on resume, not in evaluation, not in the export."""
+    """With config.data.tokenizer, neither resume nor evaluation nor export uses the tokenizer of the model."""
     own = data.train_tokenizer(["Write 1. ####"] * 5, 270)
     own.save(tmp_path / "own")
     config = a_config(rows, model, data__tokenizer=str(tmp_path / "own"), steps=1)
@@ -347,7 +347,7 @@ def test_prompts_begin_as_the_tokenizer_itself_begins_a_text(rows, model, tmp_pa
     )
     plain, with_bos = first("plain", model), first("with", base)
     assert 1 not in plain and with_bos[0] == 1 and with_bos[1 : len(plain)] == plain[:-1]
-    assert first("chat", base, data__chat=True).count(1) == 1  # the template writes it
+    assert first("chat", base, data__chat=True).count(1) == 1  # the template writes the begin token
     assert first("asked", model, data__add_bos=True) == with_bos
 
 
@@ -405,7 +405,7 @@ def test_bfloat16_weights_with_a_float32_copy_resume_bit_for_bit(rows, model, tm
 
 @pytest.fixture(scope="module")
 def grader(tmp_path_factory):
-    """A sequence classifier in the layout of the hub, with a tokenizer that is not the policy's."""
+    """Writes a sequence classifier in the layout of the hub, with another tokenizer than the policy's."""
     tokenizer = dataclasses.replace(data.train_tokenizer(["Write it ####"], 280), chat_template=CHAT)
     config = ModelConfig(vocab_size=290, width=16, layers=1, heads=2, kv_heads=2, mlp_width=16, qkv_bias=True)
     params = {
@@ -466,7 +466,7 @@ def test_a_run_stays_with_the_revision_of_its_reward_model(rows, model, grader, 
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     evaluated = lambda c: model_training.open_pretrained(c, mesh, tmp_path / "one").source["_commit_hash"]
     assert evaluated(config) == old
-    config.reward_model.path = "some/grader@main"  # as asked for: another one than the run's
+    config.reward_model.path = "some/grader@main"  # another commit than the run's, as named
     assert evaluated(config) == new
     with pytest.raises(config_lib.ConfigError, match="has trained no reward model"):
         export.load_reward_model(tmp_path / "one")
@@ -520,7 +520,7 @@ def test_reward_models_that_cannot_be_used_are_refused(changes, message, rows, m
 
 
 def test_a_reward_chat_that_refuses_a_completion_is_one_sentence(rows, model, grader, tmp_path, capsys):
-    """Setup tries the template out; what it makes of a completion shows in the run only."""
+    """Set-up tries the template once. Its effect on real completions shows only in the run."""
     other = tmp_path / "grader"
     shutil.copytree(grader, other)
     content = json.loads((other / "tokenizer_config.json").read_text())
@@ -617,7 +617,7 @@ def test_a_trained_reward_model_is_exported(rows, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, judge.params, params)
     content = json.loads((tmp_path / "out" / "config.json").read_text())
     assert content["architectures"] == ["Qwen3ForSequenceClassification"] and content["num_labels"] == 1
-    # Into another run, in its own words.
+    # Another run can use the export.
     other = tiny(
         pairs, reward=config.reward, method=config.method, reward_model=RewardModel(path=str(tmp_path / "out"))
     )

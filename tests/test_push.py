@@ -1,4 +1,4 @@
-"""export --push: what is uploaded where, and what is refused before anything is read or made."""
+"""Tests export --push: the files and the target of an upload, and refusals before any work."""
 
 import pathlib
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 class FakeApi:
-    """A stand-in for huggingface_hub.HfApi; `refuses` names the request that fails."""
+    """A fake huggingface_hub.HfApi. `refuses` names the request that fails."""
 
     def __init__(self):
         self.made, self.uploaded, self.refuses = [], [], ""
@@ -41,7 +41,7 @@ def api(monkeypatch):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A run with one checkpoint."""
+    """Writes a run with one checkpoint and returns its work directory."""
     folder = tmp_path_factory.mktemp("push")
     run = train.setup(tiny(write_rows(folder / "rows.jsonl"), steps=1), folder / "run")
     saver = checkpoints.Checkpoints(folder / "run" / "checkpoints", 1)

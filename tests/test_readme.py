@@ -1,4 +1,4 @@
-"""The code of the documents works: each bash and python block has a marker of its needs, and blocks that need nothing run."""
+"""The code of the documents works. Each bash and python block has a marker of its needs; blocks without needs run."""
 
 import ast
 import importlib
@@ -20,7 +20,7 @@ COMMANDS = {
     for module in (bench, compare, evaluate, export, generate, plan, replay, report, reward_training, train)
 }
 BLOCKS = [pytest.param(name, block, id=f"{name}:{block.line}") for name in DOCUMENTS for block in blocks(name)]
-LONG = ("_reason.train ", "_reason.compare ", "_reason.bench ", "_reason.evaluate ", "/tmp/")  # blocks of whole runs
+LONG = ("_reason.train ", "_reason.compare ", "_reason.bench ", "_reason.evaluate ", "/tmp/")  # blocks with whole runs
 
 
 def is_quick(block) -> bool:
@@ -54,7 +54,8 @@ def test_commands_flags_fields_and_imports_exist(document, block, monkeypatch):
             continue
         parsed = parse(COMMANDS[name], arguments)
         recipe = getattr(parsed, "config", None)
-        if recipe and "smollm2" in str(recipe):  # reads its model when it is loaded; the fields are those of any run
+        # This recipe reads its model when it is loaded. Its fields are the fields of any run.
+        if recipe and "smollm2" in str(recipe):
             assert (ROOT / recipe).is_file()
             recipe = None
         fields = config.load(recipe) if recipe else config.Config()
@@ -73,7 +74,7 @@ def test_the_readme_is_short():
 
 
 def run(block, folder, environment):
-    """Runs a block as a reader does, in a folder with the recipes and without the rest of the repository; /tmp is a folder of the test."""
+    """Runs a block as a reader does, in a folder with only the recipes. /tmp becomes a folder of the test."""
     for name in ("configs", "tests"):
         if not (folder / name).exists():
             (folder / name).symlink_to(ROOT / name)
@@ -90,7 +91,7 @@ def run(block, folder, environment):
     environment = os.environ | environment | {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*shell, text], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"line {block.line}:\n{block.text}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    assert "error: " not in done.stderr, done.stderr  # of a process in the background
+    assert "error: " not in done.stderr, done.stderr  # processes in the background have no errors
 
 
 @pytest.mark.runs

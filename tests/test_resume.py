@@ -33,7 +33,7 @@ pytestmark = pytest.mark.runs
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Writes files like those of a finished run: two checkpoints, weights, metrics, samples and events."""
+    """Writes the files of a finished run: two checkpoints, weights, metrics, samples and events."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     saver = checkpoints.Checkpoints(folder / "checkpoints", keep=2)
     for number in (4, 5):

@@ -1,4 +1,4 @@
-"""LaSeR's loss against numbers worked by hand and its definition in numpy."""
+"""Tests LaSeR's loss against numbers worked by hand and its definition in numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def test_loss_and_gradient_follow_the_definition(seed):
 
 def test_an_empty_class_weighs_nothing():
     rewards, valid = jnp.array([[0.5, 0.2]]), jnp.array([[1, 1]])
-    # one class: w = N / 2N = 1/2, so half the mean squared error
+    # with one class, w = N / 2N = 1/2, so the loss is half of the mean squared error
     assert float(LOSS(rewards, jnp.array([[True, True]]), valid)) == pytest.approx((0.25 + 0.64) / 4)
     assert float(LOSS(rewards, jnp.array([[False, False]]), valid)) == pytest.approx((0.25 + 0.04) / 4)
     loss, gradient = grad_loss(rewards, jnp.array([[True, False]]), 0 * valid)
@@ -70,7 +70,7 @@ def test_microbatches_add_up_to_the_batch():
         rng.random((4, 3)) < 0.4,
         rng.random((4, 3)) < 0.8,
     )
-    verdicts[2], valid[3] = True, False  # parts with one class, and with nothing
+    verdicts[2], valid[3] = True, False  # one part has one class, and one part is empty
     loss, gradient = grad_loss(rewards, verdicts, valid)
     total = losses.class_totals(jnp.asarray(verdicts), jnp.asarray(valid))
     assert (total.correct, total.incorrect) == ((verdicts & valid).sum(), (~verdicts & valid).sum())

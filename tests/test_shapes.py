@@ -1,4 +1,4 @@
-"""The shapes and dtypes in annotations, and the examples in docstrings, of advantages, losses and metrics."""
+"""Tests the annotated shapes and dtypes, and the examples in docstrings, of advantages, losses and metrics."""
 
 import doctest
 import inspect
@@ -147,7 +147,7 @@ def test_a_wrong_shape_or_dtype_of_a_field_raises(name):
 PGT, PG = jnp.zeros((P, G, T)), jnp.zeros((P, G))
 MASK = jnp.ones((P, G, T))
 COUNT = jnp.float32(3)
-CALLS = {  # name: arguments that fit, and for each argument one that does not
+CALLS = {  # name: arguments that fit, and for each argument another one that does not fit
     "totals": ((MASK,), (PG,)),
     "drop_nonfinite": ((MASK, PGT, PGT), (PG, PG, PGT[:1])),
     "aggregate": ((PGT, MASK, "token_mean"), (PG, MASK[..., :1], 3)),

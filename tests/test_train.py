@@ -840,7 +840,7 @@ def in_parts(config, ends, workdir):
 
 @pytest.mark.parametrize("method", ["dapo", pytest.param("running_baseline", marks=pytest.mark.slow)])
 def test_a_resumed_run_has_all_its_state(method, running_baseline, rows, rewards, tmp_path):
-    """The data position, the optimizer's moments and the state of the chain equal those of an uninterrupted run."""
+    """Data position, moments of the optimizer and state of the chain are equal to the state of an uninterrupted run."""
     config = tiny(
         rows,
         steps=5,
