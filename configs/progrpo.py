@@ -21,12 +21,24 @@ def get_config() -> Config:
         data=Data(train="many_answers"),
         supervised=Supervised(steps=600, batch_size=32, learning_rate=3e-3),
         reward=Reward(functions=["many_answers"]),
-        method={"name": "progrpo", "base": "grpo", "alpha": 1.0, "clip_high": 0.28, "aggregation": "token_mean"},
+        method=_method(alpha=1.0),
         optimizer=Optimizer(learning_rate=2e-4, warmup_steps=5),
         checkpoint=Checkpoint(every=50, keep=2),
-        eval=Eval(every=20, prompts=256, samples=16),
+        eval=Eval(every=20, prompts=256, samples=32),
     )
 
 
+def _method(name: str = "progrpo", **more: object) -> dict[str, object]:
+    base = {"base": "grpo"} if name == "progrpo" else {}
+    return {"name": name, **base, "clip_high": 0.28, "aggregation": "token_mean", **more}
+
+
 def get_baselines() -> Mapping[str, Mapping[str, object]]:
-    return {"GRPO": {"method": {"name": "grpo", "clip_high": 0.28, "aggregation": "token_mean"}}}
+    return {
+        "GRPO": {"method": _method("grpo")},
+        "alpha 0.3": {"method": _method(alpha=0.3)},
+        "centered": {"method": _method(alpha=1.0, center=True)},
+        "entropy bonus": {"method": _method("grpo"), "update.entropy_coefficient": 0.01},
+        "MaxRL": {"method": _method("maxrl")},
+        "DAPO": {"method": {"name": "dapo"}},
+    }

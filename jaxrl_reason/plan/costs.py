@@ -126,9 +126,9 @@ def score(
     wave_tokens: int = 0,
     completions: np.ndarray | None = None,
 ) -> Cost:
-    """Returns the cost of `scoring.score`: a forward over P * (S + G * (T - 1)) tokens and P * G * T logits.
+    """Returns the cost of `scoring.score`: a forward over P * (S + G * T) tokens and P * G * T logits.
 
-    With a probe the forward is over P * (S + G * T) tokens. FLOPs per token and layer: 2 (2 D K (H + N) + 3 D F).
+    FLOPs per token and layer: 2 (2 D K (H + N) + 3 D F).
     Attention: 4 H K per pair of a query and a key. Plain attention has S * S pairs per prompt and T * (S + T) per
     completion. Splash attention has the visible pairs only (causal, and within the window in a sliding layer). Chunks of
     positions are padded to equal length, and the padding is computed.
@@ -154,12 +154,12 @@ def score(
         cost = (_forward(model, P / prompt_parts, 0, S, 0, attention, replicas) + _encoder(model, P)) * prompt_parts
         for (length, rows), count in found:
             n, (chunks, computed) = rows * replicas, _chunks(model, rows, 1, length, logprob_chunk, 1, tensor)
-            one = _completions(model, n, S, length - 1 + probe, attention, replicas) + _copies(model, n * S)
+            one = _completions(model, n, S, length, attention, replicas) + _copies(model, n * S)
             one += _logits(model, n * computed, replicas * chunks) + _logits(model, n, replicas) * probe
             cost += one * count
         return cost
     p, (chunks, computed) = P / parts, _chunks(model, P // parts, G, T, logprob_chunk, replicas, tensor)
-    one = _forward(model, p, G, S + model.prefix_length, T - 1 + probe, attention, replicas) + _encoder(model, p)
+    one = _forward(model, p, G, S + model.prefix_length, T, attention, replicas) + _encoder(model, p)
     one += _logits(model, p * G * computed, replicas * chunks)
     return (one + _logits(model, p * G, replicas) * probe) * parts
 
@@ -231,7 +231,7 @@ def update(
     """
     parts = minibatches * accumulation
     _check(model, attention, P=P, G=G, S=S, T=T, replicas=replicas, copies=copies, epochs=epochs, parts=parts)
-    prefixed, after, trained = S + model.prefix_length, T - 1 + probe, not model.lora_rank
+    prefixed, trained = S + model.prefix_length, not model.lora_rank
     # Biases and norms are too few to matter.
     embeddings = (1 if model.tied_embedding else 2) * model.vocab_size * model.width
     weights = _matrices(model) + embeddings if trained else _adapters(model)
@@ -249,8 +249,8 @@ def update(
     scores = lambda p, G, T: _score_bytes(model, p, G, prefixed, T, attention)
     if lengths == 1:
         p, (chunks, computed) = P / parts, _chunks(model, P // parts, G, T, logprob_chunk, replicas, tensor)
-        forward = _forward(model, p, G, prefixed, after, attention, replicas)
-        microbatch = both_ways(forward, p * (prefixed + G * after), scores(p, G, after)) + encoder(p)
+        forward = _forward(model, p, G, prefixed, T, attention, replicas)
+        microbatch = both_ways(forward, p * (prefixed + G * T), scores(p, G, T)) + encoder(p)
         microbatch += _head(model, p * G, chunks, computed, replicas, probe) + gradients * (
             1 if accumulation == 1 else 3
         )
@@ -262,10 +262,10 @@ def update(
     prompts = both_ways(_forward(model, p, 0, prefixed, 0, attention, replicas), p * prefixed, scores(p, 0, 0))
     cost = (prompts + encoder(p) + gradients * 3) * prompt_parts
     for (length, rows), count in found:
-        n, after = rows * replicas, length - 1 + probe
+        n = rows * replicas
         chunks, computed = _chunks(model, rows, 1, length, logprob_chunk, 1, tensor)
-        forward = _completions(model, n, prefixed, after, attention, replicas)
-        one = both_ways(forward, n * after, scores(n, 1, after) - scores(n, 0, 0)) + _copies(model, n * prefixed) * 3
+        forward = _completions(model, n, prefixed, length, attention, replicas)
+        one = both_ways(forward, n * length, scores(n, 1, length) - scores(n, 0, 0)) + _copies(model, n * prefixed) * 3
         cost += (one + _head(model, n, chunks, computed, replicas, probe) + gradients * 3) * count
     return (cost + step) * (epochs * minibatches)
 

@@ -77,7 +77,7 @@ def compute_logprobs(
       temperature, legal: of the distribution.
       chunk: positions of T whose logits are in memory at the same time; 0 chooses.
       targets: further tokens to score at the same positions, from the same logits, by name.
-      probe_token: a token to score after each end token. It takes one more position of the same forward.
+      probe_token: a token to score after each end token, by the same forward.
       prompts: from `read_prompts`; None: they are computed here.
     """
     P, G, T = rollout.tokens.shape
@@ -87,18 +87,17 @@ def compute_logprobs(
     model = models.bind(config, params)
     prompts = read_prompts(config, params, rollout) if prompts is None else prompts
     prompt = prompt_cache(prompts)
-    hidden = jnp.broadcast_to(prompts[0].hidden[:, None], (P, G, 1, config.width))
-    inputs = rollout.tokens if probe_token is not None else rollout.tokens[:, :, :-1]
-    if inputs.shape[2]:
-        hidden = jnp.concatenate([hidden, model.extend(inputs, prompt)], axis=2)
+    # The last token predicts nothing but a probe. T positions instead of T - 1 keep all arrays in whole tiles of a TPU.
+    after = model.extend(rollout.tokens, prompt)
+    first = jnp.broadcast_to(prompts[0].hidden[:, None], (P, G, 1, config.width))
+    hidden = jnp.concatenate([first, after[:, :, :-1]], axis=2)
     head = model.head_matrix()
     probe = None
     if probe_token is not None:
-        end = rollout.mask.sum(axis=-1)[..., None, None]
-        after_end = jnp.take_along_axis(hidden, end, axis=2)[:, :, 0]
+        end = jnp.maximum(rollout.mask.sum(axis=-1) - 1, 0)[..., None, None]
+        after_end = jnp.take_along_axis(after, end, axis=2)[:, :, 0]
         logits = scale_logits(models.project(after_end, head, config), temperature, None)
         probe = losses.token_logprobs(logits, jnp.full((P, G), probe_token))[0]
-        hidden = hidden[:, :, :T]
 
     # Each device computes the logits of its own prompts: the head is gathered once, and its gradient summed once, instead of once per chunk.
     in_chunks = sharding.by_prompt(functools.partial(_in_chunks, config, chunk))
@@ -109,9 +108,11 @@ def compute_logprobs(
 def chunk_length(P: int, G: int, T: int, vocabulary: int, chunk: int = 0) -> int:
     """Returns the positions of T whose logits one device holds at the same time, of its P prompts and its part of the vocabulary.
 
-    A `chunk` that is not 0 is the result, if T is not smaller.
+    A `chunk` that is not 0 is the result, if T is not smaller. Otherwise, more than 8 positions are a multiple of 8: a tile
+    of a TPU has 8 rows, and other numbers cost copies of the logits and minutes of compiling.
     """
-    return min(chunk or max(1, _CHUNK_ENTRIES // (P * G * vocabulary)), T)
+    chosen = max(1, _CHUNK_ENTRIES // (P * G * vocabulary))
+    return min(chunk or (chosen - chosen % 8 if chosen > 8 else chosen), T)
 
 
 def _in_chunks(config: models.ModelConfig, chunk: int, distribution, hidden, tokens, targets, legal):

@@ -200,7 +200,7 @@ def test_a_forward_moves_weights_activations_and_scores():
     assert splash == 2 * 120 + 2 * tokens * numbers
     assert plain - splash == 12 * 2 * 3 * (7 * 7 + 5 * 2 * 9)  # 12 bytes per pair, 2 heads
     assert costs.reward_model(SMALL, 3, 5, 7, 2, replicas=3, attention="splash").bytes == splash + 2 * 2 * 120
-    logits = costs.score(SMALL, 3, 5, 7, 2, logprob_chunk=1).bytes - costs.reward_model(SMALL, 3, 5, 7, 1).bytes
+    logits = costs.score(SMALL, 3, 5, 7, 2, logprob_chunk=1).bytes - costs.reward_model(SMALL, 3, 5, 7, 2).bytes
     assert logits == 2 * 4 * 3 * 5 * 2 * 10 + 2 * 2 * 40  # logits move twice; each of two chunks reads the head
 
 
@@ -247,8 +247,8 @@ def test_waves_of_short_completions_cost_less():
     tokens = lambda cost: (cost.flops - cost.attention_flops - 2 * 128 * 640 * logits[cost]) / (2 * 2 * MATRICES)
     # Three completions of 16 tokens after 24 are 120 tokens, which are 120 // 32 = 3 completions of 8 tokens.
     logits = {full: P * G * T, half: 3 * 3 * T // 2 + 3 * T}
-    assert tokens(full) == P * S + P * G * (T - 1)
-    assert tokens(half) == P * S + 3 * 3 * (T // 2 - 1) + 3 * (T - 1)
+    assert tokens(full) == P * S + P * G * T
+    assert tokens(half) == P * S + logits[half]
 
 
 def test_decoding_of_short_completions_costs_less():
