@@ -95,7 +95,7 @@ def events_forgotten(folder):
         (functools.partial(edited, "metrics.jsonl", b'{"step": 2', b'{"step": 1, "step": 2'), []),
         (functools.partial(edited, "samples.jsonl", b'"c"', b'"d"'), ["samples.jsonl differs in entry 1"]),
         (functools.partial(edited, "self_reward.json", b"-0.1", b"-0.10"), ["self_reward.json differs"]),
-        (lambda folder: (folder / "config.tmp").write_text("{"), ["config.tmp was left behind"]),
+        (lambda folder: (folder / ".config.json.tmp").write_text("{"), [".config.json.tmp was left behind"]),
         (lambda folder: (folder / "checkpoints" / "6").mkdir(), ["checkpoints/6/ was left behind"]),
         (lambda folder: shutil.copytree(folder / "checkpoints" / "4", folder / "checkpoints" / "3"), []),
         (events_forgotten, ["tensorboard differs"]),
@@ -275,7 +275,9 @@ def test_whatever_cannot_be_written_is_named(name, straight):
     case, _ = straight("laser")
     shutil.rmtree(case.killed, ignore_errors=True)
     case.killed.mkdir()
-    path = case.killed / {"self_reward.json": "self_reward.tmp", "learning_curve": "learning_curve.tmp"}.get(name, name)
+    path = case.killed / {"self_reward.json": ".self_reward.json.tmp", "learning_curve": "learning_curve.tmp"}.get(
+        name, name
+    )
     if path.suffix == ".tmp":
         path.symlink_to("/dev/full")
     elif path.suffix == ".jsonl":
@@ -288,5 +290,5 @@ def test_whatever_cannot_be_written_is_named(name, straight):
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert code == 1 and len(errors) == 1 and "Traceback" not in said, said[-3000:]
     assert str(case.killed / name) in errors[0] and "cannot be written: " in errors[0]
-    path.rmdir() if path.is_dir() else path.unlink()
+    path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
     assert chaos.go_through(case, case.killed) and chaos.differences(case.straight, case.killed) == []

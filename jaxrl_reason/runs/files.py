@@ -8,11 +8,12 @@ file that cannot be written (a full or a read-only disk) raises an OSError whose
 
 from collections.abc import Iterable, Iterator, Mapping
 import contextlib
+import fcntl
 import json
 import math
 import os
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import Any, IO, SupportsFloat
 
 
 class MetricsError(ValueError):
@@ -32,10 +33,37 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a file that is complete or absent; half of a surrogate pair becomes its escape."""
-    scratch = Path(path).with_suffix(".tmp")
-    with writing(path):
-        scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(scratch, path)
+    replace(path, text.encode("utf-8", "backslashreplace"))
+
+
+def replace(path: str | os.PathLike, content: bytes) -> None:
+    """Writes a file that is complete or absent: `content` is written to the file .NAME.tmp, which is then renamed.
+
+    Processes that write the same file wait for each other. The next write takes the place of the remains of a kill.
+    """
+    scratch = Path(path).with_name(f".{Path(path).name}.tmp")
+    with writing(path), _open_alone(scratch) as file:
+        try:
+            if os.fstat(file.fileno()).st_size:
+                file.truncate(0)  # of a killed process
+            file.write(content)
+            file.flush()
+            os.replace(scratch, path)
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
+
+
+def _open_alone(path: Path) -> IO[bytes]:
+    """Opens a file for appending, which no other caller has open until it is closed."""
+    while True:
+        file = open(path, "ab")
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        file.close()  # another caller has renamed it in the meantime
 
 
 def write_json(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
@@ -79,10 +107,7 @@ class JsonLines(AppendOnly):
         if path.exists():
             kept = (r for r in read_json_lines(path) if resume_step is None or r["step"] <= resume_step)
             content = b"".join(map(json_line, kept))  # before anything is written: a damaged file stays as it is
-            scratch = path.with_name(path.name + ".tmp")
-            with writing(path):
-                scratch.write_bytes(content)
-                os.replace(scratch, path)
+            replace(path, content)
         super().__init__(path)
 
     def write(self, records: Iterable[Mapping[str, Any]]) -> None:

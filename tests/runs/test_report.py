@@ -315,7 +315,7 @@ def test_the_end_of_a_run_writes_its_report(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="diverged"):
         with Report(tmp_path, config, 0.01) as found:
             found.finish()
-            (tmp_path / "report.tmp").mkdir()  # the report cannot be written any more
+            (tmp_path / ".report.html.tmp").mkdir()  # the report cannot be written any more
             raise RuntimeError("diverged")
     with pytest.raises(OSError, match=r"report\.html cannot be written"):
         found.finish()
