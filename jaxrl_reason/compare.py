@@ -235,9 +235,9 @@ def _write_result(comparison: Comparison, unit: Unit, baselines: dict[str, float
 
 def _keep(comparison: Comparison, entries: Sequence[results.Entry]) -> None:
     """Writes entries to the file of results, if there is one."""
-    if comparison.results_file:
-        with locks.held(comparison.study.workdir / "results.lock"):
-            results.merge(comparison.results_file, entries)
+    if file := comparison.results_file:
+        with locks.held(file.with_name(f"{file.name}.lock")):  # next to it: other work directories write it too
+            results.merge(file, entries)
 
 
 def report(comparison: Comparison) -> Rows:

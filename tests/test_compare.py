@@ -218,6 +218,14 @@ def test_every_run_is_announced_with_the_number_of_runs_that_follow(tmp_path, ca
     ]
 
 
+def test_a_file_of_results_is_locked_for_all_work_directories(tmp_path, untrained):
+    config = tiny(write_rows(tmp_path / "rows.jsonl"), steps=1, eval__every=1)
+    for name in ("one", "two"):
+        compare.compare(config, {}, tmp_path / name, results_file=tmp_path / "shared" / "results.jsonl")
+        assert not (tmp_path / name / "results.lock").exists()
+    assert {path.name for path in (tmp_path / "shared").iterdir()} == {"results.jsonl", "results.jsonl.lock"}
+
+
 def test_a_baseline_that_cannot_begin_is_named_when_the_method_has_ended(tmp_path, monkeypatch, untrained):
     config = tiny(write_rows(tmp_path / "rows.jsonl"), eval__every=1)
     comparison = compare.prepare(config, {"other": {"data.template": "nope"}}, tmp_path / "runs")

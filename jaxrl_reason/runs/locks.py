@@ -45,6 +45,6 @@ def _locked(path: pathlib.Path, flags: int, needed: bool = True) -> IO[bytes] | 
         if flags and e.errno in (errno.EACCES, errno.EAGAIN):
             return None
         raise OSError(
-            f"{path} cannot be locked ({e.strerror or e}); choose a --workdir on a file system with locks."
+            f"{path} cannot be locked ({e.strerror or e}); choose a directory on a file system with locks."
         ) from e
     return file
