@@ -164,6 +164,8 @@ def _rows(config: Config, baselines: Mapping[str, Mapping[str, object]]) -> list
     rows, taken = [Row(recipe, METHOD, {}, config, results.digest(config))], {START, METHOD}
     for name, changes in baselines.items():
         directory = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+        if not directory:
+            raise ConfigError(f"The baseline {name!r} has no letter a-z or digit for its directory; rename it.")
         if directory in taken or name == recipe:
             raise ConfigError(f"The baseline {name!r} has the name or the directory of another row; rename it.")
         if "seed" in changes:
