@@ -311,10 +311,13 @@ def read_seeds(text: str) -> tuple[int, ...]:
     """Returns the seeds of --seeds: "3" are 0, 1, 2; "0,3,5" are these, and "3," is 3."""
     wrong = ValueError("a number of seeds from 1 to 1000, or seeds such as 0,3,5")
     words = text.removesuffix(",").split(",")
-    if not all(word.isascii() and word.isdigit() for word in words) or len(set(words)) < len(words):
+    if not all(word.isascii() and word.isdigit() for word in words):
+        raise wrong
+    seeds = tuple(map(int, words))
+    if len(set(seeds)) < len(seeds):
         raise wrong
     if "," in text:
-        return tuple(map(int, words))
+        return seeds
     if not 1 <= int(text) <= 1000:
         raise wrong
     return tuple(range(int(text)))

@@ -316,7 +316,7 @@ def test_the_seeds_of_a_flag(text, seeds):
     assert compare.read_seeds(text) == seeds
 
 
-@pytest.mark.parametrize("text", ["0", "1001", "-1", "a", "", ",", "1,,2", "1,1", "1.5", "²"])
+@pytest.mark.parametrize("text", ["0", "1001", "-1", "a", "", ",", "1,,2", "1,1", "1,01", "1.5", "²"])
 def test_seeds_that_are_none(text):
     with pytest.raises(ValueError, match="^a number of seeds from 1 to 1000, or seeds such as 0,3,5$"):
         compare.read_seeds(text)
