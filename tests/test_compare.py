@@ -295,7 +295,10 @@ def test_a_process_waits_for_the_runs_of_others(ended, tmp_path, monkeypatch, ca
             {"baselines": {"A b": OTHER, "a-b": OTHER}},
             "The baseline 'a-b' has the name or the directory of another row",
         ),
-        ({"baselines": {"\u03b2": OTHER}}, "The baseline '\u03b2' has no letter a-z or digit for its directory; rename it."),
+        (
+            {"baselines": {"\u03b2": OTHER}},
+            "The baseline '\u03b2' has no letter a-z or digit for its directory; rename it.",
+        ),
         ({"baselines": {"Start": OTHER}}, "The baseline 'Start' has the name or the directory of another row"),
         ({"baselines": {"grpo": OTHER}}, "The baseline 'grpo' has the name or the directory of another row"),
         ({"baselines": {"other": {"seed": 3}}}, "The baseline 'other' changes config.seed, which all rows share"),

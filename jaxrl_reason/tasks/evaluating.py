@@ -156,7 +156,8 @@ def _run(
     intervals = {key: metrics_lib.accuracy_interval(x) for key, x in prompts.items()}
     record = record | {"prompts": metrics["prompts"], "metrics": numbers, "intervals": intervals}
     title = f"{policy.name}, {record['phase']}, on {label or task.source[0]} ({c.data.eval_split})"
-    directory.mkdir(parents=True, exist_ok=True)
+    if not (directory / "evaluation.json").exists():
+        start()  # predictions have no journal, which begins it
     files = reporting.write_results(directory, judged, metrics, record, title)
     for table in reporting.metric_tables(metrics, intervals, title):
         console.print(table)

@@ -47,7 +47,7 @@ def results_directory(
 
     It is `chosen`, if that is not None. Otherwise it is the first of FOLDER/NAME, FOLDER/NAME-2, ... that is free, or holds
     the same evaluation: an equal `record`, up to the command line and the results. Raises ConfigError if `chosen` is a
-    file or holds another evaluation.
+    file, holds another evaluation, or has files that this one would replace and no evaluation.json.
     """
     if chosen is None:
         names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
@@ -56,8 +56,27 @@ def results_directory(
         raise ConfigError(f"--out={chosen} is a file; name a directory.")
     elif _holds_other(chosen, record):
         raise ConfigError(f"--out={chosen} holds another evaluation; name another directory, or remove this one.")
+    elif file := _unexplained(chosen, record):
+        raise ConfigError(
+            f"--out={chosen} has {file} without evaluation.json, so it may not be of this evaluation; name another directory, "
+            "or remove the file."
+        )
     chosen.mkdir(parents=True, exist_ok=True)
     return chosen
+
+
+def _unexplained(directory: pathlib.Path, record: Mapping[str, Any]) -> str:
+    """Returns a file with the name of a result in a folder without evaluation.json; "" if there is none.
+
+    A killed evaluation leaves an empty file there at most: evaluation.json is written before the first result.
+    """
+    for label in ("", *record.get("sets", ())):
+        if not (directory / label / "evaluation.json").exists():
+            for name in ("completions.jsonl", "predictions.jsonl", "evaluation.png"):
+                path = directory / label / name
+                if path.exists() and path.stat().st_size:
+                    return str(path.relative_to(directory))
+    return ""
 
 
 def holds(directory: pathlib.Path, record: Mapping[str, Any]) -> bool:
@@ -93,8 +112,8 @@ def write_results(
 ) -> list[str]:
     """Writes an evaluation's lines, its picture and, as evaluation.json, `record`. Returns the names of the files.
 
-    evaluation.json is written last: if it is there, the other files belong to the same evaluation. `title` is that of
-    the picture.
+    evaluation.json has its numbers last: if they are there, the other files belong to the same evaluation. `title` is
+    that of the picture.
     """
     lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in judged.lines())
     write_text(directory / judged.file, "".join(lines))

@@ -158,6 +158,25 @@ def test_directories_of_another_evaluation_are_left_alone(tmp_path):
         choose(sets(weights="cd"), tmp_path / "own")
 
 
+@pytest.mark.parametrize("name", ["completions.jsonl", "predictions.jsonl", "evaluation.png"])
+def test_files_of_unknown_origin_are_not_replaced_in_a_chosen_directory(name, tmp_path):
+    choose = lambda out, found: reporting.results_directory(out, tmp_path, found)
+    for folder, found in (("a", record()), ("b", {"sets": {"first": record()}})):
+        out = tmp_path / folder
+        file = (out / "first" if "sets" in found else out) / name
+        file.parent.mkdir(parents=True)
+        file.write_text("")  # of a kill before evaluation.json
+        assert choose(out, found) == out
+        file.write_text("mine")
+        with pytest.raises(ConfigError, match=f"{file.relative_to(out)} without evaluation.json"):
+            choose(out, found)
+        (file.parent / "evaluation.json").write_text(json.dumps(record()))
+        assert choose(out, found) == out
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / name).write_text("of an earlier version")
+    assert choose(None, record()) == tmp_path / "evaluation"
+
+
 @pytest.mark.parametrize(
     "text, found",
     [
