@@ -8,6 +8,7 @@ continues from the newest checkpoint.
 """
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -95,9 +96,10 @@ def _setup(config: Config, workdir: str | pathlib.Path) -> Run:
             config, model=task.model, work=task.work, tokenizer=cast(Tokenizer, task.tokenizer), mesh=mesh
         )
     if hosts.is_first():
-        task.work.begin(task.tokenizer, task.pretrained)
-        if reward_phase:
-            model_training.begin(reward_phase, task.work.path)
+        with task.work.lock():
+            task.work.begin(task.tokenizer, task.pretrained)
+            if reward_phase:
+                model_training.begin(reward_phase, task.work.path)
     else:
         task.work.check_shared()
     return Run(config, method, task, programs, reward_phase)
@@ -227,10 +229,16 @@ def train(run: Run) -> dict[str, dict[str, float]]:
 
     Raises:
       Preempted: SIGTERM came; the last step is saved.
+      ConfigError: another process trains in the work directory.
       RewardError, CheckpointError, MetricsError, OSError: a sentence that names the fault and its place.
     """
-    with hosts.preemption() as should_stop:
+    with hosts.preemption() as should_stop, locked(run):
         return _train(run, should_stop)
+
+
+def locked(run: Run) -> contextlib.AbstractContextManager:
+    """Takes the lock of the run's work directory. Raises ConfigError on all processes if another process holds it."""
+    return hosts.agree(run.work.lock, ConfigError, OSError)
 
 
 def _train(run: Run, should_stop: Callable[[], bool]) -> dict[str, dict[str, float]]:
@@ -305,7 +313,7 @@ def make_start(run: Run) -> None:
     The policy's weights are in start/ of the work directory, because the run has config.checkpoint.keep_start; a learned
     reward model is in reward_model/. Raises what `train` raises.
     """
-    with hosts.preemption() as should_stop:
+    with hosts.preemption() as should_stop, locked(run):
         console = rich.console.Console(highlight=False, markup=False, quiet=not hosts.is_first())
         saver = checkpoints.Checkpoints(run.work.path / "checkpoints", run.config.checkpoint.keep)
         number, state = saver.restore(run.programs.abstract_state) or (None, None)

@@ -262,7 +262,7 @@ def test_a_read_only_disk_is_a_sentence_and_the_run_goes_on_when_it_is_writable(
     )
     assert "first 2\n" in out and "second 2\n" in out, out + err
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 2 and all(f"{case.killed}/config.json cannot be written: Read-only" in e for e in errors), err
+    assert len(errors) == 2 and all(f"{case.killed}/run.lock cannot be written: Read-only" in e for e in errors), err
     assert "Traceback" not in err and chaos.differences(case.straight, after) == []
 
 

@@ -1,6 +1,7 @@
 """A work directory: the configuration, data and tokenizer that its run began with, and the weights that it saved."""
 
 from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import json
 import logging
 import os
@@ -14,7 +15,8 @@ from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data import fitted, load_tokenizer, Tokenizer
 from jaxrl_reason.data.parsers import kind_of
 from jaxrl_reason.models.formats.weights import read_json
-from jaxrl_reason.runs import checkpoints
+from jaxrl_reason.rl import hosts
+from jaxrl_reason.runs import checkpoints, locks
 from jaxrl_reason.runs.files import write_json, writing
 
 _log = logging.getLogger(__name__)
@@ -71,6 +73,20 @@ class Workdir:
     def tokenizer(self, make: Callable[[], Tokenizer]) -> Tokenizer:
         """Returns the tokenizer that the run began with; a new one, from `make`, if the run has not begun."""
         return tokenizer_of(self.path) if self._tokenizer.exists() else make()
+
+    def lock(self) -> contextlib.AbstractContextManager:
+        """Takes the lock of the run on the first process; leaving the returned context frees it.
+
+        Raises ConfigError if another process holds the lock. A file system without locks gives none.
+        """
+        if not hosts.is_first():
+            return contextlib.nullcontext()
+        found = locks.take(self.path / "run.lock", needed=False)
+        if found is None:
+            raise ConfigError(
+                f"Another process trains in {self.path}; wait for its end, end it, or choose another --workdir."
+            )
+        return found
 
     def begin(self, tokenizer: Savable, pretrained: models.Opened | None = None) -> None:
         """Writes the configuration and, if there is none, the tokenizer; each is complete or absent.

@@ -55,7 +55,7 @@ def test_a_file_that_cannot_be_locked_is_one_sentence(tmp_path, monkeypatch):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(locks.fcntl, "lockf", no_locks)
-    with pytest.raises(OSError, match=r"a.lock cannot be locked \(Operation not supported\); choose a --workdir on"):
+    with pytest.raises(OSError, match=r"a.lock cannot be locked \(Operation not supported\); choose a directory on"):
         locks.take(tmp_path / "a.lock")
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="a.lock cannot be written: "):

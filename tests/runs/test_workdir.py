@@ -1,11 +1,13 @@
 """In a work directory, `begin` writes first, a kill leaves whole files, and another run is refused by its fields."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
-from helpers.tiny_runs import change
-from jaxrl_reason import data
+from helpers.tiny_runs import change, tiny, write_rows
+from jaxrl_reason import data, reward_training, train
 from jaxrl_reason.config import Config, ConfigError, Data, Model
 from jaxrl_reason.runs.workdir import Workdir
 
@@ -22,6 +24,31 @@ def test_a_directory_that_the_first_process_has_not_begun_is_refused(tmp_path):
         Workdir(tmp_path, Config(), "f").check_shared()
     Workdir(tmp_path, Config(), "f").begin(TOKENIZER)
     Workdir(tmp_path, Config(), "f").check_shared()
+
+
+@pytest.mark.processes
+def test_one_process_trains_in_a_directory(tmp_path):
+    code = "import pathlib, sys; from jaxrl_reason.runs import locks; lock = locks.take(pathlib.Path(sys.argv[1])); print(bool(lock), flush=True); input()"
+    config, workdir = tiny(write_rows(tmp_path / "rows.jsonl"), steps=1), tmp_path / "run"
+    run = train.setup(config, workdir)
+    command = [sys.executable, "-c", code, workdir / "run.lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "True\n"
+        config.steps, before = 2, (workdir / "config.json").read_text()
+        said = f"^Another process trains in {workdir}; wait for its end"
+        for trains in (
+            lambda: train.setup(config, workdir),
+            lambda: train.train(run),
+            lambda: train.make_start(run),
+            lambda: reward_training.work(run, None),
+        ):
+            with pytest.raises(ConfigError, match=said):
+                trains()
+        assert sorted(path.name for path in workdir.iterdir()) == ["config.json", "run.lock", "tokenizer"]
+        assert (workdir / "config.json").read_text() == before
+        other.kill()  # frees the lock
+    with run.work.lock():
+        pass
 
 
 def test_the_constructor_writes_nothing_and_begin_writes_both_files(tmp_path):
