@@ -27,11 +27,12 @@ from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs import command
 from jaxrl_reason.runs.command import Flag
 from jaxrl_reason.runs.files import finite, write_text
+from jaxrl_reason.runs.terminal import visible
 from jaxrl_reason.tasks import policies
 from jaxrl_reason.tasks.policies import chosen_source, open_policy, OpenedPolicy
 from jaxrl_reason.tasks.regression.opening import open_rows
 from jaxrl_reason.tasks.regression.prediction import predict_rows
-from jaxrl_reason.tasks.sampling import Sample, Sampler, visible
+from jaxrl_reason.tasks.sampling import Sample, Sampler
 
 with contextlib.suppress(ImportError):  # not on Windows
     import readline  # noqa: F401  -- `input` then has a history, and arrow keys edit the line

@@ -12,6 +12,7 @@ import pytest
 from helpers import reference_decoder as reference
 from jaxrl_reason import data, generate, models
 from jaxrl_reason.config import ConfigError
+from jaxrl_reason.runs.terminal import visible
 from jaxrl_reason.tasks import policies, sampling
 from jaxrl_reason.tasks.regression.prediction import Prediction
 
@@ -46,11 +47,11 @@ def test_prompts_give_the_texts_of_policy_generate(policy, tmp_path, capsys):
     assert [[s["text"] for s in line["samples"]] for line in lines] == expected
     assert [line["prompt"] for line in lines] == ["3 + 4 = ?", "2"]
     printed = capsys.readouterr().out
-    assert all(sampling.visible(text) in printed for group in expected for text in group)
+    assert all(visible(text) in printed for group in expected for text in group)
     (tmp_path / "prompts.jsonl").write_text('"3 + 4 = ?"\n{"question": [{"role": "user", "content": "2"}]}\n')
     assert run(policy, f"--prompts={tmp_path / 'prompts.jsonl'}", *sampling_flags) == 0
     assert capsys.readouterr().out.count("log-probability") == 4 and all(
-        sampling.visible(text) in printed for group in expected for text in group
+        visible(text) in printed for group in expected for text in group
     )
 
 
@@ -99,7 +100,7 @@ def test_a_session_keeps_the_conversation_and_streams_the_same_text(policy, caps
     assert run(policy, "--temperature=0") == 0
     shown = capsys.readouterr().out
     assert shown.count("log-probability") == 3
-    parts = [sampling.visible(text) for text in (first, second, third)]
+    parts = [visible(text) for text in (first, second, third)]
     assert all(part in shown for part in parts)
     monkeypatch.setattr("sys.stdin", io.StringIO("hello"))  # ends without /exit, as Ctrl-D does
     assert run(policy, "--temperature=0") == 0
@@ -133,7 +134,7 @@ def test_a_stream_writes_characters_whole():
     ],
 )
 def test_control_characters_are_shown(text, shown):
-    assert sampling.visible(text) == shown
+    assert visible(text) == shown
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,8 @@ def words_of(error: BaseException) -> str:
     with contextlib.suppress(BaseException):  # the error's own __str__ may raise
         words += f": {error}"
     words = " ".join([words[:MAX_WORDS], *getattr(error, "__notes__", ())])
-    return words.encode("ascii", "backslashreplace").decode()
+    words = words.encode("ascii", "backslashreplace").decode()
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in words)
 
 
 def _end_with_parent() -> None:

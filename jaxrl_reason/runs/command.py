@@ -38,6 +38,7 @@ from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.memory import keep_freed_blocks
 from jaxrl_reason.runs.checkpoints import CheckpointError
 from jaxrl_reason.runs.files import MetricsError
+from jaxrl_reason.runs.terminal import visible
 from jaxrl_reason.runs.watch import NonFiniteError
 
 T = TypeVar("T")
@@ -301,7 +302,7 @@ def _plain_warnings() -> Iterator[None]:
     Records with an attribute `kind` are printed once per kind.
     """
     before, log, handler = warnings.formatwarning, logging.getLogger(_OURS), _Sentences()
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {visible(str(message))}\n"
     log.addHandler(handler)
     try:
         yield
@@ -327,6 +328,9 @@ class _Sentences(logging.StreamHandler):
         self._seen: set[object] = set()
         self.setFormatter(logging.Formatter("warning: %(message)s"))
 
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
     def emit(self, record: logging.LogRecord) -> None:
         # Libraries give the root logger a handler at any time, which would print the record again as WARNING:module.
         for other in logging.getLogger().handlers:
@@ -339,5 +343,5 @@ class _Sentences(logging.StreamHandler):
 
 
 def _report(error: Exception | str, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {visible(str(error))}", file=sys.stderr)
     return code

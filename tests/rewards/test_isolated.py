@@ -13,6 +13,7 @@ import pytest
 from jaxrl_reason.rewards import compute_rewards, HostReward, load_reward, RewardError
 from jaxrl_reason.rewards.isolated import Isolated, make_pool
 from jaxrl_reason.rewards.output import Output
+from jaxrl_reason.rewards.worker import words_of
 
 pytestmark = pytest.mark.processes
 
@@ -237,6 +238,12 @@ def test_a_raising_function_is_shown_with_file_and_line(tmp_path):
     for name in ("act", "at_once"):
         table = table_of(reward_of(name), [["1", "raise"]])
         assert table.error[name] == f"ZeroDivisionError: division by zero ({tmp_path}/mine.py, line {line})"
+
+
+def test_the_words_of_an_error_are_one_line_of_printable_ascii():
+    error = ValueError("no \x1b[2J number\nin 'é\\d'\x07")
+    error.add_note("(mine.py,\tline 3)")
+    assert words_of(error) == "ValueError: no \\x1b[2J number\\nin '\\xe9\\d'\\x07 (mine.py,\\tline 3)"
 
 
 def test_what_a_reward_starts_ends_when_it_is_asked_to():

@@ -209,6 +209,18 @@ def test_errors_before_the_work_have_exit_code_2(error, capsys):
     assert capsys.readouterr().err == "error: Too hot.\n"
 
 
+def test_control_characters_are_shown_as_escapes(capsys):
+    said, shown = "Too hot:\n\x1b[2J\r\x07\u202e.", "Too hot:\n\\x1b[2J\\r\\x07\\u202e."
+
+    def work(_):
+        logging.getLogger("jaxrl_reason.data").warning("%s", said)
+        sys.stderr.write(warnings.formatwarning(said, UserWarning, "cook.py", 3))
+        raise OSError(said)
+
+    assert command.run(COMMAND, ["--out=a"], lambda arguments: arguments, work) == 1
+    assert capsys.readouterr().err == f"warning: {shown}\nwarning: {shown}\nerror: {shown}\n"
+
+
 @pytest.mark.parametrize("error", ERRORS, ids=repr)
 def test_errors_of_the_work_have_exit_code_1(error, capsys):
     assert command.run(COMMAND, ["--out=a"], lambda arguments: arguments, raising(error)) == 1
