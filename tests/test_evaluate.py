@@ -588,13 +588,16 @@ def test_empty_data_are_one_sentence(trained, tmp_path, capsys):
     assert "empty.jsonl" in error and "empty" in error
 
 
-def test_a_directory_without_a_run_or_without_a_checkpoint(tmp_path, capsys):
+def test_a_directory_without_a_run_or_without_a_checkpoint(trained, tmp_path, capsys):
     assert "no such directory" in refusal(capsys, f"--workdir={tmp_path / 'nowhere'}")
     assert not (tmp_path / "nowhere").exists()
     assert "no config.json" in refusal(capsys, f"--workdir={tmp_path}")
     assert "--workdir=DIR is missing" in refusal(capsys, "--samples=2")
     train.setup(tiny(write_rows(tmp_path / "rows.jsonl")), tmp_path / "begun")
     assert "no checkpoint yet" in refusal(capsys, f"--workdir={tmp_path / 'begun'}")
+    # Before the first completion of the other side.
+    flags = [f"--workdir={trained[1]}", f"--out={tmp_path / 'out'}", f"--against={tmp_path / 'begun'}"]
+    assert "no checkpoint yet" in refusal(capsys, *flags) and not (tmp_path / "out").exists()
     assert not (tmp_path / "begun" / "checkpoints").exists()
 
 

@@ -37,6 +37,14 @@ def run(policy, *flags):
     return generate.main([f"--model={policy}", "--max_completion_length=8", *flags])
 
 
+def test_a_folder_in_the_directory_of_a_model_leaves_the_model_as_it_is(policy):
+    before = policies.open_policy(str(policy), {}).changed
+    assert before == max(path.stat().st_mtime for path in policy.iterdir())
+    (policy / "evaluation").mkdir()
+    (policy / "evaluation" / "evaluation.json").write_text("{}")
+    assert policies.open_policy(str(policy), {}).changed == before
+
+
 def test_prompts_give_the_texts_of_policy_generate(policy, tmp_path, capsys):
     sampling_flags = ["--samples=2", "--top_p=0.9", "--top_k=50", "--temperature=0.8", "--seed=5"]
     out = tmp_path / "out.jsonl"

@@ -211,6 +211,22 @@ def checkpoint_numbers(workdir: pathlib.Path) -> list[int]:
     return checkpoints.numbers_in(workdir / "checkpoints")
 
 
+def check_checkpoint(workdir: pathlib.Path, number: int | None) -> list[int]:
+    """Returns the numbers of the complete checkpoints of a run, newest first.
+
+    Raises ConfigError if there are no checkpoints, or if `number` is not among the complete ones; None chooses any.
+    """
+    numbers = checkpoint_numbers(workdir)
+    if not numbers:
+        raise ConfigError(f"The run in {workdir} has no checkpoint yet; train it first.")
+    complete = [n for n in numbers if checkpoints.is_complete(workdir / "checkpoints" / str(n))]
+    if number is not None and number not in complete:
+        what = "only a part of checkpoint" if number in numbers else "no checkpoint"
+        listed = ", ".join(map(str, complete)) or "none"
+        raise ConfigError(f"The run in {workdir} has {what} {number}; it has {listed}.")
+    return complete
+
+
 def load_weights(
     workdir: pathlib.Path, number: int | None, like: models.Params, model: models.ModelConfig
 ) -> tuple[int, models.Params]:
@@ -220,15 +236,8 @@ def load_weights(
     checkpoint that can be read. Returns its number, and the weights. Raises ConfigError for a checkpoint that is
     missing, cannot be read, or has other shapes.
     """
-    numbers = checkpoint_numbers(workdir)
-    if not numbers:
-        raise ConfigError(f"The run in {workdir} has no checkpoint yet; train it first.")
+    numbers, complete = checkpoint_numbers(workdir), check_checkpoint(workdir, number)
     directory = workdir / "checkpoints"
-    complete = [n for n in numbers if checkpoints.is_complete(directory / str(n))]
-    listed = ", ".join(map(str, complete)) or "none"
-    if number is not None and number not in complete:
-        what = "only a part of checkpoint" if number in numbers else "no checkpoint"
-        raise ConfigError(f"The run in {workdir} has {what} {number}; it has {listed}.")
     trained, frozen = models.lora.split(model, like)
     wanted = {"trained": trained} | ({"frozen": frozen} if frozen else {})
     found, parts, faults = checkpoints.read_newest(directory, numbers if number is None else [number], wanted)

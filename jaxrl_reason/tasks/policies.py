@@ -13,7 +13,7 @@ from jaxrl_reason.methods import Method
 from jaxrl_reason.rl import hosts, programs
 from jaxrl_reason.runs import compilation_cache, digests
 from jaxrl_reason.runs.command import CHECKPOINT, Flag, path
-from jaxrl_reason.runs.workdir import model_source, tokenizer_of, with_fields
+from jaxrl_reason.runs.workdir import check_checkpoint, model_source, tokenizer_of, with_fields
 from jaxrl_reason.tasks import pretrained
 from jaxrl_reason.tasks.regression import opening as numbers
 from jaxrl_reason.tasks.self_reward import probe_token, ProbeReference, read_reference
@@ -164,6 +164,7 @@ ALL = 10**9  # held-out prompts: all that there are
 def _open_run(workdir: pathlib.Path, config: Config, checkpoint: int | None) -> OpenedPolicy:
     method, mesh = config_lib.make_method(config), programs.make_mesh(config)
     task = numbers.open_for_evaluation(config, mesh, workdir) if config.regression.tokenizer else None
+    check_checkpoint(workdir, checkpoint)
     tokenizer = tokenizer_of(workdir) if task is None else task.tokenizer
     model = config_lib.model_config(config, tokenizer.vocab_size, model_source(workdir)) if task is None else task.model
     return OpenedPolicy(
@@ -192,7 +193,7 @@ def _open_model(config: Config, fields: dict[str, str]) -> OpenedPolicy:
     model = config_lib.model_config(config, tokenizer.vocab_size, opened.source)
     models.check_weights(opened, pretrained.base_shape(model))
     place = pathlib.Path(name).expanduser()
-    files = [place, *place.glob("*")] if place.exists() else []
+    files = [place] if place.is_file() else [file for file in place.glob("*") if file.is_file()]
     changed = max((file.stat().st_mtime for file in files), default=None)
     title = place.resolve().name if files else name
     method, mesh = config_lib.make_method(config), programs.make_mesh(config)
