@@ -103,6 +103,7 @@ COMMAND = command.Command(
             "data",
             "NAME_OR_PATH",
             "other data, as config.data.eval; the split is then test, or all of a file",
+            command.nonempty,
             field="data.eval",
         ),
         Flag("split", "SPLIT", "as config.data.eval_split", field="data.eval_split"),

@@ -93,7 +93,10 @@ COMMAND = command.Command(
         command.WORKDIR,
         command.Flag("out", "DIR", "the directory to write; must not exist, or be empty", command.path),
         command.Flag(
-            "push", "OWNER/NAME", "uploads to this model of the hub, which is made private; --out is optional then"
+            "push",
+            "OWNER/NAME",
+            "uploads to this model of the hub, which is made private; --out is optional then",
+            command.nonempty,
         ),
         command.Flag("public", "", "makes a new model of --push public"),
         command.CHECKPOINT,
@@ -128,16 +131,19 @@ def prepare(arguments: command.Arguments) -> Export:
     config = runs.load_config(arguments.workdir, {})
     hosts.initialize(config.mesh.host_timeout, config.mesh.initialization_timeout, saves=False)
 
-    def open_upload() -> hub.Upload | None:
+    def check_targets() -> None:
         if not hosts.is_first():
-            return None
+            return
         if out and out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"--out={out} is there already and not empty; choose another directory.")
-        return hub.open_upload(push, private=not arguments.public) if push else None
+        if push:
+            hub.check_upload(push)
 
-    upload = hosts.agree(open_upload, ConfigError, hub.HubError)
+    hosts.agree(check_targets, ConfigError, hub.HubError)
     name, save = _read(arguments, config, push.rpartition("/")[2] if push else out.name)
-    return Export(name, save, out, upload)
+    # After the model is read: a run that cannot be read makes no repository.
+    made = lambda: hub.open_upload(push, private=not arguments.public) if push and hosts.is_first() else None
+    return Export(name, save, out, hosts.agree(made, hub.HubError))
 
 
 def _check_flags(arguments: command.Arguments) -> None:

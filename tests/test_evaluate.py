@@ -545,6 +545,7 @@ def refusal(capsys, *flags, code=2) -> str:
         (["--checkpoint=7"], ["no checkpoint 7", "it has 152, 151, 150"]),
         (["--checkpoint=last"], ["--checkpoint=last", "number"]),
         (["--data=word_problem"], ["'word_problem'", "word_problems"]),
+        (["--data="], ["--data=: expected a name"]),
         (["--data=nothing.jsonl"], ["nothing.jsonl"]),
         (["--split=test"], ["'test'", "rows.jsonl"]),
         (["--split=[:0]"], ["[:0]", "none"]),

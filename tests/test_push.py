@@ -23,7 +23,8 @@ class FakeApi:
             raise PermissionError("403 Forbidden.\nmore")
         self.made.append((name, options))
 
-    def upload_folder(self, *, repo_id, folder_path, commit_message):
+    def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
+        self.deleted = delete_patterns
         if self.refuses == "upload_folder":
             raise ConnectionError("The network is down.")
         self.uploaded.append((repo_id, sorted(p.name for p in pathlib.Path(folder_path).iterdir()), commit_message))
@@ -65,6 +66,7 @@ def test_a_model_is_uploaded_with_its_card(switches, private, api, workdir, caps
     assert export.main([f"--workdir={workdir}", "--push=me/sums", *switches]) == 0
     assert api.made == [("me/sums", dict(private=private, exist_ok=True, repo_type="model"))]
     assert api.uploaded == [("me/sums", FILES, "Checkpoint 1, exported by jaxrl_reason")]
+    assert api.deleted == ["*.safetensors", "*.index.json", "adapter_config.json"]
     assert capsys.readouterr().out == "Checkpoint 1 is at https://huggingface.co/me/sums.\n"
     assert "# sums\n" in api.card and "None were measured." in api.card and str(workdir.parent) not in api.card
     assert not api.folder.exists()
@@ -79,6 +81,8 @@ def test_a_directory_is_kept_if_it_is_named(api, workdir, tmp_path):
 @pytest.mark.parametrize(
     "flags, said",
     [
+        (["--push="], "--push=: expected a name."),
+        (["--push=", "--out=DIR"], "--push=: expected a name."),
         (["--push=sums"], "'sums' is no name for a model on the hub: write owner/name"),
         (["--push=me/a/b"], "'me/a/b' is no name"),
         (["--push=me/sums@main"], "'me/sums@main' is no name"),
@@ -105,6 +109,11 @@ def test_an_upload_needs_a_token(api, workdir, capsys, monkeypatch):
         "HF_TOKEN.\n"
     )
     assert api.made == []
+
+
+def test_a_run_that_cannot_be_read_makes_no_repository(api, workdir, capsys):
+    assert export.main([f"--workdir={workdir}", "--push=me/sums", "--checkpoint=7"]) == 2
+    assert "has no checkpoint 7; it has 1." in capsys.readouterr().err and api.made == []
 
 
 @pytest.mark.parametrize("refuses, code", [("create_repo", 2), ("upload_folder", 1)])

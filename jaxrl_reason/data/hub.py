@@ -84,11 +84,8 @@ class Upload(NamedTuple):
     api: Any  # huggingface_hub.HfApi
 
 
-def open_upload(name: str, *, private: bool) -> Upload:
-    """Makes a repository for a model, if there is none of this name; an existing one stays private or public.
-
-    Raises HubError without a token, for a name that is not owner/name, and if the hub refuses it.
-    """
+def check_upload(name: str) -> None:
+    """Raises HubError without a token, and for a name that is not owner/name; asks the hub nothing."""
     import huggingface_hub
     import huggingface_hub.utils
 
@@ -105,14 +102,32 @@ def open_upload(name: str, *, private: bool) -> Upload:
         raise HubError(
             f"An upload to {name} needs a token of the Hugging Face hub that may write: run hf auth login, or set HF_TOKEN."
         )
+
+
+def open_upload(name: str, *, private: bool) -> Upload:
+    """Makes a repository for a model, if there is none of this name; an existing one stays private or public.
+
+    Raises HubError if the hub refuses it, and what `check_upload` raises.
+    """
+    import huggingface_hub
+
+    check_upload(name)
     api = huggingface_hub.HfApi()
     _ask(name, lambda: api.create_repo(name, private=private, exist_ok=True, repo_type="model"))
     return Upload(name, api)
 
 
 def upload(to: Upload, directory: pathlib.Path, message: str) -> str:
-    """Uploads the files of a directory as one commit, and returns its address. Raises HubError."""
-    _ask(to.name, lambda: to.api.upload_folder(repo_id=to.name, folder_path=directory, commit_message=message))
+    """Uploads the files of a directory, and returns the address of the model. Raises HubError.
+
+    Weights of an earlier upload that are not in the directory are removed: a model in another number of files, or
+    adapters, would otherwise be read next to the new ones.
+    """
+    old = ["*.safetensors", "*.index.json", "adapter_config.json"]
+    send = lambda: to.api.upload_folder(
+        repo_id=to.name, folder_path=directory, commit_message=message, delete_patterns=old
+    )
+    _ask(to.name, send)
     return f"https://huggingface.co/{to.name}"
 
 

@@ -59,6 +59,13 @@ def integer(text: str) -> int:
     return sign * number(digits)
 
 
+def nonempty(text: str) -> str:
+    """Returns the text; raises ValueError for an empty one."""
+    if not text:
+        raise ValueError("a name")
+    return text
+
+
 def local(text: str) -> str:
     """Returns the text of a path; raises ValueError for an empty text, and for the address of another machine."""
     if not text:
@@ -229,13 +236,13 @@ def parse(command: Command, argv: Sequence[str], *, complete: bool = True) -> Ar
             text = words.pop(0)
         if flag.choices and text not in flag.choices:
             raise ConfigError(f"{name} is {text!r}; it must be one of {', '.join(flag.choices)}.")
-        if flag not in own:
-            arguments.fields[flag.field or name.removeprefix("--config.")] = text
-            continue
         try:
             value = flag.read(text)
         except ValueError as e:
             raise ConfigError(f"{name}={text}: expected {e}.") from None
+        if flag not in own:
+            arguments.fields[flag.field or name.removeprefix("--config.")] = value
+            continue
         setattr(arguments, flag.attribute, (*getattr(arguments, flag.attribute), value) if flag.repeated else value)
     for flag in own:
         if complete and flag.required and not getattr(arguments, flag.attribute):
