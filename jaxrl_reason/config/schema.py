@@ -264,7 +264,10 @@ class Eval:
     samples: int = _field(4, "completions per prompt", low=1, high=2**20)
     temperature: float = _field(1.0, "temperature of evaluation; 0: greedy", low=0)
     top_k: int = _field(
-        0, "evaluation samples among the k most probable tokens; 0: all; training never truncates", low=0
+        0,
+        "evaluation samples among the k most probable tokens; 0: all; training never truncates",
+        low=0,
+        high=2**31 - 1,
     )
     top_p: float = _field(
         1.0, "evaluation samples among the most probable tokens whose probabilities reach p; 1: all", above=0, high=1

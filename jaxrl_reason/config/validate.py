@@ -231,8 +231,8 @@ def _violated_bound(value: Any, low: Any, above: Any, high: Any, below: Any, cho
         return "a finite number"
     if low is not None and value < low:
         return f"at least {low}"
-    if above is not None and value <= above:
-        return f"greater than {above}"
+    if above is not None and value - above < np.finfo(np.float32).tiny:  # 1e-50 is 0 in float32
+        return f"greater than {above}" + (" in float32" if value > above else "")
     if high is not None and value > high:
         return f"at most {high}"
     if below is not None and (value >= below or np.float32(value) >= below):  # 1 - 1e-9 is 1 in float32

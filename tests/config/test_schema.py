@@ -34,6 +34,8 @@ def just_outside(field, hint):
         yield meta["low"] - step, f"at least {meta['low']}"
     if meta.get("above") is not None:
         yield hint(meta["above"]), f"greater than {meta['above']}"
+        if hint is float:
+            yield meta["above"] + 1e-50, f"greater than {meta['above']} in float32"
         yield hint(meta["above"] - step), f"greater than {meta['above']}"
     if meta.get("high") is not None:
         yield meta["high"] + step, f"at most {meta['high']}"
