@@ -247,11 +247,19 @@ def session(generation: Generation) -> None:
 
 
 def _inputs() -> Iterator[str]:
-    """Yields the lines of the standard input that are not empty; a terminal shows a prompt."""
+    """Yields the lines of the standard input that are not empty; a terminal shows a prompt.
+
+    Raises ConfigError for bytes that are no text.
+    """
     prompt = "> " if sys.stdin.isatty() else ""
     with contextlib.suppress(EOFError):
         while True:
-            text = input(prompt).strip()
+            try:
+                text = input(prompt).strip()
+            except UnicodeDecodeError as e:
+                raise ConfigError(
+                    f"A line of the standard input is not text in {e.encoding}; convert it to {e.encoding}."
+                ) from e
             if text:
                 yield text
     print(end="\n" if prompt else "")  # Ctrl-D leaves the cursor in the line of the prompt

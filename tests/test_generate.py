@@ -115,6 +115,13 @@ def test_a_session_keeps_the_conversation_and_streams_the_same_text(policy, caps
     assert capsys.readouterr().out.startswith(parts[0] + "\n(")
 
 
+def test_input_that_is_no_text_is_one_sentence(policy, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    assert run(policy) == 1
+    said = "A line of the standard input is not text in utf-8; convert it to utf-8."
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {said}"
+
+
 def test_a_stream_writes_characters_whole():
     tokenizer = data.train_tokenizer(["3 + 4 = 7"], 260)  # one token per byte
     written = []
