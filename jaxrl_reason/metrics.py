@@ -256,13 +256,17 @@ def _resampled_means(x: FloatArray, resamples: int, rng: np.random.Generator) ->
     return rng.multinomial(x.size, counts / x.size, size=resamples) @ distinct / x.size
 
 
-def mean_over_sets(sets: Sequence[ArrayLike], *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
-    """Computes the mean of the means of several sets, each with equal weight, and its bootstrap interval.
+_NOISE = 1e-12  # numbers that differ by less are equal up to rounding
 
-    The items of each set are resampled within the set. The interval is NaN if all items of every set are equal.
+
+def mean_over_sets(sets: Sequence[ArrayLike], *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
+    """Computes the mean accuracy over several sets, each with equal weight, and its bootstrap interval.
+
+    The prompts of each set are resampled within the set. Equal prompts would be equal in every draw, and add no width: the
+    mean m of n equal prompts is drawn from Beta(n m + 1/2, n (1 - m) + 1/2) instead (Jeffreys' interval).
 
     Args:
-      sets: [N] each, N >= 1, one finite number per item.
+      sets: [N] each, N >= 1, the accuracy of each prompt, in [0, 1].
       level, resamples, seed: as in `bootstrap_interval`.
 
     Example:
@@ -272,10 +276,16 @@ def mean_over_sets(sets: Sequence[ArrayLike], *, level: float = 0.95, resamples:
     arrays, rng = [np.asarray(x, np.float64) for x in sets], np.random.default_rng(seed)
     for x in arrays:
         bootstrap_interval(x, level=level, resamples=1)  # refuses what cannot be resampled
+        _refuse((x < 0) | (x > 1), "x must be accuracies between 0 and 1", x=x)
     mean = float(np.mean([x.mean() for x in arrays]))
-    if all(np.ptp(x) == 0 for x in arrays):
-        return Interval(mean, math.nan, math.nan)
-    means = np.mean([_resampled_means(x, resamples, rng) for x in arrays], axis=0)
+
+    def draw(x: FloatArray) -> FloatArray:
+        if np.ptp(x) < _NOISE:
+            n, m = x.size, float(x.mean())
+            return rng.beta(n * m + 0.5, n * (1 - m) + 0.5, size=resamples)
+        return _resampled_means(x, resamples, rng)
+
+    means = np.mean([draw(x) for x in arrays], axis=0)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean, float(low), float(high))
 
@@ -283,7 +293,7 @@ def mean_over_sets(sets: Sequence[ArrayLike], *, level: float = 0.95, resamples:
 def paired_difference(x: ArrayLike, y: ArrayLike, *, level: float = 0.95) -> Interval:
     """Computes the mean of x - y over paired items, and its bootstrap interval: pairs are resampled, not items.
 
-    The interval is NaN if all differences are equal: other draws of them say nothing about other items.
+    The interval is NaN if all differences are equal up to rounding: other draws of them say nothing about other items.
 
     Args:
       x, y: [N], N >= 1, of the same items in the same order.
@@ -294,7 +304,11 @@ def paired_difference(x: ArrayLike, y: ArrayLike, *, level: float = 0.95) -> Int
       Interval(mean=0.5, low=nan, high=nan)
     """
     x, y = _pair("x", x, "y", y)
-    return mean_over_sets([x - y], level=level)
+    difference = x - y
+    interval = bootstrap_interval(difference, level=level)
+    if np.ptp(difference) < _NOISE:
+        interval = (math.nan, math.nan)
+    return Interval(float(difference.mean()), *interval)
 
 
 def accuracy_interval(x: ArrayLike, *, level: float = 0.95) -> tuple[float, float]:

@@ -331,14 +331,28 @@ def slow_bootstrap(sets, resamples=4000, seed=5):
 
 def test_mean_over_sets_against_a_slow_loop():
     rng = np.random.default_rng(3)
-    sets = [rng.integers(0, 5, 40) / 4, rng.integers(0, 2, 15), [1.0] * 7]
+    sets = [rng.integers(0, 5, 40) / 4, rng.integers(0, 2, 15), [1.0] * 6 + [0.0]]
     mean, low, high = metrics.mean_over_sets(sets)
-    assert mean == pytest.approx((np.mean(sets[0]) + np.mean(sets[1]) + 1) / 3)
+    assert mean == pytest.approx((np.mean(sets[0]) + np.mean(sets[1]) + 6 / 7) / 3)
     assert (low, high) == pytest.approx(slow_bootstrap([list(x) for x in sets]), abs=0.012)
     assert low < mean < high and high - low > 0.05
     assert metrics.mean_over_sets([sets[0]])[1:] == metrics.bootstrap_interval(sets[0])
     assert metrics.mean_over_sets([[0.5, 0.5], [1.0]])[0] == 0.75
-    assert np.isnan(metrics.mean_over_sets([[0.5, 0.5], [1.0]])[1:]).all()
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        metrics.mean_over_sets([[0.5], [1.5]])
+
+
+def test_equal_prompts_have_a_width():
+    """One prompt of accuracy 1/2 draws from Beta(1, 1), which is uniform; the mean of two such sets has a triangular density."""
+    many = dict(resamples=200_000)
+    assert metrics.mean_over_sets([[0.5]], **many) == (0.5, *(pytest.approx(x, abs=3e-3) for x in (0.025, 0.975)))
+    edge = 0.0125**0.5  # where 2 x^2 = 0.025
+    found = metrics.mean_over_sets([[0.5], [0.5]], **many)
+    assert found == (0.5, *(pytest.approx(x, abs=3e-3) for x in (edge, 1 - edge)))
+    # One correct prompt draws from Beta(3/2, 1/2): with p = sin(t)^2 its distribution function is (2 t - sin(2 t)) / pi.
+    mean, low, high = metrics.mean_over_sets([[1.0]], **many)
+    angles = 2 * np.arcsin(np.sqrt([low, high]))
+    assert mean == 1 and (angles - np.sin(angles)) / np.pi == pytest.approx([0.025, 0.975], abs=3e-3)
 
 
 def test_paired_difference():
@@ -352,6 +366,7 @@ def test_paired_difference():
     mean, low, high = metrics.paired_difference(x, y)
     assert mean == pytest.approx(2 / 50) and (low, high) == pytest.approx(slow_bootstrap([list(x - y)]), abs=0.021)
     assert high - low < 0.15
+    assert np.isnan(metrics.paired_difference([0.1 + 0.2, 0.5], [0.3, 0.5])[1:]).all()  # they differ by rounding
     assert metrics.paired_difference(x, x)[0] == 0 and np.isnan(metrics.paired_difference(x, x)[1:]).all()
     with pytest.raises(ValueError, match="shape"):
         metrics.paired_difference([1.0], [1.0, 2.0])
