@@ -257,7 +257,7 @@ def self_reward_metrics(found: Evaluated) -> dict[str, float]:
     self-reward orders correctly), `self_reward_auc_within` (of pairs of one prompt), `best_of_K_accuracy` (of the
     completion of highest self-reward) and, with answers, `weighted_vote`, comparable with `maj@K`. The free baseline is
     the log-probability of the whole completion: `logprob_auc`, `logprob_auc_within`, `best_of_K_by_logprob`. A truncated
-    completion has no self-reward: it is never chosen and in no pair, and its vote has weight 0. {} without self-rewards.
+    completion has no self-reward: it is never chosen, in no pair, and has no vote. {} without self-rewards.
     """
     if found.self_rewards is None:
         return {}
@@ -286,17 +286,21 @@ def _scores(found: Evaluated) -> dict[str, np.ndarray]:
 def _chosen_by_self_reward(found: Evaluated) -> dict[str, np.ndarray]:
     """Returns, per prompt, whether the completion of highest self-reward and the answer with most of it are correct.
 
-    `best_of_K_by_logprob` is about the completion of highest log-probability, among those that ended.
+    `best_of_K_by_logprob` is about the completion of highest log-probability, among those that ended. All are 0 for a
+    prompt whose completions are all truncated.
     """
     if found.self_rewards is None:
         return {}
     K, rows = found.correct.shape[1], np.arange(len(found.correct))
+    ended = ~np.isnan(found.self_rewards)
     scores = {name: np.where(np.isnan(x), -np.inf, x) for name, x in _scores(found).items()}
-    best = {name: found.correct[rows, x.argmax(axis=1)].astype(np.float64) for name, x in scores.items()}
+    correct = found.correct & ended  # the first one is taken if none has ended
+    best = {name: correct[rows, x.argmax(axis=1)].astype(np.float64) for name, x in scores.items()}
     out = {f"best_of_{K}_accuracy": best["self_reward"], f"best_of_{K}_by_logprob": best["logprob"]}
     if found.answers is not None:
         weights = np.clip(scores["self_reward"], 0.0, 1.0)
-        chosen = [metrics.majority_vote(group, w) for group, w in zip(found.answers, weights)]
+        votes = [[a if ok else None for a, ok in zip(*both)] for both in zip(found.answers, ended)]
+        chosen = [metrics.majority_vote(group, w) for group, w in zip(votes, weights)]
         won = [i is not None and ok[i] for i, ok in zip(chosen, found.correct)]
         out["weighted_vote"] = np.array(won, np.float64)
     return out

@@ -163,6 +163,18 @@ def test_self_rewards_and_log_probabilities_as_judges_by_hand():
     }
 
 
+def test_truncated_completions_are_never_chosen():
+    """All of the first prompt are truncated; the only one of the second that has ended is incorrect, with weight 0."""
+    completions = found(
+        [[1, 1], [1, 0]],
+        self_rewards=np.array([[np.nan, np.nan], [np.nan, -0.5]], np.float32),
+        answers=[["7", "7"], ["1", "2"]],
+    )
+    numbers = evaluation.per_prompt(completions)
+    for name in ("best_of_2_accuracy", "best_of_2_by_logprob", "weighted_vote"):
+        assert numbers[name].tolist() == [0, 0], name
+
+
 def test_lines_of_a_file_give_the_same_completions():
     """Missing rewards, truncated completions and self-rewards survive as JSON. Answers become texts."""
     before = found(
