@@ -15,6 +15,7 @@ from jaxrl_reason import data
 from jaxrl_reason.config import ConfigError
 from jaxrl_reason.data.tables import TargetScaler
 from jaxrl_reason.methods import Method
+from jaxrl_reason.runs import results
 from jaxrl_reason.runs.files import finite, write_json, write_text
 from jaxrl_reason.tasks import evaluation
 from jaxrl_reason.tasks.task import Judged
@@ -97,12 +98,18 @@ def _holds_other(directory: pathlib.Path, record: Mapping[str, Any]) -> bool:
         return True
 
 
+# Sections and fields that change no result. The fingerprint of the data tells other data in data.data_dir.
+_NO_RESULT = (
+    *("steps.", "mesh.", "checkpoint.", "log.", "compilation_cache."),
+    *("reward.workers.", "data.data_dir."),
+)
+
+
 def _identity(record: Mapping[str, Any]) -> Any:
     """Returns the part of a record that decides the results of an evaluation."""
     if "sets" in record:
         return {label: _identity(found) for label, found in record["sets"].items()}
-    without = ("steps", "mesh", "checkpoint", "log")  # sections that change no result
-    config = {name: value for name, value in record["config"].items() if name not in without}
+    config = {name: value for name, value in results.leaves(record["config"]) if not f"{name}.".startswith(_NO_RESULT)}
     read = [record.get(name) or None for name in ("weights", "changed", "reward_files")]
     return [record["checkpoint"], *read, record["data"], config]
 

@@ -147,7 +147,8 @@ def test_directories_of_another_evaluation_are_left_alone(tmp_path):
     same = {
         "command": "c",
         "workdir": "/moved",
-        "config": {"seed": 0, "steps": 9, "log": 1, "mesh": 2, "checkpoint": 3},
+        "config": {"seed": 0, "steps": 9, "log": {"samples": 1}, "mesh": {"data": 2}, "checkpoint": {"keep": 3}}
+        | {"compilation_cache": "/c", "reward": {"workers": 2}, "data": {"data_dir": "/d"}},
     }
     assert str(choose(record() | same)) == "evaluation"
     # The folder of a set may hold an evaluation of its own.
