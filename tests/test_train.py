@@ -698,6 +698,13 @@ def test_an_evaluation_that_has_changed_is_not_compared_with_the_first(rows, tmp
     assert list(train.train(train.setup(tiny(rows, steps=5, eval__every=2), tmp_path))) == ["after"]
 
 
+def test_an_evaluation_json_in_the_work_directory_stays(tmp_path):
+    (tmp_path / "evaluation.json").write_text("of evaluate --out")
+    summary.write_settings(tmp_path, tiny("rows.jsonl"))
+    assert (tmp_path / "evaluation.json").read_text() == "of evaluate --out"
+    assert json.loads((tmp_path / "eval_settings.json").read_text())["every"] is None
+
+
 def test_the_seconds_of_evaluations_and_checkpoints_are_in_the_metrics(rows, tmp_path):
     """A line has the time since the line before it. The time includes the checkpoint that came before the step."""
     config = tiny(rows, steps=4, supervised__steps=3, eval__every=2, checkpoint__every=1)

@@ -32,7 +32,6 @@ def evaluation_settings(config: Config) -> dict[str, Any]:
 def write_settings(workdir: pathlib.Path, config: Config) -> None:
     """Writes the settings of the evaluation before training to eval_settings.json."""
     write_json(workdir / _SETTINGS, evaluation_settings(config))
-    (workdir / _EARLIER).unlink(missing_ok=True)
 
 
 def _measured_alike(workdir: pathlib.Path, config: Config) -> bool:
