@@ -273,7 +273,7 @@ def compare(comparison: Comparison) -> None:
                 raise OSError(f"The process that measured {name!r} has ended with exit code {child.returncode}.")
             print(child.stdout, end="", flush=True)
             found[name].append(json.loads(child.stdout))
-    console = rich.console.Console(highlight=False, markup=False)
+    console = rich.console.Console(highlight=False, markup=False, emoji=False)
     pictures.print_table(console, list(COMPARED), ratios(found))
 
 

@@ -165,7 +165,7 @@ def train_all(comparison: Comparison) -> Rows:
 
 def _train_all(comparison: Comparison, should_stop: Callable[[], bool]) -> None:
     runs, count = comparison.study, len(comparison.study.units)
-    console, waits = rich.console.Console(highlight=False, markup=False, quiet=not hosts.is_first()), False
+    console, waits = rich.console.Console(highlight=False, markup=False, emoji=False, quiet=not hosts.is_first()), False
     say = lambda text: console.print(text, soft_wrap=True)
     if done := count - _unfinished(runs):
         say(f"{done} of {count} runs are finished.")
@@ -360,7 +360,7 @@ def main(argv: list[str] | None = None) -> int:
         )
 
     def work(comparison: Comparison) -> None:
-        rows, console = train_all(comparison), rich.console.Console(highlight=False, markup=False)
+        rows, console = train_all(comparison), rich.console.Console(highlight=False, markup=False, emoji=False)
         if not hosts.is_first():
             return
         print_rows(console, rows, tasks.headlines(comparison.method))

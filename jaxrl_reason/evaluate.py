@@ -71,7 +71,7 @@ def _open_other(arguments: command.Arguments, sets: dict[str, Evaluation]) -> Ag
 def evaluate(prepared: tuple[Evaluations, Against | None]) -> None:
     """Samples, scores, prints the tables and writes the results. Raises ConfigError, RewardError or OSError."""
     evaluations, against = prepared
-    console = rich.console.Console(highlight=False, markup=False, quiet=not hosts.is_first())
+    console = rich.console.Console(highlight=False, markup=False, emoji=False, quiet=not hosts.is_first())
     record, directory = evaluating.run(evaluations, console), evaluations.directory
     if against is None:
         return

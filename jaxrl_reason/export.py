@@ -186,7 +186,7 @@ def _read(
 def write(export: Export) -> None:
     """Writes the model, uploads it and prints its places. Raises HubError if the upload fails."""
     if hosts.is_first():
-        console = rich.console.Console(highlight=False, markup=False)
+        console = rich.console.Console(highlight=False, markup=False, emoji=False)
         with contextlib.ExitStack() as stack:
             out = export.out or pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model"
             export.save(out)

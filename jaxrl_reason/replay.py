@@ -157,7 +157,7 @@ def prepare(arguments: command.Arguments) -> tuple[train.Run, Saved]:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    console = rich.console.Console(highlight=False, markup=False)
+    console = rich.console.Console(highlight=False, markup=False, emoji=False)
     return command.run(COMMAND, argv, prepare, lambda prepared: report(*prepared, console))
 
 

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work(prepared: tuple[command.Arguments, Config]) -> None:
         arguments, config = prepared
-        console = rich.console.Console(highlight=False, markup=False)
+        console = rich.console.Console(highlight=False, markup=False, emoji=False)
         console.print(f"Report: {report_of(arguments.workdir, config)}", soft_wrap=True)
 
     return command.run(COMMAND, argv, prepare, work)

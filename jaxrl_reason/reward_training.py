@@ -65,7 +65,7 @@ def prepare(arguments: command.Arguments) -> tuple[train.Run, Phase]:
 
 def work(run: train.Run, phase: Phase) -> None:
     """Trains the reward model of a run. Raises ConfigError if another process trains in its work directory."""
-    console = rich.console.Console(highlight=False, markup=False, quiet=not hosts.is_first())
+    console = rich.console.Console(highlight=False, markup=False, emoji=False, quiet=not hosts.is_first())
     with hosts.preemption() as should_stop, train.locked(run):
         get_reward_model(phase, start_decoder(run, console), console, should_stop)
 

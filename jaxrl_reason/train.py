@@ -243,7 +243,7 @@ def locked(run: Run) -> contextlib.AbstractContextManager:
 
 def _train(run: Run, should_stop: Callable[[], bool]) -> dict[str, dict[str, float]]:
     c, work, needs = run.config, run.work, run.programs.needs
-    console = rich.console.Console(highlight=False, markup=False, quiet=not hosts.is_first())
+    console = rich.console.Console(highlight=False, markup=False, emoji=False, quiet=not hosts.is_first())
     say = functools.partial(console.print, soft_wrap=True)
     if compiled := compilation_cache.directory():
         say(f"Compiled programs are kept in {compiled}.")
@@ -314,7 +314,7 @@ def make_start(run: Run) -> None:
     reward model is in reward_model/. Raises what `train` raises.
     """
     with hosts.preemption() as should_stop, locked(run):
-        console = rich.console.Console(highlight=False, markup=False, quiet=not hosts.is_first())
+        console = rich.console.Console(highlight=False, markup=False, emoji=False, quiet=not hosts.is_first())
         saver = checkpoints.Checkpoints(run.work.path / "checkpoints", run.config.checkpoint.keep)
         number, state = saver.restore(run.programs.abstract_state) or (None, None)
         _before_rl(run, number, state, saver, console, should_stop)

@@ -5,6 +5,7 @@ ARCHITECTURE.md explains the rooms.
 
 import ast
 import pathlib
+import re
 
 import pytest
 
@@ -73,6 +74,13 @@ def test_imports_point_one_way(module):
 
 def test_no_import_is_hidden_in_a_function():
     assert not [(module, other) for module, path in MODULES.items() for other in imports(path, late=True)]
+
+
+def test_consoles_print_names_as_they_are():
+    """A path such as /tmp/a:key:b would have a picture of a key, and [b] would be markup."""
+    for module, path in MODULES.items():
+        for arguments in re.findall(r"rich\.console\.Console\(([^)]+)", path.read_text()):
+            assert "markup=False" in arguments and "emoji=False" in arguments, module
 
 
 def test_there_is_no_circle():

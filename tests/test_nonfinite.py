@@ -85,7 +85,7 @@ def test_a_row_of_skipped_steps_ends_the_run_and_the_last_can_be_replayed(tmp_pa
 
     run = train.setup(config, workdir)
     capsys.readouterr()
-    whole, *prompts = replay.report(run, replay.load(run, 3), rich.console.Console(markup=False))
+    whole, *prompts = replay.report(run, replay.load(run, 3), rich.console.Console(markup=False, emoji=False))
     printed = capsys.readouterr().out
     _, params, batch, rewards = replay.load(run, 3)
     rows = [int(re.search(r"\d+", run.tokenizer.decode(t[m].tolist()))[0]) for t, m in zip(*batch.rollout[:2])]

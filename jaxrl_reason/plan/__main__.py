@@ -58,7 +58,7 @@ def write_plan(arguments: command.Arguments) -> tuple[dict[str, Any], rich.conso
     devices = devices_of(topology, slices)
     if slices > 1:
         config.mesh.slice = slices
-    console = rich.console.Console(highlight=False, markup=False)
+    console = rich.console.Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 140  # a file has no width
     say = lambda text: console.print(text, style="dim")

@@ -19,6 +19,9 @@ from jaxrl_reason.runs.statistics import Estimate
 # Metrics that are shown with three places.
 _FINE = ("entropy", "r2", "rmse", "spearman", "spread", "density", "f1", "auc", "within", "error", "loss", "margin")
 
+# How matplotlib draws a name of a directory, of data or of a row: a dollar sign in it begins no formula.
+AS_IT_IS: dict[str, Any] = {"parse_math": False}
+
 
 def plot_learning_curve(metrics_path: str | os.PathLike, out_png: str | os.PathLike, *, title: str) -> None:
     """Draws reward, its running mean and held-out accuracy (or R2) over steps; below them the mean completion length.
@@ -43,7 +46,8 @@ def plot_learning_curve(metrics_path: str | os.PathLike, out_png: str | os.PathL
     lines = [line for axis in figure.axes for line in axis.lines]
     if lines:
         top.legend(handles=lines, loc="best")
-    top.set(ylabel="reward", title=title)
+    top.set(ylabel="reward")
+    top.set_title(title, **AS_IT_IS)
     steps, lengths = _series(records, "completions/mean_length")
     if steps:
         bottom.plot(steps, lengths, color="tab:green", **_dots(steps))
@@ -81,7 +85,7 @@ def plot_comparison(
     columns = min(len(curves), 3)
     rows = -(-len(curves) // columns)
     figure = Figure(figsize=(4.5 * columns, 3.2 * rows + 0.6), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, **AS_IT_IS)
     plots = figure.subplots(rows, columns, squeeze=False).flat
     colors: dict[str, str] = {}  # a row has one color in all plots
     for (metric, of_rows), axis in zip(curves.items(), plots):
@@ -94,12 +98,14 @@ def plot_comparison(
             axis.plot(steps, means, "o-", markersize=3, color=color, label=row)
             axis.fill_between(steps, means - halves, means + halves, color=color, alpha=0.2, linewidth=0)
         name = metric.removeprefix("eval/").replace("_", " ")
-        axis.set(xlabel="step", ylabel=f"{name} (%)" if percent else name)
+        axis.set(xlabel="step")
+        axis.set_ylabel(f"{name} (%)" if percent else name, **AS_IT_IS)
         axis.grid(alpha=0.3)
     for axis in plots:  # places without a metric
         axis.set_axis_off()
     if curves:
-        figure.axes[0].legend(loc="best", fontsize="small")
+        for text in figure.axes[0].legend(loc="best", fontsize="small").get_texts():
+            text.set(**AS_IT_IS)
     _save(figure, out_png)
 
 

@@ -17,6 +17,7 @@ from jaxrl_reason.data.tables import TargetScaler
 from jaxrl_reason.methods import Method
 from jaxrl_reason.runs import results
 from jaxrl_reason.runs.files import finite, write_json, write_text
+from jaxrl_reason.runs.pictures import AS_IT_IS
 from jaxrl_reason.tasks import evaluation
 from jaxrl_reason.tasks.task import Judged
 
@@ -231,14 +232,14 @@ def plot_sets(record: Mapping[str, Any], path: pathlib.Path, title: str) -> None
 
     sets = record["sets"]
     figure = Figure(figsize=(2 + 1.2 * len(sets), 4), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, **AS_IT_IS)
     axes, at = figure.subplots(), np.arange(len(sets))
     accuracy = np.array([100 * found["metrics"]["accuracy"] for found in sets.values()])
     low, high = 100 * np.array([found["intervals"]["accuracy"] for found in sets.values()]).T
     axes.bar(at, accuracy, yerr=[accuracy - low, high - accuracy], capsize=4, label="avg@k, 95 % interval")
     best = [100 * found["metrics"][f"pass@{found['samples']}"] for found in sets.values()]
     axes.plot(at, best, "_", color="tab:orange", markersize=24, label="pass@k")
-    axes.set_xticks(at, [f"{label}\nk = {found['samples']}" for label, found in sets.items()])
+    axes.set_xticks(at, [f"{label}\nk = {found['samples']}" for label, found in sets.items()], **AS_IT_IS)
     axes.set(ylabel="%")
     axes.legend(loc="best")
     figure.savefig(path, dpi=120, format="png")
@@ -291,7 +292,7 @@ def _two_plots(path: pathlib.Path, title: str) -> Iterator[Any]:
     from matplotlib.figure import Figure  # costs a fifth of a second; needed only at the end
 
     figure = Figure(figsize=(10, 4), layout="constrained")  # not pyplot, which needs global state and a display
-    figure.suptitle(title)
+    figure.suptitle(title, **AS_IT_IS)
     axes = figure.subplots(1, 2)
     yield axes
     for axis in axes:

@@ -11,7 +11,9 @@ import pytest
 import rich.console
 
 from jaxrl_reason.runs.metrics_file import MetricsWriter
-from jaxrl_reason.runs.pictures import plot_learning_curve, print_summary, print_table, reward_text
+from jaxrl_reason.runs.pictures import plot_comparison, plot_learning_curve, print_summary, print_table, reward_text
+from jaxrl_reason.runs.statistics import Estimate
+from jaxrl_reason.tasks import reporting
 
 
 def test_learning_curve(tmp_path):
@@ -24,6 +26,19 @@ def test_learning_curve(tmp_path):
     assert picture.shape[0] > 400 and picture.std() > 0.05
     for colour in ((31, 119, 180), (255, 127, 14), (44, 160, 44)):  # reward, accuracy, length are all drawn
         assert np.isclose(picture[..., :3], np.array(colour) / 255, atol=0.01).all(axis=-1).any()
+
+
+def test_names_are_no_formulas(tmp_path):
+    """matplotlib would refuse the formula of each name when it draws it."""
+    name, out = r"a $\frac$ b", tmp_path / "picture.png"
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(0, {"reward": 0.5})
+    plot_learning_curve(tmp_path / "metrics.jsonl", out, title=name)
+    plot_comparison({f"eval/{name}": {name: {0: Estimate(0.5, None, 1)}}}, out, title=name)
+    record = {"metrics": {"accuracy": 0.5, "pass@2": 0.5}, "intervals": {"accuracy": (0.4, 0.6)}, "samples": 2}
+    reporting.plot_sets({"sets": {name: record}}, out, title=name)
+    reporting.plot_predictions(np.zeros((3, 2)), np.zeros(3), out, title=name)
+    assert imread(out).std() > 0.05
 
 
 NOTHING_KEPT = {"reward": math.nan, "completions/mean_length": math.nan}  # no group has different rewards

@@ -154,7 +154,7 @@ def test_a_patience_of_zero_prints_nothing():
 
 def test_without_a_terminal_every_tenth_of_the_steps_is_a_line_with_the_remaining_time():
     out = io.StringIO()
-    with Progress(rich.console.Console(file=out, markup=False), "RL", 20, 10) as bar:
+    with Progress(rich.console.Console(file=out, markup=False, emoji=False), "RL", 20, 10) as bar:
         time.sleep(0.3)  # the first step compiles, and does not count
         for i in range(10):
             bar.advance(f"reward {i}")
