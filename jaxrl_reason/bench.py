@@ -4,8 +4,8 @@ A step samples P prompts x G completions at temperature 1, computes a trivial re
 makes one AdamW update over all of them, with random weights. Completions have exactly `new` tokens, or, with
 --lengths=mixed, between 1 and `new` tokens and a quarter of it on average. The line holds completion
 tokens per second of rollout, update and step, compile seconds, peak memory, and the share of the machine's float32 peak
-(measured by a 2048^3 product in the same process). Steps during which other processes took more than 6 % of the machine
-are left out if enough others remain.
+(measured by a 2048^3 product in the same process). Steps during which other processes took 6 % of the machine or more
+are left out if any other step remains; else the least disturbed third of the steps counts.
 
 With --compare, the command measures the other flags, then the same with the flags of each --compare, each setting in a
 process of its own, and all of them again in the same order: --rounds times. It prints every JSON line, then a table of
