@@ -7,7 +7,7 @@ metrics to Weights & Biases, Trackio and MLflow, `profile` writes jax's profile 
 curve and tables, `report` one page for a browser. `loop` is the skeleton of training; `watch` warns, and ends a run that
 skips updates too often;
 `progress` shows bar, heartbeat and timings. `compilation_cache` keeps compiled programs between starts. `command` has
-flags, --help, errors and exit codes of every command.
+flags, --help, errors and exit codes of every command; `terminal` shows control characters as escapes.
 
 Of a comparison, `study` has the runs with their configurations and directories, `locks` tells processes apart, `results`
 reads and writes the entries of a study, and `statistics` has the intervals.
