@@ -106,7 +106,8 @@ class JsonLines(AppendOnly):
     def __init__(self, path: Path, resume_step: int | None):
         if path.exists():
             kept = (r for r in read_json_lines(path) if resume_step is None or r["step"] <= resume_step)
-            content = b"".join(map(json_line, kept))  # before anything is written: a damaged file stays as it is
+            with writing(path):
+                content = b"".join(map(json_line, kept))  # before anything is written: a damaged file stays as it is
             replace(path, content)
         super().__init__(path)
 

@@ -35,6 +35,12 @@ def test_a_failed_write_keeps_the_file_and_leaves_nothing(tmp_path, monkeypatch)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.json", "old")]
 
 
+def test_a_directory_in_the_place_of_lines_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written: Is a directory"):
+        files.JsonLines(tmp_path / "metrics.jsonl", None)
+
+
 def test_writers_of_one_file_wait_for_each_other(tmp_path):
     """The file always has one of the texts, and no writer loses its scratch file to another one."""
     texts, faults = [str(i) * 200_000 for i in range(4)], []
