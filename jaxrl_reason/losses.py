@@ -143,10 +143,10 @@ def policy_loss(
 
     Returns:
       The loss, and metrics: the number of completions left out (`nonfinite_completions`), and the shares of tokens on
-      which clipping stops the gradient or caps the weight (`clip_ratio/low_mean`, `high_mean`, `region_mean`).
+      which clip_low and clip_high stop the gradient or cap the weight (`clip_ratio/low_mean`, `high_mean`, `region_mean`).
 
     Raises:
-      ValueError: ratio or aggregation is unknown, or dual_clip <= 1.
+      ValueError: ratio or aggregation is unknown, clip_low or clip_high is negative, or dual_clip <= 1.
 
     Example:
       >>> old, advantages = jnp.log(jnp.array([[[0.5, 0.5], [0.5, 0.5]]])), jnp.array([[1.0, -1.0]])
@@ -187,6 +187,8 @@ def _token_losses(
         raise ValueError(f"ratio is {ratio!r}; it must be one of {RATIOS}.")
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"dual_clip is {dual_clip}; it must be greater than 1.")
+    if min(clip_low, clip_high) < 0:
+        raise ValueError(f"clip_low is {clip_low} and clip_high is {clip_high}; both must be at least 0.")
     # Cleaned before anything is computed from them: a gradient through jnp.where alone would still be NaN.
     logprobs = jnp.where(mask, logprobs.astype(jnp.float32), 0.0)
     old_logprobs = jax.lax.stop_gradient(jnp.where(mask, old_logprobs.astype(jnp.float32), 0.0))

@@ -67,6 +67,7 @@ def human_aligned_accuracy(correct: ArrayLike, values: ArrayLike) -> float:
     """
     correct, values = _pair("correct", correct, "values", values)
     _refuse(~(values >= 0) | np.isinf(values), "values must be finite and not negative", values=values)
+    _refuse(~((correct >= 0) & (correct <= 1)), "correct must be between 0 and 1", correct=correct)
     return _ratio((correct * values).sum(), values.sum())
 
 
@@ -166,6 +167,8 @@ def majority_vote(answers: Sequence[Hashable | None], weights: Sequence[float] |
       >>> majority_vote(["7", "8", None, "8"])
       1
     """
+    if weights is not None:
+        _refuse(~(np.asarray(weights, float) >= 0), "weights must not be negative", weights=np.asarray(weights, float))
     votes: dict[Hashable, float] = defaultdict(float)
     for answer, weight in zip(answers, [1.0] * len(answers) if weights is None else weights, strict=True):
         if answer is not None:
@@ -189,6 +192,7 @@ def calibration_error(scores: ArrayLike, correct: ArrayLike, bins: int = 10) -> 
     scores, correct = _pair("scores", scores, "correct", correct)
     if not scores.size:
         return float("nan")
+    _refuse(np.isnan(scores), "scores must be numbers", scores=scores)
     clipped = np.clip(scores, 0.0, 1.0)
     place = np.minimum((clipped * bins).astype(int), bins - 1)
     gaps = np.bincount(place, clipped - correct, minlength=bins)

@@ -424,6 +424,7 @@ def test_a_wrong_shape_raises_even_if_p_g_and_t_are_equal(position, shape):
         ({"ratio": "tokens"}, "ratio is 'tokens'; it must be one of"),
         ({"aggregation": "mean"}, "aggregation is 'mean'; it must be one of"),
         ({"dual_clip": 1.0}, "dual_clip is 1.0; it must be greater than 1"),
+        ({"clip_low": -0.5}, "clip_low is -0.5 and clip_high is 0.2; both must be at least 0"),
         ({"constant": 3.0}, "constant=3.0 has no effect"),
         (
             {"aggregation": "constant", "constant": 0.0},

@@ -64,6 +64,12 @@ def test_human_aligned_accuracy():
     assert math.isnan(metrics.human_aligned_accuracy([True], [0]))
     with pytest.raises(ValueError, match="values must be finite and not negative; values is -1.0 at index .1,"):
         metrics.human_aligned_accuracy([1, 1], [1, -1])
+    with pytest.raises(ValueError, match="correct must be between 0 and 1; correct is 5.0 at index .0,"):
+        metrics.human_aligned_accuracy([5, 7], [0.1, 0.2])
+    with pytest.raises(ValueError, match="weights must not be negative; weights is -1.0"):
+        metrics.majority_vote(["a", "b"], [1, -1])
+    with pytest.raises(ValueError, match="scores must be numbers; scores is nan"):
+        metrics.calibration_error([math.nan, 0.5], [True, False])
     with pytest.raises(ValueError, match="correct has shape .2,. and values has shape .3,."):
         metrics.human_aligned_accuracy([1, 1], [1, 1, 1])
 

@@ -68,6 +68,7 @@ def after(steps: int, transform: AdvantageTransform) -> AdvantageTransform:
     def update(advantages: Advantages, state: State, inputs: AdvantageInputs) -> tuple[Advantages, State]:
         count, inner = state
         changed, inner = transform.update(advantages, inner, inputs)
-        return jnp.where(count >= steps, changed, advantages), (count + 1, inner)
+        before = advantages[..., None] if changed.ndim > advantages.ndim else advantages  # `changed` may be per token
+        return jnp.where(count >= steps, changed, before), (count + 1, inner)
 
     return AdvantageTransform(init, update)

@@ -25,7 +25,7 @@ def stratify_by_verifier(alpha: float = 0.05, beta: float = 0.05, eps: float = 1
 
     Raises:
       ValueError: alpha or beta is negative, or alpha + beta >= 1: an incorrect answer could outrank a correct one. From
-        `update`: inputs.model_scores is None.
+        `update`: inputs.model_scores is None, or G < 2.
 
     Example:
       >>> scores = jnp.array([[4.0, 1.0, -2.0, 0.5]])
@@ -50,7 +50,7 @@ def stratify_by_verifier(alpha: float = 0.05, beta: float = 0.05, eps: float = 1
         return (scores - low) / (high - low + eps)
 
     def update(advantages: PerCompletion, inputs: AdvantageInputs) -> PerCompletion:
-        chex.assert_rank(advantages, 2)
+        require_group("stratify_by_verifier", advantages)
         scores = require("stratify_by_verifier", inputs, "model_scores").astype(jnp.float32)
         chex.assert_equal_shape([advantages, scores])
         correct = is_correct(inputs)

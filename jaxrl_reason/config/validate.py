@@ -74,6 +74,10 @@ def _uses(m: Method, *signals: str) -> str:
 # fmt: off
 RULES = (
     # method
+    Rule("method.overlong_max_length",
+         lambda c, m: c.method.get("overlong_max_length", 0) - c.method.get("overlong_cache_length", 0) >= c.max_completion_length,
+         "the penalty begins overlong_cache_length tokens before it, which no completion reaches: "
+         "set it to config.max_completion_length ({c.max_completion_length})"),
     Rule("group_size", lambda c, m: m.dynamic_sampling and c.group_size < 2,
          "config.method.dynamic_sampling keeps groups with both correct and incorrect completions: set it to at least 2"),
     Rule("method.name", lambda c, m: "genre2" in m.name.split("+") and not c.regression.tokenizer,

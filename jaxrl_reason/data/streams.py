@@ -41,7 +41,7 @@ class PromptBatch(NamedTuple):
         return PromptBatch(tokens, mask, ids, weight, [self.rows[i] for i in places], features, columns)
 
     def split(self, parts: int) -> "list[PromptBatch]":
-        """Returns the batch in `parts` strided parts, as `learner.split` splits arrays on the device."""
+        """Returns the batch in `parts` strided parts, as `scoring.split_prompts` splits arrays on the device."""
         return [self.take(np.arange(part, len(self.rows), parts)) for part in range(parts)]
 
 

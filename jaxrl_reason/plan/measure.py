@@ -61,7 +61,7 @@ def make_plan(
     parts = []
     for part in parts_of(config, devices, mean_length):
         say(f"compiling {part.name} ...")
-        parts.append(measure_part(part, chip_of(topology), len(devices)))
+        parts.append(measure_part(part, chip_of(topology), len(devices), full=mean_length is None))
     seconds = sum(part["seconds"] * part["times"] for part in parts)
     tokens = config.prompts_per_step * config.group_size * (mean_length or config.max_completion_length)
     sizes = ("prompts_per_step", "group_size", "max_prompt_length", "max_completion_length")
@@ -88,12 +88,15 @@ def make_plan(
     }
 
 
-def measure_part(part: Part, chip: Chip, devices: int) -> dict[str, Any]:
+def measure_part(part: Part, chip: Chip, devices: int, *, full: bool = True) -> dict[str, Any]:
     """Compiles a program for a number of devices and returns JSON-able numbers of the executable.
 
     "fits" and "compiled" are False if the compiler finds no room; "peak_gib" is then the memory that it asked for.
     "total_gib" is the sum of "peak_gib" and "beside_gib", the run's other arrays. Sizes and seconds are per device and
     run, "flops" and "bytes" of all devices.
+
+    `full` tells whether all completions have the maximum length. The compiled program always counts them so: if they are
+    shorter, its FLOPs are not compared with the formula's, and its collectives bound no time.
     """
     begin = time.perf_counter()
     compiled, peak = _compile(part)
@@ -116,8 +119,11 @@ def measure_part(part: Part, chip: Chip, devices: int) -> dict[str, Any]:
     seconds = {"compute": part.cost.flops / devices / chip.flops, "memory": part.cost.bytes / devices / chip.bandwidth}
     if compiled is not None:
         program = hlo.read(compiled.as_text() or "", unlimited=0)  # loops over short completions do not run
-        seconds["links"] = sum(x.bytes for x in program.collectives.values()) / chip.links
         found |= _compare(part, program, devices)
+        if full:
+            seconds["links"] = sum(x.bytes for x in program.collectives.values()) / chip.links
+        else:
+            found["flops_over_hlo"] = None
         aliased = _memory(compiled).alias_size_in_bytes
         found["donation"] = min(aliased / part.donated, 1.0) if part.donated else None
     bound_by = max(seconds, key=lambda name: seconds[name])
@@ -200,8 +206,9 @@ def _grains(config: Config, devices: Sequence[jax.Device]) -> dict[str, int]:
 
 
 def largest_that_fits(fits: Callable[[int], bool], start: int, grain: int, limit: int = 2**20) -> int:
-    """Returns the largest multiple of `grain` that fits, or one at most a sixteenth smaller; 0 if none fits.
+    """Returns the largest multiple of `grain` that fits, or one at most a sixteenth smaller.
 
+    If no multiple fits, the result is `start` if that fits, and 0 otherwise.
     The first size, `start`, is doubled while it fits, then the interval is bisected. No size above `limit` is tried. If
     `grain` is 1 the least size is 2, that of a group.
     """
@@ -215,7 +222,7 @@ def largest_that_fits(fits: Callable[[int], bool], start: int, grain: int, limit
             if fits(high):
                 low, high = high, above
         if not low:
-            return 0
+            return start if start < lowest and fits(start) else 0
     while high - low > max(grain, low // 16):
         middle = (low + high) // 2 // grain * grain
         if middle in (low, high):

@@ -194,7 +194,7 @@ def _step_shapes(
     experience, *_ = jax.eval_shape(programs.make_experience, groups, _bare(state.advantage_state), kl, c_ref)
     if needs.old_logprobs:
         experience = experience._replace(old_logprobs=per_token)
-    if config.update.kl_coefficient:
+    if needs.kl:
         experience = experience._replace(ref_logprobs=per_token)
     place = lambda x: shape(x.shape, x.dtype, sharding=programs.sharding if x.ndim else None)
     return jax.tree.map(place, rollout), jax.tree.map(place, experience)

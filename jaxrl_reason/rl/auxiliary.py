@@ -42,7 +42,7 @@ class AuxiliaryLoss(NamedTuple):
     # (data, mask [P, G, T]) -> data without the completions that the mask leaves out
     restrict: Callable[[Any, Array], Any] = lambda data, mask: data
     counts: Callable[[Any], Any] = lambda data: ()  # counts of the whole minibatch, a pytree of scalars
-    # The number of training steps before the loss begins; until then `restrict` gets an empty mask.
+    # The number of training steps before the loss begins; until then `restrict`, which such a loss needs, gets an empty mask.
     from_step: Callable[[Any], int] = lambda settings: 0
     # int32[P, G, T], other tokens whose log-probabilities the loss reads at the same positions; None: no tokens
     targets: Callable[[Any], Array] | None = None
@@ -107,10 +107,17 @@ def restrict(auxiliary: Mapping[str, Any], mask: Bool[Array, "P G T"]) -> dict[s
 
 
 def at_step(loss: PolicyLoss, auxiliary: Mapping[str, Any], mask: Bool[Array, "P G T"], step: Any) -> dict[str, Any]:
-    """Returns the data for step number `step`, from 0. Before a loss begins, its data contain no completions."""
-    found = dict(auxiliary)
+    """Returns the data for step number `step`, from 0. Before a loss begins, its data contain no completions.
+
+    Raises ValueError for a loss that begins later and has no `restrict`.
+    """
+    found, defaults = dict(auxiliary), AuxiliaryLoss._field_defaults
     for settings in loss.auxiliary:
         entry = AUXILIARY[settings.name]
+        if entry.from_step is not defaults["from_step"] and entry.restrict is defaults["restrict"]:
+            raise ValueError(
+                f"The auxiliary loss {settings.name!r} has from_step and no restrict, so it cannot begin later; give its entry a restrict."
+            )
         active = mask & (step >= entry.from_step(settings))
         found[settings.name] = entry.restrict(found[settings.name], active)
     return found

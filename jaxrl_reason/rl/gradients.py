@@ -51,7 +51,10 @@ def in_waves(
     Args:
       loss: (trained, completions of a wave, legal tokens, their prompts) -> (loss, (metrics, difference, position)).
       read: (trained, rollout) -> its prompts.
-      sizes, legal, trained, batch: of the waves, tokens allowed at each position, and the point and the data of the gradient.
+      sizes: the sizes of the waves, see `waves.sizes`.
+      legal: the tokens that are allowed at each position; None: all.
+      trained: the weights at which the gradient is taken.
+      batch: the completions of the minibatch.
     """
     P, G, _ = batch.mask.shape
     states, backward, places = jax.vjp(lambda trained: read(trained, batch.rollout), trained, has_aux=True)

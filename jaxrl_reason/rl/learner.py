@@ -34,8 +34,8 @@ class UpdateOptions:
     epochs: int = 1  # passes over a rollout
     minibatches: int = 1  # optimizer updates per pass
     accumulation: int = 1  # microbatches per update; they change the memory, not the numbers
-    lengths: int = 1  # of completions that the update is compiled for; 1: whole groups, padded to T
-    wave_tokens: int = 0  # tokens that are computed at the same time, with several lengths
+    lengths: int = 1  # number of lengths that are compiled, each half of the next; 1: whole groups, padded to T
+    wave_tokens: int = 0  # with several lengths: tokens per device that are computed at the same time
     logprob_chunk: int = 0  # completion positions whose logits are in memory at the same time; 0 chooses
     probe_token: int | None = None  # the token of LaSeR's self-reward, if an auxiliary loss reads it
     # For rollouts whose distribution differs from the policy's (int8), each token's advantage is multiplied by

@@ -77,7 +77,7 @@ class Programs:
     def generate_eval(self, weights: models.Params, batch: PromptBatch, temperature: float | None = None) -> Rollout:
         """Samples completions for an evaluation batch that every process has whole. Its random numbers never change.
 
-        No temperature is that of `config.eval`; 0 makes all completions of a prompt greedy.
+        `temperature` None is config.eval.temperature; 0 makes all completions of a prompt greedy.
         """
         size = len(batch.rows)
         mine = batch.take(hosts.local_rows(self.sharding, size))

@@ -31,6 +31,7 @@ def requirements(config: Config, method: Method) -> Requirements:
     entries: list[Signal | AuxiliaryLoss] = [*signals, *auxiliary]
     recorded = {entry.rollout for entry in entries}
     quantized, model = bool(config.sampling.quantize), config.model
+    exact_sampler = model.compute_dtype == model.param_dtype == "float32" and not quantized
     kl = config.update.kl_coefficient > 0 or "kl" in method.signals
     self_reward = method.loss.find("self_reward")
     return Requirements(
@@ -38,8 +39,9 @@ def requirements(config: Config, method: Method) -> Requirements:
         prompt_logprobs="prompt_logprobs" in recorded,
         probe="probe" in recorded,
         columns=tuple(dict.fromkeys(name for entry in entries for name in entry.columns)),
-        old_logprobs=config.update.epochs * config.update.minibatches > 1 or (quantized and "kl" in method.signals),
-        exact_sampler=model.compute_dtype == model.param_dtype == "float32" and not quantized,
+        old_logprobs=config.update.epochs * config.update.minibatches > 1
+        or ("kl" in method.signals and not exact_sampler),
+        exact_sampler=exact_sampler,
         kl=kl,
         reference=kl or bool(self_reward and self_reward.reference == "exact"),
     )

@@ -89,3 +89,14 @@ def test_a_delayed_transformation_leaves_advantages_alone_and_updates_its_state(
         adv, state = update(None, state, inputs_of([[1, 0]]))
         seen.append(float(adv[0, 0]))
     assert seen == [1.0 if n < steps else 10.0 + n for n in range(5)]  # its state changes from the first update on
+
+
+def test_a_delayed_transformation_may_be_per_token():
+    """Two prompts of two completions of two tokens: these shapes broadcast in wrong ways too."""
+    transform = advantages.after(1, advantages.whiten_by_token(kl_coef=0.1))
+    kl = jnp.arange(8.0).reshape(2, 2, 2)
+    inputs = advantages.AdvantageInputs(jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.ones((2, 2, 2)), kl=kl)
+    first, state = transform.update(inputs.rewards, transform.init(), inputs)
+    np.testing.assert_array_equal(first, np.repeat(inputs.rewards[..., None], 2, axis=-1))
+    second, _ = transform.update(inputs.rewards, state, inputs)
+    np.testing.assert_allclose(second, advantages.whiten_by_token(kl_coef=0.1).update(inputs.rewards, (), inputs)[0])

@@ -160,6 +160,12 @@ def test_a_parameter_out_of_range_raises(build, message):
         build()
 
 
+def test_a_stratum_needs_a_group():
+    inputs = advantages.AdvantageInputs(jnp.ones((2, 1)), jnp.ones((2, 1, 3)), model_scores=jnp.ones((2, 1)))
+    with pytest.raises(ValueError, match="compares the completions of a prompt .* group_size is 1"):
+        STRATIFY.update(inputs.rewards, (), inputs)
+
+
 @pytest.mark.parametrize(
     "transform, field",
     [

@@ -89,6 +89,11 @@ JUDGED = dict(method={"name": "hero"}, reward__functions=["accuracy", "reward_mo
 
 # For each of RULES, in order: (changed fields, field and value in the message, another part of the message).
 BROKEN = [
+    (
+        dict(method={"name": "dapo", "overlong_max_length": 9000, "overlong_cache_length": 5}),
+        "method.overlong_max_length is 9000",
+        "no completion reaches: set it to config.max_completion_length (",
+    ),
     (dict(group_size=1, method={"name": "dynamic"}), "group_size is 1", "both correct and incorrect"),
     (dict(method={"name": "genre2"}), "method.name is 'genre2'", "config.regression.tokenizer"),
     (dict(update__minibatches=3), "update.minibatches is 3", "config.prompts_per_step (16)"),

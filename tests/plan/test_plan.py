@@ -85,9 +85,19 @@ def test_the_search_returns_the_largest_size_or_one_at_most_a_sixteenth_smaller(
     found = largest_that_fits(lambda n: n <= limit, start, grain)
     lowest = 2 if grain == 1 else grain
     if limit < lowest:
-        assert found == 0
+        assert found == (start if start <= limit else 0)
     else:
         assert found <= limit < found + max(grain, found // 16) + grain and found % grain == 0
+
+
+def test_the_planned_update_has_the_log_probabilities_of_a_reward_with_kl():
+    """KL in the reward, not in the loss: the run scores under the reference policy too, and in bfloat16 once more."""
+    method = {"name": "reinforce_pp", "kl_coef": 0.1}
+    for dtype, again in (("float32", False), ("bfloat16", True)):
+        config = tiny("rows.jsonl", method=method, model__compute_dtype=dtype)
+        step = open_step(config, jax.devices()[:1])
+        assert step.experience.ref_logprobs is not None
+        assert (step.experience.old_logprobs is not None) == again == step.programs.needs.old_logprobs
 
 
 def test_requested_bytes_are_read_from_the_compilers_error():

@@ -244,6 +244,13 @@ def test_data_of_auxiliary_losses_belong_to_completions(monkeypatch):
         auxiliary.make_data(PolicyLoss(auxiliary=(JUDGED,)), inputs)
 
 
+def test_a_loss_that_begins_later_needs_a_restrict(monkeypatch):
+    later = auxiliary.AuxiliaryLoss(data=lambda *_: None, loss=lambda *_: 0.0, from_step=lambda settings: 3)
+    monkeypatch.setitem(auxiliary.AUXILIARY, SelfReward.name, later)
+    with pytest.raises(ValueError, match="'self_reward' has from_step and no restrict"):
+        auxiliary.at_step(PolicyLoss(auxiliary=(JUDGED,)), {"self_reward": LENGTHS}, BATCH.mask, 0)
+
+
 # -- the waves, by hand ----------------------------------------------------------------------------------------------
 
 
