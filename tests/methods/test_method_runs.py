@@ -217,7 +217,7 @@ def test_an_exact_reference_for_self_rewards_is_that_of_evaluations_too(changes,
         )
         differences.append(float((policy - reference)[ready.task.probe_token]))
         assert line["self_reward"] == pytest.approx(beta * differences[-1], abs=1e-4)
-    assert len(differences) > 3 and max(map(abs, differences)) > 0.02  # the policy has moved
+    assert len(differences) > 1 and max(map(abs, differences)) > 0.02  # the policy has moved
 
 
 @pytest.mark.parametrize(
