@@ -187,17 +187,17 @@ def test_an_exact_reference_for_self_rewards_is_that_of_evaluations_too(changes,
     """The policy and the policy of the start score each completion of `evaluate` again, without a cache."""
     method = LASER["method"] | {"reference": "exact", "self_reward_warmup": 0}
     config = tiny(
-        rows, steps=6, eval__every=6, optimizer__learning_rate=3e-2, method=method, eval__samples=5, **changes
+        rows, steps=6, eval__every=6, optimizer__learning_rate=3e-2, method=method, eval__samples=8, **changes
     )
     workdir = tmp_path / "run"
     lines, state = run(config, workdir)
     assert (workdir / "start").is_dir() and not (workdir / "self_reward.json").exists()
     assert lines[1]["self_reward/wrong"] == pytest.approx(0.0, abs=1e-5)  # the policy is its own reference
-    assert lines[0]["eval/best_of_5_accuracy"] >= 0 and "kl" not in lines[1]
-    assert evaluate.main([f"--workdir={workdir}", "--samples=5"]) == 0
+    assert lines[0]["eval/best_of_8_accuracy"] >= 0 and "kl" not in lines[1]
+    assert evaluate.main([f"--workdir={workdir}", "--samples=8"]) == 0
     record = json.loads((workdir / "evaluation" / "evaluation.json").read_bytes())
-    for name in ("self_reward_f1", "self_reward_calibration_error", "best_of_5_accuracy"):
-        assert record["metrics"][name] == pytest.approx(lines[-1][f"eval/{name}"], abs=1e-4, nan_ok=True)
+    for name in ("self_reward_f1", "self_reward_calibration_error", "best_of_8_accuracy"):
+        assert record["metrics"][name] == pytest.approx(lines[-1][f"eval/{name}"], nan_ok=True)
     ready = train.setup(config, workdir)
     start = checkpoints.load_params(workdir / "start", ready.programs.abstract_state.trained)
     rollout = ready.programs.generate_eval(ready.programs.rollout_weights(state.params), ready.task.held_out[0])
@@ -217,7 +217,7 @@ def test_an_exact_reference_for_self_rewards_is_that_of_evaluations_too(changes,
         )
         differences.append(float((policy - reference)[ready.task.probe_token]))
         assert line["self_reward"] == pytest.approx(beta * differences[-1], abs=1e-4)
-    assert len(differences) > 1 and max(map(abs, differences)) > 0.02  # the policy has moved
+    assert len(differences) > 3 and max(map(abs, differences)) > 0.02  # the policy has moved
 
 
 @pytest.mark.parametrize(
