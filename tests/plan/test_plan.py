@@ -19,9 +19,10 @@ from jaxrl_reason.config import ConfigError, to_dict
 from jaxrl_reason.models import reward_model
 from jaxrl_reason.plan import costs
 from jaxrl_reason.plan.__main__ import main
+from jaxrl_reason.plan.chips import Chip
 from jaxrl_reason.plan.lengths import skewed_lengths
-from jaxrl_reason.plan.measure import GIB, largest_that_fits, requested_bytes
-from jaxrl_reason.plan.programs import parts_of
+from jaxrl_reason.plan.measure import GIB, largest_that_fits, measure_part, requested_bytes
+from jaxrl_reason.plan.programs import Part, parts_of
 from jaxrl_reason.plan.step import open_step, sizes_of
 from jaxrl_reason.rl.devices import update_sizes
 
@@ -98,6 +99,16 @@ def test_the_planned_update_has_the_log_probabilities_of_a_reward_with_kl():
         step = open_step(config, jax.devices()[:1])
         assert step.experience.ref_logprobs is not None
         assert (step.experience.old_logprobs is not None) == again == step.programs.needs.old_logprobs
+
+
+def test_a_mean_length_leaves_out_times_and_ratios_of_full_lengths():
+    """A product of two 8 x 8 matrices has 1,024 FLOPs, and the formula of short completions half of them."""
+    square = jax.ShapeDtypeStruct((8, 8), "float32")
+    part = Part("score", lambda: jax.jit(lambda a, b: a @ b).lower(square, square), costs.Cost(512.0), 0.0, 0.0, {})
+    chip = Chip(hbm=1.0, flops=1e9, bandwidth=1e9, links=1e9)
+    full, short = (measure_part(part, chip, 1, full=full) for full in (True, False))
+    assert full["flops_over_hlo"] == 0.5 and set(full["roofline_seconds"]) == {"compute", "memory", "links"}
+    assert short["flops_over_hlo"] is None and set(short["roofline_seconds"]) == {"compute", "memory"}
 
 
 def test_requested_bytes_are_read_from_the_compilers_error():

@@ -648,3 +648,10 @@ def test_supervised_loss_is_cross_entropy_and_updates_lower_it():
     after = -chosen(reference_law(state.params, temperature=1.0, legal=None))[:, 1][mask].mean()
     assert after < values[0]
     assert (int(state.step), int(state.data_position)) == (6, 11)
+
+
+def test_chunks_of_logits_are_whole_tiles():
+    """2^24 logits are 55, 13 and 2 positions of 2, 8 and 50 completions with a vocabulary of 151,936."""
+    lengths = [scoring.chunk_length(1, G, 1024, 151_936) for G in (2, 8, 50)]
+    assert lengths == [48, 8, 2]
+    assert scoring.chunk_length(1, 8, 1024, 151_936, chunk=13) == 13 and scoring.chunk_length(1, 8, 5, 151_936) == 5
