@@ -194,7 +194,7 @@ def test_bench_compares_settings_in_turn(capsys):
     assert bench.main(["--size=tiny", *sizes, "--compare=--remat=layer --group=3", "--rounds=1"]) == 0
     *lines, table = capsys.readouterr().out.split("\n", 2)
     work = [json.loads(line)["work"] for line in lines]
-    assert [(x["group"], x["remat"]) for x in work] == [(2, "dots"), (3, "layer")]
+    assert [(x["group"], x["remat"]) for x in work] == [(2, "none"), (3, "layer")]
     assert "as given" in table and "--remat=layer" in table and "step_seconds" in table
 
 

@@ -61,7 +61,7 @@ def begins_with_bos(config: Config, tokenizer: data.Tokenizer) -> bool:
 
 
 def model_config(config: Config, vocab_size: int, source: Mapping[str, Any] | None = None) -> models.ModelConfig:
-    """Returns the configuration of the decoder; `rl.devices` sets its attention and remat later, by the devices.
+    """Returns the configuration of the decoder; `rl.devices` sets its attention, remat and unrolled later, by the devices.
 
     `vocab_size` is the number of tokens of the tokenizer. `source` is config.json of the pretrained model, or None for
     a new model. Raises ConfigError for fields that do not make a decoder.

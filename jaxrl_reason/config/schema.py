@@ -56,7 +56,7 @@ class Model:
     compute_dtype: str = _field("float32", "dtype of the operands of matrix products; sums are float32", choices=DTYPES)
     remat: str = _field(
         "auto",
-        "values that the backward pass recomputes: none, all but matrix products (dots), whole layers, auto (on CPUs dots if memory allows, else layer)",
+        "values that the backward pass recomputes: none, all but matrix products (dots), whole layers, auto (on CPUs none or dots if memory allows, else layer)",
         choices=("auto", "none", "dots", "layer"),
     )
     attention: str = _field(

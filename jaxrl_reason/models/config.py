@@ -70,6 +70,7 @@ class ModelConfig:
     compute_dtype: str = "float32"  # dtype of the operands of matrix products; sums are always float32
     # Values computed again in the backward pass: "none", "dots" (all but products and blockwise attention), "layer".
     remat: str = "layer"
+    unrolled: bool = False  # programs repeat the code of a layer instead of looping over the layers
     # Attention to whole prompts and completions: "plain", "blockwise" or "splash", see the modules. Decoding is always plain.
     attention: str = "plain"
     lora_rank: int = 0  # rank of the adapters, trained instead of the weights, see `models.lora`; 0: no adapters

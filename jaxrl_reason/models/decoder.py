@@ -29,7 +29,7 @@ Blocks = list[DecoderLayer]  # one entry per layer
 
 
 class Decoder(nnx.Module):
-    """Embedding, layers (stacked and scanned), final norm, head. See the docstring of the file."""
+    """Embedding, layers (stacked, and scanned or unrolled), final norm, head. See the docstring of the file."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = c = config
@@ -192,7 +192,8 @@ class Decoder(nnx.Module):
             saved = policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(blockwise.SAVED)
             policy = policies.save_from_both_policies(*saved) if c.remat == "dots" else None
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        return jax.lax.scan(body, x, (stacked, jnp.array(c.sliding_layers), xs))
+        xs = stacked, jnp.array(c.sliding_layers), xs
+        return jax.lax.scan(body, x, xs, unroll=c.layers if c.unrolled else 1)
 
     def _rotary(self, at, sliding):
         """Returns cosines and sines at positions; `sliding` is a Python or a traced bool."""

@@ -26,7 +26,7 @@ from jaxrl_reason.rewards.learned import chat_of, TextScorer
 from jaxrl_reason.rewards.model_files import is_ours, load_reward_model, tokenizer_digest, write_description
 from jaxrl_reason.rewards.scorer import RewardModelScorer
 from jaxrl_reason.rl import hosts, scoring
-from jaxrl_reason.rl.devices import for_devices, remat, update_sizes
+from jaxrl_reason.rl.devices import for_devices, update_sizes, with_remat
 from jaxrl_reason.rl.optimizer import apply_gradients, init_opt_state, make_supervised_optimizer
 from jaxrl_reason.rl.programs import optimizer_shardings
 from jaxrl_reason.rl.types import Rollout, TrainState
@@ -249,7 +249,7 @@ def train_reward_model(
         params = reward_model.init_params(phase.model, key, decoder)
         return TrainState(jnp.int32(0), params, {}, init_opt_state(optimizer, params), (), jnp.int32(0))
 
-    model = dataclasses.replace(phase.model, remat=remat(phase.model, c, phase.mesh))
+    model = with_remat(phase.model, c, phase.mesh)
     update = jax.jit(make_update(model, optimizer), donate_argnums=0, out_shardings=(shardings, None))
     score = jax.jit(functools.partial(reward_model.group_scores, phase.model))
     evaluation = lambda params: evaluate(lambda batch: score(params, place(batch)), held_out)

@@ -1,4 +1,4 @@
-"""What suits the devices of a run: its attention, and the values that the backward pass recomputes."""
+"""What suits the devices of a run: its attention, the values that the backward pass recomputes, and loops over layers."""
 
 import dataclasses
 import pathlib
@@ -14,14 +14,18 @@ from jaxrl_reason.models import sharding
 _CPUINFO = pathlib.Path("/proc/cpuinfo")  # of Linux
 # Bytes per device that the backward pass of a microbatch may keep on a CPU instead of computing them again.
 MAX_KEPT = 2**29
+# The backward pass keeps about as many bytes beside the results of products, if it computes nothing again.
+_ALL_PER_PRODUCTS = 2
+_MAX_UNROLLED = 8  # layers; more take long to compile
 
 
 def for_devices(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> models.ModelConfig:
     """Returns the decoder with what config.model.attention and config.model.remat mean on these devices.
 
     "auto" is: on TPUs "splash" (v2 and v3: "plain") and "layer"; on CPUs and GPUs "blockwise", which leaves short
-    sequences to plain attention. CPUs keep the results of products, "dots", if they fit into `MAX_KEPT`; their updates
-    are then faster. Otherwise, and on GPUs, remat is "layer".
+    sequences to plain attention. CPUs keep as much as fits into `MAX_KEPT`, because their updates are then faster:
+    everything, "none", for at most 8 layers and updates of one length; or the results of products, "dots". Otherwise, and
+    on GPUs, remat is "layer". Layers are unrolled where "auto" is "none": a loop copies each layer's weights and gradients.
 
     Raises:
       ConfigError: the devices cannot run the attention.
@@ -32,7 +36,7 @@ def for_devices(model: models.ModelConfig, config: Config, mesh: jax.sharding.Me
             "avx512_bf16 nor amx_bf16.",
             stacklevel=2,
         )
-    return dataclasses.replace(model, attention=_attention(config, mesh), remat=remat(model, config, mesh))
+    return with_remat(dataclasses.replace(model, attention=_attention(config, mesh)), config, mesh)
 
 
 def multiplies_bfloat16() -> bool:
@@ -61,13 +65,16 @@ def _attention(config: Config, mesh: jax.sharding.Mesh) -> str:
     return chosen
 
 
-def remat(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> str:
-    """Returns the values that the backward pass recomputes: config.model.remat, or the choice of "auto"."""
+def with_remat(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> models.ModelConfig:
+    """Returns the decoder with what config.model.remat means on these devices, see `for_devices`."""
     if config.model.remat != "auto":
-        return config.model.remat
+        return dataclasses.replace(model, remat=config.model.remat)
     if mesh.devices.flat[0].platform != "cpu":
-        return "layer"
-    return "dots" if kept_bytes(model, config, mesh) <= MAX_KEPT else "layer"
+        return dataclasses.replace(model, remat="layer")
+    kept, lengths = kept_bytes(model, config, mesh), update_sizes(config, mesh)["lengths"]
+    if model.layers <= _MAX_UNROLLED and lengths == 1 and _ALL_PER_PRODUCTS * kept <= MAX_KEPT:
+        return dataclasses.replace(model, remat="none", unrolled=True)
+    return dataclasses.replace(model, remat="dots" if kept <= MAX_KEPT else "layer")
 
 
 def update_sizes(config: Config, mesh: jax.sharding.Mesh) -> dict[str, int]:

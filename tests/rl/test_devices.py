@@ -25,7 +25,7 @@ def mesh_of(platform, kind="", **axes):
 @pytest.mark.parametrize(
     "platform, kind, chosen",
     [
-        ("cpu", "cpu", ("blockwise", "dots")),
+        ("cpu", "cpu", ("blockwise", "none")),
         ("gpu", "NVIDIA H100", ("blockwise", "layer")),
         ("tpu", "TPU v5 lite", ("splash", "layer")),
         ("tpu", "TPU v2", ("plain", "layer")),
@@ -78,15 +78,22 @@ def test_a_cpu_keeps_products_if_they_fit(monkeypatch):
     assert devices.kept_bytes(SMALL, supervised, mesh_of("cpu")) == 2 * kept  # 48 x 30 tokens instead of 720
     in_waves = tiny("rows.jsonl", **SIZES, update__lengths=2, update__wave_tokens=40)
     assert devices.kept_bytes(SMALL, in_waves, mesh_of("cpu")) == kept / 6  # 80 tokens of prompts and 40 of completions
-    for limit, chosen in ((kept, "dots"), (kept - 1, "layer")):
+    chosen = lambda config, model=SMALL, **axes: devices.with_remat(model, config, mesh_of("cpu", **axes))
+    pair = lambda found: (found.remat, found.unrolled)
+    for limit, remat in ((2 * kept, "none"), (2 * kept - 1, "dots"), (kept, "dots"), (kept - 1, "layer")):
         monkeypatch.setattr(devices, "MAX_KEPT", limit)
-        assert devices.remat(SMALL, config, mesh_of("cpu")) == chosen
-    assert devices.remat(SMALL, config, mesh_of("cpu", fsdp=2)) == "dots"
+        assert pair(chosen(config)) == (remat, remat == "none")
+    assert pair(chosen(config, fsdp=2)) == ("dots", False)
+    monkeypatch.setattr(devices, "MAX_KEPT", 100 * kept)
+    assert pair(chosen(in_waves)) == pair(chosen(config, dataclasses.replace(SMALL, layers=9))) == ("dots", False)
+    own = tiny("rows.jsonl", **SIZES, model__remat="none")
+    assert pair(chosen(own)) == ("none", False)
 
 
 @pytest.mark.runs
-def test_the_choice_for_cpus_changes_neither_values_nor_gradients():
-    P, G, S, T = 2, 2, 8, 192  # long enough for attention in blocks
+@pytest.mark.parametrize("S, T, remat", [(200, 120, "none"), (8, 192, "dots")])  # long enough for attention in blocks
+def test_the_choice_for_cpus_changes_neither_values_nor_gradients(S, T, remat):
+    P, G = 2, 2
     config = tiny("rows.jsonl", max_prompt_length=S, max_completion_length=T)
     chosen = devices.for_devices(SMALL, config, mesh_of("cpu"))
     params, rng = reference.random_params(SMALL, scale=0.3), np.random.default_rng(0)
@@ -99,7 +106,7 @@ def test_the_choice_for_cpus_changes_neither_values_nor_gradients():
         return (decoder.extend(completions, cache) * weights).sum()
 
     results = [jax.jit(jax.value_and_grad(lambda p, m=model: total(m, p)))(params) for model in (SMALL, chosen)]
-    assert chosen == dataclasses.replace(SMALL, attention="blockwise", remat="dots") != SMALL
+    assert chosen == dataclasses.replace(SMALL, attention="blockwise", remat=remat, unrolled=remat == "none") != SMALL
     (value, gradient), (other, again) = results
     assert float(other) == pytest.approx(float(value), rel=1e-5)
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient))

@@ -65,7 +65,7 @@ _SCALES = (
 )
 _KINDS = {"full_attention", "sliding_attention"}  # of layers
 # Fields of ModelConfig that a config.json does not hold, apart from the dtype of its weights.
-UNWRITTEN = ("param_dtype", "compute_dtype", "remat", "attention")
+UNWRITTEN = ("param_dtype", "compute_dtype", "remat", "unrolled", "attention")
 
 
 def read_config(source: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -113,7 +113,7 @@ def _read_config(source: Mapping[str, Any], where: str) -> ModelConfig:
 def write_config(config: ModelConfig, classifier: bool = False) -> dict[str, Any]:
     """Returns the config.json of the first family that describes a decoder, in a spelling that transformers 4 and 5 read.
 
-    The choice of the family ignores dtypes, remat and attention; of them only the dtype of the weights is written. A `classifier` is a
+    The choice of the family ignores dtypes, remat, unrolled and attention; of them only the dtype of the weights is written. A `classifier` is a
     reward model. Raises PretrainedError if no family has all switches of the decoder.
     """
     plain = ModelConfig(vocab_size=1, width=2, layers=1, heads=1, kv_heads=1, mlp_width=1)
