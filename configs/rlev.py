@@ -35,4 +35,8 @@ def get_baselines() -> Mapping[str, Mapping[str, object]]:
         "shuffled values": {"data.values": "shuffled"},
         "RLEV on GRPO": {"method": {"name": "rlev", "base": "grpo"}},
         "GRPO": {"method": {"name": "grpo"}},
+        "RLEV on REINFORCE++": {"method": {"name": "rlev", "base": "reinforce_pp"}},
+        "REINFORCE++": {"method": {"name": "reinforce_pp"}},
+        "RLEV on REINFORCE++ baseline": {"method": {"name": "rlev", "base": "reinforce_pp_baseline"}},
+        "REINFORCE++ baseline": {"method": {"name": "reinforce_pp_baseline"}},
     }

@@ -7,6 +7,7 @@ Takes about 7 minutes; the package with the model is a download of 98 MB. Expect
 19 % to 98 %, and the mean length to fall from 22 to 9 tokens.
 """
 
+from collections.abc import Mapping
 import importlib.util
 import pathlib
 
@@ -37,3 +38,11 @@ def get_config() -> Config:
         checkpoint=Checkpoint(every=30, keep=1),
         eval=Eval(every=15, prompts=29, samples=8),
     )
+
+
+def get_baselines() -> Mapping[str, Mapping[str, object]]:
+    return {
+        "DAPO": {"method": {"name": "dapo"}},
+        "ProGRPO": {"method": {"name": "progrpo"}},
+        "LaSeR": {"method": {"name": "laser", "alpha": 1.0, "reasoning_warmup": 0, "self_reward_warmup": 15}},
+    }

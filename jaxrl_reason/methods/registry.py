@@ -13,6 +13,7 @@ from jaxrl_reason.methods.types import Extension, Method
 class _Registered(NamedTuple):
     factory: Callable[..., Extension]
     base: str  # the estimator that it extends by default
+    defaults: dict[str, Any]  # parameters of that estimator whose defaults are the extension's
 
 
 _Factory = TypeVar("_Factory", bound=Callable[..., Any])
@@ -30,15 +31,16 @@ def register(factory: Callable[..., Method]) -> Callable[..., Method]:
     return factory
 
 
-def register_extension(base: str) -> Callable[[_Factory], _Factory]:
+def register_extension(base: str, **defaults: Any) -> Callable[[_Factory], _Factory]:
     """Makes `factory(estimator: Method, **keywords) -> Extension` available to `create` under its function name.
 
-    `base` names the estimator that it extends by default. The decorator raises ValueError and TypeError as `register`.
+    `base` names the estimator that it extends by default. `defaults` are parameters of that estimator with other defaults;
+    on another base and in a stack, each estimator has its own. The decorator raises ValueError and TypeError as `register`.
     """
 
     def register_it(factory: _Factory) -> _Factory:
         _check_factory(factory, skip=1)
-        _EXTENSIONS[factory.__name__] = _Registered(factory, base)
+        _EXTENSIONS[factory.__name__] = _Registered(factory, base, defaults)
         return factory
 
     return register_it
@@ -101,7 +103,14 @@ def _all_keywords(name: str, base: str) -> dict[str, Any]:
         why = "a base must be an estimator; use stack() for several methods" if base in _EXTENSIONS else "unknown"
         raise ValueError(f"method.base is {base!r} ({why}).{nearest(base, _ESTIMATORS)}")
     own = {part: _own_keywords(_EXTENSIONS[part].factory) for part in parts}
-    return (own[name] if len(parts) == 1 else own) | {"base": base} | _own_keywords(_ESTIMATORS[base])
+    of_base = _own_keywords(_ESTIMATORS[base]) | _defaults(parts, base)
+    return (own[name] if len(parts) == 1 else own) | {"base": base} | of_base
+
+
+def _defaults(parts: list[str], base: str) -> dict[str, Any]:
+    """Returns the parameters of the base whose defaults an extension changes."""
+    first = _EXTENSIONS[parts[0]]
+    return first.defaults if len(parts) == 1 and base == first.base else {}
 
 
 def summary(name: str) -> str:
@@ -137,7 +146,7 @@ def create(name: str, **options: Any) -> Method:
     if len(set(parts)) < len(parts):
         raise ValueError(f"{name!r} names a method twice; each acts once.")
     base = known["base"]
-    estimator = create(base, **_select(options, _ESTIMATORS[base]))
+    estimator = create(base, **_defaults(parts, base) | _select(options, _ESTIMATORS[base]))
     extensions = {}
     for part in parts:
         factory = _EXTENSIONS[part].factory

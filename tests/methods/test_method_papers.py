@@ -1,5 +1,6 @@
 """Tests the five methods as extensions of an estimator: their numbers by hand, off switches and keywords."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -161,6 +162,16 @@ OTHER = {
     "progrpo": dict(alpha=0.9, skip_all_correct=True, center=True, correct_only=True, base="rloo"),
 }
 OWN = {name: set(inner) for name, inner in OTHER.items()}
+
+
+def test_progrpo_on_grpo_has_the_loss_of_its_paper():
+    made, known = methods.create("progrpo").loss, methods.keywords("progrpo")
+    assert (made.clip_low, made.clip_high, made.aggregation) == (0.2, 0.28, "token_mean")
+    assert (known["clip_low"], known["clip_high"], known["aggregation"]) == (0.2, 0.28, "token_mean")
+    assert methods.create("progrpo", base="grpo", clip_high=0.3).loss == dataclasses.replace(made, clip_high=0.3)
+    assert methods.create("progrpo", base="rloo").loss == methods.create("rloo").loss
+    assert methods.stack("progrpo", "rlev").loss == methods.create("grpo").loss
+    assert methods.keywords("progrpo+rlev")["clip_high"] == methods.keywords("grpo")["clip_high"] == 0.2
 
 
 def behaviour(name, **options):
