@@ -204,6 +204,28 @@ def test_results_are_of_the_present_recipes(file):
         assert found["config"] == digest, f"seed {found['seed']} of {found['row']!r} is outdated"
 
 
+def test_the_script_of_the_studies_names_every_result():
+    script = config_lib.load_module(RESULTS / "run_studies.py")
+    assert sorted(script.STUDIES) == sorted(file.stem for file in RESULTS.glob("*.jsonl"))
+    for name, (seeds, rows) in script.STUDIES.items():
+        recipe = config_lib.load_module(ROOT / "configs" / f"{name}.py")
+        named = rows or (recipe.get_config().method["name"], *recipe.get_baselines())
+        tables = script.TABLES if name == "genre2" else [""]
+        found = {
+            (results.table_of(entry), entry["row"], entry["seed"]) for entry in results.read(RESULTS / f"{name}.jsonl")
+        }
+        prefix = "small_tables/" if name == "genre2" else ""
+        assert found == {(prefix + t, row, seed) for t in tables for row in named for seed in range(seeds)}
+
+
+def test_the_script_of_the_studies_refuses_other_names(tmp_path):
+    run = lambda *given: subprocess.run(
+        [sys.executable, RESULTS / "run_studies.py", *given], capture_output=True, text=True
+    )
+    assert "No study is named hreo. There are: estimators, genre2, " in run(tmp_path, "hreo").stderr
+    assert "python configs/results/run_studies.py /tmp/studies " in run().stderr
+
+
 def test_the_script_writes_the_tables():
     before = (ROOT / "configs" / "README.md").read_text()
     subprocess.run([sys.executable, RESULTS / "write_tables.py"], check=True, env={"PYTHONPATH": str(ROOT)})

@@ -1,0 +1,54 @@
+"""Runs the studies of configs/README.md, or goes on with them, and writes their tables anew.
+
+python configs/results/run_studies.py /tmp/studies              # all
+python configs/results/run_studies.py /tmp/studies hero rlev
+
+Results in the files next to this script are kept, and their runs are not repeated: delete a file to run its study from the
+start. The script may be stopped at any time, and several may share the directory. All studies from the start
+take about 10 hours of two busy CPU cores. GenRe2's ten tables need the extra `study`.
+"""
+
+from collections.abc import Iterator, Sequence
+import pathlib
+import subprocess
+import sys
+
+HERE = pathlib.Path(__file__).parent
+TABLES = "boston carseats college cps diabetes hitters houses mpg salaries wage".split()
+
+# By recipe: the number of seeds, and the rows of the table; no rows are all.
+STUDIES: dict[str, tuple[int, Sequence[str]]] = {
+    "estimators": (5, ()),
+    "genre2": (5, ("genre2", "further cross-entropy", "genre2 on GRPO")),
+    "laser": (5, ()),
+    "hero": (
+        5,
+        ("hero", "verifier only", "weak reward model", "reward model only", "HERO on dr_grpo", "naive mix"),
+    ),
+    "rlev": (6, ("rlev", "correctness only", "uniform scaling", "shuffled values")),
+    "progrpo": (5, ("progrpo", "GRPO", "alpha 0.3", "centered")),
+}
+
+
+def flags(name: str, workdir: pathlib.Path) -> Iterator[list[str]]:
+    """Yields the flags of `compare` for a study: one list, or one per table."""
+    seeds, rows = STUDIES[name]
+    rest = [f"--seeds={seeds}", f"--results={HERE / name}.jsonl", *(f"--only={row}" for row in rows)]
+    for table in TABLES if name == "genre2" else [""]:
+        data = [f"--config.data.train=small_tables/{table}"] if table else []
+        yield [f"--config={HERE.parent / name}.py", f"--workdir={workdir / name / table}", *data, *rest]
+
+
+def main(workdir: str, *names: str) -> None:
+    if unknown := set(names) - STUDIES.keys():
+        sys.exit(f"No study is named {', '.join(sorted(unknown))}. There are: {', '.join(STUDIES)}.")
+    for name in names or STUDIES:
+        for given in flags(name, pathlib.Path(workdir)):
+            subprocess.run([sys.executable, "-m", "jaxrl_reason.compare", *given], check=True)
+    subprocess.run([sys.executable, HERE / "write_tables.py"], check=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
+    main(*sys.argv[1:])
