@@ -33,6 +33,7 @@ def get_baselines() -> Mapping[str, Mapping[str, object]]:
         "correctness only": {"method": {"name": "rloo"}},
         "uniform scaling": {"data.values": "uniform"},
         "shuffled values": {"data.values": "shuffled"},
+        "weak values": {"data.values": "levels"},
         "RLEV on GRPO": {"method": {"name": "rlev", "base": "grpo"}},
         "GRPO": {"method": {"name": "grpo"}},
         "RLEV on REINFORCE++": {"method": {"name": "rlev", "base": "reinforce_pp"}},

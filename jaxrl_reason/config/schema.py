@@ -99,7 +99,9 @@ class Data:
     vocab_size: int = _field(512, "size of a tokenizer that is trained on the data", low=300)
     add_bos: bool = _field(False, "start each prompt with the BOS token, even if the tokenizer does not add it")
     values: str = _field(
-        "own", "values for rlev: own, one for all, or shuffled (ablations)", choices=("own", "uniform", "shuffled")
+        "own",
+        "values for rlev: own; ablations: one for all, shuffled, or five levels",
+        choices=("own", "uniform", "shuffled", "levels"),
     )
 
 

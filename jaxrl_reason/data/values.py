@@ -9,7 +9,8 @@ import numpy as np
 
 from jaxrl_reason.data.sources import Source
 
-KINDS = ("own", "uniform", "shuffled")
+KINDS = ("own", "uniform", "shuffled", "levels")
+_LEVELS = (0.01, 0.02, 0.04, 0.06, 0.08)  # of difficulty, the paper's weak values
 
 
 def read_values(source: Source) -> np.ndarray:
@@ -55,10 +56,11 @@ def held_out_values(source: Source, needed: bool) -> np.ndarray | None:
 
 
 def altered(values: Sequence[float] | np.ndarray, kind: str, *, alpha: float, clip: float, seed: int) -> np.ndarray:
-    """Returns the values that a run trains with, f32[N]: RLEV's own, or the values of one of its two ablations.
+    """Returns the values that a run trains with, f32[N]: RLEV's own, or the values of one of its ablations.
 
-    The kind is "own"; "shuffled", the values in another order by `seed`; or "uniform", one value for all rows, for
-    which RLEV's scale 1 + min(alpha v, clip) is the mean scale of the rows.
+    The kind is "own"; "shuffled", the values in another order by `seed`; "uniform", one value for all rows, for
+    which RLEV's scale 1 + min(alpha v, clip) is the mean scale of the rows; or "levels", 0.01, 0.02, 0.04, 0.06 or 0.08 by
+    the fifth of the rows in which a value is: equal values have one level.
     """
     own = np.asarray(values, np.float32)
     if kind == "own":
@@ -68,6 +70,9 @@ def altered(values: Sequence[float] | np.ndarray, kind: str, *, alpha: float, cl
     if kind == "uniform":
         extra = float(np.minimum(alpha * own, clip).mean())
         return np.full_like(own, extra / alpha if alpha else 0.0)
+    if kind == "levels":
+        fifths = np.quantile(own, (0.2, 0.4, 0.6, 0.8), method="inverted_cdf")
+        return np.float32(_LEVELS)[np.searchsorted(fifths, own)]
     raise ValueError(f"data.values is {kind!r}; it must be one of {KINDS}.")
 
 

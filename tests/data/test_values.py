@@ -82,3 +82,12 @@ def test_the_ablations_keep_the_values_and_the_mean_scale():
     assert len(set(uniform.tolist())) == 1
     np.testing.assert_allclose(scale(uniform), scale(values).mean(), rtol=1e-6)
     assert altered(values, "uniform", alpha=0, clip=1, seed=0).tolist() == [0] * 4
+
+
+def test_levels_are_the_fifths_of_the_rows():
+    values = np.float32([0.5, 0.1, 0.2, 0.3, 0.4, 0.9, 0.8, 0.7, 0.6, 1.0])
+    levels = altered(values, "levels", alpha=10, clip=1, seed=0)
+    np.testing.assert_array_equal(levels, np.float32([4, 1, 1, 2, 2, 8, 6, 6, 4, 8]) / 100)
+    np.testing.assert_array_equal(
+        altered(values[[0, 0, 0]], "levels", alpha=10, clip=1, seed=0), np.float32([0.01] * 3)
+    )
