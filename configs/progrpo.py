@@ -41,4 +41,6 @@ def get_baselines() -> Mapping[str, Mapping[str, object]]:
         "entropy bonus": {"method": _method("grpo"), "update.entropy_coefficient": 0.01},
         "MaxRL": {"method": _method("maxrl")},
         "DAPO": {"method": {"name": "dapo"}},
+        "ProGRPO on DAPO": {"method": {"name": "progrpo", "base": "dapo", "alpha": 1.0}},
+        "ProGRPO on DAPO, alpha 0.3": {"method": {"name": "progrpo", "base": "dapo"}},
     }

@@ -26,7 +26,7 @@ STUDIES: dict[str, tuple[int, Sequence[str]]] = {
         ("hero", "verifier only", "weak reward model", "reward model only", "HERO on dr_grpo", "naive mix"),
     ),
     "rlev": (6, ("rlev", "correctness only", "uniform scaling", "shuffled values")),
-    "progrpo": (5, ("progrpo", "GRPO", "alpha 0.3", "centered")),
+    "progrpo": (5, ()),
 }
 
 

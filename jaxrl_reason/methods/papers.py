@@ -130,8 +130,8 @@ def progrpo(
 ) -> Extension:
     """Builds ProGRPO, arXiv 2602.05281: advantages move towards answers in which the policy has little confidence.
 
-    On grpo, the loss is the paper's: clip_low=0.2, clip_high=0.28, aggregation="token_mean". center and correct_only are
-    not in the paper's formula: see `advantages.reweight_by_confidence`.
+    If no base is named, the loss is the paper's: clip_low=0.2, clip_high=0.28, aggregation="token_mean". center and
+    correct_only are not in the paper's formula: see `advantages.reweight_by_confidence`.
     """
     return Extension(
         add=advantages.reweight_by_confidence(alpha, skip_all_correct, center=center, correct_only=correct_only),

@@ -13,7 +13,7 @@ from jaxrl_reason.methods.types import Extension, Method
 class _Registered(NamedTuple):
     factory: Callable[..., Extension]
     base: str  # the estimator that it extends by default
-    defaults: dict[str, Any]  # parameters of that estimator whose defaults are the extension's
+    defaults: dict[str, Any]  # of that estimator's parameters, if no base is named
 
 
 _Factory = TypeVar("_Factory", bound=Callable[..., Any])
@@ -34,8 +34,8 @@ def register(factory: Callable[..., Method]) -> Callable[..., Method]:
 def register_extension(base: str, **defaults: Any) -> Callable[[_Factory], _Factory]:
     """Makes `factory(estimator: Method, **keywords) -> Extension` available to `create` under its function name.
 
-    `base` names the estimator that it extends by default. `defaults` are parameters of that estimator with other defaults;
-    on another base and in a stack, each estimator has its own. The decorator raises ValueError and TypeError as `register`.
+    `base` names the estimator that it extends by default. `defaults` are parameters of that estimator that have other
+    defaults then; a base that is named has its own, also in a stack. The decorator raises ValueError and TypeError as `register`.
     """
 
     def register_it(factory: _Factory) -> _Factory:
@@ -98,19 +98,18 @@ def _all_keywords(name: str, base: str) -> dict[str, Any]:
             if len(parts) > 1 and part in _ESTIMATORS:
                 near = f" It is an estimator: give it as base={part!r}."
             raise ValueError(f"There is no method {part!r}{' to stack' if len(parts) > 1 else ''}.{near}")
+    others = _defaults(parts, base)
     base = base or (_EXTENSIONS[name].base if len(parts) == 1 else "grpo")
     if base not in _ESTIMATORS:
         why = "a base must be an estimator; use stack() for several methods" if base in _EXTENSIONS else "unknown"
         raise ValueError(f"method.base is {base!r} ({why}).{nearest(base, _ESTIMATORS)}")
     own = {part: _own_keywords(_EXTENSIONS[part].factory) for part in parts}
-    of_base = _own_keywords(_ESTIMATORS[base]) | _defaults(parts, base)
-    return (own[name] if len(parts) == 1 else own) | {"base": base} | of_base
+    return (own[name] if len(parts) == 1 else own) | {"base": base} | _own_keywords(_ESTIMATORS[base]) | others
 
 
 def _defaults(parts: list[str], base: str) -> dict[str, Any]:
-    """Returns the parameters of the base whose defaults an extension changes."""
-    first = _EXTENSIONS[parts[0]]
-    return first.defaults if len(parts) == 1 and base == first.base else {}
+    """Returns the defaults of an extension for parameters of its base, which no base that is named has."""
+    return {} if base or len(parts) > 1 else _EXTENSIONS[parts[0]].defaults
 
 
 def summary(name: str) -> str:
@@ -146,7 +145,7 @@ def create(name: str, **options: Any) -> Method:
     if len(set(parts)) < len(parts):
         raise ValueError(f"{name!r} names a method twice; each acts once.")
     base = known["base"]
-    estimator = create(base, **_defaults(parts, base) | _select(options, _ESTIMATORS[base]))
+    estimator = create(base, **_select(known | options, _ESTIMATORS[base]))
     extensions = {}
     for part in parts:
         factory = _EXTENSIONS[part].factory

@@ -148,7 +148,7 @@ EFFECTS = {
     "model.tied_embedding": (False, see.model, {}),
     "model.param_dtype": ("bfloat16", see.model, {}),
     "model.compute_dtype": ("bfloat16", see.model, {}),
-    "model.remat": ("none", see.backward_pass, {}),
+    "model.remat": ("layer", see.backward_pass, {}),
     "model.attention": ("splash", see.evaluation_program, {}),
     "data.train": (f"{HERE}/other.jsonl", see.prompts, {}),
     "data.train_split": ("[:4]", see.prompts, {}),

@@ -164,12 +164,18 @@ OTHER = {
 OWN = {name: set(inner) for name, inner in OTHER.items()}
 
 
-def test_progrpo_on_grpo_has_the_loss_of_its_paper():
+def test_progrpo_without_a_named_base_has_the_loss_of_its_paper():
     made, known = methods.create("progrpo").loss, methods.keywords("progrpo")
     assert (made.clip_low, made.clip_high, made.aggregation) == (0.2, 0.28, "token_mean")
     assert (known["clip_low"], known["clip_high"], known["aggregation"]) == (0.2, 0.28, "token_mean")
-    assert methods.create("progrpo", base="grpo", clip_high=0.3).loss == dataclasses.replace(made, clip_high=0.3)
-    assert methods.create("progrpo", base="rloo").loss == methods.create("rloo").loss
+    assert methods.create("progrpo", clip_high=0.3).loss == dataclasses.replace(made, clip_high=0.3)
+    for base in ("grpo", "rloo"):
+        assert (
+            methods.create("progrpo", base=base).loss
+            == methods.create(base).loss
+            == methods.stack("progrpo", base=base).loss
+        )
+        assert methods.keywords("progrpo", base)["clip_high"] == 0.2
     assert methods.stack("progrpo", "rlev").loss == methods.create("grpo").loss
     assert methods.keywords("progrpo+rlev")["clip_high"] == methods.keywords("grpo")["clip_high"] == 0.2
 

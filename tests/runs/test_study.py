@@ -72,7 +72,7 @@ def test_a_start_serves_other_lengths_of_rl():
 
 
 def test_fields_that_differ_have_their_defaults():
-    """clip_high of grpo is 0.2 by default. Only the row that has the keyword alpha sets it. No row sets beta_v."""
+    """clip_high of grpo is 0.2 by default, and progrpo averages over tokens. Only the row that has the keyword alpha sets it. No row sets beta_v."""
     baselines = {
         "plain": {"method": {"name": "grpo"}},
         "dapo": {"method": {"name": "dapo"}, "optimizer.learning_rate": 1e-3},
@@ -86,15 +86,26 @@ def test_fields_that_differ_have_their_defaults():
             "optimizer.learning_rate": 1e-4,
             "method.alpha": 0.1,
             "method.clip_high": 0.28,
+            "method.aggregation": "token_mean",
             "method.name": "progrpo",
         },
-        "plain": {"optimizer.learning_rate": 1e-4, "method.clip_high": 0.2, "method.name": "grpo"},
-        "dapo": {"optimizer.learning_rate": 1e-3, "method.clip_high": 0.28, "method.name": "dapo"},
+        "plain": {
+            "optimizer.learning_rate": 1e-4,
+            "method.clip_high": 0.2,
+            "method.aggregation": "sequence_mean",
+            "method.name": "grpo",
+        },
+        "dapo": {
+            "optimizer.learning_rate": 1e-3,
+            "method.clip_high": 0.28,
+            "method.name": "dapo",
+        },
         "self": {
             "optimizer.learning_rate": 1e-4,
             "method.alpha": 0.1,
             "method.tau": 0.2,
             "method.clip_high": 0.2,
+            "method.aggregation": "sequence_mean",
             "method.name": "laser",
         },
     }
