@@ -2,7 +2,7 @@
 
     python -m jaxrl_reason.compare --config=configs/laser_silent.py --workdir=/tmp/laser_silent
 
-Takes minutes on two CPU cores. It is laser.py with other data.
+Takes minutes on two CPU cores. It is laser.py with other data. Expect an F1 between 0.5 and 0.8, by the seed.
 """
 
 from collections.abc import Mapping

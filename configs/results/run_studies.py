@@ -21,6 +21,7 @@ STUDIES: dict[str, tuple[int, Sequence[str]]] = {
     "estimators": (5, ()),
     "genre2": (5, ("genre2", "further cross-entropy", "genre2 on GRPO")),
     "laser": (5, ()),
+    "laser_silent": (5, ()),
     "hero": (
         5,
         ("hero", "verifier only", "weak reward model", "reward model only", "HERO on dr_grpo", "naive mix"),
