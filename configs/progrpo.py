@@ -2,7 +2,7 @@
 
     python -m jaxrl_reason.compare --config=configs/progrpo.py --workdir=/tmp/progrpo
 
-Takes about 10 minutes per seed on two CPU cores. Expect more distinct correct answers than with GRPO, and a lower accuracy.
+Takes about 15 minutes per seed on two CPU cores. Expect more distinct correct answers than with GRPO, and a lower accuracy.
 """
 
 from collections.abc import Mapping

