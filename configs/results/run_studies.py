@@ -5,7 +5,8 @@ python configs/results/run_studies.py /tmp/studies hero rlev
 
 Results in the files next to this script are kept, and their runs are not repeated: delete a file to run its study from the
 start. The script may be stopped at any time, and several may share the directory. All studies from the start
-take about 10 hours of two busy CPU cores. GenRe2's ten tables need the extra `study`.
+take about 10 hours of two busy CPU cores. GenRe2's ten tables need the extra `study`, and smollm2_sums the extra `gguf` and
+the package with the model.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ TABLES = "boston carseats college cps diabetes hitters houses mpg salaries wage"
 # By recipe: the number of seeds, and the rows of the table; no rows are all.
 STUDIES: dict[str, tuple[int, Sequence[str]]] = {
     "estimators": (5, ()),
+    "smollm2_sums": (3, ("grpo",)),
     "genre2": (5, ("genre2", "further cross-entropy", "genre2 on GRPO")),
     "laser": (5, ()),
     "laser_silent": (5, ()),

@@ -237,7 +237,7 @@ def test_the_script_of_the_studies_refuses_other_names(tmp_path):
     run = lambda *given: subprocess.run(
         [sys.executable, RESULTS / "run_studies.py", *given], capture_output=True, text=True
     )
-    assert "No study is named hreo. There are: estimators, genre2, " in run(tmp_path, "hreo").stderr
+    assert "No study is named hreo. There are: estimators, " in run(tmp_path, "hreo").stderr
     assert "python configs/results/run_studies.py /tmp/studies " in run().stderr
 
 
