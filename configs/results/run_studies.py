@@ -28,7 +28,7 @@ STUDIES: dict[str, tuple[int, Sequence[str]]] = {
         5,
         ("hero", "verifier only", "weak reward model", "reward model only", "HERO on dr_grpo", "naive mix"),
     ),
-    "rlev": (6, ("rlev", "correctness only", "uniform scaling", "shuffled values")),
+    "rlev": (6, ("rlev", "correctness only", "uniform scaling", "shuffled values", "RLEV on GRPO", "GRPO")),
     "progrpo": (5, ()),
 }
 
