@@ -2,7 +2,7 @@
 
     python -m jaxrl_reason.compare --config=configs/rlev.py --workdir=/tmp/rlev
 
-Takes 4 to 6 minutes per seed on two CPU cores. Expect 5 points more of the exams' total than with correctness only, and 3 points
+Takes about 15 minutes per seed on two CPU cores. Expect 5 points more of the exams' total than with correctness only, and 3 points
 less accuracy: where a question has two answers, RLEV learns the one that is worth more, and is expected less often.
 """
 
