@@ -20,7 +20,7 @@ TABLES = "boston carseats college cps diabetes hitters houses mpg salaries wage"
 # By recipe: the number of seeds, and the rows of the table; no rows are all.
 STUDIES: dict[str, tuple[int, Sequence[str]]] = {
     "estimators": (5, ()),
-    "smollm2_sums": (3, ("grpo",)),
+    "smollm2_sums": (4, ("grpo",)),
     "genre2": (5, ("genre2", "further cross-entropy", "genre2 on GRPO")),
     "laser": (5, ()),
     "laser_silent": (5, ()),
