@@ -28,7 +28,13 @@ STUDIES: dict[str, tuple[int, Sequence[str]]] = {
         5,
         ("hero", "verifier only", "weak reward model", "reward model only", "HERO on dr_grpo", "naive mix"),
     ),
-    "rlev": (6, ("rlev", "correctness only", "uniform scaling", "shuffled values", "RLEV on GRPO", "GRPO")),
+    "rlev": (
+        6,
+        (
+            *("rlev", "correctness only", "uniform scaling", "shuffled values", "weak values"),
+            *("RLEV on GRPO", "GRPO"),
+        ),
+    ),
     "progrpo": (5, ()),
 }
 
