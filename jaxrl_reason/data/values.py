@@ -72,7 +72,7 @@ def altered(values: Sequence[float] | np.ndarray, kind: str, *, alpha: float, cl
         return np.full_like(own, extra / alpha if alpha else 0.0)
     if kind == "levels":
         fifths = np.quantile(own, (0.2, 0.4, 0.6, 0.8), method="inverted_cdf")
-        return np.float32(_LEVELS)[np.searchsorted(fifths, own)]
+        return np.array(_LEVELS, np.float32)[np.searchsorted(fifths, own)]
     raise ValueError(f"data.values is {kind!r}; it must be one of {KINDS}.")
 
 
