@@ -103,6 +103,7 @@ def _all_keywords(name: str, base: str) -> dict[str, Any]:
     if base not in _ESTIMATORS:
         why = "a base must be an estimator; use stack() for several methods" if base in _EXTENSIONS else "unknown"
         raise ValueError(f"method.base is {base!r} ({why}).{nearest(base, _ESTIMATORS)}")
+    _check_keys(base, others, _own_keywords(_ESTIMATORS[base]))
     own = {part: _own_keywords(_EXTENSIONS[part].factory) for part in parts}
     return (own[name] if len(parts) == 1 else own) | {"base": base} | _own_keywords(_ESTIMATORS[base]) | others
 

@@ -374,6 +374,15 @@ def test_an_extension_is_added_in_a_few_lines_and_stacks(registry):
         methods.stack("doubled", base="grpo")
 
 
+def test_a_default_that_the_base_does_not_have_is_refused(registry):
+    @methods.register_extension(base="grpo", clip_hihg=0.3)
+    def plain(estimator):
+        return methods.Extension()
+
+    with pytest.raises(ValueError, match="Method 'grpo' has no parameter 'clip_hihg'. Did you mean 'clip_high'"):
+        methods.create("plain")
+
+
 def test_a_factory_that_cannot_be_configured_is_not_registered(registry):
     def hero(estimator, *, x=1.0):
         return methods.Extension()
