@@ -111,3 +111,11 @@ def test_the_choice_for_cpus_changes_neither_values_nor_gradients(S, T, remat):
     assert float(other) == pytest.approx(float(value), rel=1e-5)
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5 * scale, rtol=0), gradient, again)
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_unrolled_layers_are_no_loop(unrolled):
+    model = dataclasses.replace(SMALL, remat="none", unrolled=unrolled)
+    forward = lambda params: models.apply(model, params, jnp.zeros((1, 4), jnp.int32))
+    text = jax.jit(forward).lower(models.abstract_params(model)).compile().as_text()
+    assert (" while(" in text) == (not unrolled)
