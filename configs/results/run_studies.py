@@ -53,7 +53,9 @@ def main(workdir: str, *names: str) -> None:
         sys.exit(f"No study is named {', '.join(sorted(unknown))}. There are: {', '.join(STUDIES)}.")
     for name in names or STUDIES:
         for given in flags(name, pathlib.Path(workdir)):
-            subprocess.run([sys.executable, "-m", "jaxrl_reason.compare", *given], check=True)
+            done = subprocess.run([sys.executable, "-m", "jaxrl_reason.compare", *given])
+            if done.returncode:  # `compare` has said why
+                sys.exit(done.returncode)
     subprocess.run([sys.executable, HERE / "write_tables.py"], check=True)
 
 

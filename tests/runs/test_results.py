@@ -239,6 +239,8 @@ def test_the_script_of_the_studies_refuses_other_names(tmp_path):
     )
     assert "No study is named hreo. There are: estimators, " in run(tmp_path, "hreo").stderr
     assert "python configs/results/run_studies.py /tmp/studies " in run().stderr
+    failed = run(RESULTS / "run_studies.py", "rlev")  # a file in the place of the work directory
+    assert failed.returncode and "error: " in failed.stderr and "Traceback" not in failed.stderr, failed.stderr
 
 
 def test_the_script_writes_the_tables():
