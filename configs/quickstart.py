@@ -2,7 +2,7 @@
 
     python -m jaxrl_reason.train --config=configs/quickstart.py --workdir=/tmp/quickstart
 
-Takes one to two minutes: 800 supervised steps, then 28 steps of RL. In the training data, half of the solutions are
+Takes one to two minutes: 800 supervised steps, then 36 steps of RL. In the training data, half of the solutions are
 worked and half are bare answers. Expect the accuracy on held-out problems to rise from about 54 % to 89 %, and the mean length
 from 17 to 31 tokens: the policy learns that working an answer out pays.
 """
@@ -12,7 +12,7 @@ from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Model, Optimizer
 
 def get_config() -> Config:
     return Config(
-        steps=28,
+        steps=36,
         prompts_per_step=32,
         group_size=8,
         max_prompt_length=40,
@@ -21,8 +21,8 @@ def get_config() -> Config:
         data=Data(train="word_problems/chains"),
         supervised=Supervised(steps=800, batch_size=32, learning_rate=3e-3),
         method={"name": "grpo"},
-        optimizer=Optimizer(learning_rate=3e-4, warmup_steps=5),
+        optimizer=Optimizer(learning_rate=5e-4, schedule="linear", warmup_steps=5),
         update=Update(accumulation=4),
         checkpoint=Checkpoint(every=100, keep=2),
-        eval=Eval(every=14, prompts=256, samples=4),
+        eval=Eval(every=18, prompts=256, samples=4),
     )

@@ -151,7 +151,7 @@ def prepare(arguments: command.Arguments) -> tuple[train.Run, Saved]:
     step = saved[0] if arguments.step is None else arguments.step
     if step not in saved:
         raise ConfigError(f"--step={step}: {workdir / 'replay'} holds {', '.join(map(str, saved))}.")
-    run = train.setup(config, workdir)
+    run = train.setup(config, workdir, begin=False)
     return run, load(run, step)
 
 

@@ -63,27 +63,30 @@ class Run:
     scorer = property(lambda self: self.task.scorer)
 
 
-def setup(config: Config, workdir: str | pathlib.Path) -> Run:
+def setup(config: Config, workdir: str | pathlib.Path, *, begin: bool = True) -> Run:
     """Checks the configuration, the data, the rewards and the work directory, then writes to the directory. Compiles nothing.
 
-    On several processes the first one sets up first, and the others find the files it has prepared.
+    On several processes the first one sets up first, and the others find the files it has prepared. With begin=False,
+    the directory of a run that has begun is only read.
 
     Raises:
       ConfigError, RewardError, ValueError, OSError: a sentence that names the fault and its place.
     """
     compilation_cache.enable(config.compilation_cache)
-    turns = [hosts.agree(lambda: _setup(config, workdir) if hosts.is_first() else None, ConfigError, *_REFUSALS)]
+    turns = [hosts.agree(lambda: _setup(config, workdir, begin) if hosts.is_first() else None, ConfigError, *_REFUSALS)]
     with warnings.catch_warnings():
         if not hosts.is_first():
             warnings.simplefilter("ignore")  # the first process has printed them
-        turns += [hosts.agree(lambda: None if hosts.is_first() else _setup(config, workdir), ConfigError, *_REFUSALS)]
+        turns += [
+            hosts.agree(lambda: None if hosts.is_first() else _setup(config, workdir, begin), ConfigError, *_REFUSALS)
+        ]
     return next(run for run in turns if run)
 
 
 _REFUSALS = (RewardError, ValueError, OSError)
 
 
-def _setup(config: Config, workdir: str | pathlib.Path) -> Run:
+def _setup(config: Config, workdir: str | pathlib.Path, begin: bool) -> Run:
     method = config_lib.validate(config)
     if hosts.is_first():
         trackers.check(config)
@@ -95,7 +98,7 @@ def _setup(config: Config, workdir: str | pathlib.Path) -> Run:
         reward_phase = model_training.setup(
             config, model=task.model, work=task.work, tokenizer=cast(Tokenizer, task.tokenizer), mesh=mesh
         )
-    if hosts.is_first():
+    if hosts.is_first() and begin:
         with task.work.lock():
             task.work.begin(task.tokenizer, task.pretrained)
             if reward_phase:
@@ -334,10 +337,11 @@ def reinforce(
     c, programs, work, begin = run.config, run.programs, run.work, int(state.step)
 
     def step(i: int, state: TrainState, clock: Clock):
+        learning_rate = programs.learning_rate(state)  # before the step donates the state
         with profile.step(i + 1), jax.transfer_guard("disallow"):  # an unintended transfer is an error
             done = train_step(run, state, reference, clock, c_ref)
         clock.count("update", int(_count(done.batch.mask)))
-        return done.state, done.metrics | {"learning_rate": programs.learning_rate(i)}, done
+        return done.state, done.metrics | {"learning_rate": learning_rate}, done
 
     def evaluate(done: int, state: TrainState) -> dict[str, float]:
         weights = rollout_weights(run, state.params, Clock())

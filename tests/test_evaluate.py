@@ -130,39 +130,39 @@ def test_every_number_follows_from_the_completions(trained, tmp_path):
     for line in lines:
         row = DIGITS[line["row"] + 4]
         assert line["prompt"] == row["question"] + "\n"
-        assert line["right"] == numeric_verdict(line["completion"], row["answer"])
-        assert line["rewards"]["accuracy"] == line["right"]
+        assert line["correct"] == numeric_verdict(line["completion"], row["answer"])
+        assert line["rewards"]["accuracy"] == line["correct"]
         picky = None if row["answer"] == "3" else pytest.approx(len(line["completion"]) / 100)
         assert line["rewards"]["picky"] == picky
-        assert line["total"] == pytest.approx(line["right"] + 0.25 * (line["rewards"]["picky"] or 0))
+        assert line["total"] == pytest.approx(line["correct"] + 0.25 * (line["rewards"]["picky"] or 0))
         text = extract_answer(line["completion"])
         number = text and parse_number(text)
         assert line["answer"] == (str(number) if number is not None else text)
         assert line["truncated"] <= (line["length"] == 6)
     mean = lambda values: pytest.approx(sum(values) / len(values))
     groups = [lines[i : i + 5] for i in range(0, 80, 5)]
-    assert numbers["accuracy"] == numbers["avg@5"] == mean([line["right"] for line in lines])
+    assert numbers["accuracy"] == numbers["avg@5"] == mean([line["correct"] for line in lines])
     assert 0 < numbers["accuracy"] < 1
     assert record["config"]["eval"]["samples"] == 5 and record["config"]["data"]["eval_split"] == "[4:]"
     assert numbers["accuracy_low"] < numbers["accuracy"] < numbers["accuracy_high"]
     for k in (1, 2, 4, 5):
-        right = [sum(line["right"] for line in group) for group in groups]
+        right = [sum(line["correct"] for line in group) for group in groups]
         assert numbers[f"pass@{k}"] == mean([pass_at_k(5, c, k) for c in right])
         majority = []
         for group in groups:
             votes = [line["answer"] for line in group[:k] if line["answer"] is not None]
             most = max(votes, key=lambda answer: (votes.count(answer), -votes.index(answer)), default=None)
-            majority.append(any(line["right"] for line in group[:k] if line["answer"] == most is not None))
+            majority.append(any(line["correct"] for line in group[:k] if line["answer"] == most is not None))
         assert numbers[f"maj@{k}"] == mean(majority)
-    assert numbers["mean_length_right"] == mean([line["length"] for line in lines if line["right"]])
-    assert numbers["mean_length_wrong"] == mean([line["length"] for line in lines if not line["right"]])
+    assert numbers["mean_length_correct"] == mean([line["length"] for line in lines if line["correct"]])
+    assert numbers["mean_length_incorrect"] == mean([line["length"] for line in lines if not line["correct"]])
     assert numbers["clipped_ratio"] == mean([line["truncated"] for line in lines])
     assert numbers["answered_ratio"] == mean([line["answer"] is not None for line in lines])
     assert numbers["reward"] == mean([line["total"] for line in lines])
     kept = [line["rewards"]["picky"] for line in lines if line["rewards"]["picky"] is not None]
     assert len(kept) == 75 and numbers["rewards/picky"] == mean(kept)
-    distinct = [len({line["completion"] for line in group if line["right"]}) for group in groups]
-    assert numbers["distinct_right_completions"] == mean(distinct)
+    distinct = [len({line["completion"] for line in group if line["correct"]}) for group in groups]
+    assert numbers["distinct_correct_completions"] == mean(distinct)
     assert 0 < numbers["entropy"] < math.log(300)
 
 
@@ -251,7 +251,7 @@ def test_other_data_with_human_values(trained, tmp_path, monkeypatch):
     assert names == [str(rows)]  # no training row is read
     assert record["data"]["name"] == str(rows) and record["data"]["split"] == "all" and record["prompts"] == 5
     lines = completions(tmp_path / "out")
-    share = [np.mean([line["right"] for line in lines if line["row"] == n]) for n in range(5)]
+    share = [np.mean([line["correct"] for line in lines if line["row"] == n]) for n in range(5)]
     earned = sum((n + 1) * share[n] for n in range(5)) / 15
     assert record["metrics"]["h_accuracy"] == pytest.approx(earned) and earned > 0
     assert record["metrics"]["low_value_accuracy"] == pytest.approx(share[0])
@@ -272,7 +272,7 @@ def test_values_stay_with_their_questions_if_a_row_is_left_out(trained, tmp_path
     record = command(trained[1], tmp_path / "out", *flags)
     lines = completions(tmp_path / "out")
     assert {line["row"] for line in lines} == {1, 2, 3, 4, 5}
-    earned = sum(given[line["row"]]["value"] * line["right"] for line in lines) / 8 / 1.5
+    earned = sum(given[line["row"]]["value"] * line["correct"] for line in lines) / 8 / 1.5
     assert record["metrics"]["h_accuracy"] == pytest.approx(earned) and earned > 0
 
 
@@ -406,7 +406,7 @@ def test_a_learned_reward_and_a_verdict_of_its_own(tmp_path, rewards, capsys, sh
     record = command(tmp_path / "run", tmp_path / "even", f"--config.eval.verdict={rewards}:even", "--samples=8")
     lines = completions(tmp_path / "even")
     assert record["verdict"] == "even" and 0 < record["metrics"]["accuracy"] < 1
-    assert all(line["right"] == line["rewards"]["even"] == (len(line["completion"]) % 2 == 0) for line in lines)
+    assert all(line["correct"] == line["rewards"]["even"] == (len(line["completion"]) % 2 == 0) for line in lines)
     (tmp_path / "run" / "reward_model" / "reward_model.json").unlink()
     assert "no trained reward model" in refusal(capsys, f"--workdir={tmp_path / 'run'}")
 

@@ -175,7 +175,7 @@ def test_sets_have_their_own_samples_and_equal_evaluations_of_each(folder, tmp_p
         assert json.loads((tmp_path / "both" / label / "evaluation.json").read_text()) == found
         lines = lines_of(tmp_path / label)
         assert lines == lines_of(tmp_path / "both" / label) and len(lines) == samples * prompts
-        accuracies.append([np.mean([x["right"] for x in lines if x["row"] == i]) for i in range(prompts)])
+        accuracies.append([np.mean([x["correct"] for x in lines if x["row"] == i]) for i in range(prompts)])
         low, high = found["intervals"]["accuracy"]
         assert (low, high) == metrics.accuracy_interval(accuracies[-1]) and low < found["metrics"]["accuracy"] <= high
         assert found["intervals"].keys() == {"accuracy"} | {
@@ -257,7 +257,7 @@ def test_two_models_are_compared_prompt_by_prompt(folder, tmp_path, capsys):
     found = record["against"]
     assert found["directory"] == str(theirs) and found["differences"]["prompts"] == 7
     mine, other = (
-        np.array([line["right"] for line in lines_of(place)], float).reshape(7, 2)
+        np.array([line["correct"] for line in lines_of(place)], float).reshape(7, 2)
         for place in (tmp_path / "both", theirs)
     )
     expected = metrics.paired_difference(mine.mean(axis=1), other.mean(axis=1))
@@ -282,7 +282,7 @@ def test_sets_are_compared_one_by_one_and_other_numbers_of_samples_share_what_th
     assert found.keys() == {"second"} and found["second"]["prompts"] == 5
     assert found["second"].keys() == {"prompts", "accuracy", "pass@1", "pass@2", "maj@1", "maj@2"}
     assert "differ in their settings: second samples 4 and 2.\n" in capsys.readouterr().out
-    other = [line["right"] for line in lines_of(tmp_path / "b" / "second")]
+    other = [line["correct"] for line in lines_of(tmp_path / "b" / "second")]
     assert found["second"]["accuracy"]["other"] == pytest.approx(np.mean(other))
 
 

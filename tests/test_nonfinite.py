@@ -53,7 +53,8 @@ def params_of(config, workdir):
 
 @pytest.mark.parametrize("updates", [{}, pytest.param(dict(update__minibatches=2), marks=pytest.mark.slow)])
 def test_steps_that_are_not_finite_are_skipped_and_counted(updates, tmp_path):
-    config = config_of(tmp_path, "wild", log__samples_every=1, log__samples=16, **updates)
+    warmup = dict(optimizer__learning_rate=8e-3, optimizer__warmup_steps=8)
+    config = config_of(tmp_path, "wild", log__samples_every=1, log__samples=16, **warmup, **updates)
     train.train(train.setup(config, tmp_path / "run"))
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     wild = {step: set() for step in range(1, 6)}
@@ -65,6 +66,10 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(updates, tmp_path):
     for line in lines:
         ratio, prompts = line["skipped_update_ratio"], wild[line["step"]]
         assert ratio == (0 if not prompts else 1) if not updates else (ratio > 0) == bool(prompts)
+    per_step = updates.get("update__minibatches", 1)
+    done = np.cumsum([0, *(per_step * (1 - line["skipped_update_ratio"]) for line in lines)])[:-1]
+    rates = 1e-3 * (1 + np.round(done) // per_step)  # a skipped update does not move the schedule
+    np.testing.assert_allclose([line["learning_rate"] for line in lines], rates, rtol=1e-6)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params_of(config, tmp_path / "run")))
 
 
@@ -158,7 +163,9 @@ def test_replay_with_an_estimator_of_the_recipe(method, tmp_path, monkeypatch, c
     assert replay.main([f"--workdir={workdir}"]) == 2
     error = capsys.readouterr().err
     assert "'plain'" in error and error.endswith("If the run's recipe registers it, name the recipe: --config=FILE.\n")
-    assert replay.main([f"--workdir={workdir}", f"--config={recipe}"]) == 0
+    begun = (workdir / "config.json").read_bytes()
+    assert replay.main([f"--workdir={workdir}", f"--config={recipe}", "--config.mesh.fsdp=-1"]) == 0
+    assert (workdir / "config.json").read_bytes() == begun  # the run is only read
     assert "Step 1: loss" in capsys.readouterr().out
 
 

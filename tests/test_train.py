@@ -63,8 +63,8 @@ EVAL_METRICS = [
     "eval/mean_length",
     "eval/clipped_ratio",
     "eval/maj@2",
-    "eval/distinct_right_answers",
-    "eval/distinct_right_completions",
+    "eval/distinct_correct_answers",
+    "eval/distinct_correct_completions",
     "eval/entropy",
     "eval/prompts",
 ]

@@ -111,7 +111,7 @@ def _reward_model(step: Step) -> Part | None:
         return None
     P, G, S, T = step.rollout_sizes
     pieces, replicas = sharding.microbatches(step.mesh, P, step.pieces), sharding.num_shards(step.mesh)
-    waves = update_sizes(config, step.mesh)
+    waves = update_sizes(model, config, step.mesh)
     options: dict[str, Any] = dict(attention=step.attention, replicas=replicas, parts=pieces, **waves)
     completions = step.completions(P, G)
     path, by_prompt = config.reward_model.path, step.programs.sharding
@@ -156,7 +156,7 @@ def _scoring_options(step: Step) -> dict[str, Any]:
         probe=step.probe,
         tensor=step.mesh.shape["tensor"],
         completions=step.completions(*step.sizes[:2]),
-        **update_sizes(step.config, step.mesh),
+        **update_sizes(step.model, step.config, step.mesh),
     )
 
 

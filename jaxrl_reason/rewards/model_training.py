@@ -173,7 +173,7 @@ def _trained_scorer(
 ) -> RewardModelScorer:
     # As many microbatches as for the policy's log-probabilities.
     microbatches = sharding.microbatches(mesh, batch_size, c.update.accumulation * c.update.minibatches)
-    score = group_scoring_program(for_devices(model, c, mesh), mesh, microbatches, **update_sizes(c, mesh))
+    score = group_scoring_program(for_devices(model, c, mesh), mesh, microbatches, **update_sizes(model, c, mesh))
     return lambda rollout, batch: (score(params, rollout), {})
 
 
@@ -212,7 +212,7 @@ def pretrained_scorer(
         max_length=c.reward_model.max_length,
         parts=c.update.accumulation * c.update.minibatches,
         sharding=sharding.batch_sharding(mesh),
-        **update_sizes(c, mesh),
+        **update_sizes(model, c, mesh),
     )
 
 

@@ -71,31 +71,44 @@ def with_remat(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mes
         return dataclasses.replace(model, remat=config.model.remat)
     if mesh.devices.flat[0].platform != "cpu":
         return dataclasses.replace(model, remat="layer")
-    kept, lengths = kept_bytes(model, config, mesh), update_sizes(config, mesh)["lengths"]
-    if model.layers <= _MAX_UNROLLED and lengths == 1 and _ALL_PER_PRODUCTS * kept <= MAX_KEPT:
+    sizes = update_sizes(model, config, mesh)
+    if sizes["lengths"] == 1 and _keeps_everything(model, config, mesh):
         return dataclasses.replace(model, remat="none", unrolled=True)
-    return dataclasses.replace(model, remat="dots" if kept <= MAX_KEPT else "layer")
+    return dataclasses.replace(model, remat="dots" if kept_bytes(model, config, mesh, **sizes) <= MAX_KEPT else "layer")
 
 
-def update_sizes(config: Config, mesh: jax.sharding.Mesh) -> dict[str, int]:
+def _keeps_everything(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> bool:
+    """Returns whether an update of one length has few layers and may keep all that the backward pass reads, on a CPU."""
+    return model.layers <= _MAX_UNROLLED and _ALL_PER_PRODUCTS * kept_bytes(model, config, mesh) <= MAX_KEPT
+
+
+def update_sizes(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> dict[str, int]:
     """Returns `lengths` and `wave_tokens` of the update, as configured or chosen by the sizes and the devices."""
-    S, T, u = config.max_prompt_length, config.max_completion_length, config.update
-    lengths = min(max(1, (T // 64).bit_length()), 4) if S <= T else 1  # the shortest has 64 tokens
-    tokens = 512 if mesh.devices.flat[0].platform == "cpu" else 4096
-    return {"lengths": u.lengths or lengths, "wave_tokens": u.wave_tokens or tokens}
+    c, u = config, config.update
+    S, T = c.max_prompt_length, c.max_completion_length
+    lengths, tokens = min((T // 64).bit_length(), 4), 4096  # the shortest has 64 tokens
+    if mesh.devices.flat[0].platform == "cpu":
+        # Unrolled layers gain more than short waves. Else the shortest length has 16 tokens.
+        if T < 128 and not _keeps_everything(model, config, mesh):
+            lengths = (T // 16).bit_length()
+        completions = c.prompts_per_step / u.minibatches * c.group_size / sharding.num_shards(mesh)
+        tokens = max(T, min(512, int(completions * T) // 4))  # at least four waves, so that short completions fill one
+    return {"lengths": u.lengths or max(lengths if S <= T else 1, 1), "wave_tokens": u.wave_tokens or tokens}
 
 
-def kept_bytes(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> float:
+def kept_bytes(
+    model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh, lengths: int = 1, wave_tokens: int = 0
+) -> float:
     """Returns the bytes per device that the backward pass keeps at once with remat "dots".
 
     They are the input, the products and the result of the attention of every layer, for every token of the largest
-    microbatch or, in waves, of the prompts and of a wave.
+    microbatch or, in waves, of the prompts and of a wave. `lengths` and `wave_tokens` are those of `update_sizes`.
     """
     c, S, T = config, config.max_prompt_length, config.max_completion_length
-    P, shards, waves = c.prompts_per_step / c.update.minibatches, sharding.num_shards(mesh), update_sizes(config, mesh)
+    P, shards = c.prompts_per_step / c.update.minibatches, sharding.num_shards(mesh)
     update = P / c.update.accumulation * (S + c.group_size * T) / shards
-    if waves["lengths"] > 1:
-        update = min(update, P * S / shards + max(waves["wave_tokens"], T))
+    if lengths > 1:
+        update = min(update, P * S / shards + max(wave_tokens, T))
     tokens = max(update, c.supervised.steps and c.supervised.batch_size * (S + T) / shards)
     heads = (2 * model.heads + 2 * model.kv_heads) * model.head_dim
     itemsize = 4  # products are sums in float32

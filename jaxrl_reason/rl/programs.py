@@ -135,9 +135,10 @@ class Programs:
         sums = jax.device_get([self.jitted["cross_entropy"](params, *batch) for batch in placed])
         return float(sum(loss for loss, _ in sums) / sum(tokens for _, tokens in sums))
 
-    def learning_rate(self, step: int) -> float:
-        """Returns the learning rate of a training step."""
-        return float(self.schedule(step * self.config.update.epochs * self.config.update.minibatches))
+    def learning_rate(self, state: TrainState) -> float:
+        """Returns the learning rate of the next optimizer update. A skipped update does not move the schedule."""
+        (_, count), *_ = optax.tree.get_all_with_path(state.opt_state, "count")
+        return float(self.schedule(jax.device_get(count)))
 
     def place(self, tree: Any, size: int) -> Any:
         """Puts this process's rows of [size, ...] arrays on the devices."""
@@ -202,7 +203,7 @@ def build(
     decoding, shardings, rollout_shardings = _shardings(config, method, model, mesh, optimizer)
     model = for_devices(model, config, mesh)
     needs = requirements(config, method)
-    options = update_options(config, method, probe_token, mesh)
+    options = update_options(config, method, model, probe_token, mesh)
     by_prompt, by_prompt_decoding = sharding.batch_sharding(mesh), sharding.batch_sharding(decoding)
     whole, whole_decoding = sharding.replicated(mesh), sharding.replicated(decoding)
 
@@ -378,10 +379,10 @@ def _matrices_for_products(model: models.ModelConfig, params: models.Params) -> 
 
 
 def update_options(
-    config: Config, method: Method, probe_token: int | None, mesh: jax.sharding.Mesh
+    config: Config, method: Method, model: models.ModelConfig, probe_token: int | None, mesh: jax.sharding.Mesh
 ) -> learner.UpdateOptions:
     cap = config.sampling.importance_cap if config.sampling.quantize else 0.0
-    common = dataclasses.asdict(config.update) | update_sizes(config, mesh)
+    common = dataclasses.asdict(config.update) | update_sizes(model, config, mesh)
     return learner.UpdateOptions(loss=method.loss, probe_token=probe_token, importance_cap=cap, **common)
 
 

@@ -59,8 +59,8 @@ def _score_metrics(inputs: AdvantageInputs, real: Bool[Array, "P G"]) -> dict[st
     _, spread = group_deviation(scores, real)
     return {
         "hero/score_spread": mean_where(spread, real.sum(axis=1, keepdims=True) > 1),
-        "hero/score_right": mean_where(scores, real & inputs.verdicts),
-        "hero/score_wrong": mean_where(scores, real & ~inputs.verdicts),
+        "hero/score_correct": mean_where(scores, real & inputs.verdicts),
+        "hero/score_incorrect": mean_where(scores, real & ~inputs.verdicts),
     }
 
 
@@ -80,10 +80,10 @@ def _self_reward_metrics(inputs: AdvantageInputs, real: Bool[Array, "P G"]) -> d
     on_correct, on_incorrect = mean_where(predicts_correct, correct), mean_where(1 - predicts_correct, incorrect)
     f1 = jnp.where(on_correct + on_incorrect == 0, 0.0, 2 * on_correct * on_incorrect / (on_correct + on_incorrect))
     return {
-        "self_reward/right": mean_where(inputs.self_rewards, correct),
-        "self_reward/wrong": mean_where(inputs.self_rewards, incorrect),
-        "self_reward/accuracy_right": on_correct,
-        "self_reward/accuracy_wrong": on_incorrect,
+        "self_reward/correct": mean_where(inputs.self_rewards, correct),
+        "self_reward/incorrect": mean_where(inputs.self_rewards, incorrect),
+        "self_reward/accuracy_correct": on_correct,
+        "self_reward/accuracy_incorrect": on_incorrect,
         "self_reward/f1": f1,
     }
 

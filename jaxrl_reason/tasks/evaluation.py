@@ -169,7 +169,7 @@ def parsed(lines: Sequence[Mapping[str, Any]], prompts: int) -> Evaluated:
     return Evaluated(
         rows=[{}] * prompts,
         positions=table(column("row"), np.int32)[:, 0],
-        correct=table(column("right"), bool),
+        correct=table(column("correct"), bool),
         lengths=table(column("length"), np.int64),
         truncated=table(column("truncated"), bool),
         logprobs=floats(line.get("logprob") for line in lines),
@@ -243,9 +243,9 @@ def method_metrics(found: Evaluated) -> dict[str, float]:
         for fifth, length in enumerate(metrics.mean_by_quantile(lengths, values), start=1):
             out[f"mean_length_value_fifth_{fifth}"] = float(length)
     if found.answers is not None:
-        out["distinct_right_answers"] = _distinct(found.answers, found.correct)
+        out["distinct_correct_answers"] = _distinct(found.answers, found.correct)
     if found.texts is not None:
-        out["distinct_right_completions"] = _distinct(found.texts, found.correct)
+        out["distinct_correct_completions"] = _distinct(found.texts, found.correct)
     return out
 
 
@@ -343,8 +343,8 @@ def all_metrics(found: Evaluated, temperature: float) -> dict[str, float]:
         "reward": _mean(found.total),
         **{f"rewards/{name}": _mean(values) for name, values in found.rewards.items()},
         "mean_length": float(lengths.mean()),
-        "mean_length_right": _mean(lengths[correct]),
-        "mean_length_wrong": _mean(lengths[~correct]),
+        "mean_length_correct": _mean(lengths[correct]),
+        "mean_length_incorrect": _mean(lengths[~correct]),
         "clipped_ratio": float(found.truncated.mean()),
         "answered_ratio": float(np.mean([[answer is not None for answer in group] for group in found.answers])),
     }

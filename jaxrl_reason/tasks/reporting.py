@@ -38,7 +38,7 @@ def headlines(method: Method) -> tuple[str, ...]:
     if method.loss.find("self_reward"):
         shown += ["self_reward", "logprob_auc", "best_of", "maj@", "weighted_vote"]
     if "answer_confidence" in method.signals:
-        shown += ["distinct_right_answers", "entropy"]
+        shown += ["distinct_correct_answers", "entropy"]
     return tuple(shown)
 
 
@@ -150,7 +150,7 @@ def completion_lines(
             "prompt": template.render_prompt(found.rows[n]),
             "completion": found.texts[n][k],
             "answer": None if answer is None else str(answer),
-            "right": bool(found.correct[n, k]),
+            "correct": bool(found.correct[n, k]),
             "rewards": {name: finite(values[n, k]) for name, values in found.rewards.items()},
             "total": finite(found.total[n, k]),
             "length": int(found.lengths[n, k]),

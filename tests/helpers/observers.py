@@ -219,7 +219,8 @@ def made_up_experience(config):
 
 
 def _options(config):
-    return programs.update_options(config, validate(config), None, programs.make_mesh(config, jax.devices()[:1]))
+    model, mesh = config_lib.model_config(config, 9), programs.make_mesh(config, jax.devices()[:1])
+    return programs.update_options(config, validate(config), model, None, mesh)
 
 
 def loss(config, tmp_path):

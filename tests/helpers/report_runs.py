@@ -85,7 +85,7 @@ def write_run(
                         "sample": k,
                         "prompt": f"Held out: {texts[0]}",
                         "completion": text,
-                        "right": k == 0,
+                        "correct": k == 0,
                         "total": 1.0,
                     }
                     for k, text in enumerate(texts)

@@ -87,8 +87,8 @@ def same(a, b):
 @pytest.mark.parametrize(
     "changes, metrics",
     [
-        (HERO, {"hero/score_spread", "hero/score_wrong", "rewards/reward_model/mean"}),
-        (LASER, {"self_reward/loss", "self_reward/wrong", "self_reward/f1"}),
+        (HERO, {"hero/score_spread", "hero/score_incorrect", "rewards/reward_model/mean"}),
+        (LASER, {"self_reward/loss", "self_reward/incorrect", "self_reward/f1"}),
         (RLEV, {"rlev/value", "rlev/h_acc"}),
         (PROGRPO, {"progrpo/prompt_confidence", "progrpo/answer_confidence"}),
     ],
@@ -192,7 +192,7 @@ def test_an_exact_reference_for_self_rewards_is_that_of_evaluations_too(changes,
     workdir = tmp_path / "run"
     lines, state = run(config, workdir)
     assert (workdir / "start").is_dir() and not (workdir / "self_reward.json").exists()
-    assert lines[1]["self_reward/wrong"] == pytest.approx(0.0, abs=1e-5)  # the policy is its own reference
+    assert lines[1]["self_reward/incorrect"] == pytest.approx(0.0, abs=1e-5)  # the policy is its own reference
     assert lines[0]["eval/best_of_8_accuracy"] >= 0 and "kl" not in lines[1]
     assert evaluate.main([f"--workdir={workdir}", "--samples=8"]) == 0
     record = json.loads((workdir / "evaluation" / "evaluation.json").read_bytes())

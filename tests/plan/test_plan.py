@@ -162,7 +162,7 @@ def test_the_costs_of_a_mean_length_are_those_of_skewed_completions():
     full, short = ({part.name: part for part in parts_of(config, devices, mean)} for mean in (None, 64))
     assert full.keys() == short.keys() >= {"rollout", "score", "update"}
     step, completions = open_step(config, devices), skewed_lengths(4, 4, 256, 64)
-    waves = update_sizes(config, step.mesh)
+    waves = update_sizes(step.model, config, step.mesh)
     assert waves["lengths"] == 3
     of_update = dict(completions=completions, copies=1, **waves)
     assert short["update"].cost == costs.update(step.model, 4, 4, 64, 256, **of_update)

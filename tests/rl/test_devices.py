@@ -77,7 +77,10 @@ def test_a_cpu_keeps_products_if_they_fit(monkeypatch):
     supervised = tiny("rows.jsonl", **SIZES, supervised__steps=1, supervised__batch_size=48)
     assert devices.kept_bytes(SMALL, supervised, mesh_of("cpu")) == 2 * kept  # 48 x 30 tokens instead of 720
     in_waves = tiny("rows.jsonl", **SIZES, update__lengths=2, update__wave_tokens=40)
-    assert devices.kept_bytes(SMALL, in_waves, mesh_of("cpu")) == kept / 6  # 80 tokens of prompts and 40 of completions
+    sizes = devices.update_sizes(SMALL, in_waves, mesh_of("cpu"))
+    assert sizes == {"lengths": 2, "wave_tokens": 40}
+    # 80 tokens of prompts and 40 of completions
+    assert devices.kept_bytes(SMALL, in_waves, mesh_of("cpu"), **sizes) == kept / 6
     chosen = lambda config, model=SMALL, **axes: devices.with_remat(model, config, mesh_of("cpu", **axes))
     pair = lambda found: (found.remat, found.unrolled)
     for limit, remat in ((2 * kept, "none"), (2 * kept - 1, "dots"), (kept, "dots"), (kept - 1, "layer")):
@@ -85,9 +88,34 @@ def test_a_cpu_keeps_products_if_they_fit(monkeypatch):
         assert pair(chosen(config)) == (remat, remat == "none")
     assert pair(chosen(config, fsdp=2)) == ("dots", False)
     monkeypatch.setattr(devices, "MAX_KEPT", 100 * kept)
-    assert pair(chosen(in_waves)) == pair(chosen(config, dataclasses.replace(SMALL, layers=9))) == ("dots", False)
+    assert pair(chosen(in_waves)) == pair(chosen(config, DEEP)) == ("dots", False)
     own = tiny("rows.jsonl", **SIZES, model__remat="none")
     assert pair(chosen(own)) == ("none", False)
+
+
+DEEP = dataclasses.replace(SMALL, layers=9)
+
+
+@pytest.mark.parametrize(
+    "platform, model, S, T, prompts, sizes",
+    [
+        ("cpu", SMALL, 32, 64, 64, (1, 512)),  # unrolled layers and one length
+        ("cpu", DEEP, 32, 64, 64, (3, 512)),  # 64, 32 and 16 tokens
+        ("cpu", DEEP, 32, 64, 4, (3, 256)),  # a quarter of 4 x 4 x 64 tokens
+        ("cpu", DEEP, 32, 64, 1, (3, 64)),  # one completion
+        ("cpu", DEEP, 16, 24, 64, (1, 512)),
+        ("cpu", DEEP, 65, 64, 64, (1, 512)),  # the prompt is longer than a completion
+        ("cpu", DEEP, 32, 128, 64, (2, 512)),
+        ("cpu", SMALL, 32, 256, 64, (3, 512)),
+        ("cpu", SMALL, 32, 2048, 64, (4, 2048)),  # a wave holds at least one completion
+        ("tpu", DEEP, 32, 64, 4, (1, 4096)),
+        ("tpu", SMALL, 32, 1024, 4, (4, 4096)),
+    ],
+)
+def test_the_sizes_of_an_update(platform, model, S, T, prompts, sizes):
+    config = tiny("rows.jsonl", prompts_per_step=prompts, group_size=4, max_prompt_length=S, max_completion_length=T)
+    found = devices.update_sizes(model, config, mesh_of(platform, "TPU v4"))
+    assert (found["lengths"], found["wave_tokens"]) == sizes
 
 
 @pytest.mark.runs

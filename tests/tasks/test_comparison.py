@@ -33,7 +33,7 @@ def write(folder, right=RIGHT, lines=None, **changes):
             "sample": k,
             "completion": "",
             "answer": ANSWERS[row][k],
-            "right": bool(x),
+            "correct": bool(x),
             "rewards": {"even": float(x)},
             "total": float(x),
             "length": 1,

@@ -58,14 +58,14 @@ def test_metrics_by_hand():
         "reward": 7 / 10,
         "rewards/accuracy": 3 / 12,
         "mean_length": 48 / 12,
-        "mean_length_right": (1 + 3 + 5) / 3,
-        "mean_length_wrong": (48 - 9) / 9,
+        "mean_length_correct": (1 + 3 + 5) / 3,
+        "mean_length_incorrect": (48 - 9) / 9,
         "clipped_ratio": 2 / 12,
         "answered_ratio": 10 / 12,
         "entropy": 23 / 48,
         "prompts": 3,
-        "distinct_right_answers": (1 + 1 + 0) / 3,
-        "distinct_right_completions": (2 + 1 + 0) / 3,
+        "distinct_correct_answers": (1 + 1 + 0) / 3,
+        "distinct_correct_completions": (2 + 1 + 0) / 3,
         # The mean of three draws of 1/2, 1/4 and 0 is 0 in 1 of 27 cases, and 1/2 in 1 of 27.
         "accuracy_low": 0.0,
         "accuracy_high": 0.5,
@@ -75,11 +75,11 @@ def test_metrics_by_hand():
 
 def test_a_mean_of_nothing_is_nan():
     metrics = evaluation.all_metrics(found([[0, 0]], total=np.full((1, 2), np.nan, np.float32)), temperature=0.0)
-    assert math.isnan(metrics["mean_length_right"]) and math.isnan(metrics["reward"])
-    assert metrics["mean_length_wrong"] == 1 and metrics["maj@2"] == 0 and metrics["accuracy_low"] == 0
+    assert math.isnan(metrics["mean_length_correct"]) and math.isnan(metrics["reward"])
+    assert metrics["mean_length_incorrect"] == 1 and metrics["maj@2"] == 0 and metrics["accuracy_low"] == 0
     assert metrics["accuracy_high"] == pytest.approx(0.79345, abs=1e-5)  # z**2 / (1 + z**2) by Wilson, z = 1.96
     assert "entropy" not in metrics  # greedy completions have no entropy
-    assert math.isnan(evaluation.all_metrics(found([[1, 1]]), temperature=1.0)["mean_length_wrong"])
+    assert math.isnan(evaluation.all_metrics(found([[1, 1]]), temperature=1.0)["mean_length_incorrect"])
 
 
 @pytest.mark.parametrize("samples, ks", [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
