@@ -18,7 +18,9 @@ def batch(*rows, weight=(1, 1)):
 
 
 HELD_OUT = [batch(0, 1), batch(3, 4), batch(6, 6, weight=(1, 0))]  # a copy fills the last batch
-LINES = [{"row": row, "sample": k, "text": f"{row}\n{k}"} for row in (0, 1, 3, 4, 6) for k in range(2)]
+LINES = [
+    {"row": row, "sample": k, "text": f"{row}\n{k}", "correct": k == 0} for row in (0, 1, 3, 4, 6) for k in range(2)
+]
 
 
 def open_journal(folder, resume=True, begun=None):
@@ -68,6 +70,14 @@ def test_lines_of_another_evaluation_are_replaced_by_the_first_batch(tmp_path):
 @pytest.mark.parametrize("after", [6, 8])
 def test_other_prompts_are_judged_again(after, tmp_path):
     write(tmp_path, "".join(json.dumps(line) + "\n" for line in [*LINES[:4], *LINES[after:]]))
+    assert open_journal(tmp_path).done == 1
+
+
+def test_lines_of_an_earlier_version_are_judged_again(tmp_path):
+    older = [{**line, "right": line["correct"]} for line in LINES[4:]]
+    for line in older:
+        del line["correct"]
+    write(tmp_path, "".join(json.dumps(line) + "\n" for line in [*LINES[:4], *older]))
     assert open_journal(tmp_path).done == 1
 
 
