@@ -144,13 +144,13 @@ class Bench:
         return state, np.diff(times)
 
 
-def prepare(arguments: command.Arguments) -> Bench:
-    """Builds the programs of a training run; raises ConfigError for sizes that do not fit together."""
+def configuration(arguments: command.Arguments) -> tuple[Config, int]:
+    """Returns the configuration of a training run, and its steps at most; raises ConfigError for sizes that do not fit together."""
     a = arguments
     most = a.steps if a.max_steps is None else a.max_steps
     if most < a.steps:
         raise ConfigError(f"--max-steps={most} is less than --steps={a.steps}; raise it, or lower --steps.")
-    vocab_size, sizes = SIZES[a.size]
+    _, sizes = SIZES[a.size]
     config = Config(
         seed=a.seed,
         steps=a.steps,
@@ -164,7 +164,15 @@ def prepare(arguments: command.Arguments) -> Bench:
         sampling=Sampling(halvings=a.halvings, cache_pieces=a.cache_pieces),
         update=Update(accumulation=a.accumulation, lengths=a.update_lengths, wave_tokens=a.wave_tokens),
     )
-    method = config_lib.validate(config)
+    config_lib.validate(config)
+    return config, most
+
+
+def prepare(arguments: command.Arguments) -> Bench:
+    """Builds the programs of a training run; raises ConfigError as `configuration` does, and for what the device cannot run."""
+    a = arguments
+    config, most = configuration(a)
+    method, (vocab_size, _) = config_lib.validate(config), SIZES[a.size]
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     model = for_devices(config_lib.model_config(config, vocab_size), config, mesh)
     lengths = skewed_lengths(a.prompts, a.group, a.new, max(a.new / 4, 1)) if a.lengths == "mixed" else None
@@ -243,7 +251,10 @@ class Comparison:
 
 
 def prepare_comparison(arguments: command.Arguments) -> Bench | Comparison:
-    """Returns what the flags ask for: one measurement, or a comparison, of which every setting is checked."""
+    """Returns what the flags ask for: one measurement, or a comparison, of which every setting is checked.
+
+    A comparison leaves the devices alone: a TPU serves one process, and each setting has its own.
+    """
     a = arguments
     if not a.compare:
         return prepare(a)
@@ -255,7 +266,7 @@ def prepare_comparison(arguments: command.Arguments) -> Bench | Comparison:
     settings = {"as given": own} | {text: [*own, *shlex.split(text)] for text in a.compare}
     for text, flags in settings.items():
         try:
-            prepare(command.parse(dataclasses.replace(COMMAND, flags=_MEASURED), flags))
+            configuration(command.parse(dataclasses.replace(COMMAND, flags=_MEASURED), flags))
         except ConfigError as e:
             raise ConfigError(f"--compare={text!r}: {e}") from e
     return Comparison(settings, a.rounds)

@@ -198,6 +198,14 @@ def test_bench_compares_settings_in_turn(capsys):
     assert "as given" in table and "--remat=layer" in table and "step_seconds" in table
 
 
+def test_a_comparison_leaves_the_devices_to_its_processes():
+    parse = "command.parse(bench.COMMAND, ['--compare=--halvings=0'])"
+    code = f"from jaxrl_reason import bench; from jaxrl_reason.runs import command; print(bench.prepare_comparison({parse}).rounds)"
+    env = {**os.environ, "JAX_PLATFORMS": "nowhere"}  # whatever asks for a device fails
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("2\n", 0), done.stderr
+
+
 def test_the_ratios_of_a_comparison_are_of_medians():
     line = lambda x: dict.fromkeys(bench.COMPARED, x)
     found = {"as given": [line(4.0), line(2.0), line(9.0)], "other": [line(3.0), line(1.0), line(2.0)]}
