@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Model, Optimizer, Regression, Reward, Supervised
 
-STEPS = 100  # of RL and of further cross-entropy
+STEPS = 200  # of RL and of further cross-entropy
 
 
 def get_config() -> Config:
@@ -38,9 +38,9 @@ def get_config() -> Config:
         ),
         reward=Reward(functions=["squared_error"]),
         method={"name": "genre2", "base": "remax"},
-        optimizer=Optimizer(learning_rate=5e-4, warmup_steps=5),
+        optimizer=Optimizer(learning_rate=5e-4, schedule="linear", warmup_steps=5),
         checkpoint=Checkpoint(every=1000, keep=1),
-        eval=Eval(every=50, prompts=1000, samples=128),
+        eval=Eval(every=100, prompts=1000, samples=128),
     )
 
 
