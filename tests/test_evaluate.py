@@ -117,7 +117,7 @@ def test_the_command_agrees_with_the_evaluation_in_the_run_and_changes_nothing_t
     assert (workdir / "evaluation" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert f"{100 * record['metrics']['accuracy']:.1f} %" in out and f"{workdir}/evaluation/evaluation.json" in out
-    for text in ("pass@k", "maj@k", "95 % interval", "mean length right", "RL step 2", "avg@3", "answered ratio"):
+    for text in ("pass@k", "maj@k", "95 % interval", "mean length correct", "RL step 2", "avg@3", "answered ratio"):
         assert text in out
 
 
