@@ -164,7 +164,7 @@ def test_replay_with_an_estimator_of_the_recipe(method, tmp_path, monkeypatch, c
     error = capsys.readouterr().err
     assert "'plain'" in error and error.endswith("If the run's recipe registers it, name the recipe: --config=FILE.\n")
     begun = (workdir / "config.json").read_bytes()
-    assert replay.main([f"--workdir={workdir}", f"--config={recipe}", "--config.mesh.fsdp=-1"]) == 0
+    assert replay.main([f"--workdir={workdir}", f"--config={recipe}", "--config.mesh.fsdp=1"]) == 0
     assert (workdir / "config.json").read_bytes() == begun  # the run is only read
     assert "Step 1: loss" in capsys.readouterr().out
 
