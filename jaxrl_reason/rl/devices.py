@@ -92,7 +92,8 @@ def update_sizes(model: models.ModelConfig, config: Config, mesh: jax.sharding.M
         if T < 128 and not _keeps_everything(model, config, mesh):
             lengths = (T // 16).bit_length()
         completions = c.prompts_per_step / u.minibatches * c.group_size / sharding.num_shards(mesh)
-        tokens = max(T, min(512, int(completions * T) // 4))  # at least four waves, so that short completions fill one
+        # A wave has at most a quarter of all tokens, if that is a completion: else short completions fill none.
+        tokens = max(T, min(512, int(completions * T) // 4))
     return {"lengths": u.lengths or max(lengths if S <= T else 1, 1), "wave_tokens": u.wave_tokens or tokens}
 
 
