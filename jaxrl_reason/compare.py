@@ -4,10 +4,11 @@ The recipe's `get_baselines()` names the baselines: {"verifier only": {"method":
 the configuration fields that differ. A seed sets the order of the data, the weights and the samples. All rows of a seed
 begin with the same weights: the recipe's supervised start (and its reward model) is trained once per seed.
 
-The table has the mean of each row with its 95 % interval, and the difference to the recipe, paired by seed. It is
-printed and written to DIR/comparison.json; DIR/comparison.png has the curves, and DIR/comparison.html both. The same
-command again resumes. Several processes may give the same command: each takes the next run that no other one works on.
-On the hosts of a slice, which jax connects, all processes do one run after the other together.
+The table has the mean of each row with its 95 % interval, and the difference to the recipe, paired by seed. The
+difference of the accuracy also has an interval over seeds and held-out prompts, because all runs share the prompts.
+The table is printed and written to DIR/comparison.json; DIR/comparison.png has the curves, and DIR/comparison.html
+both. The same command again resumes. Several processes may give the same command: each takes the next run that no
+other one works on. On the hosts of a slice, which jax connects, all processes do one run after the other together.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -229,6 +230,8 @@ def _write_result(comparison: Comparison, unit: Unit, baselines: dict[str, float
         "start_seconds": start.get("seconds", 0.0),
         "evaluations": evaluations,
     } | ({"table": table} if table else {})
+    if accuracies := results.accuracies(directory, evaluations[-1]["step"]):
+        entry["accuracies"] = accuracies
     write_json(directory / "result.json", entry)
     _keep(comparison, [entry])
 
@@ -276,7 +279,8 @@ def print_rows(console: rich.console.Console, rows: Rows, shown: tuple[str, ...]
     fields = list(dict.fromkeys(name for row in rows.values() for name in row.get("differs", {})))
     seeds = {title: len(row["runs"]) for title, row in rows.items() if "runs" in row}
     most = max(seeds.values(), default=1)
-    columns, differences = {}, {}
+    columns, differences, over_prompts = {}, {}, results.over_prompts(rows)
+    more = lambda cell: [cell] if over_prompts else []
     for title, row in rows.items():
         count = seeds.get(title, most)
         heading = title if count == most else f"{title} ({count} of {most} seeds)"
@@ -284,7 +288,8 @@ def print_rows(console: rich.console.Console, rows: Rows, shown: tuple[str, ...]
         values = [_field_cell(row["differs"].get(name)) if "differs" in row else "" for name in fields]
         columns[heading] = values + [pictures.cell_with_interval(n, row.get(n), half.get(n)) for n in names]
         if found := row.get("difference"):
-            differences[heading] = [pictures.cell_of_difference(n, found.get(n)) for n in names]
+            cells = [pictures.cell_of_difference(n, found.get(n)) for n in names]
+            differences[heading] = cells + more(over_prompts.get(title, "-"))
     labels = [name.removeprefix("eval/").replace("_", " ") for name in names]
     pictures.print_table(console, fields + labels, columns)
     say = lambda text: console.print(text, soft_wrap=True)
@@ -298,7 +303,7 @@ def print_rows(console: rich.console.Console, rows: Rows, shown: tuple[str, ...]
     if differences:
         recipe = next(title for title, row in rows.items() if "runs" in row and not row["difference"])
         title = f"Difference to {recipe}, paired by seed, with its 95 % interval"
-        pictures.print_table(console, labels, differences, title=title)
+        pictures.print_table(console, labels + more(results.OVER_PROMPTS), differences, title=title)
 
 
 def _field_cell(value: Any) -> str:

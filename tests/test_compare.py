@@ -14,6 +14,7 @@ import pytest
 import rich.console
 
 from helpers.documents import ROOT
+from helpers.report_runs import content_of
 from helpers.tiny_runs import tiny, write_recipe, write_rows
 from jaxrl_reason import compare, train
 from jaxrl_reason.config import Config, ConfigError
@@ -96,6 +97,9 @@ def test_one_row_after_the_other_is_the_comparison_of_both(tmp_path, capsys):
         ("grpo", 0, True),
         ("Leave-one-out", 0, False),
     ]
+    for entry in all_entries:
+        assert np.mean(entry["accuracies"]) == pytest.approx(entry["evaluations"][-1]["eval/accuracy"], abs=1e-6)
+        assert len(entry["accuracies"]) == entry["evaluations"][-1]["eval/prompts"]
     results_file.unlink()
     results.merge(results_file, all_entries[:1])
     rows = compare_again("elsewhere", results_file=results_file)
@@ -336,7 +340,7 @@ def words(console):
     return [line.replace("│", " ").replace("┃", " ").split() if line[0] in "│┃" else line for line in lines]
 
 
-def test_the_tables_of_several_seeds_have_intervals_and_the_fields_that_differ():
+def test_the_tables_of_several_seeds_have_intervals_and_the_fields_that_differ(tmp_path):
     """With t(0.975, 2) = 4.30265, 50, 60 and 70 % are 60 ± 24.8, and the differences 10, 20 and 30 are 20 ± 24.8."""
     entry = lambda x: {"step": 1, "eval/accuracy": x}
     row = lambda values: {
@@ -354,6 +358,7 @@ def test_the_tables_of_several_seeds_have_intervals_and_the_fields_that_differ()
     )
     rows["m"]["differs"] = {"method.alpha": 0.3, "optimizer.learning_rate": 1e-4}
     rows["b"]["differs"] = {"optimizer.learning_rate": 2e-4}
+    rows["c"]["over_prompts"] = {"mean": -0.35, "low": -0.5, "high": -0.125}
     console = rich.console.Console(file=io.StringIO(), width=120)
     compare.print_rows(console, rows, ("accuracy",))
     shown = [line for line in words(console) if isinstance(line, list) or line[0] not in "┏┡├└"]
@@ -367,7 +372,12 @@ def test_the_tables_of_several_seeds_have_intervals_and_the_fields_that_differ()
         "Difference to m, paired by seed, with its 95 % interval",
         ["start", "b", "c", "(2", "of", "3", "seeds)"],
         ["accuracy"] + "-10.0 [-34.8, +14.8] points -20.0 [-44.8, +4.8] points -35.0 [-98.5, +28.5] points".split(),
+        "accuracy over prompts - - -35.0 [-50.0, -12.5] points".split(),
     ]
+    compare.write_comparison(tmp_path / "c.html", rows, {}, ["eval/accuracy"], {}, title="t")
+    table = next(table for table in content_of(tmp_path / "c.html")["tables"] if table["title"] == "Differences")
+    assert table["head"] == ["", "accuracy", "accuracy over prompts"]
+    assert table["rows"][-1] == ["c", "-35.0 [-98.5, +28.5] points", "-35.0 [-50.0, -12.5] points"]
 
 
 def test_one_seed_has_no_interval_and_the_table_says_so(tmp_path, capsys, untrained):

@@ -226,6 +226,11 @@ def test_a_run_leaves_everything_in_its_work_directory(rows, tmp_path, capsys):
     for s in held_out:
         assert "".join(s["tokens"]) == s["completion"] and len(s["tokens"]) == len(s["logprobs"]) == s["length"]
         assert sum(s["logprobs"]) == pytest.approx(s["logprob"], abs=1e-3 * s["length"])
+    by_prompt = [json.loads(line) for line in open(work / "held_out_accuracy.jsonl")]
+    evaluated = {line["step"]: line["eval/accuracy"] for line in metrics_of(work) if "eval/accuracy" in line}
+    assert [(x["step"], len(x["accuracy"])) for x in by_prompt] == [(0, 6), (2, 6), (3, 6)]
+    for x in by_prompt:
+        assert np.mean(x["accuracy"]) == pytest.approx(evaluated[x["step"]], abs=1e-6)
     page = content_of(work / "report.html")
     assert page["subtitle"] == "grpo, step 3 of 3" and page["fields"]["recipe"] == ""  # it began without a recipe
     assert [found["of"] for found in page["completions"].values()] == [15, 16]

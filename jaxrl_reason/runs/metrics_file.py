@@ -19,6 +19,7 @@ from tensorboardX.record_writer import masked_crc32c
 from jaxrl_reason.runs import files
 
 PathLike = str | os.PathLike
+HELD_OUT_ACCURACY = "held_out_accuracy.jsonl"
 
 
 class MetricsWriter(contextlib.ExitStack):
@@ -123,18 +124,22 @@ class SampleTable(contextlib.ExitStack):
 class HeldOutTable(contextlib.ExitStack):
     """Appends samples of held-out prompts to `held_out.jsonl`: the first `count` lines of each evaluation, with its step.
 
-    The prompts are the same in each evaluation. A context manager. Arguments and errors: see `MetricsWriter`.
+    `held_out_accuracy.jsonl` has a line per evaluation: its step, and the accuracy of each prompt. The prompts are the
+    same in each evaluation. A context manager. Arguments and errors: see `MetricsWriter`.
     """
 
     def __init__(self, workdir: PathLike, count: int, resume_step: int | None = None, *, enabled: bool = True):
         super().__init__()
         self._count = count
-        self._lines = self.enter_context(_lines(workdir, "held_out.jsonl", resume_step)) if enabled else None
+        open_one = lambda name: self.enter_context(_lines(workdir, name, resume_step)) if enabled else None
+        self._lines, self._accuracy = open_one("held_out.jsonl"), open_one(HELD_OUT_ACCURACY)
 
-    def write(self, step: int, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Writes the first lines of an evaluation."""
-        if self._lines is not None:
+    def write(self, step: int, lines: Iterable[Mapping[str, Any]], accuracy: Sequence[float] | np.ndarray = ()) -> None:
+        """Writes the first lines of an evaluation, and the accuracy of each prompt, if there are accuracies."""
+        if self._lines is not None and self._accuracy is not None:
             self._lines.write([{"step": int(step), **line} for line in itertools.islice(lines, self._count)])
+            if len(accuracy):
+                self._accuracy.write([{"step": int(step), "accuracy": [round(float(x), 6) for x in accuracy]}])
 
 
 def _lines(workdir: PathLike, name: str, resume_step: int | None) -> contextlib.closing[files.JsonLines]:

@@ -6,6 +6,7 @@ An entry is a JSON object:
      "start_seconds": 60.1, "evaluations": [{"step": 0, "eval/accuracy": ...}, ...]}
 
 Entries of regression runs also have "table", the name of the training table: such a comparison is over several tables.
+The others have "accuracies", the accuracy of each held-out prompt at the last evaluation; older ones lack it.
 A file of results holds one entry per line. Such a file is committed, and a comparison goes on from it.
 """
 
@@ -25,7 +26,8 @@ from jaxrl_reason import config as config_lib
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.runs import pictures, read_metrics
 from jaxrl_reason.runs.files import write_text
-from jaxrl_reason.runs.statistics import Estimate, estimate, paired_difference
+from jaxrl_reason.runs.metrics_file import HELD_OUT_ACCURACY
+from jaxrl_reason.runs.statistics import difference_over_prompts, Estimate, estimate, paired_difference
 
 Entry = dict[str, Any]
 # Fields that change no result, or are given next to the digest.
@@ -74,6 +76,13 @@ def evaluations(metrics_path: pathlib.Path, prefixes: tuple[str, ...]) -> list[d
         for line in read_metrics(metrics_path)
     ]
     return [line for line in chosen if len(line) > 1]
+
+
+def accuracies(directory: pathlib.Path, step: float) -> list[float]:
+    """Returns the accuracy of each held-out prompt at a step of a run; [] if the run has not recorded it."""
+    file = directory / HELD_OUT_ACCURACY
+    found = [line["accuracy"] for line in (read_metrics(file) if file.exists() else ()) if line["step"] == step]
+    return found[-1] if found else []
 
 
 def seconds(*metrics_paths: pathlib.Path) -> float:
@@ -132,7 +141,8 @@ def summarize(rows: Mapping[str, Mapping[Any, Entry]], recipe: str, prefixes: tu
     Returns:
       row -> {metric: mean over seeds, None if it is unknown for all of them}, and in each row
       "half_width" {metric: of the 95 % interval of the mean, or None}, "seeds" {metric: {seed: value}},
-      "difference" {metric: {"mean", "low", "high"}}, paired by seed, from the row `recipe`, and for trained rows
+      "difference" {metric: {"mean", "low", "high"}}, paired by seed, from the row `recipe`, "over_prompts" {"mean", "low",
+      "high"}, that of the accuracy over seeds and prompts if the entries have accuracies, and for trained rows
       "runs" {seed: {"config", "versions", "seconds", "start_seconds"}}.
     """
     first = rows.get(recipe) or next(iter(rows.values()), {})
@@ -149,7 +159,22 @@ def summarize(rows: Mapping[str, Mapping[Any, Entry]], recipe: str, prefixes: tu
     for row, entries in rows.items():
         kept = ("config", "versions", "seconds", "start_seconds")
         summary[row]["runs"] = {str(seed): {k: entry[k] for k in kept} for seed, entry in entries.items()}
+        if row != recipe and (found := difference_over_prompts(_accuracies(entries), _accuracies(first))):
+            summary[row]["over_prompts"] = found._asdict()
     return summary
+
+
+def _accuracies(entries: Mapping[Any, Entry]) -> dict[Any, list[float]]:
+    return {seed: entry["accuracies"] for seed, entry in entries.items() if "accuracies" in entry}
+
+
+OVER_PROMPTS = "accuracy over prompts"
+
+
+def over_prompts(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Returns row -> the difference of its accuracy with the interval over seeds and prompts, formatted, of rows that have it."""
+    found = {name: row["over_prompts"] for name, row in summary.items() if "over_prompts" in row}
+    return {name: pictures.cell_of_difference("accuracy", difference) for name, difference in found.items()}
 
 
 def _of_eval(line: Mapping[str, float]) -> dict[str, float]:
@@ -232,7 +257,11 @@ def markdown(entries: Sequence[Entry], metrics: Sequence[str], prefixes: tuple[s
             "Means over the tables, each the mean over the seeds, ± half-widths of 95 % intervals (Student's t over tables). Differences "
             f"[95 % interval] are paired by table and seed, and followed by the number of tables on which the row is above {recipe}."
         )
-    return "\n".join([*lines, "", f"{listed} {note if len(seeds) > 1 else one} {took:.1f} minutes per run of RL."])
+    crossed = "; ".join(f"{row} {difference}" for row, difference in over_prompts(found).items())
+    more = f" Accuracy less that of {recipe}, over seeds and prompts (bootstrap): {crossed}." if crossed else ""
+    return "\n".join(
+        [*lines, "", f"{listed} {note if len(seeds) > 1 else one}{more} {took:.1f} minutes per run of RL."]
+    )
 
 
 def markdown_by_table(entries: Sequence[Entry], metrics: Sequence[str], prefixes: tuple[str, ...]) -> str:

@@ -1,6 +1,6 @@
 """Task: the data, the rewards and the evaluation of a run. Training and the evaluate command share it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import pathlib
 from typing import Any, Self
@@ -55,16 +55,17 @@ class Task:
         generate: Generate,
         scorer: RewardScorer | NumberScorer,
         reference: ProbeReference = None,
-        keep: Callable[[Iterator[dict[str, Any]]], None] | None = None,
+        keep: Callable[[Iterator[dict[str, Any]], Sequence[float] | np.ndarray], None] | None = None,
     ) -> dict[str, float]:
         """Evaluates a run in progress and returns metrics named eval/...
 
         The keys of `generate` are the same in every evaluation; `scorer` is the task's, with a reward model if the run
-        has one; `reference` is that of LaSeR's self-rewards. `keep` takes the lines of the samples, on the first process.
+        has one; `reference` is that of LaSeR's self-rewards. On the first process, `keep` takes the lines of the samples, and
+        the accuracy of each prompt, or nothing for predicted numbers.
         """
         judged = self.judge(generate, scorer, reference)
         if keep and hosts.is_first():
-            keep(judged.lines())
+            keep(judged.lines(), judged.per_prompt().get("accuracy", ()))
         return judged.summary()
 
     def with_reward_model(self, score: RewardModelScorer) -> Self:

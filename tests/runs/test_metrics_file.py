@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from jaxrl_reason.runs.metrics_file import MetricsWriter, read_metrics, SampleTable
+from jaxrl_reason.runs import results
+from jaxrl_reason.runs.metrics_file import HELD_OUT_ACCURACY, HeldOutTable, MetricsWriter, read_metrics, SampleTable
 
 
 def events(directory):
@@ -167,6 +168,23 @@ def test_samples(tmp_path):
         assert read_metrics(tmp_path / "samples.jsonl") == records[:2]
         with pytest.raises(ValueError, match=r"advantages has shape \(1, 1, 5\); for 1 prompts x 1 completions"):
             table.write(5, ["a"], [["x"]], **sample_arrays((1, 1), advantages=np.ones((1, 1, 5))))
+
+
+def test_accuracies_of_held_out_prompts(tmp_path):
+    file = tmp_path / HELD_OUT_ACCURACY
+    with HeldOutTable(tmp_path, 0) as table:
+        for step in (0, 2, 4):
+            table.write(step, iter([{"row": 0}]), np.array([1 / 3, step / 4]))
+        table.write(4, iter([{"row": 0}]))  # predicted numbers are not correct or incorrect
+    assert read_metrics(file)[1:] == [
+        {"step": 2, "accuracy": [0.333333, 0.5]},
+        {"step": 4, "accuracy": [0.333333, 1.0]},
+    ]
+    with HeldOutTable(tmp_path, 0, resume_step=2) as table:
+        table.write(3, iter([]), [1.0])
+    assert [(line["step"], line["accuracy"][-1]) for line in read_metrics(file)] == [(0, 0.0), (2, 0.5), (3, 1.0)]
+    assert results.accuracies(tmp_path, 3) == [1.0] and results.accuracies(tmp_path, 4) == []
+    assert results.accuracies(tmp_path / "elsewhere", 3) == []
 
 
 @settings(max_examples=100, deadline=None)

@@ -109,6 +109,20 @@ def test_a_table_by_hand():
     )
 
 
+def test_accuracies_of_prompts_give_an_interval_over_seeds_and_prompts():
+    """plain less hero is -1 on the second prompt, and 0 on the first: the resampled means are -1, -1/2 and 0."""
+    of_row = {"hero": [0.5, 1.0], "plain": [0.5, 0.0]}
+    entries = [entry | {"accuracies": of_row[entry["row"]]} for entry in ENTRIES]
+    rows = {"hero": dict(enumerate(entries[:2])), "plain": dict(enumerate(entries[2:]))}
+    found = results.summarize(rows, "hero", ())
+    assert found["plain"]["over_prompts"] == {"mean": -0.5, "low": -1.0, "high": 0.0}
+    assert not {"over_prompts"} & (found["hero"].keys() | found["start"].keys())
+    assert results.over_prompts(found) == {"plain": "-50.0 [-100.0, +0.0] points"}
+    text = "Accuracy less that of hero, over seeds and prompts (bootstrap): plain -50.0 [-100.0, +0.0] points."
+    assert f" {text} " in results.markdown(entries, ["accuracy"], ())
+    assert text not in results.markdown([*entries[:3], ENTRIES[3]], ["accuracy"], ())  # one seed has them only
+
+
 def of_table(table, row, seed, r2, r2_before=0.0, recipe=False):
     return entry(row, seed, {"eval/r2": r2_before}, {"eval/r2": r2}, recipe=recipe) | {"table": f"small_tables/{table}"}
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jaxrl_reason.runs.statistics import Estimate, estimate, paired_difference
+from jaxrl_reason.runs.statistics import difference_over_prompts, Estimate, estimate, paired_difference
 
 
 @pytest.mark.parametrize("n, t", [(2, 12.706), (3, 4.303), (8, 2.365), (31, 2.042)])  # from a printed table
@@ -41,3 +41,27 @@ def test_differences_are_paired_by_seed():
     assert found.half_width == pytest.approx(6.353, abs=1e-3)
     assert paired_difference({0: 1.0}, {1: 1.0}) is None
     assert paired_difference({0: 3.0}, {0: 1.0}) == Estimate(2.0, None, 1)
+
+
+@pytest.mark.parametrize("d", [[[1.0, 0.0], [1.0, 0.0]], [[1.0, 1.0], [0.0, 0.0]]])
+def test_seeds_and_prompts_are_resampled(d):
+    """With a difference of 1 for one of two prompts, or seeds, the resampled means are 0, 1/2 and 1: 1/4, 1/2, 1/4 of them."""
+    others = {0: [0.5, 0.25], 7: [0.0, 1.0], 8: [1.0, 1.0]}
+    values = {seed: np.add(others[seed], x) for seed, x in zip((0, 7), d)}
+    assert difference_over_prompts(values, others) == (0.5, 0.0, 1.0)
+
+
+def test_the_interval_has_the_variance_of_seeds_and_of_prompts():
+    """For d[s, p] = a[s] + b[p], the variance of a resampled mean is var0(a) / S + var0(b) / P."""
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(0.1, 0.2, 40), rng.normal(0.0, 0.3, 50)
+    found = difference_over_prompts(dict(enumerate(a[:, None] + b)), dict.fromkeys(range(40), np.zeros(50)))
+    half = 1.96 * (a.var() / 40 + b.var() / 50) ** 0.5
+    assert found.mean == pytest.approx(a.mean() + b.mean())
+    assert (found.high - found.mean, found.mean - found.low) == pytest.approx((half, half), rel=0.08)
+
+
+def test_one_seed_other_prompts_and_equal_differences_have_no_interval_over_prompts():
+    assert difference_over_prompts({0: [1.0, 0.0], 1: [1.0, 1.0]}, {0: [0.0, 0.0], 2: [0.0, 0.0]}) is None
+    assert difference_over_prompts({0: [1.0, 0.0], 1: [1.0, 1.0]}, {0: [0.0, 0.0], 1: [0.0]}) is None
+    assert difference_over_prompts({0: [1.0], 1: [0.5]}, {0: [0.5], 1: [0.0]}) is None

@@ -5,7 +5,7 @@ import json
 import pathlib
 from typing import Any
 
-from jaxrl_reason.runs import pictures
+from jaxrl_reason.runs import pictures, results
 from jaxrl_reason.runs.report.curves import rounded
 from jaxrl_reason.runs.report.page import write_page
 from jaxrl_reason.runs.statistics import Estimate
@@ -68,15 +68,21 @@ def _tables(
     cells = lambda row: [pictures.cell_with_interval(n, row.get(n), row.get("half_width", {}).get(n)) for n in metrics]
     note = "The last evaluation: mean over seeds ± half-width of the 95 % interval."
     yield {"title": "Results", "note": note, "head": head, "rows": [[name, *cells(row)] for name, row in rows.items()]}
+    over_prompts = results.over_prompts(rows)
+    more = lambda cell: [cell] if over_prompts else []
     differences = [
-        [name, *(pictures.cell_of_difference(n, row["difference"].get(n)) for n in metrics)]
+        [
+            name,
+            *(pictures.cell_of_difference(n, row["difference"].get(n)) for n in metrics),
+            *more(over_prompts.get(name, "-")),
+        ]
         for name, row in rows.items()
         if row.get("difference")
     ]
     if differences:
         recipe = next((name for name, row in rows.items() if "runs" in row and not row["difference"]), "the recipe")
         note = f"To {recipe}, paired by seed, with the 95 % interval. An interval without 0 is a difference beyond noise of seeds."
-        yield {"title": "Differences", "note": note, "head": head, "rows": differences}
+        yield {"title": "Differences", "note": note, "head": head + more(results.OVER_PROMPTS), "rows": differences}
     fields = list(dict.fromkeys(name for row in rows.values() for name in row.get("differs", {})))
     if fields:
         values = lambda row: ["" if n not in row["differs"] else json.dumps(row["differs"][n]) for n in fields]
