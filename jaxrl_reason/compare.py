@@ -5,7 +5,7 @@ the configuration fields that differ. A seed sets the order of the data, the wei
 begin with the same weights: the recipe's supervised start (and its reward model) is trained once per seed.
 
 The table has the mean of each row with its 95 % interval, and the difference to the recipe, paired by seed. The
-difference of the accuracy also has an interval over seeds and held-out prompts, because all runs share the prompts.
+difference of the accuracy also has an interval for other held-out prompts, if all runs share the prompts.
 The table is printed and written to DIR/comparison.json; DIR/comparison.png has the curves, and DIR/comparison.html
 both. The same command again resumes. Several processes may give the same command: each takes the next run that no
 other one works on. On the hosts of a slice, which jax connects, all processes do one run after the other together.
@@ -205,10 +205,10 @@ def _work(comparison: Comparison, unit: Unit, run: train.Run) -> None:
     else:
         train.train(run)
     if hosts.is_first():
-        _write_result(comparison, unit, baselines)
+        _write_result(comparison, unit, run.task, baselines)
 
 
-def _write_result(comparison: Comparison, unit: Unit, baselines: dict[str, float]) -> None:
+def _write_result(comparison: Comparison, unit: Unit, task: tasks.Task, baselines: dict[str, float]) -> None:
     directory = unit.directory
     if unit.row is None:
         phases = (directory / phase / "metrics.jsonl" for phase in ("supervised", "reward_model"))
@@ -231,7 +231,7 @@ def _write_result(comparison: Comparison, unit: Unit, baselines: dict[str, float
         "evaluations": evaluations,
     } | ({"table": table} if table else {})
     if accuracies := results.accuracies(directory, evaluations[-1]["step"]):
-        entry["accuracies"] = accuracies
+        entry |= {"accuracies": accuracies, "prompts": results.digest_of_prompts(task.source, task.held_out)}
     write_json(directory / "result.json", entry)
     _keep(comparison, [entry])
 
@@ -279,8 +279,7 @@ def print_rows(console: rich.console.Console, rows: Rows, shown: tuple[str, ...]
     fields = list(dict.fromkeys(name for row in rows.values() for name in row.get("differs", {})))
     seeds = {title: len(row["runs"]) for title, row in rows.items() if "runs" in row}
     most = max(seeds.values(), default=1)
-    columns, differences, over_prompts = {}, {}, results.over_prompts(rows)
-    more = lambda cell: [cell] if over_prompts else []
+    columns, differences, compared = {}, {}, results.compared(rows, names)
     for title, row in rows.items():
         count = seeds.get(title, most)
         heading = title if count == most else f"{title} ({count} of {most} seeds)"
@@ -288,10 +287,9 @@ def print_rows(console: rich.console.Console, rows: Rows, shown: tuple[str, ...]
         values = [_field_cell(row["differs"].get(name)) if "differs" in row else "" for name in fields]
         columns[heading] = values + [pictures.cell_with_interval(n, row.get(n), half.get(n)) for n in names]
         if found := row.get("difference"):
-            cells = [pictures.cell_of_difference(n, found.get(n)) for n in names]
-            differences[heading] = cells + more(over_prompts.get(title, "-"))
-    labels = [name.removeprefix("eval/").replace("_", " ") for name in names]
-    pictures.print_table(console, fields + labels, columns)
+            differences[heading] = [pictures.cell_of_difference(n, found.get(n)) for n in compared]
+    labels = lambda names: [name.removeprefix("eval/").replace("_", " ") for name in names]
+    pictures.print_table(console, fields + labels(names), columns)
     say = lambda text: console.print(text, soft_wrap=True)
     if not seeds:
         return
@@ -303,7 +301,9 @@ def print_rows(console: rich.console.Console, rows: Rows, shown: tuple[str, ...]
     if differences:
         recipe = next(title for title, row in rows.items() if "runs" in row and not row["difference"])
         title = f"Difference to {recipe}, paired by seed, with its 95 % interval"
-        pictures.print_table(console, labels + more(results.OVER_PROMPTS), differences, title=title)
+        pictures.print_table(console, labels(compared), differences, title=title)
+        if len(compared) > len(names):
+            say(results.OTHER_PROMPTS_NOTE)
 
 
 def _field_cell(value: Any) -> str:

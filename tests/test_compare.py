@@ -85,7 +85,20 @@ def test_a_row_is_the_run_that_train_makes_with_the_same_seed(tmp_path):
 
 @pytest.mark.runs
 def test_one_row_after_the_other_is_the_comparison_of_both(tmp_path, capsys):
-    config = tiny(write_rows(tmp_path / "rows.jsonl"), steps=1, supervised__steps=1, eval__every=1)
+    (tmp_path / "even.py").write_text(
+        "def even(completion_ids, **_):\n    return [float(ids[0] % 2) for ids in completion_ids]\n"
+    )
+    config = tiny(
+        write_rows(tmp_path / "rows.jsonl"),
+        steps=1,
+        supervised__steps=1,
+        eval__every=1,
+        eval__prompts=7,
+        reward__functions=[f"{tmp_path / 'even.py'}:even"],
+        optimizer__learning_rate=0.1,
+        log__samples_every=1,
+        log__samples=14,  # all of an evaluation
+    )
     results_file = tmp_path / "results" / "tiny.jsonl"
     compare_again = lambda workdir, **options: compare.compare(config, LOO, tmp_path / workdir, **options)
     assert list(compare_again("runs", only=["Leave-one-out"])) == ["start", "Leave-one-out"]
@@ -97,9 +110,14 @@ def test_one_row_after_the_other_is_the_comparison_of_both(tmp_path, capsys):
         ("grpo", 0, True),
         ("Leave-one-out", 0, False),
     ]
-    for entry in all_entries:
-        assert np.mean(entry["accuracies"]) == pytest.approx(entry["evaluations"][-1]["eval/accuracy"], abs=1e-6)
-        assert len(entry["accuracies"]) == entry["evaluations"][-1]["eval/prompts"]
+    for entry, name in zip(all_entries, ROWS):
+        lines = (tmp_path / "runs" / "seed-0" / name / "held_out.jsonl").read_text().splitlines()
+        correct = [(line["step"], line["correct"]) for line in map(json.loads, lines)]
+        before, after = (
+            [np.mean(correct[i : i + 2], axis=0)[1] for i in range(begin, begin + 14, 2)] for begin in (0, 14)
+        )
+        assert entry["accuracies"] == after != before and after != sorted(after)
+        assert entry["prompts"] == all_entries[0]["prompts"]
     results_file.unlink()
     results.merge(results_file, all_entries[:1])
     rows = compare_again("elsewhere", results_file=results_file)
@@ -358,7 +376,7 @@ def test_the_tables_of_several_seeds_have_intervals_and_the_fields_that_differ(t
     )
     rows["m"]["differs"] = {"method.alpha": 0.3, "optimizer.learning_rate": 1e-4}
     rows["b"]["differs"] = {"optimizer.learning_rate": 2e-4}
-    rows["c"]["over_prompts"] = {"mean": -0.35, "low": -0.5, "high": -0.125}
+    rows["c"]["difference"][results.OTHER_PROMPTS] = {"mean": -0.35, "low": -0.5, "high": -0.125}
     console = rich.console.Console(file=io.StringIO(), width=120)
     compare.print_rows(console, rows, ("accuracy",))
     shown = [line for line in words(console) if isinstance(line, list) or line[0] not in "┏┡├└"]
@@ -372,11 +390,13 @@ def test_the_tables_of_several_seeds_have_intervals_and_the_fields_that_differ(t
         "Difference to m, paired by seed, with its 95 % interval",
         ["start", "b", "c", "(2", "of", "3", "seeds)"],
         ["accuracy"] + "-10.0 [-34.8, +14.8] points -20.0 [-44.8, +4.8] points -35.0 [-98.5, +28.5] points".split(),
-        "accuracy over prompts - - -35.0 [-50.0, -12.5] points".split(),
+        "accuracy, other prompts - - -35.0 [-50.0, -12.5] points".split(),
+        results.OTHER_PROMPTS_NOTE,
     ]
     compare.write_comparison(tmp_path / "c.html", rows, {}, ["eval/accuracy"], {}, title="t")
     table = next(table for table in content_of(tmp_path / "c.html")["tables"] if table["title"] == "Differences")
-    assert table["head"] == ["", "accuracy", "accuracy over prompts"]
+    assert table["head"] == ["", "accuracy", "accuracy, other prompts"]
+    assert table["note"].endswith(results.OTHER_PROMPTS_NOTE)
     assert table["rows"][-1] == ["c", "-35.0 [-98.5, +28.5] points", "-35.0 [-50.0, -12.5] points"]
 
 

@@ -86,9 +86,9 @@ def update_sizes(model: models.ModelConfig, config: Config, mesh: jax.sharding.M
     """Returns `lengths` and `wave_tokens` of the update, as configured or chosen by the sizes and the devices."""
     c, u = config, config.update
     S, T = c.max_prompt_length, c.max_completion_length
-    lengths, tokens = min((T // 64).bit_length(), 4), 4096  # the shortest has 64 tokens
+    lengths, tokens = min((T // 64).bit_length(), 4), 4096  # the shortest has 64 to 127 tokens
     if mesh.devices.flat[0].platform == "cpu":
-        # Unrolled layers gain more than short waves. Else the shortest length has 16 tokens.
+        # Unrolled layers gain more than short waves. Else the shortest length has 16 to 31 tokens.
         if T < 128 and not _keeps_everything(model, config, mesh):
             lengths = (T // 16).bit_length()
         completions = c.prompts_per_step / u.minibatches * c.group_size / sharding.num_shards(mesh)

@@ -134,12 +134,14 @@ class HeldOutTable(contextlib.ExitStack):
         open_one = lambda name: self.enter_context(_lines(workdir, name, resume_step)) if enabled else None
         self._lines, self._accuracy = open_one("held_out.jsonl"), open_one(HELD_OUT_ACCURACY)
 
-    def write(self, step: int, lines: Iterable[Mapping[str, Any]], accuracy: Sequence[float] | np.ndarray = ()) -> None:
+    def write(
+        self, step: int, lines: Iterable[Mapping[str, Any]], accuracies: Sequence[float] | np.ndarray = ()
+    ) -> None:
         """Writes the first lines of an evaluation, and the accuracy of each prompt, if there are accuracies."""
         if self._lines is not None and self._accuracy is not None:
             self._lines.write([{"step": int(step), **line} for line in itertools.islice(lines, self._count)])
-            if len(accuracy):
-                self._accuracy.write([{"step": int(step), "accuracy": [round(float(x), 6) for x in accuracy]}])
+            if len(accuracies):
+                self._accuracy.write([{"step": int(step), "accuracy": [round(float(x), 6) for x in accuracies]}])
 
 
 def _lines(workdir: PathLike, name: str, resume_step: int | None) -> contextlib.closing[files.JsonLines]:

@@ -178,7 +178,9 @@ def cell(name: str, value: float | None, *, signed: bool = False) -> str:
     short = name.rpartition("/")[2]
     kind = short.partition("@")[0]  # r2@8 is r2 of 8 samples
     sign = "+" if signed else ""
-    if short.endswith(("accuracy", "vote")) or short.startswith(("pass@", "maj@", "avg@", "best_of_")):
+    if short.partition(",")[0].endswith(("accuracy", "vote")) or short.startswith(
+        ("pass@", "maj@", "avg@", "best_of_")
+    ):
         return f"{100 * value:{sign}.1f} %"
     return f"{value:{sign}.3f}" if kind.endswith(_FINE) else f"{value:{sign}.1f}"
 

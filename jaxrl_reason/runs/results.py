@@ -6,7 +6,8 @@ An entry is a JSON object:
      "start_seconds": 60.1, "evaluations": [{"step": 0, "eval/accuracy": ...}, ...]}
 
 Entries of regression runs also have "table", the name of the training table: such a comparison is over several tables.
-The others have "accuracies", the accuracy of each held-out prompt at the last evaluation; older ones lack it.
+The others have "accuracies", the accuracy of each held-out prompt at the last evaluation, and "prompts", a digest of
+these prompts. Older entries lack both.
 A file of results holds one entry per line. Such a file is committed, and a comparison goes on from it.
 """
 
@@ -24,6 +25,7 @@ import jax
 import jaxrl_reason
 from jaxrl_reason import config as config_lib
 from jaxrl_reason.config import Config, ConfigError
+from jaxrl_reason.data import PromptBatch
 from jaxrl_reason.runs import pictures, read_metrics
 from jaxrl_reason.runs.files import write_text
 from jaxrl_reason.runs.metrics_file import HELD_OUT_ACCURACY
@@ -85,6 +87,12 @@ def accuracies(directory: pathlib.Path, step: float) -> list[float]:
     return found[-1] if found else []
 
 
+def digest_of_prompts(source: tuple[str, str], batches: Iterable[PromptBatch]) -> str:
+    """Returns a digest of held-out prompts: the name and the fingerprint of their data, and their rows, in order."""
+    rows = [int(row) for batch in batches for row in batch.prompt_ids[batch.weight > 0]]
+    return hashlib.sha256(json.dumps([source, rows]).encode()).hexdigest()[:16]
+
+
 def seconds(*metrics_paths: pathlib.Path) -> float:
     """Returns the seconds of all steps in these files of metrics; a missing file has none."""
     lines = [line for path in metrics_paths if path.exists() for line in read_metrics(path)]
@@ -141,8 +149,8 @@ def summarize(rows: Mapping[str, Mapping[Any, Entry]], recipe: str, prefixes: tu
     Returns:
       row -> {metric: mean over seeds, None if it is unknown for all of them}, and in each row
       "half_width" {metric: of the 95 % interval of the mean, or None}, "seeds" {metric: {seed: value}},
-      "difference" {metric: {"mean", "low", "high"}}, paired by seed, from the row `recipe`, "over_prompts" {"mean", "low",
-      "high"}, that of the accuracy over seeds and prompts if the entries have accuracies, and for trained rows
+      "difference" {metric: {"mean", "low", "high"}}, paired by seed, from the row `recipe`, with `OTHER_PROMPTS` among its
+      metrics if all compared entries have accuracies of the same prompts, and for trained rows
       "runs" {seed: {"config", "versions", "seconds", "start_seconds"}}.
     """
     first = rows.get(recipe) or next(iter(rows.values()), {})
@@ -159,22 +167,32 @@ def summarize(rows: Mapping[str, Mapping[Any, Entry]], recipe: str, prefixes: tu
     for row, entries in rows.items():
         kept = ("config", "versions", "seconds", "start_seconds")
         summary[row]["runs"] = {str(seed): {k: entry[k] for k in kept} for seed, entry in entries.items()}
-        if row != recipe and (found := difference_over_prompts(_accuracies(entries), _accuracies(first))):
-            summary[row]["over_prompts"] = found._asdict()
+        if row != recipe and (found := _over_prompts(entries, rows.get(recipe, {}))):
+            summary[row]["difference"][OTHER_PROMPTS] = bounds(found)
     return summary
 
 
-def _accuracies(entries: Mapping[Any, Entry]) -> dict[Any, list[float]]:
-    return {seed: entry["accuracies"] for seed, entry in entries.items() if "accuracies" in entry}
+OTHER_PROMPTS = "eval/accuracy, other prompts"
+OTHER_PROMPTS_NOTE = (
+    "The interval of 'accuracy, other prompts' is for other seeds and other prompts, the others are for other seeds."
+)
 
 
-OVER_PROMPTS = "accuracy over prompts"
+def compared(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """Returns the metrics `names`, and `OTHER_PROMPTS` if it is among the differences of a row."""
+    return [
+        *names,
+        *([OTHER_PROMPTS] if any(OTHER_PROMPTS in row.get("difference", {}) for row in rows.values()) else []),
+    ]
 
 
-def over_prompts(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Returns row -> the difference of its accuracy with the interval over seeds and prompts, formatted, of rows that have it."""
-    found = {name: row["over_prompts"] for name, row in summary.items() if "over_prompts" in row}
-    return {name: pictures.cell_of_difference("accuracy", difference) for name, difference in found.items()}
+def _over_prompts(entries: Mapping[Any, Entry], others: Mapping[Any, Entry]) -> Estimate | None:
+    """Returns the difference of the accuracies over seeds and prompts; None if some are missing, or of other prompts."""
+    common = [seed for seed in entries if seed in others]
+    prompts = {of_row[seed].get("prompts") for of_row in (entries, others) for seed in common}
+    if len(prompts) != 1 or None in prompts:
+        return None
+    return difference_over_prompts(*({seed: x[seed]["accuracies"] for seed in common} for x in (entries, others)))
 
 
 def _of_eval(line: Mapping[str, float]) -> dict[str, float]:
@@ -257,11 +275,12 @@ def markdown(entries: Sequence[Entry], metrics: Sequence[str], prefixes: tuple[s
             "Means over the tables, each the mean over the seeds, ± half-widths of 95 % intervals (Student's t over tables). Differences "
             f"[95 % interval] are paired by table and seed, and followed by the number of tables on which the row is above {recipe}."
         )
-    crossed = "; ".join(f"{row} {difference}" for row, difference in over_prompts(found).items())
-    more = f" Accuracy less that of {recipe}, over seeds and prompts (bootstrap): {crossed}." if crossed else ""
-    return "\n".join(
-        [*lines, "", f"{listed} {note if len(seeds) > 1 else one}{more} {took:.1f} minutes per run of RL."]
-    )
+    known = {row: x for row, values in found.items() if (x := values["difference"].get(OTHER_PROMPTS))}
+    note = note if len(seeds) > 1 else one
+    if known:
+        texts = "; ".join(f"{row} {pictures.cell_of_difference(OTHER_PROMPTS, x)}" for row, x in known.items())
+        note += f" Accuracy less that of {recipe}, with its 95 % interval for other seeds and other prompts: {texts}."
+    return "\n".join([*lines, "", f"{listed} {note} {took:.1f} minutes per run of RL."])
 
 
 def markdown_by_table(entries: Sequence[Entry], metrics: Sequence[str], prefixes: tuple[str, ...]) -> str:

@@ -59,8 +59,6 @@ class Journal:
             found = lines[at : at + len(expected)]
             if [(line.get("row"), line.get("sample")) for line in found] != expected:
                 break
-            if not all("correct" in line for line in found):  # of an earlier version
-                break
             self.batches.append(found)
             at += len(expected)
         self._kept = sum(len(text) + 1 for text in texts[:at])
@@ -89,7 +87,10 @@ class Journal:
 
 
 def whole_lines(path: pathlib.Path) -> Lines:
-    """Returns the lines of the file, without a torn last line. Raises ConfigError for a damaged line."""
+    """Returns the lines of the file, without a torn last line; those of an earlier version as of now.
+
+    Raises ConfigError for a damaged line.
+    """
     return parsed_lines(path, path.read_bytes())
 
 
@@ -105,5 +106,7 @@ def parsed_lines(path: pathlib.Path, content: bytes) -> Lines:
             raise ConfigError(
                 f"Line {number} of {path} is damaged ({e}); remove this line and all later ones, and the evaluation continues there."
             ) from e
+        if "right" in found:  # of an earlier version
+            found["correct"] = found.pop("right")
         lines.append(found)
     return lines

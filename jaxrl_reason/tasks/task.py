@@ -1,6 +1,6 @@
 """Task: the data, the rewards and the evaluation of a run. Training and the evaluate command share it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import pathlib
 from typing import Any, Self
@@ -28,6 +28,7 @@ class Judged:
 
     summary: Callable[[], dict[str, float]]  # metrics of a run in progress; their names begin with eval/
     metrics: Callable[[], dict[str, float]]  # all metrics, NaN if there is nothing to average
+    accuracies: Callable[[], np.ndarray]  # the accuracy of each prompt, f64[N]; of predicted numbers, f64[0]
     per_prompt: Callable[[], dict[str, np.ndarray]]  # the metrics that are means over prompts, f64[N] each, in [0, 1]
     file: str  # name of the file that holds `lines`
     lines: Callable[[], Iterator[dict[str, Any]]]  # JSON objects, one per sample or per row
@@ -55,17 +56,17 @@ class Task:
         generate: Generate,
         scorer: RewardScorer | NumberScorer,
         reference: ProbeReference = None,
-        keep: Callable[[Iterator[dict[str, Any]], Sequence[float] | np.ndarray], None] | None = None,
+        keep: Callable[[Iterator[dict[str, Any]], np.ndarray], None] | None = None,
     ) -> dict[str, float]:
         """Evaluates a run in progress and returns metrics named eval/...
 
         The keys of `generate` are the same in every evaluation; `scorer` is the task's, with a reward model if the run
-        has one; `reference` is that of LaSeR's self-rewards. On the first process, `keep` takes the lines of the samples, and
-        the accuracy of each prompt, or nothing for predicted numbers.
+        has one; `reference` is that of LaSeR's self-rewards. On the first process, `keep` takes the lines of the samples and
+        the accuracy of each prompt.
         """
         judged = self.judge(generate, scorer, reference)
         if keep and hosts.is_first():
-            keep(judged.lines(), judged.per_prompt().get("accuracy", ()))
+            keep(judged.lines(), judged.accuracies())
         return judged.summary()
 
     def with_reward_model(self, score: RewardModelScorer) -> Self:

@@ -117,6 +117,7 @@ def _task(
         return Judged(
             summary=lambda: evaluation.summary_metrics(found(), c.eval.temperature),
             metrics=lambda: evaluation.all_metrics(found(), c.eval.temperature),
+            accuracies=lambda: found().correct.mean(axis=1),
             per_prompt=lambda: evaluation.per_prompt(found()),
             file=FILE,
             lines=lambda: reporting.completion_lines(found(), template, pieces),

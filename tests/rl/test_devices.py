@@ -81,6 +81,8 @@ def test_a_cpu_keeps_products_if_they_fit(monkeypatch):
     assert sizes == {"lengths": 2, "wave_tokens": 40}
     # 80 tokens of prompts and 40 of completions
     assert devices.kept_bytes(SMALL, in_waves, mesh_of("cpu"), **sizes) == kept / 6
+    shorter = sizes | {"wave_tokens": 10}  # a wave holds a completion of 20 tokens
+    assert devices.kept_bytes(SMALL, in_waves, mesh_of("cpu"), **shorter) == kept * 100 / 720
     chosen = lambda config, model=SMALL, **axes: devices.with_remat(model, config, mesh_of("cpu", **axes))
     pair = lambda found: (found.remat, found.unrolled)
     for limit, remat in ((2 * kept, "none"), (2 * kept - 1, "dots"), (kept, "dots"), (kept - 1, "layer")):
@@ -89,6 +91,8 @@ def test_a_cpu_keeps_products_if_they_fit(monkeypatch):
     assert pair(chosen(config, fsdp=2)) == ("dots", False)
     monkeypatch.setattr(devices, "MAX_KEPT", 100 * kept)
     assert pair(chosen(in_waves)) == pair(chosen(config, DEEP)) == ("dots", False)
+    monkeypatch.setattr(devices, "MAX_KEPT", kept / 6)
+    assert pair(chosen(in_waves)) == ("dots", False)  # the update without waves keeps six times as much
     own = tiny("rows.jsonl", **SIZES, model__remat="none")
     assert pair(chosen(own)) == ("none", False)
 
@@ -105,6 +109,8 @@ DEEP = dataclasses.replace(SMALL, layers=9)
         ("cpu", DEEP, 32, 64, 1, (3, 64)),  # one completion
         ("cpu", DEEP, 16, 24, 64, (1, 512)),
         ("cpu", DEEP, 65, 64, 64, (1, 512)),  # the prompt is longer than a completion
+        ("cpu", DEEP, 64, 64, 64, (3, 512)),
+        ("cpu", DEEP, 32, 127, 64, (3, 512)),
         ("cpu", DEEP, 32, 128, 64, (2, 512)),
         ("cpu", SMALL, 32, 256, 64, (3, 512)),
         ("cpu", SMALL, 32, 2048, 64, (4, 2048)),  # a wave holds at least one completion
@@ -116,6 +122,14 @@ def test_the_sizes_of_an_update(platform, model, S, T, prompts, sizes):
     config = tiny("rows.jsonl", prompts_per_step=prompts, group_size=4, max_prompt_length=S, max_completion_length=T)
     found = devices.update_sizes(model, config, mesh_of(platform, "TPU v4"))
     assert (found["lengths"], found["wave_tokens"]) == sizes
+
+
+def test_a_wave_is_a_part_of_a_minibatch_of_a_device():
+    sizes = dict(group_size=4, max_prompt_length=32, max_completion_length=64)
+    wave = lambda config, **axes: devices.update_sizes(DEEP, config, mesh_of("cpu", **axes))["wave_tokens"]
+    assert wave(tiny("rows.jsonl", prompts_per_step=4, **sizes)) == 256  # a quarter of 4 x 4 x 64 tokens
+    assert wave(tiny("rows.jsonl", prompts_per_step=4, **sizes, update__minibatches=2)) == 128
+    assert wave(tiny("rows.jsonl", prompts_per_step=4, **sizes), fsdp=2) == 128
 
 
 @pytest.mark.runs

@@ -4,7 +4,9 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
+import numpy as np
 import pytest
 
 from helpers.documents import ROOT
@@ -109,18 +111,38 @@ def test_a_table_by_hand():
     )
 
 
-def test_accuracies_of_prompts_give_an_interval_over_seeds_and_prompts():
-    """plain less hero is -1 on the second prompt, and 0 on the first: the resampled means are -1, -1/2 and 0."""
-    of_row = {"hero": [0.5, 1.0], "plain": [0.5, 0.0]}
-    entries = [entry | {"accuracies": of_row[entry["row"]]} for entry in ENTRIES]
-    rows = {"hero": dict(enumerate(entries[:2])), "plain": dict(enumerate(entries[2:]))}
+OF_ROW = {"hero": ([0.5, 1.0], [0.75, 1.0]), "plain": ([0.5, 0.0], [0.5, 0.5])}
+WITH_PROMPTS = [e | {"accuracies": OF_ROW[e["row"]][e["seed"]], "prompts": "p"} for e in ENTRIES]
+
+
+def test_accuracies_of_prompts_give_an_interval_for_other_prompts():
+    """plain less hero is 0, -1 and -.25, -.5. Mean squares: seeds .0156, prompts .3906, rest .1406; variance .0664, t(1)."""
+    rows = {"hero": dict(enumerate(WITH_PROMPTS[:2])), "plain": dict(enumerate(WITH_PROMPTS[2:]))}
     found = results.summarize(rows, "hero", ())
-    assert found["plain"]["over_prompts"] == {"mean": -0.5, "low": -1.0, "high": 0.0}
-    assert not {"over_prompts"} & (found["hero"].keys() | found["start"].keys())
-    assert results.over_prompts(found) == {"plain": "-50.0 [-100.0, +0.0] points"}
-    text = "Accuracy less that of hero, over seeds and prompts (bootstrap): plain -50.0 [-100.0, +0.0] points."
-    assert f" {text} " in results.markdown(entries, ["accuracy"], ())
-    assert text not in results.markdown([*entries[:3], ENTRIES[3]], ["accuracy"], ())  # one seed has them only
+    half = 12.7062 * ((0.015625 + 0.390625 - 0.140625) / 4) ** 0.5
+    expected = {"mean": -0.4375, "low": -0.4375 - half, "high": -0.4375 + half}
+    assert found["plain"]["difference"][results.OTHER_PROMPTS] == pytest.approx(expected, rel=1e-5)
+    assert results.OTHER_PROMPTS not in found["start"]["difference"]
+    assert results.compared(found, ["eval/r2"]) == ["eval/r2", results.OTHER_PROMPTS]
+    text = "Accuracy less that of hero, with its 95 % interval for other seeds and other prompts: plain -43.8 [-371.2, +283.7] points."
+    assert f" {text} " in results.markdown(WITH_PROMPTS, ["accuracy"], ())
+
+
+@pytest.mark.parametrize("change", [{"prompts": "q"}, {"prompts": None, "accuracies": None}, None])
+def test_without_all_accuracies_of_the_same_prompts_there_is_no_such_interval(change):
+    """One entry has other prompts, or is older; or the recipe has no runs, and the rows are not compared with each other."""
+    plain = {0: WITH_PROMPTS[2], 1: WITH_PROMPTS[3] | (change or {})}
+    rows = {"hero": dict(enumerate(WITH_PROMPTS[:2])), "plain": plain} if change else {"other": plain, "plain": plain}
+    found = results.summarize(rows, "hero", ())
+    assert results.compared(found, []) == [] and ("eval/accuracy" in found["plain"]["difference"]) == bool(change)
+
+
+def test_the_digest_of_prompts_is_that_of_their_data_and_order():
+    batch = lambda *rows, weight=(1, 1): types.SimpleNamespace(prompt_ids=np.array(rows), weight=np.array(weight))
+    digest = results.digest_of_prompts(("d", "f"), [batch(0, 1), batch(2, 2, weight=(1, 0))])
+    assert digest == results.digest_of_prompts(("d", "f"), [batch(0, 1, 2, weight=(1, 1, 1))])
+    for source, rows in ((("d", "g"), (0, 1)), (("d", "f"), (1, 0)), (("d", "f"), (0, 3))):
+        assert results.digest_of_prompts(source, [batch(*rows), batch(2, 2, weight=(1, 0))]) != digest
 
 
 def of_table(table, row, seed, r2, r2_before=0.0, recipe=False):

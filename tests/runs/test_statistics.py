@@ -43,25 +43,37 @@ def test_differences_are_paired_by_seed():
     assert paired_difference({0: 3.0}, {0: 1.0}) == Estimate(2.0, None, 1)
 
 
-@pytest.mark.parametrize("d", [[[1.0, 0.0], [1.0, 0.0]], [[1.0, 1.0], [0.0, 0.0]]])
-def test_seeds_and_prompts_are_resampled(d):
-    """With a difference of 1 for one of two prompts, or seeds, the resampled means are 0, 1/2 and 1: 1/4, 1/2, 1/4 of them."""
+def test_the_interval_over_seeds_and_prompts_by_hand():
+    """Mean squares: seeds 0, prompts .64, rest .04. Variance .6 / 4 = .15, degrees of freedom .36 / .4112, at least 1."""
     others = {0: [0.5, 0.25], 7: [0.0, 1.0], 8: [1.0, 1.0]}
-    values = {seed: np.add(others[seed], x) for seed, x in zip((0, 7), d)}
-    assert difference_over_prompts(values, others) == (0.5, 0.0, 1.0)
+    values = {0: [1.5, 0.25], 7: [0.8, 1.2], 9: [1.0, 1.0]}
+    found = difference_over_prompts(values, others)
+    assert found == (pytest.approx(0.5), pytest.approx(12.7062 * 0.15**0.5, rel=1e-5), 2)
 
 
-def test_the_interval_has_the_variance_of_seeds_and_of_prompts():
-    """For d[s, p] = a[s] + b[p], the variance of a resampled mean is var0(a) / S + var0(b) / P."""
-    rng = np.random.default_rng(1)
-    a, b = rng.normal(0.1, 0.2, 40), rng.normal(0.0, 0.3, 50)
-    found = difference_over_prompts(dict(enumerate(a[:, None] + b)), dict.fromkeys(range(40), np.zeros(50)))
-    half = 1.96 * (a.var() / 40 + b.var() / 50) ** 0.5
-    assert found.mean == pytest.approx(a.mean() + b.mean())
-    assert (found.high - found.mean, found.mean - found.low) == pytest.approx((half, half), rel=0.08)
+def test_prompts_that_differ_by_chance_leave_the_interval_over_seeds():
+    """All mean squares are .0625: prompts differ as much as the rest."""
+    d, zeros = {0: [0.5, 0.0], 1: [0.5, 0.5]}, {0: [0.0, 0.0], 1: [0.0, 0.0]}
+    assert difference_over_prompts(d, zeros) == pytest.approx(paired_difference({0: 0.25, 1: 0.5}, {0: 0.0, 1: 0.0}))
 
 
-def test_one_seed_other_prompts_and_equal_differences_have_no_interval_over_prompts():
+@pytest.mark.parametrize(
+    "S, K, seeds, prompts", [(5, 4, 0.0, 0.0), (5, 4, 0.05, 0.05), (5, 32, 0.02, 0.1), (2, 4, 0.05, 0.05)]
+)
+def test_intervals_over_seeds_and_prompts_cover_the_mean_in_95_of_100_cases(S, K, seeds, prompts):
+    """Accuracies of K samples, whose difference is .05 on average and varies by seed and by prompt."""
+    rng, covered = np.random.default_rng(2), []
+    for _ in range(1000):
+        true = 0.05 + rng.normal(0, seeds, (S, 1)) + rng.normal(0, prompts, (1, 60))
+        a, b = (rng.binomial(K, 0.5 + sign * true / 2) / K for sign in (1, -1))
+        found = difference_over_prompts(dict(enumerate(a)), dict(enumerate(b)))
+        covered.append(abs(found.mean - 0.05) <= (found.half_width or 0.0))
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.025)
+
+
+def test_one_seed_one_prompt_and_equal_differences_have_no_interval_over_prompts():
     assert difference_over_prompts({0: [1.0, 0.0], 1: [1.0, 1.0]}, {0: [0.0, 0.0], 2: [0.0, 0.0]}) is None
-    assert difference_over_prompts({0: [1.0, 0.0], 1: [1.0, 1.0]}, {0: [0.0, 0.0], 1: [0.0]}) is None
-    assert difference_over_prompts({0: [1.0], 1: [0.5]}, {0: [0.5], 1: [0.0]}) is None
+    assert difference_over_prompts({0: [1.0], 1: [0.5], 2: [0.0]}, {0: [0.0], 1: [0.0], 2: [0.0]}) is None
+    assert difference_over_prompts({0: [1.0, 1.0]}, {1: [0.0, 0.0]}) is None
+    thirds = {0: [0.333333, 1.0], 1: [0.333333, 0.666667]}
+    assert difference_over_prompts(thirds, {0: [0.0, 0.666667], 1: [0.0, 0.333333]}).half_width is None

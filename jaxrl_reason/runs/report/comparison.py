@@ -68,21 +68,17 @@ def _tables(
     cells = lambda row: [pictures.cell_with_interval(n, row.get(n), row.get("half_width", {}).get(n)) for n in metrics]
     note = "The last evaluation: mean over seeds ± half-width of the 95 % interval."
     yield {"title": "Results", "note": note, "head": head, "rows": [[name, *cells(row)] for name, row in rows.items()]}
-    over_prompts = results.over_prompts(rows)
-    more = lambda cell: [cell] if over_prompts else []
+    compared = results.compared(rows, metrics)
     differences = [
-        [
-            name,
-            *(pictures.cell_of_difference(n, row["difference"].get(n)) for n in metrics),
-            *more(over_prompts.get(name, "-")),
-        ]
+        [name, *(pictures.cell_of_difference(n, row["difference"].get(n)) for n in compared)]
         for name, row in rows.items()
         if row.get("difference")
     ]
     if differences:
         recipe = next((name for name, row in rows.items() if "runs" in row and not row["difference"]), "the recipe")
         note = f"To {recipe}, paired by seed, with the 95 % interval. An interval without 0 is a difference beyond noise of seeds."
-        yield {"title": "Differences", "note": note, "head": head + more(results.OVER_PROMPTS), "rows": differences}
+        note += f" {results.OTHER_PROMPTS_NOTE}" if len(compared) > len(metrics) else ""
+        yield {"title": "Differences", "note": note, "head": ["", *map(_label, compared)], "rows": differences}
     fields = list(dict.fromkeys(name for row in rows.values() for name in row.get("differs", {})))
     if fields:
         values = lambda row: ["" if n not in row["differs"] else json.dumps(row["differs"][n]) for n in fields]

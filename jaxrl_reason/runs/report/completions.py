@@ -85,7 +85,7 @@ def _shown(record: Mapping[str, Any], prompts: dict[str, int]) -> dict[str, Any]
     names = ("step", "total", "rewards", "advantage", "length", "truncated")
     known = {name: record[name] for name in names if record.get(name) is not None}
     known["prompt"] = prompts.setdefault(record["prompt"], len(prompts))
-    known["correct"] = record.get("correct")
+    known["correct"] = record.get("correct", record.get("right"))  # of an earlier version
     known |= {"tokens": tokens, "logprobs": logprobs} if "tokens" in record else {"text": text[:CHARACTERS]}
     is_cut = len(text) > CHARACTERS or len(tokens) < len(record.get("tokens", ()))
     return known | ({"cut": len(text)} if is_cut else {})

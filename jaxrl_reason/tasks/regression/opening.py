@@ -8,6 +8,7 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import data, models
@@ -114,6 +115,7 @@ def _task(
         return Judged(
             summary=lambda: {f"eval/{name}": x for name, x in prediction_metrics(samples, z, greedy).items()},
             metrics=functools.partial(prediction_metrics, samples, z, greedy),
+            accuracies=lambda: np.zeros(0),
             per_prompt=dict,
             file="predictions.jsonl",
             lines=functools.partial(reporting.prediction_lines, samples, z, rows.targets, digits.target),
