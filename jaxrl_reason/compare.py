@@ -200,7 +200,7 @@ def _work(comparison: Comparison, unit: Unit, run: train.Run) -> None:
     """Trains one run, or makes a start, and writes its result.json, with which it is finished."""
     baselines = {}
     if unit.row is None:
-        train.make_start(run)
+        train.make_start(run if unit.reward_model else dataclasses.replace(run, reward_phase=None))
         baselines = run.task.baselines()  # once per seed, because they have the settings of the supervised phase
     else:
         train.train(run)

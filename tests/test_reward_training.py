@@ -18,7 +18,7 @@ import pytest
 import rich.console
 
 from helpers.tiny_runs import change, tiny, write_rows
-from jaxrl_reason import data, reward_training, train
+from jaxrl_reason import compare, data, reward_training, train
 from jaxrl_reason.config import ConfigError, to_dict
 from jaxrl_reason.models import reward_model, sharding
 from jaxrl_reason.rewards import model_training
@@ -507,3 +507,14 @@ def test_a_run_without_a_learned_reward_is_refused(rows, tmp_path, capsys):
 def test_help_says_what_it_does(capsys):
     assert reward_training.main(["--help"]) == 0
     assert "preference pairs" in capsys.readouterr().out
+
+
+def test_a_comparison_trains_the_shared_reward_model_when_a_row_uses_it(rows, tmp_path):
+    config = tiny_pairs(rows, steps=2, eval__every=1)
+    compare_rows = lambda *only: compare.compare(config, {"own": {"reward_model.steps": 3}}, tmp_path, only=only)
+    steps = lambda row: read_metrics(tmp_path / "seed-0" / row / "reward_model" / "metrics.jsonl")[-1]["step"]
+    start = tmp_path / "seed-0" / "start"
+    compare_rows("own")
+    assert steps("own") == 3 and (start / "start").exists() and not (start / "reward_model").exists()
+    assert list(compare_rows()) == ["start", "grpo", "own"]
+    assert steps("start") == 2 and not (tmp_path / "seed-0" / "method" / "reward_model").exists()

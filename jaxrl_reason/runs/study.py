@@ -1,6 +1,7 @@
 """The runs of a comparison: their configurations, directories and results, and which of them a process does next.
 
-    WORKDIR/seed-0/start/           the supervised start and the reward model that the rows of the seed share
+    WORKDIR/seed-0/start/           the supervised start and the reward model that the rows of the seed share; no
+                                    reward model if no row uses it
     WORKDIR/seed-0/method/          the recipe
     WORKDIR/seed-0/verifier_only/   the baseline "verifier only"
 
@@ -18,6 +19,7 @@ from typing import Any, IO, NamedTuple
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import methods
 from jaxrl_reason.config import Config, ConfigError
+from jaxrl_reason.rewards import model_files
 from jaxrl_reason.runs import locks, results
 
 START, METHOD = "start", "method"  # the directories of the start that rows share, and of the recipe
@@ -45,6 +47,7 @@ class Unit(NamedTuple):
     directory: pathlib.Path
     config: Config
     digest: str
+    reward_model: bool = False  # whether the start has a reward model, which a row of the comparison uses
 
     @property
     def title(self) -> str:
@@ -106,7 +109,8 @@ def read_result(directory: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _is_made(start: Unit) -> bool:
-    return (read_result(start.directory) or {}).get("config") == start.digest
+    is_of_it = (read_result(start.directory) or {}).get("config") == start.digest
+    return is_of_it and (not start.reward_model or model_files.is_ours(start.directory / "reward_model"))
 
 
 def variant(config: Config, changes: Mapping[str, object]) -> Config:
@@ -153,8 +157,8 @@ def plan(
                 f"The file of --results has seed {entry['seed']} of {entry['row']!r} with another configuration; name another "
                 "file, or remove such lines."
             )
-    of_seeds = [unit for seed in seeds for unit in _units(config, rows, workdir / f"seed-{seed}", seed)]
-    units = [unit for unit in of_seeds if unit.row is None or not only or unit.row.name in only]
+    chosen = [row for row in rows if not only or row.name in only]
+    units = [unit for seed in seeds for unit in _units(config, chosen, workdir / f"seed-{seed}", seed)]
     entries = {(entry["row"], entry["seed"], entry["config"]): entry for entry in done}
     return Study(workdir, rows, seeds, units, entries)
 
@@ -177,20 +181,25 @@ def _rows(config: Config, baselines: Mapping[str, Mapping[str, object]]) -> list
 
 
 def _units(config: Config, rows: Iterable[Row], directory: pathlib.Path, seed: int) -> Iterator[Unit]:
-    """Yields the start of a seed, if there is something to train before RL, and the rows."""
+    """Yields the start of a seed, if there is something to train before RL, and the `rows`."""
     start, shared = directory / START, dict[str, object]()
     learns = _learned(config) and not config.reward_model.path
+    using = [row for row in rows if learns and _learned(row.config) and not _sets_reward_model(row)]
     if config.supervised.steps or learns:
         own = variant(config, {"seed": seed, "checkpoint.keep_start": True})
-        yield Unit(None, seed, start, own, results.digest(config, ("steps", "eval")))
+        yield Unit(None, seed, start, own, results.digest(config, ("steps", "eval")), bool(using))
         shared = {"supervised.steps": 0, "supervised.start_from": str(start)}
     for row in rows:
         changed = variant(config, {"seed": seed} | shared | dict(row.changes))
         if not _learned(changed):
             changed.reward_model = config_lib.RewardModel()
-        elif learns and not any(name.startswith("reward_model") for name in row.changes):
+        elif row in using:
             changed.reward_model = config_lib.RewardModel(path=str(start / "reward_model"))
         yield Unit(row, seed, directory / row.directory, changed, row.digest)
+
+
+def _sets_reward_model(row: Row) -> bool:
+    return any(name.startswith("reward_model") for name in row.changes)
 
 
 def _learned(config: Config) -> bool:

@@ -1,5 +1,6 @@
 """Tests the configurations of the runs of a comparison, and the fields that a table shows."""
 
+import json
 import pathlib
 
 from helpers.tiny_runs import tiny, write_rows
@@ -46,9 +47,28 @@ def test_the_reward_model_of_the_start_serves_the_rows_that_use_it():
         "better": {"reward_model.steps": 500},
     }
     start, *rows = planned(baselines, **LEARNED, reward_model__steps=9)
-    assert start.config.reward_model == RewardModel(steps=9)
+    assert start.config.reward_model == RewardModel(steps=9) and start.reward_model
     shared, none, own = RewardModel(path="/w/seed-0/start/reward_model"), RewardModel(), RewardModel(steps=500)
     assert [row.config.reward_model for row in rows] == [shared, none, shared, own]
+
+
+def test_rows_without_the_reward_model_of_the_start_need_a_start_without_it(tmp_path):
+    baselines = {
+        "verifier": {"reward.functions": ["strict"], "reward.weights": []},
+        "better": {"reward_model.steps": 500},
+    }
+    config = tiny("rows.jsonl", **LEARNED, supervised__steps=1)
+    runs = lambda *only: study.plan(config, baselines, tmp_path, seeds=[0], only=only)
+    alone, both = runs("better", "verifier"), runs("grpo", "better")
+    start, all_start = alone.units[0], both.units[0]
+    assert not start.reward_model and all_start == start._replace(reward_model=True)
+    start.directory.mkdir(parents=True)
+    (start.directory / "result.json").write_text(json.dumps({"config": start.digest}))
+    assert alone.take()[0].row.name == "verifier"
+    assert both.take()[0] == all_start  # its supervised phase is done, and its reward model is not
+    (start.directory / "reward_model").mkdir()
+    (start.directory / "reward_model" / "reward_model.json").touch()
+    assert both.take()[0].row.name == "grpo"
 
 
 def test_a_baseline_may_have_a_start_of_its_own():
@@ -138,7 +158,7 @@ def test_a_run_is_taken_when_its_start_is_made(tmp_path):
 
     def finish(unit, digest=None):
         unit.directory.mkdir(parents=True, exist_ok=True)
-        (unit.directory / "result.json").write_text('{"config": "%s"}' % (digest or unit.digest))
+        (unit.directory / "result.json").write_text(json.dumps({"config": digest or unit.digest}))
 
     start_0, method_0, other_0, start_1, method_1, other_1 = runs.units
     assert runs.take()[0] == start_0
