@@ -2,8 +2,8 @@
 
     python -m jaxrl_reason.compare --config=configs/rlev.py --workdir=/tmp/rlev
 
-Takes about 15 minutes per seed on two CPU cores. Expect 5 points more of the exams' total than with correctness only, and 3 points
-less accuracy: where a question has two answers, RLEV learns the one that is worth more, and is expected less often.
+Takes about 25 minutes per seed on two CPU cores. Expect 5 points more of the exams' total than with correctness only, and 3 points
+less accuracy: some questions have two answers, of which the one that is worth more is expected less often.
 """
 
 from collections.abc import Mapping
