@@ -231,7 +231,7 @@ def _write_result(comparison: Comparison, unit: Unit, task: tasks.Task, baseline
         "evaluations": evaluations,
     } | ({"table": table} if table else {})
     if accuracies := results.accuracies(directory, evaluations[-1]["step"]):
-        entry |= {"accuracies": accuracies, "prompts": results.digest_of_prompts(task.source, task.held_out)}
+        entry |= {"accuracies": accuracies, "prompts": results.digest_of_prompts(task.source[1], task.held_out)}
     write_json(directory / "result.json", entry)
     _keep(comparison, [entry])
 

@@ -87,10 +87,10 @@ def accuracies(directory: pathlib.Path, step: float) -> list[float]:
     return found[-1] if found else []
 
 
-def digest_of_prompts(source: tuple[str, str], batches: Iterable[PromptBatch]) -> str:
-    """Returns a digest of held-out prompts: the name and the fingerprint of their data, and their rows, in order."""
+def digest_of_prompts(fingerprint: str, batches: Iterable[PromptBatch]) -> str:
+    """Returns a digest of held-out prompts: the fingerprint of their data, wherever they are, and their rows in order."""
     rows = [int(row) for batch in batches for row in batch.prompt_ids[batch.weight > 0]]
-    return hashlib.sha256(json.dumps([source, rows]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([fingerprint, rows]).encode()).hexdigest()[:16]
 
 
 def seconds(*metrics_paths: pathlib.Path) -> float:

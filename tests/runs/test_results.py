@@ -139,10 +139,10 @@ def test_without_all_accuracies_of_the_same_prompts_there_is_no_such_interval(ch
 
 def test_the_digest_of_prompts_is_that_of_their_data_and_order():
     batch = lambda *rows, weight=(1, 1): types.SimpleNamespace(prompt_ids=np.array(rows), weight=np.array(weight))
-    digest = results.digest_of_prompts(("d", "f"), [batch(0, 1), batch(2, 2, weight=(1, 0))])
-    assert digest == results.digest_of_prompts(("d", "f"), [batch(0, 1, 2, weight=(1, 1, 1))])
-    for source, rows in ((("d", "g"), (0, 1)), (("d", "f"), (1, 0)), (("d", "f"), (0, 3))):
-        assert results.digest_of_prompts(source, [batch(*rows), batch(2, 2, weight=(1, 0))]) != digest
+    digest = results.digest_of_prompts("f", [batch(0, 1), batch(2, 2, weight=(1, 0))])
+    assert digest == results.digest_of_prompts("f", [batch(0, 1, 2, weight=(1, 1, 1))])
+    for fingerprint, rows in (("g", (0, 1)), ("f", (1, 0)), ("f", (0, 3))):
+        assert results.digest_of_prompts(fingerprint, [batch(*rows), batch(2, 2, weight=(1, 0))]) != digest
 
 
 def of_table(table, row, seed, r2, r2_before=0.0, recipe=False):
