@@ -24,17 +24,8 @@ STUDIES: dict[str, tuple[int, Sequence[str]]] = {
     "genre2": (5, ("genre2", "further cross-entropy", "genre2 on GRPO")),
     "laser": (5, ()),
     "laser_silent": (5, ()),
-    "hero": (
-        5,
-        ("hero", "verifier only", "weak reward model", "reward model only", "HERO on dr_grpo", "naive mix"),
-    ),
-    "rlev": (
-        6,
-        (
-            *("rlev", "correctness only", "uniform scaling", "shuffled values", "weak values"),
-            *("RLEV on GRPO", "GRPO"),
-        ),
-    ),
+    "hero": (5, ()),
+    "rlev": (6, ()),
     "progrpo": (5, ()),
 }
 
