@@ -19,10 +19,10 @@ from typing import Any, IO, NamedTuple
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import methods
 from jaxrl_reason.config import Config, ConfigError
-from jaxrl_reason.rewards import model_files
 from jaxrl_reason.runs import locks, results
 
 START, METHOD = "start", "method"  # the directories of the start that rows share, and of the recipe
+_REWARD_MODEL = "reward_model/reward_model.json"  # of a start: its last file, see rewards/model_files.py
 
 
 class Row(NamedTuple):
@@ -110,7 +110,7 @@ def read_result(directory: pathlib.Path) -> dict[str, Any] | None:
 
 def _is_made(start: Unit) -> bool:
     is_of_it = (read_result(start.directory) or {}).get("config") == start.digest
-    return is_of_it and (not start.reward_model or model_files.is_ours(start.directory / "reward_model"))
+    return is_of_it and (not start.reward_model or (start.directory / _REWARD_MODEL).exists())
 
 
 def variant(config: Config, changes: Mapping[str, object]) -> Config:
