@@ -116,6 +116,16 @@ def test_completions_are_those_of_the_run(tmp_path):
     ]
 
 
+def test_completions_of_an_earlier_version_have_their_verdicts(tmp_path):
+    config = write_run(tmp_path, 20)
+    verdicts = lambda: [
+        c["correct"] for c in content_of(report(tmp_path, config))["completions"]["held_out"]["completions"]
+    ]
+    file, now = tmp_path / "held_out.jsonl", verdicts()
+    file.write_text(file.read_text().replace('"correct"', '"right"'))
+    assert verdicts() == now == [True, False, True, False]
+
+
 def test_long_prompts_that_begin_alike_stay_apart_and_tokens_without_text_take_room(tmp_path):
     lines = [
         {
