@@ -173,17 +173,13 @@ def summarize(rows: Mapping[str, Mapping[Any, Entry]], recipe: str, prefixes: tu
 
 
 OTHER_PROMPTS = "eval/accuracy, other prompts"
-OTHER_PROMPTS_NOTE = (
-    "The interval of 'accuracy, other prompts' is for other seeds and other prompts, the others are for other seeds."
-)
+OTHER_PROMPTS_NOTE = "The interval of 'accuracy, other prompts' is for other seeds and other prompts. The other intervals are for other seeds only."
 
 
 def compared(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list[str]:
     """Returns the metrics `names`, and `OTHER_PROMPTS` if it is among the differences of a row."""
-    return [
-        *names,
-        *([OTHER_PROMPTS] if any(OTHER_PROMPTS in row.get("difference", {}) for row in rows.values()) else []),
-    ]
+    is_known = any(OTHER_PROMPTS in row.get("difference", {}) for row in rows.values())
+    return [*names, OTHER_PROMPTS] if is_known else list(names)
 
 
 def _over_prompts(entries: Mapping[Any, Entry], others: Mapping[Any, Entry]) -> Estimate | None:

@@ -87,7 +87,7 @@ class Journal:
 
 
 def whole_lines(path: pathlib.Path) -> Lines:
-    """Returns the lines of the file, without a torn last line; those of an earlier version as of now.
+    """Returns the lines of the file, without a torn last line. Lines of an earlier version get the present names.
 
     Raises ConfigError for a damaged line.
     """
