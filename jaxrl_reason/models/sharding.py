@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -143,16 +144,23 @@ def by_prompt(function: Callable[..., Any]) -> Callable[..., Any]:
     """Returns `function(whole, *split)`, computed by each device for its own prompts if the ambient mesh splits prompts.
 
     The first argument, and leaves of the others whose leading size is 1, are gathered once and are whole on every device. All other
-    leaves, and all results, are split along their leading axis. The gradient of the first argument is summed once.
+    leaves, and all results, are split along their leading axis. The gradient of the first argument is summed once, on
+    CPUs in float32: XLA ends the process at a sum of bfloat16 over CPU devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(a for a in PROMPT_AXES if a in mesh.shape and mesh.shape[a] > 1)
     if not axes:
         return function
 
+    on_cpu = mesh.abstract_device is not None and mesh.abstract_device.platform == "cpu"
+
+    def copied(x):
+        wide = x.astype(jnp.float32) if on_cpu and x.dtype == jnp.bfloat16 else x
+        return jax.lax.pcast(wide, axes, to="varying").astype(x.dtype)
+
     def own(whole, *split):
         # From here on each device has its own copy: gradients add up on the copy, and are summed over devices at the cast.
-        return function(jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), whole), *split)
+        return function(jax.tree.map(copied, whole), *split)
 
     def mapped(whole, *split):
         of = lambda x: PartitionSpec(axes) if x.ndim and x.shape[0] > 1 else PartitionSpec()

@@ -2,8 +2,8 @@
 
     python sharded_learning.py OUT.npz 1,1,1 8,1,1
 
-test_sharding runs it in a process with 8 devices. A fourth word selects a variant: 2,2,2,adapters trains adapters, and
-2,2,2,int8 decodes with rounded weights and caches.
+test_sharding runs it in a process with 8 devices. A fourth word selects a variant: 2,2,2,adapters trains adapters,
+2,2,2,int8 decodes with rounded weights and caches, and 8,1,1,bfloat16 has bfloat16 weights.
 """
 
 import dataclasses
@@ -49,7 +49,11 @@ def learn(sizes, kind):
     mesh = sharding.make_mesh(*sizes, devices=devices)
     weights, batch = models.param_shardings(config, mesh), sharding.batch_sharding(mesh)
     whole = sharding.replicated(mesh)
-    params = jax.device_put(reference.random_params(config, scale=0.3), weights)
+    params = reference.random_params(config, scale=0.3)
+    if kind == "bfloat16":
+        config = dataclasses.replace(config, param_dtype=kind, compute_dtype=kind)
+        params = jax.tree.map(lambda x: x.astype(kind), params)
+    params = jax.device_put(params, weights)
     rng = np.random.default_rng(0)
     prompts, mask = rng.integers(0, V, (P, S)), np.arange(S) >= rng.integers(0, S, (P, 1))
     advantages, old = rng.normal(size=(P, G)), -2 + 0.5 * rng.normal(size=(P, G, T))
@@ -83,15 +87,16 @@ def learn(sizes, kind):
     )
     step = jax.jit(sharding.on_mesh(mesh, learner.make_update(config, OPTIONS, optimizer)))
     state, metrics, _ = step(state, experience, jnp.float32(1.2), jax.random.key(1))
+    flat = lambda tree: jax.flatten_util.ravel_pytree(jax.device_get(tree))[0].astype(jnp.float32)
     shards = lambda x: len({str(s.index) for s in x.addressable_shards})
     return {
         "tokens": rollout.tokens,
         "mask": rollout.mask,
         "logprobs": rollout.logprobs,
         "truncated": rollout.truncated,
-        "params": jax.flatten_util.ravel_pytree(jax.device_get(state.params))[0],
+        "params": flat(state.params),
         "metrics": np.array([metrics[name] for name in sorted(metrics)]),
-        "before": jax.flatten_util.ravel_pytree(jax.device_get(params))[0],
+        "before": flat(params),
         "shards": np.array([shards(rollout.tokens), shards(params["layers"]["q"]), shards(params["layers"]["down"])]),
         "devices": len(rollout.tokens.sharding.device_set),
     }

@@ -13,6 +13,7 @@ from helpers import reference_decoder
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import data, models, train
 from jaxrl_reason.models import ModelConfig, PretrainedError
+from jaxrl_reason.runs import study
 
 gguf = pytest.importorskip("gguf")
 
@@ -190,3 +191,12 @@ def test_the_recipe_with_smollm2_runs_two_steps(tmp_path):
     assert all(0 <= line["reward"] <= 1 and line["sampling/logp_difference_max"] < 1e-3 for line in lines[1:])
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])
     assert sample["prompt"].count("What is") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["DAPO", "ProGRPO", "LaSeR"])
+def test_a_baseline_of_the_recipe_with_smollm2_can_begin(row, tmp_path):
+    smollm2()
+    recipe = config_lib.load_module(pathlib.Path(__file__).parents[2] / "configs" / "smollm2_sums.py")
+    config = study.variant(recipe.get_config(), recipe.get_baselines()[row])
+    assert train.setup(config, tmp_path / "run").method.name == config.method["name"]

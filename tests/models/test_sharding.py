@@ -140,3 +140,13 @@ def test_samples_loss_and_weights_of_eight_devices_equal_those_of_one(learnt, me
     np.testing.assert_allclose(eight["metrics"], one["metrics"], atol=1e-5, rtol=1e-5)
     np.testing.assert_allclose(eight["params"], one["params"], atol=1e-5)
     assert np.abs(one["params"] - one["before"]).max() > 1e-2
+
+
+@pytest.mark.processes
+def test_bfloat16_weights_learn_on_eight_cpu_devices(learnt):
+    """XLA ends the process at a sum of bfloat16 over CPU devices, so the gradient of the head is summed in float32."""
+    one, eight = learnt("1,1,1,bfloat16", "8,1,1,bfloat16")
+    assert eight["devices"] == 8
+    np.testing.assert_array_equal(eight["tokens"], one["tokens"])
+    np.testing.assert_allclose(eight["params"], one["params"], atol=2**-8, rtol=2**-7)
+    assert np.abs(one["params"] - one["before"]).max() > 1e-1
