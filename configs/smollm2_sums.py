@@ -44,5 +44,13 @@ def get_baselines() -> Mapping[str, Mapping[str, object]]:
     return {
         "DAPO": {"method": {"name": "dapo"}},
         "ProGRPO": {"method": {"name": "progrpo"}},
-        "LaSeR": {"method": {"name": "laser", "alpha": 1.0, "reasoning_warmup": 0, "self_reward_warmup": 15}},
+        "LaSeR": {
+            "method": {
+                "name": "laser",
+                "alpha": 1.0,
+                "reasoning_warmup": 0,
+                "self_reward_warmup": 15,
+                "token": "<file_sep>",  # the padding token of SmolLM2 ends a completion
+            }
+        },
     }
