@@ -21,7 +21,7 @@ TABLES = "boston carseats college cps diabetes hitters houses mpg salaries wage"
 STUDIES: dict[str, tuple[int, Sequence[str]]] = {
     "estimators": (5, ()),
     "smollm2_sums": (4, ("grpo",)),
-    "genre2": (5, ("genre2", "further cross-entropy", "genre2 on GRPO")),
+    "genre2": (5, ()),
     "laser": (5, ()),
     "laser_silent": (5, ()),
     "hero": (5, ()),
