@@ -291,7 +291,8 @@ def mean_over_sets(sets: Sequence[ArrayLike], *, level: float = 0.95, resamples:
 
     means = np.mean([draw(x) for x in arrays], axis=0)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(mean, float(low), float(high))
+    # The mean of Beta is nearer to 1/2 than m, in all sets together perhaps by more than the interval is wide.
+    return Interval(mean, min(float(low), mean), max(float(high), mean))
 
 
 def paired_difference(x: ArrayLike, y: ArrayLike, *, level: float = 0.95) -> Interval:
@@ -336,7 +337,7 @@ def accuracy_interval(x: ArrayLike, *, level: float = 0.95) -> tuple[float, floa
         return low, high
     n, mean, z2 = x.size, float(x[0]), statistics.NormalDist().inv_cdf((1 + level) / 2) ** 2
     center, half = mean + z2 / (2 * n), math.sqrt(z2 * (mean * (1 - mean) + z2 / (4 * n)) / n)
-    return min((center - half) / (1 + z2 / n), mean), max((center + half) / (1 + z2 / n), mean)
+    return min((center - half) / (1 + z2 / n), mean), min(max((center + half) / (1 + z2 / n), mean), 1.0)
 
 
 def token_confidence(

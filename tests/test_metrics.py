@@ -357,8 +357,14 @@ def test_equal_prompts_have_a_width():
     assert found == (0.5, *(pytest.approx(x, abs=3e-3) for x in (edge, 1 - edge)))
     # One correct prompt draws from Beta(3/2, 1/2): with p = sin(t)^2 its distribution function is (2 t - sin(2 t)) / pi.
     mean, low, high = metrics.mean_over_sets([[1.0]], **many)
-    angles = 2 * np.arcsin(np.sqrt([low, high]))
-    assert mean == 1 and (angles - np.sin(angles)) / np.pi == pytest.approx([0.025, 0.975], abs=3e-3)
+    angle = 2 * np.arcsin(np.sqrt(low))
+    assert mean == high == 1 and (angle - np.sin(angle)) / np.pi == pytest.approx(0.025, abs=3e-3)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_the_interval_of_many_sets_of_equal_prompts_holds_their_mean(value):
+    mean, low, high = metrics.mean_over_sets([[value] * 4] * 10)
+    assert mean == value and low <= value <= high and high - low > 0.05
 
 
 def test_paired_difference():

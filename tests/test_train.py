@@ -38,6 +38,7 @@ STEP_METRICS = [
     "rewards/accuracy/mean",
     "rewards/accuracy/std",
     "frac_reward_zero_std",
+    "frac_advantage_zero",
     "completions/mean_length",
     "completions/min_length",
     "completions/max_length",

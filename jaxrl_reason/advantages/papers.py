@@ -181,7 +181,8 @@ def reweight_by_confidence(
 
     A group without a correct answer keeps A. With skip_all_correct, a group without an incorrect answer keeps A too.
     With correct_only, incorrect completions keep A. With center, the mean of the added term over the completions of the
-    group that have it is subtracted, so c(q) cancels. Raises ValueError for a negative alpha, and `update` without
+    group that have it is subtracted, so c(q) cancels. A completion whose confidence is not finite keeps A, and is in no mean. Raises
+    ValueError for a negative alpha, and `update` without
     inputs.prompt_confidence or inputs.answer_confidence.
 
     Example:
@@ -204,7 +205,7 @@ def reweight_by_confidence(
         if skip_all_correct:
             applies &= (~correct & has_reward(inputs)).any(axis=1, keepdims=True)
         gap = (of_prompt[:, None] - of_answer).astype(jnp.float32)
-        chosen = correct if correct_only else has_reward(inputs)
+        chosen = (correct if correct_only else has_reward(inputs)) & jnp.isfinite(gap)
         if center:
             gap = group_deviation(gap, chosen)[0]
         return advantages + over_tokens(jnp.where(applies & chosen, alpha * gap, 0.0), advantages)

@@ -88,8 +88,10 @@ def make_experience(
         ),
     )
     real = rollout.mask.any(axis=-1)  # places that dynamic sampling could not fill are empty
+    is_zero = (advantages.reshape(*present.shape, -1) == 0).all(axis=-1) | ~present
     metrics = {
         **_rollout_metrics(rollout, inputs.rewards, real),
+        "frac_advantage_zero": mean_where(is_zero.all(axis=1).astype(jnp.float32), real.any(axis=1)),
         "sampling/nonfinite_completions": broken.sum().astype(jnp.float32),
         **{f"rewards/{name}/mean": mean_where(r, ~jnp.isnan(r)) for name, r in rewards.items()},
         **{f"rewards/{name}/std": _std_where(r, ~jnp.isnan(r)) for name, r in rewards.items()},
@@ -176,4 +178,5 @@ def fill(
 
 def _std_where(x: Array, where: Array) -> Float[Array, ""]:
     deviation = jnp.where(where, x - mean_where(x, where), 0.0)
-    return jnp.sqrt(jnp.square(deviation).sum() / jnp.maximum(where.sum() - 1, 1))
+    std = jnp.sqrt(jnp.square(deviation).sum() / jnp.maximum(where.sum() - 1, 1))
+    return jnp.where(where.any(), std, jnp.nan)

@@ -165,8 +165,8 @@ def make_update(
 ) -> Callable[..., UpdateResult]:
     """Makes update(state, experience, temperature, key) -> UpdateResult, a pure function; jit it with its first argument donated.
 
-    Its metrics are means over the optimizer updates. Its mismatch is the one before anything changed; the absolute difference is the metric
-    `sampling/logp_difference_max`. `legal` is the legal-token mask that sampled.
+    Its metrics are means over the optimizer updates whose minibatch has a token. Its mismatch is the one before anything changed; the absolute
+    difference is the metric `sampling/logp_difference_max`. `legal` is the legal-token mask that sampled.
     """
     updates = options.epochs * options.minibatches
 
@@ -196,7 +196,9 @@ def make_update(
                 return (new.trained, new.opt_state), rest
 
             (trained, opt_state), (metrics, *worst) = jax.lax.scan(one, (state.trained, state.opt_state), order)
-            metrics, (difference, position) = jax.tree.map(jnp.mean, metrics), jax.tree.map(lambda x: x[0], worst)
+            live = batch.mask.any(axis=(1, 2))[order].any(axis=1)  # places that dynamic sampling could not fill are empty
+            mean = lambda x: jnp.where(live, x, 0.0).sum() / jnp.maximum(live.sum(), 1)
+            metrics, (difference, position) = jax.tree.map(mean, metrics), jax.tree.map(lambda x: x[0], worst)
             new, rows = state._replace(trained=trained, opt_state=opt_state), order[0]
         mismatch = _largest(difference, position, rows)
         metrics["sampling/logp_difference_max"] = jnp.abs(mismatch.difference)

@@ -89,9 +89,10 @@ def _self_reward_metrics(inputs: AdvantageInputs, real: Bool[Array, "P G"]) -> d
 
 
 def _confidence_metrics(inputs: AdvantageInputs, real: Bool[Array, "P G"]) -> dict[str, Array]:
+    of_prompts, of_answers = inputs.prompt_confidence[:, None], inputs.answer_confidence
     return {
-        "progrpo/prompt_confidence": mean_where(inputs.prompt_confidence[:, None], real.any(axis=1, keepdims=True)),
-        "progrpo/answer_confidence": mean_where(inputs.answer_confidence, real),
+        "progrpo/prompt_confidence": mean_where(of_prompts, real.any(axis=1, keepdims=True) & jnp.isfinite(of_prompts)),
+        "progrpo/answer_confidence": mean_where(of_answers, real & jnp.isfinite(of_answers)),
     }
 
 

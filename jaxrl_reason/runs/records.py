@@ -73,13 +73,17 @@ def write_samples(
 ) -> None:
     """Writes the completions of this process's first `prompts` prompts, with rewards, advantages and log-probabilities.
 
-    With a `verdict`, the lines of the table also say which completions are correct.
+    Places that dynamic sampling could not fill are left out. With a `verdict`, the lines of the table also say which
+    completions are correct.
     """
     batch = step.batch
-    rollout, rewards, advantages, mask = jax.tree.map(
-        lambda x: hosts.rows_to_host(x, sharding)[:prompts],
-        (batch.rollout, step.groups.rewards, batch.advantages, batch.mask),
+    rows = jax.tree.map(
+        lambda x: hosts.rows_to_host(x, sharding), (batch.rollout, step.groups.rewards, batch.advantages, batch.mask)
     )
+    chosen = np.flatnonzero(rows[0].mask.any(axis=(1, 2)))[:prompts]
+    if not len(chosen):
+        return
+    rollout, rewards, advantages, mask = jax.tree.map(lambda x: x[chosen], rows)
     if advantages.ndim == 3:  # per token: their mean over the completion
         advantages = (advantages * mask).sum(-1) / np.maximum(mask.sum(-1), 1)
     rewards = {name: r[:, : rollout.tokens.shape[1]] for name, r in rewards.items()}

@@ -197,12 +197,11 @@ def _of_eval(line: Mapping[str, float]) -> dict[str, float]:
 
 def _summary(row: Mapping[int, Mapping[str, float]], recipe: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
     """Returns means, intervals and differences of a row: seed -> metric -> value."""
-    names = dict.fromkeys(name for metrics in row.values() for name in metrics)
     means: dict[str, Any] = {}
     half_widths: dict[str, float | None] = {}
     differences: dict[str, dict[str, float | None]] = {}
     seeds: dict[str, dict[str, float]] = {}
-    for name in names:
+    for name in _names(row):
         known = _known(row, name)
         means[name], half_widths[name] = estimate(list(known.values()))[:2] if known else (None, None)
         seeds[name] = {str(seed): value for seed, value in known.items()}
@@ -257,7 +256,8 @@ def markdown(entries: Sequence[Entry], metrics: Sequence[str], prefixes: tuple[s
             cells = [pictures.cell_of_difference(n, values["difference"].get(n)) for n in names]
             if several:
                 cells = [
-                    c + _higher(values["seeds"].get(n, {}), found[recipe]["seeds"][n]) for n, c in zip(names, cells)
+                    c + _higher(values["seeds"].get(n, {}), found[recipe]["seeds"].get(n, {}))
+                    for n, c in zip(names, cells)
                 ]
             lines.append(f"| {row}, difference to {recipe} | {' | '.join(cells)} |")
     seeds = sorted({entry["seed"] for entry in entries})
@@ -317,15 +317,23 @@ def _means_over_seeds(by_table: Mapping[str, Mapping[str, Mapping[int, Entry]]])
     found: dict[str, dict[str, Entry]] = {}
     for table, rows in by_table.items():
         for row, entries in rows.items():
-            ends = [[entry["evaluations"][i] for entry in entries.values()] for i in (0, -1)]
-            means = [{name: estimate([line[name] for line in lines]).mean for name in lines[0]} for lines in ends]
+            ends = [{seed: entry["evaluations"][i] for seed, entry in entries.items()} for i in (0, -1)]
+            means = [
+                {name: estimate(list(known.values())).mean for name in _names(lines) if (known := _known(lines, name))}
+                for lines in ends
+            ]
             found.setdefault(row, {})[table] = next(iter(entries.values())) | {"evaluations": means}
     return found
 
 
+def _names(lines: Mapping[int, Mapping[str, Any]]) -> Iterable[str]:
+    return dict.fromkeys(name for line in lines.values() for name in line)
+
+
 def _higher(values: Mapping[str, float], others: Mapping[str, float]) -> str:
-    """Returns ", 7 of 10": on how many tables the values are higher than the others; "" without values."""
-    return f", {sum(values[t] > others[t] for t in values)} of {len(values)}" if values else ""
+    """Returns ", 7 of 10": on how many of the common tables the values are higher than the others; "" without any."""
+    common = [table for table in values if table in others]
+    return f", {sum(values[t] > others[t] for t in common)} of {len(common)}" if common else ""
 
 
 _TABLE = re.compile(r"(<!-- results( by table)?: (\S+): ([^>]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)

@@ -8,6 +8,7 @@ import numpy as np
 from scipy import special
 
 LEVEL = 0.95
+_NOISE = 1e-12  # numbers that differ by less, relative to the largest, are equal up to rounding
 
 
 class Estimate(NamedTuple):
@@ -21,8 +22,8 @@ class Estimate(NamedTuple):
 def estimate(values: Sequence[float]) -> Estimate:
     """Returns the mean of independent values and the half-width of its 95 % interval, t * std1 / sqrt(n).
 
-    There is no interval for one value, or for equal values: their spread of 0 is no estimate of the true one. Raises
-    ValueError without values, and for a value that is not finite.
+    There is no interval for one value, or for values that are equal up to rounding: their spread of 0 is no estimate of the
+    true one. Raises ValueError without values, and for a value that is not finite.
 
     Example:
       >>> [round(x, 3) for x in estimate([1.0, 2.0, 3.0])]
@@ -31,7 +32,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     x = np.asarray(values, np.float64)
     if not len(x) or not np.isfinite(x).all():
         raise ValueError(f"A mean needs finite values, and these are {list(values)}.")
-    if len(x) < 2 or x.min() == x.max():
+    if len(x) < 2 or np.ptp(x) <= _NOISE * max(1.0, np.abs(x).max()):
         return Estimate(float(x[0]), None, len(x))
     quantile = special.stdtrit(len(x) - 1, (1 + LEVEL) / 2)
     return Estimate(float(x.mean()), float(quantile * x.std(ddof=1) / math.sqrt(len(x))), len(x))
@@ -64,7 +65,7 @@ def difference_over_prompts(
 
     Returns:
       None with fewer than two common seeds or prompts. An estimate without interval if the differences are equal, up to
-      1e-5: their spread is no estimate of the true one.
+      1e-5, or if their standard error is below 1e-6: their spread is no estimate of the true one, and accuracies are rounded.
 
     Example:
       >>> found = difference_over_prompts({0: [1.0, 0.5], 1: [1.0, 1.0]}, {0: [0.5, 0.5], 1: [0.5, 0.25]})
@@ -83,7 +84,7 @@ def difference_over_prompts(
     if squares[1] <= squares[2]:
         squares[1:] = 0.0
     variance = squares @ (1, 1, -1) / (S * P)
-    if np.ptp(d) < 1e-5 or variance <= 0:
+    if np.ptp(d) < 1e-5 or variance < 1e-12:
         return Estimate(mean, None, S)
     degrees = max((variance * S * P) ** 2 / (squares**2 / freedom).sum(), S - 1)
     return Estimate(mean, float(special.stdtrit(degrees, (1 + LEVEL) / 2) * math.sqrt(variance)), S)

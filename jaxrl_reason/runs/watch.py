@@ -135,10 +135,12 @@ def _unrewarded(metrics: Metrics) -> bool:
 
 
 def _tied(metrics: Metrics) -> bool:
-    """Returns whether no group of the step had rewards that differ."""
+    """Returns whether no group of the step had rewards that differ, and no completion an advantage for another reason."""
     if "dynamic_sampling/kept_ratio" in metrics:
         return metrics["dynamic_sampling/kept_ratio"] == 0 and not _unrewarded(metrics)
-    return metrics["frac_reward_zero_std"] == 1 and _learns(metrics)
+    # Not of all methods: REINFORCE++ compares groups, and HERO completions that are all incorrect. Earlier versions have no such metric.
+    without_advantage = metrics.get("frac_advantage_zero", 1) == 1
+    return metrics["frac_reward_zero_std"] == 1 and without_advantage and _learns(metrics)
 
 
 def history(directory: pathlib.Path, begin: int) -> list[dict[str, Any]]:

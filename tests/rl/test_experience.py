@@ -202,6 +202,7 @@ def test_metrics_by_hand(compiled):
             "reward": 8 / 7,
             "reward_std": 3**-0.5 / 3,
             "frac_reward_zero_std": 2 / 3,
+            "frac_advantage_zero": 2 / 3,
             "completions/mean_length": 21 / 9,
             "completions/min_length": 1,
             "completions/max_length": 4,
@@ -222,9 +223,56 @@ def test_metrics_of_nothing_are_not_numbers_and_nothing_is_learnt():
     groups = make_groups([[2, 1]], 2, right=[[NAN, NAN]], truncated=[[True, True]])
     experience, metrics = prepared("grpo", groups)
     assert not experience.mask.any() and (experience.advantages == 0).all()
-    for name in ("reward", "reward_std", "rewards/right/mean", "completions/mean_terminated_length"):
+    for name in (
+        "reward",
+        "reward_std",
+        "rewards/right/mean",
+        "rewards/right/std",
+        "completions/mean_terminated_length",
+    ):
         assert np.isnan(metrics[name]), name
     assert metrics["completions/missing_reward_ratio"] == 1
+
+
+@pytest.mark.parametrize(
+    "name, right, zero",
+    [
+        ("reinforce_pp", [[1], [0]], 0.0),  # it compares groups
+        ("reinforce_pp", [[1, 1], [0, 0]], 0.0),
+        ("reinforce_pp", [[1, 1], [1, 1]], 1.0),
+        ("grpo", [[1, 1], [0, 0]], 1.0),
+        ("grpo", [[1, 1], [1, 0]], 0.5),
+        ("grpo", [[1, 1], [NAN, 0]], 1.0),
+    ],
+)
+def test_equal_rewards_of_a_group_may_have_advantages(name, right, zero):
+    groups = make_groups(np.ones((2, len(right[0])), int), 2, right=right)
+    assert prepared(name, groups)[1]["frac_advantage_zero"] == zero
+
+
+@pytest.mark.parametrize("options", [{}, {"center": True}, {"center": True, "correct_only": True}], ids=str)
+def test_a_completion_without_confidence_leaves_its_group_alone(options):
+    logprobs = np.full((1, 4, 3), [[[-0.1], [-0.5], [-0.2], [-0.7]]])
+    right, lengths = [[1, 0, 0, 1]], [[3, 3, 3, 3]]
+    alone, _ = prepared_with_prompts("progrpo", make_groups(lengths, 3, logprobs=logprobs, right=right), **options)
+    broken = np.where(np.arange(4)[:, None] == 0, NAN, logprobs)
+    experience, metrics = prepared_with_prompts(
+        "progrpo", make_groups(lengths, 3, logprobs=broken, right=right), **options
+    )
+    assert metrics["sampling/nonfinite_completions"] == 1 and 0 < metrics["progrpo/answer_confidence"] < 1
+    assert np.isfinite(experience.advantages).all()
+    np.testing.assert_array_equal(experience.mask.sum(-1), [[0, 3, 3, 3]])
+    if not options:  # without a mean, the others are as before
+        np.testing.assert_allclose(experience.advantages[:, 1:], alone.advantages[:, 1:], rtol=1e-6)
+    # The mean is over the others: of two correct completions, one is left, whose term is its own mean.
+    if "correct_only" in options:
+        expected, _ = prepared("grpo", make_groups(lengths, 3, right=right))
+        np.testing.assert_allclose(experience.advantages, expected.advantages, atol=1e-6)
+
+
+def prepared_with_prompts(name, groups, **options):
+    rollout = groups.rollout._replace(prompt_logprobs=jnp.full(groups.rollout.prompt_tokens.shape, -0.3))
+    return prepared(name, groups._replace(rollout=rollout), **options)
 
 
 def test_the_state_of_the_chain_is_carried():

@@ -481,6 +481,16 @@ def test_several_updates_without_old_logprobs_are_refused():
         update(experience(old_logprobs=None, ref_logprobs=None), dataclasses.replace(PPO, epochs=2))
 
 
+def test_metrics_of_minibatches_are_of_those_that_have_a_token():
+    """Dynamic sampling fills one place of four: with a rate of 0, its metrics are those of one update."""
+    batch = experience(mask=MASK & (np.arange(P) == 2)[:, None, None])
+    _, once = update(batch, FULL, rate=0.0)
+    _, several = update(batch, dataclasses.replace(FULL, minibatches=2), rate=0.0)
+    assert once["entropy"] > 1
+    for name in ("entropy", "kl", "loss", "sampling/logp_difference_max"):
+        assert several[name] == pytest.approx(once[name], rel=1e-5), name
+
+
 def test_minibatches_that_do_not_divide_the_prompts_are_refused():
     # 3 does not divide 4. Without an error there would be four updates of one prompt.
     with pytest.raises((ValueError, AssertionError)):

@@ -55,6 +55,23 @@ def test_a_table_shows_special_tokens_but_no_end(skip_special, prompt, completio
     assert lines[1]["tokens"] == [shown[2], "6"] and lines[1]["logprobs"] == [-0.75, -0.875]
 
 
+@pytest.mark.parametrize("filled", [[], [1, 3]])
+def test_places_that_were_not_filled_are_no_samples(filled, tmp_path):
+    prompts, tokens = padded(["1", "2", "3", "4"]), padded([*"abcd"])
+    mask = tokens[1][:, None] & np.isin(np.arange(4), filled)[:, None, None]
+    numbers = np.arange(4.0)[:, None]
+    rollout = Rollout(*prompts, tokens[0][:, None], mask, np.zeros(mask.shape), np.zeros((4, 1), bool))
+    batch = SimpleNamespace(rollout=jax.tree.map(jnp.asarray, rollout), advantages=jnp.asarray(numbers), mask=mask)
+    step = SimpleNamespace(batch=batch, groups=SimpleNamespace(rewards={"r": jnp.asarray(numbers)}))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with SampleTable(tmp_path) as table:
+        write_samples(table, 1, step, 2, TOKENIZER, {"r": 1.0}, here)
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [(line["prompt"], line["completion"], line["total"]) for line in lines] == [
+        (str(i + 1), "abcd"[i], float(i)) for i in filled
+    ]
+
+
 def test_without_a_verdict_nothing_is_correct(tmp_path):
     rewards = np.zeros((1, 1))
     with SampleTable(tmp_path) as table:

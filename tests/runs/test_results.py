@@ -186,6 +186,17 @@ def test_a_table_over_several_training_tables_by_hand():
         results.markdown(SEVERAL[:-1], ["r2"], ())
 
 
+def test_a_metric_that_a_table_does_not_have_is_left_out_of_the_means():
+    """A rank correlation of equal predictions is NaN, and null in JSON."""
+    unknown = [
+        entry | {"evaluations": [line | {"eval/spearman": None if entry["table"][-1] == "a" else 0.5} for line in lines]}
+        for entry in SEVERAL
+        for lines in [entry["evaluations"]]
+    ]
+    assert "| more, difference to genre2 | +0.000, 0 of 1 |" in results.markdown(unknown, ["spearman"], ())
+    assert "| genre2 | 0.500 |" in results.markdown(unknown, ["spearman"], ())
+
+
 def test_results_of_several_tables_are_merged_by_table(tmp_path):
     results.merge(tmp_path / "a.jsonl", [*SEVERAL[::-1], of_table("a", "genre2", 0, 0.9, recipe=True)])
     found = results.read(tmp_path / "a.jsonl")

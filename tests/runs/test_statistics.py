@@ -34,6 +34,12 @@ def test_values_without_a_mean_are_refused(values):
         estimate(values)
 
 
+@pytest.mark.parametrize("first, second", [((0.55, 0.65), (0.45, 0.55)), ((0.3, 0.4, 0.7), (0.1, 0.2, 0.5))])
+def test_differences_that_are_equal_up_to_rounding_have_no_interval(first, second):
+    assert len({x - y for x, y in zip(first, second)}) > 1
+    assert paired_difference(dict(enumerate(first)), dict(enumerate(second))).half_width is None
+
+
 def test_differences_are_paired_by_seed():
     """The rows vary by 10 and their difference by 1. The paired interval is narrow, t(1) * .7071 / sqrt(2) = 6.353."""
     found = paired_difference({0: 10.0, 3: 21.0, 5: 7.0}, {3: 20.0, 0: 10.0, 9: 1.0})
@@ -75,5 +81,8 @@ def test_one_seed_one_prompt_and_equal_differences_have_no_interval_over_prompts
     assert difference_over_prompts({0: [1.0, 0.0], 1: [1.0, 1.0]}, {0: [0.0, 0.0], 2: [0.0, 0.0]}) is None
     assert difference_over_prompts({0: [1.0], 1: [0.5], 2: [0.0]}, {0: [0.0], 1: [0.0], 2: [0.0]}) is None
     assert difference_over_prompts({0: [1.0, 1.0]}, {1: [0.0, 0.0]}) is None
+    # Seeds with equal means: what is left of the variance of their mean is rounding.
+    turned = {s: np.roll([0.333333, 0.666667, 1.0, 0.0, 0.333333], s).tolist() for s in range(4)}
+    assert difference_over_prompts(turned, {s: [0.1] * 5 for s in range(4)}).half_width is None
     thirds = {0: [0.333333, 1.0], 1: [0.333333, 0.666667]}
     assert difference_over_prompts(thirds, {0: [0.0, 0.666667], 1: [0.0, 0.333333]}).half_width is None

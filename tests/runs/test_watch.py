@@ -42,6 +42,11 @@ def test_equal_rewards_give_one_warning_and_another_after_they_differed():
     )
     assert len(said_of([*[TIED] * PATIENCE, GOOD, *[TIED] * PATIENCE])) == 2
     assert said_of([*[TIED] * (PATIENCE - 1), UNKNOWN, *[TIED] * (PATIENCE - 1)]) == []
+    assert len(said_of([TIED | {"frac_advantage_zero": 1.0}] * PATIENCE)) == 1
+
+
+def test_equal_rewards_with_advantages_teach():
+    assert said_of([TIED | {"frac_advantage_zero": 0.9}] * PATIENCE) == []
 
 
 def test_missing_rewards_give_one_warning_only():
