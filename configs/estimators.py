@@ -13,7 +13,7 @@ from jaxrl_reason.config import Checkpoint, Config, Data, Eval, Model, Optimizer
 
 def get_config() -> Config:
     return Config(
-        steps=28,
+        steps=36,
         prompts_per_step=32,
         group_size=8,
         max_prompt_length=40,
@@ -22,10 +22,10 @@ def get_config() -> Config:
         data=Data(train="word_problems/chains"),
         supervised=Supervised(steps=800, batch_size=32, learning_rate=3e-3),
         method={"name": "grpo"},
-        optimizer=Optimizer(learning_rate=3e-4, warmup_steps=5),
+        optimizer=Optimizer(learning_rate=5e-4, schedule="linear", warmup_steps=5),
         update=Update(accumulation=4),
         checkpoint=Checkpoint(every=100, keep=2),
-        eval=Eval(every=14, prompts=256, samples=4),
+        eval=Eval(every=18, prompts=256, samples=4),
     )
 
 

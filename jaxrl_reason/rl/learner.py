@@ -196,7 +196,8 @@ def make_update(
                 return (new.trained, new.opt_state), rest
 
             (trained, opt_state), (metrics, *worst) = jax.lax.scan(one, (state.trained, state.opt_state), order)
-            live = batch.mask.any(axis=(1, 2))[order].any(axis=1)  # places that dynamic sampling could not fill are empty
+            # Places that dynamic sampling could not fill are empty.
+            live = batch.mask.any(axis=(1, 2))[order].any(axis=1)
             mean = lambda x: jnp.where(live, x, 0.0).sum() / jnp.maximum(live.sum(), 1)
             metrics, (difference, position) = jax.tree.map(mean, metrics), jax.tree.map(lambda x: x[0], worst)
             new, rows = state._replace(trained=trained, opt_state=opt_state), order[0]

@@ -189,7 +189,8 @@ def test_a_table_over_several_training_tables_by_hand():
 def test_a_metric_that_a_table_does_not_have_is_left_out_of_the_means():
     """A rank correlation of equal predictions is NaN, and null in JSON."""
     unknown = [
-        entry | {"evaluations": [line | {"eval/spearman": None if entry["table"][-1] == "a" else 0.5} for line in lines]}
+        entry
+        | {"evaluations": [line | {"eval/spearman": None if entry["table"][-1] == "a" else 0.5} for line in lines]}
         for entry in SEVERAL
         for lines in [entry["evaluations"]]
     ]
