@@ -2,8 +2,8 @@
 
     python -m jaxrl_reason.compare --config=configs/estimators.py --workdir=/tmp/estimators --seeds=8
 
-The task and the sizes are those of quickstart.py. Takes about 7 minutes per seed. Hyper-parameters are the defaults of
-each estimator and one constant learning rate for all, so that the table compares implementations at work, and ranks no method.
+The recipe is that of quickstart.py. Takes about 7 minutes per seed. Hyper-parameters are the defaults of each estimator,
+with the learning rate of GRPO for all, so that the table compares implementations at work, and ranks no method.
 """
 
 from collections.abc import Mapping
