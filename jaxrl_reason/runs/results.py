@@ -104,10 +104,12 @@ def read(path: pathlib.Path) -> list[Entry]:
     entries = []
     if path.is_dir():
         raise ConfigError(f"The file of results is {str(path)!r}, which is a directory; name a file.")
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), start=1):
         try:
             entry = json.loads(line)
-            entry["row"], entry["recipe"], entry["seed"], entry["config"], entry["evaluations"][-1]
+            entry["row"], entry["recipe"], entry["config"], entry["evaluations"][-1]["step"]
+            if type(entry["seed"]) is not int:
+                raise TypeError("the seed is no whole number")
         except (ValueError, TypeError, LookupError) as e:
             raise ConfigError(f"Line {number} of {path} is no result of compare; repair or remove the line.") from e
         entries.append(entry)
@@ -186,7 +188,8 @@ def _over_prompts(entries: Mapping[Any, Entry], others: Mapping[Any, Entry]) -> 
     """Returns the difference of the accuracies over seeds and prompts; None if some are missing, or of other prompts."""
     common = [seed for seed in entries if seed in others]
     prompts = {of_row[seed].get("prompts") for of_row in (entries, others) for seed in common}
-    if len(prompts) != 1 or None in prompts:
+    counts = {len(of_row[seed].get("accuracies") or ()) for of_row in (entries, others) for seed in common}
+    if len(prompts) != 1 or None in prompts or len(counts) != 1:
         return None
     return difference_over_prompts(*({seed: x[seed]["accuracies"] for seed in common} for x in (entries, others)))
 

@@ -103,9 +103,29 @@ class Study:
 
 
 def read_result(directory: pathlib.Path) -> dict[str, Any] | None:
-    """Returns the content of a result.json; None if there is none."""
+    """Returns the content of a result.json; None if there is none. Raises ConfigError for a damaged file."""
     file = directory / "result.json"
-    return json.loads(file.read_bytes()) if file.exists() else None
+    if not file.exists():
+        return None
+    try:
+        found = json.loads(file.read_bytes())
+        found["config"], found.get("evaluations", [{"step": 0}])[-1]["step"]
+    except (ValueError, TypeError, LookupError, AttributeError) as e:
+        raise ConfigError(f"{file} is damaged; remove it, and its run is completed again.") from e
+    return found
+
+
+def _check_result(unit: Unit) -> None:
+    """Raises ConfigError for a finished run with another configuration; it may have had fewer steps, and goes on then."""
+    found = read_result(unit.directory) if unit.row else None
+    if unit.row is None or found is None or found["config"] == unit.digest:
+        return
+    done = found["evaluations"][-1]["step"] if "evaluations" in found else 0
+    if found["config"] != results.digest(variant(unit.row.config, {"steps": done})) or done > unit.row.config.steps:
+        raise ConfigError(
+            f"{unit.directory} holds {unit.title}, which is finished with another configuration; choose another work directory, or "
+            "remove this one."
+        )
 
 
 def _is_made(start: Unit) -> bool:
@@ -141,8 +161,8 @@ def plan(
 ) -> Study:
     """Returns the runs of a recipe and its baselines with each seed, seed after seed; `only` names rows.
 
-    Raises ConfigError for a baseline that changes an unknown field or the seed, for two rows of one name, for a name in
-    `only` that is no row, and for results of another configuration in `done`.
+    Raises ConfigError for a baseline that changes an unknown field, the seed, or what the shared start has decided; for two
+    rows of one name, for a name in `only` that is no row, and for results of another configuration in `done` or in `workdir`.
     """
     rows = _rows(config, baselines)
     names = [row.name for row in rows]
@@ -159,6 +179,8 @@ def plan(
             )
     chosen = [row for row in rows if not only or row.name in only]
     units = [unit for seed in seeds for unit in _units(config, chosen, workdir / f"seed-{seed}", seed)]
+    for unit in units:
+        _check_result(unit)
     entries = {(entry["row"], entry["seed"], entry["config"]): entry for entry in done}
     return Study(workdir, rows, seeds, units, entries)
 
@@ -190,12 +212,30 @@ def _units(config: Config, rows: Iterable[Row], directory: pathlib.Path, seed: i
         yield Unit(None, seed, start, own, results.digest(config, ("steps", "eval")), bool(using))
         shared = {"supervised.steps": 0, "supervised.start_from": str(start)}
     for row in rows:
+        if shared:
+            _check_start(config, row)
         changed = variant(config, {"seed": seed} | shared | dict(row.changes))
         if not _learned(changed):
             changed.reward_model = config_lib.RewardModel()
         elif row in using:
             changed.reward_model = config_lib.RewardModel(path=str(start / "reward_model"))
         yield Unit(row, seed, directory / row.directory, changed, row.digest)
+
+
+def _check_start(config: Config, row: Row) -> None:
+    """Raises ConfigError if a row changes what the start that all rows share has decided, and has no start of its own."""
+    for name in row.changes:
+        section = name.partition(".")[0]
+        if section == "supervised" and not {"supervised.steps", "supervised.start_from"} & set(row.changes):
+            raise ConfigError(
+                f"The baseline {row.name!r} changes config.{name}, and begins with the start that all rows share, so this would have "
+                "no effect; give it config.supervised.steps too, for a phase of its own."
+            )
+    if row.config.lora != config.lora and row.config.supervised.start_from == config.supervised.start_from:
+        raise ConfigError(
+            f"The baseline {row.name!r} changes config.lora, and the start that all rows share has other weights; compare it in a work "
+            "directory of its own."
+        )
 
 
 def _sets_reward_model(row: Row) -> bool:

@@ -55,7 +55,15 @@ def test_a_directory_of_results_is_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "[]", "{}", '{"row": "a", "recipe": true, "seed": 0, "config": "c", "evaluations": []}', "3"]
+    "line",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"row": "a", "recipe": true, "seed": 0, "config": "c", "evaluations": []}',
+        '{"row": "a", "recipe": true, "seed": "0", "config": "c", "evaluations": [{"step": 0}]}',
+        "3",
+    ],
 )
 def test_a_damaged_file_of_results_is_one_sentence(line, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(ENTRIES[0]) + f"\n{line}\n")

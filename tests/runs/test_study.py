@@ -3,8 +3,10 @@
 import json
 import pathlib
 
+import pytest
+
 from helpers.tiny_runs import tiny, write_rows
-from jaxrl_reason.config import RewardModel
+from jaxrl_reason.config import ConfigError, RewardModel
 from jaxrl_reason.runs import results, study
 
 LEARNED = {"reward__functions": ["strict", "reward_model"], "reward__weights": [1.0, 0.0]}
@@ -177,3 +179,46 @@ def test_a_run_is_taken_when_its_start_is_made(tmp_path):
     assert runs.take() is None and runs.unfinished() == []
     (start_1.directory / "result.json").unlink()
     assert runs.unfinished() == []  # no row needs the start
+
+
+def finished(tmp_path, **changes):
+    """Writes the result of a run of 2 steps, and returns the plan of the comparison with changes."""
+    (unit,) = study.plan(tiny("rows.jsonl", steps=2), {}, tmp_path, seeds=[0]).units
+    unit.directory.mkdir(parents=True, exist_ok=True)
+    entry = {"row": "grpo", "config": unit.digest, "evaluations": [{"step": 0}, {"step": 2}]}
+    (unit.directory / "result.json").write_text(json.dumps(entry))
+    return study.plan(tiny("rows.jsonl", **{"steps": 2} | changes), {}, tmp_path, seeds=[0])
+
+
+def test_a_finished_run_may_get_more_steps_only(tmp_path):
+    assert finished(tmp_path).unfinished() == []
+    more = finished(tmp_path, steps=3)
+    assert more.unfinished() == list(more.units)
+    for changes in ({"steps": 1}, {"eval__samples": 7}, {"steps": 3, "eval__samples": 7}, {"optimizer__b1": 0.5}):
+        with pytest.raises(ConfigError, match="the method, grpo, which is finished with another configuration"):
+            finished(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"evaluations": []}', '{"config": "x", "evaluations": []}'])
+def test_a_damaged_result_is_named(text, tmp_path):
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(ConfigError, match="result.json is damaged; remove it"):
+        study.read_result(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (
+            {"supervised.learning_rate": 1.0},
+            "changes config.supervised.learning_rate, and begins with the start that all",
+        ),
+        ({"lora.rank": 2}, "changes config.lora, and the start that all rows share has other weights"),
+    ],
+)
+def test_what_the_shared_start_has_decided_is_not_changed_by_a_row(changes, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        planned({"other": changes}, supervised__steps=3)
+    assert planned({"other": changes}, supervised__steps=0)
+    if "lora.rank" not in changes:
+        assert planned({"other": changes | {"supervised.steps": 2}}, supervised__steps=3)
