@@ -267,7 +267,8 @@ def mean_over_sets(sets: Sequence[ArrayLike], *, level: float = 0.95, resamples:
     """Computes the mean accuracy over several sets, each with equal weight, and its bootstrap interval.
 
     The prompts of each set are resampled within the set. Equal prompts would be equal in every draw, and add no width: the
-    mean m of n equal prompts is drawn from Beta(n m + 1/2, n (1 - m) + 1/2) instead (Jeffreys' interval).
+    mean m of n equal prompts is drawn from Beta(n m + 1/2, n (1 - m) + 1/2) instead (Jeffreys' interval). The interval
+    always holds the mean.
 
     Args:
       sets: [N] each, N >= 1, the accuracy of each prompt, in [0, 1].
@@ -291,7 +292,7 @@ def mean_over_sets(sets: Sequence[ArrayLike], *, level: float = 0.95, resamples:
 
     means = np.mean([draw(x) for x in arrays], axis=0)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    # The mean of Beta is nearer to 1/2 than m, in all sets together perhaps by more than the interval is wide.
+    # The mean of Beta is nearer to 1/2 than m, so with many sets the quantiles alone may leave the mean out.
     return Interval(mean, min(float(low), mean), max(float(high), mean))
 
 

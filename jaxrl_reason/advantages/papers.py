@@ -181,9 +181,8 @@ def reweight_by_confidence(
 
     A group without a correct answer keeps A. With skip_all_correct, a group without an incorrect answer keeps A too.
     With correct_only, incorrect completions keep A. With center, the mean of the added term over the completions of the
-    group that have it is subtracted, so c(q) cancels. A completion whose confidence is not finite keeps A, and is in no mean. Raises
-    ValueError for a negative alpha, and `update` without
-    inputs.prompt_confidence or inputs.answer_confidence.
+    group that have it is subtracted, so c(q) cancels. A completion whose confidence is not finite keeps A, and is in no
+    mean. Raises ValueError for a negative alpha, and `update` without inputs.prompt_confidence or inputs.answer_confidence.
 
     Example:
       >>> confidence = dict(prompt_confidence=jnp.array([0.5]), answer_confidence=jnp.array([[0.9, 0.1]]))

@@ -138,7 +138,8 @@ def _tied(metrics: Metrics) -> bool:
     """Returns whether no group of the step had rewards that differ, and no completion an advantage for another reason."""
     if "dynamic_sampling/kept_ratio" in metrics:
         return metrics["dynamic_sampling/kept_ratio"] == 0 and not _unrewarded(metrics)
-    # Not of all methods: REINFORCE++ compares groups, and HERO completions that are all incorrect. Earlier versions have no such metric.
+    # Equal rewards may still teach: REINFORCE++ compares groups, and HERO compares incorrect completions. Metrics of earlier versions have
+    # no frac_advantage_zero.
     without_advantage = metrics.get("frac_advantage_zero", 1) == 1
     return metrics["frac_reward_zero_std"] == 1 and without_advantage and _learns(metrics)
 
