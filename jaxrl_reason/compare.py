@@ -26,8 +26,10 @@ import rich.console
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import tasks, train
 from jaxrl_reason.config import Config, ConfigError
+from jaxrl_reason.data.parsers import kind_of
 from jaxrl_reason.methods import Method
 from jaxrl_reason.rewards import RewardError
+from jaxrl_reason.rewards.loading import file_digest
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs import command, locks, pictures, results, study
 from jaxrl_reason.runs.files import write_json
@@ -112,7 +114,7 @@ def prepare(
         with _naming(unit):
             config_lib.validate(unit.config)
     if taken := _take(planned):
-        comparison.pending.append(_set_up(*taken, comparison.recipe))
+        comparison.pending.append(_set_up(*taken, comparison))
     return comparison
 
 
@@ -139,19 +141,29 @@ def _naming(unit: Unit) -> Iterator[None]:
         raise
 
 
-def _set_up(unit: Unit, lock: contextlib.AbstractContextManager, recipe: dict[str, Any]) -> Taken:
-    """Sets a run up, and writes the `recipe` from which its report shows differences.
+def _set_up(unit: Unit, lock: contextlib.AbstractContextManager, comparison: Comparison) -> Taken:
+    """Sets a run up, and writes the recipe from which its report shows differences.
 
-    Raises what `train.setup` raises; for a baseline, a ConfigError that names it.
+    Raises what `train.setup` raises; for a baseline, a ConfigError that names it. Raises ConfigError if data or reward files
+    have changed since other runs of the row.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock)
         with _naming(unit):
             run = train.setup(unit.config, unit.directory)
+            check = lambda: comparison.study.check_inputs(unit, _inputs(run)) if hosts.is_first() else None
+            hosts.agree(check, ConfigError)
             if unit.row and hosts.is_first():
-                write_recipe(unit.directory, "the recipe of the comparison", recipe)
+                write_recipe(unit.directory, "the recipe of the comparison", comparison.recipe)
         stack.pop_all()  # the lock is held from here on
     return Taken(unit, lock, run)
+
+
+def _inputs(run: train.Run) -> dict[str, str]:
+    """Returns digests of the files that a configuration names, which may change: "data", and each reward of a file."""
+    c, data = run.config, {"data": run.task.work.fingerprint}
+    rewards = {spec: digest for spec in c.reward.functions if (digest := file_digest(spec))}
+    return (data if kind_of(c.data.train) or kind_of(c.data.eval) else {}) | rewards
 
 
 def train_all(comparison: Comparison) -> Rows:
@@ -173,7 +185,7 @@ def _train_all(comparison: Comparison, should_stop: Callable[[], bool]) -> None:
     while unfinished := _unfinished(runs):
         taken = comparison.pending.pop() if comparison.pending else None
         if taken is None and (free := _take(runs)):
-            taken = _set_up(*free, comparison.recipe)
+            taken = _set_up(*free, comparison)
         if taken is None:
             if not waits:
                 say(f"Other processes work on the runs that are left ({unfinished}); waiting for them.")
@@ -205,15 +217,15 @@ def _work(comparison: Comparison, unit: Unit, run: train.Run) -> None:
     else:
         train.train(run)
     if hosts.is_first():
-        _write_result(comparison, unit, run.task, baselines)
+        _write_result(comparison, unit, run, baselines)
 
 
-def _write_result(comparison: Comparison, unit: Unit, task: tasks.Task, baselines: dict[str, float]) -> None:
-    directory = unit.directory
+def _write_result(comparison: Comparison, unit: Unit, run: train.Run, baselines: dict[str, float]) -> None:
+    directory, task = unit.directory, run.task
     if unit.row is None:
         phases = (directory / phase / "metrics.jsonl" for phase in ("supervised", "reward_model"))
         found = {"config": unit.digest, "seconds": results.seconds(*phases), "baselines": baselines}
-        write_json(directory / "result.json", found)
+        write_json(directory / "result.json", found | {"inputs": _inputs(run)})
         return
     metrics, start = directory / "metrics.jsonl", study.read_result(directory.parent / START) or {}
     evaluations = results.evaluations(metrics, ("eval/", *tasks.BASELINES))
@@ -225,6 +237,7 @@ def _write_result(comparison: Comparison, unit: Unit, task: tasks.Task, baseline
         "seed": unit.seed,
         "changes": json.loads(json.dumps(dict(unit.row.changes), default=dataclasses.asdict)),
         "config": unit.digest,
+        "inputs": _inputs(run),
         "versions": results.versions(),
         "seconds": results.seconds(metrics),
         "start_seconds": start.get("seconds", 0.0),

@@ -11,8 +11,6 @@ each row it prints the mean of the samples, config.eval.samples by default, thei
 
 from collections.abc import Iterator
 import contextlib
-import csv
-import io
 import json
 import pathlib
 import sys
@@ -23,6 +21,7 @@ import jax
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import data, runs
 from jaxrl_reason.config import ConfigError
+from jaxrl_reason.data.parsers import read_cells
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs import command
 from jaxrl_reason.runs.command import Flag
@@ -127,35 +126,30 @@ def encode(opened: OpenedPolicy, template: Any, question: Any) -> list[int]:
 
 def read_prompts(path: pathlib.Path) -> list[Any]:
     """Reads prompts: the lines of a .txt file, the texts or objects of a .jsonl file, or the rows of a .csv file."""
-    if path.suffix not in (".txt", ".jsonl", ".csv"):
+    kind = path.suffix.lower()
+    if kind == ".csv":
+        return _rows(path)
+    if kind not in (".txt", ".jsonl"):
         raise ConfigError(f"--prompts={path}: a file of prompts ends in .txt (one per line), .jsonl or .csv.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
         raise ConfigError(f"--prompts={path} is not text in UTF-8 ({e.reason} at byte {e.start}).") from e
-    if path.suffix == ".csv":
-        found: list[Any] = _rows(path, text)
-    else:
-        # Not splitlines, which also breaks lines at characters that a prompt may hold.
-        lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-        found = [line if path.suffix == ".txt" else _parsed(path, i, line) for i, line in lines]
-    if not found:
+    # Not splitlines, which also breaks lines at characters that a prompt may hold.
+    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
         raise ConfigError(f"--prompts={path} holds no prompts.")
-    return found
+    return [line if kind == ".txt" else _parsed(path, i, line) for i, line in lines]
 
 
-def _rows(path: pathlib.Path, text: str) -> list[dict[str, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        names, found = reader.fieldnames or [], list(reader)
-    except csv.Error as e:
-        raise ConfigError(f"{path} is not CSV after line {reader.line_num}: {e}.") from e
-    if len(set(names)) < len(names):
-        raise ConfigError(f"{path} has two columns of one name: {', '.join(names)}.")
-    for number, row in enumerate(found, 1):
-        if None in row or None in row.values():
-            raise ConfigError(f"{path}, row {number}, has another number of cells than the header.")
-    return found
+def _rows(path: pathlib.Path) -> list[dict[str, str]]:
+    header, found = read_cells(path, ",")
+    rows = []
+    for line, cells in found:
+        if isinstance(cells, ValueError):
+            raise ConfigError(f"{path}, line {line}, has {cells}.")
+        rows.append(dict(zip(header, cells, strict=True)))
+    return rows
 
 
 def _parsed(path: pathlib.Path, number: int, line: str) -> Any:

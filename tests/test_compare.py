@@ -258,6 +258,26 @@ def test_a_baseline_that_cannot_begin_is_named_when_the_method_has_ended(tmp_pat
     assert trained == [0]  # the method's run is not pending any more
 
 
+@pytest.mark.parametrize("changed", ["rows.jsonl", "even.py", ""])
+def test_data_and_reward_files_may_not_change_between_the_seeds_of_a_row(changed, tmp_path, untrained):
+    (tmp_path / "even.py").write_text("def even(completions, **_):\n    return [0.0 for _ in completions]\n")
+    spec = f"{tmp_path / 'even.py'}:even"
+    config = tiny(write_rows(tmp_path / "rows.jsonl"), eval__every=1, reward__functions=[spec])
+    results_file = tmp_path / "results.jsonl"
+    compare.compare(config, {}, tmp_path / "runs", seeds=[3], results_file=results_file)
+    if not changed:
+        assert len(compare.compare(config, {}, tmp_path / "others", seeds=[1], results_file=results_file)) == 2
+        return
+    file = tmp_path / changed
+    file.write_text(file.read_text().replace("3", "4").replace("0.0", "1.0"))
+    what = "The data of" if changed == "rows.jsonl" else f"The file of the reward {spec!r} of"
+    for workdir, options in (("runs", {}), ("others", {"results_file": results_file})):  # found in either place
+        seeds = [3, 1] if workdir == "runs" else [1]
+        sentence = f"{what} {tmp_path / workdir / 'seed-1' / 'method'} have changed since seed 3 of 'grpo' was trained; restore"
+        with pytest.raises(ConfigError, match=re.escape(sentence)):
+            compare.compare(config, {}, tmp_path / workdir, seeds=seeds, **options)
+
+
 HOLD = "import pathlib, sys; from jaxrl_reason.runs import locks; lock = locks.take(pathlib.Path(sys.argv[1])); print(); input()"
 
 

@@ -11,7 +11,6 @@ import pytest
 
 from helpers import reference_decoder as reference
 from jaxrl_reason import data, generate, models
-from jaxrl_reason.config import ConfigError
 from jaxrl_reason.runs.terminal import visible
 from jaxrl_reason.tasks import policies, sampling
 from jaxrl_reason.tasks.regression.prediction import Prediction
@@ -183,6 +182,8 @@ def test_bad_flags_are_refused_in_a_sentence(policy, flags, said, capsys):
         ("p.txt", "\ufeffa\r\n\r\n  \r\nb\u2028c\x0b\x85\n", ["a", "b\u2028c\x0b\x85"]),
         ("p.jsonl", '"a\u2028b\x85"\n\n{"prompt": "\u2029"}\n', ["a\u2028b\x85", {"prompt": "\u2029"}]),
         ("p.csv", '\ufeffa,b\r\n"1\n2\u2028",3\x85\r\n\r\n', [{"a": "1\n2\u2028", "b": "3\x85"}]),
+        ("P.CSV", "a,b\n1,2\n", [{"a": "1", "b": "2"}]),
+        ("P.TXT", "a\n", ["a"]),
     ],
 )
 def test_lines_end_at_line_feeds_only(name, content, found, tmp_path):
@@ -190,19 +191,27 @@ def test_lines_end_at_line_feeds_only(name, content, found, tmp_path):
     assert generate.read_prompts(tmp_path / name) == found
 
 
+def test_the_index_that_pandas_writes_is_left_out_as_in_training(tmp_path):
+    (tmp_path / "p.csv").write_text(",age,bmi\n0,59,32.1\n1,48,21.6\n")
+    with pytest.warns(UserWarning, match="the first column has no name, as an index that pandas writes"):
+        assert generate.read_prompts(tmp_path / "p.csv") == [{"age": "59", "bmi": "32.1"}, {"age": "48", "bmi": "21.6"}]
+
+
 @pytest.mark.parametrize(
     "name, content, said",
     [
         ("p.txt", b"caf\xe9\n", "is not text in UTF-8 .*at byte 3"),
-        ("p.csv", b'a\n"x"y\n', "p.csv is not CSV after line 1"),
-        ("p.csv", b"a,b,a\n1,2,3\n", "p.csv has two columns of one name: a, b, a"),
-        ("p.csv", b"a\n", "holds no prompts"),
+        ("p.csv", b'a\n"x"y\n', "p.csv, line 2 is not readable as CSV"),
+        ("p.csv", b"a,b,a\n1,2,3\n", "p.csv, line 1: columns 1 and 3 are both named 'a'; rename"),
+        ("p.csv", b"a\n", "p.csv has a header and no rows"),
+        ("p.csv", b"caf\xe9\n1\n", "p.csv, line 1 is not UTF-8"),
+        ("p.txt", b"\n", "holds no prompts"),
         ("p.jsonl", b'"a"\n{"b"}\n', "p.jsonl, line 2, is not JSON"),
     ],
 )
 def test_damaged_files_of_prompts_are_sentences(name, content, said, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ValueError, match=said):
         generate.read_prompts(tmp_path / name)
 
 
@@ -243,4 +252,4 @@ def test_bytes_that_are_no_text_do_not_end_a_session(policy, capsys, monkeypatch
 def test_a_csv_file_with_torn_rows_is_refused(policy, tmp_path, capsys):
     (tmp_path / "rows.csv").write_text("question,answer\n1 + 1,2\n2 + 2\n")
     assert run(policy, f"--prompts={tmp_path / 'rows.csv'}") == 2
-    assert "rows.csv, row 2, has another number of cells than the header." in capsys.readouterr().err
+    assert "rows.csv, line 3, has 1 cell, but the header names 2 columns." in capsys.readouterr().err

@@ -3,11 +3,11 @@
 An entry is a JSON object:
 
     {"row": "GRPO", "recipe": false, "seed": 3, "changes": {...}, "config": digest, "versions": {...}, "seconds": 81.2,
-     "start_seconds": 60.1, "evaluations": [{"step": 0, "eval/accuracy": ...}, ...]}
+     "start_seconds": 60.1, "inputs": {}, "evaluations": [{"step": 0, "eval/accuracy": ...}, ...]}
 
 Entries of regression runs also have "table", the name of the training table: such a comparison is over several tables.
 The others have "accuracies", the accuracy of each held-out prompt at the last evaluation, and "prompts", a digest of
-these prompts. Older entries lack both.
+these prompts. "inputs" has digests of data files and reward files. Older entries lack all three.
 A file of results holds one entry per line. Such a file is committed, and a comparison goes on from it.
 """
 
@@ -83,8 +83,10 @@ def evaluations(metrics_path: pathlib.Path, prefixes: tuple[str, ...]) -> list[d
 def accuracies(directory: pathlib.Path, step: float) -> list[float]:
     """Returns the accuracy of each held-out prompt at a step of a run; [] if the run has not recorded it."""
     file = directory / HELD_OUT_ACCURACY
-    found = [line["accuracy"] for line in (read_metrics(file) if file.exists() else ()) if line["step"] == step]
-    return found[-1] if found else []
+    lines = read_metrics(file) if file.exists() else []
+    if not all("accuracy" in line for line in lines):
+        raise ConfigError(f'{file} has a line without "accuracy"; remove the file, and the result has no accuracies.')
+    return next((line["accuracy"] for line in reversed(lines) if line["step"] == step), [])
 
 
 def digest_of_prompts(fingerprint: str, batches: Iterable[PromptBatch]) -> str:

@@ -101,6 +101,29 @@ class Study:
                 lock.close()  # another process has finished it in the meantime
         return None
 
+    def check_inputs(self, unit: Unit, inputs: Mapping[str, str]) -> None:
+        """Raises ConfigError if data or reward files have changed since another seed of a row, or its start, was trained.
+
+        `inputs` maps "data", and the names of rewards in files, to digests. Results of earlier versions have none.
+        """
+        if unit.row is None:
+            return
+        row, key = unit.row, (unit.row.name, unit.row.digest)
+        known = {seed: entry for (name, seed, digest), entry in self.entries.items() if (name, digest) == key}
+        known |= {seed: entry for seed in self.seeds if (entry := self.entry(row, seed))}
+        trained = [(f"seed {seed} of {row.name!r}", entry.get("inputs", {})) for seed, entry in known.items()]
+        if row.config.data == self.rows[0].config.data and (start := read_result(unit.directory.parent / START)):
+            data = {name: digest for name, digest in start.get("inputs", {}).items() if name == "data"}
+            trained.append((f"the start in {unit.directory.parent / START}", data))
+        for title, others in trained:
+            for name, digest in others.items():
+                if inputs.get(name, digest) != digest:
+                    what = "The data of" if name == "data" else f"The file of the reward {name!r} of"
+                    raise ConfigError(
+                        f"{what} {unit.directory} have changed since {title} was trained; restore the old content, or choose "
+                        "another work directory and another file of results."
+                    )
+
 
 def read_result(directory: pathlib.Path) -> dict[str, Any] | None:
     """Returns the content of a result.json; None if there is none. Raises ConfigError for a damaged file."""

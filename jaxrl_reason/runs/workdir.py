@@ -43,7 +43,7 @@ class Workdir:
     """
 
     def __init__(self, path: str | os.PathLike, config: Config, fingerprint: str):
-        self.path = pathlib.Path(path).expanduser().resolve()
+        self.path, self.fingerprint = pathlib.Path(path).expanduser().resolve(), fingerprint
         self._file, self._tokenizer = self.path / "config.json", self.path / "tokenizer"
         self._identity = json.loads(json.dumps({"config": config_lib.to_dict(config), "data_fingerprint": fingerprint}))
         if self._file.exists():
@@ -143,10 +143,14 @@ def write_recipe(workdir: pathlib.Path, name: str, values: Mapping[str, Any]) ->
 
 
 def read_recipe(workdir: pathlib.Path) -> tuple[str, dict[str, Any]] | None:
-    """Returns what `write_recipe` wrote; None if the run began without a recipe."""
+    """Returns what `write_recipe` wrote; None if the run began without a recipe. Raises ValueError for a damaged file."""
     file = workdir / _RECIPE
-    found = read_json(file) if file.is_file() else None
-    return None if found is None else (found["recipe"], found["config"])
+    if not file.is_file():
+        return None
+    found = read_json(file)
+    if not isinstance(found.get("recipe"), str) or not isinstance(found.get("config"), dict):
+        raise ConfigError(f"{file} is damaged; remove it, and the report shows no differences to the recipe.")
+    return found["recipe"], found["config"]
 
 
 def model_source(path: pathlib.Path) -> dict[str, Any] | None:

@@ -145,6 +145,15 @@ def test_without_all_accuracies_of_the_same_prompts_there_is_no_such_interval(ch
     assert results.compared(found, []) == [] and ("eval/accuracy" in found["plain"]["difference"]) == bool(change)
 
 
+def test_lines_without_accuracies_are_one_sentence(tmp_path):
+    file, line = tmp_path / "held_out_accuracy.jsonl", '{"step": %d, "accuracy": [%s]}\n'
+    file.write_text(line % (2, "0.5") + line % (4, "0.25") + line % (4, "0.75"))
+    assert [results.accuracies(tmp_path, step) for step in (2, 4, 6)] == [[0.5], [0.75], []]
+    file.write_text(line % (2, "0.5") + '{"step": 4}\n')
+    with pytest.raises(ConfigError, match='held_out_accuracy.jsonl has a line without "accuracy"; remove the file'):
+        results.accuracies(tmp_path, 2)
+
+
 def test_the_digest_of_prompts_is_that_of_their_data_and_order():
     batch = lambda *rows, weight=(1, 1): types.SimpleNamespace(prompt_ids=np.array(rows), weight=np.array(weight))
     digest = results.digest_of_prompts("f", [batch(0, 1), batch(2, 2, weight=(1, 0))])

@@ -181,6 +181,22 @@ def test_a_run_is_taken_when_its_start_is_made(tmp_path):
     assert runs.unfinished() == []  # no row needs the start
 
 
+def test_the_rows_of_a_seed_have_the_data_of_its_start(tmp_path):
+    rows = {"tuned": {"optimizer.b1": 0.8}, "other data": {"data.train": "other.jsonl"}}
+    start, method, tuned, other = study.plan(
+        (c := tiny("rows.jsonl", supervised__steps=1)), rows, tmp_path, seeds=[0]
+    ).units
+    runs = study.plan(c, rows, tmp_path, seeds=[0])
+    start.directory.mkdir(parents=True)
+    found = {"config": start.digest, "inputs": {"data": "a", "r.py:f": "b"}}
+    (start.directory / "result.json").write_text(json.dumps(found))
+    for unit, inputs in ((method, {"data": "a", "r.py:f": "c"}), (other, {"data": "d"}), (start, {"data": "d"})):
+        runs.check_inputs(unit, inputs)
+    for unit in (method, tuned):
+        with pytest.raises(ConfigError, match="The data of .* have changed since the start in .*start was trained"):
+            runs.check_inputs(unit, {"data": "d"})
+
+
 def finished(tmp_path, **changes):
     """Writes the result of a run of 2 steps, and returns the plan of the comparison with changes."""
     (unit,) = study.plan(tiny("rows.jsonl", steps=2), {}, tmp_path, seeds=[0]).units

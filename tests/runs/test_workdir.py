@@ -9,7 +9,7 @@ import pytest
 from helpers.tiny_runs import change, tiny, write_rows
 from jaxrl_reason import data, reward_training, train
 from jaxrl_reason.config import Config, ConfigError, Data, Model
-from jaxrl_reason.runs.workdir import Workdir
+from jaxrl_reason.runs.workdir import read_recipe, Workdir, write_recipe
 
 TOKENIZER = data.train_tokenizer([], vocab_size=259)
 TWO_ENDS = data.Tokenizer(TOKENIZER.backend, eos_ids=(2, 0), pad_id=0, bos_id=1)
@@ -149,3 +149,13 @@ def test_other_directories_are_left_alone(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="config.json is not valid JSON .*; restore it"):
         Workdir(tmp_path, Config(), "f")
+
+
+def test_a_damaged_file_of_the_recipe_is_one_sentence(tmp_path):
+    assert read_recipe(tmp_path) is None
+    write_recipe(tmp_path, "mine.py", {"steps": 2})
+    assert read_recipe(tmp_path) == ("mine.py", {"steps": 2})
+    for text in ("{}", '{"recipe": "mine.py", "config": []}', '{"recipe": 1, "config": {}}'):
+        (tmp_path / "recipe.json").write_text(text)
+        with pytest.raises(ConfigError, match="recipe.json is damaged; remove it, and the report shows no differences"):
+            read_recipe(tmp_path)

@@ -103,7 +103,7 @@ def load_table(
     for option, value in (("categorical", categorical), ("missing", missing)):
         if value not in _OPTIONS[option]:
             raise ValueError(f"{option} is {value!r}; it has to be one of {', '.join(map(repr, _OPTIONS[option]))}.")
-    if name.endswith(".csv"):
+    if name.lower().endswith(".csv"):
         return _read_table(pathlib.Path(name).expanduser(), split, target, categorical, missing)
     full = name.partition(":")[0]  # without a version
     own = TARGETS.get(full) or TARGETS.get(full.partition("/")[0])
