@@ -31,13 +31,13 @@ from jaxrl_reason.methods import Method
 from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.rewards.loading import file_digest
 from jaxrl_reason.rl import hosts
-from jaxrl_reason.runs import command, locks, pictures, results, study
+from jaxrl_reason.runs import command, locks, pictures, results, study, summary
 from jaxrl_reason.runs.files import write_json
 from jaxrl_reason.runs.report import write_comparison
 from jaxrl_reason.runs.study import START, Study, Unit
 from jaxrl_reason.runs.workdir import write_recipe
 
-Rows = dict[str, dict[str, Any]]  # row -> metrics, see `results.summarize`
+Rows = dict[str, dict[str, Any]]  # row -> metrics, see `summary.summarize`
 _POLL = 1.0  # seconds between two looks at the runs of other processes
 
 
@@ -79,7 +79,7 @@ def compare(
       results_file: a file of results; its runs count as trained, and the results of all finished runs are written to it.
 
     Returns:
-      row -> metrics, as in comparison.json: see `results.summarize`. The row "start" is the policy that all runs begin
+      row -> metrics, as in comparison.json: see `summary.summarize`. The row "start" is the policy that all runs begin
       with. "differs" maps configuration fields to the values of a row, if rows have different ones.
     """
     return train_all(prepare(config, baselines, workdir, seeds=seeds, only=only, results_file=results_file))
@@ -263,13 +263,13 @@ def report(comparison: Comparison) -> Rows:
         if of_row := {seed: entry for seed in runs.seeds if (entry := runs.entry(row, seed))}:
             entries[row.name] = of_row
     _keep(comparison, [entry for of_row in entries.values() for entry in of_row.values()])
-    rows = results.summarize(entries, runs.rows[0].name, tasks.BASELINES)
+    rows = summary.summarize(entries, runs.rows[0].name, tasks.BASELINES)
     for name, values in study.differing_fields(runs.rows).items():
         if name in rows:
             rows[name]["differs"] = values
     shown = tasks.headlines(comparison.method)
     names = _metrics(rows, shown)
-    curves = {name: found for name in names if (found := results.curves(entries, name))}
+    curves = {name: found for name in names if (found := summary.curves(entries, name))}
     places = {row.name: {seed: runs.place(row, seed) for seed in runs.seeds} for row in runs.rows}
     with locks.held(runs.workdir / "comparison.lock"):
         write_json(runs.workdir / "comparison.json", rows)
@@ -292,7 +292,7 @@ def print_rows(console: rich.console.Console, rows: Rows, shown: tuple[str, ...]
     fields = list(dict.fromkeys(name for row in rows.values() for name in row.get("differs", {})))
     seeds = {title: len(row["runs"]) for title, row in rows.items() if "runs" in row}
     most = max(seeds.values(), default=1)
-    columns, differences, compared = {}, {}, results.compared(rows, names)
+    columns, differences, compared = {}, {}, summary.compared(rows, names)
     for title, row in rows.items():
         count = seeds.get(title, most)
         heading = title if count == most else f"{title} ({count} of {most} seeds)"
@@ -316,7 +316,7 @@ def print_rows(console: rich.console.Console, rows: Rows, shown: tuple[str, ...]
         title = f"Difference to {recipe}, paired by seed, with its 95 % interval"
         pictures.print_table(console, labels(compared), differences, title=title)
         if len(compared) > len(names):
-            say(results.OTHER_PROMPTS_NOTE)
+            say(summary.OTHER_PROMPTS_NOTE)
 
 
 def _field_cell(value: Any) -> str:

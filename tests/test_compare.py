@@ -19,7 +19,7 @@ from helpers.tiny_runs import tiny, write_recipe, write_rows
 from jaxrl_reason import compare, train
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.rl import hosts
-from jaxrl_reason.runs import checkpoints, results, study
+from jaxrl_reason.runs import checkpoints, results, study, summary
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROWS = ("method", "leave_one_out")
@@ -391,12 +391,12 @@ def test_the_tables_of_several_seeds_have_intervals_and_the_fields_that_differ(t
         }
         for seed, x in values.items()
     }
-    rows = results.summarize(
+    rows = summary.summarize(
         {"m": row({0: 0.5, 1: 0.6, 4: 0.7}), "b": row({0: 0.4, 1: 0.4, 4: 0.4}), "c": row({0: 0.2, 1: 0.2})}, "m", ()
     )
     rows["m"]["differs"] = {"method.alpha": 0.3, "optimizer.learning_rate": 1e-4}
     rows["b"]["differs"] = {"optimizer.learning_rate": 2e-4}
-    rows["c"]["difference"][results.OTHER_PROMPTS] = {"mean": -0.35, "low": -0.5, "high": -0.125}
+    rows["c"]["difference"][summary.OTHER_PROMPTS] = {"mean": -0.35, "low": -0.5, "high": -0.125}
     console = rich.console.Console(file=io.StringIO(), width=120)
     compare.print_rows(console, rows, ("accuracy",))
     shown = [line for line in words(console) if isinstance(line, list) or line[0] not in "┏┡├└"]
@@ -411,12 +411,12 @@ def test_the_tables_of_several_seeds_have_intervals_and_the_fields_that_differ(t
         ["start", "b", "c", "(2", "of", "3", "seeds)"],
         ["accuracy"] + "-10.0 [-34.8, +14.8] points -20.0 [-44.8, +4.8] points -35.0 [-98.5, +28.5] points".split(),
         "accuracy, other prompts - - -35.0 [-50.0, -12.5] points".split(),
-        results.OTHER_PROMPTS_NOTE,
+        summary.OTHER_PROMPTS_NOTE,
     ]
     compare.write_comparison(tmp_path / "c.html", rows, {}, ["eval/accuracy"], {}, title="t")
     table = next(table for table in content_of(tmp_path / "c.html")["tables"] if table["title"] == "Differences")
     assert table["head"] == ["", "accuracy", "accuracy, other prompts"]
-    assert table["note"].endswith(results.OTHER_PROMPTS_NOTE)
+    assert table["note"].endswith(summary.OTHER_PROMPTS_NOTE)
     assert table["rows"][-1] == ["c", "-35.0 [-98.5, +28.5] points", "-35.0 [-50.0, -12.5] points"]
 
 

@@ -24,7 +24,7 @@ from helpers.notebooks import (
     write_stand_in,
 )
 from jaxrl_reason import methods, models, runs
-from jaxrl_reason.runs import results
+from jaxrl_reason.runs import result_tables, results
 from jaxrl_reason.tasks import BASELINES
 
 STUDIES = COLAB.parent / "configs" / "results"
@@ -80,7 +80,7 @@ def test_the_table_of_a_study_is_of_its_results(notebook):
     entries = results.read(STUDIES / f"{notebook}.jsonl")
     lines = table.data["text/markdown"].splitlines()
     columns = [name.replace(" ", "_") for name in lines[0].strip("| ").split(" | ")]
-    assert table.data["text/markdown"] == results.markdown(entries, columns, BASELINES)
+    assert table.data["text/markdown"] == result_tables.markdown(entries, columns, BASELINES)
 
 
 def test_one_step_fits_on_a_screen():

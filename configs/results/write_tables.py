@@ -5,7 +5,7 @@ python configs/results/write_tables.py
 
 import pathlib
 
-from jaxrl_reason.runs import results
+from jaxrl_reason.runs.result_tables import with_tables
 from jaxrl_reason.tasks import BASELINES
 
 HERE = pathlib.Path(__file__).parent
@@ -13,6 +13,6 @@ README = HERE.parent / "README.md"
 
 if __name__ == "__main__":
     old = README.read_text()
-    new = results.with_tables(old, HERE, BASELINES)
+    new = with_tables(old, HERE, BASELINES)
     if new != old:
         README.write_text(new)

@@ -5,7 +5,7 @@ import json
 import pathlib
 from typing import Any
 
-from jaxrl_reason.runs import pictures, results
+from jaxrl_reason.runs import pictures, summary
 from jaxrl_reason.runs.report.curves import rounded
 from jaxrl_reason.runs.report.page import write_page
 from jaxrl_reason.runs.statistics import Estimate
@@ -68,7 +68,7 @@ def _tables(
     cells = lambda row: [pictures.cell_with_interval(n, row.get(n), row.get("half_width", {}).get(n)) for n in metrics]
     note = "The last evaluation: mean over seeds ± half-width of the 95 % interval."
     yield {"title": "Results", "note": note, "head": head, "rows": [[name, *cells(row)] for name, row in rows.items()]}
-    compared = results.compared(rows, metrics)
+    compared = summary.compared(rows, metrics)
     differences = [
         [name, *(pictures.cell_of_difference(n, row["difference"].get(n)) for n in compared)]
         for name, row in rows.items()
@@ -77,7 +77,7 @@ def _tables(
     if differences:
         recipe = next((name for name, row in rows.items() if "runs" in row and not row["difference"]), "the recipe")
         note = f"To {recipe}, paired by seed, with the 95 % interval. An interval without 0 is a difference beyond noise of seeds."
-        note += f" {results.OTHER_PROMPTS_NOTE}" if len(compared) > len(metrics) else ""
+        note += f" {summary.OTHER_PROMPTS_NOTE}" if len(compared) > len(metrics) else ""
         yield {"title": "Differences", "note": note, "head": ["", *map(_label, compared)], "rows": differences}
     fields = list(dict.fromkeys(name for row in rows.values() for name in row.get("differs", {})))
     if fields:
