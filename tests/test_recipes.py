@@ -32,7 +32,7 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 MODELS = json.loads((pathlib.Path(__file__).parent / "recipes" / "models.json").read_text())
 RECIPES = sorted(p.stem for p in CONFIGS.glob("*_qwen*.py"))
 FOR_V5E8 = [recipe for recipe in RECIPES if recipe.endswith("_v5e8")]
-TRACED_BY_DEFAULT = ("grpo_qwen3_1_7b_v5e8", "hero_qwen3_4b")
+TRACED_BY_DEFAULT = ("grpo_qwen3_1_7b_v5e8",)
 V5E_BYTES = 15.75 * 2**30  # the part of a chip's memory that programs can use
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"

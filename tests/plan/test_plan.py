@@ -72,7 +72,7 @@ def test_a_step_is_sharded_and_donated_and_its_flops_equal_the_compilers(sharded
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("broken", ["replicated", "undonated"])
+@pytest.mark.parametrize("broken", ["replicated", pytest.param("undonated", marks=pytest.mark.slow)])
 def test_a_broken_step_is_detected(broken, sharded):
     with pytest.raises(AssertionError):
         assert_sound(sharded(broken))

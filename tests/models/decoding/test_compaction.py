@@ -106,7 +106,9 @@ def test_samples_do_not_depend_on_the_loops(name):
 
 
 @pytest.mark.runs
-@pytest.mark.parametrize("sizes", [(1, 1), (5, 0), (12, 5)])  # 5 pieces of 3 places are more than T
+@pytest.mark.parametrize(
+    "sizes", [(1, 1), (5, 0), pytest.param((12, 5), marks=pytest.mark.slow)]
+)  # 5 pieces of 3 places are more than T
 def test_samples_do_not_depend_on_the_sizes(sizes):
     assert_same(run(cache_pieces=sizes[0], halvings=sizes[1]), one_loop("several end tokens"))
 
