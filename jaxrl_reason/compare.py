@@ -31,7 +31,7 @@ from jaxrl_reason.methods import Method
 from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.rewards.loading import file_digest
 from jaxrl_reason.rl import hosts
-from jaxrl_reason.runs import command, locks, pictures, results, study, summary
+from jaxrl_reason.runs import command, inputs, locks, pictures, results, study, summary
 from jaxrl_reason.runs.files import write_json
 from jaxrl_reason.runs.report import write_comparison
 from jaxrl_reason.runs.study import START, Study, Unit
@@ -144,26 +144,35 @@ def _naming(unit: Unit) -> Iterator[None]:
 def _set_up(unit: Unit, lock: contextlib.AbstractContextManager, comparison: Comparison) -> Taken:
     """Sets a run up, and writes the recipe from which its report shows differences.
 
-    Raises what `train.setup` raises; for a baseline, a ConfigError that names it. Raises ConfigError if data or reward files
-    have changed since other runs of the row.
+    Raises what `train.setup` raises, and ConfigError if data or reward files have changed since other runs of the row; for a
+    baseline, a ConfigError that names it. Nothing is written then.
     """
+
+    def check(run: train.Run) -> None:
+        if hosts.is_first():
+            comparison.study.check_inputs(unit, _inputs(run))
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock)
         with _naming(unit):
-            run = train.setup(unit.config, unit.directory)
-            check = lambda: comparison.study.check_inputs(unit, _inputs(run)) if hosts.is_first() else None
-            hosts.agree(check, ConfigError)
-            if unit.row and hosts.is_first():
-                write_recipe(unit.directory, "the recipe of the comparison", comparison.recipe)
+            run = train.setup(unit.config, unit.directory, check=check)
+            if hosts.is_first():
+                inputs.write(unit.directory, _inputs(run))
+                if unit.row:
+                    write_recipe(unit.directory, "the recipe of the comparison", comparison.recipe)
         stack.pop_all()  # the lock is held from here on
     return Taken(unit, lock, run)
 
 
-def _inputs(run: train.Run) -> dict[str, str]:
-    """Returns digests of the files that a configuration names, which may change: "data", and each reward of a file."""
-    c, data = run.config, {"data": run.task.work.fingerprint}
-    rewards = {spec: digest for spec in c.reward.functions if (digest := file_digest(spec))}
-    return (data if kind_of(c.data.train) or kind_of(c.data.eval) else {}) | rewards
+def _inputs(run: train.Run) -> inputs.Inputs:
+    """Returns the digests of the files that a configuration names. TFDS names the version of its data, so it needs none."""
+    c = run.config
+    found = {spec: digest for spec in c.reward.functions if (digest := file_digest(spec))}
+    if any(kind_of(name) or name.startswith("hf://") for name in (c.data.train, c.data.eval)):
+        found["data"] = run.task.work.fingerprint
+    if run.reward_phase and run.reward_phase.work and c.reward_model.data:
+        found["pairs"] = run.reward_phase.work.fingerprint
+    return found
 
 
 def train_all(comparison: Comparison) -> Rows:
@@ -217,15 +226,15 @@ def _work(comparison: Comparison, unit: Unit, run: train.Run) -> None:
     else:
         train.train(run)
     if hosts.is_first():
-        _write_result(comparison, unit, run, baselines)
+        _write_result(comparison, unit, run.task, baselines)
 
 
-def _write_result(comparison: Comparison, unit: Unit, run: train.Run, baselines: dict[str, float]) -> None:
-    directory, task = unit.directory, run.task
+def _write_result(comparison: Comparison, unit: Unit, task: tasks.Task, baselines: dict[str, float]) -> None:
+    directory = unit.directory
     if unit.row is None:
         phases = (directory / phase / "metrics.jsonl" for phase in ("supervised", "reward_model"))
         found = {"config": unit.digest, "seconds": results.seconds(*phases), "baselines": baselines}
-        write_json(directory / "result.json", found | {"inputs": _inputs(run)})
+        write_json(directory / "result.json", found)
         return
     metrics, start = directory / "metrics.jsonl", study.read_result(directory.parent / START) or {}
     evaluations = results.evaluations(metrics, ("eval/", *tasks.BASELINES))
@@ -237,7 +246,7 @@ def _write_result(comparison: Comparison, unit: Unit, run: train.Run, baselines:
         "seed": unit.seed,
         "changes": json.loads(json.dumps(dict(unit.row.changes), default=dataclasses.asdict)),
         "config": unit.digest,
-        "inputs": _inputs(run),
+        "inputs": inputs.read(directory),
         "versions": results.versions(),
         "seconds": results.seconds(metrics),
         "start_seconds": start.get("seconds", 0.0),

@@ -63,22 +63,35 @@ class Run:
     scorer = property(lambda self: self.task.scorer)
 
 
-def setup(config: Config, workdir: str | pathlib.Path, *, begin: bool = True) -> Run:
+def setup(
+    config: Config,
+    workdir: str | pathlib.Path,
+    *,
+    begin: bool = True,
+    check: Callable[[Run], None] = lambda _: None,
+) -> Run:
     """Checks the configuration, the data, the rewards and the work directory, then writes to the directory. Compiles nothing.
 
     On several processes the first one sets up first, and the others find the files it has prepared. With begin=False,
-    the directory of a run that has begun is only read.
+    the directory of a run that has begun is only read. Before anything is written, `check` may refuse the run by what it
+    raises.
 
     Raises:
       ConfigError, RewardError, ValueError, OSError: a sentence that names the fault and its place.
     """
     compilation_cache.enable(config.compilation_cache)
-    turns = [hosts.agree(lambda: _setup(config, workdir, begin) if hosts.is_first() else None, ConfigError, *_REFUSALS)]
+    turns = [
+        hosts.agree(
+            lambda: _setup(config, workdir, begin, check) if hosts.is_first() else None, ConfigError, *_REFUSALS
+        )
+    ]
     with warnings.catch_warnings():
         if not hosts.is_first():
             warnings.simplefilter("ignore")  # the first process has printed them
         turns += [
-            hosts.agree(lambda: None if hosts.is_first() else _setup(config, workdir, begin), ConfigError, *_REFUSALS)
+            hosts.agree(
+                lambda: None if hosts.is_first() else _setup(config, workdir, begin, check), ConfigError, *_REFUSALS
+            )
         ]
     return next(run for run in turns if run)
 
@@ -86,7 +99,7 @@ def setup(config: Config, workdir: str | pathlib.Path, *, begin: bool = True) ->
 _REFUSALS = (RewardError, ValueError, OSError)
 
 
-def _setup(config: Config, workdir: str | pathlib.Path, begin: bool) -> Run:
+def _setup(config: Config, workdir: str | pathlib.Path, begin: bool, check: Callable[[Run], None]) -> Run:
     method = config_lib.validate(config)
     if hosts.is_first():
         trackers.check(config)
@@ -98,6 +111,8 @@ def _setup(config: Config, workdir: str | pathlib.Path, begin: bool) -> Run:
         reward_phase = model_training.setup(
             config, model=task.model, work=task.work, tokenizer=cast(Tokenizer, task.tokenizer), mesh=mesh
         )
+    run = Run(config, method, task, programs, reward_phase)
+    check(run)
     if hosts.is_first() and begin:
         with task.work.lock():
             task.work.begin(task.tokenizer, task.pretrained)
@@ -105,7 +120,7 @@ def _setup(config: Config, workdir: str | pathlib.Path, begin: bool) -> Run:
                 model_training.begin(reward_phase, task.work.path)
     else:
         task.work.check_shared()
-    return Run(config, method, task, programs, reward_phase)
+    return run
 
 
 class Collected(NamedTuple):

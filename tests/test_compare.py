@@ -258,24 +258,45 @@ def test_a_baseline_that_cannot_begin_is_named_when_the_method_has_ended(tmp_pat
     assert trained == [0]  # the method's run is not pending any more
 
 
-@pytest.mark.parametrize("changed", ["rows.jsonl", "even.py", ""])
+@pytest.mark.parametrize("changed", ["rows.jsonl", "even.py"])
 def test_data_and_reward_files_may_not_change_between_the_seeds_of_a_row(changed, tmp_path, untrained):
     (tmp_path / "even.py").write_text("def even(completions, **_):\n    return [0.0 for _ in completions]\n")
     spec = f"{tmp_path / 'even.py'}:even"
     config = tiny(write_rows(tmp_path / "rows.jsonl"), eval__every=1, reward__functions=[spec])
-    results_file = tmp_path / "results.jsonl"
+    results_file, file, text = tmp_path / "results.jsonl", tmp_path / changed, (tmp_path / changed).read_text()
     compare.compare(config, {}, tmp_path / "runs", seeds=[3], results_file=results_file)
-    if not changed:
-        assert len(compare.compare(config, {}, tmp_path / "others", seeds=[1], results_file=results_file)) == 2
-        return
-    file = tmp_path / changed
-    file.write_text(file.read_text().replace("3", "4").replace("0.0", "1.0"))
-    what = "The data of" if changed == "rows.jsonl" else f"The file of the reward {spec!r} of"
-    for workdir, options in (("runs", {}), ("others", {"results_file": results_file})):  # found in either place
-        seeds = [3, 1] if workdir == "runs" else [1]
-        sentence = f"{what} {tmp_path / workdir / 'seed-1' / 'method'} have changed since seed 3 of 'grpo' was trained; restore"
+    file.write_text(text.replace("3", "4").replace("0.0", "1.0"))
+    what = "other data" if changed == "rows.jsonl" else f"another file of the reward {spec!r}"
+    for workdir, seeds, other in (
+        ("runs", [3, 1], tmp_path / "runs" / "seed-3" / "method"),
+        ("others", [1], "seed 3 of 'grpo' in the file of results"),
+    ):
+        options = {"seeds": seeds, "results_file": results_file if workdir == "others" else None}
+        sentence = (
+            f"{tmp_path / workdir / 'seed-1' / 'method'} would have {what} than {other}, because a file has changed"
+        )
         with pytest.raises(ConfigError, match=re.escape(sentence)):
-            compare.compare(config, {}, tmp_path / workdir, seeds=seeds, **options)
+            compare.compare(config, {}, tmp_path / workdir, **options)
+        file.write_text(text)
+        assert len(compare.compare(config, {}, tmp_path / workdir, **options)) == 2  # nothing was written before
+        file.write_text(text.replace("3", "4").replace("0.0", "1.0"))
+
+
+def test_a_file_that_changes_during_a_run_is_noticed(tmp_path, monkeypatch, untrained):
+    (tmp_path / "even.py").write_text("def even(completions, **_):\n    return [0.0 for _ in completions]\n")
+    config = tiny(
+        write_rows(tmp_path / "rows.jsonl"), eval__every=1, reward__functions=[f"{tmp_path / 'even.py'}:even"]
+    )
+
+    def edited(run):
+        run.work.path.mkdir(exist_ok=True)
+        (tmp_path / "even.py").write_text("def even(completions, **_):\n    return [1.0 for _ in completions]\n")
+
+    monkeypatch.setattr(train, "train", edited)
+    with pytest.raises(
+        ConfigError, match="seed-1/method would have another file of the reward .* than .*/seed-3/method"
+    ):
+        compare.compare(config, {}, tmp_path / "runs", seeds=[3, 1])
 
 
 HOLD = "import pathlib, sys; from jaxrl_reason.runs import locks; lock = locks.take(pathlib.Path(sys.argv[1])); print(); input()"

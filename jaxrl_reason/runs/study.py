@@ -19,7 +19,7 @@ from typing import Any, IO, NamedTuple
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import methods
 from jaxrl_reason.config import Config, ConfigError
-from jaxrl_reason.runs import locks, results
+from jaxrl_reason.runs import inputs, locks, results
 
 START, METHOD = "start", "method"  # the directories of the start that rows share, and of the recipe
 _REWARD_MODEL = "reward_model/reward_model.json"  # of a start: its last file, see rewards/model_files.py
@@ -101,28 +101,26 @@ class Study:
                 lock.close()  # another process has finished it in the meantime
         return None
 
-    def check_inputs(self, unit: Unit, inputs: Mapping[str, str]) -> None:
-        """Raises ConfigError if data or reward files have changed since another seed of a row, or its start, was trained.
+    def check_inputs(self, unit: Unit, found: inputs.Inputs) -> None:
+        """Raises ConfigError if a run has not the inputs of the other seeds of its row, and the data of its start."""
+        places = [self.workdir / f"seed-{seed}" / unit.directory.name for seed in self.seeds]
+        others = [(str(place), inputs.read(place)) for place in places]
+        same_data = {row.digest for row in self.rows if row.config.data == self.rows[0].config.data}
+        if unit.row and unit.row.digest in same_data:
+            start = unit.directory.parent / START
+            others.append((str(start), _only_data(inputs.read(start))))
+        for (name, seed, digest), entry in self.entries.items():
+            known = entry.get("inputs", {})
+            if unit.row and (name, digest) != (unit.row.name, unit.row.digest):
+                continue
+            if unit.row is None:  # a start has the data of the rows
+                known = _only_data(known) if digest in same_data else {}
+            others.append((f"seed {seed} of {name!r} in the file of results", known))
+        inputs.check(unit.directory, found, others)
 
-        `inputs` maps "data", and the names of rewards in files, to digests. Results of earlier versions have none.
-        """
-        if unit.row is None:
-            return
-        row, key = unit.row, (unit.row.name, unit.row.digest)
-        known = {seed: entry for (name, seed, digest), entry in self.entries.items() if (name, digest) == key}
-        known |= {seed: entry for seed in self.seeds if (entry := self.entry(row, seed))}
-        trained = [(f"seed {seed} of {row.name!r}", entry.get("inputs", {})) for seed, entry in known.items()]
-        if row.config.data == self.rows[0].config.data and (start := read_result(unit.directory.parent / START)):
-            data = {name: digest for name, digest in start.get("inputs", {}).items() if name == "data"}
-            trained.append((f"the start in {unit.directory.parent / START}", data))
-        for title, others in trained:
-            for name, digest in others.items():
-                if inputs.get(name, digest) != digest:
-                    what = "The data of" if name == "data" else f"The file of the reward {name!r} of"
-                    raise ConfigError(
-                        f"{what} {unit.directory} have changed since {title} was trained; restore the old content, or choose "
-                        "another work directory and another file of results."
-                    )
+
+def _only_data(found: inputs.Inputs) -> inputs.Inputs:
+    return {name: digest for name, digest in found.items() if name == "data"}
 
 
 def read_result(directory: pathlib.Path) -> dict[str, Any] | None:

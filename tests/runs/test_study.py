@@ -7,7 +7,7 @@ import pytest
 
 from helpers.tiny_runs import tiny, write_rows
 from jaxrl_reason.config import ConfigError, RewardModel
-from jaxrl_reason.runs import results, study
+from jaxrl_reason.runs import inputs, results, study
 
 LEARNED = {"reward__functions": ["strict", "reward_model"], "reward__weights": [1.0, 0.0]}
 
@@ -181,20 +181,43 @@ def test_a_run_is_taken_when_its_start_is_made(tmp_path):
     assert runs.unfinished() == []  # no row needs the start
 
 
-def test_the_rows_of_a_seed_have_the_data_of_its_start(tmp_path):
+def test_the_rows_of_a_seed_have_the_data_of_its_start_and_all_starts_have_the_same(tmp_path):
     rows = {"tuned": {"optimizer.b1": 0.8}, "other data": {"data.train": "other.jsonl"}}
-    start, method, tuned, other = study.plan(
-        (c := tiny("rows.jsonl", supervised__steps=1)), rows, tmp_path, seeds=[0]
-    ).units
-    runs = study.plan(c, rows, tmp_path, seeds=[0])
+    runs = study.plan(tiny("rows.jsonl", supervised__steps=1), rows, tmp_path, seeds=[0, 1])
+    start, method, tuned, other, start_1 = runs.units[:5]
     start.directory.mkdir(parents=True)
-    found = {"config": start.digest, "inputs": {"data": "a", "r.py:f": "b"}}
-    (start.directory / "result.json").write_text(json.dumps(found))
-    for unit, inputs in ((method, {"data": "a", "r.py:f": "c"}), (other, {"data": "d"}), (start, {"data": "d"})):
-        runs.check_inputs(unit, inputs)
-    for unit in (method, tuned):
-        with pytest.raises(ConfigError, match="The data of .* have changed since the start in .*start was trained"):
+    inputs.write(start.directory, {"data": "a", "pairs": "b", "r.py:f": "c"})
+    for unit, found in ((method, {"data": "a", "pairs": "d", "r.py:f": "d"}), (other, {"data": "d"}), (start_1, {})):
+        runs.check_inputs(unit, found)
+    for unit in (method, tuned, start_1, start):
+        with pytest.raises(ConfigError, match="would have other data than .*seed-0/start, because a file has changed"):
             runs.check_inputs(unit, {"data": "d"})
+    with pytest.raises(ConfigError, match="would have other pairs for the reward model than .*seed-0/start"):
+        runs.check_inputs(start_1, {"data": "a", "pairs": "d"})
+
+
+def test_a_start_has_the_data_of_the_rows_in_the_file_of_results(tmp_path):
+    rows = {"other data": {"data.train": "other.jsonl"}}
+    config = tiny("rows.jsonl", supervised__steps=1)
+    method, other = study.plan(config, rows, tmp_path, seeds=[0]).rows
+    entry = lambda row, data: {
+        "row": row.name,
+        "seed": 0,
+        "config": row.digest,
+        "inputs": {"data": data, "r.py:f": "c"},
+    }
+    runs = study.plan(config, rows, tmp_path, seeds=[1], done=[entry(method, "a"), entry(other, "b")])
+    runs.check_inputs(runs.units[0], {"data": "a", "r.py:f": "d"})
+    with pytest.raises(ConfigError, match="would have other data than seed 0 of 'grpo' in the file of results"):
+        runs.check_inputs(runs.units[0], {"data": "b"})
+
+
+def test_damaged_inputs_are_one_sentence(tmp_path):
+    assert inputs.read(tmp_path) == {}
+    for text in ("{", "[1]", "3"):
+        (tmp_path / "inputs.json").write_text(text)
+        with pytest.raises(ConfigError, match="inputs.json is damaged .*; remove the directory"):
+            inputs.read(tmp_path)
 
 
 def finished(tmp_path, **changes):
