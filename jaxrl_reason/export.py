@@ -53,7 +53,7 @@ def load_policy(workdir: pathlib.Path, checkpoint: int | None = None) -> tuple[i
 
 def load_reward_model(workdir: pathlib.Path) -> models.RewardModel:
     """Reads a run's reward model, on the host. Raises ConfigError, ValueError or OSError without one to read."""
-    runs.load_config(workdir, {})
+    config = runs.load_config(workdir, {})
     directory = workdir / "reward_model"
     if not model_files.is_ours(directory):
         raise ConfigError(f"The run in {workdir} has trained no reward model.")
@@ -61,7 +61,8 @@ def load_reward_model(workdir: pathlib.Path) -> models.RewardModel:
     host = sharding.make_mesh(1, 1, 1, devices=jax.local_devices(backend="cpu")[:1])
     digest = model_files.tokenizer_digest(tokenizer)
     model, params = model_files.load_reward_model(directory, digest, mesh=host)
-    return models.RewardModel(model, params, tokenizer, {}, models.tokenizer_files(directory / "tokenizer"))
+    source = {"max_position_embeddings": config.max_prompt_length + config.max_completion_length}
+    return models.RewardModel(model, params, tokenizer, source, models.tokenizer_files(directory / "tokenizer"))
 
 
 def check_adapters(workdir: pathlib.Path) -> str:

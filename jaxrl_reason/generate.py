@@ -9,7 +9,7 @@ A run that predicts numbers takes rows of its table: --prompt='{"age": 59, "bmi"
 each row it prints the mean of the samples, config.eval.samples by default, their median and their standard deviation.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import json
 import pathlib
@@ -22,6 +22,7 @@ from jaxrl_reason import config as config_lib
 from jaxrl_reason import data, runs
 from jaxrl_reason.config import ConfigError
 from jaxrl_reason.data.parsers import read_cells
+from jaxrl_reason.data.prompts import parse_turns
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs import command
 from jaxrl_reason.runs.command import Flag
@@ -78,7 +79,7 @@ def prepare(arguments: command.Arguments) -> Generation | Regression:
     if not prompts and jax.process_count() > 1:
         raise ConfigError("A session runs on one process; on several, give --prompt or --prompts.")
     template = config_lib.prompt_template(opened.config, opened.tokenizer)
-    ids = [encode(opened, template, question(prompt)) for prompt in prompts]
+    ids = [encode(opened, template, row_of(prompt)) for prompt in prompts]
     return Generation(opened, template, prompts, ids, Sampler(opened, opened.load()), arguments.out)
 
 
@@ -110,11 +111,12 @@ def _regression(opened: OpenedPolicy, prompts: list[Any], out: pathlib.Path | No
     return Regression(opened, rows, open_rows(opened.config, opened.mesh, opened.workdir, rows), out)
 
 
-def encode(opened: OpenedPolicy, template: Any, question: Any) -> list[int]:
-    """Returns the ids of a prompt. Raises ValueError if it is empty or too long."""
+def encode(opened: OpenedPolicy, template: Any, row: Mapping[str, Any]) -> list[int]:
+    """Returns the ids of a prompt: a question, with the other columns of the template. Raises ValueError if it is empty or too long."""
+    question = row["question"]
     if not question:
         raise ValueError("A prompt is empty; give a text.")
-    c, text = opened.config, template.render_prompt({"question": question})
+    c, text = opened.config, template.render_prompt(row)
     if any("\ud800" <= x <= "\udfff" for x in text):
         raise ValueError(f"The prompt {question!r:.60} has half of a surrogate pair or bytes that are not UTF-8.")
     ids = opened.tokenizer.encode(text, add_bos=config_lib.begins_with_bos(c, opened.tokenizer))
@@ -159,12 +161,14 @@ def _parsed(path: pathlib.Path, number: int, line: str) -> Any:
         raise ConfigError(f"{path}, line {number}, is not JSON: {e}.") from e
 
 
-def question(prompt: Any) -> Any:
-    """Returns the question of a prompt: a text, a conversation, or an object with a "question" or a "prompt"."""
-    found = prompt.get("question", prompt.get("prompt")) if isinstance(prompt, dict) else prompt
+def row_of(prompt: Any) -> dict[str, Any]:
+    """Returns the row of a prompt: a text, a conversation, or an object with a "question" or a "prompt", and other columns."""
+    row = prompt if isinstance(prompt, dict) else {"question": prompt}
+    found = row.get("question", row.get("prompt"))
     if not isinstance(found, str | list):
         raise ConfigError(f'A prompt is {prompt!r:.60}; give a text, or an object with a "question" or a "prompt".')
-    return found
+    # As in training, a conversation in a row may be JSON text.
+    return row | {"question": parse_turns(found) if row is prompt else found}
 
 
 def generate(generation: Generation | Regression) -> None:
@@ -177,7 +181,7 @@ def generate(generation: Generation | Regression) -> None:
     found = sampler(ids)
     if not hosts.is_first():
         return None
-    prompts = [question(prompt) for prompt in prompts]
+    prompts = [row_of(prompt)["question"] for prompt in prompts]
     _write(out, [{"prompt": p, "samples": [s._asdict() for s in samples]} for p, samples in zip(prompts, found)])
     for prompt, samples in zip(prompts, found):
         print(f"> {visible(prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False))}")
@@ -228,7 +232,7 @@ def session(generation: Generation) -> None:
             continue
         asks: Any = [*turns, {"role": "user", "content": text}] if chat else text
         try:
-            ids = encode(opened, template, asks)
+            ids = encode(opened, template, {"question": asks})
         except ValueError as e:
             print(f"error: {visible(str(e))}", flush=True)
             continue

@@ -197,6 +197,16 @@ def test_the_index_that_pandas_writes_is_left_out_as_in_training(tmp_path):
         assert generate.read_prompts(tmp_path / "p.csv") == [{"age": "59", "bmi": "32.1"}, {"age": "48", "bmi": "21.6"}]
 
 
+def test_a_row_has_the_columns_of_the_template_and_may_hold_a_conversation(policy):
+    turns = [{"role": "user", "content": "hello"}]
+    assert generate.row_of({"prompt": json.dumps(turns), "hint": "h"})["question"] == turns
+    assert generate.row_of(json.dumps(turns)) == {"question": json.dumps(turns)}
+    row = generate.row_of({"question": "3", "hint": "4"})
+    opened = policies.open_policy(str(policy), {})
+    template = data.get_template("{hint} and {question}")
+    assert generate.encode(opened, template, row) == opened.tokenizer.encode("4 and 3", add_bos=False)
+
+
 @pytest.mark.parametrize(
     "name, content, said",
     [

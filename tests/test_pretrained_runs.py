@@ -617,6 +617,7 @@ def test_a_trained_reward_model_is_exported(rows, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, judge.params, params)
     content = json.loads((tmp_path / "out" / "config.json").read_text())
     assert content["architectures"] == ["Qwen3ForSequenceClassification"] and content["num_labels"] == 1
+    assert content["max_position_embeddings"] == config.max_prompt_length + config.max_completion_length
     # Another run can use the export.
     other = tiny(
         pairs, reward=config.reward, method=config.method, reward_model=RewardModel(path=str(tmp_path / "out"))

@@ -50,15 +50,15 @@ def after(steps: int, transform: AdvantageTransform) -> AdvantageTransform:
     """Applies a transformation from update number `steps` on, and leaves advantages unchanged until then.
 
     The count of updates is checkpointed state. The transformation's own state changes from the first update on. Raises
-    ValueError for negative steps.
+    ValueError for negative steps and those beyond int32.
 
     Example:
       >>> inputs = AdvantageInputs(jnp.array([[1.0, 0.0]]), jnp.ones((1, 2, 3)))
       >>> print(after(1, center_by_group()).update(inputs.rewards, (jnp.int32(1), ()), inputs)[0])
       [[ 0.5 -0.5]]
     """
-    if steps < 0:
-        raise ValueError(f"after: steps is {steps}; it must be at least 0.")
+    if not 0 <= steps < 2**31:
+        raise ValueError(f"after: steps is {steps}; it must be at least 0 and at most 2147483647.")
     if steps == 0:
         return transform
 

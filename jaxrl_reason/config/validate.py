@@ -37,6 +37,17 @@ def _changed(section: Any, names: Iterable[str]) -> str:
     return next((name for name in names if getattr(section, name) != getattr(default, name)), "")
 
 
+_OF_QUESTIONS = (
+    "template",
+    "chat",
+    "add_bos",
+    "columns",
+    "eval_columns",
+    "on_bad_row",
+    "on_long_prompt",
+)  # not of tables
+
+
 def _all_text(columns: Mapping[Any, Any]) -> bool:
     return all(isinstance(name, str) for item in columns.items() for name in item)
 
@@ -135,7 +146,7 @@ RULES = (
          "set config.method.dynamic_sampling=false"),
     Rule("lora.rank", lambda c, m: c.regression.tokenizer and c.lora.rank,
          "a regression run learns new number tokens, and adapters cannot: set it to 0"),
-    Rule("data.{found}", lambda c, m: c.regression.tokenizer and _changed(c.data, ("template", "chat", "add_bos")),
+    Rule("data.{found}", lambda c, m: c.regression.tokenizer and _changed(c.data, _OF_QUESTIONS),
          "a regression run (config.regression.tokenizer) does not use it: leave it out"),
     Rule("data.tokenizer", lambda c, m: c.regression.tokenizer and c.model.path and c.data.tokenizer,
          "a regression run uses the tokenizer of config.model.path: leave it empty"),
@@ -291,6 +302,6 @@ def _chain_error(config: Config, method: Method, signals: frozenset[str]) -> Exc
     inputs = dict.fromkeys(AdvantageInputs._fields) | inputs
     try:
         jax.eval_shape(method.advantage.update, None, jax.eval_shape(method.advantage.init), AdvantageInputs(**inputs))
-    except (ValueError, AssertionError, TypeError, AttributeError) as e:
+    except (ValueError, AssertionError, TypeError, AttributeError, OverflowError) as e:
         return e
     return None

@@ -135,6 +135,11 @@ class ModelConfig:
         if not self.sliding_window and (self.sliding_period or self.local_rope_theta):
             both = "model.sliding_period and model.local_rope_theta"
             raise ValueError(f"{both} act on sliding layers only: set model.sliding_window, or leave them 0.")
+        if self.sliding_period == 1:
+            raise ValueError(
+                "model.sliding_period is 1, so every layer would be global: set it to 2 or more, to 0 if all layers slide, or leave "
+                "out model.sliding_window."
+            )
         if self.local_rope_theta and not self.sliding_period:
             raise ValueError(
                 "model.local_rope_theta is for models with sliding and global layers, and all layers slide without "

@@ -4,7 +4,7 @@ Peak memory is the compiler's. FLOPs and bytes come from `costs`, and FLOPs are 
 (`hlo`). Times are rooflines: the least that the FLOPs, bytes and collectives can take. Nothing is run.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import math
@@ -183,7 +183,10 @@ def find_largest(
     chip = chip_of(topology)
 
     def fits(name: str, value: int) -> bool:
-        other = config_lib.from_dict(config_lib.to_dict(config) | {name: value})
+        fields = config_lib.to_dict(config) | {name: value}
+        if name == "max_completion_length":
+            fields["method"] = _with_longest(fields["method"], value)
+        other = config_lib.from_dict(fields)
         say(f"trying {name} = {value} ...")
         # The largest programs first: the compiler rejects them in seconds.
         parts = sorted(parts_of(other, devices), key=lambda part: part.name not in ("update", "rollout"))
@@ -193,6 +196,18 @@ def find_largest(
         name: largest_that_fits(functools.partial(fits, name), getattr(config, name), grain)
         for name, grain in _grains(config, devices).items()
     }
+
+
+def _with_longest(method: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """Returns the keywords of a method, or of a stack, whose penalty on length ends at `length`; no size depends on it."""
+    found: dict[str, Any] = {
+        name: _with_longest(x, length) if isinstance(x, Mapping) else x for name, x in method.items()
+    }
+    if found.get("overlong_max_length"):
+        found["overlong_max_length"] = length
+        if "overlong_cache_length" in found:
+            found["overlong_cache_length"] = min(found["overlong_cache_length"], length)
+    return found
 
 
 def _grains(config: Config, devices: Sequence[jax.Device]) -> dict[str, int]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import math
+import pathlib
 from typing import Any, cast
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import models
 from jaxrl_reason.config import Config, ConfigError
+from jaxrl_reason.data import load_tokenizer
 from jaxrl_reason.methods import Method
 from jaxrl_reason.models import ModelConfig, reward_model, sharding
 from jaxrl_reason.plan.lengths import skewed_lengths
@@ -128,13 +130,13 @@ def open_step(config: Config, devices: Sequence[jax.Device]) -> Step:
 def sizes_of(config: Config) -> tuple[ModelConfig, ModelConfig | None]:
     """Returns the sizes of the policy and of the reward model (None if the run has none).
 
-    Sizes come from config.json or reward_model.json if there is one, else from the configuration. Raises ConfigError if
-    a description is missing or invalid.
+    Sizes come from config.json or reward_model.json if there is one, else from the configuration and the tokenizer that it
+    names. Raises ConfigError if one of them is missing or invalid.
     """
     m = config.model
     try:
         source = models.read_source(m.path) if m.path else None
-        vocabulary = models.read_config(source).vocab_size if source else config.data.vocab_size
+        vocabulary = models.read_config(source).vocab_size if source else _new_vocabulary(config)
         policy = config_lib.model_config(config, vocabulary, source)
         if not LEARNED.keys() & set(config.reward.functions):
             return policy, None
@@ -145,9 +147,16 @@ def sizes_of(config: Config) -> tuple[ModelConfig, ModelConfig | None]:
         found = models.read_config(models.read_source(config.reward_model.path))
     except ConfigError:
         raise
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         raise ConfigError(f"A plan needs the sizes of the models: {e}") from e
     return policy, dataclasses.replace(found, param_dtype=m.param_dtype, compute_dtype=m.compute_dtype, remat="none")
+
+
+def _new_vocabulary(config: Config) -> int:
+    """Returns the vocabulary of a model that is not pretrained: of a tokenizer with a name, or the one that will be trained."""
+    if config.supervised.start_from:
+        return load_tokenizer(pathlib.Path(config.supervised.start_from).expanduser() / "tokenizer").vocab_size
+    return load_tokenizer(config.data.tokenizer).vocab_size if config.data.tokenizer else config.data.vocab_size
 
 
 def bytes_per_device(tree: Any) -> float:

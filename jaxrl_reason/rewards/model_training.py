@@ -84,12 +84,16 @@ def setup(
         model_files.described(phase.directory, tokenizer_digest(tokenizer))
         return phase
     sharding.check_batch(mesh, "config.reward_model.batch_size", r.batch_size)
-    folder, columns = c.data.data_dir or None, _PAIR_COLUMNS if r.data else c.data.columns
-    source = lambda name, split: data.load_source(
-        r.data or name, split, data_dir=folder, columns=columns, on_bad_row=c.data.on_bad_row
+    source = lambda name, split, columns: data.load_source(
+        r.data or name,
+        split,
+        data_dir=c.data.data_dir or None,
+        columns=_PAIR_COLUMNS if r.data else columns,
+        on_bad_row=c.data.on_bad_row,
     )
-    rows = source(c.data.train, r.split or c.data.train_split)
-    held_out = source(c.data.eval or c.data.train, r.eval_split or c.data.eval_split)
+    rows = source(c.data.train, r.split or c.data.train_split, c.data.columns)
+    columns = c.data.eval_columns or c.data.columns
+    held_out = source(c.data.eval or c.data.train, r.eval_split or c.data.eval_split, columns)
     stream = functools.partial(
         PreferenceStream,
         tokenizer=tokenizer,

@@ -14,11 +14,11 @@ from jaxrl_reason.runs.summary import metrics_of, OTHER_PROMPTS, summarize, valu
 def markdown(entries: Sequence[Entry], metrics: Sequence[str], prefixes: tuple[str, ...]) -> str:
     """Returns a table of the entries of one comparison: a line per row, a column per metric, and the seeds below.
 
-    With several training tables, the means are over tables, each the mean over seeds. Raises ValueError if a row has
-    entries of several configurations of one training table, and if rows have different seeds.
+    With several training tables, the means are over tables, each the mean over seeds. Raises ValueError if the recipe has no
+    entries, if a row has entries of several configurations of one training table, and if rows have different seeds.
     """
     by_table = _by_table(entries)
-    recipe = next(entry["row"] for entry in entries if entry["recipe"])
+    recipe = _recipe(entries)
     several = len(by_table) > 1
     rows = _means_over_seeds(by_table) if several else next(iter(by_table.values()))
     found = summarize(rows, recipe, prefixes)
@@ -57,7 +57,7 @@ def markdown(entries: Sequence[Entry], metrics: Sequence[str], prefixes: tuple[s
 
 def markdown_by_table(entries: Sequence[Entry], metrics: Sequence[str], prefixes: tuple[str, ...]) -> str:
     """Returns, for each metric, a line per training table, and a column per row: means over seeds with their intervals."""
-    recipe = next(entry["row"] for entry in entries if entry["recipe"])
+    recipe = _recipe(entries)
     lines: list[str] = []
     for metric in metrics:
         name = f"eval/{metric}"
@@ -69,6 +69,14 @@ def markdown_by_table(entries: Sequence[Entry], metrics: Sequence[str], prefixes
             cells = [pictures.cell_with_interval(name, c.get(name), c["half_width"].get(name)) for c in columns]
             lines.append(f"| {table.rpartition('/')[2]} | {' | '.join(cells)} |")
     return "\n".join(lines[1:])
+
+
+def _recipe(entries: Iterable[Entry]) -> str:
+    """Returns the row of the recipe; raises ValueError if there are no results of it."""
+    for entry in entries:
+        if entry["recipe"]:
+            return entry["row"]
+    raise ValueError("There are no results of the recipe, with which the other rows are compared; run it.")
 
 
 def _by_table(entries: Iterable[Entry]) -> dict[str, dict[str, dict[int, Entry]]]:

@@ -85,7 +85,8 @@ def config_like(config: Config, policy: OpenedPolicy) -> Config:
     c.data.eval, c.data.eval_columns = data.eval or data.train, data.eval_columns or data.columns
     c.eval, c.seed = copy.deepcopy(config.eval), config.seed
     c.max_prompt_length, c.max_completion_length = config.max_prompt_length, config.max_completion_length
-    c.reward.skip_special_tokens = config.reward.skip_special_tokens
+    for name in ("skip_special_tokens", "workers", "timeout_s", "memory_mb", "max_failure_share"):
+        setattr(c.reward, name, getattr(config.reward, name))
     _judge_by(c, config.eval.verdict or config.reward.verdict or config.reward.functions[0])
     config_lib.validate(c)
     return c

@@ -167,5 +167,8 @@ def constant(
             for sentence in cautions(c_ref, std, method.loss.find("self_reward").beta):
                 warnings.warn(sentence, stacklevel=2)
     else:
-        c_ref = json.loads(file.read_text())["c_ref"]
+        measured = read_constant(work.path)
+        if measured is None:
+            raise ConfigError(f"{file} is missing, and a run writes it before its first step; restore it.")
+        c_ref = measured
     return hosts.put(np.float32(c_ref), sharding.replicated(programs.sharding.mesh))

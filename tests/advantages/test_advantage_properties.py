@@ -153,6 +153,7 @@ def test_signals_of_half_precision_are_computed_in_float32():
         (lambda: advantages.mix_self_reward(min_std=-0.1), "min_std is -0.1"),
         (lambda: advantages.reweight_by_confidence(-0.1), "alpha is -0.1; it must be at least 0"),
         (lambda: advantages.after(-1, SCALE), "steps is -1; it must be at least 0"),
+        (lambda: advantages.after(2**31, SCALE), "steps is 2147483648; .* at most 2147483647"),
     ],
 )
 def test_a_parameter_out_of_range_raises(build, message):

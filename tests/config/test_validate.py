@@ -157,6 +157,21 @@ BROKEN = [
 ]
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("chat", True),
+        ("columns", {"answer": "y"}),
+        ("eval_columns", {"answer": "y"}),
+        ("on_bad_row", "skip"),
+        ("on_long_prompt", "skip"),
+    ],
+)
+def test_fields_of_questions_are_refused_for_tables(name, value):
+    with pytest.raises(ConfigError, match=f"config.data.{name} is .*; a regression run .* does not use it"):
+        validate(change(Config(method={"name": "genre2"}), **NUMBERS, **{f"data__{name}": value}))
+
+
 @pytest.mark.parametrize("number", range(len(RULES)), ids=[f"{i}-{rule.field}" for i, rule in enumerate(RULES)])
 def test_each_rule_raises_with_field_value_and_advice(number, registry):
     same = stateless(lambda advantages, inputs: advantages)

@@ -19,6 +19,7 @@ from jaxrl_reason.models import RopeScaling
         (dict(param_dtype="float16"), "param_dtype"),
         (dict(compute_dtype="f32"), "compute_dtype"),
         (dict(sliding_period=2), "sliding_period"),
+        (dict(sliding_window=4, sliding_period=1), "sliding_period"),
         (dict(local_rope_theta=1e4), "local_rope_theta"),
     ],
 )

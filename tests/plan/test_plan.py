@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,10 +15,11 @@ import jax
 import pytest
 
 from helpers.tiny_runs import tiny
-from jaxrl_reason import models
+from jaxrl_reason import config as config_lib
+from jaxrl_reason import data, models
 from jaxrl_reason.config import ConfigError, to_dict
 from jaxrl_reason.models import reward_model
-from jaxrl_reason.plan import costs
+from jaxrl_reason.plan import costs, measure
 from jaxrl_reason.plan.__main__ import main
 from jaxrl_reason.plan.chips import Chip
 from jaxrl_reason.plan.lengths import skewed_lengths
@@ -210,6 +212,30 @@ def test_sizes_of_a_reward_model_trained_here_come_from_its_description(tmp_path
         ConfigError, match="A plan needs the sizes .*reward_model.json does not describe a reward model"
     ):
         sizes_of(config)
+
+
+def test_a_new_model_has_the_vocabulary_of_a_tokenizer_that_is_named(tmp_path):
+    assert sizes_of(tiny("rows.jsonl", data__vocab_size=400))[0].vocab_size == 400
+    data.train_tokenizer(["1 + 1 = 2"], 270).save(tmp_path / "tokenizer")
+    size = data.load_tokenizer(tmp_path / "tokenizer").vocab_size
+    for named in (dict(data__tokenizer=str(tmp_path / "tokenizer")), dict(supervised__start_from=str(tmp_path))):
+        assert sizes_of(tiny("rows.jsonl", data__vocab_size=400, **named))[0].vocab_size == size != 400
+    with pytest.raises(ConfigError, match="A plan needs the sizes"):
+        sizes_of(tiny("rows.jsonl", data__tokenizer=str(tmp_path / "none")))
+
+
+def test_the_search_shortens_the_penalty_on_length_with_the_completions(monkeypatch):
+    """Without it, DAPO's configuration would be refused at the first smaller length."""
+    method = {"name": "dapo", "overlong_max_length": 1024, "overlong_cache_length": 256}
+    config = tiny("rows.jsonl", prompts_per_step=4, group_size=4, max_completion_length=1024, method=method)
+    tokens = lambda c: c.prompts_per_step * c.group_size * c.max_completion_length
+    monkeypatch.setattr(
+        measure,
+        "parts_of",
+        lambda c, devices: config_lib.validate(c) and [types.SimpleNamespace(name="update", config=c)],
+    )
+    monkeypatch.setattr(measure, "measure_part", lambda part, *_: {"fits": tokens(part.config) <= tokens(config) // 8})
+    assert measure.find_largest(config, "v5e:2x2", jax.devices()[:1])["max_completion_length"] == 128
 
 
 def test_an_invalid_out_path_exits_before_anything_is_compiled(tmp_path, capsys):

@@ -124,6 +124,14 @@ def test_the_sizes_of_an_update(platform, model, S, T, prompts, sizes):
     assert (found["lengths"], found["wave_tokens"]) == sizes
 
 
+def test_tokens_of_waves_are_refused_if_an_update_has_none():
+    options = dict(max_prompt_length=65, max_completion_length=64, update__wave_tokens=128)
+    with pytest.raises(ConfigError, match="config.update.wave_tokens is 128, and updates of this run have one length"):
+        devices.update_sizes(DEEP, tiny("rows.jsonl", **options), mesh_of("cpu"))
+    found = devices.update_sizes(DEEP, tiny("rows.jsonl", **options, update__lengths=2), mesh_of("cpu"))
+    assert found == {"lengths": 2, "wave_tokens": 128}
+
+
 def test_a_wave_is_a_part_of_a_minibatch_of_a_device():
     sizes = dict(group_size=4, max_prompt_length=32, max_completion_length=64)
     wave = lambda config, **axes: devices.update_sizes(DEEP, config, mesh_of("cpu", **axes))["wave_tokens"]

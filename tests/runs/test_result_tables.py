@@ -105,6 +105,9 @@ def test_results_that_make_no_table_are_one_sentence():
         ValueError, match="^The row 'hero' has results of several configurations; run its old ones again"
     ):
         result_tables.markdown([ENTRIES[0], ENTRIES[1] | {"config": "d"}], ["accuracy"], ())
+    for markdown in (result_tables.markdown, result_tables.markdown_by_table):
+        with pytest.raises(ValueError, match="^There are no results of the recipe"):
+            markdown(ENTRIES[2:], ["accuracy"], ())
     with pytest.raises(
         ValueError, match=r"^The rows \['hero', 'plain'\] have not the same seeds; run the missing ones"
     ):

@@ -9,7 +9,7 @@ from jaxrl_reason import metrics
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data.named_sets import NAMED_SETS
 from jaxrl_reason.tasks import comparison, reporting
-from jaxrl_reason.tasks.asked import configs_of_sets, read_sets
+from jaxrl_reason.tasks.asked import config_like, configs_of_sets, read_sets
 from jaxrl_reason.tasks.policies import ALL
 
 RIGHT = {4: [1, 0, 1], 1: [0, 0, 1], 7: [1, 1, 1]}  # row -> verdicts, in the order of the file
@@ -220,3 +220,18 @@ def test_sets_have_their_splits_and_all_rows_unless_the_command_line_limits_them
 def test_sets_without_a_name_of_their_own_are_refused(text):
     with pytest.raises(ValueError, match="^sets "):
         read_sets(text)
+
+
+def test_the_other_policy_is_judged_under_the_same_limits():
+    ours, policy = Config(), types.SimpleNamespace(numbers=None, workdir=None, config=Config())
+    limits = {
+        "skip_special_tokens": True,
+        "workers": 2,
+        "timeout_s": 120.0,
+        "memory_mb": 8192,
+        "max_failure_share": 1.0,
+    }
+    for name, value in limits.items():
+        setattr(ours.reward, name, value)
+    found = config_like(ours, policy).reward
+    assert {name: getattr(found, name) for name in limits} == limits

@@ -21,6 +21,12 @@ def test_rows_become_a_table_like_the_training_table():
     assert (table.names, table.label_names, table.target) == (("a", "b"), ("city",), "y")
     np.testing.assert_array_equal(table.features, [[1, 2.5], [2**53, -3]])
     assert table.labels.tolist() == [["Oslo"], ["Rome"]] and table.exact == {(1, "a"): str(2**53 + 1)}
+    texts = [{"a": " 20240115123456789013", "b": "1e0 ", "city": " Rome "}]  # as the cells of a training table
+    read = table_of(texts, LIKE, "refuse")
+    assert read.labels.tolist() == [["Rome"]] and read.exact == {(0, "a"): "20240115123456789013"}
+    for gaps in (("NA", " nan ", "?"), ("null", "n/a", "")):
+        table = table_of([dict(zip(("a", "b", "city"), gaps))], LIKE, "mean")
+        assert np.isnan(table.features).all() and table.labels.tolist() == [[""]] and not table.exact
     filled = table_of([{"a": None, "b": "", "city": ""}], LIKE, "mean")
     assert np.isnan(filled.features).all() and filled.labels.tolist() == [[""]]
 
@@ -37,6 +43,12 @@ def test_rows_become_a_table_like_the_training_table():
         (
             {"a": "x", "b": 2, "city": "Rome"},
             "^Row 0 of the prompts has 'x' in the column 'a', which is no finite number",
+        ),
+        ({"a": "1_000", "b": 2, "city": "Rome"}, "has '1_000' in the column 'a', which is no finite number"),
+        ({"a": "inf", "b": 2, "city": "Rome"}, "has 'inf' in the column 'a', which is no finite number"),
+        (
+            {"a": 1, "b": "NA", "city": "Rome"},
+            "has no value in the column 'b', and config.regression.missing is 'refuse'",
         ),
         ({"a": True, "b": 2, "city": "Rome"}, "has True in the column 'a'"),
         ({"a": float("inf"), "b": 2, "city": "Rome"}, "has inf in the column 'a'"),

@@ -1,7 +1,13 @@
 """Tests the sentences about LaSeR's constant."""
 
+import types
+
+import jax
 import pytest
 
+from jaxrl_reason import methods
+from jaxrl_reason.config import ConfigError
+from jaxrl_reason.models import sharding
 from jaxrl_reason.tasks import self_reward
 
 
@@ -21,3 +27,17 @@ def test_a_constant_that_bounds_or_blurs_the_self_rewards_is_reported(c_ref, std
 
 def test_both_faults_are_two_sentences():
     assert len(self_reward.cautions(-3.0, 2.5, beta=0.1)) == 2
+
+
+def test_a_resumed_run_reads_its_constant_or_says_what_is_wrong(tmp_path):
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    programs = types.SimpleNamespace(sharding=sharding.batch_sharding(mesh))
+    work, state = types.SimpleNamespace(path=tmp_path), types.SimpleNamespace(step=3)
+    resumed = lambda: self_reward.constant(methods.create("laser"), programs, None, work, state, None)
+    with pytest.raises(ConfigError, match="self_reward.json is missing, and a run writes it before its first step"):
+        resumed()
+    (tmp_path / "self_reward.json").write_text('{"c_ref": -2.5}')
+    assert resumed() == -2.5
+    (tmp_path / "self_reward.json").write_text('{"c_ref": ')
+    with pytest.raises(ConfigError, match="self_reward.json is damaged"):
+        resumed()

@@ -140,7 +140,7 @@ def _read_table(path: pathlib.Path, split: str, target: str, categorical: str, m
     numbers = {name: column for name, column in columns.items() if column is not None}
     texts = [name for name in header if name not in numbers]
     if target in texts:
-        line = lines[next(i for i, cell in enumerate(cells[target]) if not _is_gap(cell))]
+        line = lines[next(i for i, cell in enumerate(cells[target]) if not is_gap(cell))]
         raise ValueError(f"The target {target!r} of {path} holds text (line {line}); regression needs numbers.")
     if texts and categorical == "refuse":
         raise ValueError(f"{path} holds text in {_counted('column', texts)}: {_TEXTS}.")
@@ -150,23 +150,23 @@ def _read_table(path: pathlib.Path, split: str, target: str, categorical: str, m
     if not names + texts:
         fault = f"no column to predict {target!r} from"
         raise ValueError(f"{path} has {fault}; it needs a header and cells separated by commas.")
-    gaps = {name: [i for i, cell in enumerate(cells[name]) if _is_gap(cell)] for name in [*names, *texts, target]}
+    gaps = {name: [i for i, cell in enumerate(cells[name]) if is_gap(cell)] for name in [*names, *texts, target]}
     kept = _kept_rows(path, gaps, lines, target, missing)
     if len({targets[i] for i in kept}) == 1:
         value = targets[kept[0]]
         raise ValueError(f"The target {target!r} of {path} is {value} in every row, so there is nothing to predict.")
     part = files.slice_rows(kept, split, path)
     features = np.array([[numbers[name][i] for name in names] for i in part], np.float64)
-    labels = np.array([["" if _is_gap(cells[name][i]) else cells[name][i] for name in texts] for i in part], str)
+    labels = np.array([["" if is_gap(cells[name][i]) else cells[name][i] for name in texts] for i in part], str)
     features, labels = features.reshape(len(part), len(names)), labels.reshape(len(part), len(texts))
     predicted = np.array([targets[i] for i in part], np.float64)
-    exact = {(row, name): cells[name][i] for row, i in enumerate(part) for name in names if _is_rounded(cells[name][i])}
+    exact = {(row, name): cells[name][i] for row, i in enumerate(part) for name in names if is_rounded(cells[name][i])}
     return Table(str(path), tuple(names), features, tuple(texts), labels, target, predicted, exact=exact)
 
 
 def _without_empty(path: pathlib.Path, header: list[str], cells: Mapping[str, Sequence[str]], target: str) -> list[str]:
     """Returns the columns with a value in some row, and warns of the others; if none is a feature, they stay as faults."""
-    empty = [name for name in header if name != target and all(map(_is_gap, cells[name]))]
+    empty = [name for name in header if name != target and all(map(is_gap, cells[name]))]
     rest = [name for name in header if name not in empty]
     if not empty or rest == [target]:
         return header
@@ -174,12 +174,12 @@ def _without_empty(path: pathlib.Path, header: list[str], cells: Mapping[str, Se
     return rest
 
 
-def _is_rounded(cell: str) -> bool:
+def is_rounded(cell: str) -> bool:
     """Returns whether the shortest decimal of a number's float64 is another number.
 
     Up to 15 digits, it never is, unless float64 holds the number with fewer digits, or as 0: 1e-400.
     """
-    if _is_gap(cell):
+    if is_gap(cell):
         return False
     number = float(cell)
     return (len(cell) > 15 or abs(number) < 1e-307) and decimal.Decimal(repr(number)) != decimal.Decimal(cell)
@@ -228,9 +228,9 @@ def _parse_column(path: pathlib.Path, name: str, cells: Sequence[str], lines: Se
     """Returns the numbers of a column, NaN for gaps, or None for texts. The whole column decides, so that all splits agree."""
     values, texts = [], []
     for cell, line in zip(cells, lines, strict=True):
-        if _is_gap(cell):
+        if is_gap(cell):
             values.append(math.nan)
-        elif _NUMBER.fullmatch(cell) and math.isfinite(float(cell)):
+        elif is_number(cell):
             values.append(float(cell))
         elif _NUMBER.fullmatch(cell) or _INFINITY.fullmatch(cell):
             raise ValueError(f"{path}, line {line}, column {name!r} is {_short(cell)}, not a finite number.")
@@ -248,8 +248,14 @@ def _parse_column(path: pathlib.Path, name: str, cells: Sequence[str], lines: Se
     return None
 
 
-def _is_gap(cell: str) -> bool:
+def is_gap(cell: str) -> bool:
+    """Returns whether a stripped cell has no value: it is empty, NA, N/A, NaN, null or ?."""
     return cell.lower() in _GAPS
+
+
+def is_number(cell: str) -> bool:
+    """Returns whether a stripped cell is a finite number, in the digits of a table: "1_000" and "inf" are not."""
+    return bool(_NUMBER.fullmatch(cell)) and math.isfinite(float(cell))
 
 
 def _short(cell: str) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxrl_reason.config import ConfigError
 from jaxrl_reason.data import PromptBatch
 from jaxrl_reason.data.tables import Table
+from jaxrl_reason.data.tables.load import is_gap, is_number, is_rounded
 from jaxrl_reason.methods import nearest
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.programs import Programs
@@ -30,9 +31,10 @@ class Prediction(NamedTuple):
 def table_of(rows: Sequence[Row], like: Table, missing: str) -> Table:
     """Returns the table of new rows with the columns of the training table `like`; its targets have no meaning.
 
-    A number may be a text such as "59", as in a CSV file. The target's column may be there, and is not read. Raises
-    ConfigError for a row without a column, with an unknown one, or with a cell of the wrong kind; and for a missing
-    value (None or "") unless `missing`, config.regression.missing, is "mean".
+    A number may be a text such as "59", as in a CSV file, and texts are read as the cells of a training table. The target's
+    column may be there, and is not read. Raises ConfigError for a row without a column, with an unknown one, or with a cell
+    of the wrong kind; and for a missing value (None, or a text such as "" or "NA") unless `missing`,
+    config.regression.missing, is "mean".
     """
     numbers, labels = [], []
     exact: dict[tuple[int, str], str] = {}
@@ -45,13 +47,14 @@ def table_of(rows: Sequence[Row], like: Table, missing: str) -> Table:
         for name in row:
             if name not in (*known, like.target):
                 raise ConfigError(f"Row {i} of the prompts has a column {name!r}, which the training table lacks.")
-        empty = [name for name in known if row[name] in (None, "")]
+        row = {name: x.strip() if isinstance(x, str) else x for name, x in row.items()}
+        empty = [name for name in known if (x := row[name]) is None or (isinstance(x, str) and is_gap(x))]
         if empty and missing != "mean":
             raise ConfigError(
                 f"Row {i} of the prompts has no value in the column {empty[0]!r}, and config.regression.missing is {missing!r}."
             )
         numbers.append([math.nan if name in empty else _number(i, name, row[name]) for name in like.names])
-        exact |= {(i, name): str(x) for name in like.names if type(x := row[name]) is int and int(float(x)) != x}
+        exact |= {(i, name): str(row[name]) for name in like.names if name not in empty and _is_rounded(row[name])}
         for name in like.label_names:
             if name not in empty and not isinstance(row[name], str):
                 raise ConfigError(
@@ -64,11 +67,16 @@ def table_of(rows: Sequence[Row], like: Table, missing: str) -> Table:
     return Table("the prompts", like.names, features, like.label_names, texts, like.target, targets, exact=exact)
 
 
+def _is_rounded(cell: Any) -> bool:
+    """Returns whether float64 does not keep all digits of a number."""
+    return is_rounded(cell) if isinstance(cell, str) else isinstance(cell, int) and int(float(cell)) != cell
+
+
 def _number(i: int, name: str, cell: Any) -> float:
     try:
-        if isinstance(cell, (int, float, str)) and not isinstance(cell, bool) and math.isfinite(float(cell)):
+        if is_number(cell) if isinstance(cell, str) else not isinstance(cell, bool) and math.isfinite(cell):
             return float(cell)
-    except (ValueError, OverflowError):
+    except (TypeError, OverflowError):
         pass
     raise ConfigError(f"Row {i} of the prompts has {cell!r:.60} in the column {name!r}, which is no finite number.")
 
