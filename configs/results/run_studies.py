@@ -23,7 +23,7 @@ STUDIES: dict[str, tuple[int, Sequence[str]]] = {
     "smollm2_sums": (4, ("grpo", "DAPO", "ProGRPO")),
     "genre2": (5, ()),
     "laser": (5, ()),
-    "laser_silent": (5, ()),
+    "laser_silent": (8, ()),
     "hero": (5, ()),
     "rlev": (6, ()),
     "progrpo": (5, ()),
