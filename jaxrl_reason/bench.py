@@ -38,7 +38,7 @@ from jaxrl_reason.plan.lengths import skewed_lengths
 from jaxrl_reason.rewards.host import compute_rewards, HostReward
 from jaxrl_reason.rl import programs as programs_lib
 from jaxrl_reason.rl.ahead import compile_ahead
-from jaxrl_reason.rl.devices import for_devices
+from jaxrl_reason.rl.devices import check_waves, for_devices
 from jaxrl_reason.rl.types import Groups, TrainState
 from jaxrl_reason.runs import command, pictures
 from jaxrl_reason.runs.command import Flag, integer, number
@@ -175,6 +175,7 @@ def prepare(arguments: command.Arguments) -> Bench:
     method, (vocab_size, _) = config_lib.validate(config), SIZES[a.size]
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     model = for_devices(config_lib.model_config(config, vocab_size), config, mesh)
+    check_waves(model, config, mesh)
     lengths = skewed_lengths(a.prompts, a.group, a.new, max(a.new / 4, 1)) if a.lengths == "mixed" else None
     end_at, eos = (None, -1) if lengths is None else (lengths - 1, vocab_size - 1)
     programs = programs_lib.build(

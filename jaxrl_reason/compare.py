@@ -150,29 +150,36 @@ def _set_up(unit: Unit, lock: contextlib.AbstractContextManager, comparison: Com
 
     def check(run: train.Run) -> None:
         if hosts.is_first():
-            comparison.study.check_inputs(unit, _inputs(run))
+            comparison.study.check_inputs(unit, _inputs(unit, run))
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock)
         with _naming(unit):
             run = train.setup(unit.config, unit.directory, check=check)
             if hosts.is_first():
-                inputs.write(unit.directory, _inputs(run))
+                inputs.write(unit.directory, _inputs(unit, run))
                 if unit.row:
                     write_recipe(unit.directory, "the recipe of the comparison", comparison.recipe)
         stack.pop_all()  # the lock is held from here on
     return Taken(unit, lock, run)
 
 
-def _inputs(run: train.Run) -> inputs.Inputs:
-    """Returns the digests of the files that a configuration names. TFDS names the version of its data, so it needs none."""
-    c = run.config
-    found = {spec: digest for spec in c.reward.functions if (digest := file_digest(spec))}
-    if any(kind_of(name) or name.startswith("hf://") for name in (c.data.train, c.data.eval)):
+def _inputs(unit: Unit, run: train.Run) -> inputs.Inputs:
+    """Returns the digests of the files that a run reads. TFDS names the version of its data, so it needs none."""
+    c, start = run.config, unit.directory.parent / START
+    found = {}
+    if any(map(_is_file, (c.data.train, c.data.eval))):
         found["data"] = run.task.work.fingerprint
-    if run.reward_phase and run.reward_phase.work and c.reward_model.data:
+    if run.reward_phase and run.reward_phase.work and _is_file(c.reward_model.data):
         found["pairs"] = run.reward_phase.work.fingerprint
-    return found
+    elif unit.row and c.reward_model.path == str(start / "reward_model"):  # the pairs of the model that rows share
+        found |= {name: digest for name, digest in inputs.read(start).items() if name == "pairs"}
+    rewards = c.reward.functions if unit.row else ()  # a start uses no rewards
+    return found | {spec: digest for spec in rewards if (digest := file_digest(spec))}
+
+
+def _is_file(name: str) -> bool:
+    return bool(kind_of(name)) or name.startswith("hf://")
 
 
 def train_all(comparison: Comparison) -> Rows:

@@ -149,7 +149,7 @@ def _rows(path: pathlib.Path) -> list[dict[str, str]]:
     rows = []
     for line, cells in found:
         if isinstance(cells, ValueError):
-            raise ConfigError(f"{path}, line {line}, has {cells}.")
+            raise ConfigError(f"{path}, line {line} has {cells}.")
         rows.append(dict(zip(header, cells, strict=True)))
     return rows
 
@@ -272,7 +272,7 @@ COMMAND = command.Command(
         Flag(
             "prompts",
             "FILE",
-            "prompts: .txt, one per line, .jsonl, or .csv for numbers; without prompts, a session",
+            "prompts: .txt, one per line, .jsonl or .csv; without prompts, a session",
             command.path,
         ),
         Flag(

@@ -31,6 +31,7 @@ from jaxrl_reason.rewards.scorer import LEARNED
 from jaxrl_reason.rl import dynamic_sampling, experience, hosts
 from jaxrl_reason.rl import programs as programs_lib
 from jaxrl_reason.rl.ahead import compile_ahead
+from jaxrl_reason.rl.devices import check_waves
 from jaxrl_reason.rl.types import Groups, LogProbs, Rollout, Step, TrainState
 from jaxrl_reason.runs import checkpoints, command, compilation_cache, pictures, trackers
 from jaxrl_reason.runs.loop import Loop, run_loop
@@ -105,6 +106,8 @@ def _setup(config: Config, workdir: str | pathlib.Path, begin: bool, check: Call
         trackers.check(config)
     mesh = programs_lib.make_mesh(config)
     task = tasks.open_task(config, method, mesh, workdir)
+    if not task.work.has_begun:
+        check_waves(task.model, config, mesh)
     programs = tasks.build_programs(config, method, task, mesh)
     reward_phase = None
     if LEARNED.keys() & set(config.reward.functions):

@@ -262,4 +262,4 @@ def test_bytes_that_are_no_text_do_not_end_a_session(policy, capsys, monkeypatch
 def test_a_csv_file_with_torn_rows_is_refused(policy, tmp_path, capsys):
     (tmp_path / "rows.csv").write_text("question,answer\n1 + 1,2\n2 + 2\n")
     assert run(policy, f"--prompts={tmp_path / 'rows.csv'}") == 2
-    assert "rows.csv, line 3, has 1 cell, but the header names 2 columns." in capsys.readouterr().err
+    assert "rows.csv, line 3 has 1 cell, but the header names 2 columns." in capsys.readouterr().err

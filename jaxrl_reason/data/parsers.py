@@ -122,7 +122,7 @@ def _cells(path: pathlib.Path, text: str, delimiter: str) -> Iterator[tuple[int,
 def _of_width(width: int, rows: Iterable[tuple[int, list[str]]]) -> Iterator[tuple[int, list[str] | ValueError]]:
     for line, row in rows:
         cells = "1 cell" if len(row) == 1 else f"{len(row) or 'no'} cells"
-        fault = ValueError(f"{cells}, but the header names {width} columns")
+        fault = ValueError(f"{cells}, but the header names {width} column{'s' if width > 1 else ''}")
         yield line, row if len(row) == width else fault
 
 

@@ -83,10 +83,7 @@ def _keeps_everything(model: models.ModelConfig, config: Config, mesh: jax.shard
 
 
 def update_sizes(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> dict[str, int]:
-    """Returns `lengths` and `wave_tokens` of the update, as configured or chosen by the sizes and the devices.
-
-    Raises ConfigError for configured `wave_tokens` if the update has one length.
-    """
+    """Returns `lengths` and `wave_tokens` of the update, as configured or chosen by the sizes and the devices."""
     c, u = config, config.update
     S, T = c.max_prompt_length, c.max_completion_length
     lengths, tokens = min((T // 64).bit_length(), 4), 4096  # the shortest has 64 to 127 tokens
@@ -97,13 +94,16 @@ def update_sizes(model: models.ModelConfig, config: Config, mesh: jax.sharding.M
         completions = c.prompts_per_step / u.minibatches * c.group_size / sharding.num_shards(mesh)
         # A wave has at most a quarter of all tokens, if that is a completion: else short completions fill none.
         tokens = max(T, min(512, int(completions * T) // 4))
-    lengths = u.lengths or max(lengths if S <= T else 1, 1)
-    if u.wave_tokens and lengths == 1:
+    return {"lengths": u.lengths or max(lengths if S <= T else 1, 1), "wave_tokens": u.wave_tokens or tokens}
+
+
+def check_waves(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Raises ConfigError for config.update.wave_tokens if an update has one length, and with it no waves."""
+    if config.update.wave_tokens and update_sizes(model, config, mesh)["lengths"] == 1:
         raise ConfigError(
-            f"config.update.wave_tokens is {u.wave_tokens}, and updates of this run have one length and no waves: set "
+            f"config.update.wave_tokens is {config.update.wave_tokens}, and updates of this run have one length and no waves: set "
             "config.update.lengths to 2 or more, or leave it out."
         )
-    return {"lengths": lengths, "wave_tokens": u.wave_tokens or tokens}
 
 
 def kept_bytes(

@@ -1,8 +1,9 @@
-"""The files that a run of a comparison reads, by their digests. All seeds of a row have to read the same."""
+"""The files that a run of a comparison reads, by their digests. Runs that name the same file have to read the same."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 import json
 import pathlib
+from typing import Any
 
 from jaxrl_reason.config import ConfigError
 from jaxrl_reason.runs.files import write_json
@@ -23,18 +24,30 @@ def read(directory: pathlib.Path) -> Inputs:
     if not file.exists():
         return {}
     try:
-        return dict(json.loads(file.read_bytes()))
-    except (ValueError, TypeError) as e:
-        raise ConfigError(f"{file} is damaged ({e}); remove the directory, and its run is made again.") from e
+        found = json.loads(file.read_bytes())
+    except ValueError:
+        found = None
+    if not is_valid(found):
+        raise ConfigError(f"{file} is damaged; remove its directory, and the run is made again.")
+    return found
 
 
-def check(directory: pathlib.Path, inputs: Inputs, others: Iterable[tuple[str, Inputs]]) -> None:
-    """Raises ConfigError if the inputs of the run in a directory differ from those of another run: (its title, its inputs)."""
-    for title, of_other in others:
-        for name, digest in of_other.items():
-            if inputs.get(name, digest) != digest:
-                what = _WORDS.get(name, f"another file of the reward {name!r}")
-                raise ConfigError(
-                    f"{directory} would have {what} than {title}, because a file has changed in the meantime; restore the file, or "
-                    "choose another work directory and another file of results."
-                )
+def is_valid(found: Any) -> bool:
+    """Returns whether an object of a file maps names to digests."""
+    return isinstance(found, dict) and all(isinstance(digest, str) for digest in found.values())
+
+
+def check(directory: pathlib.Path, inputs: Inputs, title: str, others: Inputs) -> None:
+    """Raises ConfigError if the inputs of the run in a directory differ from those of another run, of this title."""
+    for name, digest in others.items():
+        if inputs.get(name, digest) == digest:
+            continue
+        what = _WORDS.get(name, f"another file of the reward {name!r}")
+        if title == str(directory):
+            raise ConfigError(
+                f"{directory} holds a run that began with {what}; restore the file, or remove the directory to begin the run again."
+            )
+        raise ConfigError(
+            f"{directory} would have {what} than {title}, because a file has changed in the meantime; restore the file, or choose "
+            "another work directory and another file of results."
+        )

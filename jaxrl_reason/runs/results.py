@@ -25,7 +25,7 @@ import jaxrl_reason
 from jaxrl_reason import config as config_lib
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data import PromptBatch
-from jaxrl_reason.runs import read_metrics
+from jaxrl_reason.runs import inputs, read_metrics
 from jaxrl_reason.runs.files import write_text
 from jaxrl_reason.runs.metrics_file import HELD_OUT_ACCURACY
 
@@ -108,8 +108,8 @@ def read(path: pathlib.Path) -> list[Entry]:
         try:
             entry = json.loads(line)
             entry["row"], entry["recipe"], entry["config"], entry["evaluations"][-1]["step"]
-            if type(entry["seed"]) is not int:
-                raise TypeError("the seed is no whole number")
+            if type(entry["seed"]) is not int or not inputs.is_valid(entry.get("inputs", {})):
+                raise TypeError("the seed is no whole number, or an input no digest")
         except (ValueError, TypeError, LookupError) as e:
             raise ConfigError(f"Line {number} of {path} is no result of compare; repair or remove the line.") from e
         entries.append(entry)

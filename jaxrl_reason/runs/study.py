@@ -102,25 +102,25 @@ class Study:
         return None
 
     def check_inputs(self, unit: Unit, found: inputs.Inputs) -> None:
-        """Raises ConfigError if a run has not the inputs of the other seeds of its row, and the data of its start."""
-        places = [self.workdir / f"seed-{seed}" / unit.directory.name for seed in self.seeds]
-        others = [(str(place), inputs.read(place)) for place in places]
-        same_data = {row.digest for row in self.rows if row.config.data == self.rows[0].config.data}
-        if unit.row and unit.row.digest in same_data:
-            start = unit.directory.parent / START
-            others.append((str(start), _only_data(inputs.read(start))))
+        """Raises ConfigError if a run has not the inputs of the others, finished or not, whose configuration names the same files."""
+        others: list[tuple[str, Config, inputs.Inputs]] = []
+        configs = {row.directory: row.config for row in self.rows} | {START: self.rows[0].config}
+        for name, config in configs.items():
+            places = (directory / name for directory in sorted(self.workdir.glob("seed-*")))
+            others += [(str(place), config, inputs.read(place)) for place in places]
         for (name, seed, digest), entry in self.entries.items():
-            known = entry.get("inputs", {})
-            if unit.row and (name, digest) != (unit.row.name, unit.row.digest):
-                continue
-            if unit.row is None:  # a start has the data of the rows
-                known = _only_data(known) if digest in same_data else {}
-            others.append((f"seed {seed} of {name!r} in the file of results", known))
-        inputs.check(unit.directory, found, others)
-
-
-def _only_data(found: inputs.Inputs) -> inputs.Inputs:
-    return {name: digest for name, digest in found.items() if name == "data"}
+            for row in self.rows:
+                if (row.name, row.digest) == (name, digest):
+                    title = f"seed {seed} of {name!r} in the file of results"
+                    others.append((title, row.config, entry.get("inputs", {})))
+        own = configs[unit.directory.name]
+        for title, config, known in others:
+            kept = set(known)
+            if (own.data, own.regression) != (config.data, config.regression):
+                kept.discard("data")
+            if own.reward_model.data != config.reward_model.data:
+                kept.discard("pairs")
+            inputs.check(unit.directory, found, title, {name: known[name] for name in kept})
 
 
 def read_result(directory: pathlib.Path) -> dict[str, Any] | None:

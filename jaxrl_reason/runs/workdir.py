@@ -66,6 +66,11 @@ class Workdir:
                 f"{self.path} holds another run: {listed}. Restore the old values, or choose another --workdir."
             )
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the directory holds a run."""
+        return self._file.exists()
+
     def is_finished(self, steps: int) -> bool:
         """Returns whether there is a checkpoint after `steps` steps, those of the supervised phase included."""
         return max(checkpoint_numbers(self.path), default=-1) >= steps

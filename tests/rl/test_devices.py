@@ -127,9 +127,9 @@ def test_the_sizes_of_an_update(platform, model, S, T, prompts, sizes):
 def test_tokens_of_waves_are_refused_if_an_update_has_none():
     options = dict(max_prompt_length=65, max_completion_length=64, update__wave_tokens=128)
     with pytest.raises(ConfigError, match="config.update.wave_tokens is 128, and updates of this run have one length"):
-        devices.update_sizes(DEEP, tiny("rows.jsonl", **options), mesh_of("cpu"))
-    found = devices.update_sizes(DEEP, tiny("rows.jsonl", **options, update__lengths=2), mesh_of("cpu"))
-    assert found == {"lengths": 2, "wave_tokens": 128}
+        devices.check_waves(DEEP, tiny("rows.jsonl", **options), mesh_of("cpu"))
+    devices.check_waves(DEEP, tiny("rows.jsonl", **options, update__lengths=2), mesh_of("cpu"))
+    devices.check_waves(DEEP, tiny("rows.jsonl", **options | {"update__wave_tokens": 0}), mesh_of("cpu"))
 
 
 def test_a_wave_is_a_part_of_a_minibatch_of_a_device():

@@ -44,6 +44,7 @@ def test_a_directory_of_results_is_one_sentence(tmp_path):
         "{}",
         '{"row": "a", "recipe": true, "seed": 0, "config": "c", "evaluations": []}',
         '{"row": "a", "recipe": true, "seed": "0", "config": "c", "evaluations": [{"step": 0}]}',
+        '{"row": "a", "recipe": true, "seed": 0, "config": "c", "evaluations": [{"step": 0}], "inputs": ["x"]}',
         "3",
     ],
 )

@@ -181,22 +181,45 @@ def test_a_run_is_taken_when_its_start_is_made(tmp_path):
     assert runs.unfinished() == []  # no row needs the start
 
 
-def test_the_rows_of_a_seed_have_the_data_of_its_start_and_all_starts_have_the_same(tmp_path):
-    rows = {"tuned": {"optimizer.b1": 0.8}, "other data": {"data.train": "other.jsonl"}}
+def test_runs_that_name_the_same_files_have_the_same_inputs(tmp_path):
+    """Of another seed, of a start, of another row, and of an earlier command with other seeds."""
+    rows = {
+        "tuned": {"optimizer.b1": 0.8},
+        "other data": {"data.train": "other.jsonl"},
+        "other rows": {"regression.validation_split": "[:9]"},
+        "other pairs": {"reward_model.data": "pairs.jsonl"},
+    }
     runs = study.plan(tiny("rows.jsonl", supervised__steps=1), rows, tmp_path, seeds=[0, 1])
-    start, method, tuned, other, start_1 = runs.units[:5]
-    start.directory.mkdir(parents=True)
-    inputs.write(start.directory, {"data": "a", "pairs": "b", "r.py:f": "c"})
-    for unit, found in ((method, {"data": "a", "pairs": "d", "r.py:f": "d"}), (other, {"data": "d"}), (start_1, {})):
+    start, method, tuned, other_data, other_rows, other_pairs = runs.units[:6]
+    for unit, found in ((start, {"data": "a", "pairs": "b"}), (tuned, {"data": "a", "pairs": "b", "r.py:f": "c"})):
+        unit.directory.mkdir(parents=True)
+        inputs.write(unit.directory, found)
+    accepted = (
+        (method, {"data": "a", "pairs": "b", "r.py:f": "c"}),
+        (other_data, {"data": "d", "r.py:f": "c"}),
+        (other_rows, {"data": "d"}),
+        (other_pairs, {"data": "a", "pairs": "d"}),
+        (runs.units[6], {}),  # the start of seed 1
+    )
+    for unit, found in accepted:
         runs.check_inputs(unit, found)
-    for unit in (method, tuned, start_1, start):
-        with pytest.raises(ConfigError, match="would have other data than .*seed-0/start, because a file has changed"):
-            runs.check_inputs(unit, {"data": "d"})
-    with pytest.raises(ConfigError, match="would have other pairs for the reward model than .*seed-0/start"):
-        runs.check_inputs(start_1, {"data": "a", "pairs": "d"})
+    elsewhere = "because a file has changed in the meantime"
+    refused = [
+        (unit, {"data": "d"}, f"other data than .*seed-0/.*, {elsewhere}") for unit in (method, *runs.units[6:9])
+    ]
+    refused += [(unit, {"pairs": "d"}, "other pairs for the reward model than .*seed-0/") for unit in runs.units[6:9]]
+    refused += [(unit, {"r.py:f": "d"}, "file of the reward 'r.py:f' than .*seed-0/tuned") for unit in runs.units[7:12]]
+    refused += [
+        (tuned, {"r.py:f": "d"}, "holds a run that began with another file of the reward .* remove the directory")
+    ]
+    later = study.plan(tiny("rows.jsonl", supervised__steps=1), rows, tmp_path, seeds=[7])
+    refused += [(later.units[0], {"data": "d"}, "seed-7/start would have other data than .*seed-0/")]
+    for unit, found, message in refused:
+        with pytest.raises(ConfigError, match=message):
+            runs.check_inputs(unit, found)
 
 
-def test_a_start_has_the_data_of_the_rows_in_the_file_of_results(tmp_path):
+def test_the_file_of_results_has_inputs_too(tmp_path):
     rows = {"other data": {"data.train": "other.jsonl"}}
     config = tiny("rows.jsonl", supervised__steps=1)
     method, other = study.plan(config, rows, tmp_path, seeds=[0]).rows
@@ -207,16 +230,19 @@ def test_a_start_has_the_data_of_the_rows_in_the_file_of_results(tmp_path):
         "inputs": {"data": data, "r.py:f": "c"},
     }
     runs = study.plan(config, rows, tmp_path, seeds=[1], done=[entry(method, "a"), entry(other, "b")])
-    runs.check_inputs(runs.units[0], {"data": "a", "r.py:f": "d"})
-    with pytest.raises(ConfigError, match="would have other data than seed 0 of 'grpo' in the file of results"):
-        runs.check_inputs(runs.units[0], {"data": "b"})
+    start, method, _ = runs.units
+    for unit, found in ((start, {"data": "a"}), (method, {"data": "a", "r.py:f": "c"})):
+        runs.check_inputs(unit, found)
+    for unit, found in ((start, {"data": "b"}), (method, {"data": "a", "r.py:f": "d"})):
+        with pytest.raises(ConfigError, match="would have .* than seed 0 of 'grpo' in the file of results"):
+            runs.check_inputs(unit, found)
 
 
 def test_damaged_inputs_are_one_sentence(tmp_path):
     assert inputs.read(tmp_path) == {}
-    for text in ("{", "[1]", "3"):
+    for text in ("{", "[1]", "3", '{"data": ["x"]}'):
         (tmp_path / "inputs.json").write_text(text)
-        with pytest.raises(ConfigError, match="inputs.json is damaged .*; remove the directory"):
+        with pytest.raises(ConfigError, match="inputs.json is damaged; remove its directory"):
             inputs.read(tmp_path)
 
 

@@ -1,5 +1,6 @@
 """Tests predictions for new rows: `generate` on a run that predicts numbers, and the rows that it refuses."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -27,6 +28,8 @@ def test_rows_become_a_table_like_the_training_table():
     for gaps in (("NA", " nan ", "?"), ("null", "n/a", "")):
         table = table_of([dict(zip(("a", "b", "city"), gaps))], LIKE, "mean")
         assert np.isnan(table.features).all() and table.labels.tolist() == [[""]] and not table.exact
+    with_others = dataclasses.replace(LIKE, left_out=("note",))
+    assert table_of([rows[0] | {"note": "x"}], with_others, "refuse").names == ("a", "b")
     filled = table_of([{"a": None, "b": "", "city": ""}], LIKE, "mean")
     assert np.isnan(filled.features).all() and filled.labels.tolist() == [[""]]
 

@@ -274,12 +274,14 @@ def test_rows_with_human_values_under_genre2_and_rlev(table, tmp_path):
     )
     ready = train.setup(config, tmp_path / "run")
     assert ready.model.features == 3 and set(ready.task.prompts.batch(0).columns["values"].tolist()) <= {0.0, 1.0}
+    assert ready.work.fingerprint.count("/") == 3  # the two tables, and the values of their rows
     train.train(ready)
     assert 0 <= lines_of(tmp_path / "run")[-1]["rlev/value"] <= 1
     with pytest.raises(ConfigError, match="config.regression.value"):
         config_lib.validate(a_config(worth, method={"name": "genre2+rlev", "base": "rloo"}))
     rows, values = regression.take_values(tables.load_table(str(worth), "all", target="y"), "v")
     assert rows.names == ("a", "b", "c") and values[:3].tolist() == [0, 1, 0] and rows.features.shape == (400, 3)
+    assert rows.left_out == ("v",)
     with pytest.raises(ConfigError, match=r"Row \d+ of .*worth.csv has .* in the column 'a'; give a value from 0 to 1"):
         regression.take_values(tables.load_table(str(worth), "all", target="y"), "a")
     with pytest.raises(ConfigError, match="no such column of numbers"):

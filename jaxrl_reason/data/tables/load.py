@@ -55,6 +55,7 @@ class Table:
     noise_std: np.ndarray | None = None  # float64[N], the standard deviation of the target given the features, if known
     # (row, column) -> a number as the file has it, if float64 does not keep all of its digits
     exact: Mapping[tuple[int, str], str] = dataclasses.field(default_factory=dict)
+    left_out: tuple[str, ...] = ()  # columns of the file that are not read: dropped, empty, or of human values
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -161,7 +162,10 @@ def _read_table(path: pathlib.Path, split: str, target: str, categorical: str, m
     features, labels = features.reshape(len(part), len(names)), labels.reshape(len(part), len(texts))
     predicted = np.array([targets[i] for i in part], np.float64)
     exact = {(row, name): cells[name][i] for row, i in enumerate(part) for name in names if is_rounded(cells[name][i])}
-    return Table(str(path), tuple(names), features, tuple(texts), labels, target, predicted, exact=exact)
+    left_out = tuple(name for name in cells if name not in (*names, *texts, target))
+    return Table(
+        str(path), tuple(names), features, tuple(texts), labels, target, predicted, exact=exact, left_out=left_out
+    )
 
 
 def _without_empty(path: pathlib.Path, header: list[str], cells: Mapping[str, Sequence[str]], target: str) -> list[str]:
@@ -182,7 +186,10 @@ def is_rounded(cell: str) -> bool:
     if is_gap(cell):
         return False
     number = float(cell)
-    return (len(cell) > 15 or abs(number) < 1e-307) and decimal.Decimal(repr(number)) != decimal.Decimal(cell)
+    try:
+        return (len(cell) > 15 or abs(number) < 1e-307) and decimal.Decimal(repr(number)) != decimal.Decimal(cell)
+    except decimal.InvalidOperation:  # 1e-99999999999999999999 is below all decimals, too
+        return True
 
 
 def _kept_rows(

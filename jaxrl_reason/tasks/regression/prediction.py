@@ -32,7 +32,7 @@ def table_of(rows: Sequence[Row], like: Table, missing: str) -> Table:
     """Returns the table of new rows with the columns of the training table `like`; its targets have no meaning.
 
     A number may be a text such as "59", as in a CSV file, and texts are read as the cells of a training table. The target's
-    column may be there, and is not read. Raises ConfigError for a row without a column, with an unknown one, or with a cell
+    column and those that training leaves out may be there, and are not read. Raises ConfigError for a row without a column, with an unknown one, or with a cell
     of the wrong kind; and for a missing value (None, or a text such as "" or "NA") unless `missing`,
     config.regression.missing, is "mean".
     """
@@ -45,7 +45,7 @@ def table_of(rows: Sequence[Row], like: Table, missing: str) -> Table:
                 needs = f"the run reads the columns {', '.join(known)}"
                 raise ConfigError(f"Row {i} of the prompts has no column {name!r}; {needs}.{nearest(name, list(row))}")
         for name in row:
-            if name not in (*known, like.target):
+            if name not in (*known, like.target, *like.left_out):
                 raise ConfigError(f"Row {i} of the prompts has a column {name!r}, which the training table lacks.")
         row = {name: x.strip() if isinstance(x, str) else x for name, x in row.items()}
         empty = [name for name in known if (x := row[name]) is None or (isinstance(x, str) and is_gap(x))]
@@ -74,9 +74,10 @@ def _is_rounded(cell: Any) -> bool:
 
 def _number(i: int, name: str, cell: Any) -> float:
     try:
-        if is_number(cell) if isinstance(cell, str) else not isinstance(cell, bool) and math.isfinite(cell):
+        is_text, is_plain = isinstance(cell, str), isinstance(cell, int | float) and not isinstance(cell, bool)
+        if is_number(cell) if is_text else is_plain and math.isfinite(cell):
             return float(cell)
-    except (TypeError, OverflowError):
+    except OverflowError:
         pass
     raise ConfigError(f"Row {i} of the prompts has {cell!r:.60} in the column {name!r}, which is no finite number.")
 

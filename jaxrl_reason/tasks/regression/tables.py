@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import hashlib
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -110,9 +111,12 @@ class Tables:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the tables and their split."""
+        """Identifies the tables, their split and the human values of their rows."""
         tables = (self.train, self.held_out, self.validation)
-        return "/".join(table.fingerprint for table in tables if table is not None)
+        values = (self.train_values, self.held_out_values)
+        parts = [table.fingerprint for table in tables if table is not None]
+        parts += [hashlib.sha256(x.tobytes()).hexdigest()[:16] for x in values if x is not None]
+        return "/".join(parts)
 
     def train_rows(self) -> Rows:
         return self.encode(self.train, self.train_values)
@@ -245,5 +249,11 @@ def take_values(table: Table, column: str) -> tuple[Table, np.ndarray | None]:
         )
     names = tuple(name for name in table.names if name != column)
     exact = {place: text for place, text in table.exact.items() if place[1] != column}
-    rest = dataclasses.replace(table, names=names, features=np.delete(table.features, at, axis=1), exact=exact)
+    rest = dataclasses.replace(
+        table,
+        names=names,
+        features=np.delete(table.features, at, axis=1),
+        exact=exact,
+        left_out=(*table.left_out, column),
+    )
     return rest, values.astype(np.float32)
