@@ -4,6 +4,7 @@ python configs/results/write_tables.py
 """
 
 import pathlib
+import sys
 
 from jaxrl_reason.runs.result_tables import with_tables
 from jaxrl_reason.tasks import BASELINES
@@ -13,6 +14,9 @@ README = HERE.parent / "README.md"
 
 if __name__ == "__main__":
     old = README.read_text()
-    new = with_tables(old, HERE, BASELINES)
+    try:
+        new = with_tables(old, HERE, BASELINES)
+    except ValueError as e:  # such as rows with different seeds
+        sys.exit(f"error: {e}")
     if new != old:
         README.write_text(new)

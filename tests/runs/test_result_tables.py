@@ -1,5 +1,6 @@
 """Tests the tables of results in documents, by hand."""
 
+import shutil
 import subprocess
 import sys
 
@@ -135,3 +136,13 @@ def test_the_script_writes_the_tables():
     before = (ROOT / "configs" / "README.md").read_text()
     subprocess.run([sys.executable, RESULTS / "write_tables.py"], check=True, env={"PYTHONPATH": str(ROOT)})
     assert (ROOT / "configs" / "README.md").read_text() == before
+
+
+def test_the_script_says_what_a_table_lacks(tmp_path):
+    (tmp_path / "results").mkdir()
+    shutil.copy(RESULTS / "write_tables.py", tmp_path / "results")
+    results.merge(tmp_path / "results" / "a.jsonl", ENTRIES[:3])
+    (tmp_path / "README.md").write_text("<!-- results: a: accuracy -->\n<!-- end of results -->\n")
+    script = [sys.executable, tmp_path / "results" / "write_tables.py"]
+    done = subprocess.run(script, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1 and done.stderr.startswith("error: The rows ['hero', 'plain'] have not the same seeds")
