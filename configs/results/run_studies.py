@@ -21,7 +21,7 @@ TABLES = "boston carseats college cps diabetes hitters houses mpg salaries wage"
 STUDIES: dict[str, tuple[int, Sequence[str]]] = {
     "estimators": (8, ()),
     "smollm2_sums": (4, ("grpo", "DAPO", "ProGRPO")),
-    "genre2": (5, ()),
+    "genre2": (8, ()),
     "laser": (5, ()),
     "laser_silent": (8, ()),
     "hero": (5, ()),
