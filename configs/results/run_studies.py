@@ -26,7 +26,7 @@ STUDIES: dict[str, tuple[int, Sequence[str]]] = {
     "laser_silent": (8, ()),
     "hero": (5, ()),
     "rlev": (6, ()),
-    "progrpo": (5, ()),
+    "progrpo": (8, ()),
 }
 
 
