@@ -144,8 +144,8 @@ def _naming(unit: Unit) -> Iterator[None]:
 def _set_up(unit: Unit, lock: contextlib.AbstractContextManager, comparison: Comparison) -> Taken:
     """Sets a run up, and writes the recipe from which its report shows differences.
 
-    Raises what `train.setup` raises, and ConfigError if data or reward files have changed since other runs of the row; for a
-    baseline, a ConfigError that names it. Nothing is written then.
+    Raises what `train.setup` raises, and ConfigError if files have changed since another run began; for a baseline, a
+    ConfigError that names it. Nothing is written then.
     """
 
     def check(run: train.Run) -> None:

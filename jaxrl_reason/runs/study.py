@@ -102,7 +102,7 @@ class Study:
         return None
 
     def check_inputs(self, unit: Unit, found: inputs.Inputs) -> None:
-        """Raises ConfigError if a run has not the inputs of the others, finished or not, whose configuration names the same files."""
+        """Raises ConfigError if the inputs of a run differ from those of another one, finished or not, that names the same files."""
         others: list[tuple[str, Config, inputs.Inputs]] = []
         configs = {row.directory: row.config for row in self.rows} | {START: self.rows[0].config}
         for name, config in configs.items():

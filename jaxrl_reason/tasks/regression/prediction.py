@@ -32,9 +32,9 @@ def table_of(rows: Sequence[Row], like: Table, missing: str) -> Table:
     """Returns the table of new rows with the columns of the training table `like`; its targets have no meaning.
 
     A number may be a text such as "59", as in a CSV file, and texts are read as the cells of a training table. The target's
-    column and those that training leaves out may be there, and are not read. Raises ConfigError for a row without a column, with an unknown one, or with a cell
-    of the wrong kind; and for a missing value (None, or a text such as "" or "NA") unless `missing`,
-    config.regression.missing, is "mean".
+    column and those that training leaves out may be there, and are not read. Raises ConfigError for a row without a column,
+    with an unknown one, or with a cell of the wrong kind; and for a missing value (None, or a text such as "" or "NA")
+    unless `missing`, config.regression.missing, is "mean".
     """
     numbers, labels = [], []
     exact: dict[tuple[int, str], str] = {}
