@@ -172,7 +172,7 @@ def test_pairs_may_come_from_a_source_of_their_own(rows, tmp_path):
     renamed = [{"q": row["question"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in own]
     other = dict(data__eval=str(write_rows(tmp_path / "eval.jsonl", renamed)), data__eval_split="all")
     _, phase = prepare(tiny_pairs(rows, **other, data__eval_columns={"question": "q"}), tmp_path / "e")
-    assert sizes(phase)[1] == 4  # eval.prompts
+    assert sizes(phase)[1] == 8  # all rows of eval.jsonl, whose questions have another column
     (tmp_path / "own.jsonl").write_text('{"question": "a", "chosen": "b"}\n')
     with pytest.raises(ValueError, match="own.jsonl, there is no column 'rejected', only 'question', 'chosen'"):
         prepare(tiny_pairs(rows, data=path, split="all", eval_split="all"), tmp_path / "d")
