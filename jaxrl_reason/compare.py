@@ -147,24 +147,26 @@ def _set_up(unit: Unit, lock: contextlib.AbstractContextManager, comparison: Com
     Raises what `train.setup` raises, and ConfigError if files have changed since another run began; for a baseline, a
     ConfigError that names it. Nothing is written then.
     """
+    found: dict[str, str] = {}
 
     def check(run: train.Run) -> None:
         if hosts.is_first():
-            comparison.study.check_inputs(unit, _inputs(unit, run))
+            found.update(_inputs(unit, run))
+            comparison.study.check_inputs(unit, found)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock)
         with _naming(unit):
             run = train.setup(unit.config, unit.directory, check=check)
             if hosts.is_first():
-                inputs.write(unit.directory, _inputs(unit, run))
+                inputs.write(unit.directory, found)
                 if unit.row:
                     write_recipe(unit.directory, "the recipe of the comparison", comparison.recipe)
         stack.pop_all()  # the lock is held from here on
     return Taken(unit, lock, run)
 
 
-def _inputs(unit: Unit, run: train.Run) -> inputs.Inputs:
+def _inputs(unit: Unit, run: train.Run) -> dict[str, str]:
     """Returns the digests of the files that a run reads. TFDS names the version of its data, so it needs none."""
     c, start = run.config, unit.directory.parent / START
     found = {}

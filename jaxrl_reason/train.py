@@ -81,19 +81,12 @@ def setup(
       ConfigError, RewardError, ValueError, OSError: a sentence that names the fault and its place.
     """
     compilation_cache.enable(config.compilation_cache)
-    turns = [
-        hosts.agree(
-            lambda: _setup(config, workdir, begin, check) if hosts.is_first() else None, ConfigError, *_REFUSALS
-        )
-    ]
+    make = lambda: _setup(config, workdir, begin, check)
+    turns = [hosts.agree(lambda: make() if hosts.is_first() else None, ConfigError, *_REFUSALS)]
     with warnings.catch_warnings():
         if not hosts.is_first():
             warnings.simplefilter("ignore")  # the first process has printed them
-        turns += [
-            hosts.agree(
-                lambda: None if hosts.is_first() else _setup(config, workdir, begin, check), ConfigError, *_REFUSALS
-            )
-        ]
+        turns += [hosts.agree(lambda: None if hosts.is_first() else make(), ConfigError, *_REFUSALS)]
     return next(run for run in turns if run)
 
 

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -17,9 +18,9 @@ from helpers.documents import ROOT
 from helpers.report_runs import content_of
 from helpers.tiny_runs import tiny, write_recipe, write_rows
 from jaxrl_reason import compare, train
-from jaxrl_reason.config import Config, ConfigError
+from jaxrl_reason.config import Config, ConfigError, RewardModel
 from jaxrl_reason.rl import hosts
-from jaxrl_reason.runs import checkpoints, results, study, summary
+from jaxrl_reason.runs import checkpoints, inputs, results, study, summary
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROWS = ("method", "leave_one_out")
@@ -297,6 +298,28 @@ def test_a_file_that_changes_during_a_run_is_noticed(tmp_path, monkeypatch, untr
         ConfigError, match="seed-1/method would have another file of the reward .* than .*/seed-3/method"
     ):
         compare.compare(config, {}, tmp_path / "runs", seeds=[3, 1])
+
+
+def test_the_inputs_of_a_run_are_the_files_that_it_reads(tmp_path):
+    """Rows that share a reward model have its pairs; a start has no rewards. Data of TFDS have no digest."""
+    (tmp_path / "r.py").write_text("def f(**_): pass\n")
+    shared = tmp_path / "start" / "reward_model"
+    config = tiny("rows.jsonl", reward_model__data="pairs.jsonl", reward__functions=["accuracy", f"{tmp_path}/r.py:f"])
+    work = types.SimpleNamespace(fingerprint="d")
+    run = lambda c, phase=None: types.SimpleNamespace(
+        config=c, task=types.SimpleNamespace(work=work), reward_phase=phase
+    )
+    unit = lambda row: types.SimpleNamespace(row=row, directory=tmp_path / ("row" if row else "start"))
+    phase = types.SimpleNamespace(work=types.SimpleNamespace(fingerprint="p"))
+    assert (found := compare._inputs(unit(None), run(config, phase))) == {"data": "d", "pairs": "p"}
+    (tmp_path / "start").mkdir()
+    inputs.write(tmp_path / "start", found)
+    reward = {f"{tmp_path}/r.py:f": compare.file_digest(f"{tmp_path}/r.py:f")}
+    using = study.variant(config, {"reward_model": RewardModel(path=str(shared))})
+    assert compare._inputs(unit("row"), run(using, types.SimpleNamespace(work=None))) == found | reward
+    for name, expected in (("hf://datasets/o/n/a*", {"data": "d"}), ("word_problems/chains", {})):
+        other = study.variant(config, {"data.train": name, "data.eval": "", "reward.functions": ["accuracy"]})
+        assert compare._inputs(unit("row"), run(other)) == expected
 
 
 HOLD = "import pathlib, sys; from jaxrl_reason.runs import locks; lock = locks.take(pathlib.Path(sys.argv[1])); print(); input()"

@@ -159,3 +159,16 @@ def test_a_damaged_file_of_the_recipe_is_one_sentence(tmp_path):
         (tmp_path / "recipe.json").write_text(text)
         with pytest.raises(ConfigError, match="recipe.json is damaged; remove it, and the report shows no differences"):
             read_recipe(tmp_path)
+
+
+def test_tokens_of_waves_without_waves_are_refused_before_a_run_begins_only(tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl")
+    config = tiny(rows, update__wave_tokens=64)
+    with pytest.raises(ConfigError, match="config.update.wave_tokens is 64, and updates of this run have one length"):
+        train.setup(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    train.setup(tiny(rows), tmp_path / "old")
+    begun = json.loads((tmp_path / "old" / "config.json").read_text())
+    begun["config"]["update"]["wave_tokens"] = 64
+    (tmp_path / "old" / "config.json").write_text(json.dumps(begun))
+    train.setup(config, tmp_path / "old")  # of an earlier version, which ignored the field

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import math
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -73,12 +74,12 @@ def _is_rounded(cell: Any) -> bool:
 
 
 def _number(i: int, name: str, cell: Any) -> float:
-    try:
-        is_text, is_plain = isinstance(cell, str), isinstance(cell, int | float) and not isinstance(cell, bool)
-        if is_number(cell) if is_text else is_plain and math.isfinite(cell):
-            return float(cell)
-    except OverflowError:
-        pass
+    if isinstance(cell, str):
+        is_finite = is_number(cell)
+    else:
+        is_finite = isinstance(cell, int | float) and not isinstance(cell, bool) and abs(cell) <= sys.float_info.max
+    if is_finite:
+        return float(cell)
     raise ConfigError(f"Row {i} of the prompts has {cell!r:.60} in the column {name!r}, which is no finite number.")
 
 
