@@ -37,15 +37,8 @@ def _changed(section: Any, names: Iterable[str]) -> str:
     return next((name for name in names if getattr(section, name) != getattr(default, name)), "")
 
 
-_OF_QUESTIONS = (
-    "template",
-    "chat",
-    "add_bos",
-    "columns",
-    "eval_columns",
-    "on_bad_row",
-    "on_long_prompt",
-)  # not of tables
+# Fields of data that regression runs do not use.
+_OF_QUESTIONS = ("template", "chat", "add_bos", "columns", "eval_columns", "on_bad_row", "on_long_prompt")
 
 
 def _all_text(columns: Mapping[Any, Any]) -> bool:

@@ -204,9 +204,7 @@ def _with_longest(method: Mapping[str, Any], length: int) -> dict[str, Any]:
         name: _with_longest(x, length) if isinstance(x, Mapping) else x for name, x in method.items()
     }
     if found.get("overlong_max_length"):
-        found["overlong_max_length"] = length
-        if "overlong_cache_length" in found:
-            found["overlong_cache_length"] = min(found["overlong_cache_length"], length)
+        found |= {"overlong_max_length": length, "overlong_cache_length": length}
     return found
 
 
