@@ -22,6 +22,8 @@ STUDIES: dict[str, tuple[int, Sequence[str]]] = {
     "estimators": (8, ()),
     "smollm2_sums": (4, ()),
     "genre2": (8, ()),
+    "genre2_ieee": (5, ()),
+    "genre2_p10": (5, ()),
     "laser": (5, ()),
     "laser_silent": (8, ()),
     "hero": (5, ()),
@@ -34,7 +36,7 @@ def flags(name: str, workdir: pathlib.Path) -> Iterator[list[str]]:
     """Yields the flags of `compare` for a study: one list, or one per table."""
     seeds, rows = STUDIES[name]
     rest = [f"--seeds={seeds}", f"--results={HERE / name}.jsonl", *(f"--only={row}" for row in rows)]
-    for table in TABLES if name == "genre2" else [""]:
+    for table in TABLES if name.startswith("genre2") else [""]:
         data = [f"--config.data.train=small_tables/{table}"] if table else []
         yield [f"--config={HERE.parent / name}.py", f"--workdir={workdir / name / table}", *data, *rest]
 

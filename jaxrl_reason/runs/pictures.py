@@ -89,7 +89,7 @@ def plot_comparison(
     plots = figure.subplots(rows, columns, squeeze=False).flat
     colors: dict[str, str] = {}  # a row has one color in all plots
     for (metric, of_rows), axis in zip(curves.items(), plots):
-        percent = cell(metric, 0.0).endswith("%")
+        percent = is_share(metric)
         for row, points in of_rows.items():
             color = colors.setdefault(row, f"C{len(colors)}")
             steps, factor = list(points), 100 if percent else 1
@@ -171,17 +171,26 @@ def _table(labels: Sequence[str], columns: Mapping[str, Sequence[str]], chosen: 
     return table
 
 
+def is_share(name: str) -> bool:
+    """Returns whether a metric is a share, which tables and pictures show in percent: accuracies, pass@k, ..."""
+    short = name.rpartition("/")[2]
+    is_mean_of_verdicts = short.startswith(("pass@", "maj@", "avg@", "best_of_"))
+    return is_mean_of_verdicts or short.partition(",")[0].endswith(("accuracy", "vote", "_ratio"))
+
+
 def cell(name: str, value: float | None, *, signed: bool = False) -> str:
-    """Formats a metric for a table: accuracies in percent, small numbers with three places, a dash for NaN and None."""
+    """Formats a metric for a table: shares in percent, small numbers with three places, a dash for NaN and None.
+
+    Numbers from a million on have an exponent: one prediction with a wrong exponent can make an R2 of -5.65e+23.
+    """
     if value is None or math.isnan(value):
         return "-"
-    short = name.rpartition("/")[2]
-    kind = short.partition("@")[0]  # r2@8 is r2 of 8 samples
+    kind = name.rpartition("/")[2].partition("@")[0]  # r2@8 is r2 of 8 samples
     sign = "+" if signed else ""
-    if short.partition(",")[0].endswith(("accuracy", "vote")) or short.startswith(
-        ("pass@", "maj@", "avg@", "best_of_")
-    ):
+    if is_share(name):
         return f"{100 * value:{sign}.1f} %"
+    if abs(value) >= 1e6:
+        return f"{value:{sign}.2e}"
     return f"{value:{sign}.3f}" if kind.endswith(_FINE) else f"{value:{sign}.1f}"
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import itertools
 import json
-import math
 import pathlib
 from typing import Any
 
@@ -17,7 +16,7 @@ from jaxrl_reason.data.tables import TargetScaler
 from jaxrl_reason.methods import Method
 from jaxrl_reason.runs import results
 from jaxrl_reason.runs.files import finite, write_json, write_text
-from jaxrl_reason.runs.pictures import AS_IT_IS
+from jaxrl_reason.runs.pictures import AS_IT_IS, cell, is_share
 from jaxrl_reason.tasks import evaluation
 from jaxrl_reason.tasks.task import Judged
 
@@ -214,7 +213,7 @@ def table_of_sets(record: Mapping[str, Any], title: str) -> Table:
     """Returns the table of an evaluation of several sets, from its record, with the intervals below the shares."""
     headings = [f"{kind}\n95 % interval" for kind in ("avg@k", "pass@k", "maj@k")]
     table = Table("set", "prompts", "k", *headings, title=title)
-    both = lambda value, found, name: f"{_cell('@', value)}\n{_range(found, name).removesuffix(' %')}"
+    both = lambda value, found, name: f"{_cell('avg@k', value)}\n{_range(found, name).removesuffix(' %')}"
     for label, found in record["sets"].items():
         k, metrics, intervals = found["samples"], found["metrics"], found["intervals"]
         names = ("accuracy", f"pass@{k}", f"maj@{k}")
@@ -246,13 +245,10 @@ def plot_sets(record: Mapping[str, Any], path: pathlib.Path, title: str) -> None
 
 
 def _cell(name: str, value: float) -> str:
-    if math.isnan(value):
-        return "-"
+    """Formats a metric as `pictures.cell` does, but whole numbers without and small numbers with three places."""
     if isinstance(value, int):
         return str(value)
-    if "@" in name or name.endswith(("accuracy", "_ratio", "_vote")):
-        return f"{100 * value:.1f} %"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return f"{value:.3f}" if abs(value) < 10 and not is_share(name) else cell(name, value)
 
 
 def plot_completions(found: evaluation.Evaluated, metrics: Mapping[str, float], path: pathlib.Path, title: str) -> None:

@@ -11,7 +11,14 @@ import pytest
 import rich.console
 
 from jaxrl_reason.runs.metrics_file import MetricsWriter
-from jaxrl_reason.runs.pictures import plot_comparison, plot_learning_curve, print_summary, print_table, reward_text
+from jaxrl_reason.runs.pictures import (
+    cell,
+    plot_comparison,
+    plot_learning_curve,
+    print_summary,
+    print_table,
+    reward_text,
+)
 from jaxrl_reason.runs.statistics import Estimate
 from jaxrl_reason.tasks import reporting
 
@@ -74,6 +81,27 @@ def test_every_run_has_curves(metrics, steps, tmp_path):
 )
 def test_the_reward_next_to_the_progress_bar(metrics, text):
     assert reward_text(metrics) == text
+
+
+@pytest.mark.parametrize(
+    "name, value, text",
+    [
+        ("eval/accuracy", 0.5, "50.0 %"),
+        ("pass@8", 0.5, "50.0 %"),
+        ("eval/best_of_8_by_logprob", 0.5, "50.0 %"),
+        ("eval/clipped_ratio", 0.031, "3.1 %"),
+        ("eval/h_accuracy, other prompts", 0.5, "50.0 %"),
+        ("eval/r2@8", 0.5, "0.500"),
+        ("eval/mean_length", 18.26, "18.3"),
+        ("eval/rmse", 999_999.0, "999999.000"),
+        ("eval/rmse", 1e6, "1.00e+06"),
+        ("eval/r2", -5.6539e23, "-5.65e+23"),
+        ("eval/r2", math.nan, "-"),
+        ("eval/r2", None, "-"),
+    ],
+)
+def test_a_cell_has_the_unit_of_its_metric(name, value, text):
+    assert cell(name, value) == text
 
 
 @pytest.mark.parametrize(

@@ -236,5 +236,16 @@ def test_tables_have_intervals_if_there_are_any():
         ["25.0 to 75.0 %", "25.0 to 75.0 %", ""],
     ]
     assert cells(curve) == [["1"], ["50.0 %"], ["37.5 to 62.5 %"], ["25.0 %"], [""]]
-    (numbers_only,) = metric_tables({"rmse": 0.5}, {}, "title")
-    assert cells(numbers_only) == [["rmse"], ["0.500"]]
+
+
+def test_the_table_of_predicted_numbers_has_no_percent():
+    numbers = {
+        "rmse": 0.5,
+        "r2@8": 0.25,
+        "median_rmse@8": 12.25,
+        "r2": -5.6539e23,
+        "spearman": math.nan,
+        "prompts": 109,
+    }
+    (table,) = metric_tables(numbers, {}, "title")
+    assert list(table.columns[1].cells) == ["0.500", "0.250", "12.250", "-5.65e+23", "-", "109"]

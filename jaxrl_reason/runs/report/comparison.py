@@ -57,7 +57,7 @@ def _chart(metric: str, of_rows: Mapping[str, Mapping[int, Estimate]]) -> dict[s
             ends = lambda sign: rounded([p.mean + sign * (p.half_width or 0.0) for p in points.values()])
             curve |= {"low": ends(-1), "high": ends(1)}
         curves.append(curve)
-    unit = "%" if pictures.cell(metric, 0.0).endswith("%") else ""
+    unit = "%" if pictures.is_share(metric) else ""
     return {"title": _label(metric), "unit": unit, "log": False, "main": True, "curves": curves}
 
 
