@@ -24,7 +24,7 @@ STUDIES: dict[str, tuple[int, Sequence[str]]] = {
     "genre2": (8, ()),
     "genre2_ieee": (5, ()),
     "genre2_p10": (5, ()),
-    "laser": (5, ()),
+    "laser": (8, ()),
     "laser_silent": (8, ()),
     "hero": (5, ()),
     "rlev": (6, ()),
