@@ -322,6 +322,8 @@ def print_rows(console: rich.console.Console, rows: Rows, shown: tuple[str, ...]
     labels = lambda names: [name.removeprefix("eval/").replace("_", " ") for name in names]
     pictures.print_table(console, fields + labels(names), columns)
     say = lambda text: console.print(text, soft_wrap=True)
+    if note := pictures.unit_note(names):
+        say(note)
     if not seeds:
         return
     used = sorted({int(seed) for row in rows.values() for seed in row.get("runs", ())})

@@ -11,6 +11,7 @@ import pytest
 
 from helpers import reference_decoder as reference
 from jaxrl_reason import data, generate, models
+from jaxrl_reason.data.tables import TargetScaler
 from jaxrl_reason.runs.terminal import visible
 from jaxrl_reason.tasks import policies, sampling
 from jaxrl_reason.tasks.regression.prediction import Prediction
@@ -244,11 +245,31 @@ def test_characters_that_a_terminal_does_not_know_are_escapes_and_the_file_has_t
 def test_a_prediction_that_is_not_finite_is_null_in_the_file(tmp_path, monkeypatch, capsys):
     inf, loaded = float("inf"), types.SimpleNamespace(programs=None, weights=None)
     monkeypatch.setattr(generate, "predict_rows", lambda *_: [Prediction(inf, 1.0, float("nan"), [inf, 1.0])])
-    opened = types.SimpleNamespace(load=lambda: loaded, tokenizer=None)
+    opened = types.SimpleNamespace(
+        load=lambda: loaded, tokenizer=types.SimpleNamespace(target=TargetScaler(0.0, 1.0, -1.0, 1.0))
+    )
     generate.regress(generate.Regression(opened, [{"a": 2}], [], tmp_path / "out.jsonl"))
     line = '{"row": {"a": 2}, "mean": null, "median": 1.0, "spread": null, "samples": [null, 1.0]}\n'
     assert (tmp_path / "out.jsonl").read_text() == line
     assert capsys.readouterr().out == '> {"a": 2}\ninf (2 samples, median 1, standard deviation nan)\n\n'
+
+
+@pytest.mark.parametrize(
+    "mean, std, sample, text",
+    [
+        (0.0, 1.0, 0.123456, "0.1235 (1 samples, median 0.1235"),
+        (100_000.0, 2.3, 100_001.6789, "100001.679 (1 samples, median 100001.679"),
+        (2e12, 1e9, 2.0012345e12, "2.0012345e+12 (1 samples, median 2.0012345e+12"),
+        (0.0, 1e-9, 1.23456e-9, "1.235e-09 (1 samples, median 1.235e-09"),
+    ],
+)
+def test_a_prediction_has_the_digits_of_its_target(mean, std, sample, text, monkeypatch, capsys):
+    loaded = types.SimpleNamespace(programs=None, weights=None)
+    monkeypatch.setattr(generate, "predict_rows", lambda *_: [Prediction(sample, sample, 0.0, [sample])])
+    scale = TargetScaler(mean, std, -1.0, 1.0)
+    opened = types.SimpleNamespace(load=lambda: loaded, tokenizer=types.SimpleNamespace(target=scale))
+    generate.regress(generate.Regression(opened, [{"a": 2}], [], None))
+    assert capsys.readouterr().out.splitlines()[1].startswith(text)
 
 
 def test_bytes_that_are_no_text_do_not_end_a_session(policy, capsys, monkeypatch):

@@ -246,7 +246,7 @@ def test_other_pairs_in_the_same_directory_are_refused(rows, tmp_path):
     phase.work.begin(phase.tokenizer)
     prepare(config, tmp_path / "run")
     write_rows(own, [*PAIRS[:19], PAIRS[20]])
-    with pytest.raises(ConfigError, match="reward_model holds another run: data_fingerprint was"):
+    with pytest.raises(ConfigError, match="reward_model holds another run: its data have changed since it began"):
         prepare(config, tmp_path / "run")
 
 

@@ -756,7 +756,7 @@ def test_other_data_under_the_same_name_are_refused(tmp_path):
     config = tiny(write_rows(tmp_path / "rows.jsonl"))
     train.setup(config, tmp_path / "run")
     write_rows(tmp_path / "rows.jsonl", [*ROWS[:-1], {**ROWS[-1], "answer": "7"}])
-    with pytest.raises(ConfigError, match="data_fingerprint was"):
+    with pytest.raises(ConfigError, match="holds another run: its data have changed since it began"):
         train.setup(config, tmp_path / "run")
 
 

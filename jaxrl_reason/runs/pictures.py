@@ -1,6 +1,6 @@
 """The pictures and tables of a run: the learning curve, and the table of metrics before and after training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import io
 import math
 import os
@@ -176,6 +176,12 @@ def is_share(name: str) -> bool:
     short = name.rpartition("/")[2]
     is_mean_of_verdicts = short.startswith(("pass@", "maj@", "avg@", "best_of_"))
     return is_mean_of_verdicts or short.partition(",")[0].endswith(("accuracy", "vote", "_ratio"))
+
+
+def unit_note(names: Iterable[str]) -> str:
+    """Returns a sentence about the unit of errors of predicted numbers; "" if no metric is one."""
+    errors = [name for name in names if name.rpartition("/")[2].partition("@")[0].endswith(("rmse", "spread"))]
+    return "rmse and spread are in standard deviations of the training targets." if errors else ""
 
 
 def cell(name: str, value: float | None, *, signed: bool = False) -> str:

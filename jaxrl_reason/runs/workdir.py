@@ -61,7 +61,12 @@ class Workdir:
         free = tuple(f"config.{field}." for field in MAY_CHANGE)
         changes = [c for c in _differences(old, self._identity) if not f"{c[0]}.".startswith(free)]
         if changes:
-            listed = "; ".join(f"{name} was {a!r} and is {b!r}" for name, a, b in changes)
+            listed = "; ".join(
+                "its data have changed since it began (a file, a split or a column)"
+                if name == "data_fingerprint"
+                else f"{name} was {a!r} and is {b!r}"
+                for name, a, b in changes
+            )
             raise ConfigError(
                 f"{self.path} holds another run: {listed}. Restore the old values, or choose another --workdir."
             )

@@ -20,6 +20,7 @@ from jaxrl_reason.rewards.scorer import LEARNED
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.programs import Programs
 from jaxrl_reason.rl.types import Rollout
+from jaxrl_reason.runs import pictures
 from jaxrl_reason.runs.files import finite, write_json
 from jaxrl_reason.runs.progress import Progress
 from jaxrl_reason.tasks import reporting
@@ -161,6 +162,8 @@ def _run(
     files = reporting.write_results(directory, judged, metrics, record, title)
     for table in reporting.metric_tables(metrics, intervals, title):
         console.print(table)
+    if note := pictures.unit_note(metrics):
+        console.print(note, soft_wrap=True)
     console.print(f"Written: {directory}/{', '.join(files)}", soft_wrap=True)
     return record, prompts.get("accuracy", np.zeros(0))
 

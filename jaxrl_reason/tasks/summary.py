@@ -69,6 +69,8 @@ def report(
             {k: v for k, v in evaluations.get(side, {}).items() if k.startswith(shown)} for side in ("before", "after")
         )
         pictures.print_summary(console, before, after)
+        if note := pictures.unit_note([*before, *after]):
+            console.print(note, soft_wrap=True)
     if baselines:
         console.print("Baselines: " + ", ".join(f"{name} {pictures.cell(name, x)}" for name, x in baselines.items()))
     scratch = picture.with_suffix(".tmp")

@@ -20,7 +20,7 @@ from jaxrl_reason.runs.metrics_file import MetricsWriter
 from jaxrl_reason.runs.report import Report, write_comparison
 from jaxrl_reason.runs.report import run as report_run
 from jaxrl_reason.runs.report.completions import CHARACTERS, COMPLETIONS, Samples
-from jaxrl_reason.runs.report.curves import POINTS, thinned
+from jaxrl_reason.runs.report.curves import Curves, POINTS, thinned
 from jaxrl_reason.runs.report.page import to_script
 from jaxrl_reason.runs.statistics import Estimate
 from jaxrl_reason.runs.watch import PATIENCE
@@ -57,6 +57,19 @@ def test_metrics_have_their_charts(tmp_path):
     assert charts["Time of a step by part"]["log"] and not charts["Reward"]["log"]
     assert names["Memory"] == ["perf/host_memory_gib"]
     assert names["hero"] == ["hero/spread"] and not charts["hero"]["main"]  # a metric of a method
+
+
+def test_metrics_of_predicted_numbers_have_their_charts():
+    curves = Curves()
+    names = "eval/r2 eval/greedy_r2 eval/r2@8 eval/spearman eval/rmse eval/rmse@8 eval/spread least_squares/r2 squared_error_head/rmse"
+    curves.add({"step": 0} | dict.fromkeys(names.split(), 0.5))
+    found = {chart["title"]: [curve["name"] for curve in chart["curves"]] for chart in curves.charts()}
+    assert found == {
+        "Held-out fit": ["eval/greedy_r2", "eval/r2", "eval/spearman", "least_squares/r2"],
+        "Held-out fit of 1 and 8 samples": ["eval/r2@8"],
+        "Held-out error and spread": ["eval/rmse", "eval/spread", "squared_error_head/rmse"],
+        "Held-out error of 1 and 8 samples": ["eval/rmse@8"],
+    }
 
 
 def test_an_unknown_value_is_no_point(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from helpers.tiny_runs import tiny
 from jaxrl_reason import config as config_lib
-from jaxrl_reason import evaluate, methods, train
+from jaxrl_reason import evaluate, generate, methods, train
 from jaxrl_reason.advantages import AdvantageInputs
 from jaxrl_reason.config import ConfigError, Data, Model, Regression, Reward
 from jaxrl_reason.data import tables
@@ -158,10 +158,16 @@ def test_evaluation_of_numbers_raises_for_another_training_table(table, tmp_path
     assert evaluate.main([*flags, f"--data={table}", "--split=[90%:]"]) == 0
     record = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
     assert record["data"]["name"] == str(table) and record["prompts"] == 3
-    own.write_text(table.read_text().replace("y\n", "y\n0,0,0,99\n", 1))
-    capsys.readouterr()
-    assert evaluate.main(flags) == 2
-    assert "is not the training table of the run" in capsys.readouterr().err
+    header, first, *lines = table.read_text().splitlines()
+    other_target, other_feature = f"{first.rpartition(',')[0]},99", f"77{first[first.index(',') :]}"
+    for changed in (other_target, other_feature):
+        own.write_text("\n".join([header, changed, *lines]) + "\n")
+        capsys.readouterr()
+        assert evaluate.main(flags) == 2
+        assert "is not the training table of the run" in capsys.readouterr().err
+        assert generate.main([flags[0], '--prompt={"a": 1, "b": 2, "c": 3}']) == 2
+        assert "is not the training table of the run" in capsys.readouterr().err
+    assert evaluate.main([*flags, f"--config.data.train={table}"]) == 0
 
 
 @pytest.mark.runs
@@ -256,8 +262,12 @@ def test_a_start_with_another_scale_of_numbers_raises(table, tmp_path):
     train.train(train.setup(a_config(table, steps=1, checkpoint__keep_start=True), tmp_path / "start"))
     begin = dict(supervised__start_from=str(tmp_path / "start"))
     train.setup(a_config(table, **begin), tmp_path / "same")
-    with pytest.raises(ConfigError, match="spell numbers in another way or on another scale"):
-        train.setup(a_config(table, **begin, data__train_split="[:50%]"), tmp_path / "other")
+    header, first, *lines = table.read_text().splitlines()
+    other = tmp_path / "other.csv"  # with the targets of the start's table, and one other feature
+    other.write_text("\n".join([header, f"77{first[first.index(',') :]}", *lines]) + "\n")
+    for changes in ({"data__train_split": "[:50%]"}, {"data__train": str(other)}):
+        with pytest.raises(ConfigError, match="another training table or spell numbers in another way"):
+            train.setup(a_config(table, **begin, **changes), tmp_path / "other")
 
 
 @pytest.mark.runs
@@ -274,7 +284,7 @@ def test_rows_with_human_values_under_genre2_and_rlev(table, tmp_path):
     )
     ready = train.setup(config, tmp_path / "run")
     assert ready.model.features == 3 and set(ready.task.prompts.batch(0).columns["values"].tolist()) <= {0.0, 1.0}
-    assert ready.work.fingerprint.count("/") == 3  # the two tables, and the values of their rows
+    assert ready.work.fingerprint.count("/") == 2  # the two tables, and the values of the training rows
     train.train(ready)
     assert 0 <= lines_of(tmp_path / "run")[-1]["rlev/value"] <= 1
     with pytest.raises(ConfigError, match="config.regression.value"):
@@ -282,10 +292,62 @@ def test_rows_with_human_values_under_genre2_and_rlev(table, tmp_path):
     rows, values = regression.take_values(tables.load_table(str(worth), "all", target="y"), "v")
     assert rows.names == ("a", "b", "c") and values[:3].tolist() == [0, 1, 0] and rows.features.shape == (400, 3)
     assert rows.left_out == ("v",)
-    with pytest.raises(ConfigError, match=r"Row \d+ of .*worth.csv has .* in the column 'a'; give a value from 0 to 1"):
+    with pytest.raises(ConfigError, match=r"Column 'a' is .* in line \d+ of .*worth.csv; give a value from 0 to 1"):
         regression.take_values(tables.load_table(str(worth), "all", target="y"), "a")
     with pytest.raises(ConfigError, match="no such column of numbers"):
         regression.take_values(tables.load_table(str(worth), "all", target="y"), "w")
+
+
+def tables_of(directory, train_rows, held_out_rows, header="a,b,y", **options):
+    """Opens two files, with features 0 and 1 in every run of this helper's training table."""
+    for name, rows in (("train", train_rows), ("held_out", held_out_rows)):
+        (directory / f"{name}.csv").write_text("\n".join([header, *rows]) + "\n")
+    files = dict(
+        train=str(directory / "train.csv"), train_split="all", eval=str(directory / "held_out.csv"), eval_split="all"
+    )
+    number = Regression(tokenizer="normalized", target="y", prefix_length=2, encoder_width=32, **options)
+    return regression.open_tables(a_config(directory / "train.csv", data=Data(**files), regression=number))
+
+
+def test_a_held_out_table_may_have_one_row_or_one_target(tmp_path):
+    opened = tables_of(tmp_path, ["0,1,2", "1,0,4"], ["3,3,7"])
+    assert opened.held_out_rows().z.tolist() == [4.0]  # (7 - 3) / 1
+    with pytest.raises(ConfigError, match="The target 'y' of .*train.csv is 2.0 in every training row"):
+        tables_of(tmp_path, ["0,1,2", "1,0,2"], ["3,3,7"])
+
+
+def test_columns_may_be_empty_in_a_held_out_table_if_means_fill_them(tmp_path, recwarn):
+    rows, held_out = ["0,x,0,2", "1,z,4,4"], ["1,,,7", "0,NA,,8"]
+    opened = tables_of(tmp_path, rows, held_out, "a,b,c,y", missing="mean", categorical="onehot")
+    # By columns: a, c (a missing value is the mean), b=x, b=z (a missing text is neither).
+    np.testing.assert_allclose(opened.held_out_rows().numeric, [[1, 0, 0, 0], [-1, 0, 0, 0]])
+    assert not [str(warning.message) for warning in recwarn if "left out" in str(warning.message)]
+    with pytest.raises(ValueError, match="but the training table had"):
+        tables_of(tmp_path, rows, held_out, "a,b,c,y", categorical="onehot").held_out_rows()
+
+
+def test_a_held_out_table_needs_no_human_values(tmp_path):
+    rows = ["0,1,2", "1,0,4"]
+    assert tables_of(tmp_path, rows, ["0,9,2"], value="b").held_out_rows().values is None  # 9 is no value, and unused
+    (tmp_path / "bare.csv").write_text("a,y\n5,5\n")
+    config = a_config(tmp_path / "train.csv", regression=Regression(tokenizer="normalized", target="y", value="b"))
+    config.data = Data(
+        train=str(tmp_path / "train.csv"), train_split="all", eval=str(tmp_path / "bare.csv"), eval_split="all"
+    )
+    opened = regression.open_tables(config)
+    assert opened.held_out_rows().numeric.tolist() == [[9.0]] and opened.train_values.tolist() == [1, 0]
+
+
+def test_training_rows_among_the_held_out_rows_give_a_warning(tmp_path):
+    rows = ["0,1,2", "1,0,4", "1,0,4"]
+    with pytest.warns(UserWarning) as caught:
+        tables_of(tmp_path, rows, ["0,1,3", "1,0,4", "5,5,5"])
+    [text] = [str(warning.message) for warning in caught]
+    train, held_out = tmp_path / "train.csv", tmp_path / "held_out.csv"
+    assert (
+        f"{held_out}: training rows of {train} occur in 1 of 3 held-out rows, so held-out metrics are too good" in text
+    )
+    assert f"line 3 of {held_out} is line 3 of {train}" in text
 
 
 @pytest.mark.parametrize("name", ["hero", "laser", "rlev", "progrpo"])

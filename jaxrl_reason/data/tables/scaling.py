@@ -47,7 +47,7 @@ class FeatureScaler:
         rows, columns = np.nonzero(np.abs(scores) > np.finfo(np.float32).max)
         if rows.size:
             row, column = rows[0], columns[0]
-            cell = f"Column {self.names[column]!r} of {table.name} is {features[row, column]} in row {row}"
+            cell = f"Column {self.names[column]!r} is {features[row, column]} in {table.place(row)}"
             raise ValueError(f"{cell}, too far from the training mean for float32; correct or remove that row.")
         indicators = [
             table.labels[:, table.label_names.index(name)] == level

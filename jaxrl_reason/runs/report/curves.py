@@ -21,12 +21,19 @@ class Chart(NamedTuple):
     main: bool = True  # the other charts are folded at first
 
 
+_STD = "standard deviations of the training targets"
 _PERCENT = "%"  # the unit of shares: the page multiplies them by 100
 CHARTS = (
     Chart("Reward", ("reward", "rewards/*/mean", "dynamic_sampling/reward")),
     Chart("Held-out accuracy", ("eval/*accuracy", "eval/pass@*", "eval/maj@*", "eval/*vote"), _PERCENT),
-    Chart("Held-out fit", ("eval/*r2", "eval/*spearman", "best_possible/r2", "pointwise/r2", "pointwise/spearman")),
-    Chart("Held-out error and spread", ("eval/*rmse", "eval/spread", "pointwise/rmse")),
+    Chart("Held-out fit", ("*/r2", "eval/*r2", "*/spearman", "eval/*spearman")),
+    Chart("Held-out fit of 1 and 8 samples", ("eval/*r2@*", "eval/*spearman@*"), main=False),
+    Chart(
+        "Held-out error and spread",
+        ("*/rmse", "eval/*rmse", "eval/spread"),
+        _STD,
+    ),
+    Chart("Held-out error of 1 and 8 samples", ("eval/*rmse@*",), _STD, main=False),
     Chart("Completion length", ("*/mean_length", "completions/mean_terminated_length"), "tokens"),
     Chart("Entropy", ("entropy", "eval/entropy"), "nats per token"),
     Chart("Gradient norm", ("grad_norm",)),

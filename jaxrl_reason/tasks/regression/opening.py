@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
-import json
 import pathlib
 from typing import Any
 
@@ -16,6 +15,7 @@ from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.data import numbers, PromptBatch
 from jaxrl_reason.methods import Method
 from jaxrl_reason.models import sharding
+from jaxrl_reason.models.formats.weights import read_json
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs.workdir import model_source, Workdir
 from jaxrl_reason.tasks import evaluation, pretrained, reporting
@@ -43,7 +43,7 @@ def open_for_training(
     model = _model(c, tables, source)
     if opened is not None:
         models.check_weights(opened, pretrained.base_shape(model, digits.text_size))
-    _check_start(c, digits)
+    _check_start(c, tables)
     expert = _expert(method, digits)
     by_prompt = sharding.batch_sharding(mesh)
     stream = lambda make, size: Stream(
@@ -89,12 +89,21 @@ def _tables_of_run(c: Config, workdir: pathlib.Path) -> Tables:
     text = data.load_tokenizer(workdir / "tokenizer" / "text") if c.regression.inputs == "text" else None
     source = model_source(workdir)
     tables = open_tables(c, text, models.read_config(source).vocab_size if source else 0)
-    if tables.digits.description() != json.loads((workdir / "tokenizer" / "digits.json").read_bytes()):
+    if not _is_of(workdir, tables):
         raise ConfigError(
-            f"{c.data.train} ({c.data.train_split}) is not the training table of the run in {workdir}: its targets have another scale. "
-            "Restore the table, or name it with --config.data.train."
+            f"{c.data.train} ({c.data.train_split}) is not the training table of the run in {workdir}, on whose scale features and targets are: "
+            "it has changed. Restore the table, or name it with --config.data.train."
         )
     return tables
+
+
+def _is_of(workdir: pathlib.Path, tables: Tables) -> bool:
+    """Returns whether a run has this training table, and spells numbers in this way."""
+    digits, run = workdir / "tokenizer" / "digits.json", workdir / "config.json"
+    if not digits.is_file() or not run.is_file():
+        return False
+    train = str(read_json(run).get("data_fingerprint")).partition("/")[0]
+    return tables.digits.description() == read_json(digits) and tables.train.fingerprint == train
 
 
 def _task(
@@ -143,15 +152,13 @@ def _model(c: Config, tables: Tables, source: Mapping[str, Any] | None) -> model
     )
 
 
-def _check_start(c: Config, digits: Digits) -> None:
-    """Raises ConfigError if config.supervised.start_from spells or scales numbers differently."""
-    if not c.supervised.start_from:
-        return
-    file = pathlib.Path(c.supervised.start_from).expanduser() / "tokenizer" / "digits.json"
-    if not file.is_file() or json.loads(file.read_bytes()) != digits.description():
+def _check_start(c: Config, tables: Tables) -> None:
+    """Raises ConfigError if config.supervised.start_from has another training table, or spells numbers differently."""
+    start = c.supervised.start_from
+    if start and not _is_of(pathlib.Path(start).expanduser(), tables):
         raise ConfigError(
-            f"config.supervised.start_from is {c.supervised.start_from!r}, whose weights spell numbers in another way or on another "
-            f"scale ({file}). Start from a run with the same config.regression and training table."
+            f"config.supervised.start_from is {start!r}, whose weights read another training table or spell numbers in another way. Start "
+            "from a run with the same config.regression and training table."
         )
 
 

@@ -5,11 +5,21 @@ import dataclasses
 import functools
 import hashlib
 from typing import Generic, TypeVar
+import warnings
 
 import numpy as np
 
 from jaxrl_reason.config import Config, ConfigError
-from jaxrl_reason.data import load_tokenizer, numbers, PromptBatch, SolutionBatch, streams, Tokenizer, train_tokenizer
+from jaxrl_reason.data import (
+    files,
+    load_tokenizer,
+    numbers,
+    PromptBatch,
+    SolutionBatch,
+    streams,
+    Tokenizer,
+    train_tokenizer,
+)
 from jaxrl_reason.data.tables import FeatureScaler, fit_features, load_table, Table, TargetScaler
 from jaxrl_reason.methods import nearest
 from jaxrl_reason.tasks.regression.vocabulary import Digits
@@ -100,7 +110,6 @@ class Tables:
     train: Table  # without the column of human values, as `held_out`
     held_out: Table
     train_values: np.ndarray | None  # f32[N], human values of the rows, or None
-    held_out_values: np.ndarray | None
     validation: Table | None  # of config.regression.validation_split
     max_prompt_length: int  # the most tokens per prompt
 
@@ -111,18 +120,18 @@ class Tables:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the tables, their split and the human values of their rows."""
+        """Identifies the tables, first the training table, and the human values of its rows."""
         tables = (self.train, self.held_out, self.validation)
-        values = (self.train_values, self.held_out_values)
         parts = [table.fingerprint for table in tables if table is not None]
-        parts += [hashlib.sha256(x.tobytes()).hexdigest()[:16] for x in values if x is not None]
+        if self.train_values is not None:
+            parts.append(hashlib.sha256(self.train_values.tobytes()).hexdigest()[:16])
         return "/".join(parts)
 
     def train_rows(self) -> Rows:
         return self.encode(self.train, self.train_values)
 
     def held_out_rows(self) -> Rows:
-        return self.encode(self.held_out, self.held_out_values)
+        return self.encode(self.held_out, None)
 
     def validation_rows(self) -> Rows | None:
         return None if self.validation is None else self.encode(self.validation, None)
@@ -162,17 +171,49 @@ def open_tables(config: Config, text: Tokenizer | None = None, text_size: int = 
     load = functools.partial(
         load_table, target=r.target, categorical=r.categorical, missing=r.missing, data_dir=c.data.data_dir or None
     )
-    train, train_values = take_values(load(c.data.train, c.data.train_split), r.value)
-    held_out, held_out_values = take_values(load(c.data.eval or c.data.train, c.data.eval_split), r.value)
-    validation = take_values(load(c.data.train, r.validation_split), r.value)[0] if r.validation_split else None
+    train, values = take_values(load(c.data.train, c.data.train_split), r.value)
+    if len(set(train.targets)) == 1:
+        raise ConfigError(
+            f"The target {train.target!r} of {train.name} is {train.targets[0]} in every training row, so there is nothing to learn."
+        )
+    other = lambda name, split: without_column(load(name, split, like=train), r.value)
+    held_out = other(c.data.eval or c.data.train, c.data.eval_split)
+    validation = other(c.data.train, r.validation_split) if r.validation_split else None
+    warn_of_repeats(train, held_out)
     if r.inputs != "text":
         text = None
     elif text is None:
         text = load_tokenizer(c.data.tokenizer) if c.data.tokenizer else None
         text = text or train_tokenizer(row_texts(train)[:2000], c.data.vocab_size)
     digits = Digits(number, TargetScaler.fit(train.targets), text, text_size)
-    values = train_values, held_out_values
-    return Tables(digits, fit_features(train), train, held_out, *values, validation, c.max_prompt_length)
+    return Tables(digits, fit_features(train), train, held_out, values, validation, c.max_prompt_length)
+
+
+def warn_of_repeats(train: Table, held_out: Table) -> None:
+    """Warns of held-out rows that are training rows: equal features, texts and target. Tables of TFDS are not compared.
+
+    Columns may be in another order in the held-out table.
+    """
+    if not train.lines or not held_out.lines:
+        return
+    if sorted(train.names) != sorted(held_out.names) or sorted(train.label_names) != sorted(held_out.label_names):
+        return  # `FeatureScaler.transform` refuses the table
+
+    def keys(table: Table) -> list[tuple]:
+        numbers = table.features[:, [table.names.index(name) for name in train.names]]
+        labels = table.labels[:, [table.label_names.index(name) for name in train.label_names]]
+        rows = np.column_stack([numbers, table.targets])
+        return [(row.tobytes(), *texts) for row, texts in zip(rows, labels.tolist())]
+
+    first: dict[tuple, int] = {}
+    for row, key in enumerate(keys(train)):
+        first.setdefault(key, row)
+    reports = [
+        f"{held_out.place(row)} is {train.place(first[key])}" for row, key in enumerate(keys(held_out)) if key in first
+    ]
+    if reports:
+        summary = f"training rows of {train.name} occur in {len(reports)} of {len(held_out)} held-out rows, so held-out metrics are too good"
+        warnings.warn(files.listed(f"{held_out.name}: {summary}", reports, len(reports)), stacklevel=2)
 
 
 def _number_tokenizer(config: Config) -> numbers.NumberTokenizer:
@@ -223,8 +264,8 @@ def _check_different(table: Table, texts: Sequence[str], prompts: Sequence[Seque
         )
         if not same:
             raise ConfigError(
-                f"Rows {other} and {row} of {table.name} have different features and the same prompt, {texts[row]!r:.200}: "
-                "rename columns or change texts, or use a tokenizer that tells them apart."
+                f"Two rows have different features and the same prompt, {texts[row]!r:.200}: {table.place(other)} and {table.place(row)}. "
+                "Rename columns or change texts, or use a tokenizer that tells them apart."
             )
 
 
@@ -245,15 +286,19 @@ def take_values(table: Table, column: str) -> tuple[Table, np.ndarray | None]:
     bad = np.flatnonzero(~((0 <= values) & (values <= 1)))
     if bad.size:
         raise ConfigError(
-            f"Row {bad[0]} of {table.name} has {values[bad[0]]:g} in the column {column!r}; give a value from 0 to 1."
+            f"Column {column!r} is {values[bad[0]]:g} in {table.place(bad[0])}; give a value from 0 to 1."
         )
-    names = tuple(name for name in table.names if name != column)
-    exact = {place: text for place, text in table.exact.items() if place[1] != column}
-    rest = dataclasses.replace(
+    return without_column(table, column), values.astype(np.float32)
+
+
+def without_column(table: Table, column: str) -> Table:
+    """Returns a table without a column of numbers, which it need not have."""
+    if column not in table.names:
+        return table
+    return dataclasses.replace(
         table,
-        names=names,
-        features=np.delete(table.features, at, axis=1),
-        exact=exact,
+        names=tuple(name for name in table.names if name != column),
+        features=np.delete(table.features, table.names.index(column), axis=1),
+        exact={place: text for place, text in table.exact.items() if place[1] != column},
         left_out=(*table.left_out, column),
     )
-    return rest, values.astype(np.float32)

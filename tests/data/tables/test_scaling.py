@@ -91,7 +91,7 @@ def test_features_that_cannot_be_scaled_raise(write):
         fit_features(csv_table(write("a,y\n-1e308,1\n1e308,2\n1e308,3\n")))
     scaler = fit_features(csv_table(write("a,y\n1,1\n2,2\n")))
     with pytest.raises(
-        ValueError, match="Column 'a' of .*rows.csv is 1e\\+60 in row 1, too far from the training mean for float32."
+        ValueError, match="Column 'a' is 1e\\+60 in line 3 of .*rows.csv, too far from the training mean for float32."
     ):
         scaler.transform(csv_table(write("a,y\n1,1\n1e60,2\n")))
 
