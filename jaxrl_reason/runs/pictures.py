@@ -179,9 +179,9 @@ def is_share(name: str) -> bool:
 
 
 def unit_note(names: Iterable[str]) -> str:
-    """Returns a sentence about the unit of errors of predicted numbers; "" if no metric is one."""
-    errors = [name for name in names if name.rpartition("/")[2].partition("@")[0].endswith(("rmse", "spread"))]
-    return "rmse and spread are in standard deviations of the training targets." if errors else ""
+    """Returns a sentence about the unit of errors of predicted numbers; "" without such metrics."""
+    predicts = any(name.rpartition("/")[2] == "rmse" for name in names)
+    return "rmse and spread are in standard deviations of the training targets." if predicts else ""
 
 
 def cell(name: str, value: float | None, *, signed: bool = False) -> str:

@@ -68,7 +68,7 @@ class Workdir:
                 for name, a, b in changes
             )
             raise ConfigError(
-                f"{self.path} holds another run: {listed}. Restore the old values, or choose another --workdir."
+                f"{self.path} holds another run: {listed}. Restore the old data and values, or choose another --workdir."
             )
 
     @property

@@ -245,7 +245,7 @@ def plot_sets(record: Mapping[str, Any], path: pathlib.Path, title: str) -> None
 
 
 def _cell(name: str, value: float) -> str:
-    """Formats a metric as `pictures.cell` does, but whole numbers without and small numbers with three places."""
+    """Formats a metric as `pictures.cell` does; but an int has no places, and a number below 10 has three."""
     if isinstance(value, int):
         return str(value)
     return f"{value:.3f}" if abs(value) < 10 and not is_share(name) else cell(name, value)

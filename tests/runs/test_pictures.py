@@ -18,6 +18,7 @@ from jaxrl_reason.runs.pictures import (
     print_summary,
     print_table,
     reward_text,
+    unit_note,
 )
 from jaxrl_reason.runs.statistics import Estimate
 from jaxrl_reason.tasks import reporting
@@ -102,6 +103,12 @@ def test_the_reward_next_to_the_progress_bar(metrics, text):
 )
 def test_a_cell_has_the_unit_of_its_metric(name, value, text):
     assert cell(name, value) == text
+
+
+def test_the_unit_of_errors_is_named_for_predicted_numbers_only():
+    note = "rmse and spread are in standard deviations of the training targets."
+    assert unit_note(["eval/r2", "eval/rmse"]) == unit_note(["rmse"]) == note
+    assert unit_note(["eval/accuracy", "rewards/my_rewards.py:spread", "hero/spread"]) == ""
 
 
 @pytest.mark.parametrize(

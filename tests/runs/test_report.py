@@ -403,6 +403,7 @@ def test_a_comparison(tmp_path):
     write_comparison(path, rows, curves, ["eval/accuracy"], places, title="study")
     content = content_of(path)
     assert content["subtitle"].startswith("3 rows, seeds 0, 1. Means over seeds")
+    assert content["subtitle"].endswith("as bands.")
     (chart,) = content["charts"]
     assert (chart["title"], chart["unit"]) == ("accuracy", "%")
     assert chart["curves"] == [
@@ -419,3 +420,5 @@ def test_a_comparison(tmp_path):
         ["hero", "1", "1.5", "elsewhere"],
         ["verifier only", "0", "0.5", "elsewhere"],
     ]
+    write_comparison(path, rows, {}, ["eval/r2", "eval/rmse"], places, title="numbers")
+    assert content_of(path)["subtitle"].endswith("rmse and spread are in standard deviations of the training targets.")

@@ -127,7 +127,7 @@ def test_other_changes_are_refused_and_nothing_is_written(other, difference, tmp
     with pytest.raises(ConfigError) as error:
         Workdir(tmp_path, other, "f")
     assert str(error.value) == (
-        f"{tmp_path} holds another run: {difference}. Restore the old values, or choose another --workdir."
+        f"{tmp_path} holds another run: {difference}. Restore the old data and values, or choose another --workdir."
     )
     assert (tmp_path / "config.json").read_bytes() == before
 

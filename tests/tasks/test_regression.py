@@ -2,6 +2,7 @@
 
 import json
 import types
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -258,7 +259,7 @@ def test_numbers_far_off_have_a_finite_reward_and_finite_metrics():
 
 
 @pytest.mark.runs
-def test_a_start_with_another_scale_of_numbers_raises(table, tmp_path):
+def test_a_start_with_another_training_table_raises(table, tmp_path):
     train.train(train.setup(a_config(table, steps=1, checkpoint__keep_start=True), tmp_path / "start"))
     begin = dict(supervised__start_from=str(tmp_path / "start"))
     train.setup(a_config(table, **begin), tmp_path / "same")
@@ -312,7 +313,7 @@ def tables_of(directory, train_rows, held_out_rows, header="a,b,y", **options):
 def test_a_held_out_table_may_have_one_row_or_one_target(tmp_path):
     opened = tables_of(tmp_path, ["0,1,2", "1,0,4"], ["3,3,7"])
     assert opened.held_out_rows().z.tolist() == [4.0]  # (7 - 3) / 1
-    with pytest.raises(ConfigError, match="The target 'y' of .*train.csv is 2.0 in every training row"):
+    with pytest.raises(ValueError, match="The target 'y' of .*train.csv is 2.0 in all 2 rows"):
         tables_of(tmp_path, ["0,1,2", "1,0,2"], ["3,3,7"])
 
 
@@ -328,7 +329,8 @@ def test_columns_may_be_empty_in_a_held_out_table_if_means_fill_them(tmp_path, r
 
 def test_a_held_out_table_needs_no_human_values(tmp_path):
     rows = ["0,1,2", "1,0,4"]
-    assert tables_of(tmp_path, rows, ["0,9,2"], value="b").held_out_rows().values is None  # 9 is no value, and unused
+    for cell in ("9", "", "high"):  # they are no values, and are not read
+        assert tables_of(tmp_path, rows, [f"0,{cell},2", "1,1,2"], value="b").held_out_rows().values is None
     (tmp_path / "bare.csv").write_text("a,y\n5,5\n")
     config = a_config(tmp_path / "train.csv", regression=Regression(tokenizer="normalized", target="y", value="b"))
     config.data = Data(
@@ -340,14 +342,36 @@ def test_a_held_out_table_needs_no_human_values(tmp_path):
 
 def test_training_rows_among_the_held_out_rows_give_a_warning(tmp_path):
     rows = ["0,1,2", "1,0,4", "1,0,4"]
+    opened = tables_of(tmp_path, rows, ["0,1,3", "1,0,4", "5,5,5"])
     with pytest.warns(UserWarning) as caught:
-        tables_of(tmp_path, rows, ["0,1,3", "1,0,4", "5,5,5"])
+        regression.warn_of_repeats(opened.train, opened.held_out)
     [text] = [str(warning.message) for warning in caught]
     train, held_out = tmp_path / "train.csv", tmp_path / "held_out.csv"
     assert (
         f"{held_out}: training rows of {train} occur in 1 of 3 held-out rows, so held-out metrics are too good" in text
     )
     assert f"line 3 of {held_out} is line 3 of {train}" in text
+
+
+@pytest.mark.parametrize(
+    "train_row, held_out_row, repeats",
+    [
+        ("0,x,,1", ",1,-0,x", True),  # other order, a missing value, -0.0
+        ("0,x,,1", "2,1,0,x", False),
+        ("0,x,,1", ",1,0,z", False),
+        ("20240115123456789,x,3,1", "3,1,20240115123456788,x", False),  # one float64, two numbers
+    ],
+)
+def test_rows_repeat_each_other_if_all_their_cells_do(train_row, held_out_row, repeats, tmp_path):
+    (tmp_path / "train.csv").write_text(f"a,b,c,y\n{train_row}\n7,w,7,7\n")
+    (tmp_path / "held_out.csv").write_text(f"c,y,a,b\n{held_out_row}\n7,7,7,w\n")
+    load = lambda name: tables.load_table(
+        str(tmp_path / f"{name}.csv"), "[:1]", target="y", missing="mean", categorical="onehot"
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        regression.warn_of_repeats(load("train"), load("held_out"))
+    assert len(caught) == repeats
 
 
 @pytest.mark.parametrize("name", ["hero", "laser", "rlev", "progrpo"])

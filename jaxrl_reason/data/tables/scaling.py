@@ -82,8 +82,8 @@ class TargetScaler:
     high: float  # the largest training z-score
 
     @classmethod
-    def fit(cls, targets: np.ndarray) -> "TargetScaler":
-        """Learns the scaling from the training targets, float[N].
+    def fit(cls, targets: np.ndarray, name: str = "The training target") -> "TargetScaler":
+        """Learns the scaling from the training targets, float[N]; `name` is that of the column in messages.
 
         Raises ValueError if targets do not have one axis, are not finite, are all equal, or are too far apart to scale.
         """
@@ -94,10 +94,10 @@ class TargetScaler:
         bad = np.flatnonzero(~np.isfinite(targets))
         if bad.size:
             raise ValueError(f"Training target {bad[0]} is {targets[bad[0]]}; targets have to be finite numbers.")
-        mean, std = _mean_and_std(targets, "The training target")
+        mean, std = _mean_and_std(targets, name)
         if std == 0:
             same = f"{targets[0]} in all {len(targets)} rows"
-            raise ValueError(f"The training target is {same}, so there is nothing to learn.")
+            raise ValueError(f"{name} is {same}, so there is nothing to learn.")
         return cls(mean, std, float((targets.min() - mean) / std), float((targets.max() - mean) / std))
 
     def to_z(self, targets: Numbers) -> Numbers:

@@ -34,7 +34,7 @@ def write_comparison(
     note = "Means over seeds, with their 95 % intervals (Student's t) as bands." if len(seeds) > 1 else _ONE_SEED
     content = {
         "title": title,
-        "subtitle": f"{len(rows)} rows, seeds {', '.join(map(str, seeds))}. {note}",
+        "subtitle": f"{len(rows)} rows, seeds {', '.join(map(str, seeds))}. {note} {pictures.unit_note(metrics)}".strip(),
         "facts": [],
         "charts": [_chart(name, of_rows) for name, of_rows in curves.items()],
         "tables": list(_tables(rows, metrics, places)),

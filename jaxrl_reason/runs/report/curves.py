@@ -25,7 +25,9 @@ _STD = "standard deviations of the training targets"
 _PERCENT = "%"  # the unit of shares: the page multiplies them by 100
 CHARTS = (
     Chart("Reward", ("reward", "rewards/*/mean", "dynamic_sampling/reward")),
-    Chart("Held-out accuracy", ("eval/*accuracy", "eval/pass@*", "eval/maj@*", "eval/*vote"), _PERCENT),
+    Chart(
+        "Held-out accuracy", ("eval/*accuracy", "eval/pass@*", "eval/maj@*", "eval/best_of_*", "eval/*vote"), _PERCENT
+    ),
     Chart("Held-out fit", ("*/r2", "eval/*r2", "*/spearman", "eval/*spearman")),
     Chart("Held-out fit of 1 and 8 samples", ("eval/*r2@*", "eval/*spearman@*"), main=False),
     Chart(

@@ -8,5 +8,5 @@ tokenizer follow.
 
 from jaxrl_reason.tasks.regression.evaluation import NumberScorer
 from jaxrl_reason.tasks.regression.pointwise import pointwise_regressor
-from jaxrl_reason.tasks.regression.tables import open_tables, Stream, take_values
+from jaxrl_reason.tasks.regression.tables import open_tables, Stream, take_values, warn_of_repeats
 from jaxrl_reason.tasks.regression.vocabulary import Digits

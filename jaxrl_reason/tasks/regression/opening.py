@@ -23,7 +23,15 @@ from jaxrl_reason.tasks.journal import Journal
 from jaxrl_reason.tasks.regression import pointwise
 from jaxrl_reason.tasks.regression.evaluation import NumberScorer, predict, prediction_metrics
 from jaxrl_reason.tasks.regression.prediction import Row, table_of
-from jaxrl_reason.tasks.regression.tables import eval_batches, open_tables, Rows, solution_batches, Stream, Tables
+from jaxrl_reason.tasks.regression.tables import (
+    eval_batches,
+    open_tables,
+    Rows,
+    solution_batches,
+    Stream,
+    Tables,
+    warn_of_repeats,
+)
 from jaxrl_reason.tasks.regression.vocabulary import Digits
 from jaxrl_reason.tasks.self_reward import ProbeReference
 from jaxrl_reason.tasks.task import Generate, Judged, Task, TrainingTask
@@ -40,6 +48,7 @@ def open_for_training(
         text = data.load_tokenizer(path / "tokenizer" / "text")
     tables = open_tables(c, text, models.read_config(source).vocab_size if source else 0)
     digits, train, held_out = tables.digits, tables.train_rows(), tables.held_out_rows()
+    warn_of_repeats(tables.train, tables.held_out)
     model = _model(c, tables, source)
     if opened is not None:
         models.check_weights(opened, pretrained.base_shape(model, digits.text_size))
@@ -85,14 +94,14 @@ def open_rows(config: Config, mesh: jax.sharding.Mesh, workdir: pathlib.Path, ro
 
 
 def _tables_of_run(c: Config, workdir: pathlib.Path) -> Tables:
-    """Opens the tables of a trained run; raises ConfigError if the training table has other targets than the run's."""
+    """Opens the tables of a trained run; raises ConfigError unless the training table is that of the run."""
     text = data.load_tokenizer(workdir / "tokenizer" / "text") if c.regression.inputs == "text" else None
     source = model_source(workdir)
     tables = open_tables(c, text, models.read_config(source).vocab_size if source else 0)
     if not _is_of(workdir, tables):
         raise ConfigError(
-            f"{c.data.train} ({c.data.train_split}) is not the training table of the run in {workdir}, on whose scale features and targets are: "
-            "it has changed. Restore the table, or name it with --config.data.train."
+            f"{c.data.train} ({c.data.train_split}), as config.regression reads it, is not the training table of the run in {workdir}, which sets "
+            "the scales of features and targets. Restore the file and the configuration, or name the file with --config.data.train."
         )
     return tables
 

@@ -1,6 +1,6 @@
 """The tables of a regression run: encoded rows, with the scales that the training table sets, and batches of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -172,38 +172,35 @@ def open_tables(config: Config, text: Tokenizer | None = None, text_size: int = 
         load_table, target=r.target, categorical=r.categorical, missing=r.missing, data_dir=c.data.data_dir or None
     )
     train, values = take_values(load(c.data.train, c.data.train_split), r.value)
-    if len(set(train.targets)) == 1:
-        raise ConfigError(
-            f"The target {train.target!r} of {train.name} is {train.targets[0]} in every training row, so there is nothing to learn."
-        )
-    other = lambda name, split: without_column(load(name, split, like=train), r.value)
+    scale = TargetScaler.fit(train.targets, f"The target {train.target!r} of {train.name}")
+    other = functools.partial(load, like=train, without=r.value)
     held_out = other(c.data.eval or c.data.train, c.data.eval_split)
     validation = other(c.data.train, r.validation_split) if r.validation_split else None
-    warn_of_repeats(train, held_out)
     if r.inputs != "text":
         text = None
     elif text is None:
         text = load_tokenizer(c.data.tokenizer) if c.data.tokenizer else None
         text = text or train_tokenizer(row_texts(train)[:2000], c.data.vocab_size)
-    digits = Digits(number, TargetScaler.fit(train.targets), text, text_size)
+    digits = Digits(number, scale, text, text_size)
     return Tables(digits, fit_features(train), train, held_out, values, validation, c.max_prompt_length)
 
 
 def warn_of_repeats(train: Table, held_out: Table) -> None:
-    """Warns of held-out rows that are training rows: equal features, texts and target. Tables of TFDS are not compared.
+    """Warns of rows of a held-out file that are training rows: equal features, texts and target.
 
-    Columns may be in another order in the held-out table.
+    Data sets of TFDS are not compared, because a real table may have two equal rows in two splits.
     """
     if not train.lines or not held_out.lines:
         return
-    if sorted(train.names) != sorted(held_out.names) or sorted(train.label_names) != sorted(held_out.label_names):
-        return  # `FeatureScaler.transform` refuses the table
 
-    def keys(table: Table) -> list[tuple]:
+    def keys(table: Table) -> Iterator[tuple]:
         numbers = table.features[:, [table.names.index(name) for name in train.names]]
         labels = table.labels[:, [table.label_names.index(name) for name in train.label_names]]
-        rows = np.column_stack([numbers, table.targets])
-        return [(row.tobytes(), *texts) for row, texts in zip(rows, labels.tolist())]
+        rows = (
+            np.column_stack([numbers, table.targets]) + 0.0
+        )  # -0.0 becomes 0.0: bytes are compared, because NaN equals NaN then
+        for i, (row, texts) in enumerate(zip(rows, labels.tolist())):
+            yield row.tobytes(), *texts, *(table.exact.get((i, name)) for name in train.names)
 
     first: dict[tuple, int] = {}
     for row, key in enumerate(keys(train)):
@@ -212,7 +209,8 @@ def warn_of_repeats(train: Table, held_out: Table) -> None:
         f"{held_out.place(row)} is {train.place(first[key])}" for row, key in enumerate(keys(held_out)) if key in first
     ]
     if reports:
-        summary = f"training rows of {train.name} occur in {len(reports)} of {len(held_out)} held-out rows, so held-out metrics are too good"
+        share = f"{len(reports)} of {len(held_out)} held-out rows"
+        summary = f"training rows of {train.name} occur in {share}, so held-out metrics are too good"
         warnings.warn(files.listed(f"{held_out.name}: {summary}", reports, len(reports)), stacklevel=2)
 
 
@@ -288,17 +286,11 @@ def take_values(table: Table, column: str) -> tuple[Table, np.ndarray | None]:
         raise ConfigError(
             f"Column {column!r} is {values[bad[0]]:g} in {table.place(bad[0])}; give a value from 0 to 1."
         )
-    return without_column(table, column), values.astype(np.float32)
-
-
-def without_column(table: Table, column: str) -> Table:
-    """Returns a table without a column of numbers, which it need not have."""
-    if column not in table.names:
-        return table
-    return dataclasses.replace(
+    rest = dataclasses.replace(
         table,
         names=tuple(name for name in table.names if name != column),
-        features=np.delete(table.features, table.names.index(column), axis=1),
+        features=np.delete(table.features, at, axis=1),
         exact={place: text for place, text in table.exact.items() if place[1] != column},
         left_out=(*table.left_out, column),
     )
+    return rest, values.astype(np.float32)
