@@ -26,7 +26,7 @@ STUDIES: dict[str, tuple[int, Sequence[str]]] = {
     "laser": (8, ()),
     "laser_silent": (8, ()),
     "hero": (5, ()),
-    "rlev": (6, ()),
+    "rlev": (8, ()),
     "progrpo": (8, ()),
 }
 
