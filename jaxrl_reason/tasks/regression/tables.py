@@ -196,9 +196,8 @@ def warn_of_repeats(train: Table, held_out: Table) -> None:
     def keys(table: Table) -> Iterator[tuple]:
         numbers = table.features[:, [table.names.index(name) for name in train.names]]
         labels = table.labels[:, [table.label_names.index(name) for name in train.label_names]]
-        rows = (
-            np.column_stack([numbers, table.targets]) + 0.0
-        )  # -0.0 becomes 0.0: bytes are compared, because NaN equals NaN then
+        # Bytes are compared, because NaN equals NaN then. The sum turns -0.0 into 0.0.
+        rows = np.column_stack([numbers, table.targets]) + 0.0
         for i, (row, texts) in enumerate(zip(rows, labels.tolist())):
             yield row.tobytes(), *texts, *(table.exact.get((i, name)) for name in train.names)
 
