@@ -68,7 +68,10 @@ def prepare(arguments: command.Arguments) -> Generation | Regression:
     if arguments.model:
         fields = {"eval.samples": "1", "data.template": "{question}"}
     else:
-        fields = {} if runs.load_config(arguments.workdir, {}).regression.tokenizer else {"eval.samples": "1"}
+        run = runs.load_config(arguments.workdir, {})
+        fields = {"eval.samples": "1"}
+        if run.regression.tokenizer:  # only the training table is read: its scales are needed, and no held-out rows
+            fields = {"data.eval": "", "data.eval_split": run.data.train_split, "regression.validation_split": ""}
     prompts = list(arguments.prompt) or (read_prompts(arguments.prompts) if arguments.prompts else [])
     opened = open_policy(source, fields | arguments.fields, arguments.checkpoint)
     if not prompts and arguments.out:

@@ -72,6 +72,7 @@ def run(tmp_path_factory, quick_compilation):
     a, b = np.random.default_rng(0).normal(size=(2, 50)).round(3)
     lines = ["a,b,y", *(f"{x},{y},{2 * x - y:.4f}" for x, y in zip(a, b))]
     (folder / "line.csv").write_text("\n".join(lines) + "\n")
+    (folder / "held_out.csv").write_text("\n".join([lines[0], *lines[41:]]) + "\n")
     config = Config(
         steps=1,
         prompts_per_step=4,
@@ -79,7 +80,9 @@ def run(tmp_path_factory, quick_compilation):
         max_prompt_length=1,
         max_completion_length=8,
         model=Model(width=16, layers=1, heads=2, kv_heads=2, mlp_width=16),
-        data=Data(train=str(folder / "line.csv"), train_split="[:80%]", eval_split="[80%:]"),
+        data=Data(
+            train=str(folder / "line.csv"), train_split="[:80%]", eval=str(folder / "held_out.csv"), eval_split="all"
+        ),
         regression=Regression(tokenizer="normalized", target="y", prefix_length=2, encoder_width=16),
         reward=Reward(functions=["squared_error"]),
         method={"name": "genre2"},
@@ -96,6 +99,7 @@ def run(tmp_path_factory, quick_compilation):
 def test_predictions_are_those_of_an_evaluation(run, tmp_path, capsys):
     workdir, lines = run
     assert evaluate.main([f"--workdir={workdir}", f"--out={tmp_path / 'evaluation'}"]) == 0
+    (workdir.parent / "held_out.csv").unlink()  # predictions for new rows do not need it
     found = [json.loads(line) for line in (tmp_path / "evaluation" / "predictions.jsonl").read_text().splitlines()]
     (tmp_path / "new.csv").write_text("\n".join(line.rsplit(",", 1)[0] for line in [lines[0], *lines[41:]]) + "\n")
     capsys.readouterr()
@@ -108,7 +112,7 @@ def test_predictions_are_those_of_an_evaluation(run, tmp_path, capsys):
         assert len(mine["samples"]) == 6 and mine["mean"] == pytest.approx(theirs["mean"], rel=1e-5, abs=1e-5)
         assert mine["median"] == pytest.approx(theirs["median"], rel=1e-5, abs=1e-5)
         assert mine["spread"] == pytest.approx(np.std(mine["samples"]))
-        assert f"{mine['mean']:.5g} (6 samples, median {mine['median']:.5g}, standard deviation" in printed
+        assert f"{mine['mean']:.3f} (6 samples, median {mine['median']:.3f}, standard deviation" in printed
     # Seven rows do not fill their last batch.
     (tmp_path / "new.csv").write_text("\n".join((tmp_path / "new.csv").read_text().splitlines()[:8]) + "\n")
     assert generate.main(flags) == 0
