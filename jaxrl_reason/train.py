@@ -33,7 +33,7 @@ from jaxrl_reason.rl import programs as programs_lib
 from jaxrl_reason.rl.ahead import compile_ahead
 from jaxrl_reason.rl.devices import check_waves
 from jaxrl_reason.rl.types import Groups, LogProbs, Rollout, Step, TrainState
-from jaxrl_reason.runs import checkpoints, command, compilation_cache, pictures, trackers
+from jaxrl_reason.runs import checkpoints, command, compilation_cache, eval_settings, pictures, trackers
 from jaxrl_reason.runs.loop import Loop, run_loop
 from jaxrl_reason.runs.metrics_file import HeldOutTable, SampleTable
 from jaxrl_reason.runs.profile import Profile
@@ -109,7 +109,10 @@ def _setup(config: Config, workdir: str | pathlib.Path, begin: bool, check: Call
         )
     run = Run(config, method, task, programs, reward_phase)
     check(run)
-    if hosts.is_first() and begin:
+    is_finished = task.work.is_finished(
+        config.supervised.steps + config.steps
+    )  # its files keep the settings of its steps
+    if hosts.is_first() and begin and not is_finished:
         with task.work.lock():
             task.work.begin(task.tokenizer, task.pretrained)
             if reward_phase:
@@ -266,7 +269,9 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> dict[str, dict[str, flo
     if number is not None:
         # Without RL steps, the evaluation comes after the last checkpoint.
         if number >= c.supervised.steps + c.steps and (c.steps or summary.picture_of(work.path).exists()):
-            say(f"This run is finished: all {c.steps} steps are done. Raise config.steps, or choose another --workdir.")
+            done = number - c.supervised.steps
+            what = f"all {c.steps} steps are done" if done == c.steps else f"{done} steps are done, of {c.steps}"
+            say(f"This run is finished: {what}. Raise config.steps, or choose another --workdir.")
             return {} if summary.picture_of(work.path).exists() else summary.report(work.path, c, run.method, console)
         say(f"Going on from {saver.directory / str(number)}.")
     if hosts.is_first():
@@ -362,7 +367,7 @@ def reinforce(
 
     def before() -> dict[str, float]:
         if hosts.is_first():
-            summary.write_settings(work.path, c)
+            eval_settings.write(work.path, c)
         return evaluate(0, state) | run.task.baselines()
 
     def after(done: int, state: TrainState, metrics: dict, details: Step, clock: Clock) -> dict[str, float]:

@@ -25,7 +25,7 @@ from jaxrl_reason.advantages import AdvantageTransform, chain
 from jaxrl_reason.config import ConfigError, to_dict
 from jaxrl_reason.methods import Method, PolicyLoss
 from jaxrl_reason.rewards import RewardError
-from jaxrl_reason.runs import checkpoints, loop, read_metrics
+from jaxrl_reason.runs import checkpoints, eval_settings, loop, read_metrics
 from jaxrl_reason.runs.progress import Clock
 from jaxrl_reason.tasks import summary
 
@@ -634,14 +634,14 @@ def test_nothing_compiles_after_the_first_step(method, rows, rewards, tmp_path):
 def test_a_finished_run_says_so_and_trains_nothing(rows, tmp_path, capsys):
     config = tiny(rows)
     lines = run(config, tmp_path / "run")
-    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "config.json"}
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
     capsys.readouterr()
     assert train.train(train.setup(config, tmp_path / "run")) == {}
     assert "finished: all 2 steps are done" in " ".join(capsys.readouterr().out.split())
     assert metrics_of(tmp_path / "run") == lines
-    assert stamps == {
-        p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "config.json"
-    }
+    assert train.train(train.setup(tiny(rows, steps=1, eval__every=1), tmp_path / "run")) == {}
+    assert "finished: 2 steps are done, of 1" in " ".join(capsys.readouterr().out.split())
+    assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
 
 
 def test_a_finished_run_reads_no_rows_but_those_of_its_evaluation(rows, tmp_path, capsys, monkeypatch):
@@ -706,7 +706,7 @@ def test_an_evaluation_that_has_changed_is_not_compared_with_the_first(rows, tmp
 
 def test_an_evaluation_json_in_the_work_directory_stays(tmp_path):
     (tmp_path / "evaluation.json").write_text("of evaluate --out")
-    summary.write_settings(tmp_path, tiny("rows.jsonl"))
+    eval_settings.write(tmp_path, tiny("rows.jsonl"))
     assert (tmp_path / "evaluation.json").read_text() == "of evaluate --out"
     assert json.loads((tmp_path / "eval_settings.json").read_text())["every"] is None
 

@@ -1,5 +1,6 @@
 """The rewards of a run, as its configuration names them: device rewards are traced, host rewards are called."""
 
+import collections
 from collections.abc import Callable, Mapping, Sequence
 import copy
 import functools
@@ -64,6 +65,7 @@ class RewardScorer:
         weights = [float(w) for w in settings.weights] or [1.0] * len(functions)
         self._tokenizer, self._template, self._sharding = tokenizer, template, sharding
         self._max_failure_share, self._skip_special = settings.max_failure_share, settings.skip_special_tokens
+        self._evaluated, self._failed = 0, collections.defaultdict[str, float](float)  # see `over`
         self._host: list[host.HostReward] = []
         self._device: dict[str, Callable[..., jax.Array]] = {}
         self._learned: dict[str, Callable[[jax.Array], jax.Array]] = {}
@@ -140,8 +142,9 @@ class RewardScorer:
             for name, values in table.per_reward.items():
                 rewards[name] = hosts.put(hosts.gather_rows(values, self._sharding, size), self._sharding)
             failures = hosts.mean(table.failures())
+            rows = hosts.mean({"rows": float((batch.weight > 0).sum())})["rows"] * jax.process_count()
             for name in table.error:
-                self._check_failures(name, failures, table)
+                self._check_failures(name, failures, table, rows)
                 host.warn_of_failures(table, name)
             metrics = metrics | failures
         return {name: rewards[name] for name in self.names}, metrics
@@ -155,9 +158,15 @@ class RewardScorer:
         columns = _columns(batch.rows)
         return host.compute_rewards(self._host, prompts, texts, ids, columns, max_failure_share=1.0, warns=False)
 
-    def _check_failures(self, name: str, failures: Mapping[str, float], table: host.RewardTable) -> None:
-        """Raises RewardError, quoting one process's error, if `failures`, the shares of all processes, are too large."""
+    def _check_failures(self, name: str, failures: Mapping[str, float], table: host.RewardTable, rows: float) -> None:
+        """Raises RewardError, quoting one process's error, if `failures`, the shares of all processes, are too large.
+
+        `rows` is the number of prompts of the batch, on all processes.
+        """
         share = failures[f"rewards/{name}/error_rate"] + failures[f"rewards/{name}/timeout_rate"]
+        if self._evaluated:
+            self._failed[name] += share * rows
+            share = self._failed[name] / self._evaluated
         if share <= self._max_failure_share + 1e-6:  # the mean over processes is rounded
             return
 
@@ -174,6 +183,15 @@ class RewardScorer:
         """Returns this scorer with a reward model: (rollout, batch) -> (f32[P, G], NaN if missing; metrics)."""
         other = copy.copy(self)
         other._reward_model = score
+        return other
+
+    def over(self, prompts: int) -> "RewardScorer":
+        """Returns this scorer for one evaluation of a number of prompts in batches.
+
+        `max_failure_share` is a share of all of them then, and not of each batch: the last batch may have one prompt only.
+        """
+        other = copy.copy(self)
+        other._evaluated, other._failed = prompts, collections.defaultdict(float)
         return other
 
     def answers_of(self, name: str) -> Callable[[list[list[str]], Sequence[Mapping[str, Any]]], list[list]] | None:

@@ -100,6 +100,7 @@ def sample_and_judge(
     tokenizer, verdict = tokenizer if hosts.is_first() else None, verdict or scorer.verdict
     find = answers_of or each(final_answer)
     parts = [] if journal is None else _judged_before(journal, batches, find)
+    scorer = scorer.over(sum(int((batch.weight > 0).sum()) for batch in batches))
     for batch in batches[journal.done if journal else 0 :]:
         rollout = generate(batch)
         scores, _ = scorer(rollout, batch.take(hosts.local_rows_of(rollout.tokens)))

@@ -1,43 +1,19 @@
 """The end of a run: a table of the evaluations before and after training, and the learning curve."""
 
-import dataclasses
 import pathlib
-from typing import Any
 
 import rich.console
 
 from jaxrl_reason.config import Config
 from jaxrl_reason.methods import Method
-from jaxrl_reason.models.formats.weights import read_json
 from jaxrl_reason.rl import hosts
-from jaxrl_reason.runs import pictures, read_metrics
-from jaxrl_reason.runs.files import write_json
+from jaxrl_reason.runs import eval_settings, pictures, read_metrics
 from jaxrl_reason.tasks.reporting import BASELINES, headlines
 
 
 def picture_of(workdir: pathlib.Path) -> pathlib.Path:
     """Returns the file of the learning curve. A run draws it last: if it exists, the run has reported."""
     return workdir / "learning_curve.png"
-
-
-_SETTINGS = "eval_settings.json"
-_EARLIER = "evaluation.json"  # its name in work directories of earlier versions
-
-
-def evaluation_settings(config: Config) -> dict[str, Any]:
-    """Returns the settings of an evaluation. Two evaluations are compared only if these are equal."""
-    return dataclasses.asdict(config.eval) | {"every": None}
-
-
-def write_settings(workdir: pathlib.Path, config: Config) -> None:
-    """Writes the settings of the evaluation before training to eval_settings.json."""
-    write_json(workdir / _SETTINGS, evaluation_settings(config))
-
-
-def _measured_alike(workdir: pathlib.Path, config: Config) -> bool:
-    """Returns whether the evaluation before training had the settings of the configuration."""
-    files = [file for name in (_SETTINGS, _EARLIER) if (file := workdir / name).exists()]
-    return bool(files) and read_json(files[0]) == evaluation_settings(config)
 
 
 def report(
@@ -58,7 +34,7 @@ def report(
             metrics = {k: v for k, v in line.items() if k.startswith("eval/") and k != "eval/prompts"}
             evaluations["after" if line["step"] else "before"] = metrics
         baselines |= {k: v for k, v in line.items() if k.startswith(BASELINES)}
-    if "before" in evaluations and not _measured_alike(workdir, config):
+    if "before" in evaluations and not eval_settings.are_those_of(workdir, config):
         console.print(
             "The evaluation before training is not compared, because config.eval has changed since.", soft_wrap=True
         )

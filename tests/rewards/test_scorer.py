@@ -326,6 +326,26 @@ def test_the_share_of_failures_is_over_the_rows_of_all_processes(monkeypatch):
     assert metrics["rewards/picky/error_rate"] == pytest.approx(1 / 24)
 
 
+def test_the_share_of_failures_of_an_evaluation_is_over_all_of_its_prompts():
+    """Batches of 2 prompts, whose second one is padding in the last batch of 9 prompts. All completions of some fail."""
+    all_fail, none_fails, padded = (
+        [["picky"] * 2] * 2,
+        [["fine"] * 2] * 2,
+        batch_of(ROWS)._replace(weight=np.array([1.0, 0.0])),
+    )
+    scorer = make_scorer("mine.py:picky", max_failure_share=0.5)
+    with pytest.raises(RewardError, match="failed on 100.0%"):
+        scorer(rollout_of(all_fail), padded)
+    score = scorer.over(9)
+    for texts in (all_fail, none_fails, none_fails, none_fails):
+        score(rollout_of(texts), batch_of(ROWS))
+    score(rollout_of(all_fail), padded)  # 3 of 9
+    scorer.over(9)(rollout_of(all_fail), batch_of(ROWS))  # another evaluation counts anew
+    score(rollout_of(all_fail), padded)  # 4 of 9
+    with pytest.raises(RewardError, match="'picky' failed on 55.6% of the completions"):
+        score(rollout_of(all_fail), padded)
+
+
 def test_unreadable_references_are_listed_and_too_many_raise():
     answers = ["12", "x = 5", None, 3, "1/0"]
     rows = [{"question": "q", "answer": answer} for answer in answers] * 10

@@ -13,8 +13,8 @@ import pytest
 
 from helpers.report_runs import content_of, HOSTILE, metrics_of, report, write_run
 from jaxrl_reason import report as command
-from jaxrl_reason.config import Config
-from jaxrl_reason.runs import read_metrics
+from jaxrl_reason.config import Config, Eval
+from jaxrl_reason.runs import eval_settings, read_metrics
 from jaxrl_reason.runs.files import MetricsError
 from jaxrl_reason.runs.metrics_file import MetricsWriter
 from jaxrl_reason.runs.report import Report, write_comparison
@@ -70,6 +70,22 @@ def test_metrics_of_predicted_numbers_have_their_charts():
         "Held-out error and spread": ["eval/rmse", "eval/spread", "squared_error_head/rmse"],
         "Held-out error of 1 and 8 samples": ["eval/rmse@8"],
     }
+
+
+def test_the_head_compares_equal_evaluations_only_and_shows_the_reward_of_all_groups(tmp_path):
+    config = write_run(tmp_path, 10)
+    facts = lambda config: dict(content_of(report(tmp_path, config))["facts"])
+    assert facts(config)["Held-out accuracy"] == "50.0 %"  # the settings of the first evaluation are unknown
+    assert facts(config)["Reward"] == "0.3 → 0.3"
+    eval_settings.write(tmp_path, config)
+    assert facts(config)["Held-out accuracy"] == "50.0 % → 50.0 %"
+    assert facts(Config(steps=10, eval=Eval(samples=9)))["Held-out accuracy"] == "50.0 %"
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[1:]:
+        line["dynamic_sampling/reward"] = line["step"] / 100
+    late = [line for line in lines if line["step"]]  # without an evaluation before training
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in late))
+    assert facts(config)["Reward"] == "0.01 → 0.1" and facts(config)["Held-out accuracy"] == "50.0 %"
 
 
 def test_an_unknown_value_is_no_point(tmp_path):

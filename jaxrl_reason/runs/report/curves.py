@@ -90,6 +90,10 @@ class Curves:
         """Returns the first value of a metric; None if there is none."""
         return self._points[name][1][0] if name in self._points else None
 
+    def begins(self, name: str) -> int | None:
+        """Returns the step of the first value of a metric; None if there is none."""
+        return self._points[name][0][0] if name in self._points else None
+
     def total(self, name: str) -> float:
         """Returns the sum of a metric over all steps."""
         return math.fsum(self._points[name][1]) if name in self._points else 0.0

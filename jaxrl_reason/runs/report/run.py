@@ -11,7 +11,7 @@ from typing import Any, Self
 from jaxrl_reason import config as config_lib
 from jaxrl_reason.config import Config
 from jaxrl_reason.rl.requirements import requirements
-from jaxrl_reason.runs import pictures
+from jaxrl_reason.runs import eval_settings, pictures
 from jaxrl_reason.runs.progress import duration
 from jaxrl_reason.runs.report.completions import Samples, Tail
 from jaxrl_reason.runs.report.curves import Curves
@@ -88,10 +88,15 @@ class Report:
         yield "Seed", str(c.seed)
         if seconds := curves.total("perf/step_seconds"):
             yield "Time of RL", duration(seconds)
-        for name, label in (("reward", "Reward"), ("eval/accuracy", "Held-out accuracy"), ("eval/r2", "Held-out R2")):
+        over_all = "dynamic_sampling/reward"  # "reward" is the mean over the groups that are kept
+        name = "reward" if curves.last(over_all) is None else over_all
+        if (last := curves.last(name)) is not None:
+            yield "Reward", f"{curves.first(name):.3g} → {last:.3g}"
+        alike = eval_settings.are_those_of(self._workdir, c)
+        for name, label in (("eval/accuracy", "Held-out accuracy"), ("eval/r2", "Held-out R2")):
             if (last := curves.last(name)) is not None:
-                cell = lambda x: f"{x:.3g}" if name == "reward" else pictures.cell(name, x)
-                yield label, f"{cell(curves.first(name))} → {cell(last)}"
+                before = f"{pictures.cell(name, curves.first(name))} → " if alike and curves.begins(name) == 0 else ""
+                yield label, f"{before}{pictures.cell(name, last)}"
 
     def _before_rl(self) -> list[dict[str, Any]]:
         """Returns the charts of the phases before RL. Their files are read anew: they end before the report begins."""

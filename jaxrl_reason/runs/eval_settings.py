@@ -1,0 +1,27 @@
+"""The settings of the evaluation before training: only evaluations with equal settings are compared."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from jaxrl_reason.config import Config
+from jaxrl_reason.models.formats.weights import read_json
+from jaxrl_reason.runs.files import write_json
+
+_FILE = "eval_settings.json"
+_EARLIER = "evaluation.json"  # its name in work directories of earlier versions
+
+
+def write(workdir: pathlib.Path, config: Config) -> None:
+    """Writes the settings of the evaluation before training."""
+    write_json(workdir / _FILE, _settings(config))
+
+
+def are_those_of(workdir: pathlib.Path, config: Config) -> bool:
+    """Returns whether the evaluation before training had the settings of the configuration."""
+    files = [file for name in (_FILE, _EARLIER) if (file := workdir / name).exists()]
+    return bool(files) and read_json(files[0]) == _settings(config)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return dataclasses.asdict(config.eval) | {"every": None}
