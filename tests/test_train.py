@@ -704,6 +704,16 @@ def test_an_evaluation_that_has_changed_is_not_compared_with_the_first(rows, tmp
     assert list(train.train(train.setup(tiny(rows, steps=5, eval__every=2), tmp_path))) == ["after"]
 
 
+def test_a_row_that_cannot_be_judged_may_be_alone_in_the_last_batch_of_an_evaluation(rows, tmp_path):
+    """5 held-out rows in batches of 4: the last batch has the bad row only, and the limit is half of all rows."""
+    held_out = write_rows(tmp_path / "held_out.jsonl", [*ROWS[:4], {**ROWS[4], "answer": "hello"}])
+    with pytest.warns(UserWarning, match="cannot judge 1 of 5 rows"):
+        ready = train.setup(
+            tiny(rows, steps=1, data__eval=str(held_out), eval__every=1, eval__prompts=5), tmp_path / "run"
+        )
+    assert train.train(ready)["after"]["eval/accuracy"] <= 0.8  # the bad row counts as incorrect
+
+
 def test_an_evaluation_json_in_the_work_directory_stays(tmp_path):
     (tmp_path / "evaluation.json").write_text("of evaluate --out")
     eval_settings.write(tmp_path, tiny("rows.jsonl"))
