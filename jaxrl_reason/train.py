@@ -109,9 +109,8 @@ def _setup(config: Config, workdir: str | pathlib.Path, begin: bool, check: Call
         )
     run = Run(config, method, task, programs, reward_phase)
     check(run)
-    is_finished = task.work.is_finished(
-        config.supervised.steps + config.steps
-    )  # its files keep the settings of its steps
+    # The files of a finished run keep the settings of the steps that were done.
+    is_finished = task.work.is_finished(config.supervised.steps + config.steps)
     if hosts.is_first() and begin and not is_finished:
         with task.work.lock():
             task.work.begin(task.tokenizer, task.pretrained)

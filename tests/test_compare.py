@@ -222,6 +222,9 @@ def test_the_table_has_a_dash_for_a_missing_metric():
     lines = [line for line in console.file.getvalue().splitlines() if line[0] in "│┃"]
     words = [line.replace("│", " ").replace("┃", " ").split() for line in lines]
     assert words == [["start", "pointwise"], ["accuracy", "50.0", "%", "-"], ["r2", "-", "0.250"]]
+    assert "standard deviations" not in console.file.getvalue()
+    compare.print_rows(console, {"start": {"eval/rmse": 0.5}}, ("rmse",))
+    assert "rmse and spread are in standard deviations of the training targets." in console.file.getvalue()
 
 
 def test_every_run_is_announced_with_the_number_of_runs_that_follow(tmp_path, capsys, untrained):

@@ -24,6 +24,7 @@ from jaxrl_reason.tasks.regression.evaluation import prediction_metrics
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SCALE = TargetScaler(mean=0.0, std=1.0, low=-1.5, high=2.5)  # METHODS has z from -1.5 to 2.5
+UNIT_NOTE = "rmse and spread are in standard deviations of the training targets."
 EVERYWHERE = sharding.batch_sharding(sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
 
 
@@ -108,7 +109,7 @@ def test_the_heavy_tailed_reward_stops_at_50_and_is_100_for_no_number():
 
 
 @pytest.mark.runs
-def test_a_policy_learns_to_predict_and_reports_the_pointwise_regressor(table, tmp_path):
+def test_a_policy_learns_to_predict_and_reports_the_pointwise_regressor(table, tmp_path, capsys):
     config = a_config(
         table,
         steps=10,
@@ -124,6 +125,7 @@ def test_a_policy_learns_to_predict_and_reports_the_pointwise_regressor(table, t
         eval__samples=32,
     )
     train.train(train.setup(config, tmp_path / "run"))
+    assert UNIT_NOTE in capsys.readouterr().out
     before, after = lines_of(tmp_path / "run")[0], lines_of(tmp_path / "run")[-1]
     assert before["eval/r2"] > 0.6 and after["eval/r2"] > 0.6  # the mean has 0
     assert before["pointwise/r2"] > 0.9
@@ -159,6 +161,11 @@ def test_evaluation_of_numbers_raises_for_another_training_table(table, tmp_path
     assert evaluate.main([*flags, f"--data={table}", "--split=[90%:]"]) == 0
     record = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
     assert record["data"]["name"] == str(table) and record["prompts"] == 3
+    assert UNIT_NOTE in capsys.readouterr().out
+    (tmp_path / "one.csv").write_text("a,b,c,y\n1,2,3,4\n")  # R2 of one row is unknown
+    assert evaluate.main([*flags, f"--data={tmp_path / 'one.csv'}", f"--out={tmp_path / 'one'}"]) == 0
+    one = json.loads((tmp_path / "one" / "evaluation.json").read_text())
+    assert one["metrics"]["r2"] is None and one["metrics"]["rmse"] > 0 and one["prompts"] == 1
     header, first, *lines = table.read_text().splitlines()
     other_target, other_feature = f"{first.rpartition(',')[0]},99", f"77{first[first.index(',') :]}"
     for changed in (other_target, other_feature):
