@@ -126,13 +126,12 @@ def load_table(
         raise ValueError(f"The table {name!r} predicts {own!r}, not {target!r}; leave `target` empty, it is for files.")
     data = sources.open_prepared(name, split, data_dir, kind="table")
     rows = data.__getitems__(list(range(len(data))))
-    texts = [key for key in sorted(rows[0]) if isinstance(rows[0][key], bytes | str)]
+    keys = sorted(key for key in rows[0] if key != without)
+    texts = [key for key in keys if isinstance(rows[0][key], bytes | str)]
     if texts and categorical == "refuse":
         raise ValueError(f"{name} holds text in {_counted('column', texts)}: {_TEXTS}.")
     # TFDS stores float32. Its shortest decimal restores 32.1, which would otherwise be 32.0999985.
-    columns = {
-        key: np.array([float(str(np.float32(row[key]))) for row in rows]) for key in sorted(rows[0]) if key not in texts
-    }
+    columns = {key: np.array([float(str(np.float32(row[key]))) for row in rows]) for key in keys if key not in texts}
     noise_std, targets = columns.pop(NOISE, None), columns.pop(own)
     texts = texts if categorical == "onehot" else []
     labels = np.array([[_text(row[key]) for key in texts] for row in rows], str).reshape(len(rows), len(texts))

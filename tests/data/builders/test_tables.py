@@ -94,6 +94,9 @@ def test_synthetic_by_its_short_name_in_all_splits(synthetic, data_dir, tmp_path
     again = load_table("synthetic", "train", data_dir=tmp_path)  # a second preparation
     assert again.fingerprint == train.fingerprint
     test = load_table("synthetic", "test", data_dir=data_dir)
+    rest = load_table("synthetic", "test", data_dir=data_dir, without=test.names[1])
+    assert rest.names == (test.names[0], *test.names[2:])
+    np.testing.assert_array_equal(rest.features, np.delete(test.features, 1, axis=1))
     assert [len(load_table("synthetic", split, data_dir=data_dir)) for split in ("validation", "test[:30]")] == [
         500,
         30,
