@@ -280,7 +280,7 @@ class Eval:
 @dataclasses.dataclass(kw_only=True)
 class Log:
     samples_every: int = _field(10, "steps between tables of sample completions; 0: none", low=0)
-    samples: int = _field(8, "completions per table: of whole groups in samples.jsonl", low=1)
+    samples: int = _field(8, "completions per table; samples.jsonl has whole groups", low=1)
     tensorboard: bool = _field(True, "write TensorBoard events")
     trackers: list = _field([], f"experiment trackers that get the metrics too: {', '.join(TRACKERS)}")
     profile: list = _field(
