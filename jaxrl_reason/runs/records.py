@@ -74,7 +74,7 @@ def write_samples(
     """Writes the completions of this process's first `prompts` prompts, with rewards, advantages and log-probabilities.
 
     Places that dynamic sampling could not fill are left out. With a `verdict`, the lines of the table also say which
-    completions are correct.
+    completions are correct. The prompt of a row of numbers shows its scaled features.
     """
     batch = step.batch
     rows = jax.tree.map(
@@ -89,9 +89,12 @@ def write_samples(
     rewards = {name: r[:, : rollout.tokens.shape[1]] for name, r in rewards.items()}
     live = lambda tokens, masks: [t[m].tolist() for t, m in zip(tokens, masks)]
     ids = [live(*group) for group in zip(rollout.tokens, rollout.mask)]
+    prompt_texts = tokenizer.decode_batch(live(rollout.prompt_tokens, rollout.prompt_mask), skip_special)
+    if rollout.features is not None:  # rows of a table, whose prompts have the same tokens
+        prompt_texts = [f"(features {', '.join(f'{x:.4g}' for x in row)})" for row in rollout.features]
     table.write(
         number,
-        tokenizer.decode_batch(live(rollout.prompt_tokens, rollout.prompt_mask), skip_special),
+        prompt_texts,
         [tokenizer.completions(group, skip_special) for group in ids],
         rewards={name: np.asarray(r) for name, r in rewards.items()},
         total=np.asarray(experience.total_reward(rewards, weights)),

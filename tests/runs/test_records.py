@@ -72,6 +72,20 @@ def test_places_that_were_not_filled_are_no_samples(filled, tmp_path):
     ]
 
 
+def test_the_prompt_of_a_row_of_numbers_shows_its_features(tmp_path):
+    prompts, tokens = padded(["1", "1"]), padded(["a", "b"])
+    features = np.array([[0.5, -1.23456], [0.5, 2.0]], np.float32)
+    numbers, mask = np.zeros((2, 1), np.float32), tokens[1][:, None]
+    rollout = Rollout(*prompts, tokens[0][:, None], mask, np.zeros(mask.shape), np.zeros((2, 1), bool), features)
+    batch = SimpleNamespace(rollout=jax.tree.map(jnp.asarray, rollout), advantages=jnp.asarray(numbers), mask=mask)
+    step = SimpleNamespace(batch=batch, groups=SimpleNamespace(rewards={"r": jnp.asarray(numbers)}))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with SampleTable(tmp_path) as table:
+        write_samples(table, 1, step, 2, TOKENIZER, {"r": 1.0}, here)
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["(features 0.5, -1.235)", "(features 0.5, 2)"]
+
+
 def test_without_a_verdict_nothing_is_correct(tmp_path):
     rewards = np.zeros((1, 1))
     with SampleTable(tmp_path) as table:
