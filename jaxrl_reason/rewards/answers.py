@@ -20,6 +20,7 @@ _NOT_UNITS = frozenset(
     "dozen zero one two three four five six seven eight nine ten eleven twelve hundred thousand million billion trillion lakh crore bn "
     "pi oder und ou et are for if when where while all with has have that which only even odd prime real k K M B T e i j n x y z".split()
 )
+_MERIDIEM = re.compile(r"[ap]\.?\s?m\.?|noon|midnight", re.IGNORECASE)  # of a time of day, see `times`
 _NOT_UNIT_CHARACTERS = frozenset("π或和与及半成倍")
 # A lump is a run of text that starts like a number. It includes every character that touches the number, so that a
 # look-alike is rejected whole instead of being cut short. Such characters are digits of other scripts (\d on purpose),
@@ -40,9 +41,11 @@ _BETWEEN_DIGITS = (
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]++(?=\d)"
 )
 _RUN = rf"{_PARTS}(?:{_BETWEEN_DIGITS}{_PARTS})*+"
-_FRACTION = r"\\[dt]?frac\{[^{}]{1,50}\}\{[^{}]{1,50}\}"
+_PART = r"\s?(?:\{[^{}]{1,50}\}|[0-9])"
+_FRACTION = rf"\\[dtc]?frac{_PART}{_PART}"
+_GROUPED = r"[1-9][0-9]{0,2}(?: [0-9]{3}(?![0-9]))++"  # 12 000, which is no number: it may be two
 _LUMP = re.compile(
-    rf"(?:(?<![{_SIGNS}\w)}}])[{_SIGNS}]+)?\$?(?:0[xXoObB]\w++|{_FRACTION}{_RUN}"
+    rf"(?:(?<![{_SIGNS}\w)}}])[{_SIGNS}]+)?\$?(?:0[xXoObB]\w++|{_FRACTION}{_RUN}|(?<![\w.,]){_GROUPED}{_RUN}"
     rf"|(?:(?<![\w.])\.)?[\d\u00bc-\u00be\u2150-\u215f]{_RUN}(?:[eE][-+\u2212]?\d{_RUN})*+(?:{_FRACTION}{_RUN})?)(?:\\?%(?:(?![\d.,/]){_RUN})?)?"
 )
 
@@ -314,6 +317,8 @@ def _unit_words(words: str) -> str:
 def is_unit(words: str) -> bool:
     r"""Returns whether \text{words} after a number is a unit: true for " cm", false for "00", "!" and " million"."""
     words = words.replace("\N{MICRO SIGN}", "\N{GREEK SMALL LETTER MU}")
+    if _MERIDIEM.fullmatch(words.strip()):
+        return False
     if unicodedata.normalize("NFKC", words) != words or not _NOT_UNIT_CHARACTERS.isdisjoint(words):
         return False
     if not all(

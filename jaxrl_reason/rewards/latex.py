@@ -107,6 +107,17 @@ _SYMBOLS = re.compile(r"(?i:(?!(?:no|yes)$)(?:[a-z]{1,3}|[\u0391-\u03c9]))(?<![A
 _SET_OPERATION = re.compile(r"\\(?:cup|cap|setminus|times|bigcup|bigcap|backslash)(?![a-zA-Z])|[\u222a\u2229\u2216]")
 _BRACE_NAMES = re.compile(r"\\([lr])brace(?![a-zA-Z])\s*")
 _SIZES = re.compile(r"\\[bB]igg?[lr]?(?![a-zA-Z])\s*")
+# What joins the members of a list, and the names before it: (1,2) \text{ or } (3,4), and (x,y) = (3,4).
+_AND = re.compile(rf"{TEXT_OPEN}\s*,?\s*(?:and|or)\s*\}}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])")
+_NAME = r"\s*(?:[a-zA-Z]|\\[a-zA-Z]+)(?:_(?:\w|\{\w+\}))?\s*"
+_NAMES_OF_LIST = re.compile(
+    rf"^\s*(?:\\left)?\s*\({_NAME}(?:,{_NAME})+(?:\\right)?\s*\)\s*(?:=|:|\\in(?![a-zA-Z])|\\equiv)"
+)
+# The name of a value: P(X>2) = 0.5, |A \cup B| = 12, \det(A) = 5.
+_NAMED_VALUE = re.compile(
+    r"(?P<name>\\?[a-zA-Z]+(?:[_^](?:\w|\{[^{}]*\}))*\s*(?:\\left)?\s*[(\[].*[)\]]|(?:\\left)?\s*\|.+\|)\s*(?<![<>!])=\s*(?P<value>[^=]+)",
+    re.DOTALL,
+)
 _INNERMOST = re.compile(r"(?P<called>[a-zA-Z](?=\())?(?P<open>[(\[{])(?P<inside>[^()\[\]{}]*)(?P<close>[)\]}])")
 
 
@@ -225,6 +236,19 @@ def same_words(a: str, b: str) -> bool | None:
     return False if are_certain else None
 
 
+def without_names(a: str, b: str) -> tuple[str, str]:
+    r"""Returns two normalised answers without the name of their value, if they do not name different ones.
+
+    P(X>2) = 0.5 is 0.5, and |A \cup B| = 12 is 12. math-verify cannot read such names.
+    """
+    found = [_NAMED_VALUE.fullmatch(answer) for answer in (a, b)]
+    names = {"".join(match["name"].split()) for match in found if match}
+    if len(names) != 1:
+        return a, b
+    values = [match["value"].strip() if match else answer for match, answer in zip(found, (a, b))]
+    return values[0], values[1]
+
+
 def differ_in_brackets(a: str, b: str) -> bool:
     r"""Returns whether two normalised lists have different kinds of brackets: \{0,1\} is not (0,1).
 
@@ -243,7 +267,8 @@ def differ_in_brackets(a: str, b: str) -> bool:
 
 def _brackets(latex: str) -> tuple[collections.Counter[str], bool]:
     """Returns how many brackets of each kind are around lists, and whether a list has none."""
-    text = re.sub(r"\\(?:left|right|in)(?![a-zA-Z])", " ", TEXT_GROUP.sub("", latex))
+    text = TEXT_GROUP.sub("", _AND.sub(",", _NAMES_OF_LIST.sub("", latex)))
+    text = re.sub(r"\\(?:left|right|in)(?![a-zA-Z])", " ", text)
     text = re.sub(r"(?<!\\)[{}]", "", text).replace(r"\{", "{").replace(r"\}", "}")
     kinds: collections.Counter[str] = collections.Counter()
     while match := _INNERMOST.search(text):

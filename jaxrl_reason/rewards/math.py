@@ -25,9 +25,11 @@ from jaxrl_reason.rewards.latex import (
     with_capital_digits,
     with_distinct_case,
     without_bases,
+    without_names,
 )
 from jaxrl_reason.rewards.numeric import choice, numeric_verdict, parse_number, shortened
 from jaxrl_reason.rewards.pool import Pool, Results
+from jaxrl_reason.rewards.times import is_time, same_time
 
 TIMEOUT_S = 2.0  # for one answer: a number takes 1 ms, LaTeX 5 ms
 MAX_ANSWER_LENGTH = 2_000  # characters; a longer answer would use up its time, so it is an error and is not read
@@ -130,6 +132,9 @@ def _judge(question: tuple[str, str | None]) -> float | None:
     from math_verify import verify  # imported here, so that only workers load sympy
 
     reference, prediction = question
+    same = None if prediction is None else same_time(reference, prediction)
+    if same is not None or is_time(reference):
+        return float(same is True)
     gold_latex = normalised(reference)
     if is_sentence(reference) or not _can_be_matched(gold_latex):
         return None
@@ -148,6 +153,7 @@ def _judge(question: tuple[str, str | None]) -> float | None:
     if latex == without_bases(latex) and not states_base_ten(prediction):
         gold_latex = without_bases(gold_latex)
     gold_latex, latex = with_distinct_case(gold_latex, latex)
+    gold_latex, latex = without_names(gold_latex, latex)
     gold, predicted = _parse_gold(gold_latex), _parse(latex)
     if not gold or not predicted:
         return 0.0
@@ -169,11 +175,13 @@ def _can_be_matched(latex: str) -> bool:
 
 
 def _differ_exactly(a, b) -> bool:
-    """Returns whether two expressions, or the right-hand sides of two equations, are unequal rational numbers."""
+    """Returns whether two expressions are unequal rational numbers; of equations, if their left sides are equal, the right sides count."""
     # math-verify compares the first 15 decimals of a difference, by which 1/2004! equals 1/2006!. Percentages are left
     # to math-verify, which compares them with and without the sign.
     from sympy import Equality, Expr, UnevaluatedExpr
 
+    if isinstance(a, Equality) and isinstance(b, Equality) and a.lhs != b.lhs:  # x + y = 3 and x + y - 3 = 0
+        return False
     a, b = (x.rhs if isinstance(x, Equality) else x for x in (a, b))  # "x = 1/2006!"
     if a == b or not all(isinstance(x, Expr) and not x.has(UnevaluatedExpr) for x in (a, b)):
         return False

@@ -5,7 +5,7 @@ fractions are compared for equality. Nothing is computed from the text: "2+3" is
 much as "hello". Every function takes time linear in the text and keeps no state, so any thread can call it.
 
 Numbers:
-    18  -3  +3  1,234  1\,234  0.50  .5  3/4  1e3  $18  -$18  \$18  18.  \frac{1}{2}  -\dfrac{1}{2}  50%  50\text{ percent}
+    18  -3  +3  1,234  1\,234  0.50  .5  3/4  1e3  $18  -$18  \$18  18.  \frac{1}{2}  -\dfrac{1}{2}  \frac12  50%  50\text{ percent}
     5\text{ cm}  5\,\mathrm{km/h}  90^\circ  $\displaystyle 18$.  \(18\)  \text{18}
     5 cm  5 km/h  5 dollars  18€  €18  50 percent  {18}  "18"  $\$18$
 Not numbers, and neither are digits that are not ASCII:
@@ -44,7 +44,8 @@ _NUMBER = re.compile(
     rf"(?P<sign>[-+]?)(?:"
     rf"(?P<decimal>(?:{_INTEGER}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE](?P<exponent>[-+]?[0-9]{{1,3}}))?)"
     rf"|(?P<above>{_INTEGER}) ?/ ?(?P<below>{_INTEGER})"
-    rf"|\\[dt]?frac\{{(?P<above_tex>[-+]?{_INTEGER})\}}\{{(?P<below_tex>[-+]?{_INTEGER})\}})"
+    rf"|\\[dtc]?frac ?(?:\{{ ?(?P<above_tex>[-+]?{_INTEGER}) ?\}}|(?P<above_digit>[0-9]))"
+    rf" ?(?:\{{ ?(?P<below_tex>[-+]?{_INTEGER}) ?\}}|(?P<below_digit>[0-9])))"
 )
 _THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!|\\[,;: ]|~)(?=[0-9]{3}(?![0-9]))")  # separators as TeX spaces them
 _FORMULA_WITH_UNIT = re.compile(r"^\$([^$]*[0-9][^$]*)\$(?=[\s~\\])")  # $18$ cm
@@ -115,7 +116,7 @@ def _read(text: str) -> tuple[Fraction, bool] | None:
             return None
         value = Fraction(part["decimal"])
     else:
-        above, below = int(part["above"] or part["above_tex"]), int(part["below"] or part["below_tex"])
+        above, below = (int(part[n] or part[f"{n}_tex"] or part[f"{n}_digit"]) for n in ("above", "below"))
         if below == 0:
             return None
         value = Fraction(above, below)

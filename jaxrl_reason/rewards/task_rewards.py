@@ -12,7 +12,7 @@ from jaxrl_reason.rewards.numeric import MAX_NUMBER_LENGTH, parse_number
 
 _WHOLE = re.compile(r"-?[0-9]{1,9}")
 _BETWEEN = re.compile(r", and |,| and ")
-_MIXED = re.compile(r"(?P<sign>[-+]?)(?P<whole>[0-9]{1,9}) (?P<part>[0-9]{1,9}/[0-9]{1,9})")
+_MIXED = re.compile(r"(?P<sign>[-+]?)(?P<whole>[0-9]{1,9}) ?(?P<part>(?<= )[0-9]{1,9}/[0-9]{1,9}|\\[dtc]?frac.+)")
 
 # (the numbers named, ascending; the target) -> whether they meet the constraint
 _CONSTRAINTS = {

@@ -46,7 +46,7 @@ ANSWERS = {
         power=("9**9", 9), tower=("9**9**9**9", 9), caret=("9^9^9", 9), tex_tower=("9^{9^{9^{9}}}", 9), shift=("1<<10", 10), sum=("2+3", 3),
         difference=("23-5", 5), product=("3*6", 6), modulo=("38%20", 20), factorial=("5!", 5), call=("int(18)", 18), list=("[18]", 18),
         f_string=("f'{18}'", 18), template=("{{7*7}}", 7), assignment=("x=18", 18), walrus=("x:=18", 18), comparison=("18==18", 18), either=("18 or 5", 5),
-        parentheses=("(18)", 18), a_tuple=("(18,)", 18), a_set=(r"\{18\}", 18), root=(r"\sqrt{324}", 324), frac_bare=(r"\frac12", 12),
+        parentheses=("(18)", 18), a_tuple=("(18,)", 18), a_set=(r"\{18\}", 18), root=(r"\sqrt{324}", 324),
         frac_open=(r"\frac{1}{2", 2), lambda_call=("(lambda: 18)()", 18), ternary=("18 if True else 5", 5), sql=("18'; DROP TABLE rewards;--", 18),
         repeated=("'5'*10**9", 9), write18=(r"\write18{touch hacked}", 18), percent_n=("%18$n", "18"),
     ),
@@ -70,10 +70,10 @@ ANSWERS = {
         two_signs="--5", mixed_signs="+-5", many_signs="-" * 99 + "5", two_minuses="-−5", list_glued="1,2,3", grouped_2="1,23", grouped_0="0,123",
         grouped_late="1234,567", two_points="1.2.3", version="10.0.0.1", two_bars="1/2/3", over_zero="3/0", over_zeros="3/000", date="2024/01/02",
         apostrophe="1'000", quotation="1’000", middle_dot="1·5", comma_and_points="1.234,56", decimal_over="1.5/2", money_alone=r"\$-\$",
-        frac_over_zero=r"\frac{1}{0}", frac_percent_sign="3/0%", tex_mixed=r"5\frac{1}{2}", tex_square=r"\frac{3}{4}²", no_break_space="1\u00a0234", thin_space="1\u2009234", narrow_space="1\u202f234",
+        frac_over_zero=r"\frac{1}{0}", frac_percent_sign="3/0%", tex_mixed=r"5\frac{1}{2}", tex_square=r"\frac{3}{4}²", spaces="1 234", no_break_space="1\u00a0234", thin_space="1\u2009234", narrow_space="1\u202f234",
     ),
     **_ends(
-        trailing_minus=("5-", 5), sign_apart=("- 5", 5), money_sign=("$-$5", -5), spaces=("1 234", 234), mixed=("1 1/2", "1/2"), a_range=("5-7", 7),
+        trailing_minus=("5-", 5), sign_apart=("- 5", 5), money_sign=("$-$5", -5), mixed=("1 1/2", "1/2"), a_range=("5-7", 7),
         ratio=("5:7", 7), negative_below=("3/ -4", -4), semicolon=("5;6", 6), money_after=("18$", 18), apples=("5 apples", 5), not_equal=("!=5", 5),
         about=("~5", 5), less=("<5", 5), plus_minus=("±5", 5), chain=("2=x=5", 5),
     ),
@@ -112,7 +112,7 @@ ANSWERS = {
     ),
     # Numbers in unusual spellings.
     **_number(
-        crlf=("18\r", 18), line_end=("18\u2028", 18), ideographic_space=("\u300018\u3000", 18), no_break=("\u00a018\u00a0", 18), zeros=("0" * 150 + "18", 18),
+        frac_bare=(r"\frac12", "1/2"), crlf=("18\r", 18), line_end=("18\u2028", 18), ideographic_space=("\u300018\u3000", 18), no_break=("\u00a018\u00a0", 18), zeros=("0" * 150 + "18", 18),
         unicode_minus=("−18", -18), minus_zero=("-0", 0), zero_exponent=("18e-0", 18), unicode_exponent=("18e−1", "9/5"), digits_200=("9" * 200, 10**200 - 1),
         googol=("1e100", 10**100), googolth=("1e-100", Fraction(1, 10**100)), long_decimal=("0." + "3" * 190, Fraction(int("3" * 190), 10**190)),
     ),
