@@ -42,6 +42,7 @@ BUILT_IN: dict[str, RewardFunction] = {
 }
 # Rewards that compare with a reference of each row, so that all references are tried before training.
 COMPARING = tuple(BUILT_IN[name] for name in BUILT_IN if name != "format")
+ONE_REFERENCE = tuple(f for f in COMPARING if f is not many_answers_reward)  # whose correct answers all mean the same
 
 _LARGEST = float(np.finfo(np.float32).max)
 _log = logging.getLogger(__name__)

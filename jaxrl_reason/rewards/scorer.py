@@ -205,6 +205,11 @@ class RewardScorer:
             return function.answers_of
         return each(function.answer_of) if hasattr(function, "answer_of") else None
 
+    def has_one_answer(self, name: str) -> bool:
+        """Returns whether a reward compares answers with one reference per row, so that all correct ones mean the same."""
+        functions = {reward.name: reward.function for reward in self._host}
+        return name == "match_answer" or functions.get(name) in host.ONE_REFERENCE
+
     def check(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Checks, before there are completions, that `__call__` will accept the rows of a batch. Calls no reward.
 

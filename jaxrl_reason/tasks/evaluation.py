@@ -14,7 +14,9 @@ from jaxrl_reason.data import PromptBatch
 from jaxrl_reason.models import sharding
 from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.rewards.answers import extract_answer
-from jaxrl_reason.rewards.numeric import parse_number
+from jaxrl_reason.rewards.latex import normalised
+from jaxrl_reason.rewards.math import MAX_ANSWER_LENGTH
+from jaxrl_reason.rewards.numeric import choice, parse_number
 from jaxrl_reason.rewards.scorer import each, RewardScorer
 from jaxrl_reason.rl import experience, hosts
 from jaxrl_reason.rl.types import Rollout
@@ -62,11 +64,18 @@ def batch_size(config: Config, mesh: jax.sharding.Mesh, rows: int) -> int:
 
 
 def final_answer(completion: str, row: Mapping[str, Any]) -> Hashable | None:
-    """Returns the final answer of a completion: an exact number if it is one ("3/4" equals "0.75"), else text."""
+    """Returns the final answer of a completion in one spelling, None if there is none.
+
+    It is an exact number ("3/4" equals "0.75"), the letter of a choice ("(C)" equals "C"), or text as `latex.normalised`.
+    """
     del row  # for rewards whose answers depend on the problem
     text = extract_answer(completion)
-    number = None if text is None else parse_number(text)
-    return text if number is None else number
+    if text is None:
+        return None
+    number = parse_number(text)
+    if number is not None or len(text) > MAX_ANSWER_LENGTH:
+        return text if number is None else number
+    return choice(text, with_text=True) or normalised(text) or text
 
 
 def sample_and_judge(
@@ -91,7 +100,8 @@ def sample_and_judge(
       tokenizer: decodes completions, on the first process only; None: there are no texts and no answers.
       skip_special: leaves special tokens out of the texts, as the rewards read them.
       answers_of: (completions [P][K], rows) -> final answers, equal and hashed alike if two are the same, or None; by
-        default `final_answer` of each completion.
+        default `final_answer` of each completion. If the verdict compares with one reference, all correct completions of a
+        prompt have the same answer.
       verdict: the reward whose value > 0.5 means correct; empty: the scorer's verdict.
       self_reward: computes LaSeR's self-rewards f32[P, K] of a rollout, or None.
       journal: holds the batches that are judged already, and takes the lines (`lines_of`) of the others; None: no file.
@@ -99,7 +109,8 @@ def sample_and_judge(
     """
     tokenizer, verdict = tokenizer if hosts.is_first() else None, verdict or scorer.verdict
     find = answers_of or each(final_answer)
-    parts = [] if journal is None else _judged_before(journal, batches, find)
+    united = _united if scorer.has_one_answer(verdict) else lambda answers, correct: answers
+    parts = [] if journal is None else _judged_before(journal, batches, find, united)
     scorer = scorer.over(sum(int((batch.weight > 0).sum()) for batch in batches))
     for batch in batches[journal.done if journal else 0 :]:
         rollout = generate(batch)
@@ -115,17 +126,18 @@ def sample_and_judge(
             texts = [tokenizer.completions([x.ids.tolist() for x in group], skip_special) for group in sampled]
         answers = _agreed_answers(find, texts, rows)
         rewards = {name: np.asarray(values)[real] for name, values in scores.items()}
+        correct = rewards[verdict] > 0.5
         part = Evaluated(
             rows=rows,
             positions=batch.prompt_ids[real],
-            correct=rewards[verdict] > 0.5,
+            correct=correct,
             lengths=mask.sum(axis=-1)[real],
             truncated=truncated[real],
             logprobs=np.where(mask, logprobs, 0.0).sum(axis=-1)[real],
             rewards=rewards,
             total=np.asarray(experience.total_reward(jax.tree.map(jnp.asarray, rewards), scorer.weights)),
             texts=texts,
-            answers=answers,
+            answers=united(answers, correct),
             self_rewards=None if self_reward is None else self_reward(rollout)[real],
             sampled=sampled if journal is None else None,
         )
@@ -135,7 +147,20 @@ def sample_and_judge(
     return parts
 
 
-def _judged_before(journal: Journal, batches: Sequence[PromptBatch], find: AnswersOf) -> list[Evaluated]:
+def _united(answers: Answers | None, correct: np.ndarray) -> Answers | None:
+    """Returns the answers, with those of a prompt's correct completions replaced by the first of them: 50 % and 50 are one."""
+    if answers is None:
+        return None
+    first = [next((a for a, ok in zip(*group) if ok), None) for group in zip(answers, correct)]
+    return [[one if ok else a for a, ok in zip(*group)] for one, group in zip(first, zip(answers, correct))]
+
+
+def _judged_before(
+    journal: Journal,
+    batches: Sequence[PromptBatch],
+    find: AnswersOf,
+    united: Callable[[Answers | None, np.ndarray], Answers | None],
+) -> list[Evaluated]:
     """Returns the batches that a journal holds; none on processes but the first."""
     parts = []
     for batch, lines in zip(batches[: journal.done], [*journal.batches, *[[]] * journal.done]):
@@ -144,7 +169,7 @@ def _judged_before(journal: Journal, batches: Sequence[PromptBatch], find: Answe
         # The file has texts, which can be equal for answers that are not.
         answers = _agreed_answers(find, part.texts if part else None, rows)
         if part:
-            parts.append(part._replace(rows=rows, answers=answers))
+            parts.append(part._replace(rows=rows, answers=united(answers, part.correct)))
     return parts
 
 

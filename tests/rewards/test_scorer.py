@@ -26,6 +26,7 @@ from jaxrl_reason.rewards.scorer import RewardScorer
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.rl.experience import total_reward
 from jaxrl_reason.rl.types import Rollout
+from jaxrl_reason.tasks import evaluation
 
 # MERGING learns " -" as one token from these solutions; BYTES learns no merges.
 SOLUTIONS = [f"{a} - {b} = {a - b}\n#### {a - b}" for a in range(12) for b in range(12)]
@@ -56,6 +57,9 @@ def match_answer(completions, **_):
 
 def short(completions, **_):
     return [1.0]
+
+def fifty(completions, **_):
+    return [float("50" in c) for c in completions]
 
 class Scaled:
     def __init__(self, scale):
@@ -167,6 +171,16 @@ def test_device_and_host_rewards_together():
     kinds = ("error_rate", "none_rate", "timeout_rate")
     assert metrics == {f"rewards/{name}/{kind}": 0 for name in ("accuracy", "length") for kind in kinds}
     np.testing.assert_array_equal(total_reward(rewards, scorer.weights), [[1.5, 0, 0], [1.5, 1, 0]])
+
+
+@pytest.mark.parametrize("function, distinct, majority", [("accuracy", 1, 1), ("mine.py:fifty", 2, 0)])
+def test_correct_answers_of_one_reference_are_one_answer(function, distinct, majority):
+    texts = [["#### 3", "#### 50", "#### 50%", "#### 3", "#### 50.0%"]]  # 50 % is 1/2, and the reference accepts both
+    scorer, batches = make_scorer(function), [batch_of([{"answer": "50"}])]
+    found = evaluation.join(evaluation.sample_and_judge(lambda _: rollout_of(texts), batches, scorer, MERGING))
+    assert found.correct.tolist() == [[False, True, True, False, True]]
+    assert evaluation.method_metrics(found)["distinct_correct_answers"] == distinct
+    assert evaluation.per_prompt(found)["maj@5"] == majority
 
 
 def test_weights_and_verdict_have_defaults():

@@ -131,6 +131,10 @@ def test_human_values():
         (["#### 3/4", "#### 0.7"], False),
         (["#### x + 1", r"\boxed{x + 1}"], True),
         (["#### x + 1", "#### x + 2"], False),
+        (["#### C", "#### (C)", r"\boxed{\text{C}}", "#### C. 18"], True),
+        (["#### C", "#### D"], False),
+        ([r"\boxed{\frac{\sqrt3}{3}}", r"\boxed{\frac{\sqrt{3}}{3}}", r"#### $\frac{\sqrt3}{3}$."], True),
+        ([r"\boxed{\sqrt3}", r"\boxed{2\sqrt3}"], False),
     ],
 )
 def test_equal_answers_vote_together(texts, same):
