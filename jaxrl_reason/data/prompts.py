@@ -113,7 +113,9 @@ class PromptTemplate:
         def written(match: re.Match) -> str:
             if match[1] not in row:
                 fault = f"names the column {match[1]!r}, which the data does not have"
-                raise ValueError(f"Prompt template {self.name!r} {fault}; its columns are {', '.join(sorted(row))}.")
+                known = f"its columns are {', '.join(sorted(row))}"
+                advice = "Of a Parquet file, only columns that config.data.columns names are read, and those of this package."
+                raise ValueError(f"Prompt template {self.name!r} {fault}; {known}. {advice}")
             value = row[match[1]]
             if value is None or isinstance(value, list | dict):  # `str` would teach the policy the word "None"
                 use = f"prompt template {self.name!r} writes it; it has to be text or a number"

@@ -2,7 +2,7 @@
 
 All arguments are flat lists of one length, given by keyword. The completions of a prompt are adjacent. One call has a
 whole batch, or with `isolated` one prompt. A reward is a float, or `None` for "no reward for this sample": it becomes
-NaN, is left out of every statistic, and is never 0. A `pool.Results` list also tells why a reward is missing.
+NaN. A sample without any reward is left out of every statistic. A `pool.Results` list also tells why a reward is missing.
 """
 
 import asyncio
@@ -79,6 +79,7 @@ class RewardTable:
     none_rate: dict[str, float]  # it returned None
     timeout_rate: dict[str, float]  # it reports a timeout
     error: dict[str, str]  # the text of the last error, "" if there was none
+    failed: dict[str, np.ndarray]  # bool[P,G], True for an error or a timeout
 
     def failures(self) -> dict[str, float]:
         """Returns `rewards/<name>/{error_rate,none_rate,timeout_rate}`, the shares of rows without a reward."""
@@ -127,7 +128,7 @@ def compute_rewards(
     flatten = lambda groups: [value for group in groups for value in group]
     rows = dict(prompts=repeat(prompts), completions=flatten(completions), completion_ids=flatten(completion_ids))
     rows |= {name: repeat(values) for name, values in columns.items()}
-    table = RewardTable({}, {}, {}, {}, {})
+    table = RewardTable({}, {}, {}, {}, {}, {})
     grouped = [
         dataclasses.replace(reward, function=reward.function.in_groups_of(shape[1]))
         if hasattr(reward.function, "in_groups_of")
@@ -144,6 +145,7 @@ def compute_rewards(
         results = done[reward.name]
         table.per_reward[reward.name] = np.array(results, np.float32).reshape(shape)
         table.error[reward.name] = results.error or ""
+        table.failed[reward.name] = np.array([kind in ("error", "timeout") for kind in results.outcomes]).reshape(shape)
         for kind in ("error", "none", "timeout"):
             getattr(table, f"{kind}_rate")[reward.name] = results.outcomes.count(kind) / len(results)
         if warns:

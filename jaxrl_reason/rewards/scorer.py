@@ -10,6 +10,7 @@ from typing import Any
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_reason.config import Reward
@@ -110,7 +111,8 @@ class RewardScorer:
 
         Returns name -> f32[P, G] on the device, in the order of `names`, NaN if missing; and the metrics
         `rewards/<name>/{error_rate,none_rate,timeout_rate}` of host rewards, `rewards/reward_model/too_long_ratio` of a
-        pretrained reward model. Raises RewardError if a host reward breaks its contract (see `host.compute_rewards`),
+        pretrained reward model. If a reward with a weight fails on a sample, the sample has none of the rewards with a
+        weight, so that training leaves it out; evaluations keep the others (see `over`). Raises RewardError if a host reward breaks its contract (see `host.compute_rewards`),
         or if match_answer cannot compare the answer of a row.
         """
         return self.begin(rollout, batch)()
@@ -147,7 +149,20 @@ class RewardScorer:
                 self._check_failures(name, failures, table, rows)
                 host.warn_of_failures(table, name)
             metrics = metrics | failures
+            rewards |= self._without_failed(rewards, table, failures, size)
         return {name: rewards[name] for name in self.names}, metrics
+
+    def _without_failed(
+        self, rewards: Mapping[str, jax.Array], table: host.RewardTable, failures: Mapping[str, float], size: int
+    ) -> dict[str, jax.Array]:
+        """Returns the rewards that count in training, NaN on samples on which one of them fails; {} if none does."""
+        kinds = ("error_rate", "timeout_rate")
+        fail = [n for n in table.failed if self.weights[n] and any(failures[f"rewards/{n}/{kind}"] for kind in kinds)]
+        if self._evaluated or not fail:
+            return {}
+        any_failed = np.any([table.failed[name] for name in fail], axis=0)
+        failed = hosts.put(hosts.gather_rows(any_failed, self._sharding, size), self._sharding)
+        return {name: _leave_out(rewards[name], failed) for name in self.names if self.weights[name]}
 
     def _call_host(self, rollout: Rollout, batch: PromptBatch) -> host.RewardTable:
         """Calls the host rewards on this process's share of the rows."""
@@ -189,6 +204,7 @@ class RewardScorer:
         """Returns this scorer for one evaluation of a number of prompts in batches.
 
         `max_failure_share` is a share of all of them then, and not of each batch: the last batch may have one prompt only.
+        A sample on which a reward fails keeps its other rewards.
         """
         other = copy.copy(self)
         other._evaluated, other._failed = prompts, collections.defaultdict(float)
@@ -280,6 +296,11 @@ class RewardScorer:
             if count > self._max_failure_share * total:
                 raise RewardError(f"{report}\nCorrect these rows, or choose a reward that reads such answers.")
             warnings.warn(f"{report}\nThese rows will have no reward.", stacklevel=2)
+
+
+@jax.jit
+def _leave_out(rewards: jax.Array, failed: jax.Array) -> jax.Array:
+    return jnp.where(failed, jnp.nan, rewards)
 
 
 def each(answer_of: Callable[[str, Mapping[str, Any]], Any]) -> Callable[..., list[list]]:

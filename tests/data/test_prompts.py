@@ -37,7 +37,7 @@ def test_values_that_resemble_columns_stay():
 def test_a_missing_column_names_template_column_and_columns():
     with pytest.raises(
         ValueError,
-        match="template 'plain' names the column 'solution', which the data does not have; its columns are answer, question",
+        match="template 'plain' names the column 'solution', which the data does not have; its columns are answer, question. Of a Parquet file, only columns that config.data.columns names",
     ):
         data.get_template("plain").render_solution({"question": "a", "answer": "b"})
 

@@ -183,6 +183,22 @@ def test_correct_answers_of_one_reference_are_one_answer(function, distinct, maj
     assert evaluation.per_prompt(found)["maj@5"] == majority
 
 
+def test_a_sample_on_which_a_reward_fails_is_left_out_of_training_only():
+    texts = [["#### 12", "picky", "none", "#### 1"]]
+    rows = [{"answer": "12"}]
+    scorer = make_scorer("accuracy", "mine.py:picky", "match_answer", weights=[1, 0.5, 0])
+    rewards, metrics = scorer(rollout_of(texts), batch_of(rows))
+    # "picky" is a failure. "none" has no reward by picky, and is incorrect.
+    np.testing.assert_array_equal(total_reward(rewards, scorer.weights), [[1.5, math.nan, 0, 0.5]])
+    np.testing.assert_array_equal(rewards["accuracy"], [[1, math.nan, 0, 0]])
+    np.testing.assert_array_equal(rewards["match_answer"], [[1, 0, 0, 0]])  # its weight is 0
+    assert metrics["rewards/picky/error_rate"] == metrics["rewards/picky/none_rate"] == 0.25
+    evaluated, _ = scorer.over(1)(rollout_of(texts), batch_of(rows))
+    np.testing.assert_array_equal(evaluated["accuracy"], [[1, 0, 0, 0]])
+    scorer = make_scorer("accuracy", "mine.py:picky", weights=[1, 0])
+    np.testing.assert_array_equal(scorer(rollout_of(texts), batch_of(rows))[0]["accuracy"], [[1, 0, 0, 0]])
+
+
 def test_weights_and_verdict_have_defaults():
     scorer = make_scorer("match_answer", "format")
     assert list(scorer.weights.values()) == [1.0, 1.0] and scorer.verdict == "match_answer"
