@@ -282,9 +282,8 @@ def report(comparison: Comparison) -> Rows:
             entries[row.name] = of_row
     _keep(comparison, [entry for of_row in entries.values() for entry in of_row.values()])
     rows = summary.summarize(entries, runs.rows[0].name, tasks.BASELINES)
-    for name, values in study.differing_fields(runs.rows).items():
-        if name in rows:
-            rows[name]["differs"] = values
+    for name, values in study.differing_fields(row for row in runs.rows if row.name in rows).items():
+        rows[name]["differs"] = values
     shown = tasks.headlines(comparison.method)
     names = _metrics(rows, shown)
     curves = {name: found for name in names if (found := summary.curves(entries, name))}

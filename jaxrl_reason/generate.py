@@ -22,8 +22,8 @@ import jax
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import data, runs
 from jaxrl_reason.config import ConfigError
+from jaxrl_reason.data.files import rename_columns
 from jaxrl_reason.data.parsers import read_cells
-from jaxrl_reason.data.prompts import parse_turns
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs import command
 from jaxrl_reason.runs.command import Flag
@@ -44,7 +44,7 @@ class Generation(NamedTuple):
 
     opened: OpenedPolicy
     template: data.PromptTemplate | data.ChatTemplate
-    prompts: list[str]  # none: a session
+    prompts: list[Any]  # texts and conversations; none: a session
     ids: list[list[int]]  # of the prompts
     sampler: Sampler
     out: pathlib.Path | None
@@ -83,8 +83,11 @@ def prepare(arguments: command.Arguments) -> Generation | Regression:
     if not prompts and jax.process_count() > 1:
         raise ConfigError("A session runs on one process; on several, give --prompt or --prompts.")
     template = config_lib.prompt_template(opened.config, opened.tokenizer)
-    ids = [encode(opened, template, row_of(prompt)) for prompt in prompts]
-    return Generation(opened, template, prompts, ids, Sampler(opened, opened.load()), arguments.out)
+    rows = [row_of(prompt, opened.config.data.columns) for prompt in prompts]
+    ids = [encode(opened, template, row) for row in rows]
+    return Generation(
+        opened, template, [row["question"] for row in rows], ids, Sampler(opened, opened.load()), arguments.out
+    )
 
 
 def _check_out(out: pathlib.Path, prompts: pathlib.Path | None) -> None:
@@ -165,14 +168,24 @@ def _parsed(path: pathlib.Path, number: int, line: str) -> Any:
         raise ConfigError(f"{path}, line {number}, is not JSON: {e}.") from e
 
 
-def row_of(prompt: Any) -> dict[str, Any]:
-    """Returns the row of a prompt: a text, a conversation, or an object with a "question" or a "prompt", and other columns."""
-    row = prompt if isinstance(prompt, dict) else {"question": prompt}
-    found = row.get("question", row.get("prompt"))
-    if not isinstance(found, str | list):
-        raise ConfigError(f'A prompt is {prompt!r:.60}; give a text, or an object with a "question" or a "prompt".')
-    # As in training, a conversation in a row may be JSON text.
-    return row | {"question": parse_turns(found) if row is prompt else found}
+def row_of(prompt: Any, columns: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Returns the row of a prompt: a text, a conversation, or an object like a row of the training data.
+
+    `columns`, config.data.columns, may name the object's question; else it is "question", "prompt" or "messages".
+    """
+    row = {"question": prompt}
+    if isinstance(prompt, dict):
+        theirs = (columns or {}).get("question", "")
+        try:
+            # As in training, a conversation in a row may be JSON text.
+            row = rename_columns(prompt, {"question": theirs} if theirs.partition(".")[0] in prompt else {})
+        except ValueError as e:
+            raise ConfigError(f"A prompt is {prompt!r:.60}, and {e}.") from e
+    if not isinstance(row["question"], str | list):
+        raise ConfigError(
+            f'A prompt is {prompt!r:.60}; give a text, or an object with a "question", a "prompt" or "messages".'
+        )
+    return row
 
 
 def generate(generation: Generation | Regression) -> None:
@@ -185,7 +198,6 @@ def generate(generation: Generation | Regression) -> None:
     found = sampler(ids)
     if not hosts.is_first():
         return None
-    prompts = [row_of(prompt)["question"] for prompt in prompts]
     _write(out, [{"prompt": p, "samples": [s._asdict() for s in samples]} for p, samples in zip(prompts, found)])
     for prompt, samples in zip(prompts, found):
         print(f"> {visible(prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False))}")

@@ -11,6 +11,7 @@ import pytest
 
 from helpers import reference_decoder as reference
 from jaxrl_reason import data, generate, models
+from jaxrl_reason.config import ConfigError
 from jaxrl_reason.data.tables import TargetScaler
 from jaxrl_reason.runs.terminal import visible
 from jaxrl_reason.tasks import policies, sampling
@@ -202,6 +203,16 @@ def test_a_row_has_the_columns_of_the_template_and_may_hold_a_conversation(polic
     turns = [{"role": "user", "content": "hello"}]
     assert generate.row_of({"prompt": json.dumps(turns), "hint": "h"})["question"] == turns
     assert generate.row_of(json.dumps(turns)) == {"question": json.dumps(turns)}
+    assert generate.row_of({"messages": turns, "answer": 1}) == {"question": turns, "answer": 1}
+    columns = {"question": "problem", "answer": "key"}
+    assert (
+        generate.row_of({"problem": "3"}, columns) == generate.row_of({"question": "3"}, columns) == {"question": "3"}
+    )
+    assert generate.row_of({"a": {"b": "3"}}, {"question": "a.b"})["question"] == "3"
+    with pytest.raises(ConfigError, match="A prompt is {'text': '3'}, and there is no column 'question', only 'text'"):
+        generate.row_of({"text": "3"})
+    with pytest.raises(ConfigError, match='give a text, or an object with a "question", a "prompt" or "messages"'):
+        generate.row_of(3)
     row = generate.row_of({"question": "3", "hint": "4"})
     opened = policies.open_policy(str(policy), {})
     template = data.get_template("{hint} and {question}")

@@ -33,7 +33,7 @@ class PreferenceStream(TextStream):
         for column in ("chosen", "rejected"):
             if column not in row:
                 fault = f"there is no column {column!r}, which preference pairs need"
-                raise ValueError(f"{fault}; its columns are {', '.join(sorted(row))}.")
+                raise ValueError(f"{fault}; its columns are {', '.join(sorted(row))}. Rename the columns of the file.")
             if not isinstance(row[column], str):
                 raise ValueError(f"column {column!r} is {row[column]!r:.80}; it has to be text.")
         return tuple(template.render_solution({**row, "solution": row[column]}) for column in ("chosen", "rejected"))
@@ -50,6 +50,23 @@ class PreferenceStream(TextStream):
         """Returns batch `i` of the stream, for any i >= 0."""
         _, prompts, completions = self._read(i)
         return PreferenceBatch(*prompts, *(x.reshape(len(x) // 2, 2, -1) for x in completions))
+
+
+def warn_of_leaks(train: Source, held_out: Source) -> None:
+    """Warns of training pairs among held-out ones, if either is a file; the order of a pair does not matter."""
+    if train.where is None and held_out.where is None:
+        return
+    key = lambda row: (repr(row["question"]), *sorted((row["chosen"], row["rejected"])))
+    first: dict[tuple[str, ...], int] = {}
+    for i, row in enumerate(train):
+        first.setdefault(key(row), i)
+    leaks = [
+        f"{held_out.place(i)} is {train.place(first[key(row)])}" for i, row in enumerate(held_out) if key(row) in first
+    ]
+    if leaks:
+        share = f"{len(leaks)} of {len(held_out)} held-out pairs"
+        summary = f"{held_out.name}: training pairs of {train.name} are {share}, so held-out metrics are too high"
+        warnings.warn(files.listed(summary, leaks, len(leaks)), stacklevel=2)
 
 
 def _warn_of_repeats(source: Source, texts: list[tuple[str, ...]]) -> None:

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 _FIELD = re.compile(r"\{(\w+)\}")
 _OBJECTS = re.compile(r"\s*(?:\[\s*)?\{")
 _CONVERSATION = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content)["']\s*:""")
-
+_RENAMED = {"human": "user", "gpt": "assistant"}  # names of roles in ShareGPT's files
+_WITHOUT_SOLUTIONS = "; --config.supervised.steps=0 leaves the supervised start out."
 
 Turn = dict[str, Any]  # of a conversation: "role", "content", and what else the chat template reads
 
@@ -64,6 +65,8 @@ def _turn(i: int, turn: Any) -> Turn:
         content = "".join(texts) if len(texts) == len(content) else None
     if not isinstance(role, str) or not role or not isinstance(content, str):
         raise ValueError(f"turn {i} has to have a role and a content that is text")
+    if role in _RENAMED:
+        raise ValueError(f"turn {i} has the role {role!r}; name it {_RENAMED[role]!r}, as chat templates do")
     if not content.strip() and "tool_calls" not in turn:
         raise ValueError(f"turn {i}, the {role}'s, is empty")
     return {**turn, "role": role, "content": content}
@@ -106,15 +109,20 @@ class PromptTemplate:
         return [*earlier, {**last, "content": self._render(self.prompt, {**row, "question": last["content"]})}]
 
     def render_solution(self, row: Mapping[str, Any]) -> str:
-        """Returns the worked solution of a row. Raises ValueError as `render_prompt` does."""
+        """Returns the worked solution of a row. Raises ValueError as `render_prompt` does, and for an empty solution."""
+        if row.get("solution") == "":
+            raise ValueError(f"column 'solution' is empty, and would teach an empty completion{_WITHOUT_SOLUTIONS}")
         return self._render(self.solution, row)
 
     def _render(self, text: str, row: Mapping[str, Any]) -> str:
         def written(match: re.Match) -> str:
             if match[1] not in row:
-                fault = f"names the column {match[1]!r}, which the data does not have"
+                fault = f"names the column {match[1]!r}, which this row does not have"
                 known = f"its columns are {', '.join(sorted(row))}"
                 advice = "Of a Parquet file, only columns that config.data.columns names are read, and those of this package."
+                advice = (
+                    f"Solutions are for the supervised start{_WITHOUT_SOLUTIONS}" if match[1] == "solution" else advice
+                )
                 raise ValueError(f"Prompt template {self.name!r} {fault}; {known}. {advice}")
             value = row[match[1]]
             if value is None or isinstance(value, list | dict):  # `str` would teach the policy the word "None"

@@ -18,7 +18,7 @@ import rich.console
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import data, models
 from jaxrl_reason.config import Config, ConfigError
-from jaxrl_reason.data.preferences import PreferenceStream
+from jaxrl_reason.data.preferences import PreferenceStream, warn_of_leaks
 from jaxrl_reason.models import reward_model, sharding
 from jaxrl_reason.models.formats.weights import read_json
 from jaxrl_reason.rewards import model_files
@@ -108,6 +108,7 @@ def setup(
     )
     pairs = stream(rows)  # first, because its errors name the file and the line of a row
     evaluated = stream(held_out.read(range(min(len(held_out), c.eval.prompts))), shuffle=False)
+    warn_of_leaks(rows, held_out)
     own = Workdir(work.path / "reward_model", c, f"{rows.fingerprint}/{held_out.fingerprint}")
     return dataclasses.replace(phase, pairs=pairs, held_out=evaluated, work=own)
 
@@ -301,6 +302,7 @@ def _report(phase: Phase, console: rich.console.Console) -> None:
     facts["held_out"] = held_out | {"pairs": phase.held_out.size}
     write_description(phase.directory, phase.model, tokenizer_digest(phase.tokenizer), facts)
     print_summary(console, measured[0], measured[-1])
+    console.print(f"The held-out metrics are of {phase.held_out.size} pairs; config.eval.prompts is the most.")
 
 
 def make_update(config: models.ModelConfig, optimizer: optax.GradientTransformation) -> Callable:

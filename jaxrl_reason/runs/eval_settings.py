@@ -18,9 +18,18 @@ def write(workdir: pathlib.Path, config: Config) -> None:
 
 
 def are_those_of(workdir: pathlib.Path, config: Config) -> bool:
-    """Returns whether the evaluation before training had the settings of the configuration."""
+    """Returns whether the evaluation before training had the settings of the configuration; False if there was none."""
+    return _before(workdir) == _settings(config)
+
+
+def have_changed(workdir: pathlib.Path, config: Config) -> bool:
+    """Returns whether there was an evaluation before training, with other settings."""
+    return _before(workdir) not in (None, _settings(config))
+
+
+def _before(workdir: pathlib.Path) -> dict[str, Any] | None:
     files = [file for name in (_FILE, _EARLIER) if (file := workdir / name).exists()]
-    return bool(files) and read_json(files[0]) == _settings(config)
+    return read_json(files[0]) if files else None
 
 
 def _settings(config: Config) -> dict[str, Any]:

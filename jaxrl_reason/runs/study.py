@@ -144,9 +144,22 @@ def _check_result(unit: Unit) -> None:
     done = found["evaluations"][-1]["step"] if "evaluations" in found else 0
     if found["config"] != results.digest(variant(unit.row.config, {"steps": done})) or done > unit.row.config.steps:
         raise ConfigError(
-            f"{unit.directory} holds {unit.title}, which is finished with another configuration; choose another work directory, or "
-            "remove this one."
+            f"{unit.directory} holds {unit.title}, which is finished with another configuration{_changes(unit)}; choose another work "
+            "directory, or remove this one."
         )
+
+
+def _changes(unit: Unit) -> str:
+    """Returns the fields of a configuration that a finished run had otherwise, for a message; "" if they are not known."""
+    try:
+        old = dict(results.leaves(json.loads((unit.directory / "config.json").read_bytes())["config"]))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return ""
+    new = dict(results.leaves(json.loads(json.dumps(config_lib.to_dict(unit.config)))))
+    changed = [
+        f"config.{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in new if old.get(name) != new[name]
+    ]
+    return f" ({'; '.join(changed[:5])})" if changed else ""
 
 
 def _is_made(start: Unit) -> bool:

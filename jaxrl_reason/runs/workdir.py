@@ -189,7 +189,10 @@ def load_config(workdir: pathlib.Path, fields: Mapping[str, str]) -> Config:
         missing = "it holds no config.json" if workdir.is_dir() else "there is no such directory"
         raise ConfigError(f"{workdir} is not the work directory of a run: {missing}.")
     try:
-        config = config_lib.from_dict(json.loads(file.read_bytes())["config"])
+        found = json.loads(file.read_bytes())
+        if isinstance(found, dict) and "model_type" in found:
+            raise ConfigError(f"{workdir} is a model, and not the work directory of a run: name it with --model.")
+        config = config_lib.from_dict(found["config"])
     except ConfigError:
         raise
     except (ValueError, TypeError, KeyError) as e:

@@ -49,6 +49,7 @@ class Evaluated(NamedTuple):
     self_rewards: np.ndarray | None = None  # f32[N, K] of LaSeR, NaN if truncated; None if the policy has none
     values: np.ndarray | None = None  # f32[N], human values of the problems, or None
     sampled: list[list[Sampled]] | None = None  # N lists of K; None if nothing was decoded, or with a journal
+    unjudged: np.ndarray | None = None  # bool[N, K], the verdict is missing; None: it is known
 
 
 def batch_size(config: Config, mesh: jax.sharding.Mesh, rows: int) -> int:
@@ -110,7 +111,7 @@ def sample_and_judge(
     tokenizer, verdict = tokenizer if hosts.is_first() else None, verdict or scorer.verdict
     find = answers_of or each(final_answer)
     united = _united if scorer.has_one_answer(verdict) else lambda answers, correct: answers
-    parts = [] if journal is None else _judged_before(journal, batches, find, united)
+    parts = [] if journal is None else _judged_before(journal, batches, find, united, verdict)
     scorer = scorer.over(sum(int((batch.weight > 0).sum()) for batch in batches))
     for batch in batches[journal.done if journal else 0 :]:
         rollout = generate(batch)
@@ -140,6 +141,7 @@ def sample_and_judge(
             answers=united(answers, correct),
             self_rewards=None if self_reward is None else self_reward(rollout)[real],
             sampled=sampled if journal is None else None,
+            unjudged=np.isnan(rewards[verdict]),
         )
         if journal is not None and lines_of is not None:
             journal.append(lines_of(part) if hosts.is_first() else ())
@@ -160,6 +162,7 @@ def _judged_before(
     batches: Sequence[PromptBatch],
     find: AnswersOf,
     united: Callable[[Answers | None, np.ndarray], Answers | None],
+    verdict: str,
 ) -> list[Evaluated]:
     """Returns the batches that a journal holds; none on processes but the first."""
     parts = []
@@ -169,7 +172,8 @@ def _judged_before(
         # The file has texts, which can be equal for answers that are not.
         answers = _agreed_answers(find, part.texts if part else None, rows)
         if part:
-            parts.append(part._replace(rows=rows, answers=united(answers, part.correct)))
+            unjudged = np.isnan(part.rewards[verdict])
+            parts.append(part._replace(rows=rows, answers=united(answers, part.correct), unjudged=unjudged))
     return parts
 
 
@@ -229,8 +233,8 @@ def summary_metrics(found: Evaluated, temperature: float) -> dict[str, float]:
 
     They are `eval/accuracy` (mean over all completions), `eval/pass@K`, `eval/mean_length` (tokens, end token
     included), `eval/clipped_ratio` (share without an end token), `eval/prompts`, `eval/maj@K` if completions are
-    decoded (share of prompts whose most frequent answer is correct), `eval/entropy` as in `all_metrics`, and the
-    metrics of `method_metrics`.
+    decoded (share of prompts whose most frequent answer is correct), `eval/entropy` as in `all_metrics`, the metrics of
+    `method_metrics`, and `eval/missing_verdict_ratio`, the share without a verdict, which count as incorrect; only if there is one.
     """
     prompts, samples = found.correct.shape
     majority = {}
@@ -243,8 +247,17 @@ def summary_metrics(found: Evaluated, temperature: float) -> dict[str, float]:
         "eval/clipped_ratio": float(found.truncated.mean()),
         "eval/prompts": prompts,
         **majority,
-        **{f"eval/{name}": value for name, value in (_entropy(found, temperature) | method_metrics(found)).items()},
+        **{
+            f"eval/{name}": value
+            for name, value in (_entropy(found, temperature) | _missing_verdicts(found) | method_metrics(found)).items()
+        },
     }
+
+
+def _missing_verdicts(found: Evaluated) -> dict[str, float]:
+    """Returns the share of completions without a verdict, which count as incorrect; {} if there are none."""
+    share = 0.0 if found.unjudged is None else float(found.unjudged.mean())
+    return {"missing_verdict_ratio": share} if share else {}
 
 
 def method_metrics(found: Evaluated) -> dict[str, float]:
@@ -352,7 +365,7 @@ def all_metrics(found: Evaluated, temperature: float) -> dict[str, float]:
 
     They are the means of `per_prompt`, of which `accuracy` is `avg@K`, too, and has its 95 % interval over prompts,
     `accuracy_low` and `accuracy_high`; rewards; lengths of all, correct and incorrect completions; `clipped_ratio`;
-    `answered_ratio`, the share of completions with a final answer; `entropy` in nats per token, estimated from the
+    `answered_ratio`, the share of completions with a final answer; `missing_verdict_ratio` as in `summary_metrics`; `entropy` in nats per token, estimated from the
     sampled tokens (not at temperature 0); `prompts`; and `method_metrics`.
     """
     if found.answers is None:
@@ -374,7 +387,13 @@ def all_metrics(found: Evaluated, temperature: float) -> dict[str, float]:
         "clipped_ratio": float(found.truncated.mean()),
         "answered_ratio": float(np.mean([[answer is not None for answer in group] for group in found.answers])),
     }
-    return out | _entropy(found, temperature) | {"prompts": len(correct)} | method_metrics(found)
+    return (
+        out
+        | _missing_verdicts(found)
+        | _entropy(found, temperature)
+        | {"prompts": len(correct)}
+        | method_metrics(found)
+    )
 
 
 def powers(samples: int) -> list[int]:

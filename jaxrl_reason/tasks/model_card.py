@@ -55,7 +55,7 @@ def model_card(x: Exported) -> str:
         f"{what}, {trained} with jaxrl_reason from {base['shown']}.",
         "" if judge else f"## Method\n\n{_description(x.config)}",
         f"## Held-out metrics\n\n{_held_out(x)}",
-        "## Recipe\n\nFields of the configuration that differ from their defaults; of local files, the name only.\n\n"
+        "## Recipe\n\nFields of the configuration that differ from their defaults, without those of checkpoints, logs and devices; of local files, the name only.\n\n"
         f"```json\n{json.dumps(recipe(x.config), indent=2, ensure_ascii=False)}\n```",
         "## Versions\n\nOf the export:\n\n" + "\n".join(f"- {k} {v}" for k, v in results.versions().items()),
     ]

@@ -1,12 +1,15 @@
 """Tests preference pairs: the ids of their rows, both completions of a row, and rows without a preference."""
 
+import json
+import warnings
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import numpy as np
 import pytest
 
 from jaxrl_reason import data
-from jaxrl_reason.data.preferences import PreferenceStream
+from jaxrl_reason.data.preferences import PreferenceStream, warn_of_leaks
 
 PLAIN = data.get_template("plain")
 TOKENIZER = data.train_tokenizer(["1 + 1 = 2", "12 and 13"], vocab_size=270)
@@ -143,6 +146,31 @@ def test_several_rows_without_a_preference_are_listed():
 def test_impossible_streams_raise(rows, options, message):
     with pytest.raises(ValueError, match=message):
         stream(rows, **options)
+
+
+def test_held_out_pairs_that_are_training_pairs_give_a_warning(tmp_path):
+    rows = [{"question": str(i % 5), "chosen": "a", "rejected": "bc"[i % 2]} for i in range(10)]
+    swapped = {"question": "1", "chosen": "c", "rejected": "a"}
+    source = lambda name, rows: data.load_source(str(write(tmp_path / name, rows)), "all", columns={"chosen": "chosen"})
+    train = source("train.jsonl", rows)
+    held_out = source("held_out.jsonl", [{**rows[0], "question": "7"}, rows[3], swapped])
+    with pytest.warns(UserWarning) as found:
+        warn_of_leaks(train, held_out)
+    (warning,) = found
+    first, *lines = str(warning.message).splitlines()
+    assert "training pairs of" in first and "are 2 of 3 held-out pairs, so held-out metrics are too high" in first
+    assert lines == [
+        f"  {tmp_path}/held_out.jsonl, line 2 is {tmp_path}/train.jsonl, line 4",
+        f"  {tmp_path}/held_out.jsonl, line 3 is {tmp_path}/train.jsonl, line 2",
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_leaks(train, source("other.jsonl", [{**rows[0], "question": "7"}]))
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def test_batches_are_numbered_from_zero():

@@ -37,9 +37,25 @@ def test_values_that_resemble_columns_stay():
 def test_a_missing_column_names_template_column_and_columns():
     with pytest.raises(
         ValueError,
-        match="template 'plain' names the column 'solution', which the data does not have; its columns are answer, question. Of a Parquet file, only columns that config.data.columns names",
+        match="template 'plain' names the column 'solution', which this row does not have; its columns are answer, question. "
+        "Solutions are for the supervised start; --config.supervised.steps=0",
     ):
         data.get_template("plain").render_solution({"question": "a", "answer": "b"})
+    with pytest.raises(
+        ValueError, match="names the column 'hint', .* Of a Parquet file, only columns that config.data"
+    ):
+        data.get_template("{hint} {question}").render_prompt({"question": "a"})
+
+
+def test_an_empty_solution_is_refused():
+    with pytest.raises(ValueError, match="column 'solution' is empty, .*; --config.supervised.steps=0"):
+        data.get_template("plain").render_solution({"question": "a", "solution": ""})
+
+
+@pytest.mark.parametrize("role, name", [("human", "user"), ("gpt", "assistant")])
+def test_roles_of_other_formats_are_refused_with_their_names(role, name):
+    with pytest.raises(ValueError, match=f"turn 0 has the role '{role}'; name it '{name}'"):
+        data.prompts.turns_of([{"role": role, "content": "a"}, {"role": "user", "content": "b"}])
 
 
 def test_an_unknown_template_names_the_nearest():

@@ -140,7 +140,7 @@ def test_long_prompts_raise_or_are_skipped_and_counted():
         (numbered(3), {"max_prompt_length": 0}, "max_prompt_length is 0; it has to be at least 1"),
         (numbered(3), {"seed": -1}, "seed is -1; it has to be at least 0 and below"),
         (numbered(3), {"seed": 2**32}, "seed is 4294967296"),
-        ([{"problem": "a"}], {}, "names the column 'question', which the data does not have; its columns are problem"),
+        ([{"problem": "a"}], {}, "names the column 'question', which this row does not have; its columns are problem"),
     ],
 )
 def test_impossible_streams_raise(rows, options, message):
@@ -201,7 +201,7 @@ def test_a_solution_must_leave_room_for_the_end_token():
 
 
 def test_a_missing_solution_column_raises_a_sentence():
-    with pytest.raises(ValueError, match="names the column 'solution', which the data does not have"):
+    with pytest.raises(ValueError, match="names the column 'solution', which this row does not have"):
         solution_stream([{"question": "1", "answer": 2}])
 
 

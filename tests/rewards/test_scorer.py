@@ -178,7 +178,7 @@ def test_correct_answers_of_one_reference_are_one_answer(function, distinct, maj
     texts = [["#### 3", "#### 50", "#### 50%", "#### 3", "#### 50.0%"]]  # 50 % is 1/2, and the reference accepts both
     scorer, batches = make_scorer(function), [batch_of([{"answer": "50"}])]
     found = evaluation.join(evaluation.sample_and_judge(lambda _: rollout_of(texts), batches, scorer, MERGING))
-    assert found.correct.tolist() == [[False, True, True, False, True]]
+    assert found.correct.tolist() == [[False, True, True, False, True]] and not found.unjudged.any()
     assert evaluation.method_metrics(found)["distinct_correct_answers"] == distinct
     assert evaluation.per_prompt(found)["maj@5"] == majority
 
@@ -197,6 +197,14 @@ def test_a_sample_on_which_a_reward_fails_is_left_out_of_training_only():
     np.testing.assert_array_equal(evaluated["accuracy"], [[1, 0, 0, 0]])
     scorer = make_scorer("accuracy", "mine.py:picky", weights=[1, 0])
     np.testing.assert_array_equal(scorer(rollout_of(texts), batch_of(rows))[0]["accuracy"], [[1, 0, 0, 0]])
+
+
+def test_an_evaluation_counts_completions_without_a_verdict():
+    scorer, batches = make_scorer("mine.py:picky"), [batch_of([{"answer": "50"}])]
+    found = evaluation.join(
+        evaluation.sample_and_judge(lambda _: rollout_of([["fine", "none"]]), batches, scorer, MERGING)
+    )
+    assert found.correct.tolist() == [[True, False]] and found.unjudged.tolist() == [[False, True]]
 
 
 def test_weights_and_verdict_have_defaults():

@@ -79,7 +79,11 @@ def test_the_head_compares_equal_evaluations_only_and_shows_the_reward_of_all_gr
     assert facts(config)["Reward"] == "0.3 → 0.3"
     eval_settings.write(tmp_path, config)
     assert facts(config)["Held-out accuracy"] == "50.0 % → 50.0 %"
-    assert facts(Config(steps=10, eval=Eval(samples=9)))["Held-out accuracy"] == "50.0 %"
+    other = Config(steps=10, eval=Eval(samples=9))
+    assert facts(other)["Held-out accuracy"] == "50.0 %"
+    (warning,) = content_of(report(tmp_path, other))["warnings"]
+    assert warning["step"] == 10 and "settings of the evaluation have changed" in warning["text"]
+    assert content_of(report(tmp_path, config))["warnings"] == []
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     for line in lines[1:]:
         line["dynamic_sampling/reward"] = line["step"] / 100

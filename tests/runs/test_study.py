@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from helpers.tiny_runs import tiny, write_rows
-from jaxrl_reason.config import ConfigError, RewardModel
+from jaxrl_reason.config import ConfigError, RewardModel, to_dict
 from jaxrl_reason.runs import inputs, results, study
 
 LEARNED = {"reward__functions": ["strict", "reward_model"], "reward__weights": [1.0, 0.0]}
@@ -262,6 +262,10 @@ def test_a_finished_run_may_get_more_steps_only(tmp_path):
     for changes in ({"steps": 1}, {"eval__samples": 7}, {"steps": 3, "eval__samples": 7}, {"optimizer__b1": 0.5}):
         with pytest.raises(ConfigError, match="the method, grpo, which is finished with another configuration"):
             finished(tmp_path, **changes)
+    file = study.plan(tiny("rows.jsonl", steps=2), {}, tmp_path, seeds=[0]).units[0].directory / "config.json"
+    file.write_text(json.dumps({"config": to_dict(tiny("rows.jsonl", steps=2))}))
+    with pytest.raises(ConfigError, match=r"another configuration \(config.eval.samples was \d and is 7\); choose"):
+        finished(tmp_path, eval__samples=7)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"evaluations": []}', '{"config": "x", "evaluations": []}'])

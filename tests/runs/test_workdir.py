@@ -9,7 +9,7 @@ import pytest
 from helpers.tiny_runs import change, tiny, write_rows
 from jaxrl_reason import data, reward_training, train
 from jaxrl_reason.config import Config, ConfigError, Data, Model
-from jaxrl_reason.runs.workdir import read_recipe, Workdir, write_recipe
+from jaxrl_reason.runs.workdir import load_config, read_recipe, Workdir, write_recipe
 
 TOKENIZER = data.train_tokenizer([], vocab_size=259)
 TWO_ENDS = data.Tokenizer(TOKENIZER.backend, eos_ids=(2, 0), pad_id=0, bos_id=1)
@@ -149,6 +149,12 @@ def test_other_directories_are_left_alone(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="config.json is not valid JSON .*; restore it"):
         Workdir(tmp_path, Config(), "f")
+
+
+def test_a_model_is_no_work_directory(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ConfigError, match="is a model, and not the work directory of a run: name it with --model"):
+        load_config(tmp_path, {})
 
 
 def test_a_damaged_file_of_the_recipe_is_one_sentence(tmp_path):

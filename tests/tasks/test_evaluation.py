@@ -73,6 +73,14 @@ def test_metrics_by_hand():
     assert metrics == {name: pytest.approx(value) for name, value in expected.items()}
 
 
+def test_completions_without_a_verdict_are_incorrect_and_counted():
+    x = found([[1, 0], [0, 0]], unjudged=np.array([[False, True], [False, False]]))
+    assert evaluation.all_metrics(x, 1.0)["missing_verdict_ratio"] == 0.25
+    assert evaluation.summary_metrics(x, 1.0)["eval/missing_verdict_ratio"] == 0.25
+    x = x._replace(unjudged=np.zeros((2, 2), bool))
+    assert "missing_verdict_ratio" not in evaluation.all_metrics(x, 1.0)
+
+
 def test_a_mean_of_nothing_is_nan():
     metrics = evaluation.all_metrics(found([[0, 0]], total=np.full((1, 2), np.nan, np.float32)), temperature=0.0)
     assert math.isnan(metrics["mean_length_correct"]) and math.isnan(metrics["reward"])

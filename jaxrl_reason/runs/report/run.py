@@ -71,11 +71,18 @@ class Report:
             "title": names(self._workdir)[1],
             "subtitle": f"{c.method.get('name')}, step {self._step} of {c.steps}",
             "facts": list(self._facts()),
-            "warnings": self._warnings,
+            "warnings": [*self._warnings, *self._changed_evaluation()],
             "charts": self._curves.charts() + self._before_rl(),
             "completions": {name: samples.chosen() for name, samples in self._samples.items()},
             "fields": _fields(c, read_recipe(self._workdir)),
         }
+
+    def _changed_evaluation(self) -> list[dict[str, Any]]:
+        """Returns a warning if the held-out curves join evaluations of different settings."""
+        if not eval_settings.have_changed(self._workdir, self._config):
+            return []
+        text = "The settings of the evaluation have changed since step 0, so points of the held-out curves cannot be compared."
+        return [{"step": self._step, "text": text}]
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         c, curves = self._config, self._curves
