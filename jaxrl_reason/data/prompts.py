@@ -11,7 +11,7 @@ _FIELD = re.compile(r"\{(\w+)\}")
 _OBJECTS = re.compile(r"\s*(?:\[\s*)?\{")
 _CONVERSATION = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content)["']\s*:""")
 _RENAMED = {"human": "user", "gpt": "assistant"}  # names of roles in ShareGPT's files
-_WITHOUT_SOLUTIONS = "; --config.supervised.steps=0 leaves the supervised start out."
+WITHOUT_SOLUTIONS = "; --config.supervised.steps=0 leaves the supervised start out."
 
 Turn = dict[str, Any]  # of a conversation: "role", "content", and what else the chat template reads
 
@@ -109,9 +109,7 @@ class PromptTemplate:
         return [*earlier, {**last, "content": self._render(self.prompt, {**row, "question": last["content"]})}]
 
     def render_solution(self, row: Mapping[str, Any]) -> str:
-        """Returns the worked solution of a row. Raises ValueError as `render_prompt` does, and for an empty solution."""
-        if row.get("solution") == "":
-            raise ValueError(f"column 'solution' is empty, and would teach an empty completion{_WITHOUT_SOLUTIONS}")
+        """Returns the worked solution of a row. Raises ValueError as `render_prompt` does."""
         return self._render(self.solution, row)
 
     def _render(self, text: str, row: Mapping[str, Any]) -> str:
@@ -121,7 +119,7 @@ class PromptTemplate:
                 known = f"its columns are {', '.join(sorted(row))}"
                 advice = "Of a Parquet file, only columns that config.data.columns names are read, and those of this package."
                 advice = (
-                    f"Solutions are for the supervised start{_WITHOUT_SOLUTIONS}" if match[1] == "solution" else advice
+                    f"Solutions are for the supervised start{WITHOUT_SOLUTIONS}" if match[1] == "solution" else advice
                 )
                 raise ValueError(f"Prompt template {self.name!r} {fault}; {known}. {advice}")
             value = row[match[1]]

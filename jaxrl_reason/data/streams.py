@@ -11,7 +11,7 @@ import grain
 import numpy as np
 
 from jaxrl_reason.data import files
-from jaxrl_reason.data.prompts import Template
+from jaxrl_reason.data.prompts import Template, WITHOUT_SOLUTIONS
 from jaxrl_reason.data.sources import Source
 from jaxrl_reason.data.tokenizer import Tokenizer
 
@@ -141,6 +141,8 @@ class SolutionStream(TextStream):
     """Prompts with worked solutions for the supervised phase: the rendered solution, then the tokenizer's first end token."""
 
     def _completions(self, template: Template, row: Mapping[str, Any]) -> tuple[str, ...]:
+        if row.get("solution") == "":
+            raise ValueError(f"column 'solution' is empty, and would teach an empty completion{WITHOUT_SOLUTIONS}")
         return (template.render_solution(row),)
 
     def batch(self, i: int) -> SolutionBatch:

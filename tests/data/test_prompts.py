@@ -47,11 +47,6 @@ def test_a_missing_column_names_template_column_and_columns():
         data.get_template("{hint} {question}").render_prompt({"question": "a"})
 
 
-def test_an_empty_solution_is_refused():
-    with pytest.raises(ValueError, match="column 'solution' is empty, .*; --config.supervised.steps=0"):
-        data.get_template("plain").render_solution({"question": "a", "solution": ""})
-
-
 @pytest.mark.parametrize("role, name", [("human", "user"), ("gpt", "assistant")])
 def test_roles_of_other_formats_are_refused_with_their_names(role, name):
     with pytest.raises(ValueError, match=f"turn 0 has the role '{role}'; name it '{name}'"):

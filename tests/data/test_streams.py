@@ -205,6 +205,11 @@ def test_a_missing_solution_column_raises_a_sentence():
         solution_stream([{"question": "1", "answer": 2}])
 
 
+def test_an_empty_solution_is_refused():
+    with pytest.raises(ValueError, match="column 'solution' is empty, .*; --config.supervised.steps=0"):
+        solution_stream([{"question": "1", "solution": ""}])
+
+
 @pytest.mark.parametrize("count, batches", [(4, 1), (6, 2), (10, 3), (99, 3)])
 def test_evaluation_is_in_order_and_pads_with_weight_zero(count, batches):
     result = evaluation(numbered(10), count)
