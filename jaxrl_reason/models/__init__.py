@@ -19,6 +19,7 @@ from jaxrl_reason.models.formats.pretrained import (
     check_weights,
     load_pretrained,
     load_reward_model,
+    pad_id_of,
     place_weights,
     Policy,
     RewardModel,

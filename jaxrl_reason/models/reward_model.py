@@ -1,7 +1,8 @@
 """Reward models: a score vector on the decoder's last hidden state, scores of batches, and the loss on pairs that trains them.
 
 The score of a text is the dot product of the score vector and the hidden state, final norm included, at the last token of the text.
-Hugging Face's *ForSequenceClassification computes the same with one label. Parameters are {"decoder": the weights of a decoder
+Hugging Face's *ForSequenceClassification computes the same with one label, but reads the score at the last token that is not the
+pad_token_id of its config.json, whatever the mask: `scores` does so if it is given this id. Parameters are {"decoder": the weights of a decoder
 without an output head, "score": f32[D]}. Completions are scored against the KV of their prompt, which is computed once per group.
 """
 
@@ -67,12 +68,23 @@ def init_params(config: ModelConfig, key: Key[Array, ""], decoder: Params | None
 
 
 def scores(
-    config: ModelConfig, params: Params, tokens: Int[Array, "B S"], mask: Shaped[Array, "B S"] | None = None
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B S"],
+    mask: Shaped[Array, "B S"] | None = None,
+    pad_id: int | None = None,
 ) -> Float[Array, " B"]:
-    """Computes the scores of whole texts in float32, NaN for a text without a token. For the mask see `models.apply`."""
+    """Computes the scores of whole texts in float32, NaN for a text without a token to read the score at.
+
+    Args:
+      config, params: the reward model.
+      tokens, mask: the texts, see `models.apply`.
+      pad_id: the score is read at the last real token that is not this one, as in Hugging Face; None: at the last real token.
+    """
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask
     hidden, _ = decoder_lib.bind(headless(config), params["decoder"]).prefill(tokens, mask)
-    return _at_last(hidden, mask, params["score"])
+    read = mask if pad_id is None else mask.astype(bool) & (tokens != pad_id)
+    return _at_last(hidden, read, params["score"])
 
 
 def group_scores(config: ModelConfig, params: Params, rollout: Completions, *, parts: int = 1) -> Float[Array, "P G"]:
@@ -125,7 +137,7 @@ def headless(config: ModelConfig) -> ModelConfig:
 
 
 def _at_last(hidden, mask, weight):
-    """Returns the scores f32[...] at the last real token of hidden [..., T, D], mask [..., T]; NaN without a real token."""
+    """Returns the scores f32[...] at the last position of hidden [..., T, D] that mask [..., T] marks; NaN if it marks none."""
     mask = mask.astype(bool)
     last = mask.shape[-1] - 1 - jnp.argmax(mask[..., ::-1], axis=-1)
     hidden = jnp.take_along_axis(hidden, last[..., None, None], axis=-2)[..., 0, :]

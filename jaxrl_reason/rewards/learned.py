@@ -31,6 +31,7 @@ class TextScorer:
       max_length: maximum number of tokens of a text. A longer text is never cut; it has no score and no reward.
       parts: the number of microbatches, as far as they divide the groups of a batch.
       lengths, wave_tokens: see `waves.sizes`.
+      pad_id: the pad_token_id of the reward model's config.json, at which no score is read.
     """
 
     def __init__(
@@ -47,12 +48,13 @@ class TextScorer:
         sharding: jax.sharding.NamedSharding,
         lengths: int = 1,
         wave_tokens: int = 0,
+        pad_id: int | None = None,
     ):
         self._params, self._tokenizer, self._policy_tokenizer = params, tokenizer, policy_tokenizer
         self._skip_special = skip_special
         self._chat = chat_of(tokenizer, system)
         self._max_length, self._parts, self._sharding = max_length, parts, sharding
-        self._score = scoring_program(config, sharding, lengths, wave_tokens)
+        self._score = scoring_program(config, sharding, lengths, wave_tokens, pad_id)
 
     def __call__(self, rollout: Rollout, batch: PromptBatch) -> tuple[jax.Array, dict[str, float]]:
         """Returns scores f32[P, G], NaN for texts that are too long, and the share of such texts."""
@@ -111,11 +113,16 @@ def chat_of(tokenizer: Tokenizer, system: str) -> ChatTemplate | None:
 
 
 def scoring_program(
-    config: ModelConfig, sharding: jax.sharding.NamedSharding, lengths: int = 1, wave_tokens: int = 0
+    config: ModelConfig,
+    sharding: jax.sharding.NamedSharding,
+    lengths: int = 1,
+    wave_tokens: int = 0,
+    pad_id: int | None = None,
 ) -> Callable[..., jax.Array]:
     """Returns the jitted (params, texts int[P,G,L], lengths int[P,G], static parts) -> f32[P,G], NaN for no tokens.
 
-    For `lengths` and `wave_tokens` see `waves.sizes`, for which a text is a completion without a prompt.
+    For `lengths` and `wave_tokens` see `waves.sizes`, for which a text is a completion without a prompt; for `pad_id` see
+    `reward_model.scores`.
     """
 
     def score(params: Params, texts: jax.Array, used: jax.Array, parts: int) -> jax.Array:
@@ -124,7 +131,7 @@ def scoring_program(
 
         def of_wave(wave, found):
             tokens, own = waves.take(wave, (texts, used))
-            scores = reward_model.scores(config, params, tokens[:, 0], jnp.arange(wave.length) < own)
+            scores = reward_model.scores(config, params, tokens[:, 0], jnp.arange(wave.length) < own, pad_id)
             return waves.put(wave, found, scores[:, None])
 
         return waves.for_each(sizes, waves.queue(used), of_wave, jnp.full((P, G), jnp.nan))

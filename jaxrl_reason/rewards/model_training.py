@@ -217,6 +217,7 @@ def pretrained_scorer(
         max_length=c.reward_model.max_length,
         parts=c.update.accumulation * c.update.minibatches,
         sharding=sharding.batch_sharding(mesh),
+        pad_id=models.pad_id_of(opened.source),
         **update_sizes(model, c, mesh),
     )
 

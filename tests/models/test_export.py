@@ -110,6 +110,27 @@ def test_bfloat16_weights_are_written_in_bfloat16(tmp_path):
     )
 
 
+@pytest.mark.parametrize("pad, written", [(0, 0), (2, None), (7, None)])
+def test_a_score_read_at_an_end_token_stays_there_if_this_token_pads(pad, written, tmp_path):
+    """`transformers` reads no score at pad_token_id; without one it refuses padded batches."""
+    config = ModelConfig(**SMALL | dict(vocab_size=400), qkv_bias=True)
+    params = {"decoder": reference_decoder.random_params(config), "score": np.ones(16, np.float32)}
+    tokenizer = dataclasses.replace(data.train_tokenizer(["ab ab 12"]), eos_ids=(2, 7), pad_id=pad)
+    files = {"special_tokens_map.json": json.dumps({"pad_token": tokenizer.spelled(pad)}).encode()}
+    judge = models.RewardModel(config, params, tokenizer, files=files)
+    models.save_pretrained(tmp_path / "out", judge)
+    content = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert content["pad_token_id"] == written and content["eos_token_id"] == [2, 7]
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        assert ("pad_token" in json.loads((tmp_path / "out" / name).read_text())) == (written is not None)
+    again, texts = models.load_reward_model(tmp_path / "out"), np.array([[20, 30, 40, 2], [20, 30, 40, 7]])
+    np.testing.assert_allclose(again.apply(again.params, texts), judge.apply(params, texts), atol=1e-6)
+    assert again.tokenizer.eos_ids == (2, 7) and again.tokenizer.encode("ab 12") == tokenizer.encode("ab 12")
+    policy = models.Policy(config, reference_decoder.random_params(config), tokenizer)
+    models.save_pretrained(tmp_path / "policy", policy)  # a language model pads as its tokenizer
+    assert json.loads((tmp_path / "policy" / "config.json").read_text())["pad_token_id"] == pad
+
+
 def test_a_full_directory_and_an_unknown_family_raise(tmp_path):
     model = load("qwen3")
     (tmp_path / "full").mkdir()

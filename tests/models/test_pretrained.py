@@ -1,8 +1,10 @@
 """Pretrained models are read as by `transformers`: outputs, shards, directories and the hub."""
 
+import dataclasses
 import os
 import pathlib
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -11,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helpers.golden import Bomb, expected, GOLDEN, load, NAMES, POLICIES
-from jaxrl_reason import models
+from helpers.golden import Bomb, change_json, expected, GOLDEN, load, NAMES, POLICIES
+from jaxrl_reason import data, models
 from jaxrl_reason.models import PretrainedError
 from jaxrl_reason.models.formats import pretrained
 
@@ -77,6 +79,24 @@ def test_bfloat16_outputs_are_close(name):
     found = np.asarray(policy.apply(policy.params, golden["right_tokens"], mask))
     difference = np.abs(found - want[:, 0]) if name == "qwen2_reward" else np.abs(found - want)[mask]
     assert 1e-4 < difference.mean() < 0.03
+
+
+def test_a_score_is_read_at_the_last_token_that_is_not_the_padding_token_of_config_json(tmp_path):
+    """As `transformers` reads it, even if the token that pads ends the text."""
+    shutil.copytree(GOLDEN / "qwen2_reward", tmp_path / "judge")
+    change_json(tmp_path / "judge" / "config.json", pad_token_id=2)
+    found, plain = models.load_reward_model(tmp_path / "judge"), load("qwen2_reward")
+    texts = np.array([[5, 6, 7, 2], [5, 2, 2, 2], [2, 6, 7, 8], [2, 2, 2, 2]])
+    at = lambda length: np.arange(4) < np.array(length)[:, None]
+    got = found.apply(found.params, texts)
+    np.testing.assert_allclose(got[:3], plain.apply(plain.params, texts, at([3, 1, 4, 4]))[:3], atol=1e-5)
+    assert np.isnan(got[3])
+    masked = found.apply(found.params, texts, at([3, 4, 2, 1]))
+    np.testing.assert_allclose(masked[:3], plain.apply(plain.params, texts, at([3, 1, 2, 4]))[:3], atol=1e-5)
+    for nothing in (None, "2"):
+        assert pretrained.pad_id_of({"pad_token_id": nothing}) is None
+    content = pretrained.config_json(dataclasses.replace(found, tokenizer=data.train_tokenizer(["ab"])))
+    assert content["pad_token_id"] == 2  # a model that came so is written so
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------

@@ -105,8 +105,12 @@ class RewardModel(Policy):
     """A sequence classifier with one label; `params` are {"decoder": ..., "score": f32[D]}. See `Policy`."""
 
     def apply(self, params: decoder.Params, tokens: Tokens, mask: Mask | None = None) -> Float[Array, " B"]:
-        """Computes scores, read at the last real token, see `reward_model.scores`. Pure, and compiled by jit."""
-        return _scores(self.config, params, tokens, mask)
+        """Computes scores, see `reward_model.scores`. Pure, and compiled by jit.
+
+        They are read at the last real token. If the model's config.json has a pad_token_id, they are read at the last
+        real token that is not this one, as in `transformers`: at the token before, if an end token pads.
+        """
+        return _scores(self.config, params, tokens, mask, pad_id_of(self.source))
 
     def generate(self, *args: Any, **options: Any) -> list[list[str]]:
         """Raises PretrainedError."""
@@ -117,7 +121,13 @@ class RewardModel(Policy):
 
 _Kind = TypeVar("_Kind", bound=Policy)
 _logits = jax.jit(decoder.apply, static_argnums=0)
-_scores = jax.jit(reward_model_lib.scores, static_argnums=0)
+_scores = jax.jit(reward_model_lib.scores, static_argnums=(0, 4))
+
+
+def pad_id_of(source: Mapping[str, Any]) -> int | None:
+    """Returns the pad_token_id of a config.json, at which a reward model reads no score; None without one."""
+    found = source.get("pad_token_id")
+    return found if type(found) is int else None
 
 
 def load_pretrained(path_or_hub_id: Address, dtype: str = "float32", mesh: Mesh | None = None) -> Policy:
@@ -205,6 +215,9 @@ def save_pretrained(directory: str | pathlib.Path, policy: Policy, *, max_shard_
         table = _table(policy.config, isinstance(policy, RewardModel))
         weights_lib.write(scratch, policy.params, table, max_shard_bytes)
         _write_tokenizer(scratch, policy)
+        t = policy.tokenizer
+        if isinstance(policy, RewardModel) and t and t.pad_id in t.eos_ids and content["pad_token_id"] is None:
+            _remove_pad_token(scratch)
         ids = {name: content[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in content}
         if type(policy) is Policy and not (scratch / "generation_config.json").exists():
             _write_json(scratch / "generation_config.json", {"_from_model_config": True} | ids)
@@ -251,7 +264,9 @@ def save_adapters(directory: str | pathlib.Path, policy: Policy, base_model: str
 def config_json(policy: Policy) -> dict[str, Any]:
     """Returns the content of config.json for a model: the original if it still describes the decoder, else that of a family.
 
-    The dtype of the weights is updated. Names of code are removed.
+    The dtype of the weights is updated. Names of code are removed. `transformers` reads a score at the last token that is not
+    pad_token_id. So a reward model whose scores are read at an end token has null there, even if its tokenizer pads with
+    this token: `transformers` then scores single texts as here, and refuses padded batches.
     """
     classifier = isinstance(policy, RewardModel)
     found = {name: x for name, x in policy.source.items() if name not in (REVISION, ADAPTED, "auto_map")}
@@ -265,6 +280,9 @@ def config_json(policy: Policy) -> dict[str, Any]:
     if t is not None:
         eos = list(t.eos_ids) if len(t.eos_ids) > 1 else t.eos_ids[0]
         ids = {"bos_token_id": t.bos_id, "eos_token_id": eos, "pad_token_id": t.pad_id}
+    if classifier:
+        read = pad_id_of(policy.source)
+        ids["pad_token_id"] = t.pad_id if read is None and t is not None and t.pad_id not in t.eos_ids else read
     if same:
         found.pop("dtype", None)
         return ids | found | {"torch_dtype": policy.config.param_dtype}
@@ -300,6 +318,14 @@ def _write_tokenizer(directory: pathlib.Path, policy: Policy) -> None:
         policy.tokenizer.save(directory)
     for name, content in policy.files.items():
         (directory / name).write_bytes(content)
+
+
+def _remove_pad_token(directory: pathlib.Path) -> None:
+    """Removes the padding token from the files of a tokenizer: `transformers` would pad texts with it."""
+    for path in (directory / "tokenizer_config.json", directory / "special_tokens_map.json"):
+        content = weights_lib.read_json(path) if path.is_file() else {}
+        if content.pop("pad_token", None) is not None:
+            _write_json(path, content)
 
 
 def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
