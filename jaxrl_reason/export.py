@@ -179,7 +179,7 @@ def _read(
     policy = with_card(policy, number)
     if base:
         return f"Checkpoint {number}", lambda out: models.save_adapters(out, policy, base)
-    merged, params = models.lora.merge(policy.config, policy.params)
+    merged, params = models.lora.merge(policy.config, policy.params, dtype)
     whole = in_dtype(dataclasses.replace(policy, config=merged, params=params), dtype)
     return f"Checkpoint {number}", lambda out: models.save_pretrained(out, whole)
 

@@ -16,6 +16,7 @@ from jaxrl_reason import data, evaluate, export, models, reward_training, runs, 
 from jaxrl_reason.config import Lora, Model, Regression, Reward, RewardModel
 from jaxrl_reason.models import ModelConfig, sharding
 from jaxrl_reason.rewards import model_training
+from jaxrl_reason.runs import checkpoints
 from jaxrl_reason.tasks import supervised
 
 pytestmark = [pytest.mark.runs, pytest.mark.usefixtures("quick_compilation")]
@@ -183,6 +184,22 @@ def test_adapters_are_exported_merged_or_alone(adapted, model, tmp_path):
     a = stored["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"]
     np.testing.assert_array_equal(a.T, policy.params["layers"]["q_a"][1])
     assert (tmp_path / "alone" / "tokenizer.json").exists()
+
+
+def test_adapters_on_bfloat16_weights_are_merged_in_the_dtype_of_the_export(rows, model, tmp_path):
+    dtypes = dict(model__param_dtype="bfloat16", model__compute_dtype="bfloat16")
+    run = train.setup(a_config(rows, model, lora=Lora(rank=2, projections=["q"]), **dtypes), tmp_path / "run")
+    state = supervised.first_state(run.task, run.programs)
+    saver = checkpoints.Checkpoints(tmp_path / "run" / "checkpoints", 1)
+    saver.save(1, state._replace(trained=jax.tree.map(lambda x: x + 0.01, state.trained)))
+    saver.close()
+    assert export.main([f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}", "--dtype=float32"]) == 0
+    policy, found = weights_of(tmp_path / "run"), models.load_pretrained(tmp_path / "out").params
+    layers = jax.tree.map(lambda x: np.asarray(x, np.float32), policy.params["layers"])
+    wanted = layers["q"] + policy.config.lora_scale * layers["q_a"] @ layers["q_b"]
+    assert np.abs(wanted - layers["q"]).max() > 1e-4
+    np.testing.assert_allclose(found["layers"]["q"], wanted, atol=1e-6)
+    np.testing.assert_array_equal(found["layers"]["k"], layers["k"])
 
 
 def test_a_run_with_adapters_resumes_bit_for_bit_and_is_evaluated(adapted, rows, model, tmp_path, capsys):

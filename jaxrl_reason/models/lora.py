@@ -47,8 +47,11 @@ def init_adapters(config: ModelConfig, key: Key[Array, ""]) -> decoder.Params:
     return split(config, decoder.init_params(config, key))[0]
 
 
-def merge(config: ModelConfig, params: decoder.Params) -> tuple[ModelConfig, decoder.Params]:
-    """Merges the adapters into their matrices, summed in float32: a decoder without adapters that computes the same function."""
+def merge(config: ModelConfig, params: decoder.Params, dtype: str | None = None) -> tuple[ModelConfig, decoder.Params]:
+    """Merges the adapters into their matrices: a decoder without adapters that computes the same function, up to rounding.
+
+    Sums are in float32 and rounded once, to `dtype`; None: to the dtype of the matrices. Other weights keep their dtype.
+    """
     if not config.lora_rank:
         return config, params
     adapters, base = split(config, params)
@@ -59,6 +62,6 @@ def merge(config: ModelConfig, params: decoder.Params) -> tuple[ModelConfig, dec
             return weight
         a, b = (adapters["layers"][f"{name}_{side}"].astype(jnp.float32) for side in "ab")
         more = jnp.einsum("nir,nro->nio", a, b, precision=jax.lax.Precision.HIGHEST)
-        return (weight.astype(jnp.float32) + config.lora_scale * more).astype(weight.dtype)
+        return (weight.astype(jnp.float32) + config.lora_scale * more).astype(dtype or weight.dtype)
 
     return base_of(config), {**base, "layers": {name: add(name) for name in base["layers"]}}

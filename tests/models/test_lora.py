@@ -80,6 +80,26 @@ def test_merge_equals_the_sum_by_hand():
     assert np.abs(without - with_adapters).max() > 0.1
 
 
+@pytest.mark.parametrize("base, dtype", [("bfloat16", "float32"), ("bfloat16", None), ("float32", "bfloat16")])
+def test_sums_are_rounded_once(base, dtype):
+    config = dataclasses.replace(CONFIG, param_dtype=base)
+    params = params_with_adapters(config)
+    _, merged = lora.merge(config, params, dtype)
+    exact = lambda x: np.asarray(x, np.float64)
+    layers = params["layers"]
+    wanted = exact(layers["q"]) + 5 / 3 * exact(layers["q_a"]) @ exact(layers["q_b"])
+    found = merged["layers"]["q"]
+    assert str(found.dtype) == (dtype or base)
+    if dtype == "float32":
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+        assert np.abs(exact(found.astype(jnp.bfloat16)) - wanted).max() > 1e-3
+    else:
+        assert np.abs(exact(found) - wanted).max() <= 2**-8 * np.abs(wanted).max() and str(found.dtype) == "bfloat16"
+        rounded = np.asarray(jnp.asarray(wanted, jnp.float32).astype(jnp.bfloat16), np.float64)
+        assert (exact(found) == rounded).mean() > 0.99  # but for sums that float32 puts on the other side
+    assert merged["layers"]["k"].dtype == params["layers"]["k"].dtype
+
+
 def test_split_and_join_are_inverse_and_copy_nothing():
     params = params_with_adapters()
     trained, frozen = lora.split(CONFIG, params)
