@@ -21,7 +21,8 @@ from jaxrl_reason import data, models, runs
 from jaxrl_reason.config import ConfigError
 from jaxrl_reason.data import hub
 from jaxrl_reason.models import sharding
-from jaxrl_reason.rewards import model_files
+from jaxrl_reason.models.formats.source import TEXTS
+from jaxrl_reason.rewards import learned, model_files
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs import command
 from jaxrl_reason.runs.workdir import model_source, tokenizer_of
@@ -61,7 +62,8 @@ def load_reward_model(workdir: pathlib.Path) -> models.RewardModel:
     host = sharding.make_mesh(1, 1, 1, devices=jax.local_devices(backend="cpu")[:1])
     digest = model_files.tokenizer_digest(tokenizer)
     model, params = model_files.load_reward_model(directory, digest, mesh=host)
-    source = {"max_position_embeddings": config.max_prompt_length + config.max_completion_length}
+    length = config.max_prompt_length + config.max_completion_length
+    source = {"max_position_embeddings": length, TEXTS: learned.training_texts(config, tokenizer)}
     return models.RewardModel(model, params, tokenizer, source, models.tokenizer_files(directory / "tokenizer"))
 
 

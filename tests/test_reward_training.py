@@ -1,6 +1,7 @@
 """Tests that a reward model learns, resumes exactly, is found again, and refuses input that does not fit."""
 
 import dataclasses
+import functools
 import gc
 import io
 import json
@@ -17,11 +18,13 @@ import numpy as np
 import pytest
 import rich.console
 
+from helpers.golden import change_json
 from helpers.tiny_runs import change, tiny, write_rows
-from jaxrl_reason import compare, data, reward_training, train
+from jaxrl_reason import compare, data, export, reward_training, train
 from jaxrl_reason.config import ConfigError, to_dict
 from jaxrl_reason.models import reward_model, sharding
-from jaxrl_reason.rewards import model_training
+from jaxrl_reason.rewards import model_files, model_training
+from jaxrl_reason.rl.types import Rollout
 from jaxrl_reason.runs import checkpoints, read_metrics
 
 pytestmark = [pytest.mark.runs, pytest.mark.usefixtures("quick_compilation")]
@@ -424,6 +427,60 @@ def test_weights_that_cannot_be_read_are_refused_by_their_path(damage, copied):
     with pytest.raises(checkpoints.CheckpointError, match=f"{directory / 'params'} cannot be read: ."):
         model_training.load_reward_model(directory, digest)
     gc.collect()
+
+
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(data__template="qa", data__add_bos=True), dict(data__chat=True, data__system="Be low.")]
+)
+def test_an_exported_model_reads_texts_as_in_its_training(changes, rows, tmp_path, capsys):
+    """Scores of pairs by the export, from their rows and texts, are those of their tokens in training. The end token pads."""
+    words = data.train_tokenizer(["Question: Low.", "Answer: 12", "<user>High.<assistant>34<system>Be low."], 300)
+    dataclasses.replace(words, chat_template=CHAT, pad_id=2).save(tmp_path / "words")
+    config = change(tiny_pairs(rows, data__tokenizer=str(tmp_path / "words"), **changes), max_prompt_length=60)
+    run, phase = prepare(config, tmp_path / "run")
+    run.work.begin(run.tokenizer)
+    phase.work.begin(phase.tokenizer)
+    params = jax.tree.map(lambda x: 5 * x, reward_model.init_params(phase.model, jax.random.key(0)))
+    checkpoints.save_params(phase.directory / "params", params)
+    facts = {"steps": 1, "pairs": 54, "held_out": {"accuracy": 0.5, "margin": 0.0, "pairs": 15}}
+    model_files.write_description(phase.directory, phase.model, model_training.tokenizer_digest(words), facts)
+    out = tmp_path / "out"
+    assert export.main([f"--workdir={tmp_path / 'run'}", f"--out={out}", "--reward-model"]) == 0, (
+        capsys.readouterr().err
+    )
+
+    config = change(config, reward_model__path=str(out))
+    pairs = phase.held_out.batch(0)
+    read = data.load_source(str(rows), "[54:]").read(range(8))
+    none = np.zeros(pairs.mask.shape, np.float32)
+    rollout = jax.device_put(Rollout(*pairs, none, none[..., 0] > 0), sharding.batch_sharding(phase.mesh))
+    batch = data.PromptBatch(pairs.prompt_tokens, pairs.prompt_mask, np.arange(8), np.ones(8), read)
+
+    def scores():
+        opened = model_training.open_pretrained(config, phase.mesh, tmp_path / "other")
+        return model_training.pretrained_scorer(config, opened, phase.tokenizer, phase.mesh)(rollout, batch)[0]
+
+    wanted = jax.jit(functools.partial(reward_model.group_scores, phase.model))
+    found = scores()
+    assert np.std(found) > 1e-3
+    np.testing.assert_allclose(found, wanted(params, rollout), atol=1e-5)
+    change_json(out / "config.json", pad_token_id=2)  # scores are read before the end token now
+    shorter = rollout._replace(mask=rollout.mask & (rollout.tokens != 2))
+    np.testing.assert_allclose(scores(), wanted(params, shorter), atol=1e-5)
+    with pytest.raises(ConfigError, match="reward_model.system is set, and the reward model reads texts as in its tr"):
+        model_training.open_pretrained(change(config, reward_model__system="Grade."), phase.mesh, tmp_path / "other")
+    config.reward_model.system = ""
+    for damage in ({"template": 3}, {"template": "nothing"}, {"other": 1}, 5, []):
+        change_json(out / "config.json", jaxrl_reason=damage)
+        with pytest.raises(ConfigError, match="its config.json has jaxrl_reason .*, which describes no texts: ") as e:
+            model_training.open_pretrained(config, phase.mesh, tmp_path / "other")
+        assert str(e.value).endswith(". Export the reward model again.")
 
 
 # -- setup and the command -------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from jaxrl_reason.data.preferences import PreferenceStream, warn_of_leaks
 from jaxrl_reason.models import reward_model, sharding
 from jaxrl_reason.models.formats.weights import read_json
 from jaxrl_reason.rewards import model_files
-from jaxrl_reason.rewards.learned import chat_of, TextScorer
+from jaxrl_reason.rewards.learned import texts_of, TextScorer
 from jaxrl_reason.rewards.model_files import is_ours, load_reward_model, tokenizer_digest, write_description
 from jaxrl_reason.rewards.scorer import RewardModelScorer
 from jaxrl_reason.rl import hosts, scoring
@@ -132,7 +132,7 @@ def open_pretrained(config: Config, mesh: jax.sharding.Mesh, workdir: pathlib.Pa
     try:
         models.check_weights(found, found.config, models.RewardModel)
         reward_model.param_shardings(found.config, mesh)
-        chat_of(found.tokenizer, config.reward_model.system)
+        texts_of(found.source, found.tokenizer, config.reward_model.system)
     except ValueError as e:
         raise ConfigError(f"The reward model of config.reward_model.path cannot be used: {e}") from e
     return found
@@ -211,13 +211,13 @@ def pretrained_scorer(
         model,
         models.place_weights(opened, model, mesh, models.RewardModel),
         opened.tokenizer,
+        opened.source,
         policy_tokenizer=tokenizer,
         skip_special=c.reward.skip_special_tokens,
         system=c.reward_model.system,
         max_length=c.reward_model.max_length,
         parts=c.update.accumulation * c.update.minibatches,
         sharding=sharding.batch_sharding(mesh),
-        pad_id=models.pad_id_of(opened.source),
         **update_sizes(model, c, mesh),
     )
 

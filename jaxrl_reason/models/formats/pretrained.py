@@ -25,7 +25,7 @@ from jaxrl_reason.models.config import ModelConfig
 from jaxrl_reason.models.decoding import texts
 from jaxrl_reason.models.formats import families
 from jaxrl_reason.models.formats import weights as weights_lib
-from jaxrl_reason.models.formats.source import ADAPTED, Address, open_model, REVISION
+from jaxrl_reason.models.formats.source import ADAPTED, Address, open_model, REVISION, TEXTS
 from jaxrl_reason.models.formats.tensors import Opened, PretrainedError, tensors_of
 
 Tokens = Int[Array | np.ndarray, "B S"]
@@ -290,6 +290,7 @@ def config_json(policy: Policy) -> dict[str, Any]:
     out["max_position_embeddings"] = found.get("max_position_embeddings", 4096)
     if classifier:
         out |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        out |= {TEXTS: found[TEXTS]} if TEXTS in found else {}
     return out | ids
 
 

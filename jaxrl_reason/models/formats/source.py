@@ -21,6 +21,7 @@ _FILES = (
 # The commit of a model of the hub, kept in our copy of its config.json under the name that `transformers` uses.
 REVISION = "_commit_hash"
 ADAPTED = "_adapted_from"  # in our copy of config.json: the base model of a PEFT directory, at its commit
+TEXTS = "jaxrl_reason"  # in the config.json of a reward model that was trained here: how its training made texts
 Address = str | pathlib.Path  # a directory, a .gguf file, or an id of the hub
 
 
