@@ -68,6 +68,12 @@ def test_defaults_of_absent_keys_depend_on_the_family():
     sliding = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9, "use_sliding_window": False}
     assert families.read_config(qwen | sliding).sliding_window == 0
     assert families.read_config(qwen | sliding | {"use_sliding_window": True}).sliding_window == 9
+    for name in ("qwen2", "qwen3"):  # layers from max_window_layers on slide, 28 if it is absent
+        deep = json.loads((GOLDEN / name / "config.json").read_text()) | sliding | {"use_sliding_window": True}
+        del deep["layer_types"], deep["max_window_layers"]
+        assert families.read_config(deep | {"num_hidden_layers": 28}).sliding_window == 0
+        with pytest.raises(PretrainedError, match="layer_types without a period"):
+            families.read_config(deep | {"num_hidden_layers": 29})
 
 
 def test_configs_in_the_spelling_of_transformers_4():

@@ -25,14 +25,13 @@ _LARGEST = 10_000_000  # bound of any size: a file with a larger number would on
 _SILU = {"hidden_act": ("silu", "swish")}
 _GELU = {"hidden_activation": ("gelu_pytorch_tanh",), "hidden_act": ("gelu_pytorch_tanh",)}
 _NO_BIAS = {"attention_bias": (False,)}
+_QWEN = {"num_key_value_heads": 32, "max_window_layers": 28}
 
 _FAMILIES = (
     Family("llama", "Llama", {}, {}, _SILU | _NO_BIAS | {"mlp_bias": (False,)}, "none"),
     Family("mistral", "Mistral", {}, {"sliding_window": 4096, "num_key_value_heads": 8}, _SILU, "all"),
-    Family("qwen2", "Qwen2", {"qkv_bias": True}, {"num_key_value_heads": 32}, _SILU, "layers"),
-    Family(
-        "qwen3", "Qwen3", {"qk_norm": True}, {"head_dim": 128, "num_key_value_heads": 32}, _SILU | _NO_BIAS, "layers"
-    ),
+    Family("qwen2", "Qwen2", {"qkv_bias": True}, _QWEN, _SILU, "layers"),
+    Family("qwen3", "Qwen3", {"qk_norm": True}, _QWEN | {"head_dim": 128}, _SILU | _NO_BIAS, "layers"),
     Family(
         "gemma3_text",
         "Gemma3",
@@ -247,7 +246,7 @@ def _sliding(source: Mapping[str, Any], given: Mapping[str, Any], family: Family
     elif gemma:
         slides = _pattern(source, layers, where)
     else:
-        first = source.get("max_window_layers", layers)
+        first = source["max_window_layers"]
         slides = [bool(source.get("use_sliding_window")) and i >= first for i in range(layers)]
     if not any(slides) or (not gemma and family.sliding == "layers" and not source.get("use_sliding_window")):
         return 0, 0, 0.0
