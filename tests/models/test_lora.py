@@ -192,6 +192,32 @@ def test_adapters_are_written_in_the_layout_of_peft(tmp_path):
     np.testing.assert_allclose(x @ a.T @ b.T * 5 / 3, added, atol=1e-4)
 
 
+def test_a_base_is_written_so_that_peft_finds_it_from_anywhere(tmp_path, monkeypatch):
+    params, of_hub = params_with_adapters(), {"_commit_hash": "0" * 40}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for directory in ("home/base", "org/base"):
+        (tmp_path / directory).mkdir(parents=True)
+    cases = [
+        ("~/base", {}, str(tmp_path / "home" / "base")),
+        ("org/base", {}, str(tmp_path / "org" / "base")),
+        ("~/removed", {}, str(tmp_path / "home" / "removed")),
+        ("org/model", {}, "org/model"),
+        ("org/base@main", of_hub, "org/base"),
+    ]
+    for i, (base, source, written) in enumerate(cases):
+        models.save_adapters(tmp_path / str(i), models.Policy(CONFIG, params, source=source), base)
+        content = json.loads((tmp_path / str(i) / "adapter_config.json").read_text())
+        assert content["base_model_name_or_path"] == written and content["revision"] == source.get("_commit_hash")
+
+
+def test_a_policy_without_adapters_has_none_to_write(tmp_path):
+    config, params = lora.merge(CONFIG, params_with_adapters())
+    with pytest.raises(models.PretrainedError, match="has no adapters .*: write it with models.save_pretrained.$"):
+        models.save_adapters(tmp_path / "out", models.Policy(config, params), "org/base")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -226,19 +226,27 @@ def save_pretrained(directory: str | pathlib.Path, policy: Policy, *, max_shard_
 def save_adapters(directory: str | pathlib.Path, policy: Policy, base_model: str) -> None:
     """Writes the adapters of a policy in the layout of PEFT, and the tokenizer's files; all of them or nothing.
 
-    PEFT adds the adapters to `base_model`, a directory or an id of the hub. An id is written with the commit that the policy began with.
-    Raises PretrainedError if the directory is not empty, or the policy began with adapters: PEFT needs a base model.
+    PEFT adds the adapters to `base_model`, a directory or an id of the hub. A directory is written as an absolute path, an id with the
+    commit that the policy began with.
+    Raises PretrainedError if the directory is not empty, the policy has no adapters, or it began with adapters: PEFT needs a
+    base model.
     """
     if ADAPTED in policy.source:
         fault = f"This policy began with adapters on {policy.source[ADAPTED]}, and PEFT needs a base model"
         raise PretrainedError(f"{fault}: write merged weights instead.")
-    revision = policy.source.get(REVISION)
+    if not policy.config.lora_rank:
+        raise PretrainedError("This policy has no adapters (lora_rank is 0): write it with models.save_pretrained.")
+    revision, path = policy.source.get(REVISION), pathlib.Path(base_model).expanduser()
+    if revision:
+        base_model = hub.name_of(base_model)
+    elif path.exists() or not hub.is_address(base_model):
+        base_model = str(path.absolute())
     table = _table(lora.base_of(policy.config), False)["layers"]
     names = policy.config.lora_projections
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": hub.name_of(base_model) if revision else base_model,
+        "base_model_name_or_path": base_model,
         "revision": revision,
         "r": policy.config.lora_rank,
         "lora_alpha": policy.config.lora_alpha,
