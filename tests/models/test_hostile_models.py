@@ -25,7 +25,9 @@ def a_disguised_pickle(directory):
 
 def an_index(file):
     def spoil(directory):
-        weight_map = dict.fromkeys(safetensors.numpy.load_file(directory / "model.safetensors"), file)
+        alone = directory / "model.safetensors"
+        weight_map = dict.fromkeys(safetensors.numpy.load_file(alone), file)
+        alone.rename(directory / "weights.safetensors")  # next to model.safetensors, no index is read
         (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
     return spoil
@@ -63,8 +65,15 @@ def a_link(name, target):
 
 def an_index_to_a_link(directory):
     an_index("weights.safetensors")(directory)
-    a_link("model.safetensors", "")(directory)
-    (directory / "model.safetensors").rename(directory / "weights.safetensors")
+    a_link("weights.safetensors", "")(directory)
+
+
+def an_index_alone(spoil):
+    def spoil_alone(directory):
+        (directory / "model.safetensors").unlink()
+        spoil(directory)
+
+    return spoil_alone
 
 
 FIRST = "model.layers.0.self_attn.q_proj.weight"
@@ -85,7 +94,7 @@ HOSTILE = {
     ),
     "indexed link": (an_index_to_a_link, "weights.safetensors leads to .*, outside of"),
     "linked index": (
-        a_link("model.safetensors.index.json", "/etc/passwd"),
+        an_index_alone(a_link("model.safetensors.index.json", "/etc/passwd")),
         "index.json leads to /etc/passwd, outside of",
     ),
     "linked config": (a_link("config.json", ""), "config.json leads to .*, outside of"),
@@ -96,8 +105,8 @@ HOSTILE = {
     ),
     "circle": (a_link("tokenizer.json", "tokenizer.json"), "tokenizer.json (cannot be followed|leads to)"),
     "not there": (an_index("other.safetensors"), "names other.safetensors, and there is no such file"),
-    "no map": (other_file("model.safetensors.index.json", b"{}"), "has no weight_map"),
-    "bad index": (other_file("model.safetensors.index.json", b"{"), "index.json is not JSON"),
+    "no map": (an_index_alone(other_file("model.safetensors.index.json", b"{}")), "has no weight_map"),
+    "bad index": (an_index_alone(other_file("model.safetensors.index.json", b"{")), "index.json is not JSON"),
     "missing": (tensors(lambda t: t.pop(FIRST)), f"lacks {FIRST}"),
     "surplus": (tensors(lambda t: t.update(extra=np.zeros(2))), "extra has dtype F64"),
     "surplus32": (

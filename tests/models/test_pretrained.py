@@ -102,6 +102,21 @@ def test_a_score_is_read_at_the_last_token_that_is_not_the_padding_token_of_conf
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
+def test_one_file_goes_before_an_index(tmp_path):
+    """As in `transformers`: an index can be left from other weights."""
+    shutil.copytree(GOLDEN / "qwen3", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "old.safetensors"}}')
+    found, expected = models.load_pretrained(tmp_path / "model"), load("qwen3")
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+
+
+def test_a_directory_cannot_say_that_it_is_of_the_hub(tmp_path):
+    shutil.copytree(GOLDEN / "qwen3", tmp_path / "model")
+    change_json(tmp_path / "model" / "config.json", _commit_hash="0" * 40, _adapted_from="some/base")
+    assert models.open_model(tmp_path / "model").source == load("qwen3").source
+    assert models.read_source(tmp_path / "model") == load("qwen3").source
+
+
 @pytest.mark.processes
 def test_weights_are_read_shard_by_shard():
     env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}

@@ -144,9 +144,13 @@ def _find(path_or_hub_id: Address) -> tuple[pathlib.Path, str]:
 
 
 def _read_config(directory: pathlib.Path) -> dict[str, Any]:
-    """Reads the config.json of a directory; warns if it names code, which is never run."""
+    """Reads the config.json of a directory; warns if it names code, which is never run.
+
+    The names under which we keep where a model came from are left out: files of others can have them, and then a directory would
+    seem to be of the hub.
+    """
     file = inside(directory, "config.json")
-    source = read_json(file)
+    source = {name: value for name, value in read_json(file).items() if name not in (REVISION, ADAPTED)}
     if "auto_map" in source:
         note = "names code of the model's own (auto_map), which is never run: only its model_type decides how the model is read."
         warnings.warn(f"{file} {note}", stacklevel=3)

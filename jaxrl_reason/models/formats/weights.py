@@ -21,17 +21,20 @@ _BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".masked_bias")  # in old files
 
 
 class SafetensorsDirectory:
-    """Safetensors of a directory, see `Weights`. Raises PretrainedError if one is missing, damaged or not indexed."""
+    """Safetensors of a directory, see `Weights`. As in `transformers`, model.safetensors goes before an index.
+
+    Raises PretrainedError if a file is missing, damaged or not indexed.
+    """
 
     def __init__(self, directory: pathlib.Path) -> None:
         self.where = str(directory)
         self.shapes: dict[str, tuple[int, ...]] = {}
         alone = inside(directory, "model.safetensors")
-        if inside(directory, _INDEX).is_file():
-            self._file_of = _read_index(directory)
-        elif alone.is_file():
+        if alone.is_file():
             with open_safetensors(alone) as file:
                 self._file_of = dict.fromkeys(file.keys(), alone)
+        elif inside(directory, _INDEX).is_file():
+            self._file_of = _read_index(directory)
         else:
             pickles = [p.name for p in directory.glob("*.bin")] + [p.name for p in directory.glob("*.pt*")]
             hint = f" It has {pickles[0]}, a pickle, which can run code: convert it to safetensors." if pickles else ""
