@@ -16,7 +16,8 @@ import jinja2.parser
 from jaxrl_reason.data.prompts import PromptTemplate, Turn
 from jaxrl_reason.data.tokenizer import Tokenizer
 
-# Names that every template receives.
+# Names that every template receives and options cannot change. Like `transformers`, we also give tools and documents, which are
+# None, and the texts of the padding token and the unknown token: some templates ask whether these names are defined.
 _GIVEN = {"messages", "add_generation_prompt", "bos_token", "eos_token", "strftime_now"}
 # The day that `strftime_now` tells: a run that is resumed on another day keeps its prompts. It is the one that Llama's
 # templates fall back to.
@@ -33,8 +34,8 @@ class ChatTemplate:
     system: str = ""  # the system prompt; if empty, there is none, and some templates insert their own
     # Further names, such as enable_thinking of Qwen 3; `today`, such as "2026-01-31", is the day of `strftime_now`.
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    bos: str = ""  # the text of the begin token, which a template may write
-    eos: str = ""  # the text of the end token
+    # The texts of the special tokens that a template may write, as bos_token, eos_token, pad_token and unk_token.
+    tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def render_prompt(self, row: Mapping[str, Any]) -> str:
         """Returns the text before the assistant's: the system prompt, earlier turns of the row, and the user's turn.
@@ -78,11 +79,9 @@ class ChatTemplate:
         messages = self._messages(turns)
         given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         options = {name: value for name, value in self.options.items() if name != "today"}
+        named = {"tools": None, "documents": None, **self.tokens, **options}
         try:
-            clock = _clock(self.options.get("today", DAY))
-            return _compiled(self.text).render(
-                bos_token=self.bos, eos_token=self.eos, strftime_now=clock, **given, **options
-            )
+            return _compiled(self.text).render(strftime_now=_clock(self.options.get("today", DAY)), **given, **named)
         except Exception as e:  # a template is a program, which can fail in any way
             raise ValueError(f"The model's chat template cannot render a prompt: {e}.") from e
 
@@ -107,8 +106,10 @@ def chat_template(
     except jinja2.TemplateError as e:
         raise ValueError(f"The tokenizer's chat template is not Jinja that can be read: {e}.") from e
     spell = lambda i: "" if i is None else tokenizer.backend.id_to_token(i) or ""
-    bos, eos = spell(tokenizer.bos_id), spell(tokenizer.eos_ids[0])
-    chat = ChatTemplate(inner, tokenizer.chat_template, system, dict(options or {}), bos, eos)
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_ids[0], "pad_token": tokenizer.pad_id}
+    tokens = {name: spell(i) for name, i in ids.items()}
+    tokens |= {} if tokenizer.unk_token is None else {"unk_token": tokenizer.unk_token}
+    chat = ChatTemplate(inner, tokenizer.chat_template, system, dict(options or {}), tokens)
     # Tried with long texts, because short ones can occur in the template's own text.
     trial, turns = dataclasses.replace(chat, system=system and _TRIAL[0]), [{"role": "user", "content": _TRIAL[1]}]
     try:

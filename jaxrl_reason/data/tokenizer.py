@@ -18,6 +18,8 @@ _CONFIG_FILES = (
     "config.json",
 )
 _CHAT_FILE = "chat_template.jinja"
+# What added_tokens_decoder of tokenizer_config.json says of a token.
+_TOKEN_FLAGS = ("special", "lstrip", "rstrip", "normalized", "single_word")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,6 +32,7 @@ class Tokenizer:
     bos_id: int | None = None  # the id that begins a sequence, if the vocabulary has one
     chat_template: str | None = None  # the Jinja text that came with the tokenizer
     adds_bos: bool = False  # whether plain prompts begin with the begin token, as the model's files ask for
+    unk_token: str | None = None  # the text of the token for unknown characters, which chat templates may write
 
     def __post_init__(self) -> None:
         if not self.eos_ids:
@@ -110,6 +113,8 @@ class Tokenizer:
             "add_bos_token": self.adds_bos,
             "clean_up_tokenization_spaces": False,
         }
+        if self.unk_token is not None:
+            config["unk_token"] = self.unk_token
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         _write_json(directory / "tokenizer_config.json", config)
@@ -165,7 +170,9 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     if adds_bos not in (None, True, False):
         raise ValueError(f"The add_bos_token of {file.parent} is {adds_bos!r}; it must be true or false.")
     adds_bos = bos is not None and (bool(adds_bos) or backend.encode("a").ids[:1] == [bos])
-    return Tokenizer(backend, eos_ids, pad_id, bos, _chat_template(file.parent, config), adds_bos)
+    unk = _content(config.get("unk_token"))
+    unk = unk if isinstance(unk, str) and backend.token_to_id(unk) is not None else None
+    return Tokenizer(backend, eos_ids, pad_id, bos, _chat_template(file.parent, config), adds_bos, unk)
 
 
 def fitted(tokenizer: Tokenizer, size: int) -> Tokenizer:
@@ -208,24 +215,32 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> Tokenizer:
     return Tokenizer(backend, eos_ids=(2,), pad_id=0, bos_id=1)
 
 
-def _added_tokens(directory: pathlib.Path, config: dict) -> dict[str, int]:
-    """Returns the ids of the tokens in added_tokens.json, and in the added_tokens_decoder of tokenizer_config.json."""
-    found = _read_json(directory / "added_tokens.json")
-    decoder = config.get("added_tokens_decoder") or {}
+def _added_tokens(directory: pathlib.Path, config: dict) -> dict[str, tuple[int, tokenizers.AddedToken]]:
+    """Returns the tokens in added_tokens.json, and in the added_tokens_decoder of tokenizer_config.json, with their ids.
+
+    The second file says of each token whether it is special, and how it is found in a text; tokens of the first are special.
+    """
+    found, plain = {}, _read_json(directory / "added_tokens.json")
     try:
-        found |= {_content(token): int(token_id) for token_id, token in decoder.items()}
-        if not all(isinstance(token, str) and type(token_id) is int for token, token_id in found.items()):
-            raise TypeError
+        for token, token_id in plain.items():
+            if type(token_id) is not int:
+                raise TypeError
+            found[token] = token_id, tokenizers.AddedToken(token, special=True)
+        for token_id, token in (config.get("added_tokens_decoder") or {}).items():
+            flags = {name: token[name] for name in _TOKEN_FLAGS if name in token}
+            added = tokenizers.AddedToken(_content(token), **flags)
+            found[added.content] = int(token_id), added
     except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"The added tokens of {directory} must map texts to whole numbers.") from error
+        fault = f"The added tokens of {directory} must map texts to whole numbers"
+        raise ValueError(f"{fault}, and their flags ({', '.join(_TOKEN_FLAGS)}) must be true or false.") from error
     return found
 
 
-def _add(backend: tokenizers.Tokenizer, tokens: dict[str, int]) -> None:
-    """Adds special tokens that a tokenizer lacks, if their ids continue its own. Others stay unknown to it."""
-    for token, token_id in sorted(tokens.items(), key=lambda item: item[1]):
+def _add(backend: tokenizers.Tokenizer, tokens: dict[str, tuple[int, tokenizers.AddedToken]]) -> None:
+    """Adds tokens that a tokenizer lacks, if their ids continue its own. Others stay unknown to it."""
+    for token, (token_id, added) in sorted(tokens.items(), key=lambda item: item[1][0]):
         if backend.token_to_id(token) is None and token_id == backend.get_vocab_size(with_added_tokens=True):
-            backend.add_special_tokens([token])
+            backend.add_tokens([added])
             if backend.token_to_id(token) != token_id:
                 raise ValueError(
                     f"The added token {token!r} has the id {token_id}, which the tokenizer cannot give it."

@@ -49,6 +49,20 @@ def test_a_system_prompt_and_options(tokenizer):
     assert template.render_prompt({"question": "é<"}) == '<think></think>[{"role": "user", "content": "é<"}]'
 
 
+ASKS = (
+    "{{ tools is defined and tools is none }} {{ documents is defined and documents is none }} "
+    "{{ pad_token }} {{ unk_token is defined and unk_token }} {{ messages[0].content }}"
+)
+
+
+def test_templates_receive_the_names_that_transformers_gives(tokenizer):
+    question, row = get_template("{question}"), {"question": "Hi"}
+    rendered = lambda t, **options: chat_template(question, with_template(t, ASKS), options=options).render_prompt(row)
+    assert rendered(tokenizer) == "True True <pad> False Hi"
+    assert rendered(dataclasses.replace(tokenizer, unk_token="<unk>", pad_id=2)) == "True True <eos> <unk> Hi"
+    assert rendered(tokenizer, tools=["search"], pad_token="x") == "False True x False Hi"
+
+
 @pytest.mark.parametrize("add_bos", [False, True])
 def test_one_begin_token(tokenizer, add_bos):
     template = chat_template(get_template("{question}"), with_template(tokenizer, LLAMA))

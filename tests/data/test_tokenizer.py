@@ -144,6 +144,16 @@ def test_special_tokens_come_from_the_files_of_hugging_face(tmp_path, files, exp
     assert {field: getattr(loaded, field) for field in expected} == expected
 
 
+@pytest.mark.parametrize(
+    "unk, found", [("<pad>", "<pad>"), ({"content": "<bos>"}, "<bos>"), ("<unk>", None), (None, None)]
+)
+def test_an_unknown_token_is_kept_if_the_vocabulary_has_it(tmp_path, unk, found):
+    loaded = data.load_tokenizer(files_of(tmp_path, unk_token=unk))
+    assert loaded.unk_token == found
+    loaded.save(tmp_path / "again")
+    assert data.load_tokenizer(tmp_path / "again").unk_token == found
+
+
 def test_a_chat_template_file_is_read(tmp_path):
     TOKENIZER.save(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
@@ -296,6 +306,22 @@ def test_a_padding_token_can_stand_in_added_tokens_alone(tmp_path, added, config
     smaller = data.fitted(found, SIZE)  # the model's embedding has no row for it
     assert (smaller.pad_id, smaller.vocab_size) == (2, SIZE)
     assert smaller.encode("Ana has 1") == TOKENIZER.encode("Ana has 1")
+
+
+def test_added_tokens_keep_how_they_are_found(tmp_path):
+    flags = dict(special=False, lstrip=True, rstrip=False, normalized=False, single_word=True)
+    decoder = {str(SIZE): {"content": "<tool>", **flags}, str(SIZE + 1): {"content": "<think>", "special": False}}
+    decoder[str(SIZE + 2)] = {"content": "<image>", "special": True}
+    found = data.load_tokenizer(files_of(tmp_path, added={"<tool>": SIZE}, added_tokens_decoder=decoder))
+    ids = found.encode("Ana <tool> a<tool><think><image>")
+    assert ids.count(SIZE) == 1 and ids[-2:] == [SIZE + 1, SIZE + 2]  # <tool> is no part of a word, and takes the blank
+    assert found.decode(ids[:2] + ids[-2:]) == found.decode(ids[:2]) + "<think>"  # ordinary tokens are shown
+    assert ids[ids.index(SIZE) - 1] == TOKENIZER.encode("Ana")[-1]
+    kept = found.backend.get_added_tokens_decoder()[SIZE]
+    assert {name: getattr(kept, name) for name in flags} == flags
+    with pytest.raises(ValueError, match="their flags .special, lstrip, .* must be true or false"):
+        decoder[str(SIZE)]["lstrip"] = "yes"
+        data.load_tokenizer(files_of(tmp_path, added_tokens_decoder=decoder))
 
 
 def test_an_end_token_of_added_tokens_ends_completions(tmp_path):
