@@ -66,10 +66,20 @@ def test_a_model_is_uploaded_with_its_card(switches, private, api, workdir, caps
     assert export.main([f"--workdir={workdir}", "--push=me/sums", *switches]) == 0
     assert api.made == [("me/sums", dict(private=private, exist_ok=True, repo_type="model"))]
     assert api.uploaded == [("me/sums", FILES, "Checkpoint 1, exported by jaxrl_reason")]
-    assert api.deleted == ["*.safetensors", "*.index.json", "adapter_config.json"]
+    assert {"*.safetensors", "*.index.json", "adapter_config.json", "config.json"} < set(api.deleted)
     assert capsys.readouterr().out == "Checkpoint 1 is at https://huggingface.co/me/sums.\n"
     assert "# sums\n" in api.card and "None were measured." in api.card and str(workdir.parent) not in api.card
     assert not api.folder.exists()
+
+
+def test_files_of_an_earlier_upload_are_removed(api, workdir):
+    """By the hub's own rule: of the files that match, those stay that the new upload has."""
+    assert export.main([f"--workdir={workdir}", "--push=me/sums"]) == 0
+    stale = ["chat_template.jinja", "added_tokens.json", "special_tokens_map.json", "vocab.json", "adapter_config.json"]
+    stale += ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    others = ["LICENSE", "figure.png", "data/table.json"]
+    matched = huggingface_hub.utils.filter_repo_objects([*FILES, *stale, *others], allow_patterns=api.deleted)
+    assert set(matched) - set(FILES) == set(stale)
 
 
 def test_a_directory_is_kept_if_it_is_named(api, workdir, tmp_path):

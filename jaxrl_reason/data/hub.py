@@ -11,6 +11,11 @@ from typing import Any, NamedTuple
 
 # owner/name, then perhaps @ and a branch, a tag or a commit. No part begins with a dot: a revision becomes part of a path.
 _ADDRESS = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?", re.ASCII)
+# Files of a model next to its weights that say how it reads texts and samples them.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("chat_template.json", "generation_config.json", "vocab.json", "merges.txt", "tokenizer.model"),
+)
 _CACHED = re.compile(r"(models|datasets)--.+")  # a repository in the hub's cache
 
 
@@ -120,10 +125,10 @@ def open_upload(name: str, *, private: bool) -> Upload:
 def upload(to: Upload, directory: pathlib.Path, message: str) -> str:
     """Uploads the files of a directory, and returns the address of the model. Raises HubError.
 
-    Weights of an earlier upload that are not in the directory are removed: a model in another number of files, or
-    adapters, would otherwise be read next to the new ones.
+    Files of an earlier upload that are not in the directory are removed: weights in another number of files, adapters or
+    files of another tokenizer would otherwise be read next to the new ones. Other files of the repository stay.
     """
-    old = ["*.safetensors", "*.index.json", "adapter_config.json"]
+    old = ["*.safetensors", "*.index.json", "adapter_config.json", "config.json", *TOKENIZER_FILES]
     send = lambda: to.api.upload_folder(
         repo_id=to.name, folder_path=directory, commit_message=message, delete_patterns=old
     )

@@ -13,11 +13,6 @@ from jaxrl_reason.models.formats import families, gguf, peft
 from jaxrl_reason.models.formats.tensors import Opened, PretrainedError
 from jaxrl_reason.models.formats.weights import inside, read_json, SafetensorsDirectory
 
-# Files of the tokenizer next to the weights; an export writes them unchanged.
-_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("chat_template.json", "generation_config.json", "vocab.json", "merges.txt", "tokenizer.model"),
-)
 # The commit of a model of the hub, kept in our copy of its config.json under the name that `transformers` uses.
 REVISION = "_commit_hash"
 ADAPTED = "_adapted_from"  # in our copy of config.json: the base model of a PEFT directory, at its commit
@@ -112,8 +107,8 @@ def pinned(path_or_hub_id: str, source: Mapping[str, Any]) -> str:
 
 
 def tokenizer_files(directory: pathlib.Path) -> dict[str, bytes]:
-    """Reads the tokenizer's files, by name, without names of code; raises PretrainedError if a link leads outside."""
-    paths = {name: inside(directory, name) for name in _FILES}
+    """Reads the tokenizer's files, which an export writes again, by name, without names of code; raises PretrainedError if a link leads outside."""
+    paths = {name: inside(directory, name) for name in hub.TOKENIZER_FILES}
     files = {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
     if b'"auto_map"' in files.get("tokenizer_config.json", b""):
         content = read_json(paths["tokenizer_config.json"])
@@ -134,7 +129,14 @@ def _find(path_or_hub_id: Address) -> tuple[pathlib.Path, str]:
         example = "an id of the hub such as Qwen/Qwen3-0.6B or Qwen/Qwen3-0.6B@REVISION"
         raise PretrainedError(f"There is no {name}: give a directory, a .gguf file, or {example}.")
     # README.md names the licence, for the card of an export.
-    wanted = ["config.json", peft.CONFIG, "*.safetensors", "model.safetensors.index.json", *_FILES, "README.md"]
+    wanted = [
+        "config.json",
+        peft.CONFIG,
+        "*.safetensors",
+        "model.safetensors.index.json",
+        *hub.TOKENIZER_FILES,
+        "README.md",
+    ]
     try:
         # Some repositories hold the weights twice; the second copy is in the format of their maker.
         fetched = hub.fetch(name, wanted, ignored=["consolidated*"])
