@@ -8,10 +8,11 @@ the recipe, the held-out metrics and the versions. --push uploads the directory 
 from collections.abc import Callable
 import contextlib
 import dataclasses
+import json
 import pathlib
 import sys
 import tempfile
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import rich.console
@@ -27,6 +28,8 @@ from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs import command
 from jaxrl_reason.runs.workdir import model_source, tokenizer_of
 from jaxrl_reason.tasks.model_card import Exported, model_card
+
+Model = TypeVar("Model", bound=models.Policy)
 
 
 def load_policy(workdir: pathlib.Path, checkpoint: int | None = None) -> tuple[int, models.Policy]:
@@ -49,7 +52,8 @@ def load_policy(workdir: pathlib.Path, checkpoint: int | None = None) -> tuple[i
     number, params = runs.load_weights(workdir, checkpoint, like, model)
     if source is None:
         source = {"max_position_embeddings": config.max_prompt_length + config.max_completion_length}
-    return number, models.Policy(model, params, tokenizer, source, models.tokenizer_files(workdir / "tokenizer"))
+    policy = models.Policy(model, params, tokenizer, source, models.tokenizer_files(workdir / "tokenizer"))
+    return number, _with_bos(policy, config)
 
 
 def load_reward_model(workdir: pathlib.Path) -> models.RewardModel:
@@ -64,7 +68,18 @@ def load_reward_model(workdir: pathlib.Path) -> models.RewardModel:
     model, params = model_files.load_reward_model(directory, digest, mesh=host)
     length = config.max_prompt_length + config.max_completion_length
     source = {"max_position_embeddings": length, TEXTS: learned.training_texts(config, tokenizer)}
-    return models.RewardModel(model, params, tokenizer, source, models.tokenizer_files(directory / "tokenizer"))
+    files = models.tokenizer_files(directory / "tokenizer")
+    return _with_bos(models.RewardModel(model, params, tokenizer, source, files), config)
+
+
+def _with_bos(model: Model, config: config_lib.Config) -> Model:
+    """Returns the model with a tokenizer that begins plain prompts with the begin token, if config.data.add_bos asked for it."""
+    tokenizer, name = model.tokenizer, "tokenizer_config.json"
+    if tokenizer is None or tokenizer.adds_bos or not config.data.add_bos:
+        return model
+    content = json.loads(model.files.get(name, b"{}")) | {"add_bos_token": True}
+    files = {**model.files, name: (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()}
+    return dataclasses.replace(model, tokenizer=dataclasses.replace(tokenizer, adds_bos=True), files=files)
 
 
 def check_adapters(workdir: pathlib.Path) -> str:

@@ -15,6 +15,7 @@ from jaxrl_reason import config as config_lib
 from jaxrl_reason import data, evaluate, export, models, reward_training, runs, train
 from jaxrl_reason.config import Lora, Model, Regression, Reward, RewardModel
 from jaxrl_reason.models import ModelConfig, sharding
+from jaxrl_reason.models.decoding import texts
 from jaxrl_reason.rewards import model_training
 from jaxrl_reason.runs import checkpoints
 from jaxrl_reason.tasks import supervised
@@ -366,6 +367,21 @@ def test_prompts_begin_as_the_tokenizer_itself_begins_a_text(rows, model, tmp_pa
     assert 1 not in plain and with_bos[0] == 1 and with_bos[1 : len(plain)] == plain[:-1]
     assert first("chat", base, data__chat=True).count(1) == 1  # the template writes the begin token
     assert first("asked", model, data__add_bos=True) == with_bos
+
+
+def test_an_export_begins_prompts_as_the_run_did(rows, model, tmp_path):
+    run = train.setup(a_config(rows, model, data__add_bos=True), tmp_path / "run")
+    saver = checkpoints.Checkpoints(tmp_path / "run" / "checkpoints", 1)
+    saver.save(1, supervised.first_state(run.task, run.programs))
+    saver.close()
+    assert export.main([f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"]) == 0
+    old, new = (json.loads((d / "tokenizer_config.json").read_text()) for d in (model, tmp_path / "out"))
+    assert new == old | {"add_bos_token": True} != old
+    batch, tokenizer = run.prompts.batch(0), models.load_pretrained(tmp_path / "out").tokenizer
+    prompts = [f"{row['question']}\n" for row in batch.rows]
+    ids = [tokens[mask].tolist() for tokens, mask in zip(batch.tokens, batch.mask)]
+    assert texts.encode_prompts(tokenizer, prompts, None) == ids and ids[0][0] == 1
+    assert not data.load_tokenizer(model).adds_bos
 
 
 def test_adapters_of_other_weights_are_refused(rows, model, adapted, tmp_path):
