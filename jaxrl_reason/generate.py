@@ -175,10 +175,11 @@ def row_of(prompt: Any, columns: Mapping[str, str] | None = None) -> dict[str, A
     """
     row = {"question": prompt}
     if isinstance(prompt, dict):
-        theirs = (columns or {}).get("question", "")
+        theirs = (columns or {}).get("question", "question")
+        given = theirs in prompt or ("question" not in prompt and theirs.partition(".")[0] in prompt)
         try:
             # As in training, a conversation in a row may be JSON text.
-            row = rename_columns(prompt, {"question": theirs} if theirs.partition(".")[0] in prompt else {})
+            row = rename_columns(prompt, {"question": theirs} if given else {})
         except ValueError as e:
             raise ConfigError(f"A prompt is {prompt!r:.60}, and {e}.") from e
     if not isinstance(row["question"], str | list):

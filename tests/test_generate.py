@@ -209,6 +209,7 @@ def test_a_row_has_the_columns_of_the_template_and_may_hold_a_conversation(polic
         generate.row_of({"problem": "3"}, columns) == generate.row_of({"question": "3"}, columns) == {"question": "3"}
     )
     assert generate.row_of({"a": {"b": "3"}}, {"question": "a.b"})["question"] == "3"
+    assert generate.row_of({"question": "3", "a": {"c": 2}}, {"question": "a.b"})["question"] == "3"
     with pytest.raises(ConfigError, match="A prompt is {'text': '3'}, and there is no column 'question', only 'text'"):
         generate.row_of({"text": "3"})
     with pytest.raises(ConfigError, match='give a text, or an object with a "question", a "prompt" or "messages"'):

@@ -227,7 +227,8 @@ def _added_tokens(directory: pathlib.Path, config: dict) -> dict[str, tuple[int,
                 raise TypeError
             found[token] = token_id, tokenizers.AddedToken(token, special=True)
         for token_id, token in (config.get("added_tokens_decoder") or {}).items():
-            flags = {name: token[name] for name in _TOKEN_FLAGS if name in token}
+            known = token if isinstance(token, dict) else {}
+            flags = {name: known[name] for name in _TOKEN_FLAGS if known.get(name) is not None}
             added = tokenizers.AddedToken(_content(token), **flags)
             found[added.content] = int(token_id), added
     except (TypeError, ValueError, AttributeError) as error:

@@ -20,7 +20,8 @@ _NOT_UNITS = frozenset(
     "dozen zero one two three four five six seven eight nine ten eleven twelve hundred thousand million billion trillion lakh crore bn "
     "pi oder und ou et are for if when where while all with has have that which only even odd prime real k K M B T e i j n x y z".split()
 )
-_MERIDIEM = re.compile(r"[ap]\.?\s?m\.?|noon|midnight", re.IGNORECASE)  # of a time of day, see `times`
+# Of a time of day, see `times`: 154\text{ pm} is a length.
+_CLOCK, _MERIDIEM = re.compile(r"(?:[1-9]|1[0-2])(?::[0-5][0-9])?"), re.compile(r"(?i:[ap]\.?\s?m\.?|noon|midnight)")
 _NOT_UNIT_CHARACTERS = frozenset("π或和与及半成倍")
 # A lump is a run of text that starts like a number. It includes every character that touches the number, so that a
 # look-alike is rejected whole instead of being cut short. Such characters are digits of other scripts (\d on purpose),
@@ -43,7 +44,7 @@ _BETWEEN_DIGITS = (
 _RUN = rf"{_PARTS}(?:{_BETWEEN_DIGITS}{_PARTS})*+"
 _PART = r"\s?(?:\{[^{}]{1,50}\}|[0-9])"
 _FRACTION = rf"\\[dtc]?frac{_PART}{_PART}"
-_GROUPED = r"[1-9][0-9]{0,2}(?: [0-9]{3}(?![0-9]))++"  # 12 000, which is no number: it may be two
+_GROUPED = r"[1-9][0-9]{0,2}(?: [0-9]{3}(?![0-9]))+(?<= 000)"  # 12 000, which is no number, and not 0
 _LUMP = re.compile(
     rf"(?:(?<![{_SIGNS}\w)}}])[{_SIGNS}]+)?\$?(?:0[xXoObB]\w++|{_FRACTION}{_RUN}|(?<![\w.,]){_GROUPED}{_RUN}"
     rf"|(?:(?<![\w.])\.)?[\d\u00bc-\u00be\u2150-\u215f]{_RUN}(?:[eE][-+\u2212]?\d{_RUN})*+(?:{_FRACTION}{_RUN})?)(?:\\?%(?:(?![\d.,/]){_RUN})?)?"
@@ -303,7 +304,8 @@ def split_unit(answer: str) -> tuple[str, bool]:
     if text and (value[-1:].isalnum() or value.endswith((")", "}", "!"))) and _UNITS.fullmatch(answer, text.start()):
         words = [_unit_words(group[1]) for group in TEXT_GROUP.finditer(answer, text.start())]
         percent = len(words) == 1 and words[0].lower() in _PER_CENT
-        if percent or all(map(is_unit, words)):
+        is_time = _CLOCK.fullmatch(value) is not None and _MERIDIEM.fullmatch(words[0]) is not None
+        if percent or all(map(is_unit, words)) and not is_time:
             answer = value
     degrees = _DEGREES.search(answer)
     return (answer[: degrees.start()] if degrees and not percent else answer), percent
@@ -317,8 +319,6 @@ def _unit_words(words: str) -> str:
 def is_unit(words: str) -> bool:
     r"""Returns whether \text{words} after a number is a unit: true for " cm", false for "00", "!" and " million"."""
     words = words.replace("\N{MICRO SIGN}", "\N{GREEK SMALL LETTER MU}")
-    if _MERIDIEM.fullmatch(words.strip()):
-        return False
     if unicodedata.normalize("NFKC", words) != words or not _NOT_UNIT_CHARACTERS.isdisjoint(words):
         return False
     if not all(

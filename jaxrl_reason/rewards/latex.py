@@ -111,12 +111,12 @@ _SIZES = re.compile(r"\\[bB]igg?[lr]?(?![a-zA-Z])\s*")
 _AND = re.compile(rf"{TEXT_OPEN}\s*,?\s*(?:and|or)\s*\}}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])")
 _NAME = r"\s*(?:[a-zA-Z]|\\[a-zA-Z]+)(?:_(?:\w|\{\w+\}))?\s*"
 _NAMES_OF_LIST = re.compile(
-    rf"^\s*(?:\\left)?\s*\({_NAME}(?:,{_NAME})+(?:\\right)?\s*\)\s*(?:=|:|\\in(?![a-zA-Z])|\\equiv)"
+    rf"^\s*(?:\\left)?\s*\((?P<names>{_NAME}(?:,{_NAME})+)(?:\\right)?\s*\)\s*(?:=|:|\\in(?![a-zA-Z])|\\equiv)"
 )
 # The name of a value: P(X>2) = 0.5, |A \cup B| = 12, \det(A) = 5.
 _NAMED_VALUE = re.compile(
-    r"(?P<name>\\?[a-zA-Z]+(?:[_^](?:\w|\{[^{}]*\}))*\s*(?:\\left)?\s*[(\[].*[)\]]|(?:\\left)?\s*\|.+\|)\s*(?<![<>!])=\s*(?P<value>[^=]+)",
-    re.DOTALL,
+    r"(?P<name>(?!\\left)\\?[a-zA-Z]+(?:_\w|_\{\w+\}|\{[a-zA-Z]+\})?\s*(?:\\left)?\s*[(\[][^()=]*[)\]]"
+    r"|(?:\\left)?\s*\|\s*[A-Z][^|=]*\|)\s*(?<![<>!])=\s*(?P<value>[^=]+)"
 )
 _INNERMOST = re.compile(r"(?P<called>[a-zA-Z](?=\())?(?P<open>[(\[{])(?P<inside>[^()\[\]{}]*)(?P<close>[)\]}])")
 
@@ -236,17 +236,16 @@ def same_words(a: str, b: str) -> bool | None:
     return False if are_certain else None
 
 
-def without_names(a: str, b: str) -> tuple[str, str]:
-    r"""Returns two normalised answers without the name of their value, if they do not name different ones.
+def without_name(latex: str, other: str) -> str:
+    r"""Returns a normalised answer without the name of its value if the other answer has no name, or the same one.
 
-    P(X>2) = 0.5 is 0.5, and |A \cup B| = 12 is 12. math-verify cannot read such names.
+    P(X>2) = 0.5 is 0.5, and |A \cup B| = 12 is 12: names that math-verify cannot read, so that it takes the answer for text.
     """
-    found = [_NAMED_VALUE.fullmatch(answer) for answer in (a, b)]
-    names = {"".join(match["name"].split()) for match in found if match}
-    if len(names) != 1:
-        return a, b
-    values = [match["value"].strip() if match else answer for match, answer in zip(found, (a, b))]
-    return values[0], values[1]
+    found, same = _NAMED_VALUE.fullmatch(latex), _NAMED_VALUE.fullmatch(other)
+    named = lambda match: "".join(match["name"].split())
+    if found is None or (named(found) != named(same) if same else "=" in other):
+        return latex
+    return found["value"].strip()
 
 
 def differ_in_brackets(a: str, b: str) -> bool:
@@ -267,7 +266,7 @@ def differ_in_brackets(a: str, b: str) -> bool:
 
 def _brackets(latex: str) -> tuple[collections.Counter[str], bool]:
     """Returns how many brackets of each kind are around lists, and whether a list has none."""
-    text = TEXT_GROUP.sub("", _AND.sub(",", _NAMES_OF_LIST.sub("", latex)))
+    text = TEXT_GROUP.sub("", _AND.sub(",", _NAMES_OF_LIST.sub(_unless_sorted, latex)))
     text = re.sub(r"\\(?:left|right|in)(?![a-zA-Z])", " ", text)
     text = re.sub(r"(?<!\\)[{}]", "", text).replace(r"\{", "{").replace(r"\}", "}")
     kinds: collections.Counter[str] = collections.Counter()
@@ -276,6 +275,12 @@ def _brackets(latex: str) -> tuple[collections.Counter[str], bool]:
             kinds[match["open"] + match["close"]] += 1
         text = text[: match.start()] + text[match.end() :]
     return kinds, bool(re.search("[,;]", text))
+
+
+def _unless_sorted(match: re.Match) -> str:
+    """Returns "" for names in the order of the alphabet, (x,y); other names can be in any order, and stay."""
+    names = [name.strip().lstrip("\\") for name in match["names"].split(",")]
+    return "" if names == sorted(names) else match[0]
 
 
 def _only_words(answer: str) -> str | None:

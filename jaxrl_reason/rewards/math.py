@@ -25,7 +25,7 @@ from jaxrl_reason.rewards.latex import (
     with_capital_digits,
     with_distinct_case,
     without_bases,
-    without_names,
+    without_name,
 )
 from jaxrl_reason.rewards.numeric import choice, numeric_verdict, parse_number, shortened
 from jaxrl_reason.rewards.pool import Pool, Results
@@ -153,8 +153,9 @@ def _judge(question: tuple[str, str | None]) -> float | None:
     if latex == without_bases(latex) and not states_base_ten(prediction):
         gold_latex = without_bases(gold_latex)
     gold_latex, latex = with_distinct_case(gold_latex, latex)
-    gold_latex, latex = without_names(gold_latex, latex)
     gold, predicted = _parse_gold(gold_latex), _parse(latex)
+    if any(read and isinstance(read[0], str) for read in (gold, predicted)):
+        gold_latex, latex, gold, predicted = _without_names(gold_latex, latex, gold, predicted)
     if not gold or not predicted:
         return 0.0
     # The order of the arguments matters: gold first. The pool limits the time; math-verify's own time limit can fail.
@@ -162,6 +163,14 @@ def _judge(question: tuple[str, str | None]) -> float | None:
     if not correct or differ_in_brackets(gold_latex, latex):
         return 0.0
     return float(latex == gold_latex or not _contradicts_itself(latex))
+
+
+def _without_names(gold_latex: str, latex: str, gold: list, predicted: list) -> tuple[str, str, list, list]:
+    """Returns a reference, an answer and both as read, without the names of values that make them text, see `without_name`."""
+    is_text = lambda read: bool(read) and isinstance(read[0], str)
+    gold_value = without_name(gold_latex, latex) if is_text(gold) else gold_latex
+    value = without_name(latex, gold_latex) if is_text(predicted) else latex
+    return gold_value, value, _parse_gold(gold_value), _parse(value)
 
 
 def _can_be_matched(latex: str) -> bool:
@@ -175,13 +184,21 @@ def _can_be_matched(latex: str) -> bool:
 
 
 def _differ_exactly(a, b) -> bool:
-    """Returns whether two expressions are unequal rational numbers; of equations, if their left sides are equal, the right sides count."""
+    """Returns whether two expressions are unequal rational numbers, or two equations certainly not the same.
+
+    Of equations, the right sides count if the left sides are equal; polynomials must be multiples of each other.
+    """
     # math-verify compares the first 15 decimals of a difference, by which 1/2004! equals 1/2006!. Percentages are left
     # to math-verify, which compares them with and without the sign.
-    from sympy import Equality, Expr, UnevaluatedExpr
+    from sympy import cancel, Equality, Expr, nsimplify, UnevaluatedExpr
 
     if isinstance(a, Equality) and isinstance(b, Equality) and a.lhs != b.lhs:  # x + y = 3 and x + y - 3 = 0
-        return False
+        if not all(isinstance(side, Expr) for x in (a, b) for side in (x.lhs, x.rhs)):
+            return False
+        left, right = (nsimplify((x.lhs - x.rhs).doit(), rational=True) for x in (a, b))
+        if not (left.is_polynomial() and right.is_polynomial() and right.free_symbols):
+            return False
+        return not cancel(left / right).is_number
     a, b = (x.rhs if isinstance(x, Equality) else x for x in (a, b))  # "x = 1/2006!"
     if a == b or not all(isinstance(x, Expr) and not x.has(UnevaluatedExpr) for x in (a, b)):
         return False

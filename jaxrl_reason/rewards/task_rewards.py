@@ -6,13 +6,16 @@ from numbers import Integral
 import re
 from typing import Any
 
-from jaxrl_reason.rewards.answers import extract_answer, without_announcement
+from jaxrl_reason.rewards.answers import extract_answer, plain, without_announcement
 from jaxrl_reason.rewards.functions import with_answer_of
 from jaxrl_reason.rewards.numeric import MAX_NUMBER_LENGTH, parse_number
 
 _WHOLE = re.compile(r"-?[0-9]{1,9}")
 _BETWEEN = re.compile(r", and |,| and ")
-_MIXED = re.compile(r"(?P<sign>[-+]?)(?P<whole>[0-9]{1,9}) ?(?P<part>(?<= )[0-9]{1,9}/[0-9]{1,9}|\\[dtc]?frac.+)")
+_OVER = r" ?(?:\{ ?[0-9]{1,9} ?\}|[0-9])"
+_MIXED = re.compile(
+    rf"(?P<sign>[-+]?)(?P<whole>[0-9]{{1,9}})(?:\\[,;: ]| )?(?P<part>(?<= )[0-9]{{1,9}}/[0-9]{{1,9}}|\\[dtc]?frac{_OVER}{_OVER})"
+)
 
 # (the numbers named, ascending; the target) -> whether they meet the constraint
 _CONSTRAINTS = {
@@ -106,8 +109,9 @@ def _stated(reference: Any) -> str:
 
 def _exact_value(text: str) -> Fraction | None:
     """Returns the value of a number in any form, mixed numbers included; None for anything else."""
-    plain = text.strip().removesuffix(".").replace("\N{MINUS SIGN}", "-")
-    mixed = _MIXED.fullmatch(plain) if len(text) <= MAX_NUMBER_LENGTH else None
+    mixed = None
+    if len(text) <= MAX_NUMBER_LENGTH and ("/" in text or "frac" in text):
+        mixed = _MIXED.fullmatch(plain(text).replace("\N{MINUS SIGN}", "-"))
     if mixed is None:
         return parse_number(text)
     part = parse_number(mixed["part"])

@@ -150,11 +150,18 @@ def sample_and_judge(
 
 
 def _united(answers: Answers | None, correct: np.ndarray) -> Answers | None:
-    """Returns the answers, with those of a prompt's correct completions replaced by the first of them: 50 % and 50 are one."""
+    """Returns the answers, with those of a prompt's correct completions replaced by one of them: 50 % and 50 are one.
+
+    It is the first that no incorrect completion has, if there is one: 50 % is spelled as 0.5.
+    """
     if answers is None:
         return None
-    first = [next((a for a, ok in zip(*group) if ok), None) for group in zip(answers, correct)]
-    return [[one if ok else a for a, ok in zip(*group)] for one, group in zip(first, zip(answers, correct))]
+    united = []
+    for group, oks in zip(answers, correct):
+        wrong = {a for a, ok in zip(group, oks) if not ok}
+        right = sorted((a in wrong, i) for i, (a, ok) in enumerate(zip(group, oks)) if ok)
+        united.append([group[right[0][1]] if ok else a for a, ok in zip(group, oks)])
+    return united
 
 
 def _judged_before(

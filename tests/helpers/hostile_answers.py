@@ -70,7 +70,7 @@ ANSWERS = {
         two_signs="--5", mixed_signs="+-5", many_signs="-" * 99 + "5", two_minuses="-−5", list_glued="1,2,3", grouped_2="1,23", grouped_0="0,123",
         grouped_late="1234,567", two_points="1.2.3", version="10.0.0.1", two_bars="1/2/3", over_zero="3/0", over_zeros="3/000", date="2024/01/02",
         apostrophe="1'000", quotation="1’000", middle_dot="1·5", comma_and_points="1.234,56", decimal_over="1.5/2", money_alone=r"\$-\$",
-        frac_over_zero=r"\frac{1}{0}", frac_percent_sign="3/0%", tex_mixed=r"5\frac{1}{2}", tex_square=r"\frac{3}{4}²", spaces="1 234", no_break_space="1\u00a0234", thin_space="1\u2009234", narrow_space="1\u202f234",
+        frac_over_zero=r"\frac{1}{0}", frac_percent_sign="3/0%", tex_mixed=r"5\frac{1}{2}", tex_square=r"\frac{3}{4}²", spaces="1 000", no_break_space="1\u00a0234", thin_space="1\u2009234", narrow_space="1\u202f234",
     ),
     **_ends(
         trailing_minus=("5-", 5), sign_apart=("- 5", 5), money_sign=("$-$5", -5), mixed=("1 1/2", "1/2"), a_range=("5-7", 7),

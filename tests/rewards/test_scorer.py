@@ -183,6 +183,15 @@ def test_correct_answers_of_one_reference_are_one_answer(function, distinct, maj
     assert evaluation.per_prompt(found)["maj@5"] == majority
 
 
+def test_correct_answers_do_not_vote_with_an_incorrect_one():
+    """50 % is read as 0.5, which is incorrect."""
+    texts = [["#### 0.5", "#### 50%", "#### 50", "#### 50"]]
+    scorer, batches = make_scorer("accuracy"), [batch_of([{"answer": "50"}])]
+    found = evaluation.join(evaluation.sample_and_judge(lambda _: rollout_of(texts), batches, scorer, MERGING))
+    assert found.correct.tolist() == [[False, True, True, True]]
+    assert evaluation.per_prompt(found)["maj@4"] == 1 and found.answers[0][1:] == [50, 50, 50]
+
+
 def test_a_sample_on_which_a_reward_fails_is_left_out_of_training_only():
     texts = [["#### 12", "picky", "none", "#### 1"]]
     rows = [{"answer": "12"}]
