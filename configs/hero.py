@@ -4,7 +4,7 @@
 
 Takes minutes on two CPU cores. The verifier misses half of the correct answers. A held-out judge, which accepts every form,
 gives `eval/accuracy`; training never uses it.
-Expect HERO to be about nine points ahead of the verifier alone, with a reward model that ranks more than 90 % of the pairs.
+Expect HERO to be about ten points ahead of the verifier alone, with a reward model that ranks more than 90 % of the pairs.
 """
 
 from collections.abc import Mapping
