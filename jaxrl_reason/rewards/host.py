@@ -80,6 +80,7 @@ class RewardTable:
     timeout_rate: dict[str, float]  # it reports a timeout
     error: dict[str, str]  # the text of the last error, "" if there was none
     failed: dict[str, np.ndarray]  # bool[P,G], True for an error or a timeout
+    prompt: dict[str, str]  # the first prompt with a failure, "" if there was none
 
     def failures(self) -> dict[str, float]:
         """Returns `rewards/<name>/{error_rate,none_rate,timeout_rate}`, the shares of rows without a reward."""
@@ -128,7 +129,7 @@ def compute_rewards(
     flatten = lambda groups: [value for group in groups for value in group]
     rows = dict(prompts=repeat(prompts), completions=flatten(completions), completion_ids=flatten(completion_ids))
     rows |= {name: repeat(values) for name, values in columns.items()}
-    table = RewardTable({}, {}, {}, {}, {}, {})
+    table = RewardTable({}, {}, {}, {}, {}, {}, {})
     grouped = [
         dataclasses.replace(reward, function=reward.function.in_groups_of(shape[1]))
         if hasattr(reward.function, "in_groups_of")
@@ -146,6 +147,9 @@ def compute_rewards(
         table.per_reward[reward.name] = np.array(results, np.float32).reshape(shape)
         table.error[reward.name] = results.error or ""
         table.failed[reward.name] = np.array([kind in ("error", "timeout") for kind in results.outcomes]).reshape(shape)
+        table.prompt[reward.name] = next(
+            (prompts[p] for p in np.flatnonzero(table.failed[reward.name].any(axis=1))), ""
+        )
         for kind in ("error", "none", "timeout"):
             getattr(table, f"{kind}_rate")[reward.name] = results.outcomes.count(kind) / len(results)
         if warns:
@@ -183,6 +187,7 @@ def warn_of_failures(table: RewardTable, name: str) -> None:
         place = re.search(r"\([^()]*, line \d+\)", error)
         kind = (name, re.sub(r"\d+", "", error.partition(":")[0]), place and place[0])
         fault = f"Reward {name!r} failed on {failures} of {count} rows, which get no reward; the last error is {error.rstrip('.')}."
+        fault = f"{fault} The first failure is on a completion of the prompt {table.prompt[name]!r:.80}."
         note = f"Later failures of this kind are only counted, in rewards/{name}/error_rate and timeout_rate."
         _log.warning("%s %s", fault, note, extra={"kind": kind})
 

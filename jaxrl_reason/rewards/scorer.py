@@ -189,7 +189,8 @@ class RewardScorer:
             if table.error_rate[name] + table.timeout_rate[name]:
                 raise RewardError(
                     f"Reward {name!r} failed on {share:.1%} of the completions, and config.reward.max_failure_share "
-                    f"allows {self._max_failure_share:.1%}; the last error is {table.error[name] or 'unknown'}"
+                    f"allows {self._max_failure_share:.1%}; the last error is {(table.error[name] or 'unknown').rstrip('.')}. The "
+                    f"first failure is on a completion of the prompt {table.prompt[name]!r:.80}."
                 )
 
         hosts.agree(refuse, RewardError)

@@ -228,6 +228,9 @@ def test_a_number_that_is_not_finite_is_a_failure_of_its_row(value, caplog):
     rates = {"error_rate": pytest.approx(2 / 6), "none_rate": pytest.approx(1 / 6), "timeout_rate": 0}
     assert table.failures() == {f"rewards/bad/{kind}": rate for kind, rate in rates.items()}
     assert "'bad' failed on 2 of 6 rows" in caplog.text and "for row 2; return a finite float32 number" in caplog.text
+    assert table.prompt == {"bad": PROMPTS[0]} and f"is on a completion of the prompt {PROMPTS[0]!r}" in caplog.text
+    table = run(HostReward("bad", lambda completions, **_: [1.0] * 5 + [value]))
+    assert table.prompt == {"bad": PROMPTS[1]}
 
 
 def test_numbers_that_are_not_finite_count_against_the_share():

@@ -357,7 +357,9 @@ def test_missing_rewards_are_nan_and_counted():
     assert metrics["rewards/picky/error_rate"] == pytest.approx(1 / 6)
     assert metrics["rewards/picky/none_rate"] == pytest.approx(2 / 6)
     with pytest.raises(
-        RewardError, match="'picky' failed on 16.7% .*max_failure_share allows 0.0%; the last error is .*"
+        RewardError,
+        match="'picky' failed on 16.7% .*max_failure_share allows 0.0%; the last error is .*"
+        r"first failure is on a completion of the prompt 'question 0\\n'\.$",
     ):
         make_scorer("mine.py:picky", max_failure_share=0)(rollout_of(texts), batch_of(ROWS))
 
