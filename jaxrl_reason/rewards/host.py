@@ -147,8 +147,8 @@ def compute_rewards(
         table.per_reward[reward.name] = np.array(results, np.float32).reshape(shape)
         table.error[reward.name] = results.error or ""
         table.failed[reward.name] = np.array([kind in ("error", "timeout") for kind in results.outcomes]).reshape(shape)
-        failures = table.failed[reward.name].any(axis=1)
-        table.prompt[reward.name] = next((prompt for prompt, fails in zip(prompts, failures) if fails), "")
+        groups = zip(prompts, table.failed[reward.name])
+        table.prompt[reward.name] = next((prompt for prompt, failed in groups if failed.any()), "")
         for kind in ("error", "none", "timeout"):
             getattr(table, f"{kind}_rate")[reward.name] = results.outcomes.count(kind) / len(results)
         if warns:
