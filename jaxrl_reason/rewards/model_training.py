@@ -303,7 +303,7 @@ def _report(phase: Phase, console: rich.console.Console) -> None:
     facts["held_out"] = held_out | {"pairs": phase.held_out.size}
     write_description(phase.directory, phase.model, tokenizer_digest(phase.tokenizer), facts)
     print_summary(console, measured[0], measured[-1])
-    console.print(f"The held-out metrics are of {phase.held_out.size} pairs; config.eval.prompts is the most.")
+    console.print(f"The held-out metrics are of {phase.held_out.size} pairs; there are at most config.eval.prompts.")
 
 
 def make_update(config: models.ModelConfig, optimizer: optax.GradientTransformation) -> Callable:
