@@ -230,7 +230,8 @@ def test_the_table_has_a_dash_for_a_missing_metric():
 def test_every_run_is_announced_with_the_number_of_runs_that_follow(tmp_path, capsys, untrained):
     config = tiny(write_rows(tmp_path / "rows.jsonl"), eval__every=1)
     baselines = {"Other, b1": OTHER, "loo": {"method": {"name": "rloo"}}}
-    compare.compare(config, baselines, tmp_path / "runs", seeds=[4, 2], only=["grpo", "Other, b1"])
+    rows = compare.compare(config, baselines, tmp_path / "runs", seeds=[4, 2], only=["grpo", "Other, b1"])
+    assert rows["Other, b1"]["differs"] == {"optimizer.b1": 0.8}  # no field of loo, which is not trained
     runs = tmp_path / "runs"
     assert capsys.readouterr().out.splitlines() == [
         f"Run 1 of 4, seed 4, the method, grpo, in {runs}/seed-4/method; 3 follow.",

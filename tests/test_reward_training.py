@@ -502,6 +502,21 @@ def test_data_without_pairs_are_refused_by_row_and_column_and_leave_nothing(tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_a_column_that_pairs_of_their_own_lack_is_to_be_renamed_in_the_file(rows, tmp_path):
+    for i, row in enumerate([{"question": "a", "chosen": "1"}, {"problem": "a", "chosen": "1", "rejected": "2"}]):
+        pairs = write_rows(tmp_path / f"pairs{i}.jsonl", [row] * 60)
+        with pytest.raises(ValueError, match=f"pairs{i}.jsonl, there is no column '(rejected|question)'.*only .*") as e:
+            prepare(tiny_pairs(rows, data=pairs), tmp_path / "run")
+        assert str(e.value).endswith(
+            "config.data.columns does not name columns of config.reward_model.data. Rename the columns of the data."
+        )
+
+
+def test_training_pairs_among_held_out_pairs_give_a_warning(rows, tmp_path):
+    with pytest.warns(UserWarning, match="training pairs of .* are 6 of 6 held-out pairs"):
+        prepare(tiny_pairs(rows, split="[:30]", eval_split="[20:26]"), tmp_path / "run")
+
+
 def test_the_decoder_begins_as_the_newest_policy_past_its_supervised_phase(rows, tmp_path):
     config = tiny_pairs(rows, supervised__steps=2)
     config.data.template = "{question} "

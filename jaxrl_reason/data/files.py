@@ -55,7 +55,7 @@ def read(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) -> Fil
         raise FileNotFoundError(f"There is no data file {path}.")
     optional = {*_OURS, *_QUESTIONS} - {*columns, *columns.values()}
     parsed = parsers.parse(path, lambda names: _needed(names, columns), optional)
-    reader = _FileReader(path, parsed.unit)
+    reader = _FileReader(path, parsed.unit, naming(columns))
     for number, row in parsed.rows:
         try:
             if isinstance(row, ValueError):
@@ -79,8 +79,8 @@ def _needed(names: Sequence[str], columns: Mapping[str, str]) -> list[str]:
 class _FileReader:
     """Collects the good rows of a file, and the faults of the bad rows."""
 
-    def __init__(self, path: pathlib.Path, unit: str):
-        self.path, self.unit = path, unit
+    def __init__(self, path: pathlib.Path, unit: str, advice: str):
+        self.path, self.unit, self.advice = path, unit, advice
         self.rows: list[Row] = []
         self.numbers: list[int] = []
         self.faults: list[tuple[int, ValueError]] = []
@@ -112,7 +112,7 @@ class _FileReader:
         """Returns the rows of the whole file; raises ValueError or warns of bad rows, depending on `on_bad_row`."""
         count = len(self.faults)
         if count and not self.rows and all(isinstance(fault, MissingColumnError) for _, fault in self.faults):
-            raise ValueError(f"In {self.path}, {self.faults[0][1]}. {NAMING}")
+            raise ValueError(f"In {self.path}, {self.faults[0][1]}. {self.advice}")
         bad = "1 bad row" if count == 1 else f"{count} bad rows"
         reports = [f"{self.path}, {self.unit} {number}: {fault}" for number, fault in self.faults[:REPORTED]]
         if count and on_bad_row == "refuse":
@@ -141,10 +141,18 @@ def listed(summary: str, reports: Sequence[str], count: int) -> str:
     return "\n  ".join([f"{summary}:", *shown, *more])
 
 
-NAMING = (
-    "Name the columns with --config.data.columns, such as --config.data.columns=\"{'question': 'problem'}\"; "
-    "--config.data.eval_columns is for held-out data with other columns."
-)
+# The columns that every row of config.reward_model.data needs next to the question. No option names them.
+PAIR_COLUMNS = {"chosen": "chosen", "rejected": "rejected"}
+
+
+def naming(columns: Mapping[str, str]) -> str:
+    """Returns what to do about a missing column of data that are read with `columns`."""
+    if columns == PAIR_COLUMNS:
+        return "config.data.columns does not name columns of config.reward_model.data. Rename the columns of the data."
+    return (
+        "Name the columns with --config.data.columns, such as --config.data.columns=\"{'question': 'problem'}\"; "
+        "--config.data.eval_columns is for held-out data with other columns."
+    )
 
 
 def rename_columns(row: Row, columns: Mapping[str, str], names: Iterable[str] | None = None) -> Row:

@@ -213,7 +213,7 @@ def _tfds_source(name: str, split: str, data_dir: str | pathlib.Path | None, col
     try:
         ends = read([0, len(data) - 1])
     except ValueError as error:
-        raise ValueError(f"Data set {name!r} does not fit: {error}. {files.NAMING}") from error
+        raise ValueError(f"Data set {name!r} does not fit: {error}. {files.naming(columns)}") from error
     sizes = [[part.num_examples, int(part.num_bytes)] for part in info.splits.values()]
     fingerprint = _fingerprint(info.full_name, split, columns, len(data), sizes, ends)
     return Source(name, fingerprint, 0, read, len(data))

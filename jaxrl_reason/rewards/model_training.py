@@ -18,6 +18,7 @@ import rich.console
 from jaxrl_reason import config as config_lib
 from jaxrl_reason import data, models
 from jaxrl_reason.config import Config, ConfigError
+from jaxrl_reason.data import files
 from jaxrl_reason.data.preferences import PreferenceStream, warn_of_leaks
 from jaxrl_reason.models import reward_model, sharding
 from jaxrl_reason.models.formats.weights import read_json
@@ -39,8 +40,6 @@ from jaxrl_reason.runs.workdir import Workdir
 
 # Folded into the seed for the score vector and, without a policy, the decoder. `rl.programs` uses other numbers.
 _INIT = 101
-# The columns that every row of a file of pairs needs, next to the question.
-_PAIR_COLUMNS = {"chosen": "chosen", "rejected": "rejected"}
 _HELD_OUT = "reward_model/held_out/"
 
 
@@ -88,7 +87,7 @@ def setup(
         r.data or name,
         split,
         data_dir=c.data.data_dir or None,
-        columns=_PAIR_COLUMNS if r.data else columns,
+        columns=files.PAIR_COLUMNS if r.data else columns,
         on_bad_row=c.data.on_bad_row,
     )
     rows = source(c.data.train, r.split or c.data.train_split, c.data.columns)

@@ -25,6 +25,18 @@ def padded(texts):
     return tokens, np.array([[i < len(row) for i in range(width)] for row in rows])
 
 
+def written(directory, rollout, numbers, count, skip_special=False, verdict=""):
+    """Writes `count` prompts of a step, whose rewards and advantages are `numbers`, to samples.jsonl; returns its lines."""
+    batch = SimpleNamespace(
+        rollout=jax.tree.map(jnp.asarray, rollout), advantages=jnp.asarray(numbers), mask=jnp.asarray(rollout.mask)
+    )
+    step = SimpleNamespace(batch=batch, groups=SimpleNamespace(rewards={"r": jnp.asarray(numbers)}))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with SampleTable(directory) as table:
+        write_samples(table, 1, step, count, TOKENIZER, {"r": 1.0}, here, skip_special, verdict)
+    return [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.parametrize(
     "skip_special, prompt, completions",
     [
@@ -38,14 +50,7 @@ def test_a_table_shows_special_tokens_but_no_end(skip_special, prompt, completio
     numbers = np.array([[0.0, 1.0]], np.float32)
     logprobs = -np.arange(tokens[0].size, dtype=np.float32).reshape(tokens[0].shape) / 8
     rollout = Rollout(*prompts, *tokens, logprobs, np.array([[False, True]]))
-    batch = SimpleNamespace(
-        rollout=jax.tree.map(jnp.asarray, rollout), advantages=jnp.asarray(numbers), mask=jnp.asarray(tokens[1])
-    )
-    step = SimpleNamespace(batch=batch, groups=SimpleNamespace(rewards={"r": jnp.asarray(numbers)}))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with SampleTable(tmp_path) as table:
-        write_samples(table, 1, step, 1, TOKENIZER, {"r": 1.0}, here, skip_special, "r")
-    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    lines = written(tmp_path, rollout, numbers, 1, skip_special, "r")
     assert [line["prompt"] for line in lines] == [prompt] * 2
     assert [line["completion"] for line in lines] == completions
     assert [line["correct"] for line in lines] == [False, True]
@@ -61,12 +66,7 @@ def test_places_that_were_not_filled_are_no_samples(filled, tmp_path):
     mask = tokens[1][:, None] & np.isin(np.arange(4), filled)[:, None, None]
     numbers = np.arange(4.0)[:, None]
     rollout = Rollout(*prompts, tokens[0][:, None], mask, np.zeros(mask.shape), np.zeros((4, 1), bool))
-    batch = SimpleNamespace(rollout=jax.tree.map(jnp.asarray, rollout), advantages=jnp.asarray(numbers), mask=mask)
-    step = SimpleNamespace(batch=batch, groups=SimpleNamespace(rewards={"r": jnp.asarray(numbers)}))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with SampleTable(tmp_path) as table:
-        write_samples(table, 1, step, 2, TOKENIZER, {"r": 1.0}, here)
-    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    lines = written(tmp_path, rollout, numbers, 2)
     assert [(line["prompt"], line["completion"], line["total"]) for line in lines] == [
         (str(i + 1), "abcd"[i], float(i)) for i in filled
     ]
@@ -77,12 +77,7 @@ def test_the_prompt_of_a_row_of_numbers_shows_its_features(tmp_path):
     features = np.array([[0.5, -1.23456], [0.5, 2.0]], np.float32)
     numbers, mask = np.zeros((2, 1), np.float32), tokens[1][:, None]
     rollout = Rollout(*prompts, tokens[0][:, None], mask, np.zeros(mask.shape), np.zeros((2, 1), bool), features)
-    batch = SimpleNamespace(rollout=jax.tree.map(jnp.asarray, rollout), advantages=jnp.asarray(numbers), mask=mask)
-    step = SimpleNamespace(batch=batch, groups=SimpleNamespace(rewards={"r": jnp.asarray(numbers)}))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with SampleTable(tmp_path) as table:
-        write_samples(table, 1, step, 2, TOKENIZER, {"r": 1.0}, here)
-    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    lines = written(tmp_path, rollout, numbers, 2)
     assert [line["prompt"] for line in lines] == ["(features 0.5, -1.235)", "(features 0.5, 2)"]
 
 
