@@ -280,7 +280,7 @@ def test_the_programs_of_a_recipe_fit_on_the_chips(recipe, v5e8, hub, tmp_path):
         "update": (state, *on(mesh, (learnt, scalar, state.step))),
     }
     if config.supervised.steps:
-        runs["supervised"] = (state, *on(mesh, abstract(tuple(task.solutions.batch(0)))))
+        runs["supervised"] = (state, *on(mesh, (abstract(task.solutions.batch(0)), state.step)))
     # The bytes in memory that are no arguments of the program while it runs.
     beside = {"rollout": bytes_on_a_chip((state, judge)), "update": bytes_on_a_chip(judge), "supervised": 0}
     compiled = {name: built.jitted[name].lower(*arguments).compile() for name, arguments in runs.items()}

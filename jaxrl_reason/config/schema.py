@@ -133,6 +133,12 @@ class Regression:
     prefix_length: int = _field(4, "prefix embeddings per row", low=1)
     encoder_width: int = _field(128, "hidden size of the MLP and of the pointwise regressor (a baseline)", low=1)
     encoder_layers: int = _field(1, "hidden layers of the MLP", low=1)
+    encoder_dropout: float = _field(
+        0.0,
+        "share of the MLP's hidden units that an update of the supervised phase, or of a baseline, leaves out",
+        low=0,
+        below=1,
+    )
     validation_split: str = _field(
         "",
         "split of data.train whose cross-entropy chooses the step with which the supervised phase ends; empty: the last",

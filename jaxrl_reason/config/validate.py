@@ -134,6 +134,8 @@ RULES = (
     Rule("regression.validation_every",
          lambda c, m: not c.regression.validation_split and c.regression.validation_every != schema.Regression().validation_every,
          "it is for config.regression.validation_split: set both, or leave it out"),
+    Rule("regression.encoder_dropout", lambda c, m: c.regression.encoder_dropout and c.regression.inputs == "text",
+         "rows as text have no MLP: set config.regression.inputs='features', or leave it out"),
     Rule("method.name", lambda c, m: c.regression.tokenizer and m.dynamic_sampling,
          "it keeps groups with both correct and incorrect completions, and a regression run has neither: "
          "set config.method.dynamic_sampling=false"),

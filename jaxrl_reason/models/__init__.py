@@ -7,6 +7,7 @@ from jaxrl_reason.models.decoder import (
     apply,
     bind,
     Decoder,
+    encoder_dropout,
     init_params,
     logical_axes,
     param_count,

@@ -50,19 +50,23 @@ class Decoder(nnx.Module):
             self.encoder_out_bias = constant_weight(c, (N, c.width), ("prefix", "embed"), 0.0)
 
     def prefill(
-        self, tokens: Int[Array, "P S"], mask: Shaped[Array, "P S"], features: Float[Array, "P F"] | None = None
+        self,
+        tokens: Int[Array, "P S"],
+        mask: Shaped[Array, "P S"],
+        features: Float[Array, "P F"] | None = None,
+        dropout: Float[Array, "P layers W"] | None = None,
     ) -> tuple[Float[Array, "P S D"], PromptCache]:
         """Computes the hidden states of prompts after the final norm, and their cache.
 
         The mask is 1 on real tokens, which can be anywhere. The embeddings of features precede the tokens, but only in
-        the cache.
+        the cache. `dropout` has the factors of the hidden units of the encoder, see `encoder_dropout`.
         """
         mask = mask.astype(bool)
         x = self._embed(tokens[:, None])
         if features is None and self.config.features:
             raise ValueError(f"Prompts carry no features, and model.features is {self.config.features}.")
         if features is not None:
-            prefix = self._encode(features).astype(x.dtype)
+            prefix = self._encode(features, dropout).astype(x.dtype)
             x = jnp.concatenate([prefix[:, None], x], axis=2)
             mask = jnp.concatenate([jnp.ones(prefix.shape[:2], bool), mask], axis=1)
         order = None
@@ -164,16 +168,18 @@ class Decoder(nnx.Module):
         scale = self.config.embedding_scale
         return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)  # families round it to the dtype of the weights
 
-    def _encode(self, features):
-        """Returns the embeddings [P, prefix_length, D] of features f32[P, F]: an MLP."""
+    def _encode(self, features, dropout):
+        """Returns the embeddings [P, prefix_length, D] of features f32[P, F]: an MLP, with the factors of its hidden units."""
         c = self.config
         if not c.features or features.shape[-1] != c.features:
             raise ValueError(f"Prompts carry {features.shape[-1]} features, and model.features is {c.features}.")
+        kept = lambda x, i: x if dropout is None else x * dropout[:, i]
         hidden = L.dot(features, self.encoder_in[...], c.compute_dtype) + self.encoder_in_bias[...]
+        hidden = kept(jax.nn.gelu(hidden), 0)
         for i in range(c.encoder_layers - 1):
             weight, bias = self.encoder_hidden[i], self.encoder_hidden_bias[i]
-            hidden = L.dot(jax.nn.gelu(hidden), weight, c.compute_dtype) + bias
-        out = L.dot(jax.nn.gelu(hidden), self.encoder_out[...].reshape(c.encoder_width, -1), c.compute_dtype)
+            hidden = kept(jax.nn.gelu(L.dot(hidden, weight, c.compute_dtype) + bias), i + 1)
+        out = L.dot(hidden, self.encoder_out[...].reshape(c.encoder_width, -1), c.compute_dtype)
         return out.reshape(-1, c.prefix_length, c.width) + self.encoder_out_bias[...]
 
     def _final(self, x):
@@ -285,6 +291,16 @@ def param_shardings(config: ModelConfig, mesh: sharding.AnyMesh) -> Params:
 def init_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
     """Draws random weights. Traceable: under `jax.jit` with output shardings, each device makes its own shards."""
     return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(key))))
+
+
+def encoder_dropout(config: ModelConfig, key: Key[Array, ""], rate: float, P: int) -> Float[Array, "P layers W"] | None:
+    """Returns factors of the encoder's hidden units for P prompts: 0 for a share `rate`, 1 / (1 - rate) for the others.
+
+    None, if the rate is 0.
+    """
+    if not rate:
+        return None
+    return jax.random.bernoulli(key, 1 - rate, (P, config.encoder_layers, config.encoder_width)) / (1 - rate)
 
 
 def bind(config: ModelConfig, params: Params) -> Decoder:

@@ -43,8 +43,9 @@ def compile_ahead(
     jobs: dict[str, Callable[[], jax.stages.Lowered]] = {}  # the longest first
     jitted, state, needs = programs.jitted, programs.abstract_state, programs.needs
     if solutions is not None:
-        batch = _placed(tuple(solutions), programs.sharding, programs.config.supervised.batch_size)
-        jobs["supervised"] = lambda: jitted["supervised"].lower(state, *batch)
+        batch = _placed(solutions, programs.sharding, programs.config.supervised.batch_size)
+        seed = _shape(np.int32, sharding.replicated(programs.sharding.mesh))
+        jobs["supervised"] = lambda: jitted["supervised"].lower(state, batch, seed)
     weights = functools.cache(lambda: _rollout_weights(programs))
 
     def sampling(

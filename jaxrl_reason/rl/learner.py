@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 import optax
 
 from jaxrl_reason import losses, models
+from jaxrl_reason.data import SolutionBatch
 from jaxrl_reason.methods import PolicyLoss
 from jaxrl_reason.models import sharding
 from jaxrl_reason.rl import auxiliary, gradients, waves
@@ -229,31 +230,40 @@ def _largest(difference: Float[Array, "P G"], position: Int[Array, "P G"], rows:
 def make_cross_entropy(config: models.ModelConfig, legal: Bool[Array, "T V"] | None = None) -> Callable[..., jax.Array]:
     """Makes loss(params, prompt_tokens [B, S], prompt_mask [B, S], tokens [B, T], mask [B, T], features=None) -> f32 scalar.
 
-    It is the cross-entropy on the given completions, their end token included, averaged over tokens.
+    It is the cross-entropy on the given completions, their end token included, averaged over tokens. The keyword
+    `dropout` has the factors of `models.encoder_dropout`.
     """
 
-    def loss(params, prompt_tokens, prompt_mask, tokens, mask, features=None):
+    def loss(params, prompt_tokens, prompt_mask, tokens, mask, features=None, *, dropout=None):
         mask = mask[:, None].astype(bool)
         zeros, no = jnp.zeros(mask.shape), jnp.zeros(mask.shape[:2], bool)
         rollout = Rollout(prompt_tokens, prompt_mask, tokens[:, None], mask, zeros, no, features)
-        logprobs = compute_logprobs(config, params, rollout, 1.0, legal).logprobs
+        prompts = read_prompts(config, params, rollout, dropout)
+        logprobs = compute_logprobs(config, params, rollout, 1.0, legal, prompts=prompts).logprobs
         return -losses.aggregate(logprobs, rollout.mask, "token_mean")
 
     return loss
 
 
 def make_supervised_update(
-    config: models.ModelConfig, optimizer: optax.GradientTransformation, legal: Bool[Array, "T V"] | None = None
+    config: models.ModelConfig,
+    optimizer: optax.GradientTransformation,
+    legal: Bool[Array, "T V"] | None = None,
+    dropout: float = 0.0,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """Makes update(state, *batch) -> (state, metrics); the loss of a batch is that of `make_cross_entropy`."""
+    """Makes update(state, batch, key) -> (state, metrics); the loss of a batch is that of `make_cross_entropy`.
+
+    `dropout` is the share of the encoder's hidden units that an update leaves out; `key` chooses them.
+    """
 
     cross_entropy = make_cross_entropy(config, legal)
 
-    def loss_fn(trained, frozen, batch):
-        return cross_entropy(models.lora.join(trained, frozen), *batch)
+    def loss_fn(trained, frozen, batch, key):
+        factors = models.encoder_dropout(config, key, dropout, len(batch[0]))
+        return cross_entropy(models.lora.join(trained, frozen), *batch, dropout=factors)
 
-    def update(state: TrainState, *batch):
-        loss, grads = jax.value_and_grad(loss_fn)(state.trained, state.frozen, batch)
+    def update(state: TrainState, batch: SolutionBatch, key: jax.Array):
+        loss, grads = jax.value_and_grad(loss_fn)(state.trained, state.frozen, batch, key)
         trained, opt_state, norm, applied = apply_gradients(optimizer, state.trained, state.opt_state, grads, loss)
         state = state._replace(
             step=state.step + 1, trained=trained, opt_state=opt_state, data_position=state.data_position + 1

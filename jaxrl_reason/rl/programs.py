@@ -24,7 +24,7 @@ from jaxrl_reason.rl.requirements import Requirements, requirements
 from jaxrl_reason.rl.types import Experience, Gradient, Groups, LogProbs, Prepared, Rollout, TrainState, UpdateResult
 
 # The purposes of random numbers, folded into the seed before anything else.
-INIT, ROLLOUT, UPDATE, EVAL = range(4)
+INIT, ROLLOUT, UPDATE, EVAL, SUPERVISED = range(5)
 SEED = jax.ShapeDtypeStruct((), jnp.int32)  # the last argument of the programs that draw random numbers
 
 
@@ -127,11 +127,11 @@ class Programs:
 
     def supervised_update(self, state: TrainState, batch: SolutionBatch) -> tuple[TrainState, dict[str, jax.Array]]:
         """Imitates a batch of solutions; the state is donated."""
-        return self._call("supervised", state, *self.place(tuple(batch), self.config.supervised.batch_size))
+        return self._call("supervised", state, self.place(batch, self.config.supervised.batch_size), self._seed)
 
     def cross_entropy(self, params: models.Params, batches: Iterable[SolutionBatch]) -> float:
         """Computes the mean cross-entropy per token of batches of solutions, of `config.supervised.batch_size` rows each."""
-        placed = [self.place(tuple(batch), self.config.supervised.batch_size) for batch in batches]
+        placed = [self.place(batch, self.config.supervised.batch_size) for batch in batches]
         sums = jax.device_get([self.jitted["cross_entropy"](params, *batch) for batch in placed])
         return float(sum(loss for loss, _ in sums) / sum(tokens for _, tokens in sums))
 
@@ -345,7 +345,12 @@ def _learner_programs(config, method, model, mesh, options, optimizer, legal, sh
             wave_tokens=options.wave_tokens,
         )
 
-    supervised = learner.make_supervised_update(model, make_supervised_optimizer(config), legal)
+    dropout = config.regression.encoder_dropout
+    imitate = learner.make_supervised_update(model, make_supervised_optimizer(config), legal, dropout)
+
+    def supervised(state, batch, seed):
+        return imitate(state, batch, jax.random.fold_in(_key(seed, SUPERVISED), state.step))
+
     mean = learner.make_cross_entropy(model, legal)
     tokens = lambda batch: batch[3].sum(dtype=jnp.float32)
     cross_entropy = lambda params, *batch: (mean(params, *batch) * tokens(batch), tokens(batch))

@@ -41,9 +41,15 @@ class PromptPlaces(NamedTuple):
 Prompts = tuple[PromptStates, PromptPlaces]
 
 
-def read_prompts(config: models.ModelConfig, params: models.Params, rollout: Rollout) -> Prompts:
-    """Computes the states of the prompts of a rollout."""
-    hidden, cache = models.bind(config, params).prefill(rollout.prompt_tokens, rollout.prompt_mask, rollout.features)
+def read_prompts(
+    config: models.ModelConfig,
+    params: models.Params,
+    rollout: Rollout,
+    dropout: Float[Array, "P layers W"] | None = None,
+) -> Prompts:
+    """Computes the states of the prompts of a rollout; for `dropout` see `models.Decoder.prefill`."""
+    model = models.bind(config, params)
+    hidden, cache = model.prefill(rollout.prompt_tokens, rollout.prompt_mask, rollout.features, dropout)
     last = rollout.prompt_mask.shape[1] - 1 - jnp.argmax(rollout.prompt_mask[:, ::-1], axis=1)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
     keys, values = (jnp.moveaxis(jnp.asarray(kv), 1, 0) for kv in (cache.keys, cache.values))

@@ -259,8 +259,8 @@ def _units(config: Config, rows: Iterable[Row], directory: pathlib.Path, seed: i
 def _check_start(config: Config, row: Row) -> None:
     """Raises ConfigError if a row changes what the start that all rows share has decided, and has no start of its own."""
     for name in row.changes:
-        section = name.partition(".")[0]
-        if section == "supervised" and not {"supervised.steps", "supervised.start_from"} & set(row.changes):
+        of_start = name.startswith(("supervised.", "regression.encoder"))
+        if of_start and not {"supervised.steps", "supervised.start_from"} & set(row.changes):
             raise ConfigError(
                 f"The baseline {row.name!r} changes config.{name}, and begins with the start that all rows share, so this would have "
                 "no effect; give it config.supervised.steps too, for a phase of its own."

@@ -189,6 +189,7 @@ EFFECTS = {
     "regression.prefix_length": (2, see.numbers, NUMBERS),
     "regression.encoder_width": (16, see.numbers, NUMBERS),
     "regression.encoder_layers": (2, see.numbers, NUMBERS),
+    "regression.encoder_dropout": (0.5, see.supervised_update, NUMBERS),
     "regression.validation_split": ("[4:]", see.validation, NUMBERS),
     "regression.validation_every": (1, see.validated_steps, NUMBERS | dict(regression__validation_split="[:8]")),
     "reward_model.path": (f"{HERE}/nowhere", see.pairs, PAIRS),
@@ -298,6 +299,7 @@ def trains(observe) -> bool:
 
 
 SECONDS = (
+    "regression.encoder_dropout",
     "regression.validation_every",
     "reward.workers",
     "reward.timeout_s",

@@ -115,6 +115,11 @@ BROKEN = [
     (dict(steps=0), "steps is 0", "config.supervised.steps is 0, too"),
     (dict(regression__target="y"), "regression.tokenizer is ''", "config.regression"),
     (NUMBERS | dict(regression__validation_every=5), "regression.validation_every is 5", "validation_split: set both"),
+    (
+        NUMBERS | dict(regression__encoder_dropout=0.1, regression__inputs="text"),
+        "regression.encoder_dropout is 0.1",
+        "rows as text have no MLP",
+    ),
     (NUMBERS | dict(method={"name": "dapo"}), "method.name is 'dapo'", "config.method.dynamic_sampling=false"),
     (NUMBERS | dict(lora__rank=2), "lora.rank is 2", "set it to 0"),
     (NUMBERS | dict(data__template="qa"), "data.template is 'qa'", "a regression run"),

@@ -299,6 +299,12 @@ def numbers(config, tmp_path):
     return outcome(read)
 
 
+def supervised_update(config, tmp_path):
+    """Returns the metrics of the first update of the supervised phase."""
+    run = setup(config, tmp_path)
+    return run.programs.supervised_update(run.programs.init(), run.solutions.batch(0))[1]
+
+
 def validation(config, tmp_path):
     """Returns the validation batches of a regression run."""
     return outcome(lambda: setup(config, tmp_path).task.validation)

@@ -651,7 +651,8 @@ def test_supervised_loss_is_cross_entropy_and_updates_lower_it():
     state = TrainState(jnp.int32(0), PARAMS, {}, optimizers.init_opt_state(optax.sgd(0.2), PARAMS), (), jnp.int32(5))
     values = []
     for _ in range(6):
-        state, metrics = run(state, PROMPTS, PROMPT_MASK, np.where(mask, tokens, 0), mask.astype(np.int32))
+        batch = (PROMPTS, PROMPT_MASK, np.where(mask, tokens, 0), mask.astype(np.int32))
+        state, metrics = run(state, batch, jax.random.key(0))
         values.append(float(metrics["sft/loss"]))
     assert values[0] == pytest.approx(want[mask].mean(), abs=5e-5)
     assert values[-1] < 0.8 * values[0]

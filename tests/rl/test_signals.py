@@ -243,13 +243,17 @@ def gelu(x):
     return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def tabular_logits(params, features, prompts, mask, completions):
-    """Returns float64 logits [P, G, T, V]. The encoder's output is appended to the embedding; the head is separate."""
+def tabular_logits(params, features, prompts, mask, completions, factors=None):
+    """Returns float64 logits [P, G, T, V]. The encoder's output is appended to the embedding; the head is separate.
+
+    Factors [P, layers, W] multiply the encoder's hidden units.
+    """
     rows = []
-    for x, tokens, there, group in zip(np.asarray(features, np.float64), prompts, mask, completions):
-        hidden = gelu(x @ params["encoder_in"] + params["encoder_in_bias"])
+    factors = np.ones((len(features), 3, W)) if factors is None else factors
+    for x, tokens, there, group, kept in zip(np.asarray(features, np.float64), prompts, mask, completions, factors):
+        hidden = gelu(x @ params["encoder_in"] + params["encoder_in_bias"]) * kept[0]
         for i in range(len(params.get("encoder_hidden", ()))):
-            hidden = gelu(hidden @ params["encoder_hidden"][i] + params["encoder_hidden_bias"][i])
+            hidden = gelu(hidden @ params["encoder_hidden"][i] + params["encoder_hidden_bias"][i]) * kept[i + 1]
         prefix = np.einsum("w,wnd->nd", hidden, params["encoder_out"]) + params["encoder_out_bias"]
         widened = params | {"embedding": np.concatenate([params["embedding"], prefix])}
         text = np.concatenate([V + np.arange(N), tokens[there]])
@@ -283,6 +287,43 @@ def test_the_encoder_can_have_three_hidden_layers():
     logits = tabular_logits(reference.float64(params), FEATURES, *SIDES["left"], out.tokens)
     law = reference.sampling_logprobs(logits, 1.0)
     np.testing.assert_allclose(found[out.mask], chosen(law, out.tokens)[out.mask], atol=5e-5)
+
+
+def test_dropout_leaves_a_share_of_the_hidden_units_out_and_scales_the_others():
+    wide = dataclasses.replace(DEEP, encoder_width=1000)
+    factors = np.asarray(models.encoder_dropout(wide, jax.random.key(0), 0.25, 4))
+    assert factors.shape == (4, 3, 1000)
+    assert set(np.unique(factors)) == {0, np.float32(4 / 3)}
+    shares = (factors == 0).mean(axis=-1)
+    assert np.abs(shares - 0.25).max() < 0.06  # four standard deviations
+    assert len(np.unique(shares)) > 6  # every prompt and layer has units of its own
+    assert models.encoder_dropout(wide, jax.random.key(0), 0.0, 4) is None
+
+
+@pytest.mark.runs
+def test_a_supervised_update_takes_dropout_from_its_key():
+    """The loss is the reference's with the key's factors, and each weight's gradient its difference quotient."""
+    params, out = reference.random_params(DEEP, scale=0.25), tabular_sample()
+    tokens, live = out.tokens[:, 0], out.mask[:, 0]
+    batch = (*SIDES["left"], tokens, live, FEATURES)
+    update = jax.jit(learner.make_supervised_update(DEEP, optax.sgd(1.0), dropout=0.5))
+    state = lambda: TrainState(
+        jnp.int32(0), params, {}, optimizers.init_opt_state(optax.sgd(1.0), params), (), jnp.int32(0)
+    )
+    losses = []
+    for seed in (0, 1):
+        new, metrics = update(state(), batch, jax.random.key(seed))
+        factors = np.asarray(models.encoder_dropout(DEEP, jax.random.key(seed), 0.5, P), np.float64)
+
+        def loss(params, factors=factors):
+            logits = tabular_logits(params, FEATURES, *SIDES["left"], tokens[:, None], factors)
+            return -chosen(reference.sampling_logprobs(logits, 1.0), tokens[:, None])[:, 0][live].mean()
+
+        assert float(metrics["sft/loss"]) == pytest.approx(loss(reference.float64(params)), abs=5e-5)
+        losses.append(float(metrics["sft/loss"]))
+    assert abs(losses[0] - losses[1]) > 1e-3
+    for name in (*ENCODER, "encoder_hidden"):
+        assert_gradient(params, new.params, loss, only=name, trials=1)
 
 
 def test_features_make_room_for_themselves_wherever_the_padding_stands():

@@ -282,6 +282,10 @@ def test_a_damaged_result_is_named(text, tmp_path):
             {"supervised.learning_rate": 1.0},
             "changes config.supervised.learning_rate, and begins with the start that all",
         ),
+        (
+            {"regression.encoder_dropout": 0.1},
+            "changes config.regression.encoder_dropout, and begins with the start that all",
+        ),
         ({"lora.rank": 2}, "changes config.lora, and the start that all rows share has other weights"),
     ],
 )

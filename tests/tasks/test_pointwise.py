@@ -3,11 +3,12 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from helpers.tiny_runs import tiny, with_program
-from jaxrl_reason import compare, metrics, train
+from jaxrl_reason import compare, metrics, models, train
 from jaxrl_reason.config import ConfigError, Data, Model, Regression, Reward
 from jaxrl_reason.data import streams
 from jaxrl_reason.runs import checkpoints, results, study
@@ -64,10 +65,37 @@ def test_least_squares_by_hand_with_columns_that_are_collinear():
     }
 
 
+def test_updates_of_the_regressors_leave_out_a_share_of_their_hidden_units():
+    """With identity weights and inputs of 3, each unit gives gelu(3), and with dropout of one half 0 or twice as much."""
+    one = (np.eye(200, dtype=np.float32), np.zeros(200, np.float32))
+    params = [one, (np.ones((200, 1), np.float32), np.zeros(1, np.float32))]
+    x = np.full((2, 200), 3.0, np.float32)
+    whole = float(pointwise._mlp(params, x)[0])
+    assert whole == pytest.approx(200 * 2.9964, rel=1e-3)
+    found = np.asarray(pointwise._mlp(params, x, key=jax.random.key(0), dropout=0.5)) / whole
+    kept = found * 100  # of 200 units, each twice as large
+    np.testing.assert_allclose(kept, kept.round(), atol=1e-3)
+    assert kept[0] != kept[1] and (np.abs(kept - 100) < 30).all()
+
+
+@pytest.mark.parametrize("name", ["pointwise", "squared_error_head"])
+def test_regressors_with_dropout_learn_another_function_and_the_same_one_again(name):
+    x = np.random.default_rng(0).normal(size=(40, 2))
+    rows, held_out = rows_of(x[:30], x[:30, 0]), rows_of(x[30:], x[30:, 0])
+    model = models.ModelConfig(
+        vocab_size=5, width=8, layers=1, heads=2, kv_heads=2, mlp_width=8, features=2, prefix_length=1, encoder_width=8
+    )
+    settings = dict(steps=3, batch_size=8, learning_rate=1e-2, seed=0, every=2)
+    settings |= dict(width=8) if name == "pointwise" else dict(model=model, begin=1)
+    fit = pointwise.pointwise_regressor if name == "pointwise" else pointwise.squared_error_head
+    plain, *dropped = [fit(rows, held_out, dropout=rate, **settings)[f"{name}/rmse"] for rate in (0.0, 0.5, 0.5)]
+    assert dropped[0] == dropped[1] != plain
+
+
 def test_validation_rows_choose_the_step():
     """The weight moves from 0 towards 1. On validation rows, 0.5 is best."""
     ones = np.ones((8, 1))
-    predict = lambda w, x: w * x[:, 0]
+    predict = lambda w, x, **_: w * x[:, 0]
     settings = dict(steps=40, batch_size=8, learning_rate=0.1, seed=0, every=1)
     last = pointwise._fit(predict, 0.0, rows_of(ones, np.ones(8)), None, **settings)
     best = pointwise._fit(predict, 0.0, rows_of(ones, np.ones(8)), rows_of(ones[:3], [0.5] * 3), **settings)

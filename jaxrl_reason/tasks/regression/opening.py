@@ -201,6 +201,7 @@ def _baselines(
         learning_rate=s.learning_rate,
         seed=c.seed,
         every=r.validation_every,
+        dropout=r.encoder_dropout,
     )
     found = pointwise.least_squares(train, held_out)
     found |= pointwise.pointwise_regressor(train, held_out, validation, width=r.encoder_width, **settings)

@@ -14,7 +14,11 @@ from jaxrl_reason.data import streams
 from jaxrl_reason.models import decoder, reward_model
 from jaxrl_reason.tasks.regression.tables import Rows
 
-Predict = Callable[[Any, jax.Array], jax.Array]  # (weights, features f32[N, F]) -> z-scores f32[N]
+# (weights, features f32[N, F], key=None, dropout=0.0) -> z-scores f32[N]. With a key, it leaves out that share of hidden units.
+Predict = Callable[..., jax.Array]
+
+
+_DROPOUT = 1  # folded into the seed for the choice of hidden units; the seed itself makes the weights
 
 
 def least_squares(train: Rows, held_out: Rows) -> dict[str, float]:
@@ -54,9 +58,10 @@ def squared_error_head(
     """
     network = reward_model.headless(model)
 
-    def predict(params, features):
+    def predict(params, features, key=None, dropout=0.0):
         tokens = jnp.full((len(features), 1), begin, jnp.int32)
-        hidden, _ = decoder.bind(network, params["decoder"]).prefill(tokens, jnp.ones(tokens.shape, bool), features)
+        mask, factors = jnp.ones(tokens.shape, bool), decoder.encoder_dropout(network, key, dropout, len(features))
+        hidden, _ = decoder.bind(network, params["decoder"]).prefill(tokens, mask, features, factors)
         return (hidden[:, -1].astype(jnp.float32) * params["score"]).sum(axis=-1)
 
     params = reward_model.init_params(model, jax.random.key(seed))
@@ -75,19 +80,22 @@ def _fit(
     learning_rate: float,
     seed: int,
     every: int,
+    dropout: float = 0.0,
 ) -> Any:
     """Minimizes the mean squared error with AdamW and cosine decay to 0, as the supervised phase minimizes cross-entropy.
 
     Returns the weights after the last step; with validation rows, those of the lowest error on them, measured every
-    `every` steps.
+    `every` steps. Each step leaves out a share `dropout` of the hidden units that `predict` has in an MLP on features.
     """
     optimizer = optax.adamw(optax.cosine_decay_schedule(learning_rate, steps))
     batches = streams.endless(len(train.z), batch_size, seed, shuffle=True)
-    loss = lambda params, x, y: jnp.square(predict(params, x) - y).mean()
+    loss = lambda params, x, y, **options: jnp.square(predict(params, x, **options) - y).mean()
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), _DROPOUT), steps)
 
     def update(carry, batch):
-        params, opt_state = carry
-        updates, opt_state = optimizer.update(jax.grad(loss)(params, *batch), opt_state, params)
+        (params, opt_state), (x, y, key) = carry, batch
+        grads = jax.grad(loss)(params, x, y, key=key, dropout=dropout)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), ()
 
     advance = jax.jit(functools.partial(jax.lax.scan, update))
@@ -95,7 +103,7 @@ def _fit(
     carry, best, lowest = (params, optimizer.init(params)), params, np.inf
     for begin in range(0, steps, every):
         chosen = np.stack([streams.batch_at(batches, i) for i in range(begin, min(begin + every, steps))])
-        carry, _ = advance(carry, (train.numeric[chosen], train.z[chosen]))
+        carry, _ = advance(carry, (train.numeric[chosen], train.z[chosen], keys[begin : begin + every]))
         if validation is None:
             best = carry[0]
         elif (found := float(error(carry[0], validation.numeric, validation.z))) < lowest:
@@ -103,11 +111,13 @@ def _fit(
     return best
 
 
-def _mlp(params, x):
-    for i, (w, b) in enumerate(params):
-        x = x @ w + b
-        x = jax.nn.gelu(x) if i < len(params) - 1 else x
-    return x[:, 0]
+def _mlp(params, x, key=None, dropout=0.0):
+    *hidden, (w, b) = params
+    for i, (weight, bias) in enumerate(hidden):
+        x = jax.nn.gelu(x @ weight + bias)
+        if dropout:
+            x = x * jax.random.bernoulli(jax.random.fold_in(key, i), 1 - dropout, x.shape) / (1 - dropout)
+    return (x @ w + b)[:, 0]
 
 
 def _scores(name: str, predicted: np.ndarray, held_out: Rows) -> dict[str, float]:
