@@ -252,9 +252,10 @@ class Comparison:
 
 
 def prepare_comparison(arguments: command.Arguments) -> Bench | Comparison:
-    """Returns what the flags ask for: one measurement, or a comparison, of which every setting is checked.
+    """Returns what the flags ask for: one measurement, or a comparison, of whose settings the flags and the fields are checked.
 
-    A comparison leaves the devices alone: a TPU serves one process, and each setting has its own.
+    A comparison leaves the devices alone: a TPU serves one process, and each setting has its own. What depends on the
+    devices, the process of the setting checks.
     """
     a = arguments
     if not a.compare:
@@ -264,12 +265,15 @@ def prepare_comparison(arguments: command.Arguments) -> Bench | Comparison:
     own = [
         f"--{flag.name}={getattr(a, flag.attribute)}" for flag in _MEASURED if getattr(a, flag.attribute) is not None
     ]
-    settings = {"as given": own} | {text: [*own, *shlex.split(text)] for text in a.compare}
-    for text, flags in settings.items():
+    settings = {"as given": own}
+    for text in a.compare:
         try:
-            configuration(command.parse(dataclasses.replace(COMMAND, flags=_MEASURED), flags))
-        except ConfigError as e:
+            settings[text] = [*own, *shlex.split(text)]
+            configuration(command.parse(dataclasses.replace(COMMAND, flags=_MEASURED), settings[text]))
+        except ValueError as e:  # also a quotation without an end
             raise ConfigError(f"--compare={text!r}: {e}") from e
+        if settings[text] == own:
+            raise ConfigError("--compare='' has no flags, so nothing differs; give flags, such as '--halvings=0'.")
     return Comparison(settings, a.rounds)
 
 

@@ -102,8 +102,6 @@ def prepare(
     if elsewhere := config_lib.remote(str(workdir)):
         raise ConfigError(f"The work directory is {str(workdir)!r}, and must be on this machine: {elsewhere}.")
     workdir = pathlib.Path(workdir).expanduser().resolve()  # the configurations of the rows hold it
-    if not config.eval.every:
-        raise ConfigError("config.eval.every is 0, and a comparison needs held-out metrics; set it above 0.")
     read = lambda: results.read(results_file) if results_file and hosts.is_first() else []
     done = hosts.agree(read, ConfigError, OSError)
     seeds = tuple(seeds) or (config.seed,)
@@ -113,6 +111,8 @@ def prepare(
     for unit in planned.units:
         with _naming(unit):
             config_lib.validate(unit.config)
+            if unit.row and not unit.config.eval.every:
+                raise ConfigError("config.eval.every is 0, and a comparison needs held-out metrics; set it above 0.")
     if taken := _take(planned):
         comparison.pending.append(_set_up(*taken, comparison))
     return comparison
@@ -307,12 +307,8 @@ def print_rows(console: rich.console.Console, rows: Rows, shown: tuple[str, ...]
     """
     names = _metrics(rows, shown)
     fields = list(dict.fromkeys(name for row in rows.values() for name in row.get("differs", {})))
-    seeds = {title: len(row["runs"]) for title, row in rows.items() if "runs" in row}
-    most = max(seeds.values(), default=1)
     columns, differences, compared = {}, {}, summary.compared(rows, names)
-    for title, row in rows.items():
-        count = seeds.get(title, most)
-        heading = title if count == most else f"{title} ({count} of {most} seeds)"
+    for heading, row in zip(summary.headings(rows).values(), rows.values()):
         half = row.get("half_width", {})
         values = [_field_cell(row["differs"].get(name)) if "differs" in row else "" for name in fields]
         columns[heading] = values + [pictures.cell_with_interval(n, row.get(n), half.get(n)) for n in names]
@@ -323,9 +319,9 @@ def print_rows(console: rich.console.Console, rows: Rows, shown: tuple[str, ...]
     say = lambda text: console.print(text, soft_wrap=True)
     if note := pictures.unit_note(names):
         say(note)
-    if not seeds:
-        return
     used = sorted({int(seed) for row in rows.values() for seed in row.get("runs", ())})
+    if not used:
+        return
     if len(used) < 2:
         say(f"Seed {used[0]} only, so there is no interval: a difference can be noise. Give --seeds=8.")
         return
@@ -380,16 +376,14 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
 
     def begin(arguments: command.Arguments) -> Comparison:
-        module = config_lib.load_module(arguments.config)
-        if not hasattr(module, "get_baselines"):
-            raise ConfigError(f"{arguments.config} has no get_baselines(); it names the baselines of the method.")
+        baselines = config_lib.load_baselines(arguments.config)
         if arguments.seeds and "seed" in arguments.fields:
             raise ConfigError("--seeds and --config.seed both set the seed; leave one of them out.")
         config = arguments.configuration()
         hosts.initialize(config.mesh.host_timeout, config.mesh.initialization_timeout)
         return prepare(
             config,
-            module.get_baselines(),
+            baselines,
             arguments.training_workdir(),
             seeds=arguments.seeds or (),
             only=arguments.only,

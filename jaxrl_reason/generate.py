@@ -71,7 +71,11 @@ def prepare(arguments: command.Arguments) -> Generation | Regression:
         run = runs.load_config(arguments.workdir, {})
         fields = {"eval.samples": "1"}
         if run.regression.tokenizer:  # only the training table is read: its scales are needed, and no held-out rows
-            fields = {"data.eval": "", "data.eval_split": run.data.train_split, "regression.validation_split": ""}
+            fields = {"data.eval": "", "data.eval_split": run.data.train_split}
+            fields |= {
+                "regression.validation_split": "",
+                "regression.validation_every": str(config_lib.Regression().validation_every),
+            }
     prompts = list(arguments.prompt) or (read_prompts(arguments.prompts) if arguments.prompts else [])
     opened = open_policy(source, fields | arguments.fields, arguments.checkpoint)
     if not prompts and arguments.out:

@@ -35,7 +35,7 @@ from jaxrl_reason.rl.devices import check_waves
 from jaxrl_reason.rl.types import Groups, LogProbs, Rollout, Step, TrainState
 from jaxrl_reason.runs import checkpoints, command, compilation_cache, eval_settings, pictures, trackers
 from jaxrl_reason.runs.loop import Loop, run_loop
-from jaxrl_reason.runs.metrics_file import HeldOutTable, SampleTable
+from jaxrl_reason.runs.metrics_file import drop_later, HeldOutTable, SampleTable
 from jaxrl_reason.runs.profile import Profile
 from jaxrl_reason.runs.progress import Clock
 from jaxrl_reason.runs.records import observer, save_for_replay
@@ -271,6 +271,8 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> dict[str, dict[str, flo
             done = number - c.supervised.steps
             what = f"all {c.steps} steps are done" if done == c.steps else f"{done} steps are done, of {c.steps}"
             say(f"This run is finished: {what}. Raise config.steps, or choose another --workdir.")
+            if hosts.is_first():
+                drop_later(work.path, done)
             return {} if summary.picture_of(work.path).exists() else summary.report(work.path, c, run.method, console)
         say(f"Going on from {saver.directory / str(number)}.")
     if hosts.is_first():
@@ -391,8 +393,8 @@ def reinforce(
             lambda done, state: saver.save(c.supervised.steps + done, state),
             progress=pictures.reward_text,
             advice=lambda done, state, details: (
-                f"{save_for_replay(work.path, done, state, details)} A lower config.optimizer.learning_rate, rewards of a smaller scale or "
-                "float32 help most often. The newest checkpoint holds the weights from before."
+                f"{save_for_replay(work.path, done, state, details)} The newest checkpoint holds the weights from before. In another --workdir, a "
+                "lower config.optimizer.learning_rate, rewards of a smaller scale or float32 help most often."
             ),
             before=before if c.eval.every else None,
             after=after,

@@ -206,6 +206,19 @@ def test_a_comparison_leaves_the_devices_to_its_processes():
     assert (done.stdout, done.returncode) == ("2\n", 0), done.stderr
 
 
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("'unclosed", 'error: --compare="\'unclosed": No closing quotation\n'),
+        ("", "error: --compare='' has no flags, so nothing differs; give flags, such as '--halvings=0'.\n"),
+        ("--lengths=some", "error: --compare='--lengths=some': --lengths is 'some'; it must be one of full, mixed.\n"),
+    ],
+)
+def test_a_setting_that_cannot_be_measured_is_one_sentence(text, said, capsys):
+    assert bench.main([f"--compare={text}"]) == 2
+    assert capsys.readouterr().err == said
+
+
 def test_the_ratios_of_a_comparison_are_of_medians():
     line = lambda x: dict.fromkeys(bench.COMPARED, x)
     found = {"as given": [line(4.0), line(2.0), line(9.0)], "other": [line(3.0), line(1.0), line(2.0)]}

@@ -352,7 +352,8 @@ def test_a_process_waits_for_the_runs_of_others(ended, tmp_path, monkeypatch, ca
         if ended == "finished":
             other.mkdir()
             digest = comparison.study.rows[1].digest
-            entry = {"config": digest, "versions": {}, "seconds": 0, "start_seconds": 0}
+            entry = {"row": "other", "recipe": False, "seed": 0, "config": digest}
+            entry |= {"versions": {}, "seconds": 0, "start_seconds": 0}
             evaluations = [{"step": 0, "eval/accuracy": 0.75}]
             (other / "result.json").write_text(json.dumps(entry | {"evaluations": evaluations}))
         holder.kill()
@@ -379,6 +380,10 @@ def test_a_process_waits_for_the_runs_of_others(ended, tmp_path, monkeypatch, ca
         (
             {"baselines": {"a": {"steps": -1}}},
             "The baseline 'a' cannot begin: config.steps is -1; it must be at least 0.",
+        ),
+        (
+            {"baselines": {"a": {"eval.every": 0}}},
+            "The baseline 'a' cannot begin: config.eval.every is 0, and a comparison needs held-out metrics; set it above 0.",
         ),
         ({"only": ["b"]}, "--only=b is no row. There are: grpo, other."),
         (
@@ -419,6 +424,33 @@ def test_two_ways_to_set_the_seed_are_refused(tmp_path, capsys):
     recipe = write_recipe(tmp_path / "recipe.py", tiny(write_rows(tmp_path / "rows.jsonl"), eval__every=1), {})
     assert compare.main([f"--config={recipe}", f"--workdir={tmp_path / 'w'}", "--seeds=2", "--config.seed=1"]) == 2
     assert capsys.readouterr().err == "error: --seeds and --config.seed both set the seed; leave one of them out.\n"
+
+
+@pytest.mark.parametrize(
+    "body, said",
+    [
+        ("return None", "get_baselines() must return a dict that maps names of rows to dicts of fields."),
+        ("return {'a': 3}", "get_baselines() must return a dict that maps names of rows to dicts of fields."),
+        ("return {}['x']", "get_baselines() has failed: KeyError: 'x'."),
+    ],
+)
+def test_baselines_that_are_none_are_one_sentence(body, said, tmp_path, capsys):
+    recipe = write_recipe(tmp_path / "recipe.py", tiny(write_rows(tmp_path / "rows.jsonl"), eval__every=1))
+    with open(recipe, "a") as file:
+        file.write(f"\n\ndef get_baselines():\n    {body}\n")
+    assert compare.main([f"--config={recipe}", f"--workdir={tmp_path / 'runs'}"]) == 2
+    assert capsys.readouterr().err == f"error: {recipe}: {said}\n"
+
+
+def test_every_row_with_fewer_seeds_says_so():
+    count = lambda n: {"seeds": {"eval/accuracy": dict.fromkeys(map(str, range(n)), 0.5), "eval/other": {}}}
+    rows = {"start": count(1), "pointwise": {"seeds": {}}, "m": count(1), "b": count(3)}
+    assert summary.headings(rows) == {
+        "start": "start (1 of 3 seeds)",
+        "pointwise": "pointwise",
+        "m": "m (1 of 3 seeds)",
+        "b": "b",
+    }
 
 
 def words(console):
@@ -465,7 +497,7 @@ def test_the_tables_of_several_seeds_have_intervals_and_the_fields_that_differ(t
     table = next(table for table in content_of(tmp_path / "c.html")["tables"] if table["title"] == "Differences")
     assert table["head"] == ["", "accuracy", "accuracy, other prompts"]
     assert table["note"].endswith(summary.OTHER_PROMPTS_NOTE)
-    assert table["rows"][-1] == ["c", "-35.0 [-98.5, +28.5] points", "-35.0 [-50.0, -12.5] points"]
+    assert table["rows"][-1] == ["c (2 of 3 seeds)", "-35.0 [-98.5, +28.5] points", "-35.0 [-50.0, -12.5] points"]
 
 
 def test_one_seed_has_no_interval_and_the_table_says_so(tmp_path, capsys, untrained):

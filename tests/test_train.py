@@ -8,6 +8,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -679,6 +680,32 @@ def test_a_finished_run_without_its_picture_is_reported_after_all(rows, tmp_path
         assert train.train(train.setup(config, tmp_path)) == {}
 
 
+def test_lines_after_the_last_checkpoint_do_not_count_for_a_run_that_is_then_finished(rows, tmp_path, capsys):
+    """The run is killed between the line of step 2 and its checkpoint, and its user settles for step 1."""
+    config = tiny(rows, steps=1, eval__every=1, log__samples_every=1, checkpoint__every=1)
+    run(config, tmp_path)
+    files = ("metrics.jsonl", "samples.jsonl", "held_out.jsonl", "held_out_accuracy.jsonl")
+    whole = {name: (tmp_path / name).read_bytes() for name in files}
+    run(tiny(rows, steps=2, eval__every=1, log__samples_every=1, checkpoint__every=1), tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    (tmp_path / "learning_curve.png").unlink()
+    assert all(len((tmp_path / name).read_bytes()) > len(content) for name, content in whole.items())
+    capsys.readouterr()
+    result = train.train(train.setup(config, tmp_path))
+    assert "finished: all 1 steps are done" in " ".join(capsys.readouterr().out.split())
+    assert {name: (tmp_path / name).read_bytes() for name in files} == whole
+    assert result["after"]["eval/accuracy"] == metrics_of(tmp_path)[-1]["eval/accuracy"]
+
+
+def test_an_evaluation_before_the_last_step_says_so(rows, tmp_path, capsys):
+    run(tiny(rows, steps=1, eval__every=1), tmp_path)
+    capsys.readouterr()
+    run(tiny(rows, steps=3, eval__every=0), tmp_path)
+    assert "The last evaluation was after step 1." in capsys.readouterr().out
+    run(tiny(rows, steps=4, eval__every=1), tmp_path)
+    assert "The last evaluation was" not in capsys.readouterr().out
+
+
 def test_before_is_the_evaluation_of_step_0_or_none(rows, tmp_path, capsys):
     run(tiny(rows, steps=1), tmp_path)
     capsys.readouterr()
@@ -700,8 +727,10 @@ def test_an_evaluation_that_has_changed_is_not_compared_with_the_first(rows, tmp
     (tmp_path / "eval_settings.json").rename(tmp_path / "evaluation.json")  # its name in earlier versions
     old = train.train(train.setup(tiny(rows, steps=4, eval__every=2), tmp_path))
     assert old["before"] == both["before"]
+    (tmp_path / "evaluation.json").write_text('{"command": "python -m jaxrl_reason.evaluate", "metrics": {}}')
+    assert not eval_settings.have_changed(tmp_path, config_of_last := tiny(rows, steps=5, eval__every=2))
     (tmp_path / "evaluation.json").unlink()
-    assert list(train.train(train.setup(tiny(rows, steps=5, eval__every=2), tmp_path))) == ["after"]
+    assert list(train.train(train.setup(config_of_last, tmp_path))) == ["after"]
 
 
 def test_a_row_that_cannot_be_judged_may_be_alone_in_the_last_batch_of_an_evaluation(rows, tmp_path):

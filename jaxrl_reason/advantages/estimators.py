@@ -149,8 +149,11 @@ def whiten_by_token(kl_coef: float = 0.0) -> AdvantageTransform:
         tied = jnp.where(mask, returns, -jnp.inf).max() <= jnp.where(mask, returns, jnp.inf).min()
         mean = jnp.where(mask, returns, 0.0).sum() / jnp.maximum(count, 1)
         deviation = jnp.where(tied, 0.0, returns - mean)
-        variance = jnp.where(mask, jnp.square(deviation), 0.0).sum() / jnp.maximum(count - 1, 1)
-        whitened = deviation * jax.lax.rsqrt(variance + 1e-8)
+        # In units of the largest deviation, if it is above 1, no square overflows.
+        unit = jnp.maximum(jnp.where(mask, jnp.abs(deviation), 0.0).max(), 1.0)
+        scaled = deviation / unit
+        variance = jnp.where(mask, jnp.square(scaled), 0.0).sum() / jnp.maximum(count - 1, 1)
+        whitened = scaled * jax.lax.rsqrt(variance + 1e-8 / unit**2)
         return jnp.where(mask, whitened, 0.0) if kl_coef else whitened[..., 0]
 
     return stateless(update)

@@ -1,7 +1,7 @@
 """Reads recipes and the values of fields as text, and writes the help text."""
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 import dataclasses
 import difflib
 import importlib.util
@@ -44,6 +44,20 @@ def load(path: str | pathlib.Path) -> Config:
         kind = type(config).__name__
         raise ConfigError(f"{path}: get_config() returned {kind}; it must return a jaxrl_reason.config.Config.")
     return config
+
+
+def load_baselines(path: str | pathlib.Path) -> Mapping[str, Mapping[str, object]]:
+    """Returns what `get_baselines()` of a recipe file returns: row -> {field: value}. Raises ConfigError for other files."""
+    module = load_module(path)
+    if not hasattr(module, "get_baselines"):
+        raise ConfigError(f"{path} has no get_baselines(); it names the baselines of the method.")
+    try:
+        found = module.get_baselines()
+    except Exception as e:  # a recipe is a program: it can fail in any way
+        raise ConfigError(f"{path}: get_baselines() has failed: {type(e).__name__}: {e}.") from e
+    if not isinstance(found, Mapping) or not all(isinstance(changes, Mapping) for changes in found.values()):
+        raise ConfigError(f"{path}: get_baselines() must return a dict that maps names of rows to dicts of fields.")
+    return found
 
 
 def _not_a_recipe(path: str | pathlib.Path, error: Exception) -> ConfigError:

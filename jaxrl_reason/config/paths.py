@@ -1,5 +1,6 @@
 """Paths that are addresses of other machines, such as gs://bucket/run: refused before pathlib makes a local folder of them."""
 
+import pathlib
 import re
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+([^/]*)/?(.*)")  # pathlib turns gs://bucket into gs:/bucket
@@ -14,6 +15,15 @@ _REMEDIES = {
     "hf": "name a model by its id OWNER/NAME, and data by hf://datasets/OWNER/NAME/PATH",
     "file": "leave out {0}://",
 }
+
+
+def homeless(text: str) -> bool:
+    """Returns whether a path begins with the home directory of a user who does not exist, as ~runs/x where ~/runs/x is meant."""
+    try:
+        pathlib.Path(text).expanduser()
+    except RuntimeError:
+        return True
+    return False
 
 
 def remote(text: str, supported: tuple[str, ...] = ()) -> str:

@@ -91,6 +91,7 @@ def make_experience(
     is_zero = (advantages.reshape(*present.shape, -1) == 0).all(axis=-1) | ~present
     metrics = {
         **_rollout_metrics(rollout, inputs.rewards, real),
+        "completions/left_out_ratio": mean_where(1.0 - counts, real),
         "frac_advantage_zero": mean_where(is_zero.all(axis=1).astype(jnp.float32), real.any(axis=1)),
         "sampling/nonfinite_completions": broken.sum().astype(jnp.float32),
         **{f"rewards/{name}/mean": mean_where(r, ~jnp.isnan(r)) for name, r in rewards.items()},

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from jaxrl_reason.config import Config
+from jaxrl_reason.config import Config, Eval
 from jaxrl_reason.models.formats.weights import read_json
 from jaxrl_reason.runs.files import write_json
 
@@ -28,8 +28,10 @@ def have_changed(workdir: pathlib.Path, config: Config) -> bool:
 
 
 def _before(workdir: pathlib.Path) -> dict[str, Any] | None:
-    files = [file for name in (_FILE, _EARLIER) if (file := workdir / name).exists()]
-    return read_json(files[0]) if files else None
+    if (file := workdir / _FILE).exists():
+        return read_json(file)
+    found = read_json(file) if (file := workdir / _EARLIER).exists() else None
+    return found if found and found.keys() <= vars(Eval()).keys() else None  # else results that `evaluate` wrote there
 
 
 def _settings(config: Config) -> dict[str, Any]:

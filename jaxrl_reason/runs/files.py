@@ -129,7 +129,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
                     f"Line {torn} of {path} is not a JSON object with a step; repair or remove the line, or move the file away."
                 )
             try:
-                record = json.loads(line)
+                record = json.loads(line, parse_constant=lambda _: None)  # NaN of a repaired line: unknown
                 valid = isinstance(record["step"], int)
             except (ValueError, TypeError, KeyError):  # ValueError: also bytes that are not UTF-8
                 valid = False

@@ -148,6 +148,17 @@ def _lines(workdir: PathLike, name: str, resume_step: int | None) -> contextlib.
     return contextlib.closing(files.JsonLines(Path(workdir) / name, resume_step))
 
 
+def drop_later(workdir: PathLike, step: int) -> None:
+    """Drops what a run has written of steps after `step`, whose weights a kill has lost. TensorBoard events stay.
+
+    Raises MetricsError for damage before the last line of a file, and OSError when a file cannot be written.
+    """
+    for name in ("metrics.jsonl", "samples.jsonl", "held_out.jsonl", HELD_OUT_ACCURACY):
+        path = Path(workdir) / name
+        if path.exists() and any(record["step"] > step for record in files.read_json_lines(path)):
+            files.JsonLines(path, step).close()
+
+
 def read_metrics(path: PathLike) -> list[dict[str, Any]]:
     """Returns the records of a `.jsonl` file of a run in order; see `files.read_json_lines` for its errors."""
     return list(files.read_json_lines(Path(path)))

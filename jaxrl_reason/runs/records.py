@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 import functools
 import pathlib
+import shlex
 
 import jax
 from jax.sharding import Sharding
@@ -128,7 +129,7 @@ def describe_mismatch(batch: Experience, mismatch: Mismatch, tokenizer: Tokenize
 def save_for_replay(workdir: pathlib.Path, number: int, state: TrainState, step: Step) -> str:
     """Writes the weights and the batch of a step to WORKDIR/replay/STEP. Returns a sentence about the result."""
     directory = workdir / "replay" / str(number)
-    replay = f"python -m jaxrl_reason.replay --workdir={workdir}"
+    replay = f"python -m jaxrl_reason.replay --workdir={shlex.quote(str(workdir))}"
     result = f"Its weights and batch are in {directory}: {replay} names the cause."
     batch, rewards = jax.tree.map(hosts.to_host, (step.batch, step.groups.rewards))
     try:

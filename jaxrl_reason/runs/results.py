@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import hashlib
 from importlib import metadata
 import json
+import math
 import pathlib
 import platform
 from typing import Any
@@ -107,13 +108,24 @@ def read(path: pathlib.Path) -> list[Entry]:
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), start=1):
         try:
             entry = json.loads(line)
-            entry["row"], entry["recipe"], entry["config"], entry["evaluations"][-1]["step"]
-            if type(entry["seed"]) is not int or not inputs.is_valid(entry.get("inputs", {})):
-                raise TypeError("the seed is no whole number, or an input no digest")
-        except (ValueError, TypeError, LookupError) as e:
+            check(entry)
+        except (ValueError, TypeError, LookupError, AttributeError) as e:
             raise ConfigError(f"Line {number} of {path} is no result of compare; repair or remove the line.") from e
         entries.append(entry)
     return entries
+
+
+def check(entry: Entry) -> None:
+    """Raises ValueError, TypeError, LookupError or AttributeError for what is no entry."""
+    if type(entry["seed"]) is not int or not inputs.is_valid(entry.get("inputs", {})):
+        raise TypeError("the seed is no whole number, or an input no digest")
+    texts = (entry["row"], entry["config"], entry.get("table", ""))
+    if not all(isinstance(x, str) for x in texts) or not isinstance(entry["recipe"], bool):
+        raise TypeError("the row, the digest or the table is no text, or recipe neither true nor false")
+    entry["versions"].items(), entry["evaluations"][-1]["step"]
+    for value in (entry["seconds"], entry["start_seconds"], *(x for e in entry["evaluations"] for x in e.values())):
+        if value is not None and not math.isfinite(value):
+            raise ValueError("a number is not finite")
 
 
 def merge(path: pathlib.Path, new: Sequence[Entry]) -> None:

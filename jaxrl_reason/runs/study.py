@@ -20,6 +20,7 @@ from jaxrl_reason import config as config_lib
 from jaxrl_reason import methods
 from jaxrl_reason.config import Config, ConfigError
 from jaxrl_reason.runs import inputs, locks, results
+from jaxrl_reason.runs.checkpoints import numbers_in
 
 START, METHOD = "start", "method"  # the directories of the start that rows share, and of the recipe
 _REWARD_MODEL = "reward_model/reward_model.json"  # of a start: its last file, see rewards/model_files.py
@@ -130,16 +131,33 @@ def read_result(directory: pathlib.Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(file.read_bytes())
-        found["config"], found.get("evaluations", [{"step": 0}])[-1]["step"]
+        found["config"]
+        if "evaluations" in found:  # of a row, and not of the start
+            results.check(found)
     except (ValueError, TypeError, LookupError, AttributeError) as e:
         raise ConfigError(f"{file} is damaged; remove it, and its run is completed again.") from e
     return found
 
 
 def _check_result(unit: Unit) -> None:
-    """Raises ConfigError for a finished run with another configuration; it may have had fewer steps, and goes on then."""
-    found = read_result(unit.directory) if unit.row else None
-    if unit.row is None or found is None or found["config"] == unit.digest:
+    """Raises ConfigError for a run with more steps, or that is finished with another configuration.
+
+    A run may have begun with fewer steps, and goes on then, unless its learning rates depend on their number.
+    """
+    if unit.row is None:
+        return
+    found, c = read_result(unit.directory), unit.config
+    if found is None:
+        done = max(numbers_in(unit.directory / "checkpoints"), default=0) - c.supervised.steps
+        if done > max(c.steps, 0):
+            raise ConfigError(
+                f"{unit.directory} holds {unit.title}, of which {done} steps are done, more than the {c.steps} to compare; choose another "
+                "work directory, or remove this one."
+            )
+        if done > 0 and (begun := _old_fields(unit).get("steps", c.steps)) != c.steps:
+            _check_goes_on(unit, f"began with {begun} steps")
+        return
+    if found["config"] == unit.digest:
         return
     done = found["evaluations"][-1]["step"] if "evaluations" in found else 0
     if found["config"] != results.digest(variant(unit.row.config, {"steps": done})) or done > unit.row.config.steps:
@@ -147,13 +165,30 @@ def _check_result(unit: Unit) -> None:
             f"{unit.directory} holds {unit.title}, which is finished with another configuration{_changes(unit)}; choose another work "
             "directory, or remove this one."
         )
+    _check_goes_on(unit, f"is finished with {done:g} steps")
+
+
+def _check_goes_on(unit: Unit, state: str) -> None:
+    """Raises ConfigError if a run cannot go on to another number of steps; `state` says what it has."""
+    if (schedule := unit.config.optimizer.schedule) != "constant":
+        raise ConfigError(
+            f"{unit.directory} holds {unit.title}, which {state}. Its learning rates depend on the number of steps "
+            f"(config.optimizer.schedule is {schedule!r}), so it cannot go on to {unit.config.steps}; choose another work directory, or "
+            "remove this one."
+        )
+
+
+def _old_fields(unit: Unit) -> dict[str, Any]:
+    """Returns the fields of the configuration with which a run began, by name; {} if they are not known."""
+    try:
+        return dict(results.leaves(json.loads((unit.directory / "config.json").read_bytes())["config"]))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
 
 
 def _changes(unit: Unit) -> str:
     """Returns the fields of a configuration that a finished run had otherwise, for a message; "" if they are not known."""
-    try:
-        old = dict(results.leaves(json.loads((unit.directory / "config.json").read_bytes())["config"]))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    if not (old := _old_fields(unit)):
         return ""
     new = dict(results.leaves(json.loads(json.dumps(config_lib.to_dict(unit.config)))))
     changed = [
@@ -178,7 +213,8 @@ def variant(config: Config, changes: Mapping[str, object]) -> Config:
         at = copy
         for part in (*sections, leaf):
             if not dataclasses.is_dataclass(at) or not hasattr(at, part):
-                raise ConfigError(f"A baseline changes config.{name}, and there is no such field.")
+                keyword = "; give the whole method: {'method': {'name': ...}}" if sections == ["method"] else ""
+                raise ConfigError(f"A baseline changes config.{name}, and there is no such field{keyword}.")
             at, parent = getattr(at, part), at
         setattr(parent, leaf, value)
     return copy

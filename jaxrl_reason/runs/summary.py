@@ -43,6 +43,18 @@ def summarize(rows: Mapping[str, Mapping[Any, Entry]], recipe: str, prefixes: tu
     return summary
 
 
+def seeds_of(row: Mapping[str, Any]) -> int:
+    """Returns the number of seeds of a row of `summarize`; 0 if it has no metric."""
+    return max(map(len, row.get("seeds", {}).values()), default=0)
+
+
+def headings(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Returns the heading of each row of `summarize`: its name, and its number of seeds if other rows have more."""
+    most = max(map(seeds_of, rows.values()), default=0)
+    count = {name: seeds_of(row) for name, row in rows.items()}
+    return {name: name if n in (0, most) else f"{name} ({n} of {most} seeds)" for name, n in count.items()}
+
+
 def compared(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list[str]:
     """Returns the metrics `names`, and `OTHER_PROMPTS` if it is among the differences of a row."""
     is_known = any(OTHER_PROMPTS in row.get("difference", {}) for row in rows.values())

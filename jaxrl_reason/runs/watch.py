@@ -17,6 +17,11 @@ NO_REWARD = (
     f"For {PATIENCE} steps no completion has had a reward, so nothing is learned: see the metrics rewards/<name>/none_rate, "
     "error_rate and timeout_rate."
 )
+LEFT_OUT = (
+    f"For {PATIENCE} steps no completion has entered the loss, so nothing is learned. Completions without an end token "
+    "(completions/clipped_ratio) are left out by config.sampling.mask_truncated_completions: raise config.max_completion_length, or set it "
+    "to false."
+)
 Metrics = Mapping[str, Any]  # of one step; None and NaN mean "unknown"
 
 
@@ -40,7 +45,7 @@ class SkippedUpdates:
     def look(self, metrics: Metrics) -> bool:
         """Returns whether this step reaches the limit."""
         # Not == 1: a float32 mean of ones can be slightly less.
-        self._count = self._count + 1 if metrics["skipped_update_ratio"] > 0.9999 else 0
+        self._count = self._count + 1 if metrics.get("skipped_update_ratio", 0) > 0.9999 else 0
         return self._count >= self._limit
 
     def error(self, step: str, advice: str) -> NonFiniteError:
@@ -75,12 +80,13 @@ class Watch:
     def look(self, metrics: Metrics, worst: Callable[[], str] = str) -> None:
         """Looks at the next step's metrics; `worst` describes the token with the largest mismatch, for a warning."""
         self._recent.append(metrics)
-        difference = metrics["sampling/logp_difference_max"]
+        difference = metrics.get("sampling/logp_difference_max", 0.0)
         differs = difference is None or not difference <= self._limit  # True for NaN as well
         self._warn("mismatch", differs, lambda: self._mismatch(difference, worst()))
         self._warn("missing", self._all(_unrewarded), lambda: NO_REWARD)
+        self._warn("left out", self._all(lambda m: _left_out(m) and not _unrewarded(m)), lambda: LEFT_OUT)
         self._warn("reward", self._all(_tied), lambda: _equal_rewards(metrics))
-        collapsed = self._all(lambda m: m["entropy"] is not None and m["entropy"] < ENTROPY_FLOOR and _learns(m))
+        collapsed = self._all(lambda m: m.get("entropy") is not None and m["entropy"] < ENTROPY_FLOOR and _learns(m))
         self._warn("entropy", collapsed, lambda: _low_entropy(metrics))
 
     def _warn(self, condition: str, holds: bool, sentence: Callable[[], str]) -> None:
@@ -124,7 +130,13 @@ def _low_entropy(metrics: Metrics) -> str:
 
 def _learns(metrics: Metrics) -> bool:
     """Returns whether the step had a completion to learn from; without one, its means are over nothing."""
-    return metrics.get("completions/missing_reward_ratio") != 1 and metrics.get("dynamic_sampling/groups") != 0
+    return not _left_out(metrics) and metrics.get("dynamic_sampling/groups") != 0
+
+
+def _left_out(metrics: Metrics) -> bool:
+    """Returns whether every completion of the step was left out of the loss."""
+    # Metrics of earlier versions have no left_out_ratio.
+    return 1 in (metrics.get("completions/left_out_ratio"), metrics.get("completions/missing_reward_ratio"))
 
 
 def _unrewarded(metrics: Metrics) -> bool:
@@ -141,7 +153,7 @@ def _tied(metrics: Metrics) -> bool:
     # Equal rewards may still teach: REINFORCE++ compares groups, and HERO compares incorrect completions. Metrics of earlier versions have
     # no frac_advantage_zero.
     without_advantage = metrics.get("frac_advantage_zero", 1) == 1
-    return metrics["frac_reward_zero_std"] == 1 and without_advantage and _learns(metrics)
+    return metrics.get("frac_reward_zero_std") == 1 and without_advantage and _learns(metrics)
 
 
 def history(directory: pathlib.Path, begin: int) -> list[dict[str, Any]]:

@@ -58,8 +58,14 @@ class Workdir:
             old = json.loads(self._file.read_text())
         except ValueError as e:
             raise ConfigError(f"{self._file} is not valid JSON ({e}); restore it, or choose another --workdir.") from e
+        if not isinstance(old, dict) or not isinstance(old.get("config"), dict):
+            raise ConfigError(f"{self._file} is damaged: it has no config; restore it, or choose another --workdir.")
         free = tuple(f"config.{field}." for field in MAY_CHANGE)
-        changes = [c for c in _differences(old, self._identity) if not f"{c[0]}.".startswith(free)]
+        changes = [
+            (name, a, b)
+            for name, a, b in _differences(old | {"config": _with_new_fields(old["config"])}, self._identity)
+            if not f"{name}.".startswith(free) and not self._is_next_to_it(name, a, b)
+        ]
         if changes:
             listed = "; ".join(
                 "its data have changed since it began (a file, a split or a column)"
@@ -70,6 +76,14 @@ class Workdir:
             raise ConfigError(
                 f"{self.path} holds another run: {listed}. Restore the old data and values, or choose another --workdir."
             )
+
+    def _is_next_to_it(self, name: str, old: Any, new: Any) -> bool:
+        """Returns whether both paths are the start that rows of a comparison share, which was moved with this run."""
+        places = {"config.supervised.start_from": "start", "config.reward_model.path": "start/reward_model"}
+        if name not in places or not (isinstance(old, str) and isinstance(new, str)):
+            return False
+        seed = self.path.parent  # WORKDIR/seed-0 of a comparison
+        return new == str(seed / places[name]) and old.endswith(f"/{seed.name}/{places[name]}")
 
     @property
     def has_begun(self) -> bool:
@@ -167,6 +181,18 @@ def model_source(path: pathlib.Path) -> dict[str, Any] | None:
     """Returns the config.json of the pretrained model that the run in a work directory began with; None without one."""
     file = path / "tokenizer" / "config.json"
     return read_json(file) if file.is_file() else None
+
+
+def _with_new_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns a saved configuration with the defaults of fields that a later version has added."""
+    try:
+        return json.loads(json.dumps(config_lib.to_dict(config_lib.from_dict(values))))
+    except (
+        ConfigError,
+        TypeError,
+        AttributeError,
+    ):  # with fields that do not exist any more: they are named as differences
+        return values
 
 
 def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -40,20 +40,25 @@ def model_card(x: Exported) -> str:
     from huggingface_hub import ModelCardData  # costs a second
 
     judge, base = x.checkpoint is None, _base(x)
+    if x.checkpoint is None:
+        trained, tags = "trained on preference pairs", ["reward-model", *_methods(x.config)]
+    elif x.checkpoint <= x.config.supervised.steps:
+        trained, tags = "trained on worked solutions", []
+    else:
+        trained, tags = "trained by reinforcement learning", ["reinforcement-learning", *_methods(x.config)]
     facts: dict[str, Any] = {name: value for name, value in base.items() if name != "shown"}
     data = ModelCardData(
         **facts,
         library_name="peft" if x.adapters else "transformers",
         pipeline_tag="text-classification" if judge else "text-generation",
-        tags=["jaxrl_reason", "reward-model" if judge else "reinforcement-learning", *_methods(x.config)],
+        tags=["jaxrl_reason", *tags],
     )
     what = "A reward model" if judge else "Adapters (LoRA)" if x.adapters else "A language model"
-    trained = "trained on preference pairs" if judge else "trained by reinforcement learning"
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {x.name}",
         f"{what}, {trained} with jaxrl_reason from {base['shown']}.",
-        "" if judge else f"## Method\n\n{_description(x.config)}",
+        f"## Method\n\n{_description(x.config)}" if "reinforcement-learning" in tags else "",
         f"## Held-out metrics\n\n{_held_out(x)}",
         "## Recipe\n\nFields of the configuration that differ from their defaults, without those of checkpoints, logs and devices; of local files, the name only.\n\n"
         f"```json\n{json.dumps(recipe(x.config), indent=2, ensure_ascii=False)}\n```",

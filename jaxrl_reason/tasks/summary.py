@@ -29,10 +29,11 @@ def report(
     metrics_path, picture = workdir / "metrics.jsonl", picture_of(workdir)
     evaluations: dict[str, dict[str, float]] = {}
     baselines: dict[str, float] = {}
-    for line in read_metrics(metrics_path):
+    lines, evaluated = read_metrics(metrics_path), 0
+    for line in lines:
         if any(name.startswith("eval/") for name in line):
             metrics = {k: v for k, v in line.items() if k.startswith("eval/") and k != "eval/prompts"}
-            evaluations["after" if line["step"] else "before"] = metrics
+            evaluations["after" if line["step"] else "before"], evaluated = metrics, line["step"]
         baselines |= {k: v for k, v in line.items() if k.startswith(BASELINES)}
     if "before" in evaluations and not eval_settings.are_those_of(workdir, config):
         console.print(
@@ -45,6 +46,8 @@ def report(
             {k: v for k, v in evaluations.get(side, {}).items() if k.startswith(shown)} for side in ("before", "after")
         )
         pictures.print_summary(console, before, after)
+        if after and evaluated < lines[-1]["step"]:
+            console.print(f"The last evaluation was after step {evaluated}.", soft_wrap=True)
         if note := pictures.unit_note([*before, *after]):
             console.print(note, soft_wrap=True)
     if baselines:

@@ -264,6 +264,13 @@ def test_a_huge_spread_does_not_overflow():
     np.testing.assert_allclose(got, [[0.5, 0.5, 0.5, -1.5]], rtol=1e-5)
 
 
+@pytest.mark.parametrize("largest", [1e19, 1e30, 3e37])
+def test_whitening_a_huge_spread_does_not_overflow(largest):
+    """-x and three numbers near 0, one token each: the deviations are -3/4 x and x / 4, and their std is x / 2."""
+    got = compute(WHITEN, make_inputs([[-0.1, -0.2], [-0.3, -largest]], [[1, 1], [1, 1]]))
+    np.testing.assert_allclose(got, [[0.5, 0.5], [0.5, -1.5]], rtol=1e-5)
+
+
 def test_a_small_spread_is_seen():
     inputs = make_inputs([[1, 1.00001]], [[1, 1]])
     got = compute(GROUPWISE["standardize"], inputs)

@@ -29,6 +29,13 @@ def exported(tmp_path_factory):
     return directory, policy
 
 
+def test_weights_that_cannot_be_written_are_an_error_of_the_system(tmp_path):
+    """The library has an error of its own, for a full disk as for a directory in the place of the file."""
+    (tmp_path / "model.safetensors" / "folder").mkdir(parents=True)
+    with pytest.raises(OSError, match="model.safetensors cannot be written: .*directory"):
+        weights.save_tensors(tmp_path / "model.safetensors", {"a": np.zeros(3, np.float32)})
+
+
 def test_a_saved_policy_has_all_its_files(exported):
     directory, policy = exported
     assert {p.name for p in directory.iterdir()} == {

@@ -11,11 +11,13 @@ import sys
 import jax
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-from helpers.tiny_runs import tiny
+from helpers.tiny_runs import change, tiny
 from jaxrl_reason import models
+from jaxrl_reason.config import ConfigError
 from jaxrl_reason.plan.chips import CHIPS
 from jaxrl_reason.plan.measure import measure_part
 from jaxrl_reason.plan.programs import parts_of
+from jaxrl_reason.plan.step import open_step
 from jaxrl_reason.rl import programs
 
 config = tiny(
@@ -55,4 +57,8 @@ for part in parts_of(config, jax.devices()):
     if part.name == "rollout":  # pieces of the cache, [P, G, heads, head_dim, T / 2]
         text = part.lower().compile().as_text()
         found["caches"] = {"whole": "f32[16,4,4,4,96]" in text, "split": "f32[4,4,2,4,96]" in text}
+try:
+    open_step(change(config, supervised__steps=1, supervised__batch_size=6), jax.devices())
+except ConfigError as e:
+    found["refused"] = str(e)
 print(json.dumps(found))

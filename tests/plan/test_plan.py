@@ -71,6 +71,7 @@ def test_a_step_is_sharded_and_donated_and_its_flops_equal_the_compilers(sharded
     assert filled["prompts' KV"] * GIB == per_token * 4 * 64
     assert filled["samples' KV"] * GIB == per_token * 4 * 4 * 192
     assert found["reshard"]["collectives"]["all-gather"]["count"] > 0
+    assert found["refused"].startswith("config.supervised.batch_size is 6, which mesh.slice x mesh.data x mesh.fsdp = 4 devices")
 
 
 @pytest.mark.processes
@@ -101,6 +102,11 @@ def test_the_planned_update_has_the_log_probabilities_of_a_reward_with_kl():
         step = open_step(config, jax.devices()[:1])
         assert step.experience.ref_logprobs is not None
         assert (step.experience.old_logprobs is not None) == again == step.programs.needs.old_logprobs
+
+
+def test_tokens_of_waves_that_a_run_refuses_a_plan_refuses_too():
+    with pytest.raises(ConfigError, match="config.update.wave_tokens is 64, and updates of this run have one length"):
+        open_step(tiny("rows.jsonl", update__wave_tokens=64), jax.devices()[:1])
 
 
 def test_a_mean_length_leaves_out_times_and_ratios_of_full_lengths():

@@ -209,6 +209,7 @@ def test_metrics_by_hand(compiled):
             "completions/mean_terminated_length": 9 / 6,
             "completions/clipped_ratio": 3 / 9,
             "completions/missing_reward_ratio": 2 / 9,
+            "completions/left_out_ratio": 2 / 9,
             "sampling/nonfinite_completions": 0,
             "rewards/right/mean": 5 / 7,
             "rewards/right/std": (10 / 42) ** 0.5,
@@ -231,7 +232,7 @@ def test_metrics_of_nothing_are_not_numbers_and_nothing_is_learnt():
         "completions/mean_terminated_length",
     ):
         assert np.isnan(metrics[name]), name
-    assert metrics["completions/missing_reward_ratio"] == 1
+    assert metrics["completions/missing_reward_ratio"] == metrics["completions/left_out_ratio"] == 1
 
 
 @pytest.mark.parametrize(

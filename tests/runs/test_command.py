@@ -94,6 +94,10 @@ def test_flags_have_defaults():
         (["--out=a", "--spice=mint"], "^--spice is 'mint'; it must be one of salt, pepper.$"),
         (["--out=a", "--no-salt=yes"], "^--no-salt takes no value.$"),
         (["--out=gs://b/run"], "^--out=gs://b/run: expected a path on this machine: mount the bucket .gcsfuse b DIR."),
+        (
+            ["--out=~nobody-of-this-name/run"],
+            "expected a path on this machine: no user has the name behind ~, and ~/ is",
+        ),
         (["--out", "s3:/b/run"], "mount the bucket .mount-s3 b DIR."),
     ],
 )

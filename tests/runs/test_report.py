@@ -100,6 +100,14 @@ def test_an_unknown_value_is_no_point(tmp_path):
     assert curve["steps"] == list(range(1, 11))
 
 
+def test_values_that_are_no_numbers_are_no_points(tmp_path):
+    config = write_run(tmp_path, 2)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "entropy": NaN, "reward": "0.5"}\n')
+    curves = curves_of(content_of(report(tmp_path, config)))
+    assert curves["entropy"]["steps"] == curves["reward"]["steps"] == [1, 2]
+
+
 def test_a_long_curve_has_means_and_bands():
     steps = list(range(1, 1001))
     curve = thinned(steps, [float(step % 4) for step in steps])  # 1 2 | 3 0 | 1 2 | 3 0 ...

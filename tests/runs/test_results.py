@@ -46,9 +46,18 @@ def test_a_directory_of_results_is_one_sentence(tmp_path):
         '{"row": "a", "recipe": true, "seed": "0", "config": "c", "evaluations": [{"step": 0}]}',
         '{"row": "a", "recipe": true, "seed": 0, "config": "c", "evaluations": [{"step": 0}], "inputs": ["x"]}',
         "3",
+        {"row": ["a"]},
+        {"recipe": None},
+        {"table": 1},
+        {"versions": None},
+        {"seconds": "1"},
+        {"start_seconds": None, "seconds": float("inf")},
+        {"evaluations": [{"step": 0, "eval/accuracy": float("nan")}, {"step": 1}]},
+        {"evaluations": [{"step": 0, "eval/accuracy": "0.5"}, {"step": 1}]},
     ],
 )
 def test_a_damaged_file_of_results_is_one_sentence(line, tmp_path):
+    line = line if isinstance(line, str) else json.dumps(ENTRIES[0] | line)
     (tmp_path / "a.jsonl").write_text(json.dumps(ENTRIES[0]) + f"\n{line}\n")
     with pytest.raises(ConfigError, match="^Line 2 of .*a.jsonl is no result of compare; repair or remove the line.$"):
         results.read(tmp_path / "a.jsonl")

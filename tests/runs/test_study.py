@@ -250,7 +250,8 @@ def finished(tmp_path, **changes):
     """Writes the result of a run of 2 steps, and returns the plan of the comparison with changes."""
     (unit,) = study.plan(tiny("rows.jsonl", steps=2), {}, tmp_path, seeds=[0]).units
     unit.directory.mkdir(parents=True, exist_ok=True)
-    entry = {"row": "grpo", "config": unit.digest, "evaluations": [{"step": 0}, {"step": 2}]}
+    entry = {"row": "grpo", "recipe": True, "seed": 0, "config": unit.digest, "versions": {}, "seconds": 1.0}
+    entry |= {"start_seconds": 0.0, "evaluations": [{"step": 0}, {"step": 2}]}
     (unit.directory / "result.json").write_text(json.dumps(entry))
     return study.plan(tiny("rows.jsonl", **{"steps": 2} | changes), {}, tmp_path, seeds=[0])
 
@@ -266,6 +267,46 @@ def test_a_finished_run_may_get_more_steps_only(tmp_path):
     file.write_text(json.dumps({"config": to_dict(tiny("rows.jsonl", steps=2))}))
     with pytest.raises(ConfigError, match=r"another configuration \(config.eval.samples was \d and is 7\); choose"):
         finished(tmp_path, eval__samples=7)
+
+
+def test_more_steps_under_a_falling_learning_rate_are_another_run(tmp_path):
+    falling = {"optimizer__schedule": "linear"}
+    (unit,) = study.plan(tiny("rows.jsonl", steps=2, **falling), {}, tmp_path, seeds=[0]).units
+    assert finished(tmp_path).unfinished() == []
+    entry = json.loads((unit.directory / "result.json").read_text()) | {"config": unit.digest}
+    (unit.directory / "result.json").write_text(json.dumps(entry))
+    with pytest.raises(ConfigError, match="finished with 2 steps. .*schedule is 'linear'.*so it cannot go on to 3"):
+        study.plan(tiny("rows.jsonl", steps=3, **falling), {}, tmp_path, seeds=[0])
+
+
+def test_a_half_done_run_under_a_falling_learning_rate_keeps_its_number_of_steps(tmp_path):
+    plan = lambda steps, schedule: study.plan(
+        tiny("rows.jsonl", steps=steps, optimizer__schedule=schedule, supervised__steps=0), {}, tmp_path, seeds=[0]
+    )
+    (unit,) = plan(2, "cosine").units
+    unit.directory.mkdir(parents=True)
+    (unit.directory / "config.json").write_text(json.dumps({"config": to_dict(unit.config)}))
+    assert plan(3, "cosine").unfinished()  # no step is done
+    (unit.directory / "checkpoints" / "1").mkdir(parents=True)
+    assert plan(2, "cosine").unfinished() and plan(3, "constant").unfinished()
+    with pytest.raises(ConfigError, match="which began with 2 steps. .* so it cannot go on to 3"):
+        plan(3, "cosine")
+
+
+def test_a_run_with_more_steps_than_are_compared_is_refused(tmp_path):
+    plan = lambda steps: study.plan(tiny("rows.jsonl", steps=steps, supervised__steps=0), {}, tmp_path, seeds=[0])
+    (unit,) = plan(3).units
+    (unit.directory / "checkpoints" / "3").mkdir(parents=True)
+    assert plan(3).unfinished()
+    with pytest.raises(ConfigError, match="holds the method, grpo, of which 3 steps are done, more than the 2 to comp"):
+        plan(2)
+
+
+def test_a_field_of_the_method_is_changed_with_the_whole_method():
+    for name, hint in (("method.name", True), ("optimizer.nme", False)):
+        with pytest.raises(ConfigError, match=f"changes config.{name}, and there is no such field") as e:
+            study.variant(tiny("rows.jsonl"), {name: 1})
+        assert ("give the whole method: {'method': {'name': ...}}" in str(e.value)) == hint
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"evaluations": []}', '{"config": "x", "evaluations": []}'])

@@ -55,6 +55,22 @@ def test_missing_rewards_give_one_warning_only():
     assert said_of([MISSING] * 3, history=[MISSING] * PATIENCE) == []
 
 
+def test_completions_that_are_all_left_out_have_no_entropy_to_warn_of():
+    left_out = GOOD | {"completions/left_out_ratio": 1.0, "completions/missing_reward_ratio": 0.0, "entropy": 0.0}
+    (sentence,) = said_of([left_out] * 2 * PATIENCE)
+    assert f"For {PATIENCE} steps no completion has entered the loss" in sentence
+    assert "raise config.max_completion_length" in sentence
+    assert said_of([left_out | {"completions/left_out_ratio": 0.99, "entropy": 1.0}] * PATIENCE) == []
+    (sentence,) = said_of([MISSING | {"completions/left_out_ratio": 1.0}] * PATIENCE)
+    assert "no completion has had a reward" in sentence
+
+
+def test_lines_that_a_user_repaired_may_lack_metrics():
+    assert said_of([{"step": 1}] * 2 * PATIENCE) == []
+    skipped = SkippedUpdates(2, [{"step": 1}, {"skipped_update_ratio": 1.0}, {}])
+    assert not skipped.look({"skipped_update_ratio": 1.0}) and skipped.look({"skipped_update_ratio": 1.0})
+
+
 def test_dynamic_sampling_without_groups_gives_one_warning_only():
     (sentence,) = said_of([UNMIXED] * 2 * PATIENCE)
     assert (

@@ -151,6 +151,49 @@ def test_other_directories_are_left_alone(tmp_path):
         Workdir(tmp_path, Config(), "f")
 
 
+def test_a_run_goes_on_under_a_version_with_more_fields(tmp_path):
+    Workdir(tmp_path, Config(), "f").begin(TOKENIZER)
+    begun = json.loads((tmp_path / "config.json").read_text())
+    del begun["config"]["regression"]["encoder_dropout"], begun["config"]["update"]
+    (tmp_path / "config.json").write_text(json.dumps(begun))
+    Workdir(tmp_path, Config(), "f")
+    changed = change(Config(), regression__encoder_dropout=0.5, update__epochs=2)
+    with pytest.raises(
+        ConfigError, match="config.regression.encoder_dropout was 0.0 and is 0.5; .*epochs was 1 and is 2"
+    ):
+        Workdir(tmp_path, changed, "f")
+    begun["config"]["retired"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(begun))
+    with pytest.raises(ConfigError, match="config.retired was 3 and is None"):
+        Workdir(tmp_path, Config(), "f")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"config": 3}'])
+def test_a_configuration_that_is_none_is_one_sentence(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match="config.json is damaged: it has no config; restore it"):
+        Workdir(tmp_path, Config(), "f")
+
+
+def test_a_row_of_a_comparison_goes_on_where_it_was_moved_with_its_start(tmp_path):
+    def config(place, name="seed-0"):
+        return change(
+            Config(),
+            supervised__start_from=str(tmp_path / place / name / "start"),
+            reward_model__path=str(tmp_path / place / name / "start" / "reward_model"),
+        )
+
+    Workdir(tmp_path / "old" / "seed-0" / "method", config("old"), "f").begin(TOKENIZER)
+    (tmp_path / "old").rename(tmp_path / "new")
+    Workdir(tmp_path / "new" / "seed-0" / "method", config("new"), "f")
+    for other in (config("old"), config("other"), config("new", "seed-1")):
+        if other == config("old"):  # where it was begun
+            Workdir(tmp_path / "new" / "seed-0" / "method", other, "f")
+            continue
+        with pytest.raises(ConfigError, match="config.supervised.start_from was .*; config.reward_model.path was"):
+            Workdir(tmp_path / "new" / "seed-0" / "method", other, "f")
+
+
 def test_a_model_is_no_work_directory(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ConfigError, match="is a model, and not the work directory of a run: name it with --model"):

@@ -55,6 +55,13 @@ def test_a_card_of_random_weights(workdir):
     assert '"data.train": "rows.jsonl"' in card and '"method.base": "rloo"' in card
 
 
+def test_a_card_of_a_supervised_phase_names_no_method(workdir):
+    for checkpoint in (1, 2):  # the phase has two steps
+        card = model_card(Exported("mine", workdir, config_of(), checkpoint))
+        assert head(card)["tags"] == ["jaxrl_reason"] and "## Method" not in card
+        assert "A language model, trained on worked solutions with jaxrl_reason from random weights." in card
+
+
 def test_a_card_has_each_set_of_an_evaluation_with_its_intervals(workdir):
     sets = {
         name: record(9, samples=1, data={"name": f"{name}.jsonl", "split": "all"}, intervals={"pass@2": [0.5, 0.875]})

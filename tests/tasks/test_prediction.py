@@ -83,10 +83,17 @@ def run(tmp_path_factory, quick_compilation):
         data=Data(
             train=str(folder / "line.csv"), train_split="[:80%]", eval=str(folder / "held_out.csv"), eval_split="all"
         ),
-        regression=Regression(tokenizer="normalized", target="y", prefix_length=2, encoder_width=16),
+        regression=Regression(
+            tokenizer="normalized",
+            target="y",
+            prefix_length=2,
+            encoder_width=16,
+            validation_split="[80%:]",
+            validation_every=1,
+        ),
         reward=Reward(functions=["squared_error"]),
         method={"name": "genre2"},
-        supervised=Supervised(steps=0),
+        supervised=Supervised(steps=1),
         checkpoint=Checkpoint(every=100),
         eval=Eval(every=0, prompts=10, samples=6),
         log=Log(progress=False, tensorboard=False, samples_every=0),

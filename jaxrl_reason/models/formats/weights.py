@@ -202,10 +202,16 @@ def write(directory: pathlib.Path, params: Tree, table: Tree, max_shard_bytes: i
 
 
 def save_tensors(file: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes a safetensors file with the mode of every other new file; the library lets nobody but the owner read it."""
+    """Writes a safetensors file with the mode of every other new file; the library lets nobody but the owner read it.
+
+    Raises OSError on failure.
+    """
     file.touch()
     mode = file.stat().st_mode & 0o777
-    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    try:
+        safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    except safetensors.SafetensorError as e:  # such as a full disk
+        raise OSError(f"{file} cannot be written: {e}") from e
     file.chmod(mode)
 
 

@@ -64,13 +64,18 @@ def _chart(metric: str, of_rows: Mapping[str, Mapping[int, Estimate]]) -> dict[s
 def _tables(
     rows: Mapping[str, Mapping[str, Any]], metrics: Sequence[str], places: Mapping[str, Mapping[int, str]]
 ) -> Iterator[dict[str, Any]]:
-    head = ["", *map(_label, metrics)]
+    head, headings = ["", *map(_label, metrics)], summary.headings(rows)
     cells = lambda row: [pictures.cell_with_interval(n, row.get(n), row.get("half_width", {}).get(n)) for n in metrics]
     note = "The last evaluation: mean over seeds ± half-width of the 95 % interval."
-    yield {"title": "Results", "note": note, "head": head, "rows": [[name, *cells(row)] for name, row in rows.items()]}
+    yield {
+        "title": "Results",
+        "note": note,
+        "head": head,
+        "rows": [[headings[name], *cells(row)] for name, row in rows.items()],
+    }
     compared = summary.compared(rows, metrics)
     differences = [
-        [name, *(pictures.cell_of_difference(n, row["difference"].get(n)) for n in compared)]
+        [headings[name], *(pictures.cell_of_difference(n, row["difference"].get(n)) for n in compared)]
         for name, row in rows.items()
         if row.get("difference")
     ]

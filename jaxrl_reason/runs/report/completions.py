@@ -32,7 +32,7 @@ class Tail:
                 if not line.endswith(b"\n"):
                     return
                 try:
-                    record = json.loads(line)
+                    record = json.loads(line, parse_constant=lambda _: None)
                     record["step"]
                 except (ValueError, TypeError, KeyError) as e:
                     raise MetricsError(

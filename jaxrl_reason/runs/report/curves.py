@@ -56,9 +56,9 @@ class Curves:
         self._points: dict[str, tuple[array, array]] = {}  # metric -> steps, values
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Adds a line of metrics.jsonl. Unknown values (null) are left out."""
+        """Adds a line of metrics.jsonl. Unknown values (null) are left out, and what is no number."""
         for name, value in line.items():
-            if name != "step" and value is not None:
+            if name != "step" and isinstance(value, (int, float)):
                 if name not in self._points:
                     self._points[name] = array("q"), array("d")
                 steps, values = self._points[name]

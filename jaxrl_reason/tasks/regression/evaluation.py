@@ -52,9 +52,11 @@ class NumberScorer:
         """Does nothing: a table is checked when it is read."""
 
 
+_LARGEST = 1e30  # of a squared error: those of the wide alphabets overflow float32, and so would sums over a batch
+
+
 def _reward(name: str, digits: Digits, tokens: jax.Array, z: jax.Array) -> jax.Array:
-    # The square of a number of the wide alphabets can overflow float32.
-    error = jnp.minimum(jnp.square(digits.decode(tokens) - z[:, None]), jnp.finfo(jnp.float32).max)
+    error = jnp.minimum(jnp.square(digits.decode(tokens) - z[:, None]), _LARGEST)
     if name == "squared_error":
         return -error
     return jnp.where(jnp.isnan(error), -100.0, -jnp.minimum(error, 50.0))
