@@ -48,7 +48,8 @@ def results_directory(
 
     It is `chosen`, if that is not None. Otherwise it is the first of FOLDER/NAME, FOLDER/NAME-2, ... that is free, or holds
     the same evaluation: an equal `record`, up to the command line and the results. Raises ConfigError if `chosen` is a
-    file, holds another evaluation, or has files that this one would replace and no evaluation.json.
+    file, holds another evaluation, or has files that this one would replace and no evaluation.json; OSError if it cannot
+    be made.
     """
     if chosen is None:
         names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
@@ -62,7 +63,10 @@ def results_directory(
             f"--out={chosen} has {file} without evaluation.json, so it may not be of this evaluation; name another directory, "
             "or remove the file."
         )
-    chosen.mkdir(parents=True, exist_ok=True)
+    try:
+        chosen.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise OSError(f"{chosen} cannot be made: {e.strerror}. Name another directory with --out.") from e
     return chosen
 
 

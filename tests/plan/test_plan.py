@@ -71,7 +71,9 @@ def test_a_step_is_sharded_and_donated_and_its_flops_equal_the_compilers(sharded
     assert filled["prompts' KV"] * GIB == per_token * 4 * 64
     assert filled["samples' KV"] * GIB == per_token * 4 * 4 * 192
     assert found["reshard"]["collectives"]["all-gather"]["count"] > 0
-    assert found["refused"].startswith("config.supervised.batch_size is 6, which mesh.slice x mesh.data x mesh.fsdp = 4 devices")
+    assert found["refused"].startswith(
+        "config.supervised.batch_size is 6, which mesh.slice x mesh.data x mesh.fsdp = 4 devices"
+    )
 
 
 @pytest.mark.processes

@@ -178,6 +178,14 @@ def test_files_of_unknown_origin_are_not_replaced_in_a_chosen_directory(name, tm
     assert choose(None, record()) == tmp_path / "evaluation"
 
 
+def test_a_directory_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        OSError, match="file/evaluation cannot be made: Not a directory. Name another directory with --out"
+    ):
+        reporting.results_directory(None, tmp_path / "file", {})
+
+
 @pytest.mark.parametrize(
     "text, found",
     [
