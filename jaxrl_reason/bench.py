@@ -254,8 +254,8 @@ class Comparison:
 def prepare_comparison(arguments: command.Arguments) -> Bench | Comparison:
     """Returns what the flags ask for: one measurement, or a comparison, of whose settings the flags and the fields are checked.
 
-    A comparison leaves the devices alone: a TPU serves one process, and each setting has its own. What depends on the
-    devices, the process of the setting checks.
+    A comparison leaves the devices alone: a TPU serves one process, and each setting has its own. The process of a
+    setting checks what depends on the devices.
     """
     a = arguments
     if not a.compare:
@@ -265,15 +265,19 @@ def prepare_comparison(arguments: command.Arguments) -> Bench | Comparison:
     own = [
         f"--{flag.name}={getattr(a, flag.attribute)}" for flag in _MEASURED if getattr(a, flag.attribute) is not None
     ]
+    check = lambda flags: configuration(command.parse(dataclasses.replace(COMMAND, flags=_MEASURED), flags))
+    check(own)
     settings = {"as given": own}
     for text in a.compare:
         try:
             settings[text] = [*own, *shlex.split(text)]
-            configuration(command.parse(dataclasses.replace(COMMAND, flags=_MEASURED), settings[text]))
+            check(settings[text])
         except ValueError as e:  # also a quotation without an end
             raise ConfigError(f"--compare={text!r}: {e}") from e
         if settings[text] == own:
-            raise ConfigError("--compare='' has no flags, so nothing differs; give flags, such as '--halvings=0'.")
+            raise ConfigError(
+                f"--compare={text!r} has no flags, so nothing differs; give flags, such as '--halvings=0'."
+            )
     return Comparison(settings, a.rounds)
 
 

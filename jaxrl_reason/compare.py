@@ -32,7 +32,7 @@ from jaxrl_reason.rewards import RewardError
 from jaxrl_reason.rewards.loading import file_digest
 from jaxrl_reason.rl import hosts
 from jaxrl_reason.runs import command, inputs, locks, pictures, results, study, summary
-from jaxrl_reason.runs.files import write_json
+from jaxrl_reason.runs.files import finite, write_json
 from jaxrl_reason.runs.report import write_comparison
 from jaxrl_reason.runs.study import START, Study, Unit
 from jaxrl_reason.runs.workdir import write_recipe
@@ -247,7 +247,7 @@ def _write_result(comparison: Comparison, unit: Unit, task: tasks.Task, baseline
         return
     metrics, start = directory / "metrics.jsonl", study.read_result(directory.parent / START) or {}
     evaluations = results.evaluations(metrics, ("eval/", *tasks.BASELINES))
-    evaluations[0] |= start.get("baselines", {})
+    evaluations[0] |= {name: None if x is None else finite(x) for name, x in start.get("baselines", {}).items()}
     table = results.table_name(unit.config)
     entry = {
         "row": unit.row.name,

@@ -219,6 +219,11 @@ def test_a_setting_that_cannot_be_measured_is_one_sentence(text, said, capsys):
     assert capsys.readouterr().err == said
 
 
+def test_the_setting_as_given_is_checked_first(capsys):
+    assert bench.main(["--wave-tokens=64", "--update-lengths=1", "--compare=--update-lengths=2"]) == 2
+    assert "--compare" not in (said := capsys.readouterr().err) and "config.update.lengths is 1" in said
+
+
 def test_the_ratios_of_a_comparison_are_of_medians():
     line = lambda x: dict.fromkeys(bench.COMPARED, x)
     found = {"as given": [line(4.0), line(2.0), line(9.0)], "other": [line(3.0), line(1.0), line(2.0)]}

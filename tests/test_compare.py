@@ -385,6 +385,10 @@ def test_a_process_waits_for_the_runs_of_others(ended, tmp_path, monkeypatch, ca
             {"baselines": {"a": {"eval.every": 0}}},
             "The baseline 'a' cannot begin: config.eval.every is 0, and a comparison needs held-out metrics; set it above 0.",
         ),
+        (
+            {"baselines": {"a": {"steps": "5"}}},
+            "The baseline 'a' cannot begin: config.steps is '5'; it must be an int.",
+        ),
         ({"only": ["b"]}, "--only=b is no row. There are: grpo, other."),
         (
             {"baselines": {"A b": OTHER, "a-b": OTHER}},
@@ -430,6 +434,8 @@ def test_two_ways_to_set_the_seed_are_refused(tmp_path, capsys):
     "body, said",
     [
         ("return None", "get_baselines() must return a dict that maps names of rows to dicts of fields."),
+        ("return {1: {}}", "get_baselines() must return a dict that maps names of rows to dicts of fields."),
+        ("return {'a': {1: 2}}", "get_baselines() must return a dict that maps names of rows to dicts of fields."),
         ("return {'a': 3}", "get_baselines() must return a dict that maps names of rows to dicts of fields."),
         ("return {}['x']", "get_baselines() has failed: KeyError: 'x'."),
     ],

@@ -1,4 +1,4 @@
-"""Tests the ceiling of self-verification: a linear function of the state at the end token."""
+"""Tests the linear function of the state at the end token that judges completions."""
 
 import jax
 import numpy as np
@@ -44,7 +44,7 @@ def test_a_direction_of_the_states_is_found_and_judges_the_other_half():
     assert np.abs(again[1::2] - found[1::2]).min() > 1e-3
 
 
-def test_states_without_a_direction_give_a_chance_of_one_half_where_a_fit_to_themselves_would_not():
+def test_states_without_a_direction_give_one_half():
     correct, states = RNG.random((60, 4)) < 0.5, RNG.normal(size=(60, 4, 100)).astype(np.float32)
     found = probe.scores(states, correct, np.ones(correct.shape, bool))
     assert metrics.pair_accuracy(found.ravel(), correct.ravel()) == pytest.approx(0.5, abs=0.12)

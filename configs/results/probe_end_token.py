@@ -2,7 +2,8 @@
 
 python configs/results/probe_end_token.py /tmp/laser/seed-0/start /tmp/laser/seed-0/grpo
 
-It is a ceiling for LaSeR's self-rewards, which are a linear function of that state, as far as the policy does not change.
+LaSeR's self-reward is a log-probability of one token at that state. So the result is an estimate of what self-rewards can
+reach while the policy does not change; training changes the states.
 Each work directory of a text run has one line: the AUC over all held-out completions, and over those of one question.
 A ridge regression on half of the questions judges the completions of the other half, and the reverse. Truncated completions
 have no end token and are left out.

@@ -6,7 +6,7 @@ A recipe is a Python file whose `get_config()` returns a `Config`. The command l
 
 from jaxrl_reason.config.build import begins_with_bos, make_method, model_config, prompt_template
 from jaxrl_reason.config.command_line import help_text, load, load_baselines, load_module, override, two_columns
-from jaxrl_reason.config.paths import homeless, remote
+from jaxrl_reason.config.paths import has_unknown_user, remote
 from jaxrl_reason.config.schema import (
     Checkpoint,
     Config,

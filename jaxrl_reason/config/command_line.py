@@ -55,7 +55,8 @@ def load_baselines(path: str | pathlib.Path) -> Mapping[str, Mapping[str, object
         found = module.get_baselines()
     except Exception as e:  # a recipe is a program: it can fail in any way
         raise ConfigError(f"{path}: get_baselines() has failed: {type(e).__name__}: {e}.") from e
-    if not isinstance(found, Mapping) or not all(isinstance(changes, Mapping) for changes in found.values()):
+    named = lambda x: isinstance(x, Mapping) and all(isinstance(name, str) for name in x)
+    if not named(found) or not all(map(named, found.values())):
         raise ConfigError(f"{path}: get_baselines() must return a dict that maps names of rows to dicts of fields.")
     return found
 

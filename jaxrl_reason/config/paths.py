@@ -17,7 +17,7 @@ _REMEDIES = {
 }
 
 
-def homeless(text: str) -> bool:
+def has_unknown_user(text: str) -> bool:
     """Returns whether a path begins with the home directory of a user who does not exist, as ~runs/x where ~/runs/x is meant."""
     try:
         pathlib.Path(text).expanduser()

@@ -12,7 +12,7 @@ from jaxrl_reason import methods
 from jaxrl_reason.advantages import AdvantageInputs
 from jaxrl_reason.config import schema
 from jaxrl_reason.config.build import make_method, model_config, OVERRIDES
-from jaxrl_reason.config.paths import homeless, remote
+from jaxrl_reason.config.paths import has_unknown_user, remote
 from jaxrl_reason.config.schema import Config, ConfigError, field_names, with_article
 from jaxrl_reason.methods import Method
 
@@ -37,8 +37,7 @@ def _changed(section: Any, names: Iterable[str]) -> str:
     return next((name for name in names if getattr(section, name) != getattr(default, name)), "")
 
 
-# Fields of regression that only the supervised phase uses, and fields of data that regression runs do not use.
-_OF_SUPERVISED = ("validation_split", "encoder_dropout")
+# Fields of data that regression runs do not use.
 _OF_QUESTIONS = ("template", "chat", "add_bos", "columns", "eval_columns", "on_bad_row", "on_long_prompt")
 
 
@@ -137,8 +136,8 @@ RULES = (
          "it is for config.regression.validation_split: set both, or leave it out"),
     Rule("regression.encoder_dropout", lambda c, m: c.regression.encoder_dropout and c.regression.inputs == "text",
          "rows as text have no MLP: set config.regression.inputs='features', or leave it out"),
-    Rule("regression.{found}",
-         lambda c, m: not c.supervised.steps and not c.supervised.start_from and _changed(c.regression, _OF_SUPERVISED),
+    Rule("regression.encoder_dropout",
+         lambda c, m: c.regression.encoder_dropout and not c.supervised.steps and not c.supervised.start_from,
          "it is for the supervised phase, and config.supervised.steps is 0: set it above 0, or leave it out"),
     Rule("method.name", lambda c, m: c.regression.tokenizer and m.dynamic_sampling,
          "it keeps groups with both correct and incorrect completions, and a regression run has neither: "
@@ -270,9 +269,9 @@ def _check_paths(config: Config) -> None:
         for path in value if isinstance(value, list) else [value]:
             if elsewhere := remote(str(path), supported):
                 raise ConfigError(f"config.{name} is {path!r}; only paths on this machine are supported: {elsewhere}.")
-            if homeless(str(path)):
+            if has_unknown_user(str(path)):
                 raise ConfigError(
-                    f"config.{name} is {path!r}, and no user has the name behind ~; ~/ is your own home directory."
+                    f"config.{name} is {path!r}, and no user has the name after ~; ~/ is your own home directory."
                 )
 
 

@@ -37,7 +37,13 @@ class FileRows:
     digest: str  # the SHA-256 of the file
 
 
-def read(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) -> FileRows:
+NAMING = (
+    "Name the columns with --config.data.columns, such as --config.data.columns=\"{'question': 'problem'}\"; "
+    "--config.data.eval_columns is for held-out data with other columns."
+)
+
+
+def read(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str, naming: str = NAMING) -> FileRows:
     """Reads and checks a whole file of a kind that `parsers.kind_of` knows: UTF-8, blank lines at the end only.
 
     `columns` maps our names to the file's. Dots select a field of a structured column: {"answer":
@@ -48,14 +54,14 @@ def read(path: pathlib.Path, columns: Mapping[str, str], on_bad_row: str) -> Fil
     rewards read can hold anything. `on_bad_row` "refuse" raises after the last row; "skip" leaves bad rows out, counts
     them and warns.
 
-    Raises FileNotFoundError, and ValueError if a row is bad under "refuse", no row is usable, all rows lack a column, or
-    the file as a whole cannot be read.
+    Raises FileNotFoundError, and ValueError if a row is bad under "refuse", no row is usable, all rows lack a column
+    (`naming` says what to do then), or the file as a whole cannot be read.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no data file {path}.")
     optional = {*_OURS, *_QUESTIONS} - {*columns, *columns.values()}
     parsed = parsers.parse(path, lambda names: _needed(names, columns), optional)
-    reader = _FileReader(path, parsed.unit, naming(columns))
+    reader = _FileReader(path, parsed.unit, naming)
     for number, row in parsed.rows:
         try:
             if isinstance(row, ValueError):
@@ -139,20 +145,6 @@ def listed(summary: str, reports: Sequence[str], count: int) -> str:
     shown = reports[:REPORTED]
     more = [f"and {count - len(shown)} more"] if count > len(shown) else []
     return "\n  ".join([f"{summary}:", *shown, *more])
-
-
-# The columns that every row of config.reward_model.data needs next to the question. No option names them.
-PAIR_COLUMNS = {"chosen": "chosen", "rejected": "rejected"}
-
-
-def naming(columns: Mapping[str, str]) -> str:
-    """Returns what to do about a missing column of data that are read with `columns`."""
-    if columns == PAIR_COLUMNS:
-        return "config.data.columns does not name columns of config.reward_model.data. Rename the columns of the data."
-    return (
-        "Name the columns with --config.data.columns, such as --config.data.columns=\"{'question': 'problem'}\"; "
-        "--config.data.eval_columns is for held-out data with other columns."
-    )
 
 
 def rename_columns(row: Row, columns: Mapping[str, str], names: Iterable[str] | None = None) -> Row:

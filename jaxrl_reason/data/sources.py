@@ -64,6 +64,7 @@ def load_source(
     data_dir: str | pathlib.Path | None = None,
     columns: Mapping[str, str] | None = None,
     on_bad_row: str = "refuse",
+    naming: str = files.NAMING,
 ) -> Source:
     """Opens a data set; TFDS prepares it on first use. Text is str, numbers int or float; other values do not change.
 
@@ -76,6 +77,7 @@ def load_source(
       columns: maps our names to the data's, such as {"question": "problem"}. Other columns keep their names. Parquet
         columns are read only if they are needed (see `files.read`).
       on_bad_row: as in `files.read`. Rows of TFDS are not checked.
+      naming: what to do about a missing column, for the error.
 
     Raises FileNotFoundError for a file, and ValueError for an unknown name or split, a missing column, a bad row, or no
     rows.
@@ -84,17 +86,19 @@ def load_source(
         raise ValueError(f"on_bad_row is {on_bad_row!r}; it has to be 'refuse' or 'skip'.")
     columns = dict(columns or {})
     if name.startswith(_HUB):
-        return _files_source(name, _download(name), split, columns, on_bad_row)
+        return _files_source(name, _download(name), split, columns, on_bad_row, naming)
     path = pathlib.Path(name).expanduser()
     if parsers.kind_of(name):
-        return _files_source(name, [path], split, columns, on_bad_row)
+        return _files_source(name, [path], split, columns, on_bad_row, naming)
     if path.is_file():  # a directory can have the name of a data set
         raise ValueError(f"{path} is no file of rows that can be read: {_FILES}.")
-    return _tfds_source(name, split, data_dir, columns)
+    return _tfds_source(name, split, data_dir, columns, naming)
 
 
-def _files_source(name: str, paths: list[pathlib.Path], split: str, columns: dict[str, str], on_bad_row: str) -> Source:
-    read = [files.read(path, columns, on_bad_row) for path in paths]
+def _files_source(
+    name: str, paths: list[pathlib.Path], split: str, columns: dict[str, str], on_bad_row: str, naming: str
+) -> Source:
+    read = [files.read(path, columns, on_bad_row, naming) for path in paths]
     every = [(file, row, number) for file in read for row, number in zip(file.rows, file.numbers, strict=True)]
     part = files.slice_rows(every, split, name)
     # Names without directories: the fingerprint of moved data does not change.
@@ -190,7 +194,9 @@ def _unknown(name: str) -> ValueError:
     )
 
 
-def _tfds_source(name: str, split: str, data_dir: str | pathlib.Path | None, columns: dict[str, str]) -> Source:
+def _tfds_source(
+    name: str, split: str, data_dir: str | pathlib.Path | None, columns: dict[str, str], naming: str
+) -> Source:
     data = open_prepared(name, split, data_dir)
     info = data.dataset_info
     adapt = _adapt_gsm8k if info.name == "gsm8k" else lambda row: row
@@ -213,7 +219,7 @@ def _tfds_source(name: str, split: str, data_dir: str | pathlib.Path | None, col
     try:
         ends = read([0, len(data) - 1])
     except ValueError as error:
-        raise ValueError(f"Data set {name!r} does not fit: {error}. {files.naming(columns)}") from error
+        raise ValueError(f"Data set {name!r} does not fit: {error}. {naming}") from error
     sizes = [[part.num_examples, int(part.num_bytes)] for part in info.splits.values()]
     fingerprint = _fingerprint(info.full_name, split, columns, len(data), sizes, ends)
     return Source(name, fingerprint, 0, read, len(data))

@@ -23,7 +23,7 @@ from jaxrl_reason.plan.host_memory import checkpoint_bytes, chips_per_host, COPI
 from jaxrl_reason.plan.programs import Part, parts_of
 from jaxrl_reason.plan.step import open_step, sizes_of
 from jaxrl_reason.rl import programs as programs_lib
-from jaxrl_reason.rl.devices import for_devices
+from jaxrl_reason.rl.devices import check_waves, for_devices
 
 GIB = 2**30
 ASSUMPTIONS = (
@@ -58,6 +58,8 @@ def make_plan(
     while it writes a checkpoint, and "step" with the least time and its assumptions. Raises ConfigError if the configuration
     cannot run on the devices.
     """
+    mesh = programs_lib.make_mesh(config, devices)
+    check_waves(sizes_of(config)[0], config, mesh)
     parts = []
     for part in parts_of(config, devices, mean_length):
         say(f"compiling {part.name} ...")
@@ -65,7 +67,6 @@ def make_plan(
     seconds = sum(part["seconds"] * part["times"] for part in parts)
     tokens = config.prompts_per_step * config.group_size * (mean_length or config.max_completion_length)
     sizes = ("prompts_per_step", "group_size", "max_prompt_length", "max_completion_length")
-    mesh = programs_lib.make_mesh(config, devices)
     model = for_devices(sizes_of(config)[0], config, mesh)
     per_host = chips_per_host(topology, devices)
     share = checkpoint_bytes(open_step(config, devices).programs.abstract_state, devices, per_host)

@@ -23,7 +23,7 @@ from jaxrl_reason.rewards.scorer import LEARNED
 from jaxrl_reason.rl import auxiliary
 from jaxrl_reason.rl import experience as experience_lib
 from jaxrl_reason.rl import programs as programs_lib
-from jaxrl_reason.rl.devices import check_waves, for_devices
+from jaxrl_reason.rl.devices import for_devices
 from jaxrl_reason.rl.types import Experience, Groups, Rollout
 
 
@@ -110,7 +110,6 @@ def open_step(config: Config, devices: Sequence[jax.Device]) -> Step:
     policy, reward_config = sizes_of(config)
     mesh, programs = _build_programs(config, method, policy, devices)
     model = for_devices(policy, config, mesh)
-    check_waves(policy, config, mesh)
     if config.supervised.steps:
         try:
             sharding.check_batch(mesh, "config.supervised.batch_size", config.supervised.batch_size)

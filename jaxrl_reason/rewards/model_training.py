@@ -40,6 +40,9 @@ from jaxrl_reason.runs.workdir import Workdir
 
 # Folded into the seed for the score vector and, without a policy, the decoder. `rl.programs` uses other numbers.
 _INIT = 101
+# The columns that every row of config.reward_model.data needs, next to the question.
+_PAIR_COLUMNS = {"chosen": "chosen", "rejected": "rejected"}
+_NAMING = "config.data.columns does not name columns of config.reward_model.data. Rename the columns of the data."
 _HELD_OUT = "reward_model/held_out/"
 
 
@@ -87,8 +90,9 @@ def setup(
         r.data or name,
         split,
         data_dir=c.data.data_dir or None,
-        columns=files.PAIR_COLUMNS if r.data else columns,
+        columns=_PAIR_COLUMNS if r.data else columns,
         on_bad_row=c.data.on_bad_row,
+        naming=_NAMING if r.data else files.NAMING,
     )
     rows = source(c.data.train, r.split or c.data.train_split, c.data.columns)
     columns = c.data.eval_columns or c.data.columns

@@ -72,8 +72,8 @@ def local(text: str) -> str:
         raise ValueError("a path")
     if elsewhere := config_lib.remote(text):
         raise ValueError(f"a path on this machine: {elsewhere}")
-    if config_lib.homeless(text):
-        raise ValueError("a path on this machine: no user has the name behind ~, and ~/ is your own home directory")
+    if config_lib.has_unknown_user(text):
+        raise ValueError("a path on this machine: no user has the name after ~, and ~/ is your own home directory")
     return text
 
 

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import hashlib
 from importlib import metadata
 import json
-import math
 import pathlib
 import platform
+import sys
 from typing import Any
 
 import jax
@@ -97,7 +97,7 @@ def digest_of_prompts(fingerprint: str, batches: Iterable[PromptBatch]) -> str:
 def seconds(*metrics_paths: pathlib.Path) -> float:
     """Returns the seconds of all steps in these files of metrics; a missing file has none."""
     lines = [line for path in metrics_paths if path.exists() for line in read_metrics(path)]
-    return round(sum(line.get("perf/step_seconds", 0.0) for line in lines), 1)
+    return round(sum(line.get("perf/step_seconds") or 0.0 for line in lines), 1)
 
 
 def read(path: pathlib.Path) -> list[Entry]:
@@ -107,7 +107,7 @@ def read(path: pathlib.Path) -> list[Entry]:
         raise ConfigError(f"The file of results is {str(path)!r}, which is a directory; name a file.")
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), start=1):
         try:
-            entry = json.loads(line)
+            entry = json.loads(line, parse_constant=lambda _: None)  # NaN is unknown
             check(entry)
         except (ValueError, TypeError, LookupError, AttributeError) as e:
             raise ConfigError(f"Line {number} of {path} is no result of compare; repair or remove the line.") from e
@@ -122,10 +122,13 @@ def check(entry: Entry) -> None:
     texts = (entry["row"], entry["config"], entry.get("table", ""))
     if not all(isinstance(x, str) for x in texts) or not isinstance(entry["recipe"], bool):
         raise TypeError("the row, the digest or the table is no text, or recipe neither true nor false")
-    entry["versions"].items(), entry["evaluations"][-1]["step"]
-    for value in (entry["seconds"], entry["start_seconds"], *(x for e in entry["evaluations"] for x in e.values())):
-        if value is not None and not math.isfinite(value):
-            raise ValueError("a number is not finite")
+    if not entry["evaluations"] or not all(isinstance(line["step"], int) for line in entry["evaluations"]):
+        raise TypeError("there is no evaluation, or one without a step")
+    numbers = [entry["seconds"], entry["start_seconds"], *entry.get("accuracies", ())]
+    numbers += [x for line in entry["evaluations"] for x in line.values() if x is not None]
+    if not all(isinstance(x, (int, float)) and abs(x) <= sys.float_info.max for x in numbers):
+        raise ValueError("a value is not a finite number")
+    entry["versions"].items()
 
 
 def merge(path: pathlib.Path, new: Sequence[Entry]) -> None:

@@ -130,7 +130,7 @@ def read_result(directory: pathlib.Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        found = json.loads(file.read_bytes())
+        found = json.loads(file.read_bytes(), parse_constant=lambda _: None)  # NaN is unknown
         found["config"]
         if "evaluations" in found:  # of a row, and not of the start
             results.check(found)
@@ -140,13 +140,14 @@ def read_result(directory: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _check_result(unit: Unit) -> None:
-    """Raises ConfigError for a run with more steps, or that is finished with another configuration.
+    """Raises ConfigError for a run that has more steps, or is finished with another configuration.
 
     A run may have begun with fewer steps, and goes on then, unless its learning rates depend on their number.
     """
-    if unit.row is None:
-        return
+    assert unit.row is not None  # a start is no run to compare
     found, c = read_result(unit.directory), unit.config
+    if not isinstance(c.steps, int) or not isinstance(c.supervised.steps, int):
+        return  # `validate` refuses it
     if found is None:
         done = max(numbers_in(unit.directory / "checkpoints"), default=0) - c.supervised.steps
         if done > max(c.steps, 0):
@@ -249,9 +250,10 @@ def plan(
             )
     chosen = [row for row in rows if not only or row.name in only]
     units = [unit for seed in seeds for unit in _units(config, chosen, workdir / f"seed-{seed}", seed)]
-    for unit in units:
-        _check_result(unit)
     entries = {(entry["row"], entry["seed"], entry["config"]): entry for entry in done}
+    for unit in units:
+        if unit.row and (unit.row.name, unit.seed, unit.row.digest) not in entries:
+            _check_result(unit)
     return Study(workdir, rows, seeds, units, entries)
 
 
@@ -295,7 +297,8 @@ def _units(config: Config, rows: Iterable[Row], directory: pathlib.Path, seed: i
 def _check_start(config: Config, row: Row) -> None:
     """Raises ConfigError if a row changes what the start that all rows share has decided, and has no start of its own."""
     for name in row.changes:
-        of_start = name.startswith(("supervised.", "regression.encoder"))
+        of_start = f"{name}.".startswith(("supervised.", "regression.encoder_", "regression.validation_"))
+        of_start |= name == "regression"
         if of_start and not {"supervised.steps", "supervised.start_from"} & set(row.changes):
             raise ConfigError(
                 f"The baseline {row.name!r} changes config.{name}, and begins with the start that all rows share, so this would have "

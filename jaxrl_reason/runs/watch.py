@@ -18,9 +18,10 @@ NO_REWARD = (
     "error_rate and timeout_rate."
 )
 LEFT_OUT = (
-    f"For {PATIENCE} steps no completion has entered the loss, so nothing is learned. Completions without an end token "
-    "(completions/clipped_ratio) are left out by config.sampling.mask_truncated_completions: raise config.max_completion_length, or set it "
-    "to false."
+    f"For {PATIENCE} steps no completion has entered the loss, so nothing is learned. Completions without an end token (see the metric "
+    "completions/clipped_ratio) are left out if config.sampling.mask_truncated_completions is true: raise config.max_completion_length, or "
+    "set config.sampling.mask_truncated_completions to false. Completions whose log-probabilities are not finite are left out too (see "
+    "sampling/nonfinite_completions)."
 )
 Metrics = Mapping[str, Any]  # of one step; None and NaN mean "unknown"
 
@@ -45,7 +46,7 @@ class SkippedUpdates:
     def look(self, metrics: Metrics) -> bool:
         """Returns whether this step reaches the limit."""
         # Not == 1: a float32 mean of ones can be slightly less.
-        self._count = self._count + 1 if metrics.get("skipped_update_ratio", 0) > 0.9999 else 0
+        self._count = self._count + 1 if (metrics.get("skipped_update_ratio") or 0) > 0.9999 else 0
         return self._count >= self._limit
 
     def error(self, step: str, advice: str) -> NonFiniteError:

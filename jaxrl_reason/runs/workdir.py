@@ -64,7 +64,7 @@ class Workdir:
         changes = [
             (name, a, b)
             for name, a, b in _differences(old | {"config": _with_new_fields(old["config"])}, self._identity)
-            if not f"{name}.".startswith(free) and not self._is_next_to_it(name, a, b)
+            if not f"{name}.".startswith(free) and not self._is_moved_start(name, a, b)
         ]
         if changes:
             listed = "; ".join(
@@ -77,13 +77,14 @@ class Workdir:
                 f"{self.path} holds another run: {listed}. Restore the old data and values, or choose another --workdir."
             )
 
-    def _is_next_to_it(self, name: str, old: Any, new: Any) -> bool:
+    def _is_moved_start(self, name: str, old: Any, new: Any) -> bool:
         """Returns whether both paths are the start that rows of a comparison share, which was moved with this run."""
         places = {"config.supervised.start_from": "start", "config.reward_model.path": "start/reward_model"}
         if name not in places or not (isinstance(old, str) and isinstance(new, str)):
             return False
-        seed = self.path.parent  # WORKDIR/seed-0 of a comparison
-        return new == str(seed / places[name]) and old.endswith(f"/{seed.name}/{places[name]}")
+        place = places[name]  # in WORKDIR/seed-0, which is above this row, or above the row of this reward model
+        seeds = [*self.path.parents][:2]
+        return any(new == str(seed / place) and old.endswith(f"/{seed.name}/{place}") for seed in seeds)
 
     @property
     def has_begun(self) -> bool:

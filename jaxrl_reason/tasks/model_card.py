@@ -41,11 +41,16 @@ def model_card(x: Exported) -> str:
 
     judge, base = x.checkpoint is None, _base(x)
     if x.checkpoint is None:
-        trained, tags = "trained on preference pairs", ["reward-model", *_methods(x.config)]
+        made, tags = "trained on preference pairs with jaxrl_reason", ["reward-model", *_methods(x.config)]
     elif x.checkpoint <= x.config.supervised.steps:
-        trained, tags = "trained on worked solutions", []
+        taught = x.checkpoint > 0 or x.config.supervised.start_from
+        made = (
+            "trained on worked solutions with jaxrl_reason" if taught else "made with jaxrl_reason before any training,"
+        )
+        tags = []
     else:
-        trained, tags = "trained by reinforcement learning", ["reinforcement-learning", *_methods(x.config)]
+        made = "trained by reinforcement learning with jaxrl_reason"
+        tags = ["reinforcement-learning", *_methods(x.config)]
     facts: dict[str, Any] = {name: value for name, value in base.items() if name != "shown"}
     data = ModelCardData(
         **facts,
@@ -57,7 +62,7 @@ def model_card(x: Exported) -> str:
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {x.name}",
-        f"{what}, {trained} with jaxrl_reason from {base['shown']}.",
+        f"{what}, {made} from {base['shown']}.",
         f"## Method\n\n{_description(x.config)}" if "reinforcement-learning" in tags else "",
         f"## Held-out metrics\n\n{_held_out(x)}",
         "## Recipe\n\nFields of the configuration that differ from their defaults, without those of checkpoints, logs and devices; of local files, the name only.\n\n"

@@ -120,11 +120,7 @@ BROKEN = [
         "regression.encoder_dropout is 0.1",
         "rows as text have no MLP",
     ),
-    (
-        NUMBERS | dict(regression__validation_split="[:4]"),
-        "regression.validation_split is '[:4]'",
-        "supervised.steps is 0",
-    ),
+    (NUMBERS | dict(regression__encoder_dropout=0.1), "regression.encoder_dropout is 0.1", "supervised.steps is 0"),
     (NUMBERS | dict(method={"name": "dapo"}), "method.name is 'dapo'", "config.method.dynamic_sampling=false"),
     (NUMBERS | dict(lora__rank=2), "lora.rank is 2", "set it to 0"),
     (NUMBERS | dict(data__template="qa"), "data.template is 'qa'", "a regression run"),

@@ -23,7 +23,7 @@ from jaxrl_reason.plan import costs, measure
 from jaxrl_reason.plan.__main__ import main
 from jaxrl_reason.plan.chips import Chip
 from jaxrl_reason.plan.lengths import skewed_lengths
-from jaxrl_reason.plan.measure import GIB, largest_that_fits, measure_part, requested_bytes
+from jaxrl_reason.plan.measure import GIB, largest_that_fits, make_plan, measure_part, requested_bytes
 from jaxrl_reason.plan.programs import Part, parts_of
 from jaxrl_reason.plan.step import open_step, sizes_of
 from jaxrl_reason.rl.devices import update_sizes
@@ -108,7 +108,7 @@ def test_the_planned_update_has_the_log_probabilities_of_a_reward_with_kl():
 
 def test_tokens_of_waves_that_a_run_refuses_a_plan_refuses_too():
     with pytest.raises(ConfigError, match="config.update.wave_tokens is 64, and updates of this run have one length"):
-        open_step(tiny("rows.jsonl", update__wave_tokens=64), jax.devices()[:1])
+        make_plan(tiny("rows.jsonl", update__wave_tokens=64), "v5e:1x1", jax.devices()[:1])
 
 
 def test_a_mean_length_leaves_out_times_and_ratios_of_full_lengths():

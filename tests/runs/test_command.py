@@ -96,7 +96,7 @@ def test_flags_have_defaults():
         (["--out=gs://b/run"], "^--out=gs://b/run: expected a path on this machine: mount the bucket .gcsfuse b DIR."),
         (
             ["--out=~nobody-of-this-name/run"],
-            "expected a path on this machine: no user has the name behind ~, and ~/ is",
+            "expected a path on this machine: no user has the name after ~, and ~/ is",
         ),
         (["--out", "s3:/b/run"], "mount the bucket .mount-s3 b DIR."),
     ],

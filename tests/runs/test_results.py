@@ -1,6 +1,7 @@
 """Tests files of results, and that those of the studies are of the present recipes."""
 
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -51,8 +52,10 @@ def test_a_directory_of_results_is_one_sentence(tmp_path):
         {"table": 1},
         {"versions": None},
         {"seconds": "1"},
-        {"start_seconds": None, "seconds": float("inf")},
-        {"evaluations": [{"step": 0, "eval/accuracy": float("nan")}, {"step": 1}]},
+        {"start_seconds": None},
+        {"evaluations": [{"eval/accuracy": 0.5}, {"step": 1}]},
+        {"evaluations": [{"step": 0, "eval/accuracy": 10**400}, {"step": 1}]},
+        {"accuracies": ["0.5"]},
         {"evaluations": [{"step": 0, "eval/accuracy": "0.5"}, {"step": 1}]},
     ],
 )
@@ -61,6 +64,15 @@ def test_a_damaged_file_of_results_is_one_sentence(line, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(ENTRIES[0]) + f"\n{line}\n")
     with pytest.raises(ConfigError, match="^Line 2 of .*a.jsonl is no result of compare; repair or remove the line.$"):
         results.read(tmp_path / "a.jsonl")
+
+
+def test_a_value_that_is_no_number_is_unknown(tmp_path):
+    line = json.dumps(ENTRIES[0] | {"evaluations": [{"step": 0, "pointwise/r2": math.nan}, {"step": 1}]})
+    (tmp_path / "a.jsonl").write_text(line + "\n")
+    (found,) = results.read(tmp_path / "a.jsonl")
+    assert found["evaluations"][0] == {"step": 0, "pointwise/r2": None}
+    (tmp_path / "m.jsonl").write_text('{"step": 1, "perf/step_seconds": NaN}\n{"step": 2, "perf/step_seconds": 1.5}\n')
+    assert results.seconds(tmp_path / "m.jsonl") == 1.5
 
 
 def test_lines_without_accuracies_are_one_sentence(tmp_path):

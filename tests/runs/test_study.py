@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from helpers.tiny_runs import tiny, write_rows
-from jaxrl_reason.config import ConfigError, RewardModel, to_dict
+from jaxrl_reason.config import ConfigError, Regression, RewardModel, Supervised, to_dict
 from jaxrl_reason.runs import inputs, results, study
 
 LEARNED = {"reward__functions": ["strict", "reward_model"], "reward__weights": [1.0, 0.0]}
@@ -186,7 +186,7 @@ def test_runs_that_name_the_same_files_have_the_same_inputs(tmp_path):
     rows = {
         "tuned": {"optimizer.b1": 0.8},
         "other data": {"data.train": "other.jsonl"},
-        "other rows": {"regression.validation_split": "[:9]"},
+        "other rows": {"regression.validation_split": "[:9]", "supervised.steps": 1},
         "other pairs": {"reward_model.data": "pairs.jsonl"},
     }
     runs = study.plan(tiny("rows.jsonl", supervised__steps=1), rows, tmp_path, seeds=[0, 1])
@@ -294,12 +294,18 @@ def test_a_half_done_run_under_a_falling_learning_rate_keeps_its_number_of_steps
 
 
 def test_a_run_with_more_steps_than_are_compared_is_refused(tmp_path):
-    plan = lambda steps: study.plan(tiny("rows.jsonl", steps=steps, supervised__steps=0), {}, tmp_path, seeds=[0])
+    plan = lambda steps, done=(): study.plan(
+        tiny("rows.jsonl", steps=steps, supervised__steps=0), {}, tmp_path, seeds=[0], done=done
+    )
     (unit,) = plan(3).units
     (unit.directory / "checkpoints" / "3").mkdir(parents=True)
     assert plan(3).unfinished()
     with pytest.raises(ConfigError, match="holds the method, grpo, of which 3 steps are done, more than the 2 to comp"):
         plan(2)
+    digest = plan(3).rows[0].digest  # steps are no part of it only where the results are finished
+    fewer = study.plan(tiny("rows.jsonl", steps=2, supervised__steps=0), {}, tmp_path / "new", seeds=[0]).rows[0].digest
+    assert fewer != digest
+    assert plan(2, done=[{"row": "grpo", "seed": 0, "config": fewer}]).unfinished() == []
 
 
 def test_a_field_of_the_method_is_changed_with_the_whole_method():
@@ -323,6 +329,15 @@ def test_a_damaged_result_is_named(text, tmp_path):
             {"supervised.learning_rate": 1.0},
             "changes config.supervised.learning_rate, and begins with the start that all",
         ),
+        (
+            {"supervised": Supervised(learning_rate=1.0)},
+            "changes config.supervised, and begins with the start that all",
+        ),
+        (
+            {"regression.validation_split": "[:4]"},
+            "changes config.regression.validation_split, and begins with the start",
+        ),
+        ({"regression": Regression()}, "changes config.regression, and begins with the start that all"),
         (
             {"regression.encoder_dropout": 0.1},
             "changes config.regression.encoder_dropout, and begins with the start that all",

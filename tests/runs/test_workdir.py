@@ -184,12 +184,12 @@ def test_a_row_of_a_comparison_goes_on_where_it_was_moved_with_its_start(tmp_pat
         )
 
     Workdir(tmp_path / "old" / "seed-0" / "method", config("old"), "f").begin(TOKENIZER)
+    Workdir(tmp_path / "old" / "seed-0" / "weak" / "reward_model", config("old"), "f").begin(TOKENIZER)
     (tmp_path / "old").rename(tmp_path / "new")
-    Workdir(tmp_path / "new" / "seed-0" / "method", config("new"), "f")
-    for other in (config("old"), config("other"), config("new", "seed-1")):
-        if other == config("old"):  # where it was begun
-            Workdir(tmp_path / "new" / "seed-0" / "method", other, "f")
-            continue
+    for row in ("method", "weak/reward_model"):  # the reward model of a row has a directory in it
+        Workdir(tmp_path / "new" / "seed-0" / row, config("new"), "f")
+    Workdir(tmp_path / "new" / "seed-0" / "method", config("old"), "f")  # moved back, as it were
+    for other in (config("other"), config("new", "seed-1")):
         with pytest.raises(ConfigError, match="config.supervised.start_from was .*; config.reward_model.path was"):
             Workdir(tmp_path / "new" / "seed-0" / "method", other, "f")
 

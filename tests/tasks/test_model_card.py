@@ -62,6 +62,13 @@ def test_a_card_of_a_supervised_phase_names_no_method(workdir):
         assert "A language model, trained on worked solutions with jaxrl_reason from random weights." in card
 
 
+def test_a_card_of_random_weights_before_any_step(workdir):
+    card = model_card(Exported("mine", workdir, tiny("rows.jsonl", supervised__steps=0), 0))
+    assert "A language model, made with jaxrl_reason before any training, from random weights." in card
+    card = model_card(Exported("mine", workdir, tiny("rows.jsonl", supervised__start_from="start"), 0))
+    assert "trained on worked solutions" in card
+
+
 def test_a_card_has_each_set_of_an_evaluation_with_its_intervals(workdir):
     sets = {
         name: record(9, samples=1, data={"name": f"{name}.jsonl", "split": "all"}, intervals={"pass@2": [0.5, 0.875]})
