@@ -5,7 +5,7 @@ python configs/results/run_studies.py /tmp/studies hero rlev
 
 Results in the files next to this script are kept, and their runs are not repeated: delete a file to run its study from the
 start. The script may be stopped at any time, and several may share the directory. All studies from the start
-take about 12 hours of two busy CPU cores. GenRe2's ten tables need the extra `study`, and smollm2_sums the extra `gguf` and
+take about 13 hours of two busy CPU cores. GenRe2's ten tables need the extra `study`, and smollm2_sums the extra `gguf` and
 the package with the model.
 """
 
@@ -28,6 +28,7 @@ STUDIES: dict[str, tuple[int, Sequence[str]]] = {
     "hero": (8, ()),
     "rlev": (8, ()),
     "progrpo": (8, ()),
+    "progrpo_weak_start": (16, ()),
 }
 
 
