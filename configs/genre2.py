@@ -54,4 +54,9 @@ def get_baselines() -> Mapping[str, Mapping[str, object]]:
         },
         "genre2 on GRPO": {"method": {"name": "genre2", "base": "grpo"}},
         "with the expert term": {"method": {"name": "genre2", "base": "remax", "expert_coefficient": 0.05}},
+        "with dropout": {  # a start of its own
+            "supervised.start_from": "",
+            "supervised.steps": 200,
+            "regression.encoder_dropout": 0.1,
+        },
     }
