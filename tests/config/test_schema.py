@@ -81,7 +81,7 @@ def test_bounds_and_choices_are_allowed(name):
             config.model.sliding_window = 4
         if name == "data.values":
             config.method = {"name": "rlev"}
-        if name == "steps":
+        if name in ("steps", "regression.encoder_dropout"):
             config.supervised.steps = 1
         if name == "regression.validation_every":
             config.regression.validation_split = "validation"
