@@ -506,7 +506,7 @@ def test_a_column_that_pairs_of_their_own_lack_is_to_be_renamed_in_the_file(rows
     for i, row in enumerate([{"question": "a", "chosen": "1"}, {"problem": "a", "chosen": "1", "rejected": "2"}]):
         pairs = write_rows(tmp_path / f"pairs{i}.jsonl", [row] * 60)
         with pytest.raises(ValueError, match=f"pairs{i}.jsonl, there is no column '(rejected|question)'.*only .*") as e:
-            prepare(tiny_pairs(rows, data=pairs), tmp_path / "run")
+            prepare(tiny_pairs(rows, data=str(pairs)), tmp_path / "run")
         assert str(e.value).endswith(
             "config.data.columns does not name columns of config.reward_model.data. Rename the columns of the data."
         )

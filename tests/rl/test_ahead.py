@@ -31,15 +31,15 @@ def compiled(run, caplog):
     return counts, {match[1] for match, thread in found if match and thread.startswith("compile")}
 
 
-# `update` is the supervised step, `update_step` that of RL, and `generate` samples for both training and evaluation.
+# `supervised` is the step of the supervised phase, `update_step` that of RL, and `generate` samples for both training and evaluation.
 @pytest.mark.parametrize("method", ["grpo", "progrpo", "remax"])
 def test_every_program_is_compiled_once_and_the_large_ones_in_threads(method, tmp_path, caplog):
     config = tiny(write_rows(tmp_path / "rows.jsonl"), method={"name": method}, supervised__steps=1, eval__every=1)
     run = train.setup(config, tmp_path / "run")
     counts, threads = compiled(run, caplog)
-    assert (counts["update"], counts["update_step"], counts["generate"]) == (1, 1, 2)
+    assert (counts["supervised"], counts["update_step"], counts["generate"]) == (1, 1, 2)
     assert not run.programs.ahead  # every program was called
-    assert threads >= {"update", "generate"} and ("update_step" in threads) == (method != "remax")
+    assert threads >= {"supervised", "generate"} and ("update_step" in threads) == (method != "remax")
 
 
 def test_a_run_on_a_table_too(tmp_path, caplog):
@@ -47,12 +47,12 @@ def test_a_run_on_a_table_too(tmp_path, caplog):
     table.write_text("a,b,y\n" + "".join(f"{i},{i % 3},{i * 0.5}\n" for i in range(12)))
     run = train.setup(tiny(table, supervised__steps=1, eval__every=1, **NUMBERS), tmp_path / "run")
     counts, threads = compiled(run, caplog)
-    assert (counts["update"], counts["update_step"], counts["generate"]) == (
+    assert (counts["supervised"], counts["update_step"], counts["generate"]) == (
         1,
         1,
         2,
     )  # greedy numbers need no other program
-    assert threads >= {"update", "update_step", "generate"}
+    assert threads >= {"supervised", "update_step", "generate"}
 
 
 def test_an_error_of_the_compiler_is_raised_by_the_call(tmp_path, monkeypatch):
