@@ -185,14 +185,13 @@ def model_source(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _with_new_fields(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns a saved configuration with the defaults of fields that a later version has added."""
+    """Returns a saved configuration with the defaults of fields that a later version has added.
+
+    A configuration that has a field which no longer exists is returned as it is: the field is then named as a difference.
+    """
     try:
         return json.loads(json.dumps(config_lib.to_dict(config_lib.from_dict(values))))
-    except (
-        ConfigError,
-        TypeError,
-        AttributeError,
-    ):  # with fields that do not exist any more: they are named as differences
+    except (ConfigError, TypeError, AttributeError):
         return values
 
 

@@ -16,8 +16,6 @@ from jaxrl_reason.tasks.regression.tables import Rows
 
 # (weights, features f32[N, F], key=None, dropout=0.0) -> z-scores f32[N]. With a key, it leaves out that share of hidden units.
 Predict = Callable[..., jax.Array]
-
-
 _DROPOUT = 1  # folded into the seed for the choice of hidden units; the seed itself makes the weights
 
 
