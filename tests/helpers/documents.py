@@ -87,7 +87,6 @@ SMALL = {  # shell pattern of command:arguments -> flags to add after the flags 
         "--only=verifier only",
     ],
     "compare:*genre2*": [*RUN_FLAGS, "--seeds=1", "--only=genre2"],
-    "compare:*--seeds=5,6,7*": [*RUN_FLAGS, "--seeds=5,"],  # the next command reads the directories of seed 5
     "compare:*": [*RUN_FLAGS, "--seeds=1"],
     "evaluate:*": ["--samples=2"],
     "bench:*": [
