@@ -252,10 +252,10 @@ class Comparison:
 
 
 def prepare_comparison(arguments: command.Arguments) -> Bench | Comparison:
-    """Returns what the flags ask for: one measurement, or a comparison, of whose settings the flags and the fields are checked.
+    """Returns what the flags ask for: one measurement, or a comparison. Checks the flags and fields of every setting.
 
-    A comparison leaves the devices alone: a TPU serves one process, and each setting has its own. The process of a
-    setting checks what depends on the devices.
+    A comparison leaves the devices alone: a TPU serves one process, and each setting has its own process, which checks
+    what depends on the devices.
     """
     a = arguments
     if not a.compare:
