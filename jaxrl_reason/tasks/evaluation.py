@@ -238,18 +238,20 @@ def join(parts: Sequence[Evaluated], values: np.ndarray | None = None) -> Evalua
 def summary_metrics(found: Evaluated, temperature: float) -> dict[str, float]:
     """Returns the metrics of a run in progress.
 
-    They are `eval/accuracy` (mean over all completions), `eval/pass@K`, `eval/mean_length` (tokens, end token
-    included), `eval/clipped_ratio` (share without an end token), `eval/prompts`, `eval/maj@K` if completions are
-    decoded (share of prompts whose most frequent answer is correct), `eval/entropy` as in `all_metrics`, the metrics of
-    `method_metrics`, and `eval/missing_verdict_ratio`, the share without a verdict, which count as incorrect; only if there is one.
+    They are `eval/accuracy` (mean over all completions), the unbiased `eval/pass@k` for k = 4, 16, 64, ... below K and for
+    k = K, `eval/mean_length` (tokens, end token included), `eval/clipped_ratio` (share without an end token), `eval/prompts`,
+    `eval/maj@K` if completions are decoded (share of prompts whose most frequent answer is correct), `eval/entropy` as
+    in `all_metrics`, the metrics of `method_metrics`, and `eval/missing_verdict_ratio`, the share without a verdict, which
+    count as incorrect; only if there is one.
     """
     prompts, samples = found.correct.shape
+    drawn = powers(samples, base=4)[1:] or [1]  # pass@1 is the accuracy
     majority = {}
     if found.answers is not None:
         majority[f"eval/maj@{samples}"] = float(_majority(found.answers, found.correct, samples).mean())
     return {
         "eval/accuracy": float(found.correct.mean()),
-        f"eval/pass@{samples}": float(metrics.pass_at_k(samples, found.correct.sum(axis=1), samples).mean()),
+        **{f"eval/pass@{k}": float(metrics.pass_at_k(samples, found.correct.sum(axis=1), k).mean()) for k in drawn},
         "eval/mean_length": float(found.lengths.mean()),
         "eval/clipped_ratio": float(found.truncated.mean()),
         "eval/prompts": prompts,
@@ -403,9 +405,9 @@ def all_metrics(found: Evaluated, temperature: float) -> dict[str, float]:
     )
 
 
-def powers(samples: int) -> list[int]:
-    """Returns 1, 2, 4, ... below `samples`, and `samples`."""
-    return [2**i for i in range(samples.bit_length()) if 2**i < samples] + [samples]
+def powers(samples: int, base: int = 2) -> list[int]:
+    """Returns the powers of `base` below `samples`, from 1, and `samples`."""
+    return [base**i for i in range(samples.bit_length()) if base**i < samples] + [samples]
 
 
 def _entropy(found: Evaluated, temperature: float) -> dict[str, float]:

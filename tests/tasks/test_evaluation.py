@@ -97,6 +97,13 @@ def test_curves_have_powers_of_two_and_all_samples(samples, ks):
         assert [name for name in metrics if name.startswith(kind)] == [f"{kind}@{k}" for k in ks]
 
 
+@pytest.mark.parametrize("samples, ks", [(1, [1]), (2, [2]), (4, [4]), (6, [4, 6]), (20, [4, 16, 20]), (64, [4, 16, 64])])
+def test_a_run_logs_pass_at_powers_of_four_and_of_all_samples(samples, ks):
+    metrics = evaluation.summary_metrics(found([[1] + [0] * (samples - 1)]), temperature=1.0)
+    expected = {f"eval/pass@{k}": k / samples for k in ks}  # the chance that the one correct sample is drawn
+    assert {name: x for name, x in metrics.items() if "pass@" in name} == pytest.approx(expected)
+
+
 def test_the_first_completion_with_the_majority_answer_is_judged():
     """Equal answers can have unequal verdicts if a reward reads more than the answer."""
     metrics = evaluation.all_metrics(found([[0, 1], [1, 0]], answers=[["a", "a"], ["a", "a"]]), temperature=1.0)
