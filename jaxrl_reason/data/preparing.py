@@ -20,8 +20,8 @@ def open_split(name: str, split: str, folder: pathlib.Path | None, kind: str) ->
     """Returns a split as a random-access data source, or None for an unknown name.
 
     TFDS prepares the data set if it is not prepared yet. `folder` holds prepared data; None means TFDS's default; `kind`
-    is the noun in messages. Raises ValueError for an unknown split, and OSError if the data cannot be downloaded or
-    written.
+    is the noun in messages. Raises ValueError for an unknown split and if the data need a package that is not installed,
+    and OSError if they cannot be downloaded or written.
     """
     import tensorflow_datasets as tfds  # costs a fifth of a second; files do not need it
 
@@ -60,6 +60,8 @@ def _prepare(tfds: Any, builder: Any, what: str) -> None:
             builder.download_and_prepare()
     except FileExistsError:
         return  # another process has prepared the data
+    except ImportError as error:
+        raise ValueError(str(error) if generated else f"The {what} cannot be prepared: {error}.") from error
     except (OSError, tfds.core.download.DownloadError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         remedy = (

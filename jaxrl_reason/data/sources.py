@@ -16,7 +16,7 @@ from jaxrl_reason.data import files, hub, parsers, preparing
 from jaxrl_reason.data.files import Row
 
 # TFDS finds these data sets by name only after the import of their module.
-_OURS = ("word_problems", "exam", "many_answers", "answer_forms", "checked_tries", "sums")
+_OURS = ("word_problems", "exam", "many_answers", "answer_forms", "checked_tries", "sums", "reasoning_gym")
 _BUILDER_MODULES = {name: f"jaxrl_reason.data.builders.{name}" for name in _OURS}
 _BUILDER_MODULES["gsm8k"] = "tensorflow_datasets.text.gsm8k.gsm8k"
 _NAMES = tuple(_BUILDER_MODULES)  # of text problems
@@ -79,8 +79,8 @@ def load_source(
       on_bad_row: as in `files.read`. Rows of TFDS are not checked.
       naming: what to do about a missing column, for the error.
 
-    Raises FileNotFoundError for a file, and ValueError for an unknown name or split, a missing column, a bad row, or no
-    rows.
+    Raises FileNotFoundError for a file, and ValueError for an unknown name or split, a missing column, a bad row, no rows,
+    or a package that is missing.
     """
     if on_bad_row not in ("refuse", "skip"):
         raise ValueError(f"on_bad_row is {on_bad_row!r}; it has to be 'refuse' or 'skip'.")

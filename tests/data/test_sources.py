@@ -89,7 +89,7 @@ def test_rows_of_a_small_data_set_are_parsed_once(problems, data_dir, monkeypatc
             "word_problem_typo",
             "train",
             {},
-            "no data set 'word_problem_typo': give word_problems, exam, many_answers, answer_forms, checked_tries, sums, gsm8k, another name that TFDS knows, or a path",
+            "no data set 'word_problem_typo': give word_problems, exam, many_answers, answer_forms, checked_tries, sums, reasoning_gym, gsm8k, another name that TFDS knows, or a path",
         ),
         ("word_problems", "dev", {}, "Split 'dev' of data set 'word_problems' cannot be opened: .*'validation'"),
         ("word_problems", "train[0:0]", {}, "Split 'train\\[0:0\\]' of data set 'word_problems'"),

