@@ -23,6 +23,7 @@ STUDIES: dict[str, tuple[int, Sequence[str]]] = {
     "smollm2_sums": (4, ()),
     "genre2": (8, ()),
     "genre2_ieee": (8, ()),
+    "genre2_p10": (8, ()),
     "laser": (8, ()),
     "laser_silent": (8, ()),
     "hero": (8, ()),

@@ -187,7 +187,8 @@ def unit_note(names: Iterable[str]) -> str:
 def cell(name: str, value: float | None, *, signed: bool = False) -> str:
     """Formats a metric for a table: shares in percent, small numbers with three places, a dash for NaN and None.
 
-    Numbers from a million on have an exponent: one prediction with a wrong exponent can make an R2 of -5.65e+23.
+    Numbers from ten thousand on have no places, and from a million on an exponent: one prediction with a wrong exponent
+    can make an R2 of -5.65e+23.
     """
     if value is None or math.isnan(value):
         return "-"
@@ -197,6 +198,8 @@ def cell(name: str, value: float | None, *, signed: bool = False) -> str:
         return f"{100 * value:{sign}.1f} %"
     if abs(value) >= 1e6:
         return f"{value:{sign}.2e}"
+    if abs(value) >= 1e4:
+        return f"{value:{sign},.0f}"
     return f"{value:{sign}.3f}" if kind.endswith(_FINE) else f"{value:{sign}.1f}"
 
 
