@@ -2,7 +2,7 @@
 
     python -m jaxrl_reason.compare --config=configs/progrpo_weak_start.py --workdir=/tmp/progrpo_weak_start
 
-It is progrpo.py with a fifth of the supervised steps, twice the steps of RL, and the library's alpha, 0.3. Takes about 5
+It is progrpo.py with a fifth of the supervised steps, twice the steps of RL, and the library's alpha, 0.3. Takes about 10
 minutes per seed on two CPU cores. Expect an accuracy near GRPO's, more entropy and more distinct correct answers.
 """
 
@@ -34,4 +34,8 @@ def _method(name: str, **more: object) -> dict[str, object]:
 
 
 def get_baselines() -> Mapping[str, Mapping[str, object]]:
-    return {"GRPO": {"method": _method("grpo")}}
+    return {
+        "GRPO": {"method": _method("grpo")},
+        "MaxRL": {"method": _method("maxrl")},
+        "ProGRPO on MaxRL": {"method": _method("progrpo", base="maxrl", alpha=0.3)},
+    }

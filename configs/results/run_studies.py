@@ -5,7 +5,7 @@ python configs/results/run_studies.py /tmp/studies hero rlev
 
 Results in the files next to this script are kept, and their runs are not repeated: delete a file to run its study from the
 start. The script may be stopped at any time, and several may share the directory. All studies from the start
-take about 13 hours of two busy CPU cores. GenRe2's ten tables need the extra `study`, and smollm2_sums the extra `gguf` and
+take about 15 hours of two busy CPU cores. GenRe2's ten tables need the extra `study`, and smollm2_sums the extra `gguf` and
 the package with the model.
 """
 
