@@ -35,6 +35,13 @@ def open_split(name: str, split: str, folder: pathlib.Path | None, kind: str) ->
             builder = open_it()
         except tfds.core.DatasetNotFoundError:
             return None
+        except ValueError as error:
+            base, _, config = name.partition(":")[0].partition("/")
+            configs = tfds.builder_cls(base).builder_configs
+            if not config or config in configs:
+                raise
+            only = f", only {', '.join(configs)}" if configs else ""
+            raise ValueError(f"{base!r} has no {config!r}{only}.") from error
         prepared = builder.is_prepared()
     if not prepared:
         _prepare(tfds, builder, f"{kind} {name!r}")

@@ -92,6 +92,13 @@ def test_rows_of_a_small_data_set_are_parsed_once(problems, data_dir, monkeypatc
             "no data set 'word_problem_typo': give word_problems, exam, many_answers, answer_forms, checked_tries, sums, reasoning_gym, gsm8k, another name that TFDS knows, or a path",
         ),
         ("word_problems", "dev", {}, "Split 'dev' of data set 'word_problems' cannot be opened: .*'validation'"),
+        (
+            "word_problems/chain",
+            "train",
+            {},
+            "'word_problems/chain' cannot be opened: 'word_problems' has no 'chain', only standard, chains",
+        ),
+        ("sums/x", "train", {}, "'sums/x' cannot be opened: 'sums' has no 'x'.$"),
         ("word_problems", "train[0:0]", {}, "Split 'train\\[0:0\\]' of data set 'word_problems'"),
         (
             "word_problems",
