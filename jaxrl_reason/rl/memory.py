@@ -15,7 +15,8 @@ def keep_freed_blocks() -> None:
     """Lets glibc keep freed blocks of up to 128 MiB each, and 512 MiB in all, for the next step.
 
     By default it returns blocks above 32 MiB to the system, which clears their pages when the next step takes them: a
-    third of the time of a small model. Settings of the environment come first. Other C libraries have no such setting.
+    third of the time of a small model. The arenas of threads other than the main one return blocks above 64 MiB in any
+    case. Settings of the environment come first. Other C libraries have no such setting.
     """
     if any(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")):
         return
