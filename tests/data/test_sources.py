@@ -113,6 +113,16 @@ def test_unknown_names_raise_a_sentence(problems, data_dir, name, split, columns
         data.load_source(name, split, data_dir=data_dir, columns=columns)
 
 
+def test_a_package_that_a_builder_of_tfds_lacks_is_named(tmp_path, monkeypatch):
+    def prepare(self):
+        raise ModuleNotFoundError("No module named 'pretty_midi'")
+
+    monkeypatch.setattr(preparing, "_check_reachable", lambda url: None)
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", prepare)
+    with pytest.raises(ValueError, match="The data set 'gsm8k' cannot be prepared: No module named 'pretty_midi'.$"):
+        data.load_source("gsm8k", "train", data_dir=tmp_path)
+
+
 def test_gsm8k_by_its_own_builder(tmp_path, monkeypatch):
     """Local files in the published format replace the download. Everything else is real."""
     rows = [
