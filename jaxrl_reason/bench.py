@@ -38,7 +38,7 @@ from jaxrl_reason.plan.lengths import skewed_lengths
 from jaxrl_reason.rewards.host import compute_rewards, HostReward
 from jaxrl_reason.rl import programs as programs_lib
 from jaxrl_reason.rl.ahead import compile_ahead
-from jaxrl_reason.rl.devices import check_waves, for_devices
+from jaxrl_reason.rl.devices import check_waves, for_devices, microbatches
 from jaxrl_reason.rl.types import Groups, TrainState
 from jaxrl_reason.runs import command, pictures
 from jaxrl_reason.runs.command import Flag, integer, number
@@ -118,6 +118,7 @@ class Bench:
     programs: programs_lib.Programs
     max_steps: int
     tokens: int  # of all completions of a step
+    microbatches: int  # per update
 
     def prompts(self, i: int) -> PromptBatch:
         """Returns the random prompts of step `i`."""
@@ -182,7 +183,7 @@ def prepare(arguments: command.Arguments) -> Bench:
         config, method, model, mesh, eos_ids=(eos,), pad_id=0, weights={"even": 1.0}, verdict="even", end_at=end_at
     )
     tokens = a.prompts * a.group * a.new if lengths is None else int(lengths.sum())
-    return Bench(a.size, config, model, programs, most, tokens)
+    return Bench(a.size, config, model, programs, most, tokens, microbatches(model, config, mesh))
 
 
 def measure(bench: Bench) -> tuple[float, list[Timing]]:
@@ -222,7 +223,7 @@ def results(bench: Bench, first: float, timings: list[Timing]) -> dict[str, Any]
         "compute_dtype": c.model.compute_dtype,
         "n_params": models.param_count(bench.model),
         "work": work
-        | {"micro": P * G // c.update.accumulation, "remat": bench.model.remat, "attention": bench.model.attention},
+        | {"micro": P * G // bench.microbatches, "remat": bench.model.remat, "attention": bench.model.attention},
         "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
         "rollout_tokens_per_s": round(tokens / rollout, 1),
         "update_tokens_per_s": round(tokens / update, 1),
@@ -324,7 +325,7 @@ _MEASURED = (
     Flag("cache-pieces", "N", "see config.sampling.cache_pieces", integer, 0),
     Flag("update-lengths", "N", "see config.update.lengths", integer, 0),
     Flag("wave-tokens", "N", "see config.update.wave_tokens", integer, 0),
-    Flag("accumulation", "N", "microbatches per update", number, 1),
+    Flag("accumulation", "N", "see config.update.accumulation", integer, 0),
     Flag("compute-dtype", "DTYPE", "dtype of the operands of products", str, "float32", choices=DTYPES),
     Flag("remat", "POLICY", "the values that the backward pass computes again", str, "auto", choices=REMAT),
     Flag("attention", "KIND", "the attention of prompts and updates", str, "auto", choices=ATTENTION),

@@ -288,7 +288,7 @@ def test_the_programs_of_a_recipe_fit_on_the_chips(recipe, v5e8, hub, tmp_path):
         model = dataclasses.replace(judge_of(config), remat="none")
         texts = jax.ShapeDtypeStruct((*learnt.advantages.shape, config.reward_model.max_length), "int32")
         score = jax.jit(functools.partial(learned._in_parts, model), static_argnums=3)
-        parts = config.update.accumulation * config.update.minibatches
+        parts = max(config.update.accumulation, 1) * config.update.minibatches
         lengths = jax.ShapeDtypeStruct(learnt.advantages.shape, "int32")
         compiled["reward model"] = score.lower(judge, *on(mesh, (texts, lengths)), parts).compile()
         beside["reward model"] = bytes_on_a_chip((state, read))

@@ -90,7 +90,7 @@ RULES = (
     Rule("update.minibatches", lambda c, m: c.prompts_per_step % c.update.minibatches,
          "it must divide config.prompts_per_step ({c.prompts_per_step})"),
     Rule("update.accumulation",
-         lambda c, m: (per_update := c.prompts_per_step // c.update.minibatches) % c.update.accumulation and per_update,
+         lambda c, m: (per_update := c.prompts_per_step // c.update.minibatches) % (c.update.accumulation or 1) and per_update,
          "it must divide the {found} prompts per update (config.prompts_per_step / config.update.minibatches)"),
     Rule("update.wave_tokens", lambda c, m: c.update.wave_tokens and c.update.lengths == 1,
          "config.update.lengths is 1, and only updates with several lengths use it: set both, or leave it out"),

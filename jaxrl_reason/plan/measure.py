@@ -213,7 +213,7 @@ def _grains(config: Config, devices: Sequence[jax.Device]) -> dict[str, int]:
     """Returns the number of which each searched size has to be a multiple."""
     mesh = programs_lib.make_mesh(config, devices)
     decoding = sharding.rollout_mesh(mesh, config.mesh.rollout_tensor or mesh.shape["tensor"])
-    pieces, parts = config.update.minibatches * config.update.accumulation, config.sampling.parts
+    pieces, parts = config.update.minibatches * max(config.update.accumulation, 1), config.sampling.parts
     ways = sharding.num_shards(mesh)
     prompts = math.lcm(ways * pieces, ways * parts, sharding.num_shards(decoding) * parts)
     return {"prompts_per_step": prompts, "group_size": 1, "max_completion_length": 128}

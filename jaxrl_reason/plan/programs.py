@@ -15,7 +15,7 @@ from jaxrl_reason.plan import costs
 from jaxrl_reason.plan.step import bytes_per_device, open_step, Step
 from jaxrl_reason.rewards import learned, model_files, model_training
 from jaxrl_reason.rl import programs as programs_lib
-from jaxrl_reason.rl.devices import update_sizes
+from jaxrl_reason.rl.devices import microbatches, update_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _update(step: Step) -> Part:
         copies=mesh.shape["slice"] * mesh.shape["data"],
         epochs=u.epochs,
         minibatches=u.minibatches,
-        accumulation=u.accumulation,
+        accumulation=microbatches(step.model, step.config, mesh),
         optimizer_slots=3 if step.config.optimizer.float32_master else 2,
         **_scoring_options(step),
     )

@@ -23,7 +23,7 @@ from jaxrl_reason.rewards.scorer import LEARNED
 from jaxrl_reason.rl import auxiliary
 from jaxrl_reason.rl import experience as experience_lib
 from jaxrl_reason.rl import programs as programs_lib
-from jaxrl_reason.rl.devices import for_devices
+from jaxrl_reason.rl.devices import for_devices, microbatches
 from jaxrl_reason.rl.types import Experience, Groups, Rollout
 
 
@@ -74,7 +74,7 @@ class Step:
     @property
     def pieces(self) -> int:
         """Microbatches per epoch."""
-        return self.config.update.accumulation * self.config.update.minibatches
+        return microbatches(self.model, self.config, self.mesh) * self.config.update.minibatches
 
     @functools.cached_property
     def memory(self) -> "Memory":

@@ -26,8 +26,7 @@ from jaxrl_reason.rewards import model_files
 from jaxrl_reason.rewards.learned import texts_of, TextScorer
 from jaxrl_reason.rewards.model_files import is_ours, load_reward_model, tokenizer_digest, write_description
 from jaxrl_reason.rewards.scorer import RewardModelScorer
-from jaxrl_reason.rl import hosts, scoring
-from jaxrl_reason.rl.devices import for_devices, update_sizes, with_remat
+from jaxrl_reason.rl import devices, hosts, scoring
 from jaxrl_reason.rl.optimizer import apply_gradients, init_opt_state, make_supervised_optimizer
 from jaxrl_reason.rl.programs import optimizer_shardings
 from jaxrl_reason.rl.types import Rollout, TrainState
@@ -179,9 +178,11 @@ def load_scorer(
 def _trained_scorer(
     c: Config, model: models.ModelConfig, params: models.Params, mesh: jax.sharding.Mesh, batch_size: int
 ) -> RewardModelScorer:
-    # As many microbatches as for the policy's log-probabilities.
-    microbatches = sharding.microbatches(mesh, batch_size, c.update.accumulation * c.update.minibatches)
-    score = group_scoring_program(for_devices(model, c, mesh), mesh, microbatches, **update_sizes(model, c, mesh))
+    # As many microbatches as for the log-probabilities of a policy of this size.
+    parts = sharding.microbatches(mesh, batch_size, devices.microbatches(model, c, mesh) * c.update.minibatches)
+    score = group_scoring_program(
+        devices.for_devices(model, c, mesh), mesh, parts, **devices.update_sizes(model, c, mesh)
+    )
     return lambda rollout, batch: (score(params, rollout), {})
 
 
@@ -208,7 +209,7 @@ def pretrained_scorer(
 ) -> TextScorer:
     """Returns the scorer of a pretrained reward model, with its weights on the mesh in the dtypes of the policy."""
     assert opened.tokenizer is not None  # checked by `open_pretrained`
-    model, m = for_devices(opened.config, c, mesh), c.model
+    model, m = devices.for_devices(opened.config, c, mesh), c.model
     model = dataclasses.replace(model, param_dtype=m.param_dtype, compute_dtype=m.compute_dtype, remat="none")
     return TextScorer(
         model,
@@ -219,9 +220,9 @@ def pretrained_scorer(
         skip_special=c.reward.skip_special_tokens,
         system=c.reward_model.system,
         max_length=c.reward_model.max_length,
-        parts=c.update.accumulation * c.update.minibatches,
+        parts=devices.microbatches(model, c, mesh) * c.update.minibatches,
         sharding=sharding.batch_sharding(mesh),
-        **update_sizes(model, c, mesh),
+        **devices.update_sizes(model, c, mesh),
     )
 
 
@@ -258,7 +259,7 @@ def train_reward_model(
         params = reward_model.init_params(phase.model, key, decoder)
         return TrainState(jnp.int32(0), params, {}, init_opt_state(optimizer, params), (), jnp.int32(0))
 
-    model = with_remat(phase.model, c, phase.mesh)
+    model = devices.with_remat(phase.model, c, phase.mesh)
     update = jax.jit(make_update(model, optimizer), donate_argnums=0, out_shardings=(shardings, None))
     score = jax.jit(functools.partial(reward_model.group_scores, phase.model))
     evaluation = lambda params: evaluate(lambda batch: score(params, place(batch)), held_out)

@@ -17,6 +17,9 @@ MAX_KEPT = 2**29
 # The backward pass keeps about as many bytes beside the results of products, if it computes nothing again.
 _ALL_PER_PRODUCTS = 2
 _MAX_UNROLLED = 8  # layers; more take long to compile
+# Bytes that a microbatch keeps per device of a CPU, if the run does not choose its microbatches: memory that glibc holds
+# from step to step, see `memory`, and at least so many times the weights, whose gradients each microbatch adds.
+_MICROBATCH, _PER_WEIGHTS = 2**26, 4
 
 
 def for_devices(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> models.ModelConfig:
@@ -97,6 +100,27 @@ def update_sizes(model: models.ModelConfig, config: Config, mesh: jax.sharding.M
     return {"lengths": u.lengths or max(lengths if S <= T else 1, 1), "wave_tokens": u.wave_tokens or tokens}
 
 
+def microbatches(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> int:
+    """Returns the microbatches of an update, as configured or chosen by the sizes and the devices.
+
+    "Automatic" is 1, or on CPUs, for updates of one length, the fewest of which each keeps 64 MiB or four times the
+    bytes of the weights.
+    """
+    return _microbatches(model, config, mesh, update_sizes(model, config, mesh)["lengths"])
+
+
+def _microbatches(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh, lengths: int) -> int:
+    if config.update.accumulation:
+        return config.update.accumulation
+    if lengths > 1 or mesh.devices.flat[0].platform != "cpu":  # waves are small, and other devices like large products
+        return 1
+    most = max(_MICROBATCH, _PER_WEIGHTS * 4 * models.param_count(model))
+    prompts = max(config.prompts_per_step // config.update.minibatches // sharding.num_shards(mesh), 1)
+    tokens = prompts * (config.max_prompt_length + config.group_size * config.max_completion_length)
+    kept = _ALL_PER_PRODUCTS * tokens * _kept_per_token(model)
+    return next((n for n in range(1, prompts) if prompts % n == 0 and kept <= n * most), prompts)
+
+
 def check_waves(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> None:
     """Raises ConfigError for config.update.wave_tokens if an update has one length, and with it no waves."""
     if config.update.wave_tokens and update_sizes(model, config, mesh)["lengths"] == 1:
@@ -116,10 +140,14 @@ def kept_bytes(
     """
     c, S, T = config, config.max_prompt_length, config.max_completion_length
     P, shards = c.prompts_per_step / c.update.minibatches, sharding.num_shards(mesh)
-    update = P / c.update.accumulation * (S + c.group_size * T) / shards
+    update = P / _microbatches(model, config, mesh, lengths) * (S + c.group_size * T) / shards
     if lengths > 1:
         update = min(update, P * S / shards + max(wave_tokens, T))
     tokens = max(update, c.supervised.steps and c.supervised.batch_size * (S + T) / shards)
+    return tokens * _kept_per_token(model)
+
+
+def _kept_per_token(model: models.ModelConfig) -> int:
     heads = (2 * model.heads + 2 * model.kv_heads) * model.head_dim
     itemsize = 4  # products are sums in float32
-    return tokens * model.layers * (3 * model.width + heads + 2 * model.mlp_width) * itemsize
+    return model.layers * (3 * model.width + heads + 2 * model.mlp_width) * itemsize

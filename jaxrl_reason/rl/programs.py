@@ -18,7 +18,7 @@ from jaxrl_reason.methods import Method
 from jaxrl_reason.models import sharding
 from jaxrl_reason.models.decoding import compaction, rollout
 from jaxrl_reason.rl import experience, hosts, learner, scoring
-from jaxrl_reason.rl.devices import for_devices, update_sizes
+from jaxrl_reason.rl.devices import for_devices, microbatches, update_sizes
 from jaxrl_reason.rl.optimizer import init_opt_state, make_optimizer, make_supervised_optimizer
 from jaxrl_reason.rl.requirements import Requirements, requirements
 from jaxrl_reason.rl.types import Experience, Gradient, Groups, LogProbs, Prepared, Rollout, TrainState, UpdateResult
@@ -240,7 +240,7 @@ def _shardings(config: Config, method: Method, model: models.ModelConfig, mesh: 
       ConfigError: a mesh does not divide the prompts of a step or the model.
     """
     chunk = config.prompts_per_step // config.sampling.parts
-    per_microbatch = config.prompts_per_step // (config.update.minibatches * config.update.accumulation)
+    per_microbatch = config.prompts_per_step // (config.update.minibatches * max(config.update.accumulation, 1))
     try:
         decoding = sharding.rollout_mesh(mesh, config.mesh.rollout_tensor or mesh.shape["tensor"])
         sharding.check_batch(mesh, "prompts_per_step", config.prompts_per_step)
@@ -388,6 +388,7 @@ def update_options(
 ) -> learner.UpdateOptions:
     cap = config.sampling.importance_cap if config.sampling.quantize else 0.0
     common = dataclasses.asdict(config.update) | update_sizes(model, config, mesh)
+    common["accumulation"] = microbatches(model, config, mesh)
     return learner.UpdateOptions(loss=method.loss, probe_token=probe_token, importance_cap=cap, **common)
 
 

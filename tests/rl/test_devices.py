@@ -124,6 +124,46 @@ def test_the_sizes_of_an_update(platform, model, S, T, prompts, sizes):
     assert (found["lengths"], found["wave_tokens"]) == sizes
 
 
+MIB = 2**20
+BY_TOKENS = dict(max_prompt_length=64, max_completion_length=64, prompts_per_step=16, group_size=4)
+
+
+@pytest.mark.parametrize(
+    "changes, axes, mib, parts",
+    [
+        # 16 x (64 + 4 x 64) tokens x 3 layers x 80 numbers x 4 bytes, and as much again beside the products: 9.4 MiB
+        ({}, {}, 10, 1),
+        ({}, {}, 9, 2),
+        ({}, {}, 4, 4),
+        ({}, {}, 0.01, 16),  # a microbatch has at least one prompt
+        ({}, {"fsdp": 2}, 4, 2),  # per device
+        ({"update__minibatches": 2}, {}, 4, 2),
+        ({"prompts_per_step": 15}, {}, 4, 3),  # 8.8 MiB, of which halves would do
+        ({"prompts_per_step": 7}, {}, 4, 7),
+        ({"update__accumulation": 8}, {}, 10, 8),
+        ({"update__lengths": 2}, {}, 4, 1),  # waves are small
+        ({"max_completion_length": 128}, {}, 4, 1),
+        ({"max_completion_length": 128, "update__accumulation": 2}, {}, 4, 2),
+    ],
+)
+def test_a_cpu_computes_an_update_in_parts_that_stay_in_memory(changes, axes, mib, parts, monkeypatch):
+    config = tiny("rows.jsonl", **BY_TOKENS | changes)
+    monkeypatch.setattr(devices, "_MICROBATCH", mib * MIB)
+    monkeypatch.setattr(devices, "_PER_WEIGHTS", 0)
+    assert devices.microbatches(SMALL, config, mesh_of("cpu", **axes)) == parts
+    for other in ("gpu", "tpu"):
+        assert devices.microbatches(SMALL, config, mesh_of(other, "TPU v4")) == (config.update.accumulation or 1)
+
+
+def test_a_microbatch_of_a_cpu_keeps_at_least_four_times_the_weights(monkeypatch):
+    monkeypatch.setattr(devices, "_MICROBATCH", 1)
+    wide = dataclasses.replace(SMALL, vocab_size=20_000)  # 9.4 MiB to keep
+    assert models.param_count(wide) * 4 * 4 == pytest.approx(2.45 * MIB, rel=0.01)
+    config = tiny("rows.jsonl", **BY_TOKENS)
+    assert devices.microbatches(wide, config, mesh_of("cpu")) == 4
+    assert devices.kept_bytes(wide, config, mesh_of("cpu")) == 16 * 320 / 4 * 3 * 80 * 4
+
+
 def test_tokens_of_waves_are_refused_if_an_update_has_none():
     options = dict(max_prompt_length=65, max_completion_length=64, update__wave_tokens=128)
     with pytest.raises(ConfigError, match="config.update.wave_tokens is 128, and updates of this run have one length"):

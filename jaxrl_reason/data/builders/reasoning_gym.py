@@ -31,6 +31,8 @@ class ReasoningGym(OfflineBuilder):
     Each question occurs once, so none is in both splits; two problems of "gsm_symbolic" can differ in their numbers only.
     """
 
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {"1.0.0": "Initial release.", "1.1.0": "Solutions of short_chain_sum show their steps."}
     DESCRIPTION = "Procedural problems of reasoning-gym with numbers as answers."
     SIZES = {"train": 80, "test": 20}  # percent, about
     COLUMNS = dict.fromkeys(("question", "solution", "answer"), str)
@@ -63,6 +65,16 @@ def _problems(config: TaskConfig) -> Iterator[Mapping[str, Any]]:
 def _solution(problem: Mapping[str, Any]) -> str:
     about, answer = problem["metadata"], problem["answer"]
     if "expression" in about:
-        return f"{about['expression']} = {answer}"
+        return "\n".join(_steps(about["expression"]))
     steps, _, _ = about["answer_cot"].rpartition("####")  # after it, some answers are spelled 8.0
     return f"{steps}#### {answer}"
+
+
+def _steps(expression: str) -> Iterator[str]:
+    """Yields one line per sum or difference of a chain, from the left: "4 - 8 - 2" gives "4 - 8 = -4" and "-4 - 2 = -6"."""
+    first, *rest = expression.split()
+    total = int(first)
+    for sign, term in zip(rest[::2], rest[1::2], strict=True):
+        after = total + int(sign + term)
+        yield f"{total} {sign} {term} = {after}"
+        total = after

@@ -39,6 +39,10 @@ def test_a_question_occurs_once_and_a_fifth_is_test(tmp_path, monkeypatch):
         assert row["solution"] == f"{row['question']} {row['answer']}"
 
 
+def test_a_chain_is_worked_out_from_the_left():
+    assert list(builder._steps("4 - 8 - 2 + 9")) == ["4 - 8 = -4", "-4 - 2 = -6", "-6 + 9 = 3"]
+
+
 def test_the_last_line_of_a_solution_is_the_answer_as_the_data_spell_it(tmp_path, monkeypatch):
     problem = lambda name, i, options: {
         "question": f"What is half of {2 * i}?",
@@ -70,6 +74,12 @@ def test_the_problems_of_the_package(tmp_path):
         assert all(re.fullmatch(r"-?\d+(\.\d+)?", row["answer"]) for row in every)
         assert set(last_number_reward([row["solution"] for row in every], [row["answer"] for row in every])) == {1.0}
     for row in load("short_chain_sum", tmp_path)["test"]:
-        expression, _, answer = row["solution"].partition(" = ")
-        assert re.fullmatch(r"\d( [+-] \d){1,2}", expression) and eval(expression) == int(answer) == int(row["answer"])
-        assert row["question"].endswith(f": {expression} =")
+        expression = row["question"].partition(": ")[2].removesuffix(" =")
+        assert re.fullmatch(r"\d( [+-] \d){1,2}", expression) and eval(expression) == int(row["answer"])
+        steps = [line.split(" = ") for line in row["solution"].splitlines()]
+        assert all(eval(left) == int(right) for left, right in steps)
+        total, *terms = expression.split()
+        for left, right in steps:
+            assert left.split() == [total, *terms[:2]]
+            total, terms = right, terms[2:]
+        assert total == row["answer"] and not terms
