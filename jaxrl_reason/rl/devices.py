@@ -17,9 +17,10 @@ MAX_KEPT = 2**29
 # The backward pass keeps about as many bytes beside the results of products, if it computes nothing again.
 _ALL_PER_PRODUCTS = 2
 _MAX_UNROLLED = 8  # layers; more take long to compile
-# Bytes that a microbatch keeps per device of a CPU, if the run does not choose its microbatches: memory that glibc holds
-# from step to step, see `memory`, and at least so many times the weights, whose gradients each microbatch adds.
-_MICROBATCH, _PER_WEIGHTS = 2**26, 4
+# Bytes that a microbatch may keep per device of a CPU, if the run does not choose its microbatches. With the rest of a
+# program they are less than 64 MiB, which glibc holds from step to step, see `memory`. A microbatch adds gradients of all
+# weights, so it may keep some times the bytes of the weights too.
+_MICROBATCH, _PER_WEIGHTS = 2**25, 4
 
 
 def for_devices(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> models.ModelConfig:
@@ -103,7 +104,7 @@ def update_sizes(model: models.ModelConfig, config: Config, mesh: jax.sharding.M
 def microbatches(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> int:
     """Returns the microbatches of an update, as configured or chosen by the sizes and the devices.
 
-    "Automatic" is 1, or on CPUs, for updates of one length, the fewest of which each keeps 64 MiB or four times the
+    "Automatic" is 1, or on CPUs, for updates of one length, the fewest of which each keeps 32 MiB or four times the
     bytes of the weights.
     """
     return _microbatches(model, config, mesh, update_sizes(model, config, mesh)["lengths"])
@@ -112,12 +113,26 @@ def microbatches(model: models.ModelConfig, config: Config, mesh: jax.sharding.M
 def _microbatches(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh, lengths: int) -> int:
     if config.update.accumulation:
         return config.update.accumulation
-    if lengths > 1 or mesh.devices.flat[0].platform != "cpu":  # waves are small, and other devices like large products
+    if lengths > 1:  # waves are small
         return 1
+    tokens = config.max_prompt_length + config.group_size * config.max_completion_length
+    return _fewest_parts(model, mesh, config.prompts_per_step // config.update.minibatches, tokens)
+
+
+def supervised_microbatches(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> int:
+    """Returns the microbatches of a supervised update: as many as those of an automatic update with as many tokens."""
+    return _fewest_parts(
+        model, mesh, config.supervised.batch_size, config.max_prompt_length + config.max_completion_length
+    )
+
+
+def _fewest_parts(model: models.ModelConfig, mesh: jax.sharding.Mesh, prompts: int, tokens: int) -> int:
+    """Returns the fewest equal parts of prompts, of so many tokens each, that keep few bytes on a CPU; 1 on other devices."""
+    if mesh.devices.flat[0].platform != "cpu":  # they like large products
+        return 1
+    prompts = max(prompts // sharding.num_shards(mesh), 1)
+    kept = _ALL_PER_PRODUCTS * prompts * tokens * _kept_per_token(model)
     most = max(_MICROBATCH, _PER_WEIGHTS * 4 * models.param_count(model))
-    prompts = max(config.prompts_per_step // config.update.minibatches // sharding.num_shards(mesh), 1)
-    tokens = prompts * (config.max_prompt_length + config.group_size * config.max_completion_length)
-    kept = _ALL_PER_PRODUCTS * tokens * _kept_per_token(model)
     return next((n for n in range(1, prompts) if prompts % n == 0 and kept <= n * most), prompts)
 
 

@@ -21,10 +21,11 @@ Worst = tuple[Array, Array]  # per completion, see `Gradient.difference` and `po
 Result = tuple[Any, tuple[dict[str, Array], *Worst]]  # the gradient, and the metrics and the worst tokens
 
 
-def in_parts(
-    gradient: Callable[[models.Params, Experience], Result], parts: int, trained: models.Params, batch: Experience
-) -> Result:
-    """Computes `gradient(trained, part)` of equal parts of the prompts, one after another, and joins the results."""
+def in_parts(gradient: Callable[[models.Params, Any], Any], parts: int, trained: models.Params, batch: Any) -> Any:
+    """Computes `gradient(trained, part)` of equal parts of the prompts, one after another, and joins the results.
+
+    They are (gradient, (metrics, *of each prompt)): gradients and metrics add up.
+    """
     if parts == 1:
         return gradient(trained, batch)
 

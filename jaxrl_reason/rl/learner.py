@@ -250,20 +250,31 @@ def make_supervised_update(
     optimizer: optax.GradientTransformation,
     legal: Bool[Array, "T V"] | None = None,
     dropout: float = 0.0,
+    parts: int = 1,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Makes update(state, batch, key) -> (state, metrics); the loss of a batch is that of `make_cross_entropy`.
 
-    `dropout` is the share of the encoder's hidden units that an update leaves out; `key` chooses them.
+    `dropout` is the share of the encoder's hidden units that an update leaves out; `key` chooses them. `parts` is the
+    number of microbatches, which change the memory and not the numbers.
     """
 
     cross_entropy = make_cross_entropy(config, legal)
 
-    def loss_fn(trained, frozen, batch, key):
-        factors = models.encoder_dropout(config, key, dropout, len(batch[0]))
-        return cross_entropy(models.lora.join(trained, frozen), *batch, dropout=factors)
-
     def update(state: TrainState, batch: SolutionBatch, key: jax.Array):
-        loss, grads = jax.value_and_grad(loss_fn)(state.trained, state.frozen, batch, key)
+        count = lambda batch: batch[3].sum(dtype=jnp.float32)
+        tokens = count(batch)
+
+        def loss_fn(trained, part):
+            batch, factors = part
+            mean = cross_entropy(models.lora.join(trained, state.frozen), *batch, dropout=factors)
+            return count(batch) / tokens * mean  # of all tokens, so that the losses of microbatches add up
+
+        def gradient(trained, part):
+            loss, grads = jax.value_and_grad(loss_fn)(trained, part)
+            return grads, (loss,)
+
+        factors = models.encoder_dropout(config, key, dropout, len(batch[0]))
+        grads, (loss,) = gradients.in_parts(gradient, parts, state.trained, (batch, factors))
         trained, opt_state, norm, applied = apply_gradients(optimizer, state.trained, state.opt_state, grads, loss)
         state = state._replace(
             step=state.step + 1, trained=trained, opt_state=opt_state, data_position=state.data_position + 1

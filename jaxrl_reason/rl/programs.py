@@ -18,7 +18,7 @@ from jaxrl_reason.methods import Method
 from jaxrl_reason.models import sharding
 from jaxrl_reason.models.decoding import compaction, rollout
 from jaxrl_reason.rl import experience, hosts, learner, scoring
-from jaxrl_reason.rl.devices import for_devices, microbatches, update_sizes
+from jaxrl_reason.rl.devices import for_devices, microbatches, supervised_microbatches, update_sizes
 from jaxrl_reason.rl.optimizer import init_opt_state, make_optimizer, make_supervised_optimizer
 from jaxrl_reason.rl.requirements import Requirements, requirements
 from jaxrl_reason.rl.types import Experience, Gradient, Groups, LogProbs, Prepared, Rollout, TrainState, UpdateResult
@@ -346,7 +346,9 @@ def _learner_programs(config, method, model, mesh, options, optimizer, legal, sh
         )
 
     dropout = config.regression.encoder_dropout
-    imitate = learner.make_supervised_update(model, make_supervised_optimizer(config), legal, dropout)
+    imitate = learner.make_supervised_update(
+        model, make_supervised_optimizer(config), legal, dropout, supervised_microbatches(model, config, mesh)
+    )
 
     def supervised(state, batch, seed):
         return imitate(state, batch, jax.random.fold_in(_key(seed, SUPERVISED), state.step))

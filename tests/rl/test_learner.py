@@ -644,10 +644,11 @@ def test_clipping_bounds_the_update_that_is_applied_and_the_optimizer_state_is_f
 
 
 @pytest.mark.runs
-def test_supervised_loss_is_cross_entropy_and_updates_lower_it():
+@pytest.mark.parametrize("parts", [1, 2])
+def test_supervised_loss_is_cross_entropy_and_updates_lower_it(parts):
     tokens, mask = TOKENS[:, 1], MASK[:, 1] & MASK[:, 2] | (np.arange(T) == 0)
     want = -chosen(reference_law(temperature=1.0, legal=None))[:, 1]
-    run = jit_once(learner.make_supervised_update(CONFIG, optax.sgd(0.2)))
+    run = jit_once(learner.make_supervised_update(CONFIG, optax.sgd(0.2), parts=parts))
     state = TrainState(jnp.int32(0), PARAMS, {}, optimizers.init_opt_state(optax.sgd(0.2), PARAMS), (), jnp.int32(5))
     values = []
     for _ in range(6):

@@ -301,12 +301,13 @@ def test_dropout_leaves_a_share_of_the_hidden_units_out_and_scales_the_others():
 
 
 @pytest.mark.runs
-def test_a_supervised_update_takes_dropout_from_its_key():
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_supervised_update_takes_dropout_from_its_key(parts):
     """The loss is the reference's with the key's factors, and each weight's gradient its difference quotient."""
     params, out = reference.random_params(DEEP, scale=0.25), tabular_sample()
     tokens, live = out.tokens[:, 0], out.mask[:, 0]
     batch = (*SIDES["left"], tokens, live, FEATURES)
-    update = jax.jit(learner.make_supervised_update(DEEP, optax.sgd(1.0), dropout=0.5))
+    update = jax.jit(learner.make_supervised_update(DEEP, optax.sgd(1.0), dropout=0.5, parts=parts))
     state = lambda: TrainState(
         jnp.int32(0), params, {}, optimizers.init_opt_state(optax.sgd(1.0), params), (), jnp.int32(0)
     )
