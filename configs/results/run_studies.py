@@ -30,6 +30,7 @@ STUDIES: dict[str, tuple[int, Sequence[str]]] = {
     "rlev": (8, ()),
     "progrpo": (8, ()),
     "progrpo_weak_start": (16, ()),
+    "progrpo_off_policy": (8, ()),
 }
 
 
