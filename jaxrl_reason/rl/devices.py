@@ -158,8 +158,8 @@ def kept_bytes(
     update = P / _microbatches(model, config, mesh, lengths) * (S + c.group_size * T) / shards
     if lengths > 1:
         update = min(update, P * S / shards + max(wave_tokens, T))
-    tokens = max(update, c.supervised.steps and c.supervised.batch_size * (S + T) / shards)
-    return tokens * _kept_per_token(model)
+    supervised = c.supervised.batch_size / supervised_microbatches(model, config, mesh) * (S + T) / shards
+    return max(update, c.supervised.steps and supervised) * _kept_per_token(model)
 
 
 def _kept_per_token(model: models.ModelConfig) -> int:

@@ -181,16 +181,20 @@ def test_smollm2_outputs_equal_those_of_transformers():
 
 
 @pytest.mark.slow
-def test_the_recipe_with_smollm2_runs_two_steps(tmp_path):
+@pytest.mark.parametrize("recipe", ["smollm2_sums", "smollm2_chain_sum"])
+def test_a_recipe_with_smollm2_runs_two_steps(recipe, tmp_path):
     smollm2()
-    config = config_lib.load(pathlib.Path(__file__).parents[2] / "configs" / "smollm2_sums.py")
+    if recipe == "smollm2_chain_sum":
+        pytest.importorskip("reasoning_gym")
+    config = config_lib.load(pathlib.Path(__file__).parents[2] / "configs" / f"{recipe}.py")
+    config.supervised.steps = min(config.supervised.steps, 1)
     config.steps, config.eval.prompts, config.eval.samples = 2, 4, 2
     train.train(train.setup(config, tmp_path / "run"))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert all(0 <= line["reward"] <= 1 and line["sampling/logp_difference_max"] < 1e-3 for line in lines[1:])
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])
-    assert sample["prompt"].count("What is") == 1
+    assert sample["prompt"].count("What is" if recipe == "smollm2_sums" else "State the final answer") == 1
 
 
 @pytest.mark.slow

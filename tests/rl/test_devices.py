@@ -156,13 +156,18 @@ def test_a_cpu_computes_an_update_in_parts_that_stay_in_memory(changes, axes, mi
 
 
 def test_a_supervised_update_has_microbatches_of_its_own(monkeypatch):
-    config = tiny("rows.jsonl", **BY_TOKENS, supervised__batch_size=24)  # 24 x 128 tokens keep 5.6 MiB
+    # 24 x 128 tokens keep 5.6 MiB.
+    config = tiny("rows.jsonl", **BY_TOKENS, supervised__steps=1, supervised__batch_size=24)
     monkeypatch.setattr(devices, "_PER_WEIGHTS", 0)
     for mib, parts in ((6, 1), (5, 2), (2, 3), (0.01, 24)):
         monkeypatch.setattr(devices, "_MICROBATCH", mib * MIB)
         assert devices.supervised_microbatches(SMALL, config, mesh_of("cpu")) == parts
         assert devices.supervised_microbatches(SMALL, config, mesh_of("tpu", "TPU v4")) == 1
     assert devices.supervised_microbatches(SMALL, config, mesh_of("cpu", fsdp=8)) == 3
+    monkeypatch.setattr(devices, "_MICROBATCH", 2 * MIB)
+    assert (
+        devices.kept_bytes(SMALL, config, mesh_of("cpu")) == 8 * 128 * 3 * 80 * 4
+    )  # an update keeps 640 tokens at once
 
 
 def test_a_microbatch_of_a_cpu_keeps_at_least_four_times_the_weights(monkeypatch):
