@@ -2,7 +2,7 @@
 
     python -m jaxrl_reason.compare --config=configs/progrpo_off_policy.py --workdir=/tmp/progrpo_off_policy
 
-It is progrpo.py with two passes over each rollout in four minibatches, and the library's alpha, 0.3. Takes about 4 minutes
+It is progrpo.py with two passes over each rollout in four minibatches, and the library's alpha, 0.3. Takes about 5 minutes
 per seed on two CPU cores. Expect an accuracy and a pass@32 near GRPO's, more entropy and more distinct correct answers.
 """
 

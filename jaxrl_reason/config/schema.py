@@ -230,7 +230,9 @@ class Optimizer:
 class Update:
     epochs: int = _field(1, "passes over each rollout", low=1)
     minibatches: int = _field(1, "optimizer updates per pass; divides prompts_per_step", low=1)
-    accumulation: int = _field(0, "microbatches per update: less memory, the same result; 0: automatic", low=0)
+    accumulation: int = _field(
+        0, "microbatches per update: less memory, the same result; 0: 1, on CPUs by memory", low=0
+    )
     lengths: int = _field(
         0,
         "lengths of completions for which the update is compiled, each half of the next; 1: all padded; 0: automatic",

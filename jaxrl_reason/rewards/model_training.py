@@ -259,7 +259,7 @@ def train_reward_model(
         params = reward_model.init_params(phase.model, key, decoder)
         return TrainState(jnp.int32(0), params, {}, init_opt_state(optimizer, params), (), jnp.int32(0))
 
-    model = devices.with_remat(phase.model, c, phase.mesh)
+    model = devices.with_remat_of_pairs(phase.model, c, phase.mesh)
     update = jax.jit(make_update(model, optimizer), donate_argnums=0, out_shardings=(shardings, None))
     score = jax.jit(functools.partial(reward_model.group_scores, phase.model))
     evaluation = lambda params: evaluate(lambda batch: score(params, place(batch)), held_out)

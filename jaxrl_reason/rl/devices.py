@@ -1,4 +1,4 @@
-"""What suits the devices of a run: its attention, the values that the backward pass recomputes, and loops over layers."""
+"""What suits the devices of a run: attention, values that the backward pass recomputes, loops over layers, microbatches."""
 
 import dataclasses
 import pathlib
@@ -18,8 +18,8 @@ MAX_KEPT = 2**29
 _ALL_PER_PRODUCTS = 2
 _MAX_UNROLLED = 8  # layers; more take long to compile
 # Bytes that a microbatch may keep per device of a CPU, if the run does not choose its microbatches. With the rest of a
-# program they are less than 64 MiB, which glibc holds from step to step, see `memory`. A microbatch adds gradients of all
-# weights, so it may keep some times the bytes of the weights too.
+# program they are less than 64 MiB, which glibc holds from step to step, see `memory`. A microbatch adds to the gradients
+# of the trained weights, so it may keep some times their bytes too.
 _MICROBATCH, _PER_WEIGHTS = 2**25, 4
 
 
@@ -71,19 +71,32 @@ def _attention(config: Config, mesh: jax.sharding.Mesh) -> str:
 
 def with_remat(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> models.ModelConfig:
     """Returns the decoder with what config.model.remat means on these devices, see `for_devices`."""
+    sizes = update_sizes(model, config, mesh)
+    return _with_remat(model, config, mesh, kept_bytes(model, config, mesh, **sizes), sizes["lengths"] == 1)
+
+
+def with_remat_of_pairs(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> models.ModelConfig:
+    """Returns the decoder of a reward model for its training on pairs, as `with_remat` does for updates of a policy."""
+    texts = 2 * config.reward_model.batch_size / sharding.num_shards(mesh)
+    tokens = texts * (config.max_prompt_length + config.max_completion_length)
+    return _with_remat(model, config, mesh, tokens * _kept_per_token(model), one_length=True)
+
+
+def _with_remat(
+    model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh, kept: float, one_length: bool
+) -> models.ModelConfig:
     if config.model.remat != "auto":
         return dataclasses.replace(model, remat=config.model.remat)
     if mesh.devices.flat[0].platform != "cpu":
         return dataclasses.replace(model, remat="layer")
-    sizes = update_sizes(model, config, mesh)
-    if sizes["lengths"] == 1 and _keeps_everything(model, config, mesh):
+    if one_length and _keeps_everything(model, kept):
         return dataclasses.replace(model, remat="none", unrolled=True)
-    return dataclasses.replace(model, remat="dots" if kept_bytes(model, config, mesh, **sizes) <= MAX_KEPT else "layer")
+    return dataclasses.replace(model, remat="dots" if kept <= MAX_KEPT else "layer")
 
 
-def _keeps_everything(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> bool:
-    """Returns whether an update of one length has few layers and may keep all that the backward pass reads, on a CPU."""
-    return model.layers <= _MAX_UNROLLED and _ALL_PER_PRODUCTS * kept_bytes(model, config, mesh) <= MAX_KEPT
+def _keeps_everything(model: models.ModelConfig, kept: float) -> bool:
+    """Returns whether a decoder has few layers and may keep all that the backward pass reads, on a CPU, if products are `kept` bytes."""
+    return model.layers <= _MAX_UNROLLED and _ALL_PER_PRODUCTS * kept <= MAX_KEPT
 
 
 def update_sizes(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> dict[str, int]:
@@ -93,7 +106,7 @@ def update_sizes(model: models.ModelConfig, config: Config, mesh: jax.sharding.M
     lengths, tokens = min((T // 64).bit_length(), 4), 4096  # the shortest has 64 to 127 tokens
     if mesh.devices.flat[0].platform == "cpu":
         # Unrolled layers gain more than short waves. Else the shortest length has 16 to 31 tokens.
-        if T < 128 and not _keeps_everything(model, config, mesh):
+        if T < 128 and not _keeps_everything(model, kept_bytes(model, config, mesh, parts=u.accumulation or 1)):
             lengths = (T // 16).bit_length()
         completions = c.prompts_per_step / u.minibatches * c.group_size / sharding.num_shards(mesh)
         # A wave has at most a quarter of all tokens, if that is a completion: else short completions fill none.
@@ -104,8 +117,8 @@ def update_sizes(model: models.ModelConfig, config: Config, mesh: jax.sharding.M
 def microbatches(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> int:
     """Returns the microbatches of an update, as configured or chosen by the sizes and the devices.
 
-    "Automatic" is 1, or on CPUs, for updates of one length, the fewest of which each keeps 32 MiB or four times the
-    bytes of the weights.
+    Automatic is 1 and, on CPUs, for updates of one length, the fewest of which each keeps at most 32 MiB or, if that is
+    more, four times the float32 bytes of the trained weights. A microbatch has at least one prompt.
     """
     return _microbatches(model, config, mesh, update_sizes(model, config, mesh)["lengths"])
 
@@ -120,7 +133,7 @@ def _microbatches(model: models.ModelConfig, config: Config, mesh: jax.sharding.
 
 
 def supervised_microbatches(model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> int:
-    """Returns the microbatches of a supervised update: as many as those of an automatic update with as many tokens."""
+    """Returns the microbatches of a supervised update, chosen by its sizes as the automatic ones of `microbatches`."""
     return _fewest_parts(
         model, mesh, config.supervised.batch_size, config.max_prompt_length + config.max_completion_length
     )
@@ -128,11 +141,12 @@ def supervised_microbatches(model: models.ModelConfig, config: Config, mesh: jax
 
 def _fewest_parts(model: models.ModelConfig, mesh: jax.sharding.Mesh, prompts: int, tokens: int) -> int:
     """Returns the fewest equal parts of prompts, of so many tokens each, that keep few bytes on a CPU; 1 on other devices."""
-    if mesh.devices.flat[0].platform != "cpu":  # they like large products
+    if mesh.devices.flat[0].platform != "cpu":  # other devices are faster with large products
         return 1
     prompts = max(prompts // sharding.num_shards(mesh), 1)
     kept = _ALL_PER_PRODUCTS * prompts * tokens * _kept_per_token(model)
-    most = max(_MICROBATCH, _PER_WEIGHTS * 4 * models.param_count(model))
+    trained, _ = models.lora.split(model, models.abstract_params(model))
+    most = max(_MICROBATCH, _PER_WEIGHTS * 4 * sum(x.size for x in jax.tree.leaves(trained)))
     return next((n for n in range(1, prompts) if prompts % n == 0 and kept <= n * most), prompts)
 
 
@@ -146,16 +160,22 @@ def check_waves(model: models.ModelConfig, config: Config, mesh: jax.sharding.Me
 
 
 def kept_bytes(
-    model: models.ModelConfig, config: Config, mesh: jax.sharding.Mesh, lengths: int = 1, wave_tokens: int = 0
+    model: models.ModelConfig,
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    lengths: int = 1,
+    wave_tokens: int = 0,
+    parts: int = 0,
 ) -> float:
     """Returns the bytes per device that the backward pass keeps at once with remat "dots".
 
     They are the input, the products and the result of the attention of every layer, for every token of the largest
     microbatch or, in waves, of the prompts and of a wave. `lengths` and `wave_tokens` are those of `update_sizes`.
+    `parts` is the number of microbatches; 0: as in the run.
     """
     c, S, T = config, config.max_prompt_length, config.max_completion_length
     P, shards = c.prompts_per_step / c.update.minibatches, sharding.num_shards(mesh)
-    update = P / _microbatches(model, config, mesh, lengths) * (S + c.group_size * T) / shards
+    update = P / (parts or _microbatches(model, config, mesh, lengths)) * (S + c.group_size * T) / shards
     if lengths > 1:
         update = min(update, P * S / shards + max(wave_tokens, T))
     supervised = c.supervised.batch_size / supervised_microbatches(model, config, mesh) * (S + T) / shards

@@ -24,7 +24,7 @@ Result = tuple[Any, tuple[dict[str, Array], *Worst]]  # the gradient, and the me
 def in_parts(gradient: Callable[[models.Params, Any], Any], parts: int, trained: models.Params, batch: Any) -> Any:
     """Computes `gradient(trained, part)` of equal parts of the prompts, one after another, and joins the results.
 
-    They are (gradient, (metrics, *of each prompt)): gradients and metrics add up.
+    A result is (gradient, (metrics, *arrays with a row per prompt)). Gradients and metrics add up; arrays are joined.
     """
     if parts == 1:
         return gradient(trained, batch)

@@ -20,9 +20,9 @@ from jaxrl_reason.runs import checkpoints, locks
 from jaxrl_reason.runs.files import write_json, writing
 
 _log = logging.getLogger(__name__)
-# Fields that a resumed run may change: its length, its evaluation, its files, its devices, its limits.
+# Fields that a resumed run may change: its length, its evaluation, its files, its devices and microbatches, its limits.
 MAY_CHANGE = (
-    *("steps", "mesh", "checkpoint", "eval", "log", "compilation_cache"),
+    *("steps", "mesh", "checkpoint", "eval", "log", "compilation_cache", "update.accumulation"),
     *("reward.workers", "reward.timeout_s", "reward.memory_mb", "reward.max_failure_share"),
     *("sampling.mismatch_limit", "optimizer.max_skipped"),
 )

@@ -179,6 +179,36 @@ def test_a_microbatch_of_a_cpu_keeps_at_least_four_times_the_weights(monkeypatch
     assert devices.kept_bytes(wide, config, mesh_of("cpu")) == 16 * 320 / 4 * 3 * 80 * 4
 
 
+def test_the_frozen_weights_of_a_policy_with_adapters_do_not_count(monkeypatch):
+    monkeypatch.setattr(devices, "_MICROBATCH", MIB)
+    wide = dataclasses.replace(SMALL, vocab_size=20_000)
+    config = tiny("rows.jsonl", **BY_TOKENS)
+    assert devices.microbatches(wide, config, mesh_of("cpu")) == 4  # 4 x 0.6 MiB of weights
+    adapted = dataclasses.replace(wide, lora_rank=1)
+    assert devices.microbatches(adapted, config, mesh_of("cpu")) == 16  # 1 MiB
+
+
+def test_microbatches_do_not_decide_about_waves(monkeypatch):
+    config, waves = tiny("rows.jsonl", **BY_TOKENS), dict(lengths=3, wave_tokens=512)
+    monkeypatch.setattr(devices, "MAX_KEPT", 9 * MIB)  # the update of one length keeps 9.4
+    monkeypatch.setattr(devices, "_MICROBATCH", MIB)
+    assert devices.update_sizes(SMALL, config, mesh_of("cpu")) == waves
+    assert devices.microbatches(SMALL, config, mesh_of("cpu")) == 1
+    chosen = tiny("rows.jsonl", **BY_TOKENS, update__accumulation=2)
+    assert devices.update_sizes(SMALL, chosen, mesh_of("cpu")) == waves | {"lengths": 1}
+
+
+def test_the_training_of_a_reward_model_counts_its_pairs(monkeypatch):
+    config = tiny("rows.jsonl", **BY_TOKENS, reward_model__batch_size=6)
+    kept = 2 * 6 * 128 * 3 * 80 * 4
+    chosen = lambda **axes: devices.with_remat_of_pairs(SMALL, config, mesh_of("cpu", **axes))
+    for limit, remat in ((2 * kept, "none"), (2 * kept - 1, "dots"), (kept - 1, "layer")):
+        monkeypatch.setattr(devices, "MAX_KEPT", limit)
+        assert (chosen().remat, chosen().unrolled) == (remat, remat == "none")
+    assert chosen(fsdp=2).remat == "dots"
+    assert devices.with_remat_of_pairs(SMALL, config, mesh_of("tpu", "TPU v4")).remat == "layer"
+
+
 def test_tokens_of_waves_are_refused_if_an_update_has_none():
     options = dict(max_prompt_length=65, max_completion_length=64, update__wave_tokens=128)
     with pytest.raises(ConfigError, match="config.update.wave_tokens is 128, and updates of this run have one length"):

@@ -99,6 +99,7 @@ def test_a_kill_while_the_tokenizer_is_written_leaves_none(file, tmp_path, monke
         dict(eval__samples=1),
         dict(log__samples=1),
         dict(compilation_cache=""),
+        dict(update__accumulation=2),
     ],
 )
 def test_fields_that_may_change_are_taken_over(changes, tmp_path):
