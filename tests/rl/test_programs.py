@@ -54,3 +54,24 @@ def test_weights_and_samples_are_those_of_the_seed():
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), state.params, expected)
         rollouts[seed] = jax.device_get(programs.generate(state.params, batch, state.step).tokens)
     assert (rollouts[3] != rollouts[4]).any()
+
+
+def test_the_chosen_microbatches_reach_both_updates(monkeypatch):
+    """The update and the supervised update are made with the numbers that suit the devices."""
+    made, make = {}, programs_lib.learner.make_supervised_update
+    monkeypatch.setattr(programs_lib, "microbatches", lambda *_: 2)
+    monkeypatch.setattr(programs_lib, "supervised_microbatches", lambda *_: 4)
+
+    def spy(*arguments):
+        made["supervised"] = arguments[-1]
+        return make(*arguments)
+
+    def spy_on_update(model, options, *rest):
+        made["update"] = options.accumulation
+        return make_update(model, options, *rest)
+
+    make_update = programs_lib.learner.make_update
+    monkeypatch.setattr(programs_lib.learner, "make_supervised_update", spy)
+    monkeypatch.setattr(programs_lib.learner, "make_update", spy_on_update)
+    build(3)
+    assert made == {"update": 2, "supervised": 4}
