@@ -267,9 +267,8 @@ def make_supervised_update(
         def loss_fn(trained, part):
             batch, factors = part
             mean = cross_entropy(models.lora.join(trained, state.frozen), *batch, dropout=factors)
-            return (
-                count(batch) / jnp.maximum(tokens, 1) * mean
-            )  # of all tokens, so that the losses of microbatches add up
+            # A share of all tokens, so that the losses of microbatches add up.
+            return count(batch) / jnp.maximum(tokens, 1) * mean
 
         def gradient(trained, part):
             loss, grads = jax.value_and_grad(loss_fn)(trained, part)
